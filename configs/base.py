@@ -1,0 +1,86 @@
+"""Every key of a configuration, once, with its default. Other configs only override.
+
+A value marked `ours` is not in the paper (see README, "What differs from the paper").
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # of all randomness: initial parameters, order of examples, augmentation
+    config.num_epochs = 30  # length of the training; ours
+    config.num_train_steps = placeholder(int)  # length in steps, instead of num_epochs
+    config.log_every_steps = 50  # a progress line and an entry in metrics.jsonl
+
+    config.data = ConfigDict()
+    config.data.dir = placeholder(str)  # output folder of scripts/prepare_dataset.py
+    config.data.source = "folder"  # its --dataset: folder, csv, ssv2; demo: rendered on first use
+    config.data.train_split = "train"
+    config.data.batch_size = 64  # clips per step, over all devices and hosts
+    config.data.image_size = 224  # H = W of a spatial frame, pixels
+    config.data.num_frames = 32  # T, frames sampled from a video
+    config.data.num_spatial_frames = 8  # S, the subset of them for the spatial path
+    config.data.grid = (4, 4)  # (w, h), frames across and down a frameset
+    config.data.frame_scale = 4  # how much a frame is reduced inside a frameset
+    config.data.sampling = "dense"  # dense: a clip at sampling_interval; segments: whole video
+    config.data.sampling_interval = placeholder(int)  # None: 4, 2, 1 for T = 16, 32, 48 (sec. 5.1)
+    config.data.crop_scale = (0.08, 1.0)  # random resized crop: part of the frame's area; ours
+    config.data.crop_ratio = (3 / 4, 4 / 3)  # random resized crop: width / height; ours
+    config.data.flip = True  # mirror clips half of the time (wrong for left / right classes); ours
+    config.data.mean = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+    config.data.std = (0.26862954, 0.26130258, 0.27577711)  # CLIP's
+    config.data.prefetch = 2  # batches made ahead of the step that needs them
+
+    config.backbone = ConfigDict()
+    config.backbone.name = "ViT-B/16"  # a name of dualpath_jax.models.vit.MODELS, or "custom"
+    config.backbone.checkpoint = placeholder(str)  # output file of scripts/convert_clip.py
+    config.backbone.patch_size = placeholder(int)  # this and the following: None takes the name's
+    config.backbone.width = placeholder(int)
+    config.backbone.depth = placeholder(int)
+    config.backbone.heads = placeholder(int)
+    config.backbone.mlp_dim = placeholder(int)
+    config.backbone.projection_dim = placeholder(int)
+
+    config.model = ConfigDict()
+    config.model.method = "dualpath"  # a name of dualpath_jax.models.tuning.METHODS
+    config.model.spatial_path = True  # False: Table 5, "without spatial adaptation"
+    config.model.temporal_path = True  # False: Table 5, "without temporal adaptation"
+    config.model.adapter_bottleneck = 128  # R
+    config.model.adapter_scale = 1.0  # s, factor on an adapter's output; ours
+    config.model.adapter_dropout = 0.0  # inside an adapter, after its activation; ours
+    config.model.adapter_layer_norm = False  # a LayerNorm of its own before an adapter; ours
+    config.model.serial_skip = False  # temporal path: y + Adapter(y) instead of eq. 9's Adapter(y)
+    config.model.pre_attention_adapter = False  # temporal path: an adapter before MHA (SSv2)
+    config.model.pre_attention_residual = True  # x + Adapter(x) there, instead of Adapter(x); ours
+    config.model.temporal_position = "sincos3d"  # or sincos3d+clip, clip, learned
+    config.model.train_tokens = True  # class tokens and spatial positions train (sec. 4)
+    config.model.dtype = "bfloat16"  # of the computation; trainable parameters are float32; ours
+    config.model.scan_blocks = True  # loop over blocks (accelerators) or write them out (CPU)
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 3e-4  # at the top of the schedule; AdamW, cosine to zero
+    config.optimizer.weight_decay = 5e-2  # on kernels only; ours in that
+    config.optimizer.warmup_epochs = 3.0  # linear; ours
+    config.optimizer.b1 = 0.9  # AdamW; ours
+    config.optimizer.b2 = 0.999  # AdamW; ours
+    config.optimizer.clip_norm = placeholder(float)  # largest global gradient norm; None: no limit
+    config.optimizer.label_smoothing = 0.0  # ours
+    config.optimizer.accumulation_steps = 1  # parts of a batch computed one after the other
+
+    config.eval = ConfigDict()
+    config.eval.split = "validation"
+    config.eval.batch_size = 32  # videos per step, over all devices and hosts
+    config.eval.temporal_views = 3  # clips per video
+    config.eval.spatial_crops = 1  # crops per clip, 1 or 3
+    config.eval.every_epochs = 0  # evaluate during training; 0: only at the end
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 1000  # and at the end
+    config.checkpoint.keep = 3  # newest ones kept
+
+    config.profile = ConfigDict()
+    config.profile.first_step = 10  # first traced step, counted from the start of the process
+    config.profile.num_steps = 0  # steps traced by the JAX profiler into the workdir; 0: none
+    return config

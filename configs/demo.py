@@ -1,0 +1,39 @@
+"""The embedded demo: DualPath on a tiny CLIP-shaped ViT and rendered videos. No download, no GPU."""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.num_epochs = 4
+    config.log_every_steps = 50
+    config.data.source = "demo"
+    config.data.dir = "data/demo"
+    config.data.batch_size = 32
+    config.data.image_size = 64
+    config.data.num_frames = 16
+    config.data.num_spatial_frames = 2
+    config.data.sampling = "segments"
+    config.data.crop_scale = (0.8, 1.0)
+    config.data.flip = False  # left and right are classes
+    config.backbone.name = "custom"
+    config.backbone.checkpoint = "data/demo/backbone.safetensors"
+    config.backbone.patch_size = 8
+    config.backbone.width = 96
+    config.backbone.depth = 4
+    config.backbone.heads = 2
+    config.backbone.mlp_dim = 384
+    config.backbone.projection_dim = 64
+    config.model.adapter_bottleneck = 64
+    config.model.pre_attention_adapter = True
+    config.model.dtype = "float32"
+    config.model.scan_blocks = False
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_epochs = 0.2
+    config.optimizer.clip_norm = 1.0
+    config.eval.split = "test"
+    config.eval.batch_size = 40
+    config.eval.temporal_views = 1
+    config.eval.spatial_crops = 1
+    config.checkpoint.every_steps = 250
+    return config

@@ -1,0 +1,21 @@
+"""DualPath with CLIP ViT-B/16 on your own videos, prepared from class folders or a CSV.
+
+    python -m dualpath_jax.main --config=configs/folder_vitb.py --config.data.dir=DIR
+
+Classes are taken from the data. The recipe is HMDB51's of Table A1, the smallest set of the paper.
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.num_epochs = 50  # ours
+    config.data.batch_size = 32  # paper: 128 on sets of thousands of videos
+    config.data.num_frames = 16
+    config.backbone.checkpoint = "weights/clip_vit_b16.safetensors"
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.weight_decay = 2e-2
+    config.eval.temporal_views = 2
+    config.eval.spatial_crops = 3
+    return config

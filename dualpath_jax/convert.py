@@ -1,0 +1,267 @@
+"""CLIP checkpoints to this project's backbone file, and that file to the ViT's parameters.
+
+Public: `convert_clip`, `load_backbone`, `BackboneInfo`, `PUBLISHED_SHA256`.
+
+A backbone file is a safetensors file that holds the image tower under the flat names of the ViT's
+parameter tree ("blocks/attention/qkv/kernel", [L, D, 3D]) and one metadata entry, `CONVERTED_KEY`,
+whose JSON says what the weights are. It is one entry because safetensors writes several in random
+order, and the same checkpoint shall give the same bytes.
+
+Axes: L blocks, D width, F hidden width of the MLP, N tokens, e projected width.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from absl import logging
+from etils import epath
+from flax import traverse_util
+
+from dualpath_jax.clip_checkpoints import (
+    CONVERTED_KEY,
+    PUBLISHED_SHA256,
+    read_checkpoint,
+    sha256_of,
+    some,
+)
+from dualpath_jax.models import vit
+
+VERSION = 1
+
+_DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(jnp.bfloat16)}
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneInfo:
+    """Where a backbone comes from, for checkpoints and reports.
+
+    Attributes:
+      name: what the architecture is called, "ViT-B/16", or "custom".
+      sha256: of the converted file.
+      source_sha256: of the checkpoint that was converted.
+      source: file name of that checkpoint.
+    """
+
+    name: str
+    sha256: str
+    source_sha256: str
+    source: str
+
+
+def _check(path: Any, arrays: Mapping[str, np.ndarray], config: vit.ViTConfig) -> None:
+    """ValueError unless names, shapes and dtypes are those of the ViT."""
+    image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
+    tree = jax.eval_shape(lambda x: vit.ViT(config).init(jax.random.key(0), x)["params"], image)
+    want = {n: leaf.shape for n, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+    have = {n: array.shape for n, array in arrays.items()}
+    wrong = [n for n in want | have if want.get(n) != have.get(n)]
+    if wrong:
+        wrong = [f"{n} is {have.get(n, 'missing')}, not {want.get(n, 'known')}" for n in wrong]
+        raise ValueError(f"{path}: wrong names or shapes for {config}: {some(wrong)}")
+    dtypes = {array.dtype for array in arrays.values()}
+    if not dtypes <= set(_DTYPES.values()):
+        raise ValueError(f"{path} has the dtypes {some(dtypes)}; known are {some(_DTYPES)}")
+
+
+def _config(
+    arrays: Mapping[str, np.ndarray], stated: Mapping[str, Any], checkpoint: pathlib.Path
+) -> vit.ViTConfig:
+    """The ViT's config: shape from its arrays, activation, heads and eps from `stated`."""
+    if "activation" not in stated:
+        raise ValueError(
+            f"{checkpoint} does not say which activation its MLPs have: pass "
+            "--activation=quick_gelu (OpenAI's weights, or whoever says quickgelu) or "
+            "--activation=gelu (LAION, DataComp and most others)"
+        )
+    depth, width, mlp_dim = arrays["blocks/mlp/hidden/kernel"].shape
+    heads = int(stated.get("heads", max(1, width // 64)))  # Radford et al. 2021, table 19
+    if heads < 1:
+        raise ValueError(f"heads is {heads}: pass --heads with the number of attention heads")
+    patch = arrays["patch_embedding/kernel"].shape[0]
+    config = vit.ViTConfig(
+        name="custom",
+        image_size=math.isqrt(arrays["position_embedding"].shape[0] - 1) * patch,
+        patch_size=patch,
+        width=width,
+        depth=depth,
+        heads=heads,
+        mlp_dim=mlp_dim,
+        projection_dim=arrays["projection"].shape[-1],
+        activation=stated["activation"],
+        eps=float(stated.get("eps", 1e-5)),
+    )
+    same = [n for n, m in vit.MODELS.items() if _architecture(m) == _architecture(config)]
+    return dataclasses.replace(config, name=same[0]) if same else config
+
+
+def _architecture(config: vit.ViTConfig) -> dict[str, int]:
+    fields = ("width", "depth", "patch_size", "mlp_dim", "projection_dim")
+    return {field: getattr(config, field) for field in fields}
+
+
+# ---------------------------------------------------------------- public
+
+
+@contextlib.contextmanager
+def _replacing(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary file beside `out` that replaces it on success, and disappears on failure."""
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        if out.is_dir():
+            raise IsADirectoryError(None, "it is a directory")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise OSError(f"cannot write {out}: {error.strerror}") from None
+    try:
+        yield temporary
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def convert_clip(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    trust: bool = False,
+    activation: str | None = None,
+    heads: int | None = None,
+) -> dict[str, Any]:
+    """Writes the image tower of a CLIP checkpoint as this project's backbone file.
+
+    Read are, by content: OpenAI's TorchScript archives, torch state dicts (bare or under
+    "state_dict"), and safetensors, with the names of OpenAI and open_clip or of Hugging Face. The
+    dtype of each parameter is kept (float32, float16, bfloat16).
+
+    Args:
+      checkpoint: local file.
+      out: local file to write, replaced at once when complete.
+      trust: open a TorchScript archive that is none of OpenAI's published ones.
+      activation: "quick_gelu" or "gelu", over what the checkpoint or the config beside it says.
+      heads: attention heads, likewise; the default is one per 64 of width.
+
+    Returns:
+      {"container", "layout", "config": ViTConfig, "parameters", "source", "source_sha256",
+      "published": name in OpenAI's release or None, "out", "sha256": of the written file}.
+
+    Raises:
+      ValueError: not a CLIP ViT that can be read, or the activation is unknown.
+      OSError: `checkpoint` cannot be read or `out` cannot be written.
+    """
+    checkpoint, out = pathlib.Path(checkpoint), pathlib.Path(out)
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"no checkpoint file at {checkpoint}")
+    if out.exists() and out.samefile(checkpoint):
+        raise ValueError(f"{out} is the checkpoint itself: write to another file")
+    flags = {"activation": activation, "heads": heads}
+    flags = {key: value for key, value in flags.items() if value is not None}
+    with _replacing(out) as temporary:
+        arrays, meta = _convert(checkpoint, trust, flags)
+        safetensors.numpy.save_file(
+            arrays, temporary, {CONVERTED_KEY: json.dumps(meta, sort_keys=True)}
+        )
+    return {
+        **meta,
+        "config": vit.ViTConfig(**meta["config"]),
+        "parameters": sum(array.size for array in arrays.values()),
+        "published": PUBLISHED_SHA256.get(meta["source_sha256"]),
+        "out": str(out),
+        "sha256": sha256_of(out),
+    }
+
+
+def _convert(
+    checkpoint: pathlib.Path, trust: bool, flags: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays under our flat names, and what the backbone file's metadata says of them."""
+    source = read_checkpoint(checkpoint, trust)
+    arrays = source.arrays
+    config = _config(arrays, source.stated | flags, checkpoint)
+    _check(checkpoint, arrays, config)
+    return arrays, {
+        "version": VERSION,
+        "config": dataclasses.asdict(config),
+        "container": source.container,
+        "layout": source.layout,
+        "source": checkpoint.name,
+        "source_sha256": source.sha256,
+    }
+
+
+def load_backbone(
+    path: str | os.PathLike[str], config: vit.ViTConfig
+) -> tuple[dict[str, Any], vit.ViTConfig, BackboneInfo]:
+    """Parameters of the frozen ViT from a file that `convert_clip` wrote.
+
+    Args:
+      path: the file, local or gs://.
+      config: the architecture wanted, at the image size wanted.
+
+    Returns:
+      The ViT's parameter tree (nested dict of numpy arrays in the file's dtypes), with the position
+      table resized to `config.image_size`; `config` with the activation, eps and heads of the
+      weights; where the weights come from.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not a converted file, damaged, or another architecture.
+    """
+    arrays, meta, sha256 = _read_backbone(path)
+    stored = vit.ViTConfig(**meta["config"])
+    if _architecture(stored) != _architecture(config):
+        raise ValueError(
+            f"{path} holds {stored.name} {_architecture(stored)}, but the config asks for "
+            f"{config.name} {_architecture(config)}: convert that checkpoint, or change the config"
+        )
+    _check(path, arrays, stored)
+    if config.image_size != stored.image_size:
+        logging.warning(
+            "%s: position table resized from %dx%d patches (%d pixels) to %dx%d (%d pixels)",
+            *(path, stored.grid, stored.grid, stored.image_size),
+            *(config.grid, config.grid, config.image_size),
+        )
+        table = arrays["position_embedding"]
+        resized = vit.resize_positions(table.astype(np.float32), (config.grid, config.grid))
+        arrays["position_embedding"] = np.asarray(resized).astype(table.dtype)
+    config = dataclasses.replace(
+        config, activation=stored.activation, eps=stored.eps, heads=stored.heads
+    )
+    info = BackboneInfo(stored.name, sha256, meta["source_sha256"], meta["source"])
+    return traverse_util.unflatten_dict(arrays, sep="/"), config, info
+
+
+def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Any, str]:
+    """Arrays, metadata and SHA-256 of a backbone file."""
+    remedy = f"`python scripts/convert_clip.py --checkpoint=FILE --out={path}`"
+    if not epath.Path(path).is_file():
+        raise FileNotFoundError(
+            f"no backbone at {path}: make it from a CLIP checkpoint by {remedy}"
+        )
+    data = epath.Path(path).read_bytes()
+    if data[8:9] != b"{":
+        raise ValueError(f"{path} is not a converted backbone: convert it first by {remedy}")
+    try:
+        tensors = safetensors.deserialize(data)  # checks header and sizes
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}): make it by {remedy}") from None
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    meta = json.loads(header.get("__metadata__", {}).get(CONVERTED_KEY, "{}"))
+    if meta.get("version") != VERSION:
+        raise ValueError(f"{path} is not a converted backbone: convert it first by {remedy}")
+    arrays = {
+        name: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"])
+        for name, t in tensors
+    }
+    return arrays, meta, hashlib.sha256(data).hexdigest()

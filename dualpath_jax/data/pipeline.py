@@ -1,0 +1,236 @@
+"""tf.data pipeline: stored videos to uint8 batches of spatial frames and framesets.
+
+Public: `ClipFormat`, `clip_format`, `train_batches`, `eval_batches`, `num_eval_steps`.
+
+Python enters once: a generator yields the raw records of one clip with its crop; parsing, decoding
+and resizing are TF ops. Everything random is drawn by the generator from (seed, epoch, example).
+
+A batch is a dict of numpy arrays:
+  spatial     uint8   [B, S, H, W, 3]     in 0..255, RGB
+  temporal    uint8   [B, G, H', W', 3]   likewise
+  label       int32   [B]
+  mask        float32 [B]                 0 for padding, else 1
+  example_id  int64   [B]                 place in the split's video table; -1 for padding
+In evaluation, spatial and temporal have an axis V (views) after B.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from dualpath_jax.data import augment, order, sampling
+from dualpath_jax.data.framesets import FramesetShape, tile_framesets
+from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipFormat:
+    """What a clip is. See the keys of the same names under `data` in configs/base.py."""
+
+    framesets: FramesetShape
+    num_spatial_frames: int
+    sampling: str
+    sampling_interval: int | None
+
+    @property
+    def image_size(self) -> int:
+        return self.framesets.image_size
+
+    @property
+    def num_frames(self) -> int:
+        return self.framesets.num_frames
+
+
+def clip_format(data: Any) -> ClipFormat:
+    """Clip format of `config.data`; ValueError for values that do not go together."""
+    framesets = FramesetShape(data.num_frames, tuple(data.grid), data.frame_scale, data.image_size)
+    sampling.spatial_subset(data.num_frames, data.num_spatial_frames)
+    if data.sampling not in sampling.SAMPLINGS:
+        known = ", ".join(sampling.SAMPLINGS)
+        raise ValueError(f"unknown data.sampling {data.sampling!r}: known are {known}")
+    if data.sampling == "dense" and data.sampling_interval is None:
+        sampling.default_interval(data.num_frames)
+    return ClipFormat(framesets, data.num_spatial_frames, data.sampling, data.sampling_interval)
+
+
+def _element(
+    dataset: VideoDataset, example: int, frames: np.ndarray, crop: augment.Crop, real: bool = True
+) -> dict[str, Any]:
+    return {
+        "records": dataset.read_frames(example, frames),
+        "box": np.array([crop.top, crop.left, crop.height, crop.width], np.int32),
+        "flip": crop.flip,
+        "label": np.int32(dataset.labels[example]),
+        "mask": np.float32(real),
+        "example_id": np.int64(example if real else -1),
+    }
+
+
+def _train_elements(
+    dataset: VideoDataset, clip: ClipFormat, data: Any, seed: int, steps: range, rows: slice
+) -> Iterator[dict[str, Any]]:
+    for step in steps:
+        examples, epochs = order.train_order(seed, step, data.batch_size, len(dataset))
+        for example, epoch in zip(examples[rows], epochs[rows], strict=True):
+            rng = np.random.default_rng(order.example_seed(seed, int(epoch), int(example)))
+            frames = sampling.sample_frames(
+                clip.sampling,
+                int(dataset.num_frames[example]),
+                clip.num_frames,
+                clip.sampling_interval,
+                rng,
+            )
+            crop = augment.random_resized_crop(
+                int(dataset.heights[example]),
+                int(dataset.widths[example]),
+                rng,
+                tuple(data.crop_scale),
+                tuple(data.crop_ratio),
+                data.flip,
+            )
+            yield _element(dataset, int(example), frames, crop)
+
+
+def _eval_elements(
+    dataset: VideoDataset,
+    clip: ClipFormat,
+    temporal_views: int,
+    spatial_crops: int,
+    batch_size: int,
+    rows: slice,
+) -> Iterator[dict[str, Any]]:
+    for step in range(num_eval_steps(len(dataset), batch_size)):
+        for place in range(step * batch_size, (step + 1) * batch_size)[rows]:
+            real = place < len(dataset)
+            example = place if real else 0
+            for view in range(temporal_views):
+                frames = sampling.sample_frames(
+                    clip.sampling,
+                    int(dataset.num_frames[example]),
+                    clip.num_frames,
+                    clip.sampling_interval,
+                    view=view,
+                    num_views=temporal_views,
+                )
+                for k in range(spatial_crops):
+                    height, width = int(dataset.heights[example]), int(dataset.widths[example])
+                    crop = augment.view_crop(height, width, k, spatial_crops)
+                    yield _element(dataset, example, frames, crop, real)
+
+
+def _resize(frames: tf.Tensor, size: int) -> tf.Tensor:
+    """[T, h, w, 3] uint8 -> [T, size, size, 3] uint8, bilinear with antialiasing."""
+    resized = tf.image.resize(tf.cast(frames, tf.float32), (size, size), antialias=True)
+    return tf.cast(tf.round(resized), tf.uint8)
+
+
+def _assemble(element: dict[str, tf.Tensor], clip: ClipFormat) -> dict[str, tf.Tensor]:
+    """Raw records of one clip to its spatial frames and framesets."""
+    jpegs = tf.io.parse_example(element["records"], FRAME_FEATURES)["image"]
+    frames = tf.map_fn(
+        lambda jpeg: tf.image.decode_and_crop_jpeg(jpeg, element["box"], channels=3),
+        jpegs,
+        fn_output_signature=tf.TensorSpec([None, None, 3], tf.uint8),
+    )
+    frames = tf.cond(element["flip"], lambda: tf.reverse(frames, [2]), lambda: frames)
+    chosen = sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
+    spatial = _resize(tf.gather(frames, chosen), clip.image_size)
+    small = _resize(frames, clip.framesets.frame_size)
+    small = tf.ensure_shape(small, [clip.num_frames, *[clip.framesets.frame_size] * 2, 3])
+    return {
+        "spatial": tf.ensure_shape(
+            spatial, [clip.num_spatial_frames, clip.image_size, clip.image_size, 3]
+        ),
+        "temporal": tile_framesets(small, clip.framesets.grid),
+        **{key: element[key] for key in ("label", "mask", "example_id")},
+    }
+
+
+def _tf_dataset(elements: Any, clip: ClipFormat) -> tf.data.Dataset:
+    """Clips, in order, decoded in parallel."""
+    tf.config.set_visible_devices([], "GPU")  # the accelerator belongs to JAX
+    signature = {
+        "records": tf.TensorSpec([clip.num_frames], tf.string),
+        "box": tf.TensorSpec([4], tf.int32),
+        "flip": tf.TensorSpec([], tf.bool),
+        "label": tf.TensorSpec([], tf.int32),
+        "mask": tf.TensorSpec([], tf.float32),
+        "example_id": tf.TensorSpec([], tf.int64),
+    }
+    clips = tf.data.Dataset.from_generator(elements, output_signature=signature)
+    return clips.map(
+        lambda element: _assemble(element, clip),
+        num_parallel_calls=tf.data.AUTOTUNE,
+        deterministic=True,
+    )
+
+
+def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
+    """This host's rows of a global batch."""
+    if batch_size % process_count:
+        raise ValueError(f"batch size {batch_size} is not divisible by {process_count} hosts")
+    share = batch_size // process_count
+    return slice(process_index * share, (process_index + 1) * share)
+
+
+def train_batches(
+    dataset: VideoDataset,
+    data: Any,
+    seed: int,
+    first_step: int,
+    num_steps: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """This host's share of the training batches of steps first_step ... num_steps - 1.
+
+    Args:
+      dataset: the training split.
+      data: `config.data` (batch_size is global, over all hosts).
+      seed: of the run.
+      first_step: where to begin; beginning later costs nothing and gives the same batches.
+      num_steps: length of the run.
+      process_index, process_count: which host of how many.
+    """
+    clip = clip_format(data)
+    rows = _rows(data.batch_size, process_index, process_count)
+    steps = range(first_step, num_steps)
+
+    def elements():
+        return _train_elements(dataset, clip, data, seed, steps, rows)
+
+    batches = _tf_dataset(elements, clip).batch(rows.stop - rows.start, drop_remainder=True)
+    return batches.prefetch(data.prefetch).as_numpy_iterator()
+
+
+def num_eval_steps(num_examples: int, batch_size: int) -> int:
+    """Batches that cover `num_examples` once, the last one padded."""
+    return -(-num_examples // batch_size)
+
+
+def eval_batches(
+    dataset: VideoDataset,
+    data: Any,
+    temporal_views: int,
+    spatial_crops: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """This host's share of one pass over `dataset`: every video once, then padding of mask 0."""
+    clip = clip_format(data)
+    rows = _rows(batch_size, process_index, process_count)
+
+    def elements():
+        return _eval_elements(dataset, clip, temporal_views, spatial_crops, batch_size, rows)
+
+    views = _tf_dataset(elements, clip).batch(temporal_views * spatial_crops)
+    first = {key: lambda x: x[0] for key in ("label", "mask", "example_id")}
+    clips = views.map(lambda e: {k: first[k](v) if k in first else v for k, v in e.items()})
+    batches = clips.batch(rows.stop - rows.start, drop_remainder=True)
+    return batches.prefetch(data.prefetch).as_numpy_iterator()

@@ -1,0 +1,314 @@
+"""Prepared videos on disk: a video table and frame records, both readable as TFDS data sets.
+
+Public: `VideoDataset`, `FRAME_FEATURES`; for writing `VideoRow`, `ShardWriter`,
+`encode_frame`, `encode_row`, `frame_shard_path`, `write_tables`, `write_atomically`.
+
+    OUT/                       TFDS data set "videos": one record per video (`VideoRow`)
+    OUT/class_names.json       the class names, exactly
+    OUT/frames/                TFDS data set "frames": one JPEG per record, split names as in OUT
+
+The frames of a video are consecutive records, and videos stand in the order of the table. One
+record per frame, uncompressed, makes the cost of a clip follow the frames chosen and not the
+length of the video.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+# For tf.io.parse_single_example of the records that `VideoDataset.read_frames` returns.
+FRAME_FEATURES = {"image": tf.io.FixedLenFeature((), tf.string)}
+
+_ROW_FEATURES = {
+    "id": tf.io.FixedLenFeature((), tf.string),
+    "label": tf.io.FixedLenFeature((), tf.int64),
+    "first_frame": tf.io.FixedLenFeature((), tf.int64),
+    "num_frames": tf.io.FixedLenFeature((), tf.int64),
+    "fps": tf.io.FixedLenFeature((), tf.float32),
+    "height": tf.io.FixedLenFeature((), tf.int64),
+    "width": tf.io.FixedLenFeature((), tf.int64),
+    "truncated": tf.io.FixedLenFeature((), tf.int64),
+}
+_WRITER_OPTIONS = "group_size:1,uncompressed"  # one record per read; JPEG does not compress
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access in one thread
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoRow:
+    """One row of the video table.
+
+    Attributes:
+      id: the data set's own name of the video.
+      label: class index.
+      first_frame: index of its first record among all frame records of the split.
+      num_frames: number of its records, at least 1.
+      fps: frames per second by the file's header, 0.0 if unknown.
+      height: pixels of each stored frame.
+      width: pixels of each stored frame.
+      truncated: the file broke off; these are the frames before the break.
+    """
+
+    id: str
+    label: int
+    first_frame: int
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    truncated: bool
+
+
+class VideoDataset:
+    """A split of prepared videos: the video table in memory, frames by random access.
+
+    Attributes:
+      ids: list of str [n].
+      labels: int32 [n], class indices.
+      first_frame: int64 [n], index of the first frame record in the split.
+      num_frames: int64 [n], at least 1.
+      fps: float32 [n], 0.0 where unknown.
+      heights, widths: int64 [n], pixels of the stored frames.
+      class_names: list of str, one per class.
+
+    Args:
+      data_dir: what `scripts/prepare_dataset.py` wrote.
+      split: "train", "validation" or "test".
+
+    Raises:
+      FileNotFoundError: nothing (finished) in `data_dir`.
+      ValueError: there is no such split, or it holds no videos.
+    """
+
+    def __init__(self, data_dir: str, split: str):
+        data_dir = os.fspath(data_dir)
+        splits = _split_shards(data_dir)
+        if split not in splits:
+            raise ValueError(
+                f"no videos of split {split!r} in {data_dir}: it has {', '.join(splits)}. "
+                "Its bad_videos.jsonl may tell why; otherwise check the annotations and run "
+                "scripts/prepare_dataset.py with another --out"
+            )
+        table = _read_rows(_shard_path(data_dir, "videos", split, 0, 1))
+        self.ids = [id_.decode("utf-8", "surrogateescape") for id_ in table["id"]]
+        self.labels = table["label"].astype(np.int32)
+        self.first_frame = table["first_frame"]
+        self.num_frames = table["num_frames"]
+        self.fps = table["fps"]
+        self.heights = table["height"]
+        self.widths = table["width"]
+        with open(os.path.join(data_dir, "class_names.json"), encoding="utf-8") as file:
+            self.class_names = json.load(file)
+        lengths = _split_shards(os.path.join(data_dir, "frames"))[split]
+        self._shard_ends = np.cumsum(lengths)
+        self._shard_paths = [
+            frame_shard_path(data_dir, split, shard, len(lengths)) for shard in range(len(lengths))
+        ]
+        self._readers: dict[int, ArrayRecordReader] = {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
+        """Raw records of some frames of one video; may be called from several threads.
+
+        Args:
+          video_index: row of the table, 0..n-1.
+          frame_indices: int [T], each in 0..num_frames-1, any order, repeats allowed.
+
+        Returns:
+          T serialized tf.train.Example, see `FRAME_FEATURES`.
+
+        Raises:
+          IndexError: a frame that the video does not have.
+        """
+        frames = np.asarray(frame_indices, np.int64)
+        count = self.num_frames[video_index]
+        if frames.size and not (frames.min() >= 0 and frames.max() < count):
+            raise IndexError(
+                f"video {self.ids[video_index]!r} has frames 0..{count - 1}, asked for {frames}"
+            )
+        first = self.first_frame[video_index]
+        shard = int(np.searchsorted(self._shard_ends, first, side="right"))
+        start = self._shard_ends[shard - 1] if shard else 0
+        return self._reader(shard).read((first - start + frames).tolist())
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        if shard not in self._readers:
+            reader = ArrayRecordReader(
+                self._shard_paths[shard], options=_READER_OPTIONS, file_reader_buffer_size=32768
+            )
+            self._readers.setdefault(shard, reader)  # another thread may have been faster
+        return self._readers[shard]
+
+
+class ShardWriter:
+    """Writes one shard of serialized examples; the file has its name only after `commit`."""
+
+    def __init__(self, path: str):
+        self._path = path
+        directory, name = os.path.split(path)
+        self._temporary = os.path.join(directory, "incomplete-" + name)
+        self._writer = ArrayRecordWriter(self._temporary, _WRITER_OPTIONS)
+
+    def write(self, record: bytes) -> None:
+        """Adds a record: what `encode_frame` or `encode_row` returns."""
+        self._writer.write(record)
+
+    def commit(self) -> None:
+        """Finishes the file and gives it its name."""
+        self._writer.close()
+        os.replace(self._temporary, self._path)
+
+    def discard(self) -> None:
+        """Removes what was written."""
+        self._writer.close()
+        os.remove(self._temporary)
+
+
+def write_tables(
+    out_dir: str,
+    class_names: Sequence[str],
+    rows: dict[str, list[VideoRow]],
+    frame_shards: dict[str, list[int]],
+) -> None:
+    """Writes the video tables and the metadata of both TFDS data sets, dataset_info.json last.
+
+    Args:
+      out_dir: OUT; its frame shards are in place.
+      class_names: the name of each class index.
+      rows: split -> rows in the order of their frames. A split without rows is left out.
+      frame_shards: split -> number of records of each frame shard; one of 0 needs no file.
+    """
+    import tensorflow_datasets as tfds
+
+    rows = {split: table for split, table in rows.items() if table}
+    for split, table in rows.items():
+        writer = ShardWriter(_shard_path(out_dir, "videos", split, 0, 1))
+        for row in table:
+            writer.write(encode_row(row))
+        writer.commit()
+    names = json.dumps(list(class_names), indent=1)
+    write_atomically(os.path.join(out_dir, "class_names.json"), names)
+    frame_features = {"image": tfds.features.Image(encoding_format="jpeg")}
+    lengths = {split: frame_shards[split] for split in rows}
+    _write_metadata(os.path.join(out_dir, "frames"), "frames", frame_features, lengths)
+    lengths = {split: [len(table)] for split, table in rows.items()}
+    _write_metadata(out_dir, "videos", video_features(class_names), lengths)
+
+
+def encode_frame(jpeg: bytes) -> bytes:
+    """A frame record: serialized tf.train.Example as TFDS makes it of {"image": jpeg}."""
+    return _example({"image": jpeg})
+
+
+def encode_row(row: VideoRow) -> bytes:
+    """A record of the video table: serialized tf.train.Example as TFDS makes it."""
+    # A file name may hold any bytes; Python shows those outside UTF-8 as surrogates.
+    return _example(dataclasses.asdict(row) | {"id": row.id.encode("utf-8", "surrogateescape")})
+
+
+def video_features(class_names: Sequence[str]) -> dict:
+    """TFDS features of the video table."""
+    import tensorflow_datasets as tfds
+
+    # TFDS keeps names as stripped lines of a file. Where that loses some, class_names.json has all.
+    if all(name and name == name.strip() and name.isprintable() for name in class_names):
+        label = tfds.features.ClassLabel(names=list(class_names))
+    else:
+        label = tfds.features.ClassLabel(num_classes=len(class_names))
+    return {
+        "id": tfds.features.Text(),
+        "label": label,
+        "first_frame": np.int64,
+        "num_frames": np.int64,
+        "fps": np.float32,
+        "height": np.int32,
+        "width": np.int32,
+        "truncated": np.bool_,
+    }
+
+
+def frame_shard_path(out_dir: str, split: str, shard: int, num_shards: int) -> str:
+    """Path of a shard of frame records, by TFDS's naming."""
+    return _shard_path(os.path.join(out_dir, "frames"), "frames", split, shard, num_shards)
+
+
+def write_atomically(path: str, text: str) -> None:
+    """Writes a text file that is there whole or not at all."""
+    temporary = path + ".incomplete"
+    with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def _shard_path(data_dir: str, name: str, split: str, shard: int, num_shards: int) -> str:
+    return os.path.join(data_dir, f"{name}-{split}.array_record-{shard:05d}-of-{num_shards:05d}")
+
+
+def _example(values: dict) -> bytes:
+    features = tf.train.Features()
+    for name, value in values.items():
+        if isinstance(value, bytes):
+            features.feature[name].bytes_list.value.append(value)
+        elif isinstance(value, float):
+            features.feature[name].float_list.value.append(value)
+        else:
+            features.feature[name].int64_list.value.append(int(value))
+    return tf.train.Example(features=features).SerializeToString(deterministic=True)
+
+
+def _write_metadata(
+    data_dir: str, name: str, features: dict, shard_lengths: dict[str, list[int]]
+) -> None:
+    """Writes dataset_info.json and what goes with it, so that TFDS can read `data_dir`."""
+    import tensorflow_datasets as tfds
+
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=name, version=tfds.core.Version("1.0.0"), data_dir=data_dir, module_name=""
+    )
+    info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
+    info.set_file_format("array_record")
+    splits = []
+    for split, lengths in shard_lengths.items():
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=data_dir, dataset_name=name, split=split, filetype_suffix="array_record"
+        )
+        paths = (_shard_path(data_dir, name, split, i, len(lengths)) for i in range(len(lengths)))
+        size = sum(os.path.getsize(path) for path, n in zip(paths, lengths, strict=True) if n)
+        splits.append(
+            tfds.core.SplitInfo(
+                name=split, shard_lengths=lengths, num_bytes=size, filename_template=template
+            )
+        )
+    info.set_splits(tfds.core.splits.SplitDict(splits))
+    with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
+        info.write_to_directory(temporary)
+        names = sorted(os.listdir(temporary), key=lambda name: name == "dataset_info.json")
+        for file in names:  # dataset_info.json, the mark of a whole data set, comes last
+            os.replace(os.path.join(temporary, file), os.path.join(data_dir, file))
+
+
+def _split_shards(data_dir: str) -> dict[str, list[int]]:
+    """Records per shard of each split, by a TFDS directory's dataset_info.json."""
+    path = os.path.join(data_dir, "dataset_info.json")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"no prepared videos in {data_dir} (there is no {path}). Prepare them with: "
+            "python scripts/prepare_dataset.py --dataset=... --videos=... --out=" + data_dir
+        )
+    with open(path, encoding="utf-8") as file:
+        splits = json.load(file)["splits"]
+    return {split["name"]: [int(n) for n in split["shardLengths"]] for split in splits}
+
+
+def _read_rows(path: str) -> dict[str, np.ndarray]:
+    """The columns of a video table: bytes, int64 or float32 [n]."""
+    reader = ArrayRecordReader(path)
+    columns = tf.io.parse_example(tf.constant(reader.read_all()), _ROW_FEATURES)
+    return {name: column.numpy() for name, column in columns.items()}

@@ -1,0 +1,25 @@
+"""The embedded demo: its videos are rendered, then go the way of anybody's data.
+
+Public: `ensure_demo`.
+"""
+
+import pathlib
+from typing import Any
+
+from dualpath_jax import convert
+from dualpath_jax.data import datasets, demo, prepare
+
+# Written by scripts/pretrain_demo_backbone.py, in the layout of OpenAI's CLIP checkpoints.
+BACKBONE = pathlib.Path(__file__).parent / "assets" / "demo_backbone.safetensors"
+
+
+def ensure_demo(config: Any) -> None:
+    """Render, prepare and convert what `config` needs and is not there yet."""
+    raw = pathlib.Path(config.data.dir) / "raw"
+    if not (pathlib.Path(config.data.dir) / "dataset_info.json").exists():
+        demo.render_demo(raw)
+        videos, labels = str(raw / "videos"), str(raw / "labels")
+        listing = datasets.list_videos("ssv2", videos, labels, validation_fraction=0)
+        prepare.prepare(listing, videos, config.data.dir)
+    if not pathlib.Path(config.backbone.checkpoint).exists():
+        convert.convert_clip(BACKBONE, config.backbone.checkpoint)

@@ -1,0 +1,70 @@
+"""Command line: trains and evaluates the model of a config file.
+
+python -m dualpath_jax.main --config=configs/demo.py --workdir=runs/demo
+"""
+
+import contextlib
+import os
+import pathlib
+import sys
+import traceback
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configuration, see configs/.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for checkpoints and results; default: runs/<config file name>."
+)
+MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval"], "train (resuming), then evaluate; or evaluate alone."
+)
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Report what the user can mend as one line, without a traceback (-v=1 shows it)."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        if logging.level_debug():
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def default_workdir() -> str:
+    """runs/<name of the config file>."""
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    return f"runs/{pathlib.Path(path.split(':')[0]).stem}"
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save otherwise
+    config, workdir = CONFIG.value, WORKDIR.value or default_workdir()
+    # Imported here, so that --help is quick and decoding workers do not load JAX and TensorFlow.
+    from dualpath_jax import demo, train
+    from dualpath_jax.data.records import VideoDataset
+
+    with user_errors():
+        train.check_workdir(workdir)
+        if config.data.source == "demo":
+            demo.ensure_demo(config)
+        train.check_inputs(config)
+        dataset = VideoDataset(config.data.dir, config.data.train_split)
+        eval_dataset = VideoDataset(config.data.dir, config.eval.split)
+        run = train.build_run(config, workdir, dataset)
+        if MODE.value == "train":
+            train.train(run, dataset, eval_dataset)
+        else:
+            train.restore_for_eval(run)
+        train.evaluate_and_write(run, eval_dataset)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    flags.mark_flag_as_required("config")
+    app.run(main)

@@ -1,0 +1,104 @@
+"""Small trainable modules that adapt a frozen transformer.
+
+Public: `Adapter`, `ParallelAdapters` (eq. 7), `SerialAdapters` (eq. 9), `Classifier`.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dualpath_jax.models.vit import Sites, gelu
+
+
+class Adapter(nn.Module):
+    """Bottleneck adapter: W_up GELU(W_down x), with biases; the output starts at zero.
+
+    Attributes:
+      bottleneck: R, the inner width (paper: 128).
+      scale: s, a constant factor on the output.
+      dropout: rate after the activation; active when a "dropout" rng is given.
+      layer_norm: normalise the input by a LayerNorm of its own.
+      skip: add the input to the output.
+    """
+
+    bottleneck: int = 128
+    scale: float = 1.0
+    dropout: float = 0.0
+    layer_norm: bool = False
+    skip: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> [..., D]."""
+        y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="ln")(x) if self.layer_norm else x
+        # Kaiming normal N(0, 2/fan_in), not truncated as `he_normal` is.
+        kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+        y = nn.Dense(self.bottleneck, kernel_init=kaiming, dtype=self.dtype, name="down")(y)
+        y = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(gelu(y))
+        zeros = nn.initializers.zeros
+        y = nn.Dense(x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="up")(y)
+        y = y * self.scale
+        return x + y if self.skip else y
+
+
+class ParallelAdapters(Sites):
+    """Spatial path: one adapter beside attention, one beside the MLP (eq. 7)."""
+
+    adapter: Adapter
+
+    def setup(self):
+        self.attention = self.adapter.clone()
+        self.mlp = self.adapter.clone()
+
+    def beside_attention(self, x: jax.Array) -> jax.Array:
+        return self.attention(x)
+
+    def beside_mlp(self, x: jax.Array) -> jax.Array:
+        return self.mlp(x)
+
+
+class SerialAdapters(Sites):
+    """Temporal path: one adapter after attention, one after the MLP (eq. 9).
+
+    Attributes:
+      adapter: the form of each.
+      serial_skip: y + Adapter(y) instead of eq. 9's Adapter(y), which starts as the identity path.
+      pre_attention: one more adapter before attention (SSv2; Table A1's fifth).
+      pre_attention_residual: x + Adapter(x) there, instead of Adapter(x).
+    """
+
+    adapter: Adapter
+    serial_skip: bool = False
+    pre_attention: bool = False
+    pre_attention_residual: bool = True
+
+    def setup(self):
+        self.attention = self.adapter.clone(skip=self.serial_skip)
+        self.mlp = self.adapter.clone(skip=self.serial_skip)
+        if self.pre_attention:
+            self.before = self.adapter.clone(skip=self.pre_attention_residual)
+
+    def before_attention(self, x: jax.Array) -> jax.Array:
+        return self.before(x) if self.pre_attention else x
+
+    def after_attention(self, y: jax.Array) -> jax.Array:
+        return self.attention(y)
+
+    def after_mlp(self, y: jax.Array) -> jax.Array:
+        return self.mlp(y)
+
+
+class Classifier(nn.Module):
+    """Linear(2e -> e), GELU, Linear(e -> classes), computed in float32 (sec. 4.2)."""
+
+    hidden: int
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, 2e] float32 -> logits [B, classes] float32."""
+        x = gelu(nn.Dense(self.hidden, name="hidden")(x))
+        return nn.Dense(self.num_classes, name="output")(x)

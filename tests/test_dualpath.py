@@ -1,0 +1,384 @@
+"""The model: parameter counts of the paper, zero-initialised adapters, positions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dualpath_jax import params as params_lib
+from dualpath_jax.models import tuning, vit
+from dualpath_jax.models.adapters import Adapter, ParallelAdapters, SerialAdapters
+from dualpath_jax.models.dualpath import DualPath, sincos3d
+
+TINY = vit.ViTConfig("tiny", 32, 8, 48, 3, 4, 96, 24)
+
+
+def tiny_model(**options):
+    options = {"config": TINY, "num_classes": 5, "frame_size": 8} | options
+    return DualPath(adapter=Adapter(bottleneck=16, parent=None), **options)
+
+
+def tiny_inputs(framesets=1):
+    rng = np.random.default_rng(0)
+    spatial = rng.normal(size=(2, 3, 32, 32, 3)).astype(np.float32)
+    return spatial, rng.normal(size=(2, framesets, 32, 32, 3)).astype(np.float32)
+
+
+def perturbed(params, scale=0.3):
+    """Every leaf moved, so that no bias is zero and no scale is one."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: x + scale * rng.normal(size=x.shape).astype(x.dtype), params)
+
+
+def init(model, framesets=1):
+    """Parameters with a backbone that is nowhere trivial, adapters as initialised."""
+    params = dict(model.init(jax.random.key(0), *tiny_inputs(framesets))["params"])
+    params["backbone"] = perturbed(params["backbone"])
+    return model.start_from_backbone(params)
+
+
+# Trainable parameters, PAPER.md's table. (backbone, classes, fifth adapter, options) -> count.
+COUNTS = [
+    ("ViT-B/16", 400, False, {}, 10_363_024),
+    ("ViT-B/16", 174, True, {}, 12_617_134),
+    ("ViT-B/16", 51, False, {}, 10_183_987),
+    ("ViT-B/16", 48, False, {}, 10_182_448),
+    ("ViT-L/14", 400, False, {}, 27_029_648),
+    ("ViT-L/14", 174, True, {}, 33_174_958),
+    ("ViT-B/16", 174, True, {"spatial_path": False}, 7_724_974),
+    ("ViT-B/16", 174, True, {"temporal_path": False}, 5_506_222),
+]
+
+
+@pytest.mark.parametrize(("backbone", "classes", "fifth", "options", "expected"), COUNTS)
+def test_trainable_parameters_of_the_paper(backbone, classes, fifth, options, expected):
+    model = DualPath(vit.MODELS[backbone], classes, pre_attention_adapter=fifth, **options)
+    frames = jnp.zeros((1, 8, 224, 224, 3))
+    params = jax.eval_shape(model.init, jax.random.key(0), frames, frames[:, :1])["params"]
+    mask = params_lib.trainable_mask(params, tuning.trains("dualpath"))
+    trainable, _ = params_lib.split(params, mask)
+    assert params_lib.count(trainable) == expected
+
+
+def test_frozen_tokens_are_not_counted():
+    model = DualPath(vit.MODELS["ViT-B/16"], 174, pre_attention_adapter=True, train_tokens=False)
+    frames = jnp.zeros((1, 8, 224, 224, 3))
+    params = jax.eval_shape(model.init, jax.random.key(0), frames, frames[:, :1])["params"]
+    assert params_lib.count(params) - params_lib.count(params["backbone"]) == 12_464_302
+
+
+def test_backbone_parameters_of_clip():
+    """86,192,640 in CLIP ViT-B/16's image tower with its projection (openai/CLIP)."""
+    model = vit.ViT(vit.MODELS["ViT-B/16"])
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    assert params_lib.count(params) == 86_192_640
+
+
+def test_parameter_names():
+    names = set(params_lib.flatten(init(tiny_model(pre_attention_adapter=True))))
+    trainable = {name for name in names if tuning.trains("dualpath")(name)}
+
+    def adapter(path, site):
+        leaves = ("down/kernel", "down/bias", "up/kernel", "up/bias")
+        return {f"{path}/adapters/{site}/{leaf}" for leaf in leaves}
+
+    assert trainable == {
+        "spatial/class_token",
+        "spatial/position",
+        "temporal/class_token",
+        "classifier/hidden/kernel",
+        "classifier/hidden/bias",
+        "classifier/output/kernel",
+        "classifier/output/bias",
+    }.union(
+        *(adapter("spatial", site) for site in ("attention", "mlp")),
+        *(adapter("temporal", site) for site in ("before", "attention", "mlp")),
+    )
+    assert all(name.startswith("backbone/") for name in names - trainable)
+
+
+def test_adapter_initialisation():
+    params = init(tiny_model())["spatial"]["adapters"]["mlp"]
+    assert params["down"]["kernel"].shape == (TINY.depth, 48, 16)  # stacked [L, D, R]
+    assert not np.any(params["up"]["kernel"]) and not np.any(params["down"]["bias"])
+    big = Adapter(bottleneck=512).init(jax.random.key(0), jnp.zeros((1, 768)))["params"]
+    kernel = np.asarray(big["down"]["kernel"])
+    assert np.std(kernel) == pytest.approx((2 / 768) ** 0.5, rel=0.01)
+    # Normal, not truncated at two standard deviations of the parent as `he_normal` is.
+    assert np.max(np.abs(kernel)) > 4 * np.std(kernel)
+    # Blocks differ.
+    assert not np.array_equal(params["down"]["kernel"][0], params["down"]["kernel"][1])
+
+
+def frozen_and_adapted(model, params, path):
+    """Tokens after the blocks of the frozen backbone and of `path`, by two separate programs."""
+    h = np.random.default_rng(2).normal(size=(6, TINY.num_tokens, 48)).astype(np.float32)
+
+    def frozen(model, h):
+        return model.backbone.encode(h)
+
+    def adapted(model, h):
+        sites = {"spatial": model.spatial_sites, "temporal": model.temporal_sites}[path]
+        return model.backbone.encode(h, sites, getattr(model, path)["adapters"])
+
+    run = [
+        jax.jit(lambda h, f=f: model.apply({"params": params}, h, method=f))
+        for f in (frozen, adapted)
+    ]
+    return h, *(np.asarray(f(h)) for f in run)
+
+
+@pytest.mark.parametrize("scan_blocks", [False, True])
+def test_spatial_path_starts_as_the_frozen_backbone(scan_blocks):
+    model = tiny_model(scan_blocks=scan_blocks)
+    params = init(model)
+    _, frozen, adapted = frozen_and_adapted(model, params, "spatial")
+    assert np.array_equal(frozen, adapted)
+    # Twin: one moved weight shows.
+    up = params["spatial"]["adapters"]["attention"]["up"]
+    up["kernel"] = up["kernel"].at[1, 0, 0].set(1e-2)
+    _, frozen, adapted = frozen_and_adapted(model, params, "spatial")
+    assert not np.array_equal(frozen, adapted)
+
+
+def test_spatial_features_start_as_clips():
+    model = tiny_model()
+    params = init(model)
+    spatial, _ = tiny_inputs()
+    y_sp = model.apply({"params": params}, spatial, method=DualPath.spatial_features)
+    clip = vit.ViT(TINY).apply({"params": params["backbone"]}, spatial.reshape(-1, 32, 32, 3))[1]
+    assert np.array_equal(y_sp, clip.reshape(2, 3, -1).mean(axis=1))
+
+
+def test_temporal_path_starts_as_the_identity():
+    """Eq. 9 as printed has no skip round its adapters."""
+    model = tiny_model(pre_attention_adapter=True)
+    h, frozen, adapted = frozen_and_adapted(model, init(model), "temporal")
+    assert np.array_equal(h, adapted)
+    assert not np.array_equal(frozen, adapted)
+
+
+def test_serial_skip_starts_as_the_frozen_backbone():
+    model = tiny_model(serial_skip=True, pre_attention_adapter=True)
+    _, frozen, adapted = frozen_and_adapted(model, init(model), "temporal")
+    assert np.array_equal(frozen, adapted)
+
+
+def test_pre_attention_without_residual_starts_with_zero_input():
+    model = tiny_model(serial_skip=True, pre_attention_adapter=True, pre_attention_residual=False)
+    _, frozen, adapted = frozen_and_adapted(model, init(model), "temporal")
+    assert not np.array_equal(frozen, adapted)
+
+
+@pytest.mark.parametrize("path", ["spatial", "temporal"])
+def test_equations_of_a_block(path):
+    """Eq. 7 and eq. 9 written out in numpy-like steps against the sites."""
+    model = tiny_model(pre_attention_adapter=True)
+    params = perturbed(init(model), 0.1)
+    h, _, adapted = frozen_and_adapted(model, params, path)
+    sites = {"spatial": ParallelAdapters, "temporal": SerialAdapters}[path]
+    assert sites is not None
+    for layer in range(TINY.depth):
+        block = jax.tree.map(lambda leaf, i=layer: leaf[i], params["backbone"]["blocks"])
+        adapters = jax.tree.map(lambda leaf, i=layer: leaf[i], params[path]["adapters"])
+
+        def norm(x, name, block=block):
+            x = x - x.mean(-1, keepdims=True)
+            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+            return x * block[name]["scale"] + block[name]["bias"]
+
+        def linear(x, p):
+            return x @ p["kernel"] + p["bias"]
+
+        def attend(x, block=block):
+            q, k, v = np.split(np.asarray(linear(x, block["attention"]["qkv"])), 3, axis=-1)
+            heads = [t.reshape(*t.shape[:2], 4, -1).transpose(0, 2, 1, 3) for t in (q, k, v)]
+            weights = heads[0] @ heads[1].transpose(0, 1, 3, 2) / np.sqrt(12)
+            y = jax.nn.softmax(weights) @ heads[2]
+            return linear(y.transpose(0, 2, 1, 3).reshape(x.shape), block["attention"]["out"])
+
+        def mlp(x, block=block):
+            y = linear(x, block["mlp"]["hidden"])
+            return linear(y / (1 + np.exp(-1.702 * y)), block["mlp"]["output"])
+
+        def adapter(x, name, adapters=adapters):
+            y = jax.nn.gelu(linear(x, adapters[name]["down"]), approximate=False)
+            return linear(y, adapters[name]["up"])
+
+        x = norm(h, "ln_1")
+        if path == "spatial":
+            z = h + attend(x) + adapter(x, "attention")
+            h = z + mlp(norm(z, "ln_2")) + adapter(norm(z, "ln_2"), "mlp")
+        else:
+            x = x + adapter(x, "before")
+            z = h + adapter(attend(x), "attention")
+            h = z + adapter(mlp(norm(z, "ln_2")), "mlp")
+    assert np.max(np.abs(h - adapted)) < 1e-3 * np.max(np.abs(h))
+
+
+def test_scanned_and_unrolled_agree():
+    spatial, temporal = tiny_inputs()
+    params = perturbed(init(tiny_model()), 0.1)
+    outputs = [
+        tiny_model(scan_blocks=scan).apply({"params": params}, spatial, temporal)
+        for scan in (False, True)
+    ]
+    np.testing.assert_allclose(*outputs, atol=1e-5)
+    assert outputs[0].shape == (2, 5) and outputs[0].dtype == jnp.float32
+
+
+def test_without_a_path_its_input_does_not_matter():
+    spatial, temporal = tiny_inputs()
+    for option, moved in (
+        ("spatial_path", (spatial + 1, temporal)),
+        ("temporal_path", (spatial, temporal + 1)),
+    ):
+        model = tiny_model(**{option: False})
+        params = perturbed(init(model), 0.1)
+        same = model.apply({"params": params}, spatial, temporal)
+        assert np.array_equal(same, model.apply({"params": params}, *moved))
+    with pytest.raises(ValueError, match="both False"):
+        init(tiny_model(spatial_path=False, temporal_path=False))
+
+
+def test_tokens_start_at_the_backbones():
+    model = tiny_model(temporal_position="learned", num_framesets=2)
+    params = init(model, framesets=2)
+    backbone = params["backbone"]
+    for path in ("spatial", "temporal"):
+        assert np.array_equal(params[path]["class_token"], backbone["class_embedding"])
+    assert np.array_equal(params["spatial"]["position"], backbone["position_embedding"])
+    assert params["temporal"]["position"].shape == (2, TINY.num_tokens, 48)
+    assert np.array_equal(params["temporal"]["position"][1], backbone["position_embedding"])
+
+
+@pytest.mark.parametrize("kind", ["sincos3d", "sincos3d+clip", "clip", "learned"])
+def test_temporal_positions(kind):
+    model = tiny_model(temporal_position=kind, num_framesets=2)
+    params = init(model, framesets=2)
+    table = np.asarray(model.apply({"params": params}, method=DualPath._temporal_positions))
+    clip = np.asarray(params["backbone"]["position_embedding"])
+    fixed = sincos3d(2, (4, 4), 8, 8, 48)
+    patches = {
+        "sincos3d": fixed,
+        "sincos3d+clip": fixed + clip[1:],
+        "clip": clip[1:],
+        "learned": clip[1:],
+    }
+    assert table.shape == (2, 17, 48)
+    np.testing.assert_allclose(table[:, 0], np.stack([clip[0]] * 2), atol=0)
+    np.testing.assert_allclose(table[:, 1:], np.broadcast_to(patches[kind], (2, 16, 48)), atol=1e-6)
+    with pytest.raises(ValueError, match="sincos3d"):
+        init(dataclasses.replace(tiny_model(), temporal_position="fourier"))
+
+
+def encode(place, channels=8):
+    angles = place / 10000 ** (np.arange(channels) / channels)
+    return np.concatenate([np.sin(angles), np.cos(angles)])
+
+
+def test_sincos3d_of_aligned_patches():
+    """L/14's case, small: two patches of 4 pixels across each frame of 8."""
+    table = sincos3d(2, (4, 4), 8, 4, 48).reshape(2, 8, 8, 48)
+    # Frameset 1, frame in row 2, column 3 of the grid; its patch in row 1, column 0.
+    expected = np.concatenate([encode(16 + 2 * 4 + 3), encode(1), encode(0)])
+    np.testing.assert_allclose(table[1, 2 * 2 + 1, 3 * 2], expected, atol=1e-6)
+    # Cut to D: 2 ceil(50/6) = 18 channels an axis, 54 in all.
+    cut = sincos3d(1, (4, 4), 8, 8, 50)
+    assert cut.shape == (1, 16, 50)
+    np.testing.assert_allclose(cut[0, 5, :18], encode(5, 9), atol=1e-6)
+
+
+def test_sincos3d_of_patches_over_several_frames():
+    """B/16's case: frames of 56 pixels are 3.5 patches; 52 of 196 tokens cover two or four."""
+    table = sincos3d(1, (4, 4), 56, 16, 96).reshape(14, 14, 96)
+    code = {time: encode(time, 16) for time in (0, 1, 4, 5)}
+    np.testing.assert_allclose(table[0, 3, :32], (code[0] + code[1]) / 2, atol=1e-6)
+    np.testing.assert_allclose(table[3, 3, :32], sum(code.values()) / 4, atol=1e-6)
+    # Row 3 of patches: its upper half is the last half patch of frame row 0 (centre 2.75 + 0.5
+    # patches from the top, place 2.75), its lower half the first of frame row 1 (place -0.25).
+    halves = (encode(2.75, 16) + encode(-0.25, 16)) / 2
+    np.testing.assert_allclose(table[3, 0, 32:64], halves, atol=1e-6)
+    # A patch inside one frame, half a patch off the frame's own raster.
+    np.testing.assert_allclose(table[4, 0, 32:64], encode(0.5, 16), atol=1e-6)
+    straddling = [(i, j) for i in range(14) for j in range(14) if 3 in (i % 7, j % 7)]
+    assert len(straddling) == 52
+
+
+class Doubling(vit.Sites):
+    """A method that fills sites with visible numbers."""
+
+    def tokens(self, h, block):
+        assert isinstance(block, vit.Block)
+        return h + 1
+
+    def before_attention(self, x):
+        return 0 * x
+
+    def output(self, h):
+        return 2 * h
+
+
+def test_sites_are_called_where_they_say():
+    h = np.random.default_rng(0).normal(size=(1, 17, 48)).astype(np.float32)
+    params = vit.ViT(TINY).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    # Zero the value and MLP outputs: what is left is what the sites do.
+    params = jax.tree.map(jnp.zeros_like, params)
+    out = vit.ViT(TINY).apply(params, h, Doubling(parent=None), method=vit.ViT.encode)
+    expected = h
+    for _ in range(TINY.depth):
+        expected = 2 * (expected + 1)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+def test_adapter_options():
+    x = np.random.default_rng(0).normal(size=(3, 48)).astype(np.float32)
+    plain = Adapter(16)
+    params = perturbed(plain.init(jax.random.key(0), x)["params"])
+    y = plain.apply({"params": params}, x)
+    np.testing.assert_allclose(
+        Adapter(16, scale=0.1).apply({"params": params}, x), 0.1 * y, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        Adapter(16, skip=True).apply({"params": params}, x), x + y, atol=1e-6
+    )
+    dropout = Adapter(16, dropout=0.5)
+    assert np.array_equal(dropout.apply({"params": params}, x), y)
+    dropped = dropout.apply({"params": params}, x, rngs={"dropout": jax.random.key(1)})
+    assert not np.array_equal(dropped, y)
+    assert "ln" in Adapter(16, layer_norm=True).init(jax.random.key(0), x)["params"]
+
+
+def test_dropout_differs_between_blocks_and_calls():
+    model = tiny_model().clone(adapter=Adapter(16, dropout=0.5, parent=None))
+    params = perturbed(init(model), 0.1)
+    spatial, temporal = tiny_inputs()
+    calls = [
+        model.apply({"params": params}, spatial, temporal, jax.random.key(seed))
+        for seed in (0, 0, 1)
+    ]
+    assert np.array_equal(calls[0], calls[1]) and not np.array_equal(calls[0], calls[2])
+
+
+def test_bad_shapes_are_named():
+    with pytest.raises(ValueError, match="image_size 225 is not divisible by patch_size 16"):
+        vit.vit_config("ViT-B/16", image_size=225)
+    with pytest.raises(ValueError, match="ViT-L/14"):
+        vit.vit_config("ViT-X")
+    with pytest.raises(ValueError, match="depth"):
+        vit.vit_config("custom", image_size=32, patch_size=8, width=48, heads=4, mlp_dim=96)
+    with pytest.raises(ValueError, match="30x32"):
+        params = init(tiny_model())
+        tiny_model().apply(
+            {"params": params}, np.zeros((1, 1, 30, 32, 3)), method=DualPath.spatial_features
+        )
+
+
+def test_resize_positions_keeps_the_class_token():
+    table = np.random.default_rng(0).normal(size=(17, 8)).astype(np.float32)
+    assert vit.resize_positions(table, (4, 4)) is table
+    larger = vit.resize_positions(table, (6, 8))
+    assert larger.shape == (49, 8)
+    np.testing.assert_array_equal(larger[0], table[0])

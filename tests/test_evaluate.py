@@ -1,0 +1,87 @@
+"""Evaluation counts every video once: a fake model scores its exact fraction."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dualpath_jax import evaluate, train
+
+CLASSES = 7
+
+
+def fake_batches(labels, batch_size, views=2):
+    """Batches whose logits make video i right at once if i % 3 == 0, within five if i % 3 == 1."""
+    for start in range(0, len(labels), batch_size):
+        label = np.zeros(batch_size, np.int32)
+        logits = np.zeros((batch_size, views, CLASSES), np.float32)
+        mask = np.zeros(batch_size, np.float32)
+        for row, i in enumerate(range(start, min(start + batch_size, len(labels)))):
+            label[row], mask[row] = labels[i], 1
+            order = np.roll(np.arange(CLASSES), -(labels[i] - {0: 0, 1: 3, 2: 6}[i % 3]))
+            logits[row, :, order] = np.linspace(4, 0, CLASSES)[:, None]
+        # Padding looks right: it must not count.
+        logits[mask == 0, :, 0] = 9
+        yield {"logits": logits, "label": label, "mask": mask}
+
+
+def run(labels, batch_size, step=None):
+    mesh = train.make_mesh()
+    assert mesh.size == 8
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    jitted = jax.jit(
+        step or (lambda b: evaluate.eval_step_sums(b["logits"], b["label"], b["mask"]))
+    )
+    return evaluate.evaluate(
+        lambda batch: jitted(jax.device_put(batch, sharding)), fake_batches(labels, batch_size)
+    )
+
+
+@pytest.mark.parametrize("batch_size", [8, 16, 40])
+def test_exact_fraction_with_padding_on_eight_devices(batch_size):
+    labels = np.arange(37) % CLASSES
+    scores = run(labels, batch_size)
+    first = np.arange(37) % 3 == 0
+    assert scores.num_videos == 37
+    assert scores.top1 == 13 / 37
+    assert scores.top5 == 25 / 37
+    by_class = [first[labels == c].mean() for c in range(CLASSES)]
+    assert scores.mean_class_accuracy == pytest.approx(np.mean(by_class), abs=1e-12)
+
+
+def test_twin_that_counts_padding_is_wrong():
+    labels = np.arange(37) % CLASSES
+    scores = run(
+        labels,
+        16,
+        lambda b: evaluate.eval_step_sums(b["logits"], b["label"], jnp.ones_like(b["mask"])),
+    )
+    assert scores.num_videos == 48
+    assert scores.top1 != 13 / 37
+
+
+def test_classes_that_do_not_occur_do_not_count():
+    scores = run(np.array([0, 0, 0, 2]), 8)
+    # Videos 0 and 3 are right: 1 of 3 of class 0, 1 of 1 of class 2.
+    assert scores.mean_class_accuracy == pytest.approx((1 / 3 + 1) / 2)
+
+
+def test_probabilities_are_averaged_not_logits():
+    # View 0 is very sure of class 0; view 1 and 2 lean to class 1.
+    logits = np.array([[[9.0, 0.0], [0.0, 1.0], [0.0, 1.0]]], np.float32)
+    probability = np.asarray(jax.nn.softmax(logits)).mean(axis=1)[0]
+    expected = int(np.argmax(probability))
+    sums = evaluate.eval_step_sums(logits, jnp.array([expected]), jnp.ones(1))
+    assert int(sums["top1"]) == 1
+    # A case where the two ways differ: mean logit prefers 0, mean probability 1.
+    logits = np.array([[[5.0, 0.0], [0.0, 2.0], [0.0, 2.0]]], np.float32)
+    assert logits.mean(axis=1)[0].argmax() == 0
+    sums = evaluate.eval_step_sums(logits, jnp.array([1]), jnp.ones(1))
+    assert int(sums["top1"]) == 1
+
+
+def test_fewer_than_five_classes():
+    logits = np.array([[[1.0, 0.0]]], np.float32)
+    sums = evaluate.eval_step_sums(logits, jnp.array([1]), jnp.ones(1))
+    assert (int(sums["top1"]), int(sums["top5"])) == (0, 1)

@@ -1,0 +1,267 @@
+"""Preparing: every listed video is stored or in the ledger, and stopped runs go on."""
+
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from PIL import Image
+from video_files import grey_frames, write_video
+
+from dualpath_jax.data import prepare as prepare_module
+from dualpath_jax.data.datasets import list_videos
+from dualpath_jax.data.decode import DecodeLimits
+from dualpath_jax.data.prepare import Counts, prepare
+from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
+
+ROOT = pathlib.Path(__file__).parents[1]
+OPTIONS = {"short_side": 24, "videos_per_shard": 2, "num_workers": 2, "progress": False}
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """Five listed training videos of 3, 4, 5, 6, 7 frames (one broken, one missing), two others."""
+    folder = tmp_path / "videos"
+    for i in range(5):
+        write_video(folder / f"clip {i}.mp4", 3 + i)
+    (folder / "clip 1.mp4").write_bytes(b"no video")
+    (folder / "clip 3.mp4").unlink()
+    write_video(folder / "-v.mkv", grey_frames(2, 64, 48))
+    write_video(folder / "w.webm", 2, codec="libvpx")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    lines = [f"clip {i}.mp4,{'up' if i % 2 else 'down, slowly'}\n" for i in range(5)]
+    lines = [line.replace("down, slowly", '"down, slowly"') for line in lines]
+    (lists / "train.csv").write_text("".join(lines))
+    (lists / "validation.csv").write_text('-v.mkv,up\nw.webm,"down, slowly"\n')
+    return folder
+
+
+def listing_of(videos):
+    return list_videos("csv", str(videos), str(videos.parent / "lists"))
+
+
+def run(videos, out, **options):
+    return prepare(listing_of(videos), str(videos), str(out), **(OPTIONS | options))
+
+
+def brightness(dataset, video):
+    found = dataset.read_frames(video, range(dataset.num_frames[video]))
+    jpegs = [tf.io.parse_single_example(r, FRAME_FEATURES)["image"].numpy() for r in found]
+    return [round(float(np.asarray(Image.open(io.BytesIO(jpeg))).mean())) for jpeg in jpegs]
+
+
+def contents(out):
+    """Every file's bytes without the lock."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(pathlib.Path(out).rglob("*"))
+        if path.is_file() and path.name != "lock"
+    }
+
+
+def test_prepare(videos, tmp_path, capsys):
+    out = tmp_path / "out"
+    counts = run(videos, out)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("train: listed 5, found 4, stored 3, bad 2 (")
+    assert lines[1].startswith("validation: listed 2, found 2, stored 2, bad 0 (")
+    assert lines[2].startswith("total: listed 7, found 6, stored 5, bad 2 (stored but truncated 0")
+    assert list(counts) == ["train", "validation", "total"]
+    total = counts["total"]
+    assert (total.num_frames, total.truncated) == (3 + 5 + 7 + 2 + 2, 0)
+    train = VideoDataset(str(out), "train")
+    assert train.ids == ["clip 0.mp4", "clip 2.mp4", "clip 4.mp4"]
+    assert train.class_names == ["down, slowly", "up"]
+    np.testing.assert_array_equal(train.labels, [0, 0, 0])
+    np.testing.assert_array_equal(train.num_frames, [3, 5, 7])
+    np.testing.assert_array_equal(train.first_frame, [0, 3, 8])
+    for video in range(3):
+        expected = [10 + 12 * i for i in range(train.num_frames[video])]
+        np.testing.assert_allclose(brightness(train, video), expected, atol=3)
+    validation = VideoDataset(str(out), "validation")
+    assert validation.ids == ["-v.mkv", "w.webm"]
+    np.testing.assert_array_equal(validation.labels, [1, 0])
+    source = tfds.builder_from_directory(str(out)).as_data_source("validation")
+    assert [(row["height"], row["width"]) for row in source] == [(32, 24), (24, 32)]
+    ledger = [json.loads(line) for line in (out / "bad_videos.jsonl").read_text().splitlines()]
+    assert [(entry["id"], entry["path"], entry["split"]) for entry in ledger] == [
+        ("clip 1.mp4", "clip 1.mp4", "train"),
+        ("clip 3.mp4", "clip 3.mp4", "train"),
+    ]
+    assert ledger[0]["reason"].startswith("cannot be opened as a video")
+    assert ledger[1]["reason"] == "file not found"
+
+
+def test_rerun_changes_nothing(videos, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    counts = run(videos, out)
+    printed, before = capsys.readouterr().out, contents(out)
+    monkeypatch.setattr(prepare_module, "_store_shard", None)  # nothing may be stored again
+    assert run(videos, out, num_workers=1) == counts
+    assert capsys.readouterr().out == printed
+    assert contents(out) == before
+
+
+def test_same_bytes_with_other_workers_and_after_an_error(videos, tmp_path, monkeypatch):
+    run(videos, tmp_path / "whole", num_workers=1)
+    out = tmp_path / "stopped"
+    store, stored = prepare_module._store_shard, []
+
+    def fail_in_second_shard(shard, results, out_dir, bar):
+        if stored:
+            results = iter([next(results)])  # then StopIteration, amid the shard
+        stored.append(shard)
+        store(shard, results, out_dir, bar)
+
+    monkeypatch.setattr(prepare_module, "_store_shard", fail_in_second_shard)
+    with pytest.raises(StopIteration):
+        run(videos, out)
+    assert sorted(os.listdir(out / "prepare")) == [
+        "lock",
+        "settings.json",
+        "train-00000-of-00003.json",
+    ]
+    assert os.listdir(out / "frames") == ["frames-train.array_record-00000-of-00003"]
+    with pytest.raises(FileNotFoundError, match="no prepared videos"):
+        VideoDataset(str(out), "train")
+    stored.clear()
+
+    def count(shard, *rest):
+        stored.append((shard.split, shard.index))
+        store(shard, *rest)
+
+    monkeypatch.setattr(prepare_module, "_store_shard", count)
+    run(videos, out)
+    assert stored == [("train", 1), ("train", 2), ("validation", 0)]
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_other_settings_or_listing(videos, tmp_path):
+    out = tmp_path / "out"
+    run(videos, out)
+    before = contents(out)
+    with pytest.raises(ValueError, match=r"other settings.*: quality was 90, is 80\. .*--out"):
+        run(videos, out, quality=80)
+    with pytest.raises(ValueError, match="limits.max_pixels was .* is 100"):
+        run(videos, out, limits=DecodeLimits(max_pixels=100))
+    with open(videos.parent / "lists" / "train.csv", "a") as file:
+        file.write("new.mp4,up\n")
+    with pytest.raises(ValueError, match=r"train.videos was 5, is 6, train.list was"):
+        run(videos, out)
+    assert contents(out) == before
+
+
+def test_broken_places(videos, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write to .*file.*check --out"):
+        run(videos, tmp_path / "file")
+    with pytest.raises(ValueError, match="write to a local folder"):
+        run(videos, "gs://bucket/x")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="none of the 7 listed videos is in .*empty.*--videos"):
+        prepare(listing_of(videos), str(empty), str(tmp_path / "out"), **OPTIONS)
+    out = tmp_path / "tiny"
+    with pytest.raises(ValueError, match="none of the 7 videos could be stored"):
+        run(videos, out, limits=DecodeLimits(max_pixels=10))
+    reasons = [json.loads(line)["reason"] for line in open(out / "bad_videos.jsonl")]
+    assert len(reasons) == 7
+    assert "64x48 pixels, more than the limit of 10" in reasons
+
+
+def test_truncated_and_empty_split(videos, tmp_path):
+    path = write_video(videos / "clip 0.mp4", 30, options={"movflags": "faststart"}, gop=1)
+    data = pathlib.Path(path).read_bytes()
+    pathlib.Path(path).write_bytes(data[: len(data) * 2 // 3])
+    for name in ("-v.mkv", "w.webm"):
+        (videos / name).write_bytes(b"")
+    counts = run(videos, tmp_path / "out")
+    assert counts["validation"] == Counts(listed=2, found=2, bad=2)
+    assert counts["train"].truncated == 1
+    rows = tfds.builder_from_directory(str(tmp_path / "out")).as_data_source("train")
+    assert [bool(row["truncated"]) for row in rows] == [True, False, False]
+    with pytest.raises(ValueError, match="no videos of split 'validation'.*: it has train"):
+        VideoDataset(str(tmp_path / "out"), "validation")
+
+
+def command(videos, out, *more):
+    return [
+        sys.executable,
+        "scripts/prepare_dataset.py",
+        f"--videos={videos}",
+        f"--annotations={videos.parent / 'lists'}",
+        f"--out={out}",
+        "--num_workers=1",
+        "--short_side=24",
+        *more,
+    ]
+
+
+def test_command_line(videos, tmp_path):
+    out = tmp_path / "out"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+    def call(*more):
+        return subprocess.run(
+            command(videos, out, *more),
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+
+    done = call("--dataset=csv")
+    assert done.returncode == 0, done.stderr
+    assert "total: listed 7, found 6, stored 5, bad 2 (" in done.stdout
+    failed = call("--dataset=csv", "--quality=50")
+    assert failed.returncode == 2
+    (line,) = [line for line in failed.stderr.splitlines() if line]
+    assert line.startswith("error: ")
+    assert "quality was 90, is 50" in line
+    unknown = call("--dataset=ssv3")
+    assert unknown.returncode == 2
+    assert "ssv2" in unknown.stderr
+    assert "Traceback" not in unknown.stderr + failed.stderr
+
+
+def test_killed_run_goes_on(tmp_path):
+    """SIGKILL amid the work; the same command then finishes with nothing lost or twice."""
+    videos = tmp_path / "videos"
+    listed = [f"{i}.mp4" for i in range(40)]
+    for name in listed:
+        write_video(videos / name, 60)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "train.csv").write_text("".join(f"{name},a\n" for name in listed))
+    out = tmp_path / "out"
+    code = (
+        "import sys; from dualpath_jax.data.prepare import prepare\n"
+        "from dualpath_jax.data.datasets import list_videos\n"
+        "if __name__ == '__main__':\n"
+        "  videos, lists, out = sys.argv[1:]\n"
+        "  prepare(list_videos('csv', videos, lists), videos, out, videos_per_shard=4,"
+        " num_workers=1, progress=False)\n"
+    )
+    (tmp_path / "job.py").write_text(code)
+    job = [sys.executable, str(tmp_path / "job.py"), str(videos), str(tmp_path / "lists"), str(out)]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    process = subprocess.Popen(job, env=environment, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("prepare/train-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finished = len(list(out.glob("prepare/train-*.json")))
+    assert 1 <= finished < 10
+    assert not (out / "dataset_info.json").exists()
+    done = subprocess.run(job, env=environment, capture_output=True, text=True, timeout=100)
+    assert "total: listed 40, found 40, stored 40, bad 0 (" in done.stdout, done.stderr
+    dataset = VideoDataset(str(out), "train")
+    assert dataset.ids == listed
+    np.testing.assert_array_equal(dataset.first_frame, np.arange(40) * 60)
+    assert not list(out.rglob("*incomplete*"))

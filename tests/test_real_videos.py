@@ -1,0 +1,85 @@
+"""Real clips in the folder named by DUALPATH_TEST_VIDEOS: class folders and MANIFEST.tsv."""
+
+import csv
+import json
+import os
+import pathlib
+
+import pytest
+import tensorflow_datasets as tfds
+
+from dualpath_jax.data.datasets import list_videos
+from dualpath_jax.data.prepare import prepare
+from dualpath_jax.data.records import VideoDataset
+
+CLIPS = os.environ.get("DUALPATH_TEST_VIDEOS")
+pytestmark = pytest.mark.skipif(
+    not CLIPS, reason="set DUALPATH_TEST_VIDEOS to a folder of class folders with MANIFEST.tsv"
+)
+BAD = {
+    "androidx-media/sample_audio_only.mp4": "no video stream, only audio",
+    "mp4parse-rust/invalid_userdata.mp4": "no frame could be decoded",
+    "mp4parse-rust/chunk_out_of_range.mp4": "cannot be opened as a video",
+}
+TRUNCATED = {"decord/corrupted.mp4", "androidx-media/sample_with_invalid_nalu.mp4"}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("clips") / "out")
+    listing = list_videos("folder", CLIPS)
+    return out, listing, prepare(listing, CLIPS, out, short_side=112, progress=False)
+
+
+def manifest():
+    with open(os.path.join(CLIPS, "MANIFEST.tsv"), encoding="utf-8") as file:
+        return {row["file"]: row for row in csv.DictReader(file, delimiter="\t")}
+
+
+def table(out):
+    builder = tfds.builder_from_directory(out)
+    rows = [row for split in builder.info.splits for row in builder.as_data_source(split)]
+    return {row["id"].decode(): row for row in rows}
+
+
+def test_all_are_stored_or_bad(prepared):
+    out, listing, counts = prepared
+    assert "MANIFEST.tsv" in listing.notices[0]
+    files = manifest()
+    ledger = [json.loads(line) for line in open(os.path.join(out, "bad_videos.jsonl"))]
+    reasons = {entry["id"]: entry["reason"] for entry in ledger}
+    assert set(reasons) == {name for name in files if files[name]["frames_decoded"] == "0"}
+    assert set(reasons) == set(BAD)
+    for name, reason in BAD.items():
+        assert reasons[name].startswith(reason)
+    total = counts["total"]
+    assert (total.listed, total.found, total.bad) == (len(files), len(files), len(BAD))
+    assert total.stored + total.bad == total.listed
+    assert set(table(out)) == set(files) - set(BAD)
+
+
+def test_frame_counts_and_sizes(prepared):
+    out, _, _ = prepared
+    files, rows = manifest(), table(out)
+    decoded = {name: int(files[name]["frames_decoded"]) for name in rows}
+    assert {name: int(row["num_frames"]) for name, row in rows.items()} == decoded
+    assert {name for name, row in rows.items() if row["truncated"]} == TRUNCATED
+    for name, row in rows.items():
+        sides = [int(files[name][side]) for side in ("height", "width")]
+        if files[name]["rotation_deg"] in ("90", "-90"):
+            sides.reverse()
+        scale = min(1.0, 112 / min(sides))
+        assert [row["height"], row["width"]] == [round(side * scale) for side in sides]
+
+
+def test_classes_are_the_folders(prepared):
+    out, _, counts = prepared
+    folders = sorted(path.name for path in pathlib.Path(CLIPS).iterdir() if path.is_dir())
+    stored = 0
+    for split in ("train", "validation"):
+        dataset = VideoDataset(out, split)
+        assert dataset.class_names == folders
+        for id_, label in zip(dataset.ids, dataset.labels, strict=True):
+            assert id_.split("/")[0] == folders[label]
+        stored += len(dataset)
+    assert stored == counts["total"].stored
