@@ -348,7 +348,7 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
     reporter.start(first_step)
     pending = None  # metrics of the step before: read while the next one computes
     for step in range(first_step, run.num_train_steps):
-        profile(config.profile, run.workdir, step - first_step)
+        profile(config.profile, run.workdir, step - first_step, run.num_train_steps - first_step)
         with reporter.waiting_for_data():
             batch = shard_batch(next(batches), run.mesh)
         run.state, metrics = train_step(run.state, run.frozen, batch)
@@ -391,13 +391,14 @@ def restore_for_eval(run: Run) -> None:
     checkpoints.close()
 
 
-def profile(profile_config: Any, workdir: str, steps_done: int) -> None:
-    """Start and stop the JAX profiler's trace around the configured steps."""
+def profile(profile_config: Any, workdir: str, steps_done: int, num_steps: int) -> None:
+    """Before a step: start or stop the JAX profiler's trace of the configured steps."""
     if not profile_config.num_steps:
         return
-    if steps_done == profile_config.first_step:
+    first = profile_config.first_step
+    if steps_done == first:
         jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
-    if steps_done == profile_config.first_step + profile_config.num_steps:
+    if first < steps_done == min(first + profile_config.num_steps, num_steps - 1):
         jax.profiler.stop_trace()
         print(f"profiler trace written to {workdir}/profile", flush=True)
 

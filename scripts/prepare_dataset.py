@@ -7,7 +7,6 @@ reason in OUT/bad_videos.jsonl; the last lines printed say how many were listed,
 """
 
 import argparse
-import os
 import pathlib
 import sys
 
@@ -33,7 +32,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--num_workers", type=_positive(int), help="decoding processes (one per core)")
     add("--validation_fraction", type=float, default=0.2, help="if there is no validation split")
     add("--max_seconds", type=_positive(float), default=limits.seconds, help="time for one video")
-    add("--max_memory_mb", type=_positive(int), default=limits.memory_mb, help="memory for one video")
+    add(
+        "--max_memory_mb",
+        type=_positive(int),
+        default=limits.memory_mb,
+        help="memory for one video",
+    )
     add("--max_pixels", type=_positive(int), default=limits.max_pixels, help="width x height")
     return parser.parse_args()
 
@@ -66,7 +70,6 @@ def main() -> None:
         )
         for notice in listing.notices:
             print(f"note: {notice}", file=sys.stderr)
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         from dualpath_jax.data.prepare import prepare  # imports TensorFlow
 
         prepare(

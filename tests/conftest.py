@@ -7,3 +7,44 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory):
+    """A small demo set, rendered and prepared: 40 training, 8 validation and 21 test videos."""
+    from dualpath_jax.data import datasets, demo, prepare
+
+    folder = tmp_path_factory.mktemp("demo")
+    sizes = {"train": 40, "validation": 8, "test": 21}
+    demo.render_demo(folder / "raw", sizes, progress=False)
+    videos, labels = str(folder / "raw" / "videos"), str(folder / "raw" / "labels")
+    listing = datasets.list_videos("ssv2", videos, labels)
+    prepare.prepare(listing, videos, str(folder / "prepared"), progress=False)
+    return folder / "prepared"
+
+
+@pytest.fixture(scope="session")
+def demo_backbone(tmp_path_factory):
+    """The packaged backbone, converted."""
+    from dualpath_jax import convert, demo
+
+    path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
+    convert.convert_clip(demo.BACKBONE, path)
+    return path
+
+
+@pytest.fixture
+def config(demo_data, demo_backbone):
+    """The demo's configuration on the small set, eight clips a step."""
+    from configs import demo
+
+    config = demo.get_config()
+    config.data.source = "ssv2"  # prepared already
+    config.data.dir = str(demo_data)
+    config.data.batch_size = config.eval.batch_size = 8
+    config.backbone.checkpoint = str(demo_backbone)
+    config.log_every_steps = 5
+    config.num_train_steps = 5
+    return config

@@ -31,9 +31,7 @@ def test_random_crops_stay_inside_and_have_the_asked_area():
 
 def test_no_flip_unless_asked():
     rng = np.random.default_rng(0)
-    assert not any(
-        augment.random_resized_crop(64, 64, rng, (0.5, 1.0)).flip for _ in range(50)
-    )
+    assert not any(augment.random_resized_crop(64, 64, rng, (0.5, 1.0)).flip for _ in range(50))
 
 
 def test_a_very_long_frame_is_cut_in_its_height():

@@ -76,7 +76,9 @@ def _torch_images(config):
 
 
 def _save_safetensors(state, path, metadata=None):
-    arrays = {k: np.ascontiguousarray(clip_checkpoints._torch_to_numpy(v)) for k, v in state.items()}
+    arrays = {
+        k: np.ascontiguousarray(clip_checkpoints._torch_to_numpy(v)) for k, v in state.items()
+    }
     safetensors.numpy.save_file(arrays, path, metadata)
     return path
 

@@ -6,6 +6,8 @@ import os
 import pathlib
 import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 import wave
@@ -68,7 +70,7 @@ def test_scaling_averages(tmp_path):
     stripes[:, ::2] = 255
     (frame,), _ = read(write_video(tmp_path / "a.mkv", [stripes]), 16)
     assert frame.shape == (16, 16, 3)
-    assert 100 < frame.min()
+    assert frame.min() > 100
     assert frame.max() < 155
 
 
@@ -355,6 +357,16 @@ def test_pool_serves_several_maps_and_ends_its_workers():
 def refuse(connection, limits):
     """Runs in place of the workers' main."""
     os._exit(7)
+
+
+def test_workers_import_nothing_heavy():
+    code = (
+        "import sys, dualpath_jax.data.workers\n"
+        "print(sorted({'jax', 'flax', 'tensorflow', 'av'} & set(sys.modules)))"
+    )
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout.strip() == "['av']"
 
 
 def test_workers_that_never_start(monkeypatch):

@@ -46,8 +46,8 @@ def test_all_are_stored_or_bad(prepared):
     out, listing, counts = prepared
     assert "MANIFEST.tsv" in listing.notices[0]
     files = manifest()
-    ledger = [json.loads(line) for line in open(os.path.join(out, "bad_videos.jsonl"))]
-    reasons = {entry["id"]: entry["reason"] for entry in ledger}
+    ledger = pathlib.Path(out, "bad_videos.jsonl").read_text().splitlines()
+    reasons = {entry["id"]: entry["reason"] for entry in map(json.loads, ledger)}
     assert set(reasons) == {name for name in files if files[name]["frames_decoded"] == "0"}
     assert set(reasons) == set(BAD)
     for name, reason in BAD.items():

@@ -94,7 +94,7 @@ class FrameReader:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yields uint8 [H, W, 3] RGB frames, 0..255. VideoError if there is none or too many."""
-        count, size, end, error = 0, None, 0.0, ""
+        count, size, last, error = 0, None, None, ""
         with self._container:
             packets = self._container.decode(self._stream)
             while True:
@@ -110,14 +110,15 @@ class FrameReader:
                 if count == self._limits.max_frames:
                     raise VideoError(f"more than {self._limits.max_frames} frames")
                 self._check_pixels(frame.width, frame.height)
-                end = max(end, frame.time or 0.0)
+                if frame.time is not None:
+                    last = frame.time if last is None else max(last, frame.time)
                 turns = round(frame.rotation / 90)  # degrees counter-clockwise, as np.rot90 counts
                 size = size or self._target_size(frame, turns)
                 yield _to_rgb(frame, size, turns)
                 count += 1
             if not count:
                 raise VideoError(f"no frame could be decoded ({error or 'the stream is empty'})")
-            self.truncated = f"frame {count}: {error}" if error else self._early_end(end)
+            self.truncated = f"frame {count}: {error}" if error else self._early_end(last)
 
     def _check_pixels(self, width: int, height: int) -> None:
         if width * height > self._limits.max_pixels:
@@ -133,8 +134,10 @@ class FrameReader:
             height, width = round(height * scale), round(width * scale)
         return (width, height) if turns % 2 else (height, width)
 
-    def _early_end(self, last: float) -> str:
+    def _early_end(self, last: float | None) -> str:
         """A cut mkv ends silently; then the header's duration tells. `last` is in seconds."""
+        if last is None:
+            return ""
         stream, container = self._stream, self._container
         if stream.duration:
             claimed = float(stream.duration * stream.time_base)

@@ -130,17 +130,26 @@ def paint(
 ) -> np.ndarray:
     """The object over a photograph: uint8 [size, size, 3] -> uint8 [frames, size, size, 3]."""
     size = background.shape[0]
+    frames = np.repeat(background[None], len(track.x), axis=0)
     pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
-    radius = track.radius[:, None, None].astype(np.float32)
-    x = (pixels[None, None, :] - track.x[:, None, None].astype(np.float32)) / radius
-    y = (pixels[None, :, None] - track.y[:, None, None].astype(np.float32)) / radius
-    distance = shape_distance(shape, x, y)
-    edge = radius * size  # one pixel of antialiasing
-    alpha = np.clip((1 - distance) * edge + 0.5, 0, 1) * track.opacity[:, None, None]
-    shade = np.clip(1.15 - 0.45 * distance, 0.6, 1.1)[..., None]
-    object_ = np.clip(np.asarray(colour, np.float32) * shade, 0, 255)
-    alpha = alpha[..., None].astype(np.float32)
-    return (background * (1 - alpha) + object_ * alpha + 0.5).astype(np.uint8)
+    for frame, x, y, radius, opacity in zip(
+        frames, track.x, track.y, track.radius, track.opacity, strict=True
+    ):
+        # Only the square that the object can reach (a diamond's tips are the farthest).
+        reach = 1.3 * radius + 1 / size
+        rows, columns = (
+            slice(max(int((c - reach) * size), 0), int((c + reach) * size) + 1) for c in (y, x)
+        )
+        across = (pixels[columns] - np.float32(x)) / np.float32(radius)
+        down = (pixels[rows] - np.float32(y)) / np.float32(radius)
+        distance = shape_distance(shape, across[None, :], down[:, None])
+        alpha = np.clip((1 - distance) * np.float32(radius * size) + 0.5, 0, 1)[..., None]
+        alpha *= np.float32(opacity)  # one pixel of antialiasing at the edge
+        shade = np.clip(1.15 - 0.45 * distance, 0.6, 1.1)[..., None]
+        thing = np.minimum(np.asarray(colour, np.float32) * shade, 255)
+        behind = frame[rows, columns]
+        frame[rows, columns] = (behind + (thing - behind) * alpha + 0.5).astype(np.uint8)
+    return frames
 
 
 def render_clip(

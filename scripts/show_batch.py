@@ -1,0 +1,80 @@
+"""Writes a training batch, as the model gets it, as PNG: spatial frames above, framesets below.
+
+    python scripts/show_batch.py --config=configs/demo.py --out=batch.png
+
+Shows what sampling, cropping and augmentation do to your videos. Needs prepared data, no weights.
+"""
+
+import argparse
+import importlib.util
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
+
+import numpy as np  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
+
+GAP = 8  # pixels between pictures
+LINE = 16  # pixels for a line of text
+
+
+def load_config(name: str):
+    """The configuration of a file, "FILE" or "FILE:ARGUMENT"."""
+    path, _, argument = name.partition(":")
+    spec = importlib.util.spec_from_file_location("config", path)
+    if spec is None or not os.path.exists(path):
+        raise ValueError(f"there is no config file {path!r}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument) if argument else module.get_config()
+
+
+def draw(batch: dict, class_names: list[str]) -> Image.Image:
+    """One row per clip: its label, its spatial frames, its framesets."""
+    clips = []
+    for i in range(len(batch["label"])):
+        pictures = [*batch["spatial"][i], *batch["temporal"][i]]
+        width = sum(p.shape[1] + GAP for p in pictures)
+        height = max(p.shape[0] for p in pictures) + LINE + GAP
+        canvas = Image.new("RGB", (width, height), "white")
+        name = class_names[batch["label"][i]]
+        text = f"video {batch['example_id'][i]}, class {batch['label'][i]}: {name}"
+        ImageDraw.Draw(canvas).text((0, 2), text, fill="black")
+        left = 0
+        for picture in pictures:
+            canvas.paste(Image.fromarray(picture), (left, LINE))
+            left += picture.shape[1] + GAP
+        clips.append(np.asarray(canvas))
+    return Image.fromarray(np.concatenate(clips))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", required=True, help="config file")
+    parser.add_argument("--out", required=True, help="PNG file to write")
+    parser.add_argument("--data_dir", help="instead of the config's data.dir")
+    parser.add_argument("--step", type=int, default=0, help="training step whose batch is shown")
+    parser.add_argument("--clips", type=int, default=8, help="clips shown")
+    args = parser.parse_args()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from dualpath_jax.data import pipeline
+    from dualpath_jax.data.records import VideoDataset
+
+    try:
+        config = load_config(args.config)
+        dataset = VideoDataset(args.data_dir or config.data.dir, config.data.train_split)
+        batches = pipeline.train_batches(
+            dataset, config.data, config.seed, args.step, args.step + 1
+        )
+        batch = {key: value[: args.clips] for key, value in next(batches).items()}
+        draw(batch, dataset.class_names).save(args.out)
+    except (ValueError, OSError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"wrote {args.out}: {len(batch['label'])} clips of step {args.step}")
+
+
+if __name__ == "__main__":
+    main()

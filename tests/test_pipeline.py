@@ -1,0 +1,136 @@
+"""tf.data pipeline: the batch contract, purity of the order, exact pixels, every video once."""
+
+import io
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from dualpath_jax.data import augment, order, pipeline, sampling
+from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
+
+
+def decode(record):
+    jpeg = tf.io.parse_single_example(record, FRAME_FEATURES)["image"].numpy()
+    return np.asarray(Image.open(io.BytesIO(jpeg)))
+
+
+def take(batches, n):
+    return [next(batches) for _ in range(n)]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_batch_contract(config):
+    config.data.num_frames = 32
+    dataset = VideoDataset(config.data.dir, "train")
+    batch = next(pipeline.train_batches(dataset, config.data, 0, 0, 1))
+    shapes = {key: (value.shape, value.dtype.name) for key, value in batch.items()}
+    assert shapes == {
+        "spatial": ((8, 2, 64, 64, 3), "uint8"),
+        "temporal": ((8, 2, 64, 64, 3), "uint8"),
+        "label": ((8,), "int32"),
+        "mask": ((8,), "float32"),
+        "example_id": ((8,), "int64"),
+    }
+    assert batch["mask"].tolist() == [1] * 8
+    assert batch["label"].tolist() == dataset.labels[batch["example_id"]].tolist()
+
+
+def test_batches_follow_the_order(config):
+    dataset = VideoDataset(config.data.dir, "train")
+    batches = take(pipeline.train_batches(dataset, config.data, 3, 0, 6), 6)
+    for step, batch in enumerate(batches):
+        expected, _ = order.train_order(3, step, 8, len(dataset))
+        assert batch["example_id"].tolist() == expected.tolist()
+
+
+def test_resuming_gives_the_same_batches(config):
+    dataset = VideoDataset(config.data.dir, "train")
+    straight = take(pipeline.train_batches(dataset, config.data, 0, 0, 8), 8)
+    resumed = take(pipeline.train_batches(dataset, config.data, 0, 5, 8), 3)
+    assert all(same(a, b) for a, b in zip(straight[5:], resumed, strict=True))
+    # Twin: the same examples in the next epoch are cut otherwise.
+    first = {
+        int(i): s for b in straight[:5] for i, s in zip(b["example_id"], b["spatial"], strict=True)
+    }
+    later = {
+        int(i): s for b in straight[5:] for i, s in zip(b["example_id"], b["spatial"], strict=True)
+    }
+    assert any(not np.array_equal(first[i], later[i]) for i in later)
+    other = next(pipeline.train_batches(dataset, config.data, 1, 0, 8))
+    assert not same(straight[0], other)
+
+
+def test_hosts_share_the_batch(config):
+    dataset = VideoDataset(config.data.dir, "train")
+    whole = next(pipeline.train_batches(dataset, config.data, 0, 0, 1))
+    parts = [next(pipeline.train_batches(dataset, config.data, 0, 0, 1, i, 4)) for i in range(4)]
+    assert same(whole, {key: np.concatenate([p[key] for p in parts]) for key in whole})
+    with pytest.raises(ValueError, match="batch size 8 is not divisible by 3 hosts"):
+        pipeline.train_batches(dataset, config.data, 0, 0, 1, 0, 3)
+
+
+def test_pixels_of_a_test_clip(config):
+    """Frames by PIL, cut and tiled by hand, against the pipeline's."""
+    dataset = VideoDataset(config.data.dir, "test")
+    batch = next(pipeline.eval_batches(dataset, config.data, 1, 1, 8))
+    frames = sampling.segment_indices(int(dataset.num_frames[2]), 16)
+    stored = [decode(record) for record in dataset.read_frames(2, frames)]
+    assert stored[0].shape == (72, 72, 3)
+    for k, time in enumerate((4, 12)):
+        expected = tf.image.resize(stored[time], (64, 64), antialias=True).numpy().round()
+        difference = np.abs(batch["spatial"][2, 0, k].astype(int) - expected)
+        assert difference.max() <= 3  # two JPEG decoders
+    for time in (0, 6, 15):
+        expected = tf.image.resize(stored[time], (16, 16), antialias=True).numpy().round()
+        row, column = divmod(time, 4)
+        cell = batch["temporal"][2, 0, 0, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+        assert np.abs(cell.astype(int) - expected).max() <= 3
+
+
+def test_crop_and_flip_reach_both_inputs(config, monkeypatch):
+    dataset = VideoDataset(config.data.dir, "test")
+    plain = next(pipeline.eval_batches(dataset, config.data, 1, 1, 8))
+    flipped = augment.Crop(0, 0, 72, 72, flip=True)
+    monkeypatch.setattr(augment, "view_crop", lambda *_: flipped)
+    mirrored = next(pipeline.eval_batches(dataset, config.data, 1, 1, 8))
+    assert np.array_equal(mirrored["spatial"], plain["spatial"][..., ::-1, :])
+    cells = plain["temporal"][0, 0, 0].reshape(4, 16, 4, 16, 3)
+    expected = cells[:, :, :, ::-1].reshape(64, 64, 3)  # each frame mirrored, order kept
+    assert np.array_equal(mirrored["temporal"][0, 0, 0], expected)
+
+
+@pytest.mark.parametrize(("batch_size", "hosts"), [(8, 1), (8, 4), (5, 1)])
+def test_every_test_video_once(config, batch_size, hosts):
+    dataset = VideoDataset(config.data.dir, "test")
+    assert len(dataset) == 21
+    seen, padding = [], 0
+    for host in range(hosts):
+        for batch in pipeline.eval_batches(dataset, config.data, 2, 3, batch_size, host, hosts):
+            assert batch["spatial"].shape == (batch_size // hosts, 6, 2, 64, 64, 3)
+            assert np.array_equal(batch["mask"] == 1, batch["example_id"] >= 0)
+            seen += batch["example_id"][batch["mask"] == 1].tolist()
+            padding += int((batch["mask"] == 0).sum())
+    assert sorted(seen) == list(range(21))
+    assert padding == -21 % batch_size
+
+
+def test_views_differ(config):
+    dataset = VideoDataset(config.data.dir, "test")
+    config.data.num_frames, config.data.grid, config.data.num_spatial_frames = 4, (2, 2), 2
+    config.data.frame_scale = 2
+    batch = next(pipeline.eval_batches(dataset, config.data, 2, 1, 8))
+    assert not np.array_equal(batch["temporal"][:, 0], batch["temporal"][:, 1])
+
+
+def test_bad_values_are_named(config):
+    config.data.sampling = "sparse"
+    with pytest.raises(ValueError, match="'sparse'"):
+        pipeline.clip_format(config.data)
+    config.data.sampling, config.data.num_frames = "dense", 64
+    with pytest.raises(ValueError, match="data.sampling_interval"):
+        pipeline.clip_format(config.data)

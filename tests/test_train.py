@@ -1,0 +1,277 @@
+"""Training: what moves, what does not, resuming, accumulation, and refusals before any work."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dualpath_jax import params as params_lib
+from dualpath_jax import train
+from dualpath_jax.checkpoint import Checkpoints
+from dualpath_jax.data import pipeline
+from dualpath_jax.data.records import VideoDataset
+
+
+def build(config, workdir):
+    dataset = VideoDataset(config.data.dir, "train")
+    return train.build_run(config, str(workdir), dataset), dataset
+
+
+def run_all(config, workdir):
+    run, dataset = build(config, workdir)
+    train.train(run, dataset, VideoDataset(config.data.dir, "test"))
+    return run
+
+
+def leaves(tree):
+    return {name: np.asarray(leaf) for name, leaf in params_lib.flatten(tree).items()}
+
+
+def test_twenty_steps_move_what_trains_and_nothing_else(config, tmp_path):
+    config.num_train_steps = 20
+    run, dataset = build(config, tmp_path)
+    frozen, before = leaves(run.frozen), leaves(run.state.trainable)
+    train.train(run, dataset, VideoDataset(config.data.dir, "test"))
+    after = leaves(run.state.trainable)
+    assert all(np.array_equal(frozen[n], leaf) for n, leaf in leaves(run.frozen).items())
+    assert len(frozen) == 20
+    assert before.keys() == after.keys()
+    assert not [n for n in after if np.array_equal(before[n], after[n])]
+    assert int(run.state.step) == 20
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert {"learning_rate", "clips_per_second", "data_wait", "gradient_norm"} <= lines[0].keys()
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_no_optimizer_slot_for_a_frozen_leaf(config, tmp_path):
+    run, _ = build(config, tmp_path)
+    slots = [n for n in params_lib.flatten(run.state.opt_state) if "/mu/" in n or "/nu/" in n]
+    trainable = leaves(run.state.trainable)
+    assert len(slots) == 2 * len(trainable)
+    assert not [name for name in slots if "backbone" in name]
+    # Twin: an optimizer without the mask has them.
+    params = params_lib.merge(run.state.trainable, run.frozen)
+    assert [n for n in params_lib.flatten(optax.adamw(1e-3).init(params)) if "backbone" in n]
+
+
+def test_weight_decay_is_on_kernels_alone(config, tmp_path):
+    """With zero gradients AdamW moves only what decays."""
+    config.optimizer.clip_norm = None
+    config.optimizer.warmup_epochs = 0.0
+    run, _ = build(config, tmp_path)
+    trainable = jax.tree.map(jnp.ones_like, run.state.trainable)
+    zeros = jax.tree.map(jnp.zeros_like, trainable)
+    updates, _ = run.optimizer.update(
+        zeros, run.optimizer.init(params_lib.merge(trainable, run.frozen)), trainable
+    )
+    moved = {name for name, leaf in leaves(updates).items() if np.any(leaf)}
+    assert moved == {name for name in leaves(trainable) if name.endswith("/kernel")}
+
+
+def test_schedule():
+    optimizer = dataclasses.make_dataclass("O", ["learning_rate", "warmup_epochs"])(2.0, 3.0)
+    schedule = train.make_schedule(optimizer, 100, 5.0)
+    values = [float(schedule(step)) for step in (0, 15, 100)]
+    assert values == pytest.approx([0.0, 2.0, 0.0], abs=1e-6)
+    assert float(schedule(15 + 85 // 2)) == pytest.approx(1.0, abs=0.05)
+    # A run shorter than the warm-up still reaches the top.
+    assert float(train.make_schedule(optimizer, 10, 5.0)(5)) == pytest.approx(2.0)
+
+
+def test_accumulation_equals_one_batch(config, tmp_path):
+    config.data.batch_size = 16
+    config.optimizer.clip_norm = None
+    run, dataset = build(config, tmp_path)
+    batch = next(pipeline.train_batches(dataset, config.data, 0, 0, 1))
+    batch = train.shard_batch(batch, run.mesh)
+    steps = {}
+    for parts in (1, 2):
+        config.optimizer.accumulation_steps = parts
+        step = jax.jit(
+            train.make_train_step(
+                run.model,
+                config,
+                optax.masked(
+                    optax.sgd(1.0),
+                    params_lib.trainable_mask(
+                        params_lib.merge(run.state.trainable, run.frozen),
+                        lambda n: not n.startswith("backbone"),
+                    ),
+                ),
+            )
+        )
+        state = run.state.replace(
+            opt_state=optax.masked(optax.sgd(1.0), True).init(run.state.trainable)
+        )
+        state = run.state.replace(
+            opt_state=(optax.MaskedState(optax.sgd(1.0).init(run.state.trainable)))
+        )
+        steps[parts] = step(state, run.frozen, batch)
+    one, two = (leaves(steps[parts][0].trainable) for parts in (1, 2))
+    for name in one:
+        np.testing.assert_allclose(two[name], one[name], atol=2e-5, err_msg=name)
+    assert float(steps[1][1]["loss"]) == pytest.approx(float(steps[2][1]["loss"]), abs=1e-5)
+
+
+def test_resuming_is_exact(config, tmp_path):
+    config.num_train_steps = 6
+    config.checkpoint.every_steps = 3
+    straight = run_all(config, tmp_path / "straight")
+    first, dataset = build(config, tmp_path / "broken")
+    first.num_train_steps = 3
+    train.train(first, dataset, dataset)
+    assert not np.array_equal(
+        leaves(first.state.trainable)["spatial/class_token"],
+        leaves(straight.state.trainable)["spatial/class_token"],
+    )
+    second = run_all(config, tmp_path / "broken")
+    a, b = leaves(straight.state), leaves(second.state)
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not np.array_equal(a[name], b[name])]
+
+
+def test_a_finished_run_only_evaluates(config, tmp_path, capsys):
+    run_all(config, tmp_path)
+    again = run_all(config, tmp_path)
+    assert int(again.state.step) == 5
+    assert f"resumed from {tmp_path}/checkpoints/5" in capsys.readouterr().out
+
+
+def test_results(config, tmp_path):
+    run = run_all(config, tmp_path)
+    train.evaluate_and_write(run, VideoDataset(config.data.dir, "test"))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["num_videos"] == 21
+    assert results["top1"] * 21 == pytest.approx(round(results["top1"] * 21))
+    assert results["views"] == "16x1x1"
+    assert results["step"] == 5
+    assert results["dataset"] == config.data.dir
+    assert results["trainable_params"] == params_lib.count(run.state.trainable)
+    assert results["total_params"] - results["trainable_params"] == params_lib.count(run.frozen)
+    assert len(results["backbone_sha256"]) == 64
+    assert {"top5", "mean_class_accuracy"} <= results.keys()
+    # Evaluation alone, from the checkpoint, gives the same.
+    other, _ = build(config, tmp_path)
+    train.restore_for_eval(other)
+    scores = train.evaluate_run(other, VideoDataset(config.data.dir, "test"))
+    assert scores.top1 == results["top1"]
+
+
+def test_seed_sets_everything(config, tmp_path):
+    runs = []
+    for seed, name in ((0, "a"), (0, "b"), (1, "c")):
+        config.seed = seed
+        runs.append(leaves(run_all(config, tmp_path / name).state.trainable))
+    name = "classifier/hidden/kernel"
+    assert np.array_equal(runs[0][name], runs[1][name])
+    assert not np.array_equal(runs[0][name], runs[2][name])
+
+
+def test_non_finite_loss_stops_and_names_the_last_checkpoint(config, tmp_path, monkeypatch):
+    config.num_train_steps = 8
+    config.checkpoint.every_steps = 3
+    run, dataset = build(config, tmp_path)
+    batches = pipeline.train_batches(dataset, config.data, 0, 0, 8)
+
+    def poisoned(*_):
+        for step, batch in enumerate(batches):
+            # Step 5 computes with a broken frozen weight.
+            if step == 4:
+                run.frozen["backbone"]["ln_post"]["bias"] *= np.nan
+            yield batch
+
+    monkeypatch.setattr(pipeline, "train_batches", poisoned)
+    with pytest.raises(FloatingPointError, match=r"step 5.*checkpoints/3") as caught:
+        train.train(run, dataset, dataset)
+    assert "optimizer.learning_rate" in str(caught.value)
+    assert Checkpoints(str(tmp_path)).latest_step() == 3
+
+
+def test_checkpoints_know_what_they_belong_to(config, tmp_path):
+    run_all(config, tmp_path)
+    run, _ = build(config, tmp_path)
+    checkpoints = Checkpoints(str(tmp_path))
+    for key, value, match in (
+        ("backbone_sha256", "0" * 64, "backbone_sha256"),
+        ("method", "linear", "'linear'"),
+        (
+            "class_names",
+            [*run.class_names[:3], "Jumping", *run.class_names[4:]],
+            "class 3.*Jumping",
+        ),
+        ("class_names", run.class_names[:-1], "class 7"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            checkpoints.restore(5, run.state, {**run.metadata(), key: value})
+    config.model.adapter_bottleneck = 32
+    other, _ = build(config, tmp_path)
+    with pytest.raises(ValueError, match="config.json"):
+        train.restore_for_eval(other)
+
+
+def test_evaluation_without_a_checkpoint(config, tmp_path):
+    run, _ = build(config, tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        train.restore_for_eval(run)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("data.batch_size", 12, "data.batch_size=12 must be a multiple of 8 devices"),
+        ("eval.batch_size", 0, "eval.batch_size=0"),
+        ("data.image_size", 60, "image_size 60 is not divisible by patch_size 8"),
+        ("data.frame_scale", 3, "image_size=64 is not divisible by frame_scale=3"),
+        ("data.num_frames", 20, "num_frames=20"),
+        ("data.num_spatial_frames", 17, "num_spatial_frames=17"),
+        ("backbone.width", 192, "width"),
+        ("model.dtype", "float16", "'float16'"),
+        ("model.method", "lora", "'lora'"),
+        ("model.temporal_position", "none", "'none'"),
+    ],
+)
+def test_bad_values_are_named_before_training(config, tmp_path, key, value, match):
+    section, name = key.split(".")
+    config[section][name] = value
+    with pytest.raises(ValueError, match=match):
+        build(config, tmp_path)
+
+
+def test_frameset_that_does_not_divide_by_the_patch(config, tmp_path):
+    config.data.grid, config.data.num_frames = (3, 3), 9
+    config.data.sampling_interval = 1
+    config.data.frame_scale = 16
+    with pytest.raises(ValueError, match=r"frameset width of 3 frames x 4 pixels.*patch size 8"):
+        build(config, tmp_path)
+
+
+def test_missing_inputs_are_named_with_both_commands(config):
+    config.data.dir, config.backbone.checkpoint = "nowhere/data", "nowhere/weights.safetensors"
+    with pytest.raises(FileNotFoundError) as caught:
+        train.check_inputs(config)
+    message = str(caught.value)
+    assert "scripts/prepare_dataset.py --dataset=ssv2" in message
+    assert "--out=nowhere/data" in message
+    assert "scripts/convert_clip.py --checkpoint=FILE --out=nowhere/weights.safetensors" in message
+
+
+def test_profile_is_written(config, tmp_path):
+    config.profile.first_step, config.profile.num_steps = 1, 2
+    run_all(config, tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_evaluation_during_training(config, tmp_path):
+    config.eval.every_epochs = 1
+    config.num_train_steps = 11
+    run_all(config, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    scores = [line for line in lines if line["split"] == "test"]
+    assert [line["step"] for line in scores] == [5, 10]
+    assert all(line["num_videos"] == 21 for line in scores)
