@@ -1,4 +1,4 @@
-"""The embedded demo: DualPath on a tiny CLIP-shaped ViT and rendered videos. No download, no GPU."""
+"""The embedded demo: DualPath on a tiny CLIP-shaped ViT and rendered videos; no download."""
 
 from configs import base
 

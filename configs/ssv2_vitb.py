@@ -1,4 +1,4 @@
-"""DualPath with CLIP ViT-B/16 on Something-Something-v2 (CVPR 2023, Table 2, "DualPath w/ ViT-B/16").
+"""DualPath, CLIP ViT-B/16, Something-Something-v2 (CVPR 2023, Table 2, "DualPath w/ ViT-B/16").
 
     python -m dualpath_jax.main --config=configs/ssv2_vitb.py
 

@@ -1,4 +1,4 @@
-"""Checkpoints: trainable parameters, optimizer state and what they belong to. The only importer of orbax.
+"""Checkpoints: trainables, optimizer state and what they belong to. The only importer of orbax.
 
 Public: `Checkpoints`.
 """
@@ -17,7 +17,7 @@ class Checkpoints:
     """The checkpoints of a workdir, written in the background, newest `keep` kept.
 
     A checkpoint holds the leaves of a state by path (float32 trainables, optimizer slots, step) and
-    metadata. The frozen backbone is not in it: it is read from its own file, whose hash is compared.
+    metadata. The frozen backbone is not in it: it is read from its own file, and its hash compared.
     """
 
     def __init__(self, workdir: str, keep: int = 3):
@@ -83,9 +83,9 @@ def _compare_metadata(saved: dict[str, Any], current: dict[str, Any], where: str
         pair = [names[index] if index < len(names) else None for names in (theirs, ours)]
         if pair[0] != pair[1]:
             raise ValueError(
-                f"checkpoint {where} has {len(theirs)} classes, the data set has {len(ours)}; first "
-                f"difference at class {index}: {pair[0]!r} against {pair[1]!r}. Use the data set "
-                "that the checkpoint was trained on, or another --workdir"
+                f"checkpoint {where} has {len(theirs)} classes, the data set has {len(ours)}; the "
+                f"first difference is at class {index}: {pair[0]!r} against {pair[1]!r}. Use the "
+                "data set that the checkpoint was trained on, or another --workdir"
             )
 
 
@@ -98,9 +98,9 @@ def _compare_shapes(saved: Any, target: dict[str, Any], where: str) -> None:
     differing = [n for n in names if saved_shapes.get(n) != shapes.get(n)]
     first = differing[0]
     raise ValueError(
-        f"checkpoint {where} holds other parameters than this config builds: {len(differing)} differ, "
-        f"first {first}: {saved_shapes.get(first)} against {shapes.get(first)}. Use the config of "
-        "that run (config.json in its workdir), or another --workdir"
+        f"checkpoint {where} holds other parameters than this config builds: {len(differing)} "
+        f"differ, first {first}: {saved_shapes.get(first)} against {shapes.get(first)}. Use the "
+        "config of that run (config.json in its workdir), or another --workdir"
     )
 
 

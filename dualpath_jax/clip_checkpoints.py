@@ -1,4 +1,4 @@
-"""CLIP checkpoints of OpenAI, open_clip and Hugging Face: their files, names and what is beside them.
+"""CLIP checkpoints of OpenAI, open_clip and Hugging Face: files, names and what is beside them.
 
 Public: `read_checkpoint`, `Checkpoint`, `PUBLISHED_SHA256`, `CONVERTED_KEY`, `sha256_of`, `some`.
 

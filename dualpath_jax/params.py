@@ -38,7 +38,7 @@ def decay_mask(params: Tree) -> Tree:
 
 
 def split(params: Tree, mask: Tree) -> tuple[Tree, Tree]:
-    """(trainable, frozen): each the whole tree with `optax.MaskedNode` where the other has leaves."""
+    """(trainable, frozen): each the whole tree, `optax.MaskedNode` where the other has leaves."""
     hole = optax.MaskedNode()
     trainable = jax.tree.map(lambda leaf, train: leaf if train else hole, params, mask)
     frozen = jax.tree.map(lambda leaf, train: hole if train else leaf, params, mask)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def normalise(images: jax.Array, data: Any, dtype: Any) -> jax.Array:
-    """uint8 [..., H, W, 3] in 0..255 -> [..., H, W, 3] of `dtype`, by `data.mean` and `data.std`."""
+    """uint8 [..., H, W, 3], 0..255 -> [..., H, W, 3] of `dtype`, by `data.mean` and `data.std`."""
     mean = jnp.asarray(data.mean, jnp.float32)
     std = jnp.asarray(data.std, jnp.float32)
     return ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)

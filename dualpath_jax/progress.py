@@ -31,6 +31,14 @@ class Reporter:
         self._last_step, self._last_time = step, time.perf_counter()
         self._data_seconds = 0.0
 
+    def first_step_done(self, step: int, metrics: Any) -> None:
+        """Tell how long the first step took, and leave its compilation out of what follows."""
+        jax.block_until_ready(metrics)
+        if self._writes:
+            seconds = time.perf_counter() - self._last_time
+            print(f"first step, compilation included: {seconds:.1f} s", flush=True)
+        self.start(step)
+
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """Counts the time inside as waiting for data."""
@@ -41,7 +49,7 @@ class Reporter:
     def progress(self, step: int, metrics: dict[str, float]) -> None:
         """A progress line and an entry for the steps since the last one."""
         seconds = time.perf_counter() - self._last_time
-        steps = step - self._last_step
+        steps = max(step - self._last_step, 1)  # the first step alone is not timed
         speed = steps * self._batch_size / seconds
         wait = self._data_seconds / seconds
         left = round((self._num_train_steps - step) * seconds / steps)

@@ -231,7 +231,7 @@ def check_workdir(workdir: str) -> None:
 
 
 def check_inputs(config: Any) -> None:
-    """FileNotFoundError that gives the commands for whatever is missing, data and weights at once."""
+    """FileNotFoundError with the commands for whatever is missing, data and weights at once."""
     data_dir, weights = config.data.dir, config.backbone.checkpoint
     if not data_dir:
         raise ValueError(
@@ -318,20 +318,23 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
 
 
 def check_finite(step: int, metrics: dict[str, float], checkpoints: Checkpoints) -> None:
-    """FloatingPointError, with what is saved, when the loss of `step` is not finite."""
-    if not np.isfinite(metrics["loss"]):
+    """FloatingPointError, with what is saved, when loss or gradient of `step` is not finite."""
+    loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
+    if not (np.isfinite(loss) and np.isfinite(norm)):
         checkpoints.wait()
         good = checkpoints.path(checkpoints.latest_step())
         raise FloatingPointError(
-            f"loss is {metrics['loss']} at step {step}. Last good checkpoint: {good}. Lower "
-            "optimizer.learning_rate, or set optimizer.clip_norm; running again resumes from there"
+            f"loss is {loss}, gradient norm {norm} at step {step}. Last good checkpoint: {good}. "
+            "Lower optimizer.learning_rate, or set optimizer.clip_norm; running again resumes from there"
         )
 
 
 def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
     """Train to `run.num_train_steps`, resuming from the workdir's last checkpoint."""
     config, checkpoints = run.config, Checkpoints(run.workdir, run.config.checkpoint.keep)
-    (epath.Path(run.workdir) / "config.json").write_text(config.to_json_best_effort(indent=2))
+    if jax.process_index() == 0:
+        path = epath.Path(run.workdir) / "config.json"
+        path.write_text(config.to_json_best_effort(indent=2) + "\n")
     first_step = resume(run, checkpoints)
     reporter = Reporter(run.workdir, run.num_train_steps, config.data.batch_size)
     train_step = jax.jit(make_train_step(run.model, config, run.optimizer), donate_argnums=0)
@@ -356,6 +359,8 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
             check_finite(step, jax.device_get(pending), checkpoints)
         pending = metrics
         done = step + 1
+        if step == first_step:
+            reporter.first_step_done(done, metrics)
         last = done == run.num_train_steps
         saves = last or done % config.checkpoint.every_steps == 0
         logs = last or done % config.log_every_steps == 0
@@ -434,9 +439,10 @@ def evaluate_and_write(run: Run, dataset: VideoDataset) -> None:
 def write_results(run: Run, scores: evaluate.Scores) -> dict[str, Any]:
     """Write `results.json` into the workdir (atomically) and return what it holds."""
     config = run.config
+    views = (config.data.num_frames, config.eval.temporal_views, config.eval.spatial_crops)
     results = {
         **dataclasses.asdict(scores),
-        "views": f"{config.data.num_frames}x{config.eval.temporal_views}x{config.eval.spatial_crops}",
+        "views": "x".join(map(str, views)),  # frames x clips x crops, as the paper counts
         "total_params": run.total_params,
         "trainable_params": run.trainable_params,
         "step": int(run.state.step),

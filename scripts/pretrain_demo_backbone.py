@@ -4,9 +4,9 @@
 
 An image is a crop of a photograph (the demo's training photographs; those of the test videos are
 never seen) with one to eight copies of one object. The class token's projected feature learns, by
-linear heads, the object's shape and colour, how many there are and where they are on average, and
-which photograph it is; the patch tokens learn how much of them is covered by an object. Nothing in
-it moves: order is left to the fine-tuning. The heads are thrown away.
+linear heads, the object's shape and colour, how many there are and where they are on average; the
+patch tokens learn how much of them is covered by an object, where its centre is and how large it
+is. Nothing moves: order is left to the fine-tuning. The heads are thrown away.
 """
 
 import argparse
@@ -64,7 +64,6 @@ def make_image(photos: list, size: int, rng: np.random.Generator) -> dict[str, n
         "shape": shape,
         "colour": colour,
         "count": count - 1,
-        "photo": photo,
     }
 
 
@@ -90,7 +89,6 @@ HEADS = {
     "shape": len(demo.SHAPES),
     "colour": len(demo.COLOURS),
     "count": MAX_OBJECTS,
-    "photo": len(demo.PHOTOS["train"]),
 }
 
 
@@ -165,9 +163,9 @@ def openai_layout(params: dict) -> dict[str, np.ndarray]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="safetensors file to write")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--image_size", type=int, default=64)
     parser.add_argument("--patch_size", type=int, default=8)
@@ -219,12 +217,12 @@ def main() -> None:
                     f"step {step + 1}/{args.steps}  {time.time() - start:.0f} s  {figures}",
                     flush=True,
                 )
+    arguments = {key: value for key, value in vars(args).items() if key != "out"}
+    pretraining = {"arguments": arguments, "photos": demo.PHOTOS["train"], "last_250_steps": recent}
     metadata = {
         "activation": config.activation,
         "heads": str(config.heads),
-        "pretraining": json.dumps(
-            {"arguments": {k: v for k, v in vars(args).items() if k != "out"}, **recent}
-        ),
+        "pretraining": json.dumps(pretraining),
     }
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     safetensors.numpy.save_file(openai_layout(params["backbone"]), args.out, metadata)

@@ -102,7 +102,8 @@ def test_parameter_names():
 def test_adapter_initialisation():
     params = init(tiny_model())["spatial"]["adapters"]["mlp"]
     assert params["down"]["kernel"].shape == (TINY.depth, 48, 16)  # stacked [L, D, R]
-    assert not np.any(params["up"]["kernel"]) and not np.any(params["down"]["bias"])
+    assert not np.any(params["up"]["kernel"])
+    assert not np.any(params["down"]["bias"])
     big = Adapter(bottleneck=512).init(jax.random.key(0), jnp.zeros((1, 768)))["params"]
     kernel = np.asarray(big["down"]["kernel"])
     assert np.std(kernel) == pytest.approx((2 / 768) ** 0.5, rel=0.01)
@@ -226,7 +227,8 @@ def test_scanned_and_unrolled_agree():
         for scan in (False, True)
     ]
     np.testing.assert_allclose(*outputs, atol=1e-5)
-    assert outputs[0].shape == (2, 5) and outputs[0].dtype == jnp.float32
+    assert outputs[0].shape == (2, 5)
+    assert outputs[0].dtype == jnp.float32
 
 
 def test_without_a_path_its_input_does_not_matter():
@@ -359,7 +361,8 @@ def test_dropout_differs_between_blocks_and_calls():
         model.apply({"params": params}, spatial, temporal, jax.random.key(seed))
         for seed in (0, 0, 1)
     ]
-    assert np.array_equal(calls[0], calls[1]) and not np.array_equal(calls[0], calls[2])
+    assert np.array_equal(calls[0], calls[1])
+    assert not np.array_equal(calls[0], calls[2])
 
 
 def test_bad_shapes_are_named():
@@ -369,11 +372,9 @@ def test_bad_shapes_are_named():
         vit.vit_config("ViT-X")
     with pytest.raises(ValueError, match="depth"):
         vit.vit_config("custom", image_size=32, patch_size=8, width=48, heads=4, mlp_dim=96)
+    params, image = init(tiny_model()), np.zeros((1, 1, 30, 32, 3))
     with pytest.raises(ValueError, match="30x32"):
-        params = init(tiny_model())
-        tiny_model().apply(
-            {"params": params}, np.zeros((1, 1, 30, 32, 3)), method=DualPath.spatial_features
-        )
+        tiny_model().apply({"params": params}, image, method=DualPath.spatial_features)
 
 
 def test_resize_positions_keeps_the_class_token():

@@ -83,3 +83,29 @@ def test_classes_are_the_folders(prepared):
             assert id_.split("/")[0] == folders[label]
         stored += len(dataset)
     assert stored == counts["total"].stored
+
+
+@pytest.mark.slow
+def test_two_steps_of_training(prepared, demo_backbone, tmp_path):
+    """The folder configuration, at the demo's tiny size, on these clips."""
+    from configs import folder_vitb
+    from dualpath_jax import train
+
+    out, _, _ = prepared
+    config = folder_vitb.get_config()
+    config.data.dir = out
+    config.data.image_size = 64
+    config.data.batch_size = config.eval.batch_size = 8
+    config.data.num_spatial_frames = 2
+    config.backbone.name, config.backbone.checkpoint = "custom", str(demo_backbone)
+    shape = {"patch_size": 8, "width": 96, "depth": 4, "heads": 2, "mlp_dim": 384}
+    config.backbone.update({**shape, "projection_dim": 64})
+    config.num_train_steps = 2
+    dataset, validation = VideoDataset(out, "train"), VideoDataset(out, "validation")
+    run = train.build_run(config, str(tmp_path), dataset)
+    train.train(run, dataset, validation)
+    train.evaluate_and_write(run, validation)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["step"] == 2
+    assert results["num_videos"] == len(validation)
+    assert results["views"] == "16x2x3"

@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """A box in pixels of the stored frames, resized to the model's square and mirrored if `flip`."""
+    """A box in pixels of the stored frames, to become the model's square, mirrored if `flip`."""
 
     top: int
     left: int

@@ -153,7 +153,6 @@ def _assemble(element: dict[str, tf.Tensor], clip: ClipFormat) -> dict[str, tf.T
 
 def _tf_dataset(elements: Any, clip: ClipFormat) -> tf.data.Dataset:
     """Clips, in order, decoded in parallel."""
-    tf.config.set_visible_devices([], "GPU")  # the accelerator belongs to JAX
     signature = {
         "records": tf.TensorSpec([clip.num_frames], tf.string),
         "box": tf.TensorSpec([4], tf.int32),

@@ -22,6 +22,8 @@ import numpy as np
 import tensorflow as tf
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+tf.config.set_visible_devices([], "GPU")  # accelerators belong to JAX
+
 # For tf.io.parse_single_example of the records that `VideoDataset.read_frames` returns.
 FRAME_FEATURES = {"image": tf.io.FixedLenFeature((), tf.string)}
 

@@ -2,9 +2,9 @@
 
 Public: `ViTConfig`, `MODELS`, `vit_config`, `ViT`, `Block`, `Sites`, `resize_positions`.
 
-The file knows no tuning method. A method fills the sites of a block (see `Sites`); an empty site does
-nothing. Axes: M images (frames or framesets, batch included), N tokens (class token first), D width,
-K heads, L blocks, e projected width.
+The file knows no tuning method. A method fills the sites of a block (see `Sites`); an empty site
+does nothing. Axes: M images (frames or framesets, batch included), N tokens (class token first),
+D width, K heads, L blocks, e projected width.
 """
 
 import dataclasses
@@ -292,9 +292,12 @@ class ViT(nn.Module):
             bound = sites.bind(variables, rngs=None if rng is None else {"dropout": rng})
             return self._block().apply({"params": block_params}, h, bound), None
 
-        # unroll=True writes the blocks out: one program text for both forms.
         layers = (self.blocks, site_params, rngs)
-        h, _ = jax.lax.scan(body, h, layers, unroll=not self.scan_blocks)
+        if self.scan_blocks:
+            return jax.lax.scan(body, h, layers)[0]
+        # Not scan(unroll=True): that still copies what the backward pass needs into stacked arrays.
+        for i in range(self.config.depth):
+            h, _ = body(h, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
         return h
 
     def pool(self, h: jax.Array) -> jax.Array:
