@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.dir = placeholder(str)  # output folder of scripts/prepare_dataset.py
     config.data.source = "folder"  # its --dataset: folder, csv, ssv2; demo: rendered on first use
-    config.data.train_split = "train"
+    config.data.train_split = "train"  # the split that is trained on
     config.data.batch_size = 64  # clips per step, over all devices and hosts
     config.data.image_size = 224  # H = W of a spatial frame, pixels
     config.data.num_frames = 32  # T, frames sampled from a video
@@ -36,12 +36,12 @@ def get_config() -> ConfigDict:
     config.backbone = ConfigDict()
     config.backbone.name = "ViT-B/16"  # a name of dualpath_jax.models.vit.MODELS, or "custom"
     config.backbone.checkpoint = placeholder(str)  # output file of scripts/convert_clip.py
-    config.backbone.patch_size = placeholder(int)  # this and the following: None takes the name's
-    config.backbone.width = placeholder(int)
-    config.backbone.depth = placeholder(int)
-    config.backbone.heads = placeholder(int)
-    config.backbone.mlp_dim = placeholder(int)
-    config.backbone.projection_dim = placeholder(int)
+    config.backbone.patch_size = placeholder(int)  # P, pixels; None here and below: the name's own
+    config.backbone.width = placeholder(int)  # D
+    config.backbone.depth = placeholder(int)  # L, number of blocks
+    config.backbone.heads = placeholder(int)  # K; must fit the weights
+    config.backbone.mlp_dim = placeholder(int)  # width of the MLP's hidden layer
+    config.backbone.projection_dim = placeholder(int)  # e, width of CLIP's joint space
 
     config.model = ConfigDict()
     config.model.method = "dualpath"  # a name of dualpath_jax.models.tuning.METHODS
@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
     config.optimizer.accumulation_steps = 1  # parts of a batch computed one after the other
 
     config.eval = ConfigDict()
-    config.eval.split = "validation"
+    config.eval.split = "validation"  # the split that results.json is about
     config.eval.batch_size = 32  # videos per step, over all devices and hosts
     config.eval.temporal_views = 3  # clips per video
     config.eval.spatial_crops = 1  # crops per clip, 1 or 3

@@ -5,11 +5,11 @@ from configs import base
 
 def get_config():
     config = base.get_config()
-    config.num_epochs = 4
-    config.log_every_steps = 50
+    config.num_train_steps = 1500
+    config.log_every_steps = 100
     config.data.source = "demo"
     config.data.dir = "data/demo"
-    config.data.batch_size = 32
+    config.data.batch_size = 16
     config.data.image_size = 64
     config.data.num_frames = 16
     config.data.num_spatial_frames = 2
@@ -29,11 +29,11 @@ def get_config():
     config.model.dtype = "float32"
     config.model.scan_blocks = False
     config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup_epochs = 0.2
+    config.optimizer.warmup_epochs = 0.15
     config.optimizer.clip_norm = 1.0
     config.eval.split = "test"
     config.eval.batch_size = 40
     config.eval.temporal_views = 1
     config.eval.spatial_crops = 1
-    config.checkpoint.every_steps = 250
+    config.checkpoint.every_steps = 400
     return config

@@ -277,6 +277,7 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
     """Check the configuration against data and backbone; build model and state. Reads no video."""
     mesh = make_mesh()
     check_batch_sizes(config, mesh.size)
+    pipeline.clip_format(config.data)
     shape = vit.vit_config(
         config.backbone.name,
         image_size=config.data.image_size,
@@ -325,7 +326,7 @@ def check_finite(step: int, metrics: dict[str, float], checkpoints: Checkpoints)
         good = checkpoints.path(checkpoints.latest_step())
         raise FloatingPointError(
             f"loss is {loss}, gradient norm {norm} at step {step}. Last good checkpoint: {good}. "
-            "Lower optimizer.learning_rate, or set optimizer.clip_norm; running again resumes from there"
+            "Lower optimizer.learning_rate, or set optimizer.clip_norm; running again resumes there"
         )
 
 

@@ -8,7 +8,17 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Tests compile the same steps again and again: once is enough."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder  # of processes started by tests
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +47,7 @@ def demo_backbone(tmp_path_factory):
 
 @pytest.fixture
 def config(demo_data, demo_backbone):
-    """The demo's configuration on the small set, eight clips a step."""
+    """The demo's configuration on the small set: eight clips a step, small images."""
     from configs import demo
 
     config = demo.get_config()
@@ -45,6 +55,8 @@ def config(demo_data, demo_backbone):
     config.data.dir = str(demo_data)
     config.data.batch_size = config.eval.batch_size = 8
     config.backbone.checkpoint = str(demo_backbone)
+    config.data.image_size = 32
+    config.model.scan_blocks = True
     config.log_every_steps = 5
     config.num_train_steps = 5
     return config

@@ -34,7 +34,7 @@ def perturbed(params, scale=0.3):
 
 def init(model, framesets=1):
     """Parameters with a backbone that is nowhere trivial, adapters as initialised."""
-    params = dict(model.init(jax.random.key(0), *tiny_inputs(framesets))["params"])
+    params = dict(jax.jit(model.init)(jax.random.key(0), *tiny_inputs(framesets))["params"])
     params["backbone"] = perturbed(params["backbone"])
     return model.start_from_backbone(params)
 

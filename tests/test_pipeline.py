@@ -30,8 +30,8 @@ def test_batch_contract(config):
     batch = next(pipeline.train_batches(dataset, config.data, 0, 0, 1))
     shapes = {key: (value.shape, value.dtype.name) for key, value in batch.items()}
     assert shapes == {
-        "spatial": ((8, 2, 64, 64, 3), "uint8"),
-        "temporal": ((8, 2, 64, 64, 3), "uint8"),
+        "spatial": ((8, 2, 32, 32, 3), "uint8"),
+        "temporal": ((8, 2, 32, 32, 3), "uint8"),
         "label": ((8,), "int32"),
         "mask": ((8,), "float32"),
         "example_id": ((8,), "int64"),
@@ -82,14 +82,14 @@ def test_pixels_of_a_test_clip(config):
     stored = [decode(record) for record in dataset.read_frames(2, frames)]
     assert stored[0].shape == (72, 72, 3)
     for k, time in enumerate((4, 12)):
-        expected = tf.image.resize(stored[time], (64, 64), antialias=True).numpy().round()
+        expected = tf.image.resize(stored[time], (32, 32), antialias=True).numpy().round()
         difference = np.abs(batch["spatial"][2, 0, k].astype(int) - expected)
-        assert difference.max() <= 3  # two JPEG decoders
+        assert difference.max() <= 1
     for time in (0, 6, 15):
-        expected = tf.image.resize(stored[time], (16, 16), antialias=True).numpy().round()
+        expected = tf.image.resize(stored[time], (8, 8), antialias=True).numpy().round()
         row, column = divmod(time, 4)
-        cell = batch["temporal"][2, 0, 0, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
-        assert np.abs(cell.astype(int) - expected).max() <= 3
+        cell = batch["temporal"][2, 0, 0, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+        assert np.abs(cell.astype(int) - expected).max() <= 1
 
 
 def test_crop_and_flip_reach_both_inputs(config, monkeypatch):
@@ -98,10 +98,15 @@ def test_crop_and_flip_reach_both_inputs(config, monkeypatch):
     flipped = augment.Crop(0, 0, 72, 72, flip=True)
     monkeypatch.setattr(augment, "view_crop", lambda *_: flipped)
     mirrored = next(pipeline.eval_batches(dataset, config.data, 1, 1, 8))
-    assert np.array_equal(mirrored["spatial"], plain["spatial"][..., ::-1, :])
-    cells = plain["temporal"][0, 0, 0].reshape(4, 16, 4, 16, 3)
-    expected = cells[:, :, :, ::-1].reshape(64, 64, 3)  # each frame mirrored, order kept
-    assert np.array_equal(mirrored["temporal"][0, 0, 0], expected)
+
+    def close(a, b):  # sums of the resize run the other way round: one step of rounding
+        return np.abs(a.astype(int) - b).max() <= 1
+
+    assert close(mirrored["spatial"], plain["spatial"][..., ::-1, :])
+    assert not close(mirrored["spatial"], plain["spatial"])
+    cells = plain["temporal"][0, 0, 0].reshape(4, 8, 4, 8, 3)
+    expected = cells[:, :, :, ::-1].reshape(32, 32, 3)  # each frame mirrored, order kept
+    assert close(mirrored["temporal"][0, 0, 0], expected)
 
 
 @pytest.mark.parametrize(("batch_size", "hosts"), [(8, 1), (8, 4), (5, 1)])
@@ -111,7 +116,7 @@ def test_every_test_video_once(config, batch_size, hosts):
     seen, padding = [], 0
     for host in range(hosts):
         for batch in pipeline.eval_batches(dataset, config.data, 2, 3, batch_size, host, hosts):
-            assert batch["spatial"].shape == (batch_size // hosts, 6, 2, 64, 64, 3)
+            assert batch["spatial"].shape == (batch_size // hosts, 6, 2, 32, 32, 3)
             assert np.array_equal(batch["mask"] == 1, batch["example_id"] >= 0)
             seen += batch["example_id"][batch["mask"] == 1].tolist()
             padding += int((batch["mask"] == 0).sum())

@@ -121,10 +121,10 @@ def draw_track(label: int, num_frames: int, rng: np.random.Generator) -> Track:
     """A random track of class `label`; the odd class of a pair is the even one reversed in time."""
     time = np.linspace(0, 1, num_frames)
     still = np.ones(num_frames)
-    x, y, radius, opacity = 0.5 * still, 0.5 * still, rng.uniform(0.14, 0.24) * still, still
+    x, y, radius, opacity = 0.5 * still, 0.5 * still, rng.uniform(0.16, 0.26) * still, still
     pair, backwards = divmod(label, 2)
     if pair in (0, 1):  # a straight line, right to left or bottom to top, with a little drift
-        length = rng.uniform(0.4, 0.66)
+        length = rng.uniform(0.48, 0.66)
         start = rng.uniform(0.17 + length, 0.83)
         along = start - length * time
         across = rng.uniform(0.25, 0.75) + rng.uniform(-0.08, 0.08) * (time - 0.5)
@@ -132,7 +132,7 @@ def draw_track(label: int, num_frames: int, rng: np.random.Generator) -> Track:
     else:
         x, y = rng.uniform(0.3, 0.7) * still, rng.uniform(0.3, 0.7) * still
     if pair == 2:
-        small = rng.uniform(0.06, 0.11)
+        small = rng.uniform(0.07, 0.11)
         radius = small * rng.uniform(2.4, 3.5) ** time
     if pair == 3:
         opacity = np.clip((time - rng.uniform(0.3, 0.7)) * num_frames / 2 + 0.5, 0, 1)
