@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw  # noqa: E402
 
 GAP = 8  # pixels between pictures
 LINE = 16  # pixels for a line of text
+MIN_WIDTH = 480  # pixels, so that small pictures leave room for their label
 
 
 def load_config(name: str):
@@ -31,12 +32,13 @@ def load_config(name: str):
     return module.get_config(argument) if argument else module.get_config()
 
 
-def draw(batch: dict, class_names: list[str]) -> Image.Image:
+def draw(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
     """One row per clip: its label, its spatial frames, its framesets."""
     clips = []
     for i in range(len(batch["label"])):
         pictures = [*batch["spatial"][i], *batch["temporal"][i]]
-        width = sum(p.shape[1] + GAP for p in pictures)
+        pictures = [picture.repeat(zoom, axis=0).repeat(zoom, axis=1) for picture in pictures]
+        width = max(sum(p.shape[1] + GAP for p in pictures), MIN_WIDTH)
         height = max(p.shape[0] for p in pictures) + LINE + GAP
         canvas = Image.new("RGB", (width, height), "white")
         name = class_names[batch["label"][i]]
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--data_dir", help="instead of the config's data.dir")
     parser.add_argument("--step", type=int, default=0, help="training step whose batch is shown")
     parser.add_argument("--clips", type=int, default=8, help="clips shown")
+    parser.add_argument("--zoom", type=int, default=1, help="factor of enlargement")
     args = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from dualpath_jax.data import pipeline
@@ -69,7 +72,7 @@ def main() -> None:
             dataset, config.data, config.seed, args.step, args.step + 1
         )
         batch = {key: value[: args.clips] for key, value in next(batches).items()}
-        draw(batch, dataset.class_names).save(args.out)
+        draw(batch, dataset.class_names, args.zoom).save(args.out)
     except (ValueError, OSError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,0 +1,35 @@
+"""The picture of a batch."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def run(*args):
+    command = [sys.executable, "scripts/show_batch.py", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_picture_of_a_batch(demo_data, tmp_path):
+    out = tmp_path / "batch.png"
+    args = ("--config=configs/demo.py", f"--data_dir={demo_data}", f"--out={out}")
+    result = run(*args, "--clips=3", "--zoom=2")
+    assert result.returncode == 0, result.stderr
+    assert "3 clips of step 0" in result.stdout
+    picture = np.asarray(Image.open(out))
+    # Three rows of 16 + 128 + 8 pixels; two frames and a frameset of 128 pixels each.
+    assert picture.shape == (3 * 152, 480, 3)
+    assert picture[20, 128:136].min() == 255  # the gap between pictures
+    assert picture[16:144, :128].std() > 0
+
+
+def test_missing_data(tmp_path):
+    result = run("--config=configs/demo.py", "--data_dir=nowhere", "--out=x.png")
+    assert result.returncode == 2
+    assert "error: no prepared videos in nowhere" in result.stderr
+    assert "Traceback" not in result.stderr
