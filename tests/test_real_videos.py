@@ -100,6 +100,7 @@ def test_two_steps_of_training(prepared, demo_backbone, tmp_path):
     config.backbone.name, config.backbone.checkpoint = "custom", str(demo_backbone)
     shape = {"patch_size": 8, "width": 96, "depth": 4, "heads": 2, "mlp_dim": 384}
     config.backbone.update({**shape, "projection_dim": 64})
+    config.model.dtype = "float32"
     config.num_train_steps = 2
     dataset, validation = VideoDataset(out, "train"), VideoDataset(out, "validation")
     run = train.build_run(config, str(tmp_path), dataset)
