@@ -3,7 +3,6 @@
 Public: `Checkpoints`.
 """
 
-import json
 from typing import Any
 
 import jax
@@ -109,8 +108,3 @@ def _compare_shapes(saved: Any, target: dict[str, Any], where: str) -> None:
         f"differ, first {first}: {saved_shapes.get(first)} against {shapes.get(first)}. Use the "
         "config of that run (config.json in its workdir), or another --workdir"
     )
-
-
-def to_json(value: Any) -> str:
-    """Stable, readable JSON text of plain values."""
-    return json.dumps(value, indent=2, sort_keys=True)

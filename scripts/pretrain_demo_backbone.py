@@ -71,18 +71,9 @@ def make_batch(args: tuple[int, int, int, int]) -> dict[str, np.ndarray]:
     """Batch number `step` of `batch_size` images; a function of its arguments alone."""
     seed, step, batch_size, size = args
     rng = np.random.default_rng([seed, step])
-    images = [make_image(load_photos(), size, rng) for _ in range(batch_size)]
+    photos = [demo.load_photo(name) for name in demo.PHOTOS["train"]]  # cached
+    images = [make_image(photos, size, rng) for _ in range(batch_size)]
     return {key: np.stack([image[key] for image in images]) for key in images[0]}
-
-
-_PHOTOS = []
-
-
-def load_photos() -> list:
-    """The training photographs, loaded once in each process."""
-    if not _PHOTOS:
-        _PHOTOS.extend(demo.load_photo(name) for name in demo.PHOTOS["train"])
-    return _PHOTOS
 
 
 HEADS = {
