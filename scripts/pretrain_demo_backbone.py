@@ -178,7 +178,8 @@ def main() -> None:
     model = Pretraining(config)
     size = (1, args.image_size, args.image_size, 3)
     params = jax.jit(model.init)(jax.random.key(args.seed), jnp.zeros(size))["params"]
-    schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, 200, args.steps)
+    warmup = min(200, args.steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, warmup, args.steps)
     decay = jax.tree.map(lambda leaf: leaf.ndim > 1, params)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.05, mask=decay)
