@@ -1,15 +1,25 @@
 """Multi-view evaluation: every video counts once, whatever the batch and the number of devices.
 
-Public: `evaluate`, `eval_step_sums`, `Scores`.
+Public: `Scores`, `eval_step_sums`, `evaluate`, `evaluate_run`, `evaluate_and_write`.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
+
+from dualpath_jax import params as params_lib
+from dualpath_jax import preprocess
+from dualpath_jax.data import pipeline
+from dualpath_jax.data.records import VideoDataset
+from dualpath_jax.models import tuning
+from dualpath_jax.progress import format_scores
+from dualpath_jax.run import Batch, Run, shard_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,3 +87,71 @@ def evaluate(
         ),
         num_videos=videos,
     )
+
+
+def make_eval_step(model: Any, config: Any) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
+    """The pure evaluation (trainable, frozen, batch with views) -> sums, to be jitted."""
+    dtype = tuning.compute_dtype(config)
+
+    def eval_step(trainable, frozen, batch):
+        batch_size, views = batch["spatial"].shape[:2]
+        flat = {k: batch[k].reshape(-1, *batch[k].shape[2:]) for k in ("spatial", "temporal")}
+        logits = model.apply(
+            {"params": params_lib.merge(trainable, frozen)},
+            preprocess.normalise(flat["spatial"], config.data, dtype),
+            preprocess.normalise(flat["temporal"], config.data, dtype),
+        )
+        logits = logits.reshape(batch_size, views, -1)
+        return eval_step_sums(logits, batch["label"], batch["mask"])
+
+    return eval_step
+
+
+def evaluate_run(run: Run, dataset: VideoDataset) -> Scores:
+    """Scores of `run.state` on every video of `dataset`."""
+    config = run.config
+    eval_step = jax.jit(make_eval_step(run.model, config))
+    batches = pipeline.eval_batches(
+        dataset,
+        config.data,
+        config.eval.temporal_views,
+        config.eval.spatial_crops,
+        config.eval.batch_size,
+        jax.process_index(),
+        jax.process_count(),
+    )
+
+    def step(batch: Batch) -> dict[str, jax.Array]:
+        return eval_step(run.state.trainable, run.frozen, shard_batch(batch, run.mesh))
+
+    return evaluate(step, batches)
+
+
+def evaluate_and_write(run: Run, dataset: VideoDataset) -> None:
+    """Score the run on `dataset`, print the scores and write results.json."""
+    scores = evaluate_run(run, dataset)
+    results = write_results(run, scores)
+    print(f"{run.config.eval.split}  {format_scores(scores)}  views {results['views']}")
+    print(f"wrote {run.workdir}/results.json", flush=True)
+
+
+def write_results(run: Run, scores: Scores) -> dict[str, Any]:
+    """Write `results.json` into the workdir (atomically) and return what it holds."""
+    config = run.config
+    views = (config.data.num_frames, config.eval.temporal_views, config.eval.spatial_crops)
+    results = {
+        **dataclasses.asdict(scores),
+        "views": "x".join(map(str, views)),  # frames x clips x crops, as the paper counts
+        "total_params": run.total_params,
+        "trainable_params": run.trainable_params,
+        "step": int(run.state.step),
+        "dataset": config.data.dir,
+        "split": config.eval.split,
+        "backbone": run.backbone.name,
+        "backbone_sha256": run.backbone.sha256,
+    }
+    path = epath.Path(run.workdir) / "results.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=2) + "\n")
+    temporary.replace(path)
+    return results

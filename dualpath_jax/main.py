@@ -46,22 +46,23 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save otherwise
     config, workdir = CONFIG.value, WORKDIR.value or default_workdir()
     # Imported here, so that --help is quick and decoding workers do not load JAX and TensorFlow.
-    from dualpath_jax import demo, train
+    from dualpath_jax import demo, evaluate, train
+    from dualpath_jax import run as run_lib
     from dualpath_jax.data.records import VideoDataset
 
     with user_errors():
-        train.check_workdir(workdir)
+        run_lib.check_workdir(workdir)
         if config.data.source == "demo":
             demo.ensure_demo(config)
-        train.check_inputs(config)
+        run_lib.check_inputs(config)
         dataset = VideoDataset(config.data.dir, config.data.train_split)
         eval_dataset = VideoDataset(config.data.dir, config.eval.split)
-        run = train.build_run(config, workdir, dataset)
+        run = run_lib.build_run(config, workdir, dataset)
         if MODE.value == "train":
             train.train(run, dataset, eval_dataset)
         else:
             train.restore_for_eval(run)
-        train.evaluate_and_write(run, eval_dataset)
+        evaluate.evaluate_and_write(run, eval_dataset)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dualpath_jax import evaluate, train
+from dualpath_jax import evaluate
+from dualpath_jax import run as run_lib
 
 CLASSES = 7
 
@@ -27,7 +28,7 @@ def fake_batches(labels, batch_size, views=2):
 
 
 def run(labels, batch_size, step=None):
-    mesh = train.make_mesh()
+    mesh = run_lib.make_mesh()
     assert mesh.size == 8
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     jitted = jax.jit(

@@ -89,7 +89,8 @@ def test_classes_are_the_folders(prepared):
 def test_two_steps_of_training(prepared, demo_backbone, tmp_path):
     """The folder configuration, at the demo's tiny size, on these clips."""
     from configs import folder_vitb
-    from dualpath_jax import train
+    from dualpath_jax import evaluate, train
+    from dualpath_jax import run as run_lib
 
     out, _, _ = prepared
     config = folder_vitb.get_config()
@@ -103,9 +104,9 @@ def test_two_steps_of_training(prepared, demo_backbone, tmp_path):
     config.model.dtype = "float32"
     config.num_train_steps = 2
     dataset, validation = VideoDataset(out, "train"), VideoDataset(out, "validation")
-    run = train.build_run(config, str(tmp_path), dataset)
+    run = run_lib.build_run(config, str(tmp_path), dataset)
     train.train(run, dataset, validation)
-    train.evaluate_and_write(run, validation)
+    evaluate.evaluate_and_write(run, validation)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["step"] == 2
     assert results["num_videos"] == len(validation)

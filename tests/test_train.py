@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from dualpath_jax import evaluate, train
 from dualpath_jax import params as params_lib
-from dualpath_jax import train
+from dualpath_jax import run as run_lib
 from dualpath_jax.checkpoint import Checkpoints
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.records import VideoDataset
@@ -18,7 +19,7 @@ from dualpath_jax.data.records import VideoDataset
 
 def build(config, workdir):
     dataset = VideoDataset(config.data.dir, "train")
-    return train.build_run(config, str(workdir), dataset), dataset
+    return run_lib.build_run(config, str(workdir), dataset), dataset
 
 
 def run_all(config, workdir):
@@ -76,19 +77,19 @@ def test_weight_decay_is_on_kernels_alone(config, tmp_path):
 
 def test_schedule():
     optimizer = dataclasses.make_dataclass("O", ["learning_rate", "warmup_epochs"])(2.0, 3.0)
-    schedule = train.make_schedule(optimizer, 100, 5.0)
+    schedule = run_lib.make_schedule(optimizer, 100, 5.0)
     values = [float(schedule(step)) for step in (0, 15, 100)]
     assert values == pytest.approx([0.0, 2.0, 0.0], abs=1e-6)
     assert float(schedule(15 + 85 // 2)) == pytest.approx(1.0, abs=0.05)
     # A run shorter than the warm-up still reaches the top.
-    assert float(train.make_schedule(optimizer, 10, 5.0)(5)) == pytest.approx(2.0)
+    assert float(run_lib.make_schedule(optimizer, 10, 5.0)(5)) == pytest.approx(2.0)
 
 
 def test_accumulation_equals_one_batch(config, tmp_path):
     config.data.batch_size = 16
     run, dataset = build(config, tmp_path)
     batch = next(pipeline.train_batches(dataset, config.data, 0, 0, 1))
-    batch = train.shard_batch(batch, run.mesh)
+    batch = run_lib.shard_batch(batch, run.mesh)
     params = params_lib.merge(run.state.trainable, run.frozen)
     mask = params_lib.trainable_mask(params, lambda name: not name.startswith("backbone"))
     sgd = optax.masked(optax.sgd(1.0), mask)  # so that the parameters show the gradients
@@ -143,7 +144,7 @@ def test_a_finished_run_only_evaluates(config, tmp_path, capsys):
 
 def test_results(config, tmp_path):
     run = run_all(config, tmp_path)
-    train.evaluate_and_write(run, VideoDataset(config.data.dir, "test"))
+    evaluate.evaluate_and_write(run, VideoDataset(config.data.dir, "test"))
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["num_videos"] == 21
     assert results["top1"] * 21 == pytest.approx(round(results["top1"] * 21))
@@ -157,7 +158,7 @@ def test_results(config, tmp_path):
     # Evaluation alone, from the checkpoint, gives the same.
     other, _ = build(config, tmp_path)
     train.restore_for_eval(other)
-    scores = train.evaluate_run(other, VideoDataset(config.data.dir, "test"))
+    scores = evaluate.evaluate_run(other, VideoDataset(config.data.dir, "test"))
     assert scores.top1 == results["top1"]
 
 
@@ -252,7 +253,7 @@ def test_frameset_that_does_not_divide_by_the_patch(config, tmp_path):
 def test_missing_inputs_are_named_with_both_commands(config):
     config.data.dir, config.backbone.checkpoint = "nowhere/data", "nowhere/weights.safetensors"
     with pytest.raises(FileNotFoundError) as caught:
-        train.check_inputs(config)
+        run_lib.check_inputs(config)
     message = str(caught.value)
     assert "scripts/prepare_dataset.py --dataset=ssv2" in message
     assert "--out=nowhere/data" in message

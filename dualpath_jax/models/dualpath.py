@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualpath_jax.models.adapters import Adapter, Classifier, ParallelAdapters, SerialAdapters
-from dualpath_jax.models.vit import ViT, ViTConfig, resize_positions
+from dualpath_jax.models.vit import Sites, ViT, ViTConfig, resize_positions
 
 TEMPORAL_POSITIONS = ("sincos3d", "sincos3d+clip", "clip", "learned")
 
@@ -201,27 +201,28 @@ class DualPath(nn.Module):
         self, frames: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
         """frames [B, S, H, W, 3], normalised -> y_SP [B, e] float32 (eq. 7, 8)."""
-        batch = frames.shape[0]
-        class_token = self.spatial.get("class_token", self.backbone.class_embedding)
         position = self.spatial.get("position", self.backbone.position_embedding)
-        images = einops.rearrange(frames, "b s h w c -> (b s) h w c")
-        h = self.backbone.embed(images, class_token, position)
-        h = self.backbone.encode(h, self.spatial_sites, self.spatial["adapters"], dropout_rng)
-        features = self.backbone.pool(h).astype(jnp.float32)
-        return einops.reduce(features, "(b s) e -> b e", "mean", b=batch)
+        return self._features(frames, position, self.spatial_sites, self.spatial, dropout_rng)
 
     def temporal_features(
         self, framesets: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
         """framesets [B, G, H', W', 3], normalised -> y_TP [B, e] float32 (eq. 9, 10)."""
-        batch = framesets.shape[0]
-        class_token = self.temporal.get("class_token", self.backbone.class_embedding)
-        position = jnp.tile(self._temporal_positions(), (batch, 1, 1))  # [(B G), N, D]
-        images = einops.rearrange(framesets, "b g h w c -> (b g) h w c")
-        h = self.backbone.embed(images, class_token, position)
-        h = self.backbone.encode(h, self.temporal_sites, self.temporal["adapters"], dropout_rng)
+        position = jnp.tile(self._temporal_positions(), (framesets.shape[0], 1, 1))  # [(B G), N, D]
+        return self._features(framesets, position, self.temporal_sites, self.temporal, dropout_rng)
+
+    def _features(
+        self, images: jax.Array, position: jax.Array, sites: Sites, path: Any, dropout_rng: Any
+    ) -> jax.Array:
+        """One path over the images of each clip, averaged: [B, images, H, W, 3] -> [B, e]."""
+        batch = images.shape[0]
+        class_token = path.get("class_token", self.backbone.class_embedding)
+        h = self.backbone.embed(
+            einops.rearrange(images, "b i h w c -> (b i) h w c"), class_token, position
+        )
+        h = self.backbone.encode(h, sites, path["adapters"], dropout_rng)
         features = self.backbone.pool(h).astype(jnp.float32)
-        return einops.reduce(features, "(b g) e -> b e", "mean", b=batch)
+        return einops.reduce(features, "(b i) e -> b e", "mean", b=batch)
 
     def __call__(
         self, spatial: jax.Array, temporal: jax.Array, dropout_rng: jax.Array | None = None

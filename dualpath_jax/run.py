@@ -1,0 +1,233 @@
+"""A run: configuration, data and weights checked and brought together, before any video is read.
+
+Public: `Run`, `TrainState`, `build_run`, `check_workdir`, `check_inputs`, `make_mesh`,
+`shard_batch`.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+import dualpath_jax
+from dualpath_jax import convert
+from dualpath_jax import params as params_lib
+from dualpath_jax.data import pipeline
+from dualpath_jax.data.records import VideoDataset
+from dualpath_jax.models import tuning, vit
+
+Batch = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What training changes. `trainable` has `optax.MaskedNode` in place of frozen leaves."""
+
+    step: jax.Array  # int32 scalar, number of updates done
+    trainable: Any  # float32
+    opt_state: optax.OptState
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a training or an evaluation needs, checked and on the devices."""
+
+    config: Any
+    workdir: str
+    model: Any
+    mesh: jax.sharding.Mesh
+    class_names: list[str]
+    backbone: convert.BackboneInfo
+    state: TrainState
+    frozen: Any
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    num_train_steps: int
+    steps_per_epoch: float
+    total_params: int
+    trainable_params: int
+
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint of this run belongs to."""
+        return {
+            "method": self.config.model.method,
+            "backbone_name": self.backbone.name,
+            "backbone_sha256": self.backbone.sha256,
+            "class_names": list(self.class_names),
+            "config": json.loads(self.config.to_json_best_effort()),
+            "version": dualpath_jax.__version__,
+        }
+
+
+def check_workdir(workdir: str) -> None:
+    """Make the workdir; OSError with the remedy when it cannot be written."""
+    path = epath.Path(workdir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".writable").write_text("")
+        (path / ".writable").unlink()
+    except OSError as error:
+        raise OSError(
+            f"cannot write to --workdir={workdir}: {error}; choose another folder"
+        ) from None
+
+
+def check_inputs(config: Any) -> None:
+    """FileNotFoundError with the commands for whatever is missing, data and weights at once."""
+    data_dir, weights = config.data.dir, config.backbone.checkpoint
+    if not data_dir:
+        raise ValueError(
+            "config.data.dir is not set: pass --config.data.dir=DIR, the --out of "
+            "scripts/prepare_dataset.py"
+        )
+    if not weights:
+        raise ValueError(
+            "config.backbone.checkpoint is not set: pass "
+            "--config.backbone.checkpoint=FILE, the --out of scripts/convert_clip.py"
+        )
+    missing, commands = [], []
+    if not (epath.Path(data_dir) / "dataset_info.json").exists():
+        missing.append(f"prepared data in {data_dir}")
+        commands.append(
+            f"python scripts/prepare_dataset.py --dataset={config.data.source} --videos=VIDEOS "
+            f"--annotations=ANNOTATIONS --out={data_dir}"
+        )
+    if not epath.Path(weights).exists():
+        missing.append(f"converted {config.backbone.name} weights in {weights}")
+        commands.append(f"python scripts/convert_clip.py --checkpoint=FILE --out={weights}")
+    if missing:
+        raise FileNotFoundError(
+            f"no {' and no '.join(missing)}. Run first:\n  " + "\n  ".join(commands)
+        )
+
+
+def check_batch_sizes(config: Any, num_devices: int) -> None:
+    """ValueError unless batches divide over the devices and the accumulation steps."""
+    accumulation_steps = config.optimizer.accumulation_steps
+    for key, size, parts in (
+        ("data.batch_size", config.data.batch_size, accumulation_steps),
+        ("eval.batch_size", config.eval.batch_size, 1),
+    ):
+        if size < 1 or parts < 1 or size % (num_devices * parts):
+            raise ValueError(
+                f"{key}={size} must be a multiple of {num_devices} devices x "
+                f"{parts} accumulation steps = {num_devices * parts}"
+            )
+
+
+def make_mesh() -> jax.sharding.Mesh:
+    """All devices along one axis, `data`."""
+    return jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
+
+
+def replicate(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """`tree` on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def shard_batch(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+    """This host's rows of a batch, onto its devices."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return {
+        key: jax.make_array_from_process_local_data(sharding, value)
+        for key, value in batch.items()
+        if key != "example_id"
+    }
+
+
+def make_schedule(optimizer: Any, num_train_steps: int, steps_per_epoch: float) -> optax.Schedule:
+    """Linear warm-up, then cosine to zero at the last step."""
+    warmup = min(round(optimizer.warmup_epochs * steps_per_epoch), num_train_steps // 2)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else optimizer.learning_rate,
+        peak_value=optimizer.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=max(num_train_steps, 1),
+    )
+
+
+def make_optimizer(
+    optimizer: Any, schedule: optax.Schedule, mask: Any
+) -> optax.GradientTransformation:
+    """AdamW on the leaves that `mask` names; weight decay on kernels alone."""
+    adamw = optax.adamw(
+        schedule,
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        weight_decay=optimizer.weight_decay,
+        mask=params_lib.decay_mask,
+    )
+    if optimizer.clip_norm is not None:
+        adamw = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), adamw)
+    return optax.masked(adamw, mask)
+
+
+def clip_shapes(config: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of `spatial` [1, S, H, W, 3] and `temporal` [1, G, H', W', 3] for one clip."""
+    clip = pipeline.clip_format(config.data)
+    spatial = (1, clip.num_spatial_frames, clip.image_size, clip.image_size, 3)
+    return spatial, (1, clip.framesets.num_framesets, *clip.framesets.size, 3)
+
+
+def init_params(model: Any, config: Any, backbone: Any) -> Any:
+    """Fresh parameters from `config.seed`, with the converted backbone in place."""
+    spatial, temporal = clip_shapes(config)
+
+    def init(rng):
+        return model.init(rng, jnp.zeros(spatial), jnp.zeros(temporal))["params"]
+
+    params = dict(jax.jit(init)(jax.random.key(config.seed)))
+    dtype = tuning.compute_dtype(config)
+    params["backbone"] = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), backbone)
+    params = model.start_from_backbone(params)
+    params["backbone"] = jax.tree.map(lambda leaf: leaf.astype(dtype), params["backbone"])
+    return params
+
+
+def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
+    """Check the configuration against data and backbone; build model and state. Reads no video."""
+    mesh = make_mesh()
+    check_batch_sizes(config, mesh.size)
+    pipeline.clip_format(config.data)
+    shape = vit.vit_config(
+        config.backbone.name,
+        image_size=config.data.image_size,
+        **{k: config.backbone[k] for k in config.backbone if k not in ("name", "checkpoint")},
+    )
+    predicate = tuning.trains(config.model.method)
+    backbone, shape, info = convert.load_backbone(config.backbone.checkpoint, shape)
+    model = tuning.build_model(config, shape, len(dataset.class_names))
+    params = init_params(model, config, backbone)
+    mask = params_lib.trainable_mask(params, predicate)
+    steps_per_epoch = len(dataset) / config.data.batch_size
+    num_train_steps = config.num_train_steps
+    if num_train_steps is None:
+        num_train_steps = round(config.num_epochs * steps_per_epoch)
+    schedule = make_schedule(config.optimizer, num_train_steps, steps_per_epoch)
+    optimizer = make_optimizer(config.optimizer, schedule, mask)
+    trainable, frozen = params_lib.split(params, mask)
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(params))
+    print(params_lib.parameter_table(params, mask), flush=True)
+    return Run(
+        config=config,
+        workdir=workdir,
+        model=model,
+        mesh=mesh,
+        class_names=dataset.class_names,
+        backbone=info,
+        state=replicate(state, mesh),
+        frozen=replicate(frozen, mesh),
+        optimizer=optimizer,
+        schedule=schedule,
+        num_train_steps=num_train_steps,
+        steps_per_epoch=steps_per_epoch,
+        total_params=params_lib.count(params["backbone"]) + params_lib.count(trainable),
+        trainable_params=params_lib.count(trainable),
+    )
