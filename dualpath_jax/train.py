@@ -1,8 +1,9 @@
 """Training: the step and the loop.
 
-Public: `make_train_step`, `train`, `restore_for_eval`.
+Public: `make_train_step`, `Plan`, `make_plan`, `train`, `restore_for_eval`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,53 @@ def make_train_step(
     return train_step
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """At which steps the loop does something besides training. Steps done, counted from 1."""
+
+    num_steps: int
+    log_every: int
+    save_every: int
+    keep: int
+    eval_every: int  # 0: only at the end
+    profile_first: int  # counted from the start of the process
+    profile_steps: int
+
+    def logs(self, done: int) -> bool:
+        return done == self.num_steps or done % self.log_every == 0
+
+    def saves(self, done: int) -> bool:
+        return done == self.num_steps or done % self.save_every == 0
+
+    def evaluates(self, done: int) -> bool:
+        return self.eval_every > 0 and done % self.eval_every == 0 and done < self.num_steps
+
+
+def make_plan(config: Any, num_train_steps: int, steps_per_epoch: float) -> Plan:
+    """The plan of `config`; ValueError for a number that is too small."""
+    for key, value, least in (
+        ("num_train_steps", num_train_steps, 0),
+        ("log_every_steps", config.log_every_steps, 1),
+        ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
+        ("checkpoint.keep", config.checkpoint.keep, 1),
+        ("eval.every_epochs", config.eval.every_epochs, 0),
+        ("profile.first_step", config.profile.first_step, 0),
+        ("profile.num_steps", config.profile.num_steps, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{key}={value} must be at least {least}")
+    eval_every = config.eval.every_epochs * steps_per_epoch
+    return Plan(
+        num_steps=num_train_steps,
+        log_every=config.log_every_steps,
+        save_every=config.checkpoint.every_steps,
+        keep=config.checkpoint.keep,
+        eval_every=max(1, round(eval_every)) if eval_every else 0,
+        profile_first=config.profile.first_step,
+        profile_steps=config.profile.num_steps,
+    )
+
+
 def check_finite(step: int, metrics: dict[str, float], checkpoints: Checkpoints) -> None:
     """FloatingPointError, with what is saved, when loss or gradient of `step` is not finite."""
     loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
@@ -89,12 +137,14 @@ def check_finite(step: int, metrics: dict[str, float], checkpoints: Checkpoints)
 
 def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
     """Train to `run.num_train_steps`, resuming from the workdir's last checkpoint."""
-    config, checkpoints = run.config, Checkpoints(run.workdir, run.config.checkpoint.keep)
+    config = run.config
+    plan = make_plan(config, run.num_train_steps, run.steps_per_epoch)
+    checkpoints = Checkpoints(run.workdir, plan.keep)
     if jax.process_index() == 0:
         path = epath.Path(run.workdir) / "config.json"
         path.write_text(config.to_json_best_effort(indent=2) + "\n")
     first_step = resume(run, checkpoints)
-    reporter = Reporter(run.workdir, run.num_train_steps, config.data.batch_size)
+    reporter = Reporter(run.workdir, plan.num_steps, config.data.batch_size)
     train_step = jax.jit(make_train_step(run.model, config, run.optimizer), donate_argnums=0)
     batches = pipeline.train_batches(
         dataset,
@@ -105,11 +155,10 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
         jax.process_index(),
         jax.process_count(),
     )
-    eval_every = round(config.eval.every_epochs * run.steps_per_epoch)
     reporter.start(first_step)
     pending = None  # metrics of the step before: read while the next one computes
-    for step in range(first_step, run.num_train_steps):
-        profile(config.profile, run.workdir, step - first_step, run.num_train_steps - first_step)
+    for step in range(first_step, plan.num_steps):
+        profile(plan, run.workdir, step - first_step, plan.num_steps - first_step)
         with reporter.waiting_for_data():
             batch = shard_batch(next(batches), run.mesh)
         run.state, metrics = train_step(run.state, run.frozen, batch)
@@ -119,17 +168,14 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
         done = step + 1
         if step == first_step:
             reporter.first_step_done(done, metrics)
-        last = done == run.num_train_steps
-        saves = last or done % config.checkpoint.every_steps == 0
-        logs = last or done % config.log_every_steps == 0
-        if saves or logs:
+        if plan.saves(done) or plan.logs(done):
             values = {key: float(value) for key, value in jax.device_get(metrics).items()}
             check_finite(done, values, checkpoints)
-        if logs:
+        if plan.logs(done):
             reporter.progress(done, {**values, "learning_rate": float(run.schedule(step))})
-        if saves:
+        if plan.saves(done):
             checkpoints.save(done, run.state, run.metadata())
-        if eval_every and done % eval_every == 0 and not last:
+        if plan.evaluates(done):
             scores = evaluate.evaluate_run(run, eval_dataset)
             reporter.scores(done, config.eval.split, scores)
     checkpoints.close()
@@ -154,13 +200,13 @@ def restore_for_eval(run: Run) -> None:
     checkpoints.close()
 
 
-def profile(profile_config: Any, workdir: str, steps_done: int, num_steps: int) -> None:
-    """Before a step: start or stop the JAX profiler's trace of the configured steps."""
-    if not profile_config.num_steps:
+def profile(plan: Plan, workdir: str, steps_done: int, num_steps: int) -> None:
+    """Before a step: start or stop the JAX profiler's trace of the planned steps."""
+    if not plan.profile_steps:
         return
-    first = profile_config.first_step
+    first = plan.profile_first
     if steps_done == first:
         jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
-    if first < steps_done == min(first + profile_config.num_steps, num_steps - 1):
+    if first < steps_done == min(first + plan.profile_steps, num_steps - 1):
         jax.profiler.stop_trace()
         print(f"profiler trace written to {workdir}/profile", flush=True)

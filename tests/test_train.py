@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from configs import base
 from dualpath_jax import evaluate, train
 from dualpath_jax import params as params_lib
 from dualpath_jax import run as run_lib
@@ -274,3 +275,25 @@ def test_evaluation_during_training(config, tmp_path):
     scores = [line for line in lines if line["split"] == "test"]
     assert [line["step"] for line in scores] == [5, 10]
     assert all(line["num_videos"] == 21 for line in scores)
+
+
+def test_plan():
+    config = base.get_config()
+    config.log_every_steps, config.checkpoint.every_steps = 4, 5
+    config.eval.every_epochs = 2
+    plan = train.make_plan(config, num_train_steps=11, steps_per_epoch=1.6)
+    steps = range(1, 12)
+    assert [step for step in steps if plan.logs(step)] == [4, 8, 11]
+    assert [step for step in steps if plan.saves(step)] == [5, 10, 11]
+    assert [step for step in steps if plan.evaluates(step)] == [3, 6, 9]
+    config.eval.every_epochs = 0
+    plan = train.make_plan(config, num_train_steps=11, steps_per_epoch=1.6)
+    assert not any(plan.evaluates(step) for step in steps)
+
+
+@pytest.mark.parametrize("key", ["log_every_steps", "checkpoint.every_steps", "checkpoint.keep"])
+def test_plan_refuses(key):
+    config = base.get_config()
+    config.update_from_flattened_dict({key: 0})
+    with pytest.raises(ValueError, match=f"{key}=0 must be at least 1"):
+        train.make_plan(config, num_train_steps=10, steps_per_epoch=2.0)
