@@ -15,7 +15,8 @@ import pytest
 import safetensors.numpy
 
 from dualpath_jax import clip_checkpoints, convert
-from dualpath_jax.models import vit
+from dualpath_jax.models import backbones, vit
+from dualpath_jax.models.layers import Sites
 
 torch = pytest.importorskip("torch")
 
@@ -31,7 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def _config(shape, activation="quick_gelu", **overrides):
-    return vit.vit_config(
+    return backbones.backbone_config(
         "custom", mlp_dim=4 * shape["width"], activation=activation, **shape | overrides
     )
 
@@ -51,7 +52,7 @@ def _our_stages(params, config, images):
     position = params["position_embedding"]
     h = model.apply(variables, images, params["class_embedding"], position, method="embed")
     stages = {"embed": h}
-    sites = vit.Sites(parent=None).bind({})
+    sites = Sites(parent=None).bind({})
     block = jax.jit(lambda p, h: vit.Block(config, parent=None).apply({"params": p}, h, sites))
     for i in range(config.depth):
         h = block(jax.tree.map(operator.itemgetter(i), params["blocks"]), h)
