@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dualpath_jax.models.vit import Sites, gelu
+from dualpath_jax.models.layers import Sites, gelu
 
 
 class Adapter(nn.Module):

@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from dualpath_jax.models.adapters import Adapter
+from dualpath_jax.models.backbones import FAMILIES, BackboneConfig, family_of
 from dualpath_jax.models.dualpath import DualPath
-from dualpath_jax.models.vit import ViTConfig
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -28,13 +28,15 @@ class Method:
       build: (config, backbone shape, number of classes) -> module whose `__call__` takes
         `spatial`, `temporal` and an optional `dropout_rng` and returns logits [B, classes].
       rules: (regular expression of the whole parameter path, does it train), first match wins.
+      families: the backbones that it works with, names of `backbones.FAMILIES`.
     """
 
-    build: Callable[[Any, ViTConfig, int], nn.Module]
+    build: Callable[[Any, BackboneConfig, int], nn.Module]
     rules: tuple[tuple[str, bool], ...]
+    families: tuple[str, ...] = tuple(FAMILIES)
 
 
-def _build_dualpath(config: Any, vit: ViTConfig, num_classes: int) -> DualPath:
+def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> DualPath:
     data, model = config.data, config.model
     adapter = Adapter(
         bottleneck=model.adapter_bottleneck,
@@ -45,14 +47,15 @@ def _build_dualpath(config: Any, vit: ViTConfig, num_classes: int) -> DualPath:
     )
     frame_size = data.image_size // data.frame_scale
     for side, name in zip(data.grid, ("width", "height"), strict=True):
-        if side * frame_size % vit.patch_size:
+        if side * frame_size % backbone.patch_size:
             raise ValueError(
                 f"frameset {name} of {side} frames x {frame_size} pixels is not divisible by the "
-                f"patch size {vit.patch_size} of {vit.name}: change data.grid={tuple(data.grid)}, "
-                f"data.frame_scale={data.frame_scale} or data.image_size={data.image_size}"
+                f"patch size {backbone.patch_size} of {backbone.name}: change "
+                f"data.grid={tuple(data.grid)}, data.frame_scale={data.frame_scale} or "
+                f"data.image_size={data.image_size}"
             )
     return DualPath(
-        config=vit,
+        config=backbone,
         num_classes=num_classes,
         grid=tuple(data.grid),
         frame_size=frame_size,
@@ -65,6 +68,7 @@ def _build_dualpath(config: Any, vit: ViTConfig, num_classes: int) -> DualPath:
         pre_attention_residual=model.pre_attention_residual,
         temporal_position=model.temporal_position,
         train_tokens=model.train_tokens,
+        adapt_shifted_windows=model.adapt_shifted_windows,
         dtype=compute_dtype(config),
         scan_blocks=model.scan_blocks,
     )
@@ -98,9 +102,17 @@ def _method(name: str) -> Method:
     return METHODS[name]
 
 
-def build_model(config: Any, vit: ViTConfig, num_classes: int) -> nn.Module:
-    """The module of `config.model.method` on a backbone of shape `vit`."""
-    return _method(config.model.method).build(config, vit, num_classes)
+def build_model(config: Any, backbone: BackboneConfig, num_classes: int) -> nn.Module:
+    """The module of `config.model.method` on a backbone of shape `backbone`."""
+    name = config.model.method
+    method, family = _method(name), family_of(backbone)
+    if family not in method.families:
+        raise ValueError(
+            f"model.method {name!r} works with backbones of the families "
+            f"{', '.join(method.families)}, and backbone {backbone.name!r} is of the family "
+            f"{family}: change config.model.method or config.backbone.name"
+        )
+    return method.build(config, backbone, num_classes)
 
 
 def trains(method: str) -> Callable[[str], bool]:
