@@ -227,7 +227,7 @@ class DualPath(nn.Module):
     def __call__(
         self, spatial: jax.Array, temporal: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
-        """Logits of a batch of clips.
+        """Logits of a batch of clips; see `tuning.Method.build`.
 
         Args:
           spatial: [B, S, H, W, 3], normalised with CLIP's mean and std.

@@ -142,17 +142,23 @@ class Sites(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values."""
 
+    width: int
     heads: int
     dtype: Any = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        self.qkv = nn.Dense(3 * self.width, dtype=self.dtype)
+        self.out = nn.Dense(self.width, dtype=self.dtype)
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """x [M, N, D] -> queries, keys and values [3, M, N, K, D/K]."""
+        return einops.rearrange(
+            self.qkv(x), "m n (three k d) -> three m n k d", three=3, k=self.heads
+        )
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x)
-        q, k, v = einops.rearrange(qkv, "m n (three k d) -> three m n k d", three=3, k=self.heads)
-        y = jax.nn.dot_product_attention(q, k, v)  # softmax in float32, scale 1/sqrt(D/K)
-        y = einops.rearrange(y, "m n k d -> m n (k d)")
-        return nn.Dense(width, dtype=self.dtype, name="out")(y)
+        y = jax.nn.dot_product_attention(*self.project(x))  # float32 softmax, scale 1/sqrt(D/K)
+        return self.out(einops.rearrange(y, "m n k d -> m n (k d)"))
 
 
 class Mlp(nn.Module):
@@ -178,7 +184,7 @@ class Block(nn.Module):
     def setup(self):
         config = self.config
         self.ln_1 = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype)
-        self.attention = Attention(config.heads, dtype=self.dtype)
+        self.attention = Attention(config.width, config.heads, dtype=self.dtype)
         self.ln_2 = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype)
         self.mlp = Mlp(config.mlp_dim, config.activation, dtype=self.dtype)
 
@@ -191,6 +197,11 @@ class Block(nn.Module):
         x = self.ln_2(z)
         h = z + sites.after_mlp(self.mlp(x)) + sites.beside_mlp(x)
         return sites.output(h)
+
+    def queries_and_keys(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of the attention on h [M, N, D], without sites: two of [M, N, K, D/K]."""
+        q, k, _ = self.attention.project(self.ln_1(h))
+        return q, k
 
 
 class ViT(nn.Module):
@@ -272,14 +283,16 @@ class ViT(nn.Module):
         sites: Sites | None = None,
         site_params: Any = None,
         dropout_rng: jax.Array | None = None,
+        blocks: slice = slice(None),
     ) -> jax.Array:
-        """The L blocks: h [M, N, D] -> [M, N, D].
+        """The L blocks, or some of them: h [M, N, D] -> [M, N, D].
 
         Args:
           h: tokens that enter the first block.
           sites: what a tuning method does inside each block; None for the frozen backbone.
           site_params: its parameters, stacked [L, ...].
           dropout_rng: switches on the method's dropout.
+          blocks: which blocks to run, of 0 ... L - 1.
         """
         sites = Sites(parent=None) if sites is None else sites
         rngs = None
@@ -292,17 +305,26 @@ class ViT(nn.Module):
             bound = sites.bind(variables, rngs=None if rng is None else {"dropout": rng})
             return self._block().apply({"params": block_params}, h, bound), None
 
-        layers = (self.blocks, site_params, rngs)
+        layers = jax.tree.map(lambda leaf: leaf[blocks], (self.blocks, site_params, rngs))
         if self.scan_blocks:
             return jax.lax.scan(body, h, layers)[0]
         # Not scan(unroll=True): that still copies what the backward pass needs into stacked arrays.
-        for i in range(self.config.depth):
+        for i in range(len(range(self.config.depth)[blocks])):
             h, _ = body(h, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
         return h
 
-    def pool(self, h: jax.Array) -> jax.Array:
-        """Class token through `ln_post` and CLIP's visual projection: [M, N, D] -> [M, e]."""
-        return self.ln_post(h[:, 0]) @ self.projection.astype(self.dtype)
+    def queries_and_keys(self, h: jax.Array, index: int) -> tuple[jax.Array, jax.Array]:
+        """Of block `index`, which h [M, N, D] enters: two of [M, N, K, D/K]."""
+        block = jax.tree.map(lambda leaf: leaf[index], self.blocks)
+        return self._block().apply({"params": block}, h, method=Block.queries_and_keys)
+
+    def pool(self, h: jax.Array, project: bool = True) -> jax.Array:
+        """Class token through `ln_post` and, if asked, CLIP's visual projection.
+
+        h [M, N, D] -> [M, e], or [M, D] without the projection.
+        """
+        y = self.ln_post(h[:, 0])
+        return y @ self.projection.astype(self.dtype) if project else y
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Frozen CLIP: images [M, H, W, 3], normalised -> (tokens [M, N, D], features [M, e])."""
