@@ -3,7 +3,6 @@
 Public: `AIM`, `AIMSites`.
 """
 
-
 import einops
 import flax.linen as nn
 import jax

@@ -237,6 +237,8 @@ class DualPath(nn.Module):
         Returns:
           [B, classes] float32.
         """
+        if temporal is None and self.temporal_path:
+            raise ValueError("the temporal path needs framesets [B, G, H', W', 3], but got none")
         rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
         nothing = jnp.zeros((spatial.shape[0], self.config.projection_dim), jnp.float32)
         y_sp = self.spatial_features(spatial, rngs[0]) if self.spatial_path else nothing

@@ -59,6 +59,11 @@ def _check_at_least_one(key: str, value: int) -> None:
         raise ValueError(f"{key}={value} must be 1 or more")
 
 
+def _check_rate(key: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{key}={value} must be in [0, 1)")
+
+
 def _build_dualpath(config: Any, vit: ViTConfig, num_classes: int) -> DualPath:
     data, model = config.data, config.model
     adapter = Adapter(
@@ -129,12 +134,14 @@ def _build_vpt(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
 
 def _build_adaptformer(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
     options = config.model.adaptformer
+    _check_at_least_one("model.adaptformer.bottleneck", options.bottleneck)
     adapter = Adapter(options.bottleneck, options.scale, dtype=compute_dtype(config), parent=None)
     sites = AdaptFormer(adapter, options.parallel, parent=None)
     return _frame_model(config, vit, TemporalClassifier(vit, num_classes, parent=None), sites)
 
 
 def _build_protuning(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
+    _check_at_least_one("model.protuning.width", config.model.protuning.width)
     sites = ProTuning(config.model.protuning.width, compute_dtype(config), parent=None)
     return _frame_model(config, vit, TemporalClassifier(vit, num_classes, parent=None), sites)
 
@@ -142,6 +149,7 @@ def _build_protuning(config: Any, vit: ViTConfig, num_classes: int) -> FrameMode
 def _build_st_adapter(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
     options = config.model.st_adapter
     _check_choice("model.st_adapter.form", options.form, ("paper", "released"))
+    _check_at_least_one("model.st_adapter.width", options.width)
     kernel_size = tuple(options.kernel_size)
     if len(kernel_size) != 3 or any(size < 1 or size % 2 == 0 for size in kernel_size):
         raise ValueError(
@@ -169,7 +177,10 @@ def _build_videoprompt(config: Any, vit: ViTConfig, num_classes: int) -> FrameMo
 def _build_aim(config: Any, vit: ViTConfig, num_classes: int) -> AIM:
     options = config.model.aim
     _check_choice("model.aim.num_temporal_adapters", options.num_temporal_adapters, (1, 2))
+    _check_rate("model.aim.drop_path", options.drop_path)
+    _check_rate("model.aim.dropout", options.dropout)
     bottleneck = vit.width // 4 if options.bottleneck is None else options.bottleneck
+    _check_at_least_one("model.aim.bottleneck", bottleneck)
     sites = AIMSites(
         Adapter(bottleneck, dtype=compute_dtype(config), parent=None),
         num_frames=config.data.num_frames,
@@ -189,6 +200,8 @@ def _build_evl(config: Any, vit: ViTConfig, num_classes: int) -> EVL:
             f"model.evl.num_blocks={options.num_blocks} must be between 1 and the {vit.depth} "
             f"blocks of {vit.name}"
         )
+    _check_rate("model.evl.mlp_dropout", options.mlp_dropout)
+    _check_rate("model.evl.dropout", options.dropout)
     head = Decoder(
         vit,
         num_classes,
