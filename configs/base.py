@@ -20,10 +20,10 @@ def get_config() -> ConfigDict:
     config.data.train_split = "train"  # the split that is trained on
     config.data.batch_size = 64  # clips per step, over all devices and hosts
     config.data.image_size = 224  # H = W of a spatial frame, pixels
-    config.data.num_frames = 32  # T, frames sampled from a video
-    config.data.num_spatial_frames = 8  # S, the subset of them for the spatial path
-    config.data.grid = (4, 4)  # (w, h), frames across and down a frameset
-    config.data.frame_scale = 4  # how much a frame is reduced inside a frameset
+    config.data.num_frames = 32  # T, frames sampled from a video (sec. 3.2: 8 for the baselines)
+    config.data.num_spatial_frames = 8  # S, the subset for the spatial path; dualpath alone
+    config.data.grid = (4, 4)  # (w, h), frames across and down a frameset; dualpath alone
+    config.data.frame_scale = 4  # how much a frame is reduced in a frameset; dualpath alone
     config.data.sampling = "dense"  # dense: a clip at sampling_interval; segments: whole video
     config.data.sampling_interval = placeholder(int)  # None: 4, 2, 1 for T = 16, 32, 48 (sec. 5.1)
     config.data.crop_scale = (0.08, 1.0)  # random resized crop: part of the frame's area; ours
@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.method = "dualpath"  # a name of dualpath_jax.models.tuning.METHODS
+    # From here to train_tokens: dualpath alone.
     config.model.spatial_path = True  # False: Table 5, "without spatial adaptation"
     config.model.temporal_path = True  # False: Table 5, "without temporal adaptation"
     config.model.adapter_bottleneck = 128  # R
@@ -63,6 +64,39 @@ def get_config() -> ConfigDict:
     config.model.adapt_shifted_windows = False  # Swin: adapters in these blocks too (not App. B.1)
     config.model.dtype = "bfloat16"  # of the computation; trainable parameters are float32; ours
     config.model.scan_blocks = True  # loop over blocks (accelerators) or write them out (CPU)
+
+    config.model.vpt = ConfigDict()
+    config.model.vpt.num_prompts = 10  # K; one of VPT's own 1, 5, 10, 50, 100, 200; ours
+    config.model.vpt.deep = True  # new prompts for each block; False: VPT-shallow, the first alone
+
+    config.model.adaptformer = ConfigDict()
+    config.model.adaptformer.bottleneck = 64  # R
+    config.model.adaptformer.scale = 0.1  # s
+    config.model.adaptformer.parallel = True  # eq. 4; False: the serial form of Fig. 2c
+
+    config.model.protuning = ConfigDict()
+    config.model.protuning.width = 96  # channels between the 1x1 convolutions; ours: gives its 9M
+
+    config.model.st_adapter = ConfigDict()
+    config.model.st_adapter.form = "paper"  # eq. 6; released: as its authors published it
+    config.model.st_adapter.width = 384  # R; its authors'
+    config.model.st_adapter.kernel_size = (3, 1, 1)  # frames, rows, columns; its authors'
+    config.model.st_adapter.scale = 1.0  # s; ours in eq. 6, none in the released form
+
+    config.model.videoprompt = ConfigDict()
+    config.model.videoprompt.num_prompts = 32  # before the frames; its authors' 16 + 16
+
+    config.model.aim = ConfigDict()
+    config.model.aim.bottleneck = placeholder(int)  # R of its adapters; None: D/4, its authors'
+    config.model.aim.scale = 0.5  # s of joint adaptation; its authors'; 1.0 on SSv2
+    config.model.aim.num_temporal_adapters = 1  # its authors'; 2 on SSv2
+    config.model.aim.drop_path = 0.2  # of temporal and joint adaptation, by clip; its authors'
+    config.model.aim.dropout = 0.5  # before the FC; its authors'
+
+    config.model.evl = ConfigDict()
+    config.model.evl.num_blocks = 4  # M, last blocks that are decoded; its authors'
+    config.model.evl.mlp_dropout = 0.5  # in the decoder's MLP; its authors'
+    config.model.evl.dropout = 0.5  # before the FC; its authors'
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 3e-4  # at the top of the schedule; AdamW, cosine to zero

@@ -95,11 +95,11 @@ def make_eval_step(model: Any, config: Any) -> Callable[[Any, Any, Batch], dict[
 
     def eval_step(trainable, frozen, batch):
         batch_size, views = batch["spatial"].shape[:2]
-        flat = {k: batch[k].reshape(-1, *batch[k].shape[2:]) for k in ("spatial", "temporal")}
+        inputs = [key for key in ("spatial", "temporal") if key in batch]
+        flat = {key: batch[key].reshape(-1, *batch[key].shape[2:]) for key in inputs}
         logits = model.apply(
             {"params": params_lib.merge(trainable, frozen)},
-            preprocess.normalise(flat["spatial"], config.data, dtype),
-            preprocess.normalise(flat["temporal"], config.data, dtype),
+            *preprocess.model_inputs(flat, config.data, dtype),
         )
         logits = logits.reshape(batch_size, views, -1)
         return eval_step_sums(logits, batch["label"], batch["mask"])
@@ -119,6 +119,7 @@ def evaluate_run(run: Run, dataset: VideoDataset) -> Scores:
         config.eval.batch_size,
         jax.process_index(),
         jax.process_count(),
+        framesets=tuning.takes_framesets(config.model.method),
     )
 
     def step(batch: Batch) -> dict[str, jax.Array]:

@@ -169,39 +169,43 @@ def make_optimizer(
     return optax.masked(adamw, mask)
 
 
-def clip_shapes(config: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of `spatial` [1, S, H, W, 3] and `temporal` [1, G, H', W', 3] for one clip."""
-    clip = pipeline.clip_format(config.data)
+def clip_shapes(config: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Shapes of `spatial` [1, S, H, W, 3] and `temporal` [1, G, H', W', 3] for one clip.
+
+    For a method without framesets S is T and `temporal` None.
+    """
+    clip = pipeline.clip_format(config.data, tuning.takes_framesets(config.model.method))
     spatial = (1, clip.num_spatial_frames, clip.image_size, clip.image_size, 3)
+    if clip.framesets is None:
+        return spatial, None
     return spatial, (1, clip.framesets.num_framesets, *clip.framesets.size, 3)
 
 
 def init_params(model: Any, config: Any, backbone: Any) -> Any:
-    """Fresh parameters from `config.seed`, with the converted backbone in place."""
-    spatial, temporal = clip_shapes(config)
+    """Fresh parameters from `config.seed`, with the converted backbone in place.
 
-    def init(rng):
-        return model.init(rng, jnp.zeros(spatial), jnp.zeros(temporal))["params"]
-
-    params = dict(jax.jit(init)(jax.random.key(config.seed)))
-    dtype = tuning.compute_dtype(config)
+    What trains is float32; the rest has the compute dtype.
+    """
+    inputs = [None if shape is None else jnp.zeros(shape) for shape in clip_shapes(config)]
+    params = dict(jax.jit(model.init)(jax.random.key(config.seed), *inputs)["params"])
     params["backbone"] = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), backbone)
     params = model.start_from_backbone(params)
-    params["backbone"] = jax.tree.map(lambda leaf: leaf.astype(dtype), params["backbone"])
-    return params
+    mask = params_lib.trainable_mask(params, tuning.trains(config.model.method))
+    dtype = tuning.compute_dtype(config)
+    return jax.tree.map(lambda leaf, train: leaf if train else leaf.astype(dtype), params, mask)
 
 
 def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
     """Check the configuration against data and backbone; build model and state. Reads no video."""
     mesh = make_mesh()
     check_batch_sizes(config, mesh.size)
-    pipeline.clip_format(config.data)
+    predicate = tuning.trains(config.model.method)
+    clip_shapes(config)
     shape = backbones.backbone_config(
         config.backbone.name,
         image_size=config.data.image_size,
         **{k: config.backbone[k] for k in config.backbone if k not in ("name", "checkpoint")},
     )
-    predicate = tuning.trains(config.model.method)
     backbone, shape, info = convert.load_backbone(config.backbone.checkpoint, shape)
     model = tuning.build_model(config, shape, len(dataset.class_names))
     params = init_params(model, config, backbone)
@@ -228,6 +232,6 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
         schedule=schedule,
         num_train_steps=num_train_steps,
         steps_per_epoch=steps_per_epoch,
-        total_params=params_lib.count(params["backbone"]) + params_lib.count(trainable),
+        total_params=params_lib.count(params),
         trainable_params=params_lib.count(trainable),
     )

@@ -35,9 +35,8 @@ def make_train_step(
     def loss_fn(trainable, frozen, batch, rng):
         logits = model.apply(
             {"params": params_lib.merge(trainable, frozen)},
-            preprocess.normalise(batch["spatial"], config.data, dtype),
-            preprocess.normalise(batch["temporal"], config.data, dtype),
-            rng if config.model.adapter_dropout else None,
+            *preprocess.model_inputs(batch, config.data, dtype),
+            rng,
         )
         target = jax.nn.one_hot(batch["label"], logits.shape[-1])
         target = optax.smooth_labels(target, config.optimizer.label_smoothing)
@@ -154,6 +153,7 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
         run.num_train_steps,
         jax.process_index(),
         jax.process_count(),
+        framesets=tuning.takes_framesets(config.model.method),
     )
     reporter.start(first_step)
     pending = None  # metrics of the step before: read while the next one computes

@@ -1,4 +1,4 @@
-"""Writes a training batch, as the model gets it, as PNG: spatial frames above, framesets below.
+"""Writes a training batch, as the model gets it, as PNG: one row per clip.
 
     python scripts/show_batch.py --config=configs/demo.py --out=batch.png
 
@@ -33,10 +33,11 @@ def load_config(name: str):
 
 
 def draw(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
-    """One row per clip: its label, its spatial frames, its framesets."""
+    """One row per clip: its label, its spatial frames, its framesets if the method takes them."""
     clips = []
     for i in range(len(batch["label"])):
-        pictures = [*batch["spatial"][i], *batch["temporal"][i]]
+        inputs = [batch[key][i] for key in ("spatial", "temporal") if key in batch]
+        pictures = [picture for images in inputs for picture in images]
         pictures = [picture.repeat(zoom, axis=0).repeat(zoom, axis=1) for picture in pictures]
         width = max(sum(p.shape[1] + GAP for p in pictures), MIN_WIDTH)
         height = max(p.shape[0] for p in pictures) + LINE + GAP
@@ -64,12 +65,18 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from dualpath_jax.data import pipeline
     from dualpath_jax.data.records import VideoDataset
+    from dualpath_jax.models import tuning
 
     try:
         config = load_config(args.config)
         dataset = VideoDataset(args.data_dir or config.data.dir, config.data.train_split)
         batches = pipeline.train_batches(
-            dataset, config.data, config.seed, args.step, args.step + 1
+            dataset,
+            config.data,
+            config.seed,
+            args.step,
+            args.step + 1,
+            framesets=tuning.takes_framesets(config.model.method),
         )
         batch = {key: value[: args.clips] for key, value in next(batches).items()}
         draw(batch, dataset.class_names, args.zoom).save(args.out)

@@ -28,6 +28,19 @@ def test_picture_of_a_batch(demo_data, tmp_path):
     assert picture[16:144, :128].std() > 0
 
 
+def test_picture_of_a_method_without_framesets(demo_data, tmp_path):
+    config = tmp_path / "linear.py"
+    config.write_text(
+        "from configs import demo\n\n\ndef get_config():\n    config = demo.get_config()\n"
+        "    config.model.method = 'linear'\n    config.data.num_frames = 3\n    return config\n"
+    )
+    out = tmp_path / "batch.png"
+    result = run(f"--config={config}", f"--data_dir={demo_data}", f"--out={out}", "--zoom=3")
+    assert result.returncode == 0, result.stderr
+    # Eight rows of 16 + 192 + 8 pixels; three frames of 192 pixels each.
+    assert np.asarray(Image.open(out)).shape == (8 * 216, 3 * 200, 3)
+
+
 def test_missing_data(tmp_path):
     result = run("--config=configs/demo.py", "--data_dir=nowhere", "--out=x.png")
     assert result.returncode == 2

@@ -6,8 +6,8 @@ Python enters once: a generator yields the raw records of one clip with its crop
 and resizing are TF ops. Everything random is drawn by the generator from (seed, epoch, example).
 
 A batch is a dict of numpy arrays:
-  spatial     uint8   [B, S, H, W, 3]     in 0..255, RGB
-  temporal    uint8   [B, G, H', W', 3]   likewise
+  spatial     uint8   [B, S, H, W, 3]     in 0..255, RGB; without framesets all T frames
+  temporal    uint8   [B, G, H', W', 3]   likewise; absent without framesets
   label       int32   [B]
   mask        float32 [B]                 0 for padding, else 1
   example_id  int64   [B]                 place in the split's video table; -1 for padding
@@ -30,32 +30,45 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ClipFormat:
-    """What a clip is. See the keys of the same names under `data` in configs/base.py."""
+    """What a clip is. See the keys of the same names under `data` in configs/base.py.
 
-    framesets: FramesetShape
+    Without framesets, `framesets` is None and the spatial frames are all frames.
+    """
+
+    num_frames: int
+    image_size: int
     num_spatial_frames: int
     sampling: str
     sampling_interval: int | None
-
-    @property
-    def image_size(self) -> int:
-        return self.framesets.image_size
-
-    @property
-    def num_frames(self) -> int:
-        return self.framesets.num_frames
+    framesets: FramesetShape | None
 
 
-def clip_format(data: Any) -> ClipFormat:
-    """Clip format of `config.data`; ValueError for values that do not go together."""
-    framesets = FramesetShape(data.num_frames, tuple(data.grid), data.frame_scale, data.image_size)
-    sampling.spatial_subset(data.num_frames, data.num_spatial_frames)
+def clip_format(data: Any, framesets: bool = True) -> ClipFormat:
+    """Clip format of `config.data`; ValueError for values that do not go together.
+
+    Args:
+      data: `config.data`.
+      framesets: spatial frames and framesets (DualPath), or every frame at full size (the other
+        methods, for which `num_spatial_frames`, `grid` and `frame_scale` mean nothing).
+    """
+    shape, num_spatial = None, data.num_frames
+    if framesets:
+        shape = FramesetShape(data.num_frames, tuple(data.grid), data.frame_scale, data.image_size)
+        num_spatial = data.num_spatial_frames
+    sampling.spatial_subset(data.num_frames, num_spatial)
     if data.sampling not in sampling.SAMPLINGS:
         known = ", ".join(sampling.SAMPLINGS)
         raise ValueError(f"unknown data.sampling {data.sampling!r}: known are {known}")
     if data.sampling == "dense" and data.sampling_interval is None:
         sampling.default_interval(data.num_frames)
-    return ClipFormat(framesets, data.num_spatial_frames, data.sampling, data.sampling_interval)
+    return ClipFormat(
+        num_frames=data.num_frames,
+        image_size=data.image_size,
+        num_spatial_frames=num_spatial,
+        sampling=data.sampling,
+        sampling_interval=data.sampling_interval,
+        framesets=shape,
+    )
 
 
 def _element(
@@ -130,7 +143,7 @@ def _resize(frames: tf.Tensor, size: int) -> tf.Tensor:
 
 
 def _assemble(element: dict[str, tf.Tensor], clip: ClipFormat) -> dict[str, tf.Tensor]:
-    """Raw records of one clip to its spatial frames and framesets."""
+    """Raw records of one clip to its spatial frames and, if it has them, framesets."""
     jpegs = tf.io.parse_example(element["records"], FRAME_FEATURES)["image"]
     # Written out: a map_fn over the frames costs as much again as decoding small ones.
     frames = tf.stack(
@@ -144,15 +157,13 @@ def _assemble(element: dict[str, tf.Tensor], clip: ClipFormat) -> dict[str, tf.T
     frames = tf.cond(element["flip"], lambda: tf.reverse(frames, [2]), lambda: frames)
     chosen = sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
     spatial = _resize(tf.gather(frames, chosen), clip.image_size)
-    small = _resize(frames, clip.framesets.frame_size)
-    small = tf.ensure_shape(small, [clip.num_frames, *[clip.framesets.frame_size] * 2, 3])
-    return {
-        "spatial": tf.ensure_shape(
-            spatial, [clip.num_spatial_frames, clip.image_size, clip.image_size, 3]
-        ),
-        "temporal": tile_framesets(small, clip.framesets.grid),
-        **{key: element[key] for key in ("label", "mask", "example_id")},
-    }
+    size = [clip.num_spatial_frames, clip.image_size, clip.image_size, 3]
+    inputs = {"spatial": tf.ensure_shape(spatial, size)}
+    if clip.framesets is not None:
+        small = _resize(frames, clip.framesets.frame_size)
+        small = tf.ensure_shape(small, [clip.num_frames, *[clip.framesets.frame_size] * 2, 3])
+        inputs["temporal"] = tile_framesets(small, clip.framesets.grid)
+    return inputs | {key: element[key] for key in ("label", "mask", "example_id")}
 
 
 def _tf_dataset(elements: Any, clip: ClipFormat) -> tf.data.Dataset:
@@ -189,6 +200,7 @@ def train_batches(
     num_steps: int,
     process_index: int = 0,
     process_count: int = 1,
+    framesets: bool = True,
 ) -> Iterator[Batch]:
     """This host's share of the training batches of steps first_step ... num_steps - 1.
 
@@ -199,8 +211,9 @@ def train_batches(
       first_step: where to begin; beginning later costs nothing and gives the same batches.
       num_steps: length of the run.
       process_index, process_count: which host of how many.
+      framesets: see `clip_format`.
     """
-    clip = clip_format(data)
+    clip = clip_format(data, framesets)
     rows = _rows(data.batch_size, process_index, process_count)
     steps = range(first_step, num_steps)
 
@@ -224,9 +237,10 @@ def eval_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
+    framesets: bool = True,
 ) -> Iterator[Batch]:
     """This host's share of one pass over `dataset`: every video once, then padding of mask 0."""
-    clip = clip_format(data)
+    clip = clip_format(data, framesets)
     rows = _rows(batch_size, process_index, process_count)
 
     def elements():

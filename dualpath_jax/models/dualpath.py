@@ -245,7 +245,7 @@ class DualPath(nn.Module):
     def __call__(
         self, spatial: jax.Array, temporal: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
-        """Logits of a batch of clips.
+        """Logits of a batch of clips; see `tuning.Method.build`.
 
         Args:
           spatial: [B, S, H, W, 3], normalised with CLIP's mean and std.
@@ -255,6 +255,8 @@ class DualPath(nn.Module):
         Returns:
           [B, classes] float32.
         """
+        if temporal is None and self.temporal_path:
+            raise ValueError("the temporal path needs framesets [B, G, H', W', 3], but got none")
         rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
         nothing = jnp.zeros((spatial.shape[0], self.config.feature_dim), jnp.float32)
         y_sp = self.spatial_features(spatial, rngs[0]) if self.spatial_path else nothing

@@ -1,6 +1,6 @@
 """Tuning methods: how each is built and which of its parameters train.
 
-Public: `METHODS`, `Method`, `build_model`, `trains`.
+Public: `METHODS`, `Method`, `build_model`, `trains`, `takes_framesets`.
 
 To add a method: write its module, add it to `METHODS` with a rule for each of its parameters.
 """
@@ -14,8 +14,18 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from dualpath_jax.models.adapters import Adapter
+from dualpath_jax.models.adaptformer import AdaptFormer
+from dualpath_jax.models.aim import AIM, AIMSites
 from dualpath_jax.models.backbones import FAMILIES, BackboneConfig, family_of
 from dualpath_jax.models.dualpath import DualPath
+from dualpath_jax.models.evl import EVL, Decoder
+from dualpath_jax.models.frames import AverageClassifier, FrameModel
+from dualpath_jax.models.layers import Sites
+from dualpath_jax.models.prompts import DeepPrompts, ShallowPrompts
+from dualpath_jax.models.protuning import ProTuning
+from dualpath_jax.models.st_adapter import STAdapter
+from dualpath_jax.models.temporal import TemporalClassifier
+from dualpath_jax.models.vit import ViTConfig
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -25,15 +35,37 @@ class Method:
     """A way to tune a frozen backbone.
 
     Attributes:
-      build: (config, backbone shape, number of classes) -> module whose `__call__` takes
-        `spatial`, `temporal` and an optional `dropout_rng` and returns logits [B, classes].
+      build: (config, backbone shape, number of classes) -> module. All are called alike,
+        `module(spatial, temporal, dropout_rng)` -> logits [B, classes] float32, where
+          spatial: [B, S, H, W, 3] normalised frames; all T of them for a method without framesets.
+          temporal: [B, G, H', W', 3] normalised framesets; None for a method without framesets.
+          dropout_rng: jax key that switches on the method's training-time randomness, or None.
+        Their parameters have the backbone's under "backbone"; `module.start_from_backbone(params)`
+        gives those that start at the backbone's values.
       rules: (regular expression of the whole parameter path, does it train), first match wins.
+      framesets: does it take framesets?
       families: the backbones that it works with, names of `backbones.FAMILIES`.
     """
 
-    build: Callable[[Any, BackboneConfig, int], nn.Module]
+    build: Callable[[Any, Any, int], nn.Module]
     rules: tuple[tuple[str, bool], ...]
-    families: tuple[str, ...] = tuple(FAMILIES)
+    framesets: bool = False
+    families: tuple[str, ...] = ("vit",)
+
+
+def _check_choice(key: str, value: Any, known: tuple[Any, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {key}={value!r}: known are {', '.join(map(str, known))}")
+
+
+def _check_at_least_one(key: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{key}={value} must be 1 or more")
+
+
+def _check_rate(key: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{key}={value} must be in [0, 1)")
 
 
 def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> DualPath:
@@ -74,16 +106,149 @@ def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> 
     )
 
 
+def _frame_model(
+    config: Any,
+    backbone: BackboneConfig,
+    head: nn.Module,
+    sites: Sites | None = None,
+    kind: type[FrameModel] = FrameModel,
+    **options: Any,
+) -> FrameModel:
+    return kind(
+        config=backbone,
+        num_frames=config.data.num_frames,
+        head=head,
+        sites=sites,
+        dtype=compute_dtype(config),
+        scan_blocks=config.model.scan_blocks,
+        **options,
+    )
+
+
+def _build_average(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
+    """`full` and `linear`, which differ in what trains."""
+    return _frame_model(config, backbone, AverageClassifier(num_classes, parent=None))
+
+
+def _build_vpt(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
+    head, prompts = TemporalClassifier(vit, num_classes, parent=None), config.model.vpt.num_prompts
+    _check_at_least_one("model.vpt.num_prompts", prompts)
+    if not config.model.vpt.deep:
+        return _frame_model(config, vit, head, kind=ShallowPrompts, num_prompts=prompts)
+    return _frame_model(config, vit, head, DeepPrompts(prompts, vit.patch_size, parent=None))
+
+
+def _build_adaptformer(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
+    options = config.model.adaptformer
+    _check_at_least_one("model.adaptformer.bottleneck", options.bottleneck)
+    adapter = Adapter(options.bottleneck, options.scale, dtype=compute_dtype(config), parent=None)
+    sites = AdaptFormer(adapter, options.parallel, parent=None)
+    return _frame_model(config, vit, TemporalClassifier(vit, num_classes, parent=None), sites)
+
+
+def _build_protuning(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
+    _check_at_least_one("model.protuning.width", config.model.protuning.width)
+    sites = ProTuning(config.model.protuning.width, compute_dtype(config), parent=None)
+    return _frame_model(config, vit, TemporalClassifier(vit, num_classes, parent=None), sites)
+
+
+def _build_st_adapter(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
+    options = config.model.st_adapter
+    _check_choice("model.st_adapter.form", options.form, ("paper", "released"))
+    _check_at_least_one("model.st_adapter.width", options.width)
+    kernel_size = tuple(options.kernel_size)
+    if len(kernel_size) != 3 or any(size < 1 or size % 2 == 0 for size in kernel_size):
+        raise ValueError(
+            f"model.st_adapter.kernel_size={kernel_size} must be three odd numbers: frames, rows, "
+            "columns"
+        )
+    sites = STAdapter(
+        num_frames=config.data.num_frames,
+        width=options.width,
+        kernel_size=kernel_size,
+        scale=options.scale,
+        released=options.form == "released",
+        class_token=backbone.has_class_token,
+        dtype=compute_dtype(config),
+        parent=None,
+    )
+    return _frame_model(config, backbone, AverageClassifier(num_classes, parent=None), sites)
+
+
+def _build_videoprompt(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
+    prompts = config.model.videoprompt.num_prompts
+    _check_at_least_one("model.videoprompt.num_prompts", prompts)
+    return _frame_model(config, vit, TemporalClassifier(vit, num_classes, prompts, parent=None))
+
+
+def _build_aim(config: Any, vit: ViTConfig, num_classes: int) -> AIM:
+    options = config.model.aim
+    _check_choice("model.aim.num_temporal_adapters", options.num_temporal_adapters, (1, 2))
+    _check_rate("model.aim.drop_path", options.drop_path)
+    _check_rate("model.aim.dropout", options.dropout)
+    bottleneck = vit.width // 4 if options.bottleneck is None else options.bottleneck
+    _check_at_least_one("model.aim.bottleneck", bottleneck)
+    sites = AIMSites(
+        Adapter(bottleneck, dtype=compute_dtype(config), parent=None),
+        num_frames=config.data.num_frames,
+        scale=options.scale,
+        num_temporal_adapters=options.num_temporal_adapters,
+        drop_path=options.drop_path,
+        parent=None,
+    )
+    head = AverageClassifier(num_classes, options.dropout, parent=None)
+    return _frame_model(config, vit, head, sites, kind=AIM)
+
+
+def _build_evl(config: Any, vit: ViTConfig, num_classes: int) -> EVL:
+    options = config.model.evl
+    if not 1 <= options.num_blocks <= vit.depth:
+        raise ValueError(
+            f"model.evl.num_blocks={options.num_blocks} must be between 1 and the {vit.depth} "
+            f"blocks of {vit.name}"
+        )
+    _check_rate("model.evl.mlp_dropout", options.mlp_dropout)
+    _check_rate("model.evl.dropout", options.dropout)
+    head = Decoder(
+        vit,
+        num_classes,
+        mlp_dropout=options.mlp_dropout,
+        dropout=options.dropout,
+        dtype=compute_dtype(config),
+        parent=None,
+    )
+    return _frame_model(config, vit, head, kind=EVL, num_blocks=options.num_blocks)
+
+
+_FROZEN, _ADAPTERS, _HEAD = ("backbone/.*", False), ("adapters/.*", True), ("head/.*", True)
+_ALL = tuple(FAMILIES)
+
 METHODS = {
     "dualpath": Method(
         build=_build_dualpath,
         rules=(
-            ("backbone/.*", False),
+            _FROZEN,
             ("(spatial|temporal)/adapters/.*", True),
             ("(spatial|temporal)/(class_token|position)", True),
             ("classifier/.*", True),
         ),
+        framesets=True,
+        families=_ALL,
     ),
+    # The projection to CLIP's joint space is not used.
+    "full": Method(
+        build=_build_average,
+        rules=(("backbone/projection", False), ("backbone/.*", True), _HEAD),
+        families=_ALL,
+    ),
+    "linear": Method(_build_average, (_FROZEN, _HEAD), families=_ALL),
+    "vpt": Method(_build_vpt, (_FROZEN, ("(adapters/)?prompts", True), _HEAD)),
+    "adaptformer": Method(_build_adaptformer, (_FROZEN, _ADAPTERS, _HEAD)),
+    "protuning": Method(_build_protuning, (_FROZEN, _ADAPTERS, _HEAD)),
+    "st_adapter": Method(_build_st_adapter, (_FROZEN, _ADAPTERS, _HEAD), families=_ALL),
+    "videoprompt": Method(_build_videoprompt, (_FROZEN, _HEAD)),
+    "aim": Method(_build_aim, (_FROZEN, _ADAPTERS, ("temporal_position", True), _HEAD)),
+    "evl": Method(_build_evl, (_FROZEN, _HEAD)),
 }
 
 
@@ -113,6 +278,11 @@ def build_model(config: Any, backbone: BackboneConfig, num_classes: int) -> nn.M
             f"{family}: change config.model.method or config.backbone.name"
         )
     return method.build(config, backbone, num_classes)
+
+
+def takes_framesets(method: str) -> bool:
+    """Does `method` take framesets, or every sampled frame at full size?"""
+    return _method(method).framesets
 
 
 def trains(method: str) -> Callable[[str], bool]:

@@ -141,17 +141,23 @@ MODELS = {
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values."""
 
+    width: int
     heads: int
     dtype: Any = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        self.qkv = nn.Dense(3 * self.width, dtype=self.dtype)
+        self.out = nn.Dense(self.width, dtype=self.dtype)
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """x [M, N, D] -> queries, keys and values [3, M, N, K, D/K]."""
+        return einops.rearrange(
+            self.qkv(x), "m n (three k d) -> three m n k d", three=3, k=self.heads
+        )
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x)
-        q, k, v = einops.rearrange(qkv, "m n (three k d) -> three m n k d", three=3, k=self.heads)
-        y = jax.nn.dot_product_attention(q, k, v)  # softmax in float32, scale 1/sqrt(D/K)
-        y = einops.rearrange(y, "m n k d -> m n (k d)")
-        return nn.Dense(width, dtype=self.dtype, name="out")(y)
+        y = jax.nn.dot_product_attention(*self.project(x))  # float32 softmax, scale 1/sqrt(D/K)
+        return self.out(einops.rearrange(y, "m n k d -> m n (k d)"))
 
 
 class Block(layers.Block):
@@ -163,9 +169,14 @@ class Block(layers.Block):
     def setup(self):
         config = self.config
         self.ln_1 = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype)
-        self.attention = Attention(config.heads, dtype=self.dtype)
+        self.attention = Attention(config.width, config.heads, dtype=self.dtype)
         self.ln_2 = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype)
         self.mlp = Mlp(config.mlp_dim, config.activation, dtype=self.dtype)
+
+    def queries_and_keys(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of the attention on h [M, N, D], without sites: two of [M, N, K, D/K]."""
+        q, k, _ = self.attention.project(self.ln_1(h))
+        return q, k
 
 
 class ViT(nn.Module):
@@ -258,14 +269,16 @@ class ViT(nn.Module):
         sites: Sites | None = None,
         site_params: Any = None,
         dropout_rng: jax.Array | None = None,
+        blocks: slice = slice(None),
     ) -> jax.Array:
-        """The L blocks: h [M, N, D] -> [M, N, D].
+        """The L blocks, or some of them: h [M, N, D] -> [M, N, D].
 
         Args:
           h: tokens that enter the first block.
           sites: what a tuning method does inside each block; None for the frozen backbone.
           site_params: its parameters, stacked [L, ...].
           dropout_rng: switches on the method's dropout.
+          blocks: which blocks to run, of 0 ... L - 1.
         """
         rngs = None
         if dropout_rng is not None:
@@ -276,7 +289,13 @@ class ViT(nn.Module):
             bound = layers.bind_sites(sites, site_params, rng)
             return self._block().apply({"params": block}, h, bound)
 
-        return layers.loop_blocks(body, h, (self.blocks, site_params, rngs), self.scan_blocks)
+        layer_params = jax.tree.map(lambda leaf: leaf[blocks], (self.blocks, site_params, rngs))
+        return layers.loop_blocks(body, h, layer_params, self.scan_blocks)
+
+    def queries_and_keys(self, h: jax.Array, index: int) -> tuple[jax.Array, jax.Array]:
+        """Of block `index`, which h [M, N, D] enters: two of [M, N, K, D/K]."""
+        block = jax.tree.map(lambda leaf: leaf[index], self.blocks)
+        return self._block().apply({"params": block}, h, method=Block.queries_and_keys)
 
     def pool(self, h: jax.Array, project: bool = True) -> jax.Array:
         """Class token through `ln_post` and, if asked and there is one, CLIP's visual projection.

@@ -1,0 +1,43 @@
+"""Pro-tuning (ref. 54): a prompt predicted by convolutions from the output of each block.
+
+Public: `ProTuning`.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dualpath_jax.models.frames import patch_grid
+from dualpath_jax.models.layers import Sites, gelu
+
+
+class ProTuning(Sites):
+    """h + v, v = GELU(conv(h)), conv = 1x1, 5x5 depth-wise, 1x1 (eq. 5), over the patches.
+
+    The class token is left out of the reshape and stays as it is. The last convolution starts at
+    zero, so the method starts as the backbone.
+
+    Attributes:
+      width: R, channels between the 1x1 convolutions.
+      dtype: of the computation.
+    """
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def output(self, h: jax.Array) -> jax.Array:
+        """h [M, N, D] -> [M, N, D]."""
+        images, tokens, channels = h.shape
+        side = patch_grid(tokens - 1)
+        v = nn.Dense(self.width, dtype=self.dtype, name="down")(h[:, 1:])
+        v = v.reshape(images, side, side, self.width)
+        conv = nn.Conv(
+            *(self.width, (5, 5)), feature_group_count=self.width, dtype=self.dtype, name="conv"
+        )
+        zeros = nn.initializers.zeros
+        v = nn.Dense(channels, kernel_init=zeros, dtype=self.dtype, name="up")(conv(v))
+        v = gelu(v).reshape(images, tokens - 1, channels)
+        return h + jnp.pad(v, ((0, 0), (1, 0), (0, 0)))

@@ -1,0 +1,142 @@
+"""Blocks of the tuning methods in torch, from the equations, for test_method_equations.py.
+
+Public: `METHODS`, `run`.
+
+`p` are the parameters of a frozen block, `a` those of the method in it, as dicts of tensors in
+Flax's shapes. h is [B, T, N, D]. `wrong` names a fault, for the negative twins.
+"""
+
+import torch
+from torch.nn import functional
+
+HEADS = 4
+
+
+def linear(x, p):
+    return x @ p["kernel"] + p["bias"]
+
+
+def norm(x, p):
+    return functional.layer_norm(x, x.shape[-1:], p["scale"], p["bias"], eps=1e-5)
+
+
+def attend(x, p):
+    """x [..., N, D]: attention over the N."""
+    q, k, v = linear(x, p["qkv"]).unflatten(-1, (3, HEADS, -1)).movedim(-3, 0).transpose(-2, -3)
+    y = functional.scaled_dot_product_attention(q, k, v)
+    return linear(y.transpose(-2, -3).flatten(-2), p["out"])
+
+
+def mlp(x, p):
+    y = linear(x, p["hidden"])
+    return linear(y * torch.sigmoid(1.702 * y), p["output"])
+
+
+def adapter(x, a):
+    return linear(functional.gelu(linear(x, a["down"])), a["up"])
+
+
+def plain(h, p):
+    z = h + attend(norm(h, p["ln_1"]), p["attention"])
+    return z, mlp(norm(z, p["ln_2"]), p["mlp"])
+
+
+def convolve(x, a, side):
+    """Depth-wise 3D convolution of x [B, T, side side, R]."""
+    kernel = a["kernel"]  # [T, H, W, 1, R]
+    x = x.unflatten(2, (side, side)).permute(0, 4, 1, 2, 3)
+    padding = [size // 2 for size in kernel.shape[:3]]
+    weight = kernel.permute(4, 3, 0, 1, 2)
+    y = functional.conv3d(x, weight, a["bias"], padding=padding, groups=len(weight))
+    return y.permute(0, 2, 3, 4, 1).flatten(2, 3)
+
+
+def adaptformer(h, p, a, wrong):
+    z, y = plain(h, p)
+    scale = 1.0 if wrong == "scale" else 0.1
+    x = z if wrong == "no norm" else norm(z, p["ln_2"])
+    return z + y + scale * adapter(x, a["mlp"])
+
+
+def adaptformer_serial(h, p, a, wrong):
+    z, y = plain(h, p)
+    return z + (0 if wrong == "no skip" else y) + 0.1 * adapter(y, a["mlp"])
+
+
+def protuning(h, p, a, wrong):
+    z, y = plain(h, p)
+    h = z + y
+    side = round((h.shape[2] - 1) ** 0.5)
+    v = linear(h[:, :, 1:], a["down"]).flatten(0, 1).unflatten(1, (side, side)).movedim(-1, 1)
+    weight = a["conv"]["kernel"].permute(3, 2, 0, 1)
+    v = functional.conv2d(v, weight, a["conv"]["bias"], padding=2, groups=len(weight))
+    v = linear(v.movedim(1, -1).flatten(1, 2).unflatten(0, h.shape[:2]), a["up"])
+    v = v if wrong == "no activation" else functional.gelu(v)
+    return h + functional.pad(v, (0, 0, 1, 0))
+
+
+def st_adapter(h, p, a, wrong):
+    z, y = plain(h, p)
+    x = linear(norm(z, p["ln_2"]), a["down"])
+    side = round((h.shape[2] - 1) ** 0.5)
+    patches = convolve(x[:, :, 1:], a["conv"], side)
+    if wrong == "no time":
+        patches = convolve(x[:, :, 1:].flatten(0, 1)[:, None], a["conv"], side).reshape(
+            patches.shape
+        )
+    x = torch.cat([convolve(x[:, :, :1], a["conv"], 1), patches], dim=2)
+    x = x if wrong == "no activation" else functional.gelu(x)
+    return z + y + linear(x, a["up"])
+
+
+def st_adapter_released(h, p, a, wrong):
+    x = convolve(linear(h[:, :, 1:], a["down"]), a["conv"], round((h.shape[2] - 1) ** 0.5))
+    x = functional.gelu(x) if wrong == "activation" else x
+    x = (2.0 if wrong == "scale" else 1.0) * linear(x, a["up"])
+    z, y = plain(h + functional.pad(x, (0, 0, 1, 0)), p)
+    return z + y
+
+
+def aim(h, p, a, wrong, scale=0.5):
+    x = norm(h, p["ln_1"])
+    if "temporal_in" in a:
+        x = x + adapter(x, a["temporal_in"])
+    if wrong != "no temporal attention":
+        x = attend(x.transpose(1, 2), p["attention"]).transpose(1, 2)
+    z = h + adapter(x, a["temporal"])
+    y = attend(norm(z, p["ln_1"]), p["attention"])
+    z = z + (0 if wrong == "no skip" else y) + adapter(y, a["spatial"])
+    x = norm(z, p["ln_2"])
+    scale = 0.7 if wrong == "scale" else scale
+    return z + mlp(x, p["mlp"]) + scale * adapter(x, a["joint"])
+
+
+def aim_two(h, p, a, wrong):
+    return aim(h, p, a, wrong, scale=1.0)
+
+
+# Case of method_cases.py -> its block, and faults that must show.
+METHODS = {
+    "adaptformer": (adaptformer, ("scale", "no norm")),
+    "adaptformer_serial": (adaptformer_serial, ("no skip",)),
+    "protuning": (protuning, ("no activation",)),
+    "st_adapter": (st_adapter, ("no time", "no activation")),
+    "st_adapter_released": (st_adapter_released, ("activation", "scale")),
+    "aim": (aim, ("no temporal attention", "no skip", "scale")),
+    "aim_two": (aim_two, ("no temporal attention", "scale")),
+}
+
+
+def layer(tree, i):
+    """Tensors of block i from arrays stacked [L, ...]."""
+    if isinstance(tree, dict):
+        return {name: layer(leaf, i) for name, leaf in tree.items()}
+    return torch.tensor(tree[i])
+
+
+def run(case, h, blocks, adapters, wrong=None):
+    """h [B, T, N, D] through all blocks."""
+    h = torch.tensor(h)
+    for i in range(len(blocks["ln_1"]["scale"])):
+        h = METHODS[case][0](h, layer(blocks, i), layer(adapters, i), wrong)
+    return h.numpy()
