@@ -34,6 +34,7 @@ def get_config():
     config.backbone.projection_dim = 64
     config.model.adapter_bottleneck = 64
     config.model.pre_attention_adapter = True
+    config.model.temporal_position = "sincos3d+clip"  # a small backbone needs its own table too
     config.model.dtype = "float32"
     config.model.scan_blocks = False
     config.optimizer.learning_rate = 3e-3

@@ -17,7 +17,11 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for checkpoints and results; default: runs/<config file name>."
 )
 MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval"], "train (resuming), then evaluate; or evaluate alone."
+    "mode",
+    "train",
+    ["train", "eval", "check"],
+    "train (resuming), then evaluate; evaluate alone; or check the configuration, without data, "
+    "weights and workdir.",
 )
 
 
@@ -46,11 +50,14 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save otherwise
     config, workdir = CONFIG.value, WORKDIR.value or default_workdir()
     # Imported here, so that --help is quick and decoding workers do not load JAX and TensorFlow.
-    from dualpath_jax import demo, evaluate, train
+    from dualpath_jax import check, demo, evaluate, train
     from dualpath_jax import run as run_lib
     from dualpath_jax.data.records import VideoDataset
 
     with user_errors():
+        if MODE.value == "check":
+            check.check(config)
+            return
         run_lib.check_workdir(workdir)
         if config.data.source == "demo":
             demo.ensure_demo(config)

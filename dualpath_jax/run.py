@@ -1,7 +1,7 @@
 """A run: configuration, data and weights checked and brought together, before any video is read.
 
-Public: `Run`, `TrainState`, `build_run`, `check_workdir`, `check_inputs`, `make_mesh`,
-`shard_batch`.
+Public: `Run`, `TrainState`, `build_run`, `Outline`, `outline`, `abstract_inputs`, `check_workdir`,
+`check_inputs`, `make_mesh`, `shard_batch`.
 """
 
 import dataclasses
@@ -181,12 +181,54 @@ def clip_shapes(config: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     return spatial, (1, clip.framesets.num_framesets, *clip.framesets.size, 3)
 
 
+def abstract_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+    """`spatial` and `temporal` of one clip as the model takes them, without values."""
+    return tuple(
+        None if shape is None else jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in clip_shapes(config)
+    )
+
+
+def backbone_shape(config: Any) -> backbones.BackboneConfig:
+    """The backbone that `config` names, at its image size."""
+    return backbones.backbone_config(
+        config.backbone.name,
+        image_size=config.data.image_size,
+        **{k: config.backbone[k] for k in config.backbone if k not in ("name", "checkpoint")},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A model without values: leaves of `params` are `jax.ShapeDtypeStruct`, of `mask` bool."""
+
+    model: Any
+    params: Any
+    mask: Any
+
+
+def outline(config: Any, num_classes: int) -> Outline:
+    """The model that `config` describes, its parameters and which of them train."""
+    model = tuning.build_model(config, backbone_shape(config), num_classes)
+    inputs = abstract_inputs(config)
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    mask = params_lib.trainable_mask(params, tuning.trains(config.model.method))
+    return Outline(model, params, mask)
+
+
+def count_train_steps(config: Any, steps_per_epoch: float) -> int:
+    """`num_train_steps`, or what `num_epochs` come to."""
+    if config.num_train_steps is None:
+        return round(config.num_epochs * steps_per_epoch)
+    return config.num_train_steps
+
+
 def init_params(model: Any, config: Any, backbone: Any) -> Any:
     """Fresh parameters from `config.seed`, with the converted backbone in place.
 
     What trains is float32; the rest has the compute dtype.
     """
-    inputs = [None if shape is None else jnp.zeros(shape) for shape in clip_shapes(config)]
+    inputs = [None if x is None else jnp.zeros(x.shape) for x in abstract_inputs(config)]
     params = dict(jax.jit(model.init)(jax.random.key(config.seed), *inputs)["params"])
     params["backbone"] = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), backbone)
     params = model.start_from_backbone(params)
@@ -201,19 +243,14 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
     check_batch_sizes(config, mesh.size)
     predicate = tuning.trains(config.model.method)
     clip_shapes(config)
-    shape = backbones.backbone_config(
-        config.backbone.name,
-        image_size=config.data.image_size,
-        **{k: config.backbone[k] for k in config.backbone if k not in ("name", "checkpoint")},
+    backbone, shape, info = convert.load_backbone(
+        config.backbone.checkpoint, backbone_shape(config)
     )
-    backbone, shape, info = convert.load_backbone(config.backbone.checkpoint, shape)
     model = tuning.build_model(config, shape, len(dataset.class_names))
     params = init_params(model, config, backbone)
     mask = params_lib.trainable_mask(params, predicate)
     steps_per_epoch = len(dataset) / config.data.batch_size
-    num_train_steps = config.num_train_steps
-    if num_train_steps is None:
-        num_train_steps = round(config.num_epochs * steps_per_epoch)
+    num_train_steps = count_train_steps(config, steps_per_epoch)
     schedule = make_schedule(config.optimizer, num_train_steps, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule, mask)
     trainable, frozen = params_lib.split(params, mask)

@@ -3,7 +3,7 @@
 Public: `Adapter`, `ParallelAdapters` (eq. 7), `SerialAdapters` (eq. 9), `Classifier`.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -47,6 +47,7 @@ class Adapter(nn.Module):
 class ParallelAdapters(Sites):
     """Spatial path: one adapter beside attention, one beside the MLP (eq. 7)."""
 
+    token_wise: ClassVar[bool] = True
     adapter: Adapter
 
     def setup(self):
@@ -70,6 +71,7 @@ class SerialAdapters(Sites):
       pre_attention_residual: x + Adapter(x) there, instead of Adapter(x).
     """
 
+    token_wise: ClassVar[bool] = True
     adapter: Adapter
     serial_skip: bool = False
     pre_attention: bool = False

@@ -3,6 +3,8 @@
 Public: `AdaptFormer`.
 """
 
+from typing import ClassVar
+
 import jax
 
 from dualpath_jax.models.adapters import Adapter
@@ -17,6 +19,7 @@ class AdaptFormer(Sites):
       parallel: beside the MLP (Fig. 2b), or after it (Fig. 2c), with a skip of its own.
     """
 
+    token_wise: ClassVar[bool] = True
     adapter: Adapter
     parallel: bool = True
 

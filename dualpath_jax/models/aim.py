@@ -3,6 +3,8 @@
 Public: `AIM`, `AIMSites`.
 """
 
+from typing import ClassVar
+
 import einops
 import flax.linen as nn
 import jax
@@ -29,6 +31,7 @@ class AIMSites(Sites):
       drop_path: rate at which a clip loses A_t, and A_j; active when a "dropout" rng is given.
     """
 
+    token_wise: ClassVar[bool] = True
     adapter: Adapter
     num_frames: int
     scale: float = 0.5

@@ -9,7 +9,7 @@ The config: `name`, `image_size`, `patch_size`, `width` (of the tokens that `emb
 `from_arrays`, `architecture`, `position_size`, `resize_position_tables`. The module:
 
     embed(images, class_token=None, position=None) -> tokens
-    encode(tokens, sites=None, site_params=None, dropout_rng=None) -> tokens
+    encode(tokens, sites=None, site_params=None, dropout_rng=None, class_only=False) -> tokens
     pool(tokens, project=True) -> features [M, feature_dim]
     init_sites(rng, sites, num_images, num_tokens) -> site_params
     __call__(images) -> (tokens, features)

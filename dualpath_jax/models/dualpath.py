@@ -103,6 +103,7 @@ class DualPath(nn.Module):
         in the window blocks only (App. B.1).
       dtype: compute dtype of the transformer; features and classifier are float32.
       scan_blocks: see `ViT`.
+      class_only: where the backbone has a class token, compute no other token in its last block.
     """
 
     config: BackboneConfig
@@ -121,6 +122,7 @@ class DualPath(nn.Module):
     adapt_shifted_windows: bool = False
     dtype: Any = jnp.float32
     scan_blocks: bool = False
+    class_only: bool = True
 
     def setup(self):
         if self.temporal_position not in TEMPORAL_POSITIONS:
@@ -238,7 +240,7 @@ class DualPath(nn.Module):
         batch = images.shape[0]
         images = einops.rearrange(images, "b i h w c -> (b i) h w c")
         h = self.backbone.embed(images, path.get("class_token"), position)
-        h = self.backbone.encode(h, sites, path["adapters"], dropout_rng)
+        h = self.backbone.encode(h, sites, path["adapters"], dropout_rng, self.class_only)
         features = self.backbone.pool(h).astype(jnp.float32)
         return einops.reduce(features, "(b i) e -> b e", "mean", b=batch)
 

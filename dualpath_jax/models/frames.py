@@ -56,6 +56,7 @@ class FrameModel(nn.Module):
       sites: what the method does inside a block; None for the backbone as it is.
       dtype: compute dtype of the transformer; frame features and head are float32.
       scan_blocks: see `ViT`.
+      class_only: where the backbone has a class token, compute no other token in its last block.
     """
 
     config: BackboneConfig
@@ -64,6 +65,7 @@ class FrameModel(nn.Module):
     sites: Sites | None = None
     dtype: Any = jnp.float32
     scan_blocks: bool = False
+    class_only: bool = True
 
     def setup(self):
         self.backbone = build_backbone(self.config, self.dtype, self.scan_blocks)
@@ -86,7 +88,7 @@ class FrameModel(nn.Module):
     def features(self, frames: jax.Array, dropout_rng: jax.Array | None = None) -> Any:
         """What the head reads: LN'd class tokens, frames [B, T, H, W, 3] -> [B, T, D] float32."""
         h = self.embed(einops.rearrange(frames, "b t h w c -> (b t) h w c"))
-        h = self.backbone.encode(h, self.sites, self.site_params, dropout_rng)
+        h = self.backbone.encode(h, self.sites, self.site_params, dropout_rng, self.class_only)
         x = self.backbone.pool(h, project=False).astype(jnp.float32)
         return einops.rearrange(x, "(b t) d -> b t d", t=self.num_frames)
 

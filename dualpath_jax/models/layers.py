@@ -9,7 +9,7 @@ does nothing. Axes: M images (frames or framesets, batch included), N tokens, D 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -61,10 +61,13 @@ class Sites(nn.Module):
     tokens are in the order of the map, row by row.
 
     Attributes:
+      token_wise: every site after attention acts on each token by itself, and the class token is
+        the first; then the last block need not compute the other tokens.
       shifted_windows: in Swin, fill the sites of the shifted-window blocks too, not only those of
         the window blocks. Without effect in backbones that have no windows.
     """
 
+    token_wise: ClassVar[bool] = False
     shifted_windows: bool = dataclasses.field(default=True, kw_only=True)
 
     def tokens(self, h: jax.Array, block: "Block") -> jax.Array:
@@ -119,11 +122,18 @@ class Block(nn.Module):
     Each backbone has its own, which sets up `ln_1`, `attention`, `ln_2` and `mlp`.
     """
 
-    def __call__(self, h: jax.Array, sites: Sites) -> jax.Array:
-        """h [M, N, D] -> [M, N, D]. `sites` is bound to this block's parameters of the method."""
+    def __call__(self, h: jax.Array, sites: Sites, class_only: bool = False) -> jax.Array:
+        """h [M, N, D] -> [M, N, D], or the class token alone [M, 1, D].
+
+        `sites` is bound to this block's parameters of the method.
+        """
         h = sites.tokens(h, self)
         x = self.ln_1(h)
-        y = self.attention(sites.before_attention(x))
+        if class_only:
+            y = self.attention(sites.before_attention(x), class_only=True)
+            h, x = h[:, :1], x[:, :1]
+        else:
+            y = self.attention(sites.before_attention(x))
         z = h + sites.after_attention(y) + sites.beside_attention(x)
         x = self.ln_2(z)
         h = z + sites.after_mlp(self.mlp(x)) + sites.beside_mlp(x)

@@ -353,6 +353,7 @@ class Swin(nn.Module):
         sites: Sites | None = None,
         site_params: Any = None,
         dropout_rng: jax.Array | None = None,
+        class_only: bool = False,
     ) -> jax.Array:
         """All stages: h [M, R, C, D] -> [M, R', C', feature_dim].
 
@@ -361,7 +362,9 @@ class Swin(nn.Module):
           sites: what a tuning method does inside the blocks; None for the frozen backbone.
           site_params: its parameters, as `init_sites` gives them.
           dropout_rng: switches on the method's dropout.
+          class_only: for backbones with a class token.
         """
+        del class_only
         for stage in range(len(self.config.depths)):
             params = None if site_params is None else site_params[f"stage_{stage}"]
             rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, stage)

@@ -103,6 +103,7 @@ def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> 
         adapt_shifted_windows=model.adapt_shifted_windows,
         dtype=compute_dtype(config),
         scan_blocks=model.scan_blocks,
+        class_only=model.class_only,
     )
 
 
@@ -121,6 +122,7 @@ def _frame_model(
         sites=sites,
         dtype=compute_dtype(config),
         scan_blocks=config.model.scan_blocks,
+        class_only=config.model.class_only,
         **options,
     )
 

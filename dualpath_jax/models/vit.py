@@ -155,9 +155,21 @@ class Attention(nn.Module):
             self.qkv(x), "m n (three k d) -> three m n k d", three=3, k=self.heads
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = jax.nn.dot_product_attention(*self.project(x))  # float32 softmax, scale 1/sqrt(D/K)
+    def __call__(self, x: jax.Array, class_only: bool = False) -> jax.Array:
+        """x [M, N, D] -> [M, N, D], or what the class token attends to, [M, 1, D]."""
+        q, k, v = self._project_class(x) if class_only else self.project(x)
+        y = jax.nn.dot_product_attention(q, k, v)  # float32 softmax, scale 1/sqrt(D/K)
         return self.out(einops.rearrange(y, "m n k d -> m n (k d)"))
+
+    def _project_class(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [M, N, D] -> query of the class token [M, 1, K, D/K], keys, values [M, N, K, D/K]."""
+        qkv = self.qkv.variables["params"]
+        kernel, bias = (qkv[name].astype(self.dtype) for name in ("kernel", "bias"))
+        q = x[:, :1] @ kernel[:, : self.width] + bias[: self.width]
+        kv = x @ kernel[:, self.width :] + bias[self.width :]
+        q = einops.rearrange(q, "m n (k d) -> m n k d", k=self.heads)
+        k, v = einops.rearrange(kv, "m n (two k d) -> two m n k d", two=2, k=self.heads)
+        return q, k, v
 
 
 class Block(layers.Block):
@@ -269,6 +281,7 @@ class ViT(nn.Module):
         sites: Sites | None = None,
         site_params: Any = None,
         dropout_rng: jax.Array | None = None,
+        class_only: bool = False,
         blocks: slice = slice(None),
     ) -> jax.Array:
         """The L blocks, or some of them: h [M, N, D] -> [M, N, D].
@@ -278,19 +291,25 @@ class ViT(nn.Module):
           sites: what a tuning method does inside each block; None for the frozen backbone.
           site_params: its parameters, stacked [L, ...].
           dropout_rng: switches on the method's dropout.
+          class_only: return the class token alone, [M, 1, D], where the sites allow it: the last
+            block does not compute the others.
           blocks: which blocks to run, of 0 ... L - 1.
         """
         rngs = None
         if dropout_rng is not None:
             rngs = jax.random.split(dropout_rng, self.config.depth)
 
-        def body(h, layer):
+        def body(h, layer, class_only=False):
             block, site_params, rng = layer
             bound = layers.bind_sites(sites, site_params, rng)
-            return self._block().apply({"params": block}, h, bound)
+            return self._block().apply({"params": block}, h, bound, class_only)
 
         layer_params = jax.tree.map(lambda leaf: leaf[blocks], (self.blocks, site_params, rngs))
-        return layers.loop_blocks(body, h, layer_params, self.scan_blocks)
+        if not class_only or not (sites is None or sites.token_wise):
+            return layers.loop_blocks(body, h, layer_params, self.scan_blocks)
+        first = jax.tree.map(lambda leaf: leaf[:-1], layer_params)
+        last = jax.tree.map(lambda leaf: leaf[-1], layer_params)
+        return body(layers.loop_blocks(body, h, first, self.scan_blocks), last, class_only=True)
 
     def queries_and_keys(self, h: jax.Array, index: int) -> tuple[jax.Array, jax.Array]:
         """Of block `index`, which h [M, N, D] enters: two of [M, N, K, D/K]."""

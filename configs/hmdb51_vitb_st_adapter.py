@@ -1,0 +1,13 @@
+"""ST-Adapter, CLIP ViT-B/16, HMDB51 (CVPR 2023, Table 3).
+
+    python -m dualpath_jax.main --config=configs/hmdb51_vitb_st_adapter.py
+
+Trainable parameters: 7,149,363 of 93,342,003 (measured; paper: 7M).
+Top-1, mean of three splits: 65.9 (paper; not reproduced).
+"""
+
+from configs import recipes
+
+
+def get_config():
+    return recipes.baseline(recipes.vit_b16(recipes.hmdb51()), "st_adapter")

@@ -1,0 +1,17 @@
+"""ST-Adapter, CLIP ViT-B/16, Kinetics-400 (CVPR 2023, Table 1).
+
+    python -m dualpath_jax.main --config=configs/k400_vitb_st_adapter.py
+
+Trainable parameters: 7,417,744 of 93,610,384 (measured; paper: 7M).
+Top-1 / top-5 at 32x3x1 views: 82.7 / 96.2 (paper; not reproduced).
+GFLOPs per video: 1821 (paper).
+"""
+
+from configs import recipes
+
+
+def get_config():
+    config = recipes.baseline(recipes.vit_b16(recipes.k400()), "st_adapter")
+    config.data.num_frames = 32
+    config.data.sampling_interval = None  # section 5.1's
+    return config

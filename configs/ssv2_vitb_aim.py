@@ -1,0 +1,16 @@
+"""AIM, CLIP ViT-B/16, Something-Something-v2 (CVPR 2023, not in its tables; a peer).
+
+    python -m dualpath_jax.main --config=configs/ssv2_vitb_aim.py
+
+Trainable parameters: 14,341,806 of 100,534,446 (measured; paper: none).
+Top-1: see AIM's own paper (arXiv 2302.03024).
+"""
+
+from configs import recipes
+
+
+def get_config():
+    config = recipes.baseline(recipes.vit_b16(recipes.ssv2()), "aim")
+    config.model.aim.num_temporal_adapters = 2
+    config.model.aim.scale = 1.0
+    return config

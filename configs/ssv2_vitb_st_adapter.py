@@ -1,0 +1,16 @@
+"""ST-Adapter, CLIP ViT-B/16, Something-Something-v2 (CVPR 2023, Table 2).
+
+    python -m dualpath_jax.main --config=configs/ssv2_vitb_st_adapter.py
+
+Trainable parameters: 7,243,950 of 93,436,590 (measured; paper: 11M).
+Top-1 / top-5 at 32x3x1 views: 69.5 / 92.6 (paper; not reproduced; 32x1x3 in its own paper).
+GFLOPs per video: 1955 (paper).
+"""
+
+from configs import recipes
+
+
+def get_config():
+    config = recipes.baseline(recipes.vit_b16(recipes.ssv2()), "st_adapter")
+    config.data.num_frames = 32
+    return config

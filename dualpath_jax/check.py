@@ -1,0 +1,120 @@
+"""`--mode=check`: does a configuration hold together? Needs no weights, no data and no training.
+
+Public: `check`, `ReadLog`.
+"""
+
+import copy
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from configs import base
+from dualpath_jax import evaluate, run, train
+from dualpath_jax import params as params_lib
+from dualpath_jax.data import datasets, pipeline
+from dualpath_jax.data.synthetic import SyntheticVideos
+from dualpath_jax.models import tuning
+
+
+class ReadLog:
+    """A view of a ConfigDict that notes which keys are read.
+
+    Attributes of a ConfigDict, items and iteration over names work as on the original.
+    """
+
+    def __init__(self, config: ConfigDict, seen: set[str] | None = None, prefix: str = ""):
+        self._config, self._prefix = config, prefix
+        self.seen = set() if seen is None else seen  # "data.grid", "seed", ...
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._config, name)
+        path = self._prefix + name
+        if isinstance(value, ConfigDict):
+            return ReadLog(value, self.seen, path + ".")
+        self.seen.add(path)
+        return value
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._config)
+
+
+def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    values: dict[str, Any] = {}
+    for name in config:
+        value = config[name]
+        if isinstance(value, ConfigDict):
+            values |= flat(value, f"{prefix}{name}.")
+        else:
+            values[prefix + name] = value
+    return values
+
+
+def check_all_read(config: ConfigDict, seen: set[str]) -> None:
+    """ValueError for a key that is set away from its default and that nothing has read."""
+    defaults, values = flat(base.get_config()), flat(config)
+    unread = [key for key in values if key not in seen and values[key] != defaults.get(key)]
+    if unread:
+        settings = ", ".join(f"{key}={values[key]}" for key in unread)
+        raise ValueError(
+            f"set, but without effect for model.method={config.model.method!r} and the rest of "
+            f"this configuration: {settings}"
+        )
+
+
+def check(config: ConfigDict) -> None:
+    """Build everything that `config` names without values, and run its pipeline on two clips.
+
+    Prints the parameter table. Raises ValueError for what does not go together, also for a key that
+    is set and has no effect.
+    """
+    start = time.monotonic()
+    run.check_batch_sizes(config, jax.device_count())
+    small = copy.deepcopy(config)
+    small.data.batch_size = small.eval.batch_size = 2
+    small.optimizer.accumulation_steps = min(2, config.optimizer.accumulation_steps)
+    log = ReadLog(small)
+    names = [str(i) for i in range(datasets.NUM_CLASSES.get(config.data.source, 2))]
+    model = run.outline(log, len(names))
+    print(params_lib.parameter_table(model.params, model.mask))
+    videos = SyntheticVideos(names, num_videos=2)
+    steps_per_epoch = len(videos) / log.data.batch_size
+    num_steps = max(1, run.count_train_steps(log, steps_per_epoch))
+    train.make_plan(log, num_steps, steps_per_epoch)
+    schedule = run.make_schedule(log.optimizer, num_steps, steps_per_epoch)
+    optimizer = run.make_optimizer(log.optimizer, schedule, model.mask)
+    trainable, frozen = params_lib.split(model.params, model.mask)
+    state = run.TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(optimizer.init, model.params)
+    )
+    framesets = tuning.takes_framesets(log.model.method)
+    batch = next(
+        pipeline.train_batches(videos, log.data, log.seed, 0, num_steps, framesets=framesets)
+    )
+    _print_batch("training", batch)
+    train_step = train.make_train_step(model.model, log, optimizer)
+    del batch["example_id"]
+    new, _ = jax.eval_shape(train_step, state, frozen, batch)
+    views = (log.eval.temporal_views, log.eval.spatial_crops)
+    batch = next(
+        pipeline.eval_batches(videos, log.data, *views, log.eval.batch_size, framesets=framesets)
+    )
+    _print_batch("evaluation", batch)
+    del batch["example_id"]
+    jax.eval_shape(evaluate.make_eval_step(model.model, log), new.trainable, frozen, batch)
+    source = f"{log.data.dir} ({log.data.source}), {log.data.train_split} and {log.eval.split}"
+    print(f"data: {source}; weights: {log.backbone.checkpoint}; neither was looked at")
+    check_all_read(config, log.seen)
+    print(f"configuration holds together ({time.monotonic() - start:.1f} s)", flush=True)
+
+
+def _print_batch(name: str, batch: pipeline.Batch) -> None:
+    arrays = (f"{key} {value.dtype} {list(value.shape)}" for key, value in batch.items())
+    print(f"{name} batch of two clips: {', '.join(arrays)}")

@@ -1,0 +1,53 @@
+"""Videos made in memory, for checks and timings that need no prepared data.
+
+Public: `SyntheticVideos`.
+"""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from dualpath_jax.data.records import encode_frame
+
+
+class SyntheticVideos:
+    """Stands in for `records.VideoDataset`: same attributes, every frame the same smooth noise.
+
+    Args:
+      class_names: one per class; labels go round.
+      num_videos: length of the split.
+      num_frames: of each video.
+      height, width: of each frame, pixels.
+    """
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        num_videos: int,
+        num_frames: int = 120,
+        height: int = 256,
+        width: int = 340,
+    ):
+        self.class_names = list(class_names)
+        self.ids = [str(i) for i in range(num_videos)]
+        self.labels = np.arange(num_videos, dtype=np.int32) % len(self.class_names)
+        self.num_frames = np.full(num_videos, num_frames, np.int64)
+        self.first_frame = np.arange(num_videos, dtype=np.int64) * num_frames
+        self.fps = np.full(num_videos, 25, np.float32)
+        self.heights = np.full(num_videos, height, np.int64)
+        self.widths = np.full(num_videos, width, np.int64)
+        noise = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+        image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=90)
+        self._record = encode_frame(buffer.getvalue())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
+        """The record of a frame, as often as there are indices; see `VideoDataset.read_frames`."""
+        del video_index
+        return [self._record] * len(frame_indices)
