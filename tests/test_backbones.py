@@ -123,13 +123,13 @@ def _check_parity(model, source, config, images, tmp_path, record_property):
     worst = max(differences, key=differences.get)
     print(f"{info['layout']}: largest difference {differences[worst]:.1e}, at {worst}")
     assert differences[worst] <= TOLERANCE, differences
-    for scan in (False, True):
-        whole = backbones.build_backbone(config, scan_blocks=scan)
-        tokens, features = jax.jit(whole.apply)({"params": params}, images)
-        last = list(expected)[-2] if "merge_0" not in expected else None
-        if last:
-            np.testing.assert_allclose(tokens, expected[last], rtol=0, atol=TOLERANCE)
-        np.testing.assert_allclose(features, expected["features"], rtol=0, atol=TOLERANCE)
+    whole = backbones.build_backbone(config, scan_blocks=True)
+    tokens, features = jax.jit(whole.apply)({"params": params}, images)
+    last = [name for name in expected if name.startswith("block")][-1]
+    np.testing.assert_allclose(
+        tokens.reshape(expected[last].shape), expected[last], rtol=0, atol=TOLERANCE
+    )
+    np.testing.assert_allclose(features, expected["features"], rtol=0, atol=TOLERANCE)
     return info
 
 

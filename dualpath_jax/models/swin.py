@@ -156,9 +156,9 @@ def _same_region(size: tuple[int, int], window: int, shift: int) -> np.ndarray:
 class WindowAttention(nn.Module):
     """Self-attention inside the windows of a map (Liu et al. 2021, sec. 3.2).
 
-    As in the original: a map that is no larger than the window along one side is one window wide,
-    without shift; zeros are added below and on the right of one that the window does not divide,
-    before the shift, and are attended to.
+    As in the original: where the shorter side of the map is not above the window's, the window
+    shrinks to it and is not shifted; a map that the window does not divide gets zeros below and on
+    the right, before the shift, and they are attended to. (timm adds them after the shift.)
 
     Attributes:
       heads: K.
