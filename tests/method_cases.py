@@ -1,6 +1,6 @@
 """Every method at tiny size, for test_methods.py and test_method_equations.py.
 
-Public: `TINY`, `CASES`, `tiny_config`, `started`, `random`, `perturbed`, `clips`, `QUICK`.
+Public: `TINY`, `CASES`, `tiny_config`, `started`, `random`, `perturbed`, `clips`, `apply`, `QUICK`.
 """
 
 import functools
@@ -99,3 +99,12 @@ def clips(config, batch=2):
         None if shape is None else rng.normal(size=(batch, *shape[1:])).astype(np.float32)
         for shape in shapes
     )
+
+
+def apply(model, params, *args, method=None):
+    """`model.apply`, compiled."""
+
+    def run(params, *args):
+        return model.apply({"params": params}, *args, method=method)
+
+    return jax.jit(run, compiler_options=QUICK)(params, *args)

@@ -7,13 +7,33 @@ import pytest
 
 torch_methods = pytest.importorskip("torch_methods")  # torch is only for conversion and tests
 
-from method_cases import CLASSES, FRAMES, TINY, backbone, clips, random, tiny_config  # noqa: E402
+from method_cases import (  # noqa: E402
+    CLASSES,
+    FRAMES,
+    TINY,
+    apply,
+    backbone,
+    clips,
+    random,
+    tiny_config,
+)
 
 from dualpath_jax.models import vit  # noqa: E402
 from dualpath_jax.models.evl import EVL, Decoder, TemporalCrossAttention  # noqa: E402
 from dualpath_jax.models.frames import FrameModel  # noqa: E402
 
 SIDE = 4  # patches along an image of TINY
+
+
+def frozen_block(block, h):
+    """A block of the backbone, as it is."""
+    return apply(
+        vit.Block(TINY), block, h, method=lambda b, h: b(h, vit.Sites(parent=None).bind({}))
+    )
+
+
+def pool(model, h):
+    return model.pool(h, project=False)
 
 
 def distance(a, b):
@@ -25,14 +45,10 @@ def test_blocks_against_torch(case):
     model, params = random(tiny_config(case))
     h = np.random.default_rng(3).normal(size=(2, FRAMES, TINY.num_tokens, 48)).astype(np.float32)
 
-    @jax.jit
-    def run(h):
-        def encode(model, h):
-            return model.backbone.encode(h, model.sites, model.site_params)
+    def encode(model, h):
+        return model.backbone.encode(h, model.sites, model.site_params)
 
-        return model.apply({"params": params}, h, method=encode)
-
-    ours = np.asarray(run(h.reshape(-1, *h.shape[2:]))).reshape(h.shape)
+    ours = apply(model, params, h.reshape(-1, *h.shape[2:]), method=encode).reshape(h.shape)
     trees = (params["backbone"]["blocks"], params["adapters"])
     assert distance(ours, torch_methods.run(case, h, *trees)) < 1e-4
     for wrong in torch_methods.METHODS[case][1]:
@@ -44,20 +60,18 @@ def test_aim_adds_temporal_positions_and_averages_the_frames():
     model, params = random(config)
     frames, _ = clips(config)
     position = params["backbone"]["position_embedding"] + params["temporal_position"][:, None]
-    plain = FrameModel.embed
-    for time in range(FRAMES):
+    images = frames.reshape(-1, 32, 32, 3)
+    ours = apply(model, params, images, method=type(model).embed).reshape(2, FRAMES, 17, 48)
+    for time in (0, FRAMES - 1):
         moved = params | {"backbone": params["backbone"] | {"position_embedding": position[time]}}
         moved["temporal_position"] = np.zeros_like(params["temporal_position"])
-        expected = model.apply({"params": moved}, frames[:, time], method=plain)
-        ours = model.apply(
-            {"params": params}, frames.reshape(-1, 32, 32, 3), method=type(model).embed
-        ).reshape(2, FRAMES, 17, 48)
+        expected = apply(model, moved, frames[:, time], method=FrameModel.embed)
         assert distance(ours[:, time], expected) < 1e-5
         assert distance(ours[:, time - 1], expected) > 1e-2
-    features = model.apply({"params": params}, frames, method=type(model).features)
+    features = apply(model, params, frames, method=type(model).features)
     fc = params["head"]["output"]
     expected = features.mean(axis=1) @ fc["kernel"] + fc["bias"]
-    assert distance(model.apply({"params": params}, frames), expected) < 1e-5
+    assert distance(apply(model, params, frames), expected) < 1e-5
 
 
 @pytest.mark.parametrize("case", ["vpt", "vpt_shallow"])
@@ -66,17 +80,17 @@ def test_prompts(case):
     config = tiny_config(case)
     model, params = random(config)
     frames = clips(config)[0].reshape(-1, 32, 32, 3)
-    h = model.apply({"params": params}, frames, method=FrameModel.embed)
+    h = apply(model, params, frames, method=FrameModel.embed)
     prompts = params["prompts"][None] if case == "vpt_shallow" else params["adapters"]["prompts"]
     for i in range(TINY.depth):
         if i < len(prompts):
             extra = np.broadcast_to(prompts[i], (len(h), 3, 48))
             h = np.concatenate([h, extra], axis=1)  # at the end: the order does not matter
         block = jax.tree.map(lambda leaf, i=i: leaf[i], params["backbone"]["blocks"])
-        h = vit.Block(TINY).apply({"params": block}, h, vit.Sites(parent=None).bind({}))
+        h = frozen_block(block, h)
         h = h[:, :17] if case == "vpt" else h
-    expected = vit.ViT(TINY).apply({"params": backbone()}, h, False, method=vit.ViT.pool)
-    features = model.apply({"params": params}, clips(config)[0], method=type(model).features)
+    expected = apply(vit.ViT(TINY), backbone(), h, method=pool)
+    features = apply(model, params, clips(config)[0], method=type(model).features)
     assert distance(features, expected.reshape(2, FRAMES, 48)) < 1e-4
     assert distance(features, features[::-1]) > 1e-2
 
@@ -92,14 +106,10 @@ def test_temporal_classifier(case):
         tokens = [x + head["position"]]
         if case == "videoprompt":
             tokens.insert(0, np.broadcast_to(head["prompts"], (2, 3, 48)))
-        y = vit.Block(TINY).apply(
-            {"params": head["block"]},
-            np.concatenate(tokens, axis=1),
-            vit.Sites(parent=None).bind({}),
-        )
+        y = frozen_block(head["block"], np.concatenate(tokens, axis=1))
         return y[:, -FRAMES:].mean(axis=1) @ head["output"]["kernel"] + head["output"]["bias"]
 
-    logits = model.head.clone(parent=None).apply({"params": head}, x)
+    logits = apply(model.head.clone(parent=None), head, x)
     assert logits.shape == (2, CLASSES)
     assert distance(logits, reference(x)) < 1e-5
     assert distance(logits, reference(x[:, ::-1])) > 1e-3  # order counts
@@ -129,7 +139,7 @@ def test_temporal_cross_attention_against_loops():
     q, k = rng.normal(size=(2, 1, 3, 17, 2, 4)).astype(np.float32)
     tables = {n: rng.normal(size=(49, 6)).astype(np.float32) for n in ("before", "after")}
     module = TemporalCrossAttention(6)
-    ours = module.apply({"params": tables}, q, k)
+    ours = apply(module, tables, q, k)
     assert distance(ours, cross_attention(q, k, **tables)) < 1e-5
     assert distance(ours, cross_attention(q, k, tables["after"], tables["before"])) > 1e-2
     assert distance(ours, cross_attention(k, q, **tables)) > 1e-2
@@ -143,11 +153,11 @@ def test_evl_reads_outputs_queries_and_keys_of_the_last_blocks():
     config = tiny_config("evl")
     model, params = random(config)
     frames = clips(config)[0]
-    features = model.apply({"params": params}, frames, method=EVL.features)
+    features = apply(model, params, frames, method=EVL.features)
     assert [[x.shape for x in feature] for feature in features] == [
         [(2, FRAMES, 17, 48), (2, FRAMES, 17, 4, 12), (2, FRAMES, 17, 4, 12)]
     ] * 2
-    h = model.apply({"params": params}, frames.reshape(-1, 32, 32, 3), method=EVL.embed)
+    h = apply(model, params, frames.reshape(-1, 32, 32, 3), method=EVL.embed)
     blocks = backbone()["blocks"]
     for i in range(TINY.depth):
         block = jax.tree.map(lambda leaf, i=i: leaf[i], blocks)
@@ -155,7 +165,7 @@ def test_evl_reads_outputs_queries_and_keys_of_the_last_blocks():
         x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5)
         x = x * block["ln_1"]["scale"] + block["ln_1"]["bias"]
         qkv = x @ block["attention"]["qkv"]["kernel"] + block["attention"]["qkv"]["bias"]
-        h = vit.Block(TINY).apply({"params": block}, h, vit.Sites(parent=None).bind({}))
+        h = frozen_block(block, h)
         if i > 0:
             ours = features[i - 1]
             assert distance(ours[0].reshape(h.shape), h) < 1e-4
@@ -199,11 +209,11 @@ def decode(features, p):
 def test_evl_decoder_against_numpy():
     config = tiny_config("evl")
     model, params = random(config)
-    features = model.apply({"params": params}, clips(config)[0], method=EVL.features)
+    features = apply(model, params, clips(config)[0], method=EVL.features)
     features = [tuple(np.asarray(x) for x in feature) for feature in features]
-    ours = Decoder(TINY, CLASSES).apply({"params": params["head"]}, features)
+    ours = apply(Decoder(TINY, CLASSES), params["head"], features)
     assert distance(ours, decode(features, params["head"])) < 1e-4
-    assert distance(ours, model.apply({"params": params}, clips(config)[0])) < 1e-4
+    assert distance(ours, apply(model, params, clips(config)[0])) < 1e-4
     # Twin: features in the other order.
     assert distance(ours, decode(features[::-1], params["head"])) > 1e-3
     assert ours.dtype == jnp.float32

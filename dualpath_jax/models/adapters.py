@@ -1,6 +1,7 @@
 """Small trainable modules that adapt a frozen transformer.
 
-Public: `Adapter`, `ParallelAdapters` (eq. 7), `SerialAdapters` (eq. 9), `Classifier`.
+Public: `Adapter`, `ParallelAdapters` (eq. 7), `SerialAdapters` (eq. 9), `Classifier`,
+`DepthwiseConv`.
 """
 
 from typing import Any, ClassVar
@@ -8,6 +9,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dualpath_jax.models.layers import Sites, gelu
 
@@ -104,3 +106,34 @@ class Classifier(nn.Module):
         """x [B, 2e] float32 -> logits [B, classes] float32."""
         x = gelu(nn.Dense(self.hidden, name="hidden")(x))
         return nn.Dense(self.num_classes, name="output")(x)
+
+
+class DepthwiseConv(nn.Module):
+    """Depth-wise convolution with stride 1 and zero padding, as a sum of shifted inputs.
+
+    `nn.Conv` with groups gives the same, 13 to 34 times more slowly on a CPU (3x1x1 and 3x3x3 on
+    [16, 4, 8, 8, 96], forward and backward, measured with jax 0.10.2).
+
+    Attributes:
+      kernel_size: an odd size for each axis between batch and channels.
+      kernel_init: as `nn.Conv`'s, for the kernel [*kernel_size, 1, R].
+      dtype: of the result; the sum is float32.
+    """
+
+    kernel_size: tuple[int, ...]
+    kernel_init: Any = nn.initializers.lecun_normal()
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, ..., R] -> likewise."""
+        shape = (*self.kernel_size, 1, x.shape[-1])
+        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape[-1:]).astype(self.dtype)
+        padding = [(0, 0), *((size // 2, size // 2) for size in self.kernel_size), (0, 0)]
+        padded = jnp.pad(x.astype(self.dtype), padding).astype(jnp.float32)
+        total = bias.astype(jnp.float32)
+        for tap in np.ndindex(*self.kernel_size):
+            window = tuple(slice(i, i + n) for i, n in zip(tap, x.shape[1:-1], strict=True))
+            total = total + padded[:, *window] * kernel[*tap, 0].astype(jnp.float32)
+        return total.astype(self.dtype)

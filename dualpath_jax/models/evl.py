@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dualpath_jax.models.adapters import DepthwiseConv
 from dualpath_jax.models.frames import FrameModel, patch_grid
 from dualpath_jax.models.layers import ACTIVATIONS
 from dualpath_jax.models.vit import ViTConfig
@@ -124,12 +125,7 @@ class Decoder(nn.Module):
         x = self.param("query_token", nn.initializers.normal(0.02), (width,)).astype(self.dtype)
         x = jnp.broadcast_to(x, (batch, 1, width))
         for i, (h, q, k) in enumerate(features):
-            conv = nn.Conv(
-                *(width, (3, 1)),
-                feature_group_count=width,
-                dtype=self.dtype,
-                name=f"temporal_conv_{i}",
-            )
+            conv = DepthwiseConv((3, 1), dtype=self.dtype, name=f"temporal_conv_{i}")
             position = self.param(f"position_{i}", nn.initializers.zeros, (frames, width))
             h = h + conv(h) + position[:, None].astype(self.dtype)
             cross = TemporalCrossAttention(width, self.dtype, name=f"temporal_attention_{i}")

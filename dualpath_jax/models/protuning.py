@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dualpath_jax.models.adapters import DepthwiseConv
 from dualpath_jax.models.frames import patch_grid
 from dualpath_jax.models.layers import Sites, gelu
 
@@ -34,10 +35,8 @@ class ProTuning(Sites):
         side = patch_grid(tokens - 1)
         v = nn.Dense(self.width, dtype=self.dtype, name="down")(h[:, 1:])
         v = v.reshape(images, side, side, self.width)
-        conv = nn.Conv(
-            *(self.width, (5, 5)), feature_group_count=self.width, dtype=self.dtype, name="conv"
-        )
+        v = DepthwiseConv((5, 5), dtype=self.dtype, name="conv")(v)
         zeros = nn.initializers.zeros
-        v = nn.Dense(channels, kernel_init=zeros, dtype=self.dtype, name="up")(conv(v))
+        v = nn.Dense(channels, kernel_init=zeros, dtype=self.dtype, name="up")(v)
         v = gelu(v).reshape(images, tokens - 1, channels)
         return h + jnp.pad(v, ((0, 0), (1, 0), (0, 0)))

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dualpath_jax.models.adapters import DepthwiseConv
 from dualpath_jax.models.frames import patch_grid
 from dualpath_jax.models.layers import Sites, gelu
 
@@ -46,14 +47,8 @@ class STAdapter(Sites):
         zeros, default = nn.initializers.zeros, nn.initializers.lecun_normal()
         kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
         down = nn.Dense(self.width, kernel_init=kaiming, dtype=self.dtype, name="down")
-        conv = nn.Conv(
-            self.width,
-            self.kernel_size,
-            feature_group_count=self.width,
-            kernel_init=zeros if self.released else default,
-            dtype=self.dtype,
-            name="conv",
-        )
+        init = zeros if self.released else default
+        conv = DepthwiseConv(self.kernel_size, init, dtype=self.dtype, name="conv")
         init = default if self.released else zeros
         up = nn.Dense(x.shape[-1], kernel_init=init, dtype=self.dtype, name="up")
 
