@@ -5,7 +5,7 @@
 Frames T by argument: `--config=configs/ssv2_vitb.py:16` (default), `:32`, `:48`; ablations by a
 name of `ABLATIONS`, as `--config=configs/ssv2_vitb.py:without_ta`.
 
-Trainable parameters: 12,617,134 (measured; paper: 13M).
+Trainable parameters: 12,617,134 of 98,809,774 (measured; paper: 13M).
 Top-1 at T x 1 x 3 views: 69.6 / 70.3 / 71.2 for T = 16 / 32 / 48 (paper; not reproduced).
 GFLOPs per video: 642 / 716 / 791 (paper).
 Not yet in this code: RandAugment and random erasing of Table A1.

@@ -13,7 +13,7 @@ from dualpath_jax.models import backbones, tuning
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted(
-    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "base")
+    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "base", "recipes")
 )
 
 

@@ -1,0 +1,196 @@
+"""Every tuning method on the demo's videos and backbone: equal steps, learning rate by validation.
+
+python scripts/compare_methods.py --out=runs/compare
+
+For each method: one training per learning rate of the grid, seed 0, scored on the validation split;
+then seeds 0, 1 and 2 at the best one, scored on the test split. Each score is kept in
+OUT/scores.json as it comes; the same command goes on where it was interrupted, and ends with the
+table of README.md. Step times are taken at the end, the methods in turn, as ratios to DualPath's.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+SEEDS = (0, 1, 2)
+METHODS = {  # what a method needs on a backbone of width 96 and depth 4
+    "dualpath": {"data.grid": (2, 2), "data.frame_scale": 2},
+    "aim": {"model.aim.num_temporal_adapters": 2, "model.aim.scale": 1.0},
+    "st_adapter": {"model.st_adapter.width": 48},
+    "evl": {"model.evl.num_blocks": 2},
+    "adaptformer": {},
+    "protuning": {"model.protuning.width": 32},
+    "vpt": {},
+    "videoprompt": {"model.videoprompt.num_prompts": 8},
+    "full": {},
+    "linear": {},
+}
+
+
+def method_config(method: str, learning_rate: float, seed: int, steps: int):
+    """The demo's configuration with 4 frames, for one run."""
+    from configs import demo
+
+    config = demo.get_config()
+    config.data.num_frames = 4
+    config.model.method = method
+    config.update_from_flattened_dict(METHODS[method])
+    config.optimizer.learning_rate = learning_rate
+    config.seed = seed
+    config.num_train_steps = config.checkpoint.every_steps = steps
+    return config
+
+
+def build(config, workdir: str):
+    """(run, training split); what is printed goes to the workdir's log."""
+    from dualpath_jax import run as run_lib
+    from dualpath_jax.data.records import VideoDataset
+
+    run_lib.check_workdir(workdir)
+    dataset = VideoDataset(config.data.dir, config.data.train_split)
+    return run_lib.build_run(config, workdir, dataset), dataset
+
+
+def score(config, workdir: str, split: str) -> dict:
+    """Train, or take the finished training in `workdir`, and score on `split`."""
+    import jax
+
+    from dualpath_jax import evaluate, train
+    from dualpath_jax.data.records import VideoDataset
+
+    os.makedirs(workdir, exist_ok=True)
+    with open(f"{workdir}/log.txt", "a") as log, contextlib.redirect_stdout(log):
+        run, dataset = build(config, workdir)
+        train.train(run, dataset, dataset)
+        scores = evaluate.evaluate_run(run, VideoDataset(config.data.dir, split))
+    jax.clear_caches()
+    return {"top1": scores.top1, "trainable_params": run.trainable_params}
+
+
+def time_steps(configs: dict, out: str, rounds: int = 9, steps: int = 4) -> dict[str, float]:
+    """Median over rounds of a method's step time over that of `dualpath` in the same round."""
+    import jax
+
+    from dualpath_jax import run as run_lib
+    from dualpath_jax import train
+    from dualpath_jax.data import pipeline
+    from dualpath_jax.models import tuning
+
+    ready = {}
+    for method, config in configs.items():
+        with open(os.devnull, "w") as log, contextlib.redirect_stdout(log):
+            run, dataset = build(config, f"{out}/timing")
+        framesets = tuning.takes_framesets(method)
+        batch = next(pipeline.train_batches(dataset, config.data, 0, 0, 1, framesets=framesets))
+        step = jax.jit(train.make_train_step(run.model, config, run.optimizer), donate_argnums=0)
+        batch = run_lib.shard_batch(batch, run.mesh)
+        ready[method] = [step, step(run.state, run.frozen, batch)[0], run.frozen, batch]
+    times: dict[str, list[float]] = {method: [] for method in ready}
+    for _ in range(rounds):
+        for method, (step, state, frozen, batch) in ready.items():
+            start = time.perf_counter()
+            for _ in range(steps):
+                state, metrics = step(state, frozen, batch)
+            jax.block_until_ready(metrics)
+            times[method].append(time.perf_counter() - start)
+            ready[method][1] = state
+    pairs = {m: zip(t, times["dualpath"], strict=True) for m, t in times.items()}
+    return {m: statistics.median(own / base for own, base in p) for m, p in pairs.items()}
+
+
+class Scores:
+    """What has been scored, in a JSON file that is replaced at once."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self._entries = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, key: str, make) -> dict:
+        """The entry `key`; made and stored where it is missing."""
+        if key not in self._entries:
+            self._entries[key] = make()
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self._entries, indent=1) + "\n")
+            temporary.replace(self._path)
+        return self._entries[key]
+
+
+def compare(out: pathlib.Path, methods: list[str], steps: int) -> list[dict]:
+    """One row for each method."""
+    scores, rows, best = Scores(out / "scores.json"), [], {}
+
+    def one(method, learning_rate, seed, split):
+        config = method_config(method, learning_rate, seed, steps)
+        name = f"{method}/steps{steps}_lr{learning_rate:g}_seed{seed}"
+        start = time.time()
+        entry = scores.get(f"{name}/{split}", lambda: score(config, f"{out}/{name}", split))
+        print(f"{name}  {split} {entry['top1']:.4f}  {time.time() - start:.0f} s", flush=True)
+        return entry
+
+    for method in methods:
+        search = {lr: one(method, lr, 0, "validation")["top1"] for lr in LEARNING_RATES}
+        best[method] = max(search, key=search.get)
+        tests = [one(method, best[method], seed, "test") for seed in SEEDS]
+        rows.append(
+            {
+                "method": method,
+                "trainable_params": tests[0]["trainable_params"],
+                "learning_rate": best[method],
+                "top1": [entry["top1"] for entry in tests],
+            }
+        )
+    configs = {method: method_config(method, best[method], 0, steps) for method in methods}
+    if "dualpath" in methods:
+        times = scores.get(f"step time/{steps}", lambda: time_steps(configs, str(out)))
+        for row in rows:
+            row["step_time"] = times[row["method"]]
+    return rows
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows, best first."""
+    lines = [
+        "| method | trainable parameters | learning rate | top-1, mean of 3 seeds | lowest - highest "
+        "| step time / DualPath's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: -statistics.mean(row["top1"])):
+        top1 = row["top1"]
+        lines.append(
+            f"| `{row['method']}` | {row['trainable_params']:,} | {row['learning_rate']:g} "
+            f"| {statistics.mean(top1):.3f} | {min(top1):.3f} - {max(top1):.3f} "
+            f"| {row.get('step_time', float('nan')):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default="runs/compare", help="folder for runs and scores")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--steps", type=int, default=250, help="of 16 clips, equal for all")
+    args = parser.parse_args()
+    from absl import logging
+
+    from configs import demo as demo_config
+    from dualpath_jax import demo
+
+    logging.set_verbosity(logging.ERROR)
+    out = pathlib.Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    demo.ensure_demo(demo_config.get_config())
+    print(markdown(compare(out, args.methods, args.steps)))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")
+    main()

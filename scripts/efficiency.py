@@ -1,0 +1,121 @@
+"""Parameters and multiply-accumulates of configurations, beside the paper's figures.
+
+python scripts/efficiency.py                                  # all rows of the tables, Markdown
+python scripts/efficiency.py --config=ssv2_vitb:32 --json
+python scripts/efficiency.py --figure=figure1.png             # Fig. 1
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from dualpath_jax import efficiency
+
+
+def load(name: str):
+    """The configuration `name` or `name:argument` of the folder configs."""
+    file, _, argument = name.partition(":")
+    if not (pathlib.Path(__file__).parents[1] / "configs" / f"{file}.py").exists():
+        raise ValueError(f"no configs/{file}.py: known are {', '.join(efficiency.PAPER)}")
+    module = importlib.import_module(f"configs.{file}")
+    return module.get_config(argument) if argument else module.get_config()
+
+
+def row(name: str) -> dict:
+    """What is counted, and what the paper prints, for one configuration."""
+    counted = dataclasses.asdict(efficiency.measure(load(name)))
+    paper = efficiency.PAPER.get(name)
+    return {"config": name, **counted, "paper": dataclasses.asdict(paper) if paper else None}
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows as a table."""
+
+    def printed(row, key, unit=""):
+        value = (row["paper"] or {}).get(key)
+        return "" if value is None else f"{value:g}{unit}"
+
+    lines = [
+        "| config | trainable | `paper` | total | `paper` | GMAC per view, plain | executed "
+        "| views | GMAC per video, plain | executed | GFLOPs, `paper` |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = [
+            f"`{r['config']}`",
+            *(f"{r['trainable_params']:,}", printed(r, "trainable_params", "M")),
+            *(f"{r['total_params']:,}", printed(r, "total_params", "M")),
+            *(f"{r['plain_gmacs_per_view']:.1f}", f"{r['gmacs_per_view']:.1f}", r["views"]),
+            *(f"{r['plain_gmacs_per_video']:.0f}", f"{r['gmacs_per_video']:.0f}"),
+            printed(r, "gflops"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def figure(rows: list[dict], path: str) -> None:
+    """Fig. 1: top-1 (paper) over trainable parameters (counted), area by GFLOPs (paper)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = ("K400", "SSv2")
+    drawing, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
+    for axis, data in zip(axes, panels, strict=True):
+        for r in rows:
+            paper = r["paper"]
+            if not paper or paper["data"] != data or not (paper["top1"] and paper["gflops"]):
+                continue
+            if any(r["config"].endswith(f":{name}") for name in ABLATIONS):
+                continue
+            millions = r["trainable_params"] / 1e6
+            ours = paper["label"].startswith("DualPath")
+            axis.scatter(
+                *(millions, paper["top1"]),
+                s=paper["gflops"] / 8,
+                color="tab:red" if ours else "tab:blue",
+                alpha=0.5,
+            )
+            axis.annotate(paper["label"], (millions, paper["top1"]), fontsize=7, ha="center")
+        axis.set_xscale("log")
+        axis.set_xlabel("trainable parameters (millions, counted)")
+        axis.set_ylabel("top-1 (%), as published")
+        axis.set_title(data)
+        axis.margins(0.2)
+    drawing.suptitle("Accuracy and GFLOPs (area) as printed in the paper; not reproduced here")
+    drawing.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+ABLATIONS = tuple(
+    name.partition(":")[2]
+    for name in efficiency.PAPER
+    if ":" in name and not name.partition(":")[2].isdigit()
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", nargs="*", help="names as in configs/, default all rows")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    parser.add_argument("--figure", help="PNG or SVG to write, instead of printing")
+    args = parser.parse_args()
+    names = args.config or list(efficiency.PAPER)
+    try:
+        rows = [row(name) for name in names]
+        if args.figure:
+            figure(rows, args.figure)
+            return
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps(rows, indent=1) if args.json else markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""`--mode=check`: every configuration holds together; what does not, or has no effect, is named."""
+
+import importlib
+import pathlib
+import re
+
+import pytest
+
+from configs import base
+from dualpath_jax import check, run
+from dualpath_jax import params as params_lib
+from dualpath_jax.data import datasets
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIGS = sorted(
+    p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "base", "recipes")
+)
+
+
+def load(name):
+    file, _, argument = name.partition(":")
+    get_config = importlib.import_module(f"configs.{file}").get_config
+    return get_config(argument) if argument else get_config()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*CONFIGS, "ssv2_vitb:48", "ssv2_vitb:grid8"])
+def test_every_config(name, capsys):
+    check.check(load(name))
+    out = capsys.readouterr().out
+    assert "configuration holds together" in out
+    assert "training batch of two clips: spatial uint8" in out
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_header_gives_the_parameters(name):
+    text = (ROOT / "configs" / f"{name}.py").read_text()
+    assert f"python -m dualpath_jax.main --config=configs/{name}.py" in text
+    config = load(name)
+    model = run.outline(config, datasets.NUM_CLASSES.get(config.data.source, 2))
+    trainable = params_lib.count(params_lib.split(model.params, model.mask)[0])
+    total = params_lib.count(model.params)
+    if name == "folder_vitb":
+        assert "Trainable" not in text  # depends on the reader's classes
+    else:
+        found = re.search(r"Trainable parameters:\s+([\d,]+) of\s+([\d,]+)", text)
+        assert found.groups() == (f"{trainable:,}", f"{total:,}")
+
+
+def ablations():
+    from configs import ssv2_vitb
+
+    return ssv2_vitb.ABLATIONS
+
+
+@pytest.mark.parametrize("name", sorted(ablations()))
+def test_ablations_build(name):
+    config = load(f"ssv2_vitb:{name}")
+    for key, value in ablations()[name].items():
+        section, key = key.split(".")
+        assert config[section][key] == value
+    run.outline(config, 174)
+
+
+def test_unknown_argument():
+    with pytest.raises(ValueError, match="unknown argument 'sixteen'.*48, without_ta"):
+        load("ssv2_vitb:sixteen")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("hmdb51_vitb_vpt", "model.temporal_path", False), ("demo", "model.vpt.num_prompts", 5)],
+)
+def test_a_key_without_effect(name, key, value):
+    config = load(name)
+    config.update_from_flattened_dict({key: value})
+    message = f"without effect for model.method='{config.model.method}'.*: {key}={value}$"
+    with pytest.raises(ValueError, match=message):
+        check.check(config)
+
+
+def test_a_wrong_value():
+    config = load("demo")
+    config.log_every_steps = 0
+    with pytest.raises(ValueError, match="log_every_steps=0 must be at least 1"):
+        check.check(config)
+
+
+def test_read_log():
+    log = check.ReadLog(base.get_config())
+    assert log.data.num_frames == 32
+    assert log.seen == {"data.num_frames"}
+    assert log.model.vpt["num_prompts"] == 10
+    assert log.seen == {"data.num_frames", "model.vpt.num_prompts"}
+    assert "patch_size" in list(log.backbone)
