@@ -158,8 +158,8 @@ def compare(out: pathlib.Path, methods: list[str], steps: int) -> list[dict]:
 def markdown(rows: list[dict]) -> str:
     """The rows, best first."""
     lines = [
-        "| method | trainable parameters | learning rate | top-1, mean of 3 seeds | lowest - highest "
-        "| step time / DualPath's |",
+        "| method | trainable parameters | learning rate | top-1, mean of 3 seeds "
+        "| lowest - highest | step time / DualPath's |",
         "|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: -statistics.mean(row["top1"])):
