@@ -65,39 +65,53 @@ def figure(rows: list[dict], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = ("K400", "SSv2")
-    drawing, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
-    for axis, data in zip(axes, panels, strict=True):
-        for r in rows:
-            paper = r["paper"]
-            if not paper or paper["data"] != data or not (paper["top1"] and paper["gflops"]):
-                continue
-            if any(r["config"].endswith(f":{name}") for name in ABLATIONS):
-                continue
-            millions = r["trainable_params"] / 1e6
+    drawing, axes = pyplot.subplots(1, 2, figsize=(13, 6.5), constrained_layout=True)
+    for axis, data in zip(axes, ("K400", "SSv2"), strict=True):
+        points = [r for r in rows if _is_point(r, data)]
+        points.sort(key=lambda r: -r["paper"]["top1"])
+        for number, r in enumerate(points, start=1):
+            paper, millions = r["paper"], r["trainable_params"] / 1e6
+            label = f"{number}  {paper['label']}, {paper['gflops']:g} GFLOPs, {paper['top1']:g}"
             ours = paper["label"].startswith("DualPath")
             axis.scatter(
                 *(millions, paper["top1"]),
-                s=paper["gflops"] / 8,
+                s=paper["gflops"] / 6,
                 color="tab:red" if ours else "tab:blue",
-                alpha=0.5,
+                alpha=0.4,
+                label=label,
             )
-            axis.annotate(paper["label"], (millions, paper["top1"]), fontsize=7, ha="center")
+            side = 9 if number % 2 else -9
+            axis.annotate(
+                str(number),
+                (millions, paper["top1"]),
+                xytext=(side, 0),
+                textcoords="offset points",
+                fontsize=8,
+                ha="center",
+                va="center",
+            )
         axis.set_xscale("log")
-        axis.set_xlabel("trainable parameters (millions, counted)")
-        axis.set_ylabel("top-1 (%), as published")
-        axis.set_title(data)
-        axis.margins(0.2)
-    drawing.suptitle("Accuracy and GFLOPs (area) as printed in the paper; not reproduced here")
-    drawing.savefig(path, dpi=150)
+        ticks = (5, 10, 20, 50, 100, 200, 400)
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+        axis.set_xlim(5, 450)
+        axis.margins(y=0.15)
+        axis.set_xlabel("trainable parameters (millions, counted here)")
+        axis.set_ylabel("top-1 (%), as printed in the paper")
+        axis.set_title(f"{data}: figures of the paper, not reproduced here", fontsize=10)
+        handles, labels = axis.get_legend_handles_labels()
+        marks = [pyplot.Line2D([], [], linestyle="")] * len(handles)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 2}
+        axis.legend(marks, labels, fontsize=7, handlelength=0, handletextpad=0, **below)
+    drawing.savefig(path, dpi=120)
     print(f"wrote {path}")
 
 
-ABLATIONS = tuple(
-    name.partition(":")[2]
-    for name in efficiency.PAPER
-    if ":" in name and not name.partition(":")[2].isdigit()
-)
+def _is_point(r: dict, data: str) -> bool:
+    paper, argument = r["paper"], r["config"].partition(":")[2]
+    if not paper or paper["data"] != data or not (paper["top1"] and paper["gflops"]):
+        return False
+    return not argument or argument.isdigit()  # no ablations
 
 
 def main() -> None:

@@ -8,8 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from dualpath_jax.data import pipeline
-from dualpath_jax.models import backbones, tuning
+from dualpath_jax import run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted(
@@ -29,13 +28,7 @@ def keys(config, prefix=""):
 def test_a_config_only_overrides(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     assert set(keys(config)) == set(keys(base.get_config()))
-    pipeline.clip_format(config.data)
-    shape = backbones.backbone_config(
-        config.backbone.name,
-        image_size=config.data.image_size,
-        **{k: config.backbone[k] for k in config.backbone if k not in ("name", "checkpoint")},
-    )
-    tuning.build_model(config, shape, num_classes=3)
+    run.outline(config, num_classes=3)
 
 
 def unread(all_keys, source):
