@@ -158,8 +158,10 @@ def test_sites_are_called_in_the_blocks_that_they_say(shifted, times):
     config = dataclasses.replace(SWIN, depths=(4,))
     model = swin.Swin(config)
     h = np.random.default_rng(0).normal(size=(1, 8, 8, 24)).astype(np.float32)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    params = jax.tree.map(jnp.zeros_like, params)  # what is left is what the sites do
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    params = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape), params
+    )  # what is left is what the sites do
     sites = Counting(shifted_windows=shifted, parent=None)
     out = model.apply(params, h, sites, method="encode")
     expected = h
@@ -182,6 +184,17 @@ def test_scanned_and_unrolled_agree(config, shifted):
         outputs.append(jax.jit(model.apply)({"params": params}, *tiny_inputs(), dropout))
     assert outputs[0].shape == (2, 5)
     np.testing.assert_allclose(*outputs, atol=1e-4)
+
+
+@pytest.mark.parametrize("scan_blocks", [False, True])
+def test_bfloat16_stays_bfloat16(scan_blocks):
+    model = swin.Swin(SWIN, dtype=jnp.bfloat16, scan_blocks=scan_blocks)
+    image = jnp.zeros((1, 32, 32, 3))
+    params = jax.eval_shape(model.init, jax.random.key(0), image)
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), params)
+    tokens, features = jax.eval_shape(model.apply, params, image)
+    assert (tokens.shape, features.shape) == ((1, 4, 4, 48), (1, 48))
+    assert tokens.dtype == features.dtype == jnp.bfloat16
 
 
 def test_dropout_differs_between_blocks_and_calls():
