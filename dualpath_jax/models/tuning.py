@@ -25,7 +25,6 @@ from dualpath_jax.models.prompts import DeepPrompts, ShallowPrompts
 from dualpath_jax.models.protuning import ProTuning
 from dualpath_jax.models.st_adapter import STAdapter
 from dualpath_jax.models.temporal import TemporalClassifier
-from dualpath_jax.models.vit import ViTConfig
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -43,14 +42,14 @@ class Method:
         Their parameters have the backbone's under "backbone"; `module.start_from_backbone(params)`
         gives those that start at the backbone's values.
       rules: (regular expression of the whole parameter path, does it train), first match wins.
-      framesets: does it take framesets?
       families: the backbones that it works with, names of `backbones.FAMILIES`.
+      framesets: does it take framesets?
     """
 
-    build: Callable[[Any, Any, int], nn.Module]
+    build: Callable[[Any, BackboneConfig, int], nn.Module]
     rules: tuple[tuple[str, bool], ...]
+    families: tuple[str, ...] = tuple(FAMILIES)
     framesets: bool = False
-    families: tuple[str, ...] = ("vit",)
 
 
 def _check_choice(key: str, value: Any, known: tuple[Any, ...]) -> None:
@@ -127,31 +126,44 @@ def _frame_model(
     )
 
 
+def _temporal(
+    backbone: BackboneConfig, num_classes: int, num_prompts: int = 0
+) -> TemporalClassifier:
+    return TemporalClassifier(backbone, num_classes, num_prompts, parent=None)
+
+
 def _build_average(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     """`full` and `linear`, which differ in what trains."""
     return _frame_model(config, backbone, AverageClassifier(num_classes, parent=None))
 
 
-def _build_vpt(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
-    head, prompts = TemporalClassifier(vit, num_classes, parent=None), config.model.vpt.num_prompts
+def _build_vpt(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
+    head, prompts = _temporal(backbone, num_classes), config.model.vpt.num_prompts
     _check_at_least_one("model.vpt.num_prompts", prompts)
     if not config.model.vpt.deep:
-        return _frame_model(config, vit, head, kind=ShallowPrompts, num_prompts=prompts)
-    return _frame_model(config, vit, head, DeepPrompts(prompts, vit.patch_size, parent=None))
+        return _frame_model(config, backbone, head, kind=ShallowPrompts, num_prompts=prompts)
+    return _frame_model(
+        config, backbone, head, DeepPrompts(prompts, backbone.patch_size, parent=None)
+    )
 
 
-def _build_adaptformer(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
+def _build_adaptformer(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     options = config.model.adaptformer
     _check_at_least_one("model.adaptformer.bottleneck", options.bottleneck)
     adapter = Adapter(options.bottleneck, options.scale, dtype=compute_dtype(config), parent=None)
     sites = AdaptFormer(adapter, options.parallel, parent=None)
-    return _frame_model(config, vit, TemporalClassifier(vit, num_classes, parent=None), sites)
+    return _frame_model(config, backbone, _temporal(backbone, num_classes), sites)
 
 
-def _build_protuning(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
+def _build_protuning(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     _check_at_least_one("model.protuning.width", config.model.protuning.width)
-    sites = ProTuning(config.model.protuning.width, compute_dtype(config), parent=None)
-    return _frame_model(config, vit, TemporalClassifier(vit, num_classes, parent=None), sites)
+    sites = ProTuning(
+        width=config.model.protuning.width,
+        class_tokens=int(backbone.has_class_token),
+        dtype=compute_dtype(config),
+        parent=None,
+    )
+    return _frame_model(config, backbone, _temporal(backbone, num_classes), sites)
 
 
 def _build_st_adapter(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
@@ -170,25 +182,25 @@ def _build_st_adapter(config: Any, backbone: BackboneConfig, num_classes: int) -
         kernel_size=kernel_size,
         scale=options.scale,
         released=options.form == "released",
-        class_token=backbone.has_class_token,
+        class_tokens=int(backbone.has_class_token),
         dtype=compute_dtype(config),
         parent=None,
     )
     return _frame_model(config, backbone, AverageClassifier(num_classes, parent=None), sites)
 
 
-def _build_videoprompt(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
+def _build_videoprompt(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     prompts = config.model.videoprompt.num_prompts
     _check_at_least_one("model.videoprompt.num_prompts", prompts)
-    return _frame_model(config, vit, TemporalClassifier(vit, num_classes, prompts, parent=None))
+    return _frame_model(config, backbone, _temporal(backbone, num_classes, prompts))
 
 
-def _build_aim(config: Any, vit: ViTConfig, num_classes: int) -> AIM:
+def _build_aim(config: Any, backbone: BackboneConfig, num_classes: int) -> AIM:
     options = config.model.aim
     _check_choice("model.aim.num_temporal_adapters", options.num_temporal_adapters, (1, 2))
     _check_rate("model.aim.drop_path", options.drop_path)
     _check_rate("model.aim.dropout", options.dropout)
-    bottleneck = vit.width // 4 if options.bottleneck is None else options.bottleneck
+    bottleneck = backbone.width // 4 if options.bottleneck is None else options.bottleneck
     _check_at_least_one("model.aim.bottleneck", bottleneck)
     sites = AIMSites(
         Adapter(bottleneck, dtype=compute_dtype(config), parent=None),
@@ -199,31 +211,31 @@ def _build_aim(config: Any, vit: ViTConfig, num_classes: int) -> AIM:
         parent=None,
     )
     head = AverageClassifier(num_classes, options.dropout, parent=None)
-    return _frame_model(config, vit, head, sites, kind=AIM)
+    return _frame_model(config, backbone, head, sites, kind=AIM)
 
 
-def _build_evl(config: Any, vit: ViTConfig, num_classes: int) -> EVL:
+def _build_evl(config: Any, backbone: BackboneConfig, num_classes: int) -> EVL:
     options = config.model.evl
-    if not 1 <= options.num_blocks <= vit.depth:
+    if not 1 <= options.num_blocks <= backbone.depth:
         raise ValueError(
-            f"model.evl.num_blocks={options.num_blocks} must be between 1 and the {vit.depth} "
-            f"blocks of {vit.name}"
+            f"model.evl.num_blocks={options.num_blocks} must be between 1 and the {backbone.depth} "
+            f"blocks of {backbone.name}"
         )
     _check_rate("model.evl.mlp_dropout", options.mlp_dropout)
     _check_rate("model.evl.dropout", options.dropout)
     head = Decoder(
-        vit,
+        backbone,
         num_classes,
         mlp_dropout=options.mlp_dropout,
         dropout=options.dropout,
         dtype=compute_dtype(config),
         parent=None,
     )
-    return _frame_model(config, vit, head, kind=EVL, num_blocks=options.num_blocks)
+    return _frame_model(config, backbone, head, kind=EVL, num_blocks=options.num_blocks)
 
 
 _FROZEN, _ADAPTERS, _HEAD = ("backbone/.*", False), ("adapters/.*", True), ("head/.*", True)
-_ALL = tuple(FAMILIES)
+_VIT = ("vit",)  # methods on class token and position table
 
 METHODS = {
     "dualpath": Method(
@@ -235,22 +247,19 @@ METHODS = {
             ("classifier/.*", True),
         ),
         framesets=True,
-        families=_ALL,
     ),
     # The projection to CLIP's joint space is not used.
-    "full": Method(
-        build=_build_average,
-        rules=(("backbone/projection", False), ("backbone/.*", True), _HEAD),
-        families=_ALL,
-    ),
-    "linear": Method(_build_average, (_FROZEN, _HEAD), families=_ALL),
-    "vpt": Method(_build_vpt, (_FROZEN, ("(adapters/)?prompts", True), _HEAD)),
+    "full": Method(_build_average, (("backbone/projection", False), ("backbone/.*", True), _HEAD)),
+    "linear": Method(_build_average, (_FROZEN, _HEAD)),
+    "vpt": Method(_build_vpt, (_FROZEN, ("(adapters/)?prompts", True), _HEAD), families=_VIT),
     "adaptformer": Method(_build_adaptformer, (_FROZEN, _ADAPTERS, _HEAD)),
     "protuning": Method(_build_protuning, (_FROZEN, _ADAPTERS, _HEAD)),
-    "st_adapter": Method(_build_st_adapter, (_FROZEN, _ADAPTERS, _HEAD), families=_ALL),
+    "st_adapter": Method(_build_st_adapter, (_FROZEN, _ADAPTERS, _HEAD)),
     "videoprompt": Method(_build_videoprompt, (_FROZEN, _HEAD)),
-    "aim": Method(_build_aim, (_FROZEN, _ADAPTERS, ("temporal_position", True), _HEAD)),
-    "evl": Method(_build_evl, (_FROZEN, _HEAD)),
+    "aim": Method(
+        _build_aim, (_FROZEN, _ADAPTERS, ("temporal_position", True), _HEAD), families=("vit",)
+    ),
+    "evl": Method(_build_evl, (_FROZEN, _HEAD), families=("vit",)),
 }
 
 
