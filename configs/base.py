@@ -34,14 +34,18 @@ def get_config() -> ConfigDict:
     config.data.prefetch = 2  # batches made ahead of the step that needs them
 
     config.backbone = ConfigDict()
-    config.backbone.name = "ViT-B/16"  # a name of dualpath_jax.models.vit.MODELS, or "custom"
+    config.backbone.name = "ViT-B/16"  # a name of dualpath_jax.models.backbones.MODELS or CUSTOM
     config.backbone.checkpoint = placeholder(str)  # output file of scripts/convert_clip.py
     config.backbone.patch_size = placeholder(int)  # P, pixels; None here and below: the name's own
-    config.backbone.width = placeholder(int)  # D
-    config.backbone.depth = placeholder(int)  # L, number of blocks
+    config.backbone.width = placeholder(int)  # D; Swin, here and below: of the first stage
+    config.backbone.depth = placeholder(int)  # ViT: L, number of blocks
+    config.backbone.depths = placeholder(tuple)  # Swin: L of each stage
     config.backbone.heads = placeholder(int)  # K; must fit the weights
     config.backbone.mlp_dim = placeholder(int)  # width of the MLP's hidden layer
-    config.backbone.projection_dim = placeholder(int)  # e, width of CLIP's joint space
+    config.backbone.window_size = placeholder(int)  # Swin: side of a window, tokens
+    config.backbone.projection_dim = placeholder(int)  # ViT: e, CLIP's joint space; custom: or none
+    config.backbone.pre_norm = placeholder(bool)  # ViT: CLIP's LayerNorm before the first block
+    config.backbone.patch_bias = placeholder(bool)  # ViT: a bias in the patch embedding (ImageNet)
 
     config.model = ConfigDict()
     config.model.method = "dualpath"  # a name of dualpath_jax.models.tuning.METHODS
@@ -57,6 +61,7 @@ def get_config() -> ConfigDict:
     config.model.pre_attention_residual = True  # x + Adapter(x) there, instead of Adapter(x); ours
     config.model.temporal_position = "sincos3d"  # or sincos3d+clip, clip, learned
     config.model.train_tokens = True  # class tokens and spatial positions train (sec. 4)
+    config.model.adapt_shifted_windows = False  # Swin: adapters in these blocks too (not App. B.1)
     config.model.dtype = "bfloat16"  # of the computation; trainable parameters are float32; ours
     config.model.scan_blocks = True  # loop over blocks (accelerators) or write them out (CPU)
 

@@ -1,20 +1,19 @@
-"""CLIP checkpoints to this project's backbone file, and that file to the ViT's parameters.
+"""Checkpoints of CLIP, ViT and Swin to this project's backbone file, and that file to parameters.
 
 Public: `convert_clip`, `load_backbone`, `BackboneInfo`, `PUBLISHED_SHA256`.
 
-A backbone file is a safetensors file that holds the image tower under the flat names of the ViT's
-parameter tree ("blocks/attention/qkv/kernel", [L, D, 3D]) and one metadata entry, `CONVERTED_KEY`,
-whose JSON says what the weights are. It is one entry because safetensors writes several in random
-order, and the same checkpoint shall give the same bytes.
+A backbone file is a safetensors file that holds the image tower under the flat names of its
+module's parameter tree ("blocks/attention/qkv/kernel", [L, D, 3D]) and one metadata entry,
+`CONVERTED_KEY`, whose JSON says what the weights are. It is one entry because safetensors writes
+several in random order, and the same checkpoint shall give the same bytes.
 
-Axes: L blocks, D width, F hidden width of the MLP, N tokens, e projected width.
+Axes: L blocks, D width.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -29,14 +28,14 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
-from dualpath_jax.clip_checkpoints import (
+from dualpath_jax.models import backbones
+from dualpath_jax.weight_files import (
     CONVERTED_KEY,
     PUBLISHED_SHA256,
     read_checkpoint,
     sha256_of,
     some,
 )
-from dualpath_jax.models import vit
 
 VERSION = 1
 
@@ -60,10 +59,11 @@ class BackboneInfo:
     source: str
 
 
-def _check(path: Any, arrays: Mapping[str, np.ndarray], config: vit.ViTConfig) -> None:
-    """ValueError unless names, shapes and dtypes are those of the ViT."""
+def _check(path: Any, arrays: Mapping[str, np.ndarray], config: backbones.BackboneConfig) -> None:
+    """ValueError unless names, shapes and dtypes are those of the backbone."""
+    module = backbones.build_backbone(config)
     image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
-    tree = jax.eval_shape(lambda x: vit.ViT(config).init(jax.random.key(0), x)["params"], image)
+    tree = jax.eval_shape(lambda x: module.init(jax.random.key(0), x)["params"], image)
     want = {n: leaf.shape for n, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
     have = {n: array.shape for n, array in arrays.items()}
     wrong = [n for n in want | have if want.get(n) != have.get(n)]
@@ -76,39 +76,16 @@ def _check(path: Any, arrays: Mapping[str, np.ndarray], config: vit.ViTConfig) -
 
 
 def _config(
-    arrays: Mapping[str, np.ndarray], stated: Mapping[str, Any], checkpoint: pathlib.Path
-) -> vit.ViTConfig:
-    """The ViT's config: shape from its arrays, activation, heads and eps from `stated`."""
+    arrays: Mapping[str, np.ndarray], stated: Mapping[str, Any], family: str, checkpoint: Any
+) -> backbones.BackboneConfig:
+    """The backbone's config: shape from its arrays, what they do not say from `stated`."""
     if "activation" not in stated:
         raise ValueError(
             f"{checkpoint} does not say which activation its MLPs have: pass "
             "--activation=quick_gelu (OpenAI's weights, or whoever says quickgelu) or "
             "--activation=gelu (LAION, DataComp and most others)"
         )
-    depth, width, mlp_dim = arrays["blocks/mlp/hidden/kernel"].shape
-    heads = int(stated.get("heads", max(1, width // 64)))  # Radford et al. 2021, table 19
-    if heads < 1:
-        raise ValueError(f"heads is {heads}: pass --heads with the number of attention heads")
-    patch = arrays["patch_embedding/kernel"].shape[0]
-    config = vit.ViTConfig(
-        name="custom",
-        image_size=math.isqrt(arrays["position_embedding"].shape[0] - 1) * patch,
-        patch_size=patch,
-        width=width,
-        depth=depth,
-        heads=heads,
-        mlp_dim=mlp_dim,
-        projection_dim=arrays["projection"].shape[-1],
-        activation=stated["activation"],
-        eps=float(stated.get("eps", 1e-5)),
-    )
-    same = [n for n, m in vit.MODELS.items() if _architecture(m) == _architecture(config)]
-    return dataclasses.replace(config, name=same[0]) if same else config
-
-
-def _architecture(config: vit.ViTConfig) -> dict[str, int]:
-    fields = ("width", "depth", "patch_size", "mlp_dim", "projection_dim")
-    return {field: getattr(config, field) for field in fields}
+    return backbones.named(backbones.FAMILIES[family].config.from_arrays(arrays, stated))
 
 
 # ---------------------------------------------------------------- public
@@ -139,25 +116,28 @@ def convert_clip(
     activation: str | None = None,
     heads: int | None = None,
 ) -> dict[str, Any]:
-    """Writes the image tower of a CLIP checkpoint as this project's backbone file.
+    """Writes the image tower of a checkpoint as this project's backbone file.
 
     Read are, by content: OpenAI's TorchScript archives, torch state dicts (bare or under
-    "state_dict"), and safetensors, with the names of OpenAI and open_clip or of Hugging Face. The
-    dtype of each parameter is kept (float32, float16, bfloat16).
+    "state_dict" or "model"), and safetensors, with the names of a layout in `weight_layouts.py`:
+    CLIP of OpenAI, open_clip and Hugging Face; ViT of timm and Hugging Face; Swin of its authors,
+    timm and Hugging Face. The dtype of each parameter is kept (float32, float16, bfloat16).
 
     Args:
       checkpoint: local file.
       out: local file to write, replaced at once when complete.
       trust: open a TorchScript archive that is none of OpenAI's published ones.
       activation: "quick_gelu" or "gelu", over what the checkpoint or the config beside it says.
-      heads: attention heads, likewise; the default is one per 64 of width.
+      heads: attention heads, likewise; the default is one per 64 of width (of a Swin, what its
+        tables of relative positions have).
 
     Returns:
-      {"container", "layout", "config": ViTConfig, "parameters", "source", "source_sha256",
-      "published": name in OpenAI's release or None, "out", "sha256": of the written file}.
+      {"container", "layout", "family", "config": of the backbone, "parameters", "source",
+      "source_sha256", "published": name in OpenAI's release or None, "out", "sha256": of the
+      written file}.
 
     Raises:
-      ValueError: not a CLIP ViT that can be read, or the activation is unknown.
+      ValueError: no layout that is known, or the activation is unknown.
       OSError: `checkpoint` cannot be read or `out` cannot be written.
     """
     checkpoint, out = pathlib.Path(checkpoint), pathlib.Path(out)
@@ -174,7 +154,7 @@ def convert_clip(
         )
     return {
         **meta,
-        "config": vit.ViTConfig(**meta["config"]),
+        "config": _stored_config(meta),
         "parameters": sum(array.size for array in arrays.values()),
         "published": PUBLISHED_SHA256.get(meta["source_sha256"]),
         "out": str(out),
@@ -188,10 +168,11 @@ def _convert(
     """Arrays under our flat names, and what the backbone file's metadata says of them."""
     source = read_checkpoint(checkpoint, trust)
     arrays = source.arrays
-    config = _config(arrays, source.stated | flags, checkpoint)
+    config = _config(arrays, source.stated | flags, source.family, checkpoint)
     _check(checkpoint, arrays, config)
     return arrays, {
         "version": VERSION,
+        "family": source.family,
         "config": dataclasses.asdict(config),
         "container": source.container,
         "layout": source.layout,
@@ -200,41 +181,43 @@ def _convert(
     }
 
 
+def _stored_config(meta: Mapping[str, Any]) -> backbones.BackboneConfig:
+    family = meta.get("family", "vit")  # files from before there were others do not say
+    return backbones.FAMILIES[family].config(**meta["config"])
+
+
 def load_backbone(
-    path: str | os.PathLike[str], config: vit.ViTConfig
-) -> tuple[dict[str, Any], vit.ViTConfig, BackboneInfo]:
-    """Parameters of the frozen ViT from a file that `convert_clip` wrote.
+    path: str | os.PathLike[str], config: backbones.BackboneConfig
+) -> tuple[dict[str, Any], backbones.BackboneConfig, BackboneInfo]:
+    """Parameters of the frozen backbone from a file that `convert_clip` wrote.
 
     Args:
       path: the file, local or gs://.
       config: the architecture wanted, at the image size wanted.
 
     Returns:
-      The ViT's parameter tree (nested dict of numpy arrays in the file's dtypes), with the position
-      table resized to `config.image_size`; `config` with the activation, eps and heads of the
-      weights; where the weights come from.
+      The backbone's parameter tree (nested dict of numpy arrays in the file's dtypes), with a
+      ViT's position table resized to `config.image_size` and a Swin's to `config.window_size`;
+      `config` with the activation, eps and heads of the weights; where the weights come from.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: not a converted file, damaged, or another architecture.
     """
     arrays, meta, sha256 = _read_backbone(path)
-    stored = vit.ViTConfig(**meta["config"])
-    if _architecture(stored) != _architecture(config):
+    stored = _stored_config(meta)
+    if stored.architecture != config.architecture:
         raise ValueError(
-            f"{path} holds {stored.name} {_architecture(stored)}, but the config asks for "
-            f"{config.name} {_architecture(config)}: convert that checkpoint, or change the config"
+            f"{path} holds {stored.name} {stored.architecture}, but the config asks for "
+            f"{config.name} {config.architecture}: convert that checkpoint, or change the config"
         )
     _check(path, arrays, stored)
-    if config.image_size != stored.image_size:
+    if config.position_size != stored.position_size:
         logging.warning(
-            "%s: position table resized from %dx%d patches (%d pixels) to %dx%d (%d pixels)",
-            *(path, stored.grid, stored.grid, stored.image_size),
-            *(config.grid, config.grid, config.image_size),
+            "%s: position table resized from %s to %s",
+            *(path, stored.position_size, config.position_size),
         )
-        table = arrays["position_embedding"]
-        resized = vit.resize_positions(table.astype(np.float32), (config.grid, config.grid))
-        arrays["position_embedding"] = np.asarray(resized).astype(table.dtype)
+        arrays = config.resize_position_tables(arrays)
     config = dataclasses.replace(
         config, activation=stored.activation, eps=stored.eps, heads=stored.heads
     )
@@ -246,9 +229,7 @@ def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray],
     """Arrays, metadata and SHA-256 of a backbone file."""
     remedy = f"`python scripts/convert_clip.py --checkpoint=FILE --out={path}`"
     if not epath.Path(path).is_file():
-        raise FileNotFoundError(
-            f"no backbone at {path}: make it from a CLIP checkpoint by {remedy}"
-        )
+        raise FileNotFoundError(f"no backbone at {path}: make it from a checkpoint by {remedy}")
     data = epath.Path(path).read_bytes()
     if data[8:9] != b"{":
         raise ValueError(f"{path} is not a converted backbone: convert it first by {remedy}")

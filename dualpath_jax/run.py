@@ -21,7 +21,7 @@ from dualpath_jax import convert
 from dualpath_jax import params as params_lib
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.records import VideoDataset
-from dualpath_jax.models import tuning, vit
+from dualpath_jax.models import backbones, tuning
 
 Batch = dict[str, Any]
 
@@ -201,7 +201,7 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
     check_batch_sizes(config, mesh.size)
     predicate = tuning.trains(config.model.method)
     clip_shapes(config)
-    shape = vit.vit_config(
+    shape = backbones.backbone_config(
         config.backbone.name,
         image_size=config.data.image_size,
         **{k: config.backbone[k] for k in config.backbone if k not in ("name", "checkpoint")},

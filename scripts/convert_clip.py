@@ -1,8 +1,10 @@
-"""Converts a CLIP checkpoint (of OpenAI, open_clip or Hugging Face) to a backbone file.
+"""Converts a checkpoint of CLIP, or of an ImageNet ViT or Swin, to a backbone file.
 
     python scripts/convert_clip.py --checkpoint=ViT-B-16.pt --out=clip_vitb16.safetensors
 
-A file of torch's own needs torch (the CPU build is enough); safetensors files do not.
+CLIP of OpenAI, open_clip or Hugging Face; ViT of timm or Hugging Face; Swin of its authors, timm or
+Hugging Face. Which one it is, is seen from the names in the file. A file of torch's own needs torch
+(the CPU build is enough); safetensors files do not.
 """
 
 import argparse
@@ -18,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, help="CLIP checkpoint, a local file")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint, a local file")
     parser.add_argument("--out", required=True, help="safetensors file to write")
     parser.add_argument(
         "--trust",
@@ -30,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("quick_gelu", "gelu"),
         help="of the MLPs, where neither the checkpoint nor a config beside it says",
     )
-    parser.add_argument("--heads", type=int, help="attention heads; default: width / 64")
+    parser.add_argument("--heads", type=int, help="attention heads of a ViT; default: width / 64")
     return parser
 
 
@@ -41,10 +43,10 @@ def main() -> int:
         print(f"convert_clip: {error}", file=sys.stderr)
         return 2
     config, published = info["config"], info["published"]
-    shape = f"width {config.width}, depth {config.depth}, heads {config.heads}"
-    shape += f", patch {config.patch_size}, image {config.image_size}, {config.activation}"
+    shape = config.architecture
+    shape |= {key: getattr(config, key) for key in ("heads", "image_size", "activation", "eps")}
     print(f"found       {info['layout']} names in a {info['container']} file")
-    print(f"backbone    {config.name}: {shape}, projection {config.projection_dim}")
+    print(f"backbone    {config.name}: {', '.join(f'{k} {v}' for k, v in shape.items())}")
     print(f"parameters  {info['parameters']:,}")
     print(f"SHA-256     {info['source_sha256']}")
     print(f"published   {f'yes, OpenAI {published}' if published else 'not among OpenAI releases'}")

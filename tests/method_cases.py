@@ -81,14 +81,15 @@ def started(config):
     return model, run.init_params(model, config, backbone())
 
 
-def random(config):
+def random(config, shape=TINY):
     """(model, parameters that are nowhere trivial), without compiling the initialisation."""
-    model = tuning.build_model(config, TINY, CLASSES)
+    model = tuning.build_model(config, shape, CLASSES)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *clips(config))["params"]
     zeros = jax.tree_util.tree_map_with_path(
         lambda path, leaf: np.full(leaf.shape, path[-1].key == "scale", leaf.dtype), dict(shapes)
     )
-    return model, perturbed(zeros) | {"backbone": backbone()}
+    params = perturbed(zeros)
+    return model, (params | {"backbone": backbone()} if shape is TINY else params)
 
 
 def clips(config, batch=2):

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from dualpath_jax.data import pipeline
-from dualpath_jax.models import tuning, vit
+from dualpath_jax.models import backbones, tuning
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted(
@@ -30,7 +30,7 @@ def test_a_config_only_overrides(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     assert set(keys(config)) == set(keys(base.get_config()))
     pipeline.clip_format(config.data)
-    shape = vit.vit_config(
+    shape = backbones.backbone_config(
         config.backbone.name,
         image_size=config.data.image_size,
         **{k: config.backbone[k] for k in config.backbone if k not in ("name", "checkpoint")},

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dualpath_jax import clip_checkpoints, convert
-from dualpath_jax.models import vit
+from dualpath_jax import convert, weight_files
+from dualpath_jax.models import backbones, vit
+from dualpath_jax.models.layers import Sites
 
 torch = pytest.importorskip("torch")
 
@@ -31,7 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def _config(shape, activation="quick_gelu", **overrides):
-    return vit.vit_config(
+    return backbones.backbone_config(
         "custom", mlp_dim=4 * shape["width"], activation=activation, **shape | overrides
     )
 
@@ -51,7 +52,7 @@ def _our_stages(params, config, images):
     position = params["position_embedding"]
     h = model.apply(variables, images, params["class_embedding"], position, method="embed")
     stages = {"embed": h}
-    sites = vit.Sites(parent=None).bind({})
+    sites = Sites(parent=None).bind({})
     block = jax.jit(lambda p, h: vit.Block(config, parent=None).apply({"params": p}, h, sites))
     for i in range(config.depth):
         h = block(jax.tree.map(operator.itemgetter(i), params["blocks"]), h)
@@ -76,9 +77,7 @@ def _torch_images(config):
 
 
 def _save_safetensors(state, path, metadata=None):
-    arrays = {
-        k: np.ascontiguousarray(clip_checkpoints._torch_to_numpy(v)) for k, v in state.items()
-    }
+    arrays = {k: np.ascontiguousarray(weight_files._torch_to_numpy(v)) for k, v in state.items()}
     safetensors.numpy.save_file(arrays, path, metadata)
     return path
 
@@ -275,6 +274,7 @@ def test_names_shapes_and_metadata(small_file, small_backbone):
     }
     assert meta == {
         "version": 1,
+        "family": "vit",
         "config": dataclasses.asdict(SMALL),
         "container": "safetensors",
         "layout": "openai",
@@ -443,8 +443,9 @@ def test_known_architecture_is_named():
         "patch_embedding/kernel": np.zeros((16, 16, 3, 768), np.int8),
         "position_embedding": np.zeros((577, 768), np.int8),
         "projection": np.zeros((768, 512), np.int8),
+        "ln_pre/scale": np.zeros(768, np.int8),
     }
-    config = convert._config(arrays, {"activation": "gelu"}, "clip.pt")
+    config = convert._config(arrays, {"activation": "gelu"}, "vit", "clip.pt")
     expected = dataclasses.replace(vit.MODELS["ViT-B/16"], image_size=384, activation="gelu")
     assert config == expected
 
@@ -490,7 +491,10 @@ def test_wrong_shapes(small_state, tmp_path):
         (["visual.trunk.blocks.0.norm1.weight"], "an image tower of timm"),
         (["text_model.final_layer_norm.bias", "text_projection.weight"], "a text tower only"),
         (["transformer.resblocks.0.ln_1.bias", "positional_embedding"], "a text tower only"),
-        (["blocks.0.norm.weight", "head.bias"], "no CLIP: its names are blocks.0.norm.weight"),
+        (
+            ["blocks.0.norm.weight", "head.bias"],
+            "no CLIP, ViT or Swin: its names are blocks.0.norm.weight",
+        ),
         ([], "no CLIP"),
     ],
 )
@@ -594,7 +598,7 @@ def test_load_resizes_positions(small_backbone, caplog):
     wanted = dataclasses.replace(SMALL, image_size=56)
     with caplog.at_level("INFO", logger="absl"):
         params, config, _ = convert.load_backbone(small_backbone, wanted)
-    assert "resized from 4x4 patches (32 pixels) to 7x7 (56 pixels)" in caplog.text
+    assert "resized from 4x4 patches (32 pixels) to 7x7 patches (56 pixels)" in caplog.text
     expected = vit.resize_positions(_arrays(small_backbone)["position_embedding"], (7, 7))
     np.testing.assert_array_equal(params["position_embedding"], expected)
     _, features = vit.ViT(config).apply({"params": params}, _images(config))

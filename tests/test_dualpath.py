@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from dualpath_jax import params as params_lib
-from dualpath_jax.models import tuning, vit
+from dualpath_jax.models import backbones, tuning, vit
 from dualpath_jax.models.adapters import Adapter, ParallelAdapters, SerialAdapters
 from dualpath_jax.models.dualpath import DualPath, sincos3d
+from dualpath_jax.models.layers import Sites
 
 TINY = vit.ViTConfig("tiny", 32, 8, 48, 3, 4, 96, 24)
 
@@ -49,12 +50,16 @@ COUNTS = [
     ("ViT-L/14", 174, True, {}, 33_174_958),
     ("ViT-B/16", 174, True, {"spatial_path": False}, 7_724_974),
     ("ViT-B/16", 174, True, {"temporal_path": False}, 5_506_222),
+    ("ViT-B/16-IN21K", 174, True, {}, 13_317_294),
+    ("ViT-B/16-IN21K", 51, False, {}, 10_852_659),
+    ("Swin-B", 174, True, {}, 10_014_766),
+    ("Swin-B", 51, False, {}, 8_341_043),
 ]
 
 
 @pytest.mark.parametrize(("backbone", "classes", "fifth", "options", "expected"), COUNTS)
 def test_trainable_parameters_of_the_paper(backbone, classes, fifth, options, expected):
-    model = DualPath(vit.MODELS[backbone], classes, pre_attention_adapter=fifth, **options)
+    model = DualPath(backbones.MODELS[backbone], classes, pre_attention_adapter=fifth, **options)
     frames = jnp.zeros((1, 8, 224, 224, 3))
     params = jax.eval_shape(model.init, jax.random.key(0), frames, frames[:, :1])["params"]
     mask = params_lib.trainable_mask(params, tuning.trains("dualpath"))
@@ -309,7 +314,7 @@ def test_sincos3d_of_patches_over_several_frames():
     assert len(straddling) == 52
 
 
-class Doubling(vit.Sites):
+class Doubling(Sites):
     """A method that fills sites with visible numbers."""
 
     def tokens(self, h, block):
@@ -367,11 +372,13 @@ def test_dropout_differs_between_blocks_and_calls():
 
 def test_bad_shapes_are_named():
     with pytest.raises(ValueError, match="image_size 225 is not divisible by patch_size 16"):
-        vit.vit_config("ViT-B/16", image_size=225)
+        backbones.backbone_config("ViT-B/16", image_size=225)
     with pytest.raises(ValueError, match="ViT-L/14"):
-        vit.vit_config("ViT-X")
+        backbones.backbone_config("ViT-X")
     with pytest.raises(ValueError, match="depth"):
-        vit.vit_config("custom", image_size=32, patch_size=8, width=48, heads=4, mlp_dim=96)
+        backbones.backbone_config(
+            "custom", image_size=32, patch_size=8, width=48, heads=4, mlp_dim=96
+        )
     params, image = init(tiny_model()), np.zeros((1, 1, 30, 32, 3))
     with pytest.raises(ValueError, match="30x32"):
         tiny_model().apply({"params": params}, image, method=DualPath.spatial_features)

@@ -21,15 +21,14 @@ from method_cases import (  # noqa: E402
 from dualpath_jax.models import vit  # noqa: E402
 from dualpath_jax.models.evl import EVL, Decoder, TemporalCrossAttention  # noqa: E402
 from dualpath_jax.models.frames import FrameModel  # noqa: E402
+from dualpath_jax.models.layers import no_sites  # noqa: E402
 
 SIDE = 4  # patches along an image of TINY
 
 
 def frozen_block(block, h):
     """A block of the backbone, as it is."""
-    return apply(
-        vit.Block(TINY), block, h, method=lambda b, h: b(h, vit.Sites(parent=None).bind({}))
-    )
+    return apply(vit.Block(TINY), block, h, method=lambda b, h: b(h, no_sites()))
 
 
 def pool(model, h):

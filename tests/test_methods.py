@@ -15,7 +15,7 @@ from dualpath_jax import run as run_lib
 from dualpath_jax import train
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.records import VideoDataset
-from dualpath_jax.models import tuning, vit
+from dualpath_jax.models import backbones, swin, tuning
 from dualpath_jax.models.adapters import Adapter
 from dualpath_jax.models.aim import AIMSites
 
@@ -250,7 +250,7 @@ NUM_FRAMES = {"dualpath": 16, "evl": 32}
 
 def abstract(config, backbone, classes):
     """(shapes of all parameters, shape of the logits) of a method, and what of it trains."""
-    shape = vit.MODELS[backbone]
+    shape = backbones.MODELS[backbone]
     model = tuning.build_model(config, shape, classes)
     inputs = [None if s is None else jnp.zeros(s) for s in run_lib.clip_shapes(config)]
 
@@ -410,6 +410,41 @@ def test_bad_values_are_named(case, key, value, match):
     config = tiny_config(case, **{key: value})
     with pytest.raises(ValueError, match=match):
         tuning.build_model(config, TINY, CLASSES)
+
+
+# Without class token and position table; the methods that need them refuse it.
+SWIN = swin.SwinConfig("custom-swin", 32, 4, 24, (2, 2), 2, 48, 4)
+ON_SWIN = ("full", "linear", "adaptformer", "protuning", "st_adapter", "videoprompt")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_methods_on_swin(case):
+    config = tiny_config(case)
+    if case in ("dualpath", *ON_SWIN):
+        model, params = random(config, SWIN)
+        _, after, frozen, metrics = one_step(config, model, params)
+        assert np.isfinite(metrics["gradient_norm"])
+        assert all(np.isfinite(leaf).all() for leaf in after.values())
+        assert not (set(after) & set(frozen))
+        assert all(name.startswith("backbone/") for name in frozen)
+        assert (case == "full") == (not frozen)
+    elif tuning.METHODS[config.model.method].families == ("vit",):
+        with pytest.raises(ValueError, match=f"'{config.model.method}'.*'custom-swin'.*swin"):
+            tuning.build_model(config, SWIN, CLASSES)
+
+
+# Table A2, IN-21K: method, classes, keys -> trainable parameters, and what the paper prints.
+SWIN_COUNTS = [
+    # The original Swin-B has 86.7M without its classifier.
+    ("full", 174, {}, 86_921_574, 88),
+    # In every block; the paper does not say in which.
+    ("st_adapter", 174, {}, 9_477_038, 7),
+]
+
+
+@pytest.mark.parametrize(("method", "classes", "keys", "expected", "paper"), SWIN_COUNTS)
+def test_trainable_parameters_of_swin(method, classes, keys, expected, paper):
+    test_trainable_parameters(method, "Swin-B", classes, keys, expected, paper)
 
 
 def test_inputs_that_do_not_fit_the_method():

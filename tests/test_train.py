@@ -178,7 +178,7 @@ def test_non_finite_loss_stops_and_names_the_last_checkpoint(config, tmp_path, m
     run, dataset = build(config, tmp_path)
     batches = pipeline.train_batches(dataset, config.data, 0, 0, 8)
 
-    def poisoned(*_):
+    def poisoned(*_, **__):
         for step, batch in enumerate(batches):
             # Step 5 computes with a broken frozen weight.
             if step == 4:

@@ -1,6 +1,7 @@
 """CLIP in torch, with random weights, as the reference of test_convert.py.
 
-Public: `open_clip_model`, `huggingface_model`, `open_clip_stages`, `huggingface_stages`.
+Public: `open_clip_model`, `huggingface_model`, `open_clip_stages`, `huggingface_stages`,
+`randomise`, `import_torchvision`.
 """
 
 import re
@@ -54,17 +55,17 @@ def import_torchvision() -> None:
     raise RuntimeError("torchvision cannot be imported")
 
 
-def _randomise(model: torch.nn.Module) -> torch.nn.Module:
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
     """New values for every parameter, none of them left at zero or one.
 
-    Branches are of order 1. Embeddings are small, as CLIP's are: tokens of low variance before
-    `ln_pre` make LayerNorm's epsilon show.
+    Branches are of order 1. Embeddings are small, as CLIP's are: tokens of low variance before the
+    first LayerNorm make its epsilon show.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if re.search(r"embedding|conv1", name):
+            if re.search(r"embed(ding|\.|$)|conv1|cls_token", name) and "norm" not in name:
                 fan_in = parameter[0].numel() if parameter.ndim == 4 else 1
                 parameter.copy_(0.05 * noise * fan_in**-0.5)
             elif parameter.ndim < 2:  # biases, and scales around one
@@ -87,7 +88,7 @@ def open_clip_model(shape: dict, quick_gelu: bool) -> torch.nn.Module:
         "head_width": shape["width"] // shape["heads"],
     }
     text = {"context_length": 8, "vocab_size": 10, "width": 64, "heads": 1, "layers": 1}
-    return _randomise(open_clip.CLIP(shape["projection_dim"], vision, text, quick_gelu=quick_gelu))
+    return randomise(open_clip.CLIP(shape["projection_dim"], vision, text, quick_gelu=quick_gelu))
 
 
 def huggingface_model(shape: dict, hidden_act: str, vision_only: bool = False) -> torch.nn.Module:
@@ -118,8 +119,8 @@ def huggingface_model(shape: dict, hidden_act: str, vision_only: bool = False) -
         vision_config=vision, text_config=text, projection_dim=shape["projection_dim"]
     )
     if vision_only:
-        return _randomise(transformers.CLIPVisionModelWithProjection(config.vision_config))
-    return _randomise(transformers.CLIPModel(config))
+        return randomise(transformers.CLIPVisionModelWithProjection(config.vision_config))
+    return randomise(transformers.CLIPModel(config))
 
 
 def _record(modules: dict[str, torch.nn.Module], run) -> dict[str, torch.Tensor]:

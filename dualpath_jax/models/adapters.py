@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpath_jax.models.vit import Sites, gelu
+from dualpath_jax.models.layers import Sites, gelu
 
 
 class Adapter(nn.Module):

@@ -6,7 +6,7 @@ Public: `AdaptFormer`.
 import jax
 
 from dualpath_jax.models.adapters import Adapter
-from dualpath_jax.models.vit import Sites
+from dualpath_jax.models.layers import Sites
 
 
 class AdaptFormer(Sites):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from dualpath_jax.models.adapters import Adapter
 from dualpath_jax.models.frames import FrameModel
-from dualpath_jax.models.vit import Block, Sites
+from dualpath_jax.models.layers import Block, Sites
 
 
 class AIMSites(Sites):
@@ -81,4 +81,4 @@ class AIM(FrameModel):
         backbone = self.backbone
         position = backbone.position_embedding + self.temporal_position[:, None]  # [T, N, D]
         position = jnp.tile(position, (images.shape[0] // self.num_frames, 1, 1))
-        return backbone.embed(images, backbone.class_embedding, position)
+        return backbone.embed(images, position=position)

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualpath_jax.models.adapters import Adapter, Classifier, ParallelAdapters, SerialAdapters
-from dualpath_jax.models.vit import Sites, ViT, ViTConfig, resize_positions
+from dualpath_jax.models.backbones import BackboneConfig, build_backbone
+from dualpath_jax.models.layers import Sites
+from dualpath_jax.models.vit import resize_positions
 
 TEMPORAL_POSITIONS = ("sincos3d", "sincos3d+clip", "clip", "learned")
 
@@ -82,7 +84,8 @@ class DualPath(nn.Module):
 
     Parameters: `backbone` (frozen), `spatial` and `temporal` (adapters stacked [L, ...], class
     token; the spatial path's position table), `classifier`. Class tokens and position tables are
-    to be started at the backbone's by `start_from_backbone`.
+    to be started at the backbone's by `start_from_backbone`. A Swin has neither of them: its counts
+    in PAPER.md's table (10,014,766 and 8,341,043) are those of adapters and classifier alone.
 
     Attributes:
       config: the backbone's shape.
@@ -96,11 +99,13 @@ class DualPath(nn.Module):
       temporal_position: "sincos3d" (paper), "sincos3d+clip" (CLIP's frozen table added), "clip"
         (that table alone), "learned" (trainable, one table per frameset, started at CLIP's).
       train_tokens: class tokens and spatial position table are trainable copies of CLIP's.
+      adapt_shifted_windows: in Swin, adapters in the shifted-window blocks too; the paper has them
+        in the window blocks only (App. B.1).
       dtype: compute dtype of the transformer; features and classifier are float32.
       scan_blocks: see `ViT`.
     """
 
-    config: ViTConfig
+    config: BackboneConfig
     num_classes: int
     grid: tuple[int, int] = (4, 4)
     frame_size: int = 56
@@ -113,6 +118,7 @@ class DualPath(nn.Module):
     pre_attention_residual: bool = True
     temporal_position: str = "sincos3d"
     train_tokens: bool = True
+    adapt_shifted_windows: bool = False
     dtype: Any = jnp.float32
     scan_blocks: bool = False
 
@@ -124,40 +130,50 @@ class DualPath(nn.Module):
             )
         if not (self.spatial_path or self.temporal_path):
             raise ValueError("spatial_path and temporal_path are both False: nothing to train")
-        self.backbone = ViT(self.config, dtype=self.dtype, scan_blocks=self.scan_blocks)
+        if self.temporal_position != "sincos3d" and not self.config.has_class_token:
+            raise ValueError(
+                f"temporal_position {self.temporal_position!r} takes the backbone's position "
+                f"table, and {self.config.name} has none: use 'sincos3d'"
+            )
+        self.backbone = build_backbone(self.config, self.dtype, self.scan_blocks)
         adapter = self.adapter.clone(dtype=self.dtype, parent=None)
-        self.spatial_sites = ParallelAdapters(adapter, parent=None)
+        shifted = self.adapt_shifted_windows
+        self.spatial_sites = ParallelAdapters(adapter, shifted_windows=shifted, parent=None)
         self.temporal_sites = SerialAdapters(
             adapter,
             serial_skip=self.serial_skip,
             pre_attention=self.pre_attention_adapter,
             pre_attention_residual=self.pre_attention_residual,
+            shifted_windows=shifted,
             parent=None,
         )
         if self.spatial_path:
             self.spatial = self.param("spatial", self._init_spatial)
         if self.temporal_path:
             self.temporal = self.param("temporal", self._init_temporal)
-        self.classifier = Classifier(self.config.projection_dim, self.num_classes)
+        self.classifier = Classifier(self.config.feature_dim, self.num_classes)
 
     def _init_spatial(self, rng: jax.Array) -> Any:
         tokens = self.config.num_tokens
         params = {"adapters": self.backbone.init_sites(rng, self.spatial_sites, 1, tokens)}
-        if self.train_tokens:
+        if self._trains_tokens:
             params["class_token"] = self.backbone.class_embedding
             params["position"] = self.backbone.position_embedding
         return params
 
     def _init_temporal(self, rng: jax.Array) -> Any:
-        rows, columns = self._frameset_patches()
-        adapters = self.backbone.init_sites(rng, self.temporal_sites, 1, rows * columns + 1)
-        params = {"adapters": adapters}
-        if self.train_tokens:
+        tokens = self.config.num_tokens
+        params = {"adapters": self.backbone.init_sites(rng, self.temporal_sites, 1, tokens)}
+        if self._trains_tokens:
             params["class_token"] = self.backbone.class_embedding
         if self.temporal_position == "learned":
-            table = resize_positions(self.backbone.position_embedding, (rows, columns))
+            table = resize_positions(self.backbone.position_embedding, self._frameset_patches())
             params["position"] = jnp.tile(table, (self.num_framesets, 1, 1))
         return params
+
+    @property
+    def _trains_tokens(self) -> bool:
+        return self.train_tokens and self.config.has_class_token
 
     def _frameset_patches(self) -> tuple[int, int]:
         across, down = self.grid
@@ -167,6 +183,8 @@ class DualPath(nn.Module):
     def start_from_backbone(self, params: Any) -> Any:
         """`params` with class tokens and position tables set to those of `params["backbone"]`."""
         backbone = params["backbone"]
+        if not self.config.has_class_token:
+            return params
         params = {**params, **{k: dict(params[k]) for k in ("spatial", "temporal") if k in params}}
         for path in ("spatial", "temporal"):
             if "class_token" in params.get(path, {}):
@@ -180,13 +198,9 @@ class DualPath(nn.Module):
         return params
 
     def _temporal_positions(self) -> jax.Array:
-        """[G, N, D]: class token at CLIP's class position, patches by `temporal_position`."""
+        """p_TP [G, N, D]: patches by `temporal_position`, class token at CLIP's class position."""
         if self.temporal_position == "learned":
             return self.temporal["position"]
-        frozen = resize_positions(self.backbone.position_embedding, self._frameset_patches())
-        frozen = jnp.tile(frozen, (self.num_framesets, 1, 1))
-        if self.temporal_position == "clip":
-            return frozen
         fixed = sincos3d(
             self.num_framesets,
             tuple(self.grid),
@@ -194,6 +208,12 @@ class DualPath(nn.Module):
             self.config.patch_size,
             self.config.width,
         )
+        if not self.config.has_class_token:
+            return jnp.asarray(fixed)
+        frozen = resize_positions(self.backbone.position_embedding, self._frameset_patches())
+        frozen = jnp.tile(frozen, (self.num_framesets, 1, 1))
+        if self.temporal_position == "clip":
+            return frozen
         patches = frozen[:, 1:] if self.temporal_position == "sincos3d+clip" else 0.0
         return jnp.concatenate([frozen[:, :1], fixed + patches], axis=1)
 
@@ -201,7 +221,7 @@ class DualPath(nn.Module):
         self, frames: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
         """frames [B, S, H, W, 3], normalised -> y_SP [B, e] float32 (eq. 7, 8)."""
-        position = self.spatial.get("position", self.backbone.position_embedding)
+        position = self.spatial.get("position")
         return self._features(frames, position, self.spatial_sites, self.spatial, dropout_rng)
 
     def temporal_features(
@@ -212,14 +232,12 @@ class DualPath(nn.Module):
         return self._features(framesets, position, self.temporal_sites, self.temporal, dropout_rng)
 
     def _features(
-        self, images: jax.Array, position: jax.Array, sites: Sites, path: Any, dropout_rng: Any
+        self, images: jax.Array, position: Any, sites: Sites, path: Any, dropout_rng: Any
     ) -> jax.Array:
         """One path over the images of each clip, averaged: [B, images, H, W, 3] -> [B, e]."""
         batch = images.shape[0]
-        class_token = path.get("class_token", self.backbone.class_embedding)
-        h = self.backbone.embed(
-            einops.rearrange(images, "b i h w c -> (b i) h w c"), class_token, position
-        )
+        images = einops.rearrange(images, "b i h w c -> (b i) h w c")
+        h = self.backbone.embed(images, path.get("class_token"), position)
         h = self.backbone.encode(h, sites, path["adapters"], dropout_rng)
         features = self.backbone.pool(h).astype(jnp.float32)
         return einops.reduce(features, "(b i) e -> b e", "mean", b=batch)
@@ -240,7 +258,7 @@ class DualPath(nn.Module):
         if temporal is None and self.temporal_path:
             raise ValueError("the temporal path needs framesets [B, G, H', W', 3], but got none")
         rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
-        nothing = jnp.zeros((spatial.shape[0], self.config.projection_dim), jnp.float32)
+        nothing = jnp.zeros((spatial.shape[0], self.config.feature_dim), jnp.float32)
         y_sp = self.spatial_features(spatial, rngs[0]) if self.spatial_path else nothing
         y_tp = self.temporal_features(temporal, rngs[1]) if self.temporal_path else nothing
         return self.classifier(jnp.concatenate([y_sp, y_tp], axis=-1))

@@ -15,7 +15,8 @@ import numpy as np
 
 from dualpath_jax.models.adapters import DepthwiseConv
 from dualpath_jax.models.frames import FrameModel, patch_grid
-from dualpath_jax.models.vit import ACTIVATIONS, ViTConfig
+from dualpath_jax.models.layers import ACTIVATIONS
+from dualpath_jax.models.vit import ViTConfig
 
 # Of one block: tokens [B, T, N, D], queries and keys [B, T, N, K, D/K].
 Features = tuple[jax.Array, jax.Array, jax.Array]

@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dualpath_jax.models.vit import Sites, ViT, ViTConfig
+from dualpath_jax.models.backbones import BackboneConfig, build_backbone
+from dualpath_jax.models.layers import Sites
 
 
 def patch_grid(tokens: int) -> int:
@@ -57,7 +58,7 @@ class FrameModel(nn.Module):
       scan_blocks: see `ViT`.
     """
 
-    config: ViTConfig
+    config: BackboneConfig
     num_frames: int
     head: nn.Module
     sites: Sites | None = None
@@ -65,7 +66,7 @@ class FrameModel(nn.Module):
     scan_blocks: bool = False
 
     def setup(self):
-        self.backbone = ViT(self.config, dtype=self.dtype, scan_blocks=self.scan_blocks)
+        self.backbone = build_backbone(self.config, self.dtype, self.scan_blocks)
         self.site_params = None
         if self.sites is not None:
             self.site_params = self.param("adapters", self._init_adapters)
@@ -80,8 +81,7 @@ class FrameModel(nn.Module):
 
     def embed(self, images: jax.Array) -> jax.Array:
         """images [M, H, W, 3] -> the tokens that enter the first block [M, N, D]."""
-        backbone = self.backbone
-        return backbone.embed(images, backbone.class_embedding, backbone.position_embedding)
+        return self.backbone.embed(images)
 
     def features(self, frames: jax.Array, dropout_rng: jax.Array | None = None) -> Any:
         """What the head reads: LN'd class tokens, frames [B, T, H, W, 3] -> [B, T, D] float32."""

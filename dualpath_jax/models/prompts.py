@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dualpath_jax.models.frames import FrameModel
-from dualpath_jax.models.vit import Sites
+from dualpath_jax.models.layers import Sites
 
 
 def _uniform(patch_size: int) -> Any:

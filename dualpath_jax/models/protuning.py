@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dualpath_jax.models.adapters import DepthwiseConv
 from dualpath_jax.models.frames import patch_grid
-from dualpath_jax.models.vit import Sites, gelu
+from dualpath_jax.models.layers import Sites, gelu
 
 
 class ProTuning(Sites):
@@ -22,21 +22,23 @@ class ProTuning(Sites):
 
     Attributes:
       width: R, channels between the 1x1 convolutions.
+      class_tokens: how many tokens come before the patches, 1 or 0.
       dtype: of the computation.
     """
 
     width: int
+    class_tokens: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
     def output(self, h: jax.Array) -> jax.Array:
         """h [M, N, D] -> [M, N, D]."""
         images, tokens, channels = h.shape
-        side = patch_grid(tokens - 1)
-        v = nn.Dense(self.width, dtype=self.dtype, name="down")(h[:, 1:])
+        side = patch_grid(tokens - self.class_tokens)
+        v = nn.Dense(self.width, dtype=self.dtype, name="down")(h[:, self.class_tokens :])
         v = v.reshape(images, side, side, self.width)
         v = DepthwiseConv((5, 5), dtype=self.dtype, name="conv")(v)
         zeros = nn.initializers.zeros
         v = nn.Dense(channels, kernel_init=zeros, dtype=self.dtype, name="up")(v)
-        v = gelu(v).reshape(images, tokens - 1, channels)
-        return h + jnp.pad(v, ((0, 0), (1, 0), (0, 0)))
+        v = gelu(v).reshape(images, side * side, channels)
+        return h + jnp.pad(v, ((0, 0), (self.class_tokens, 0), (0, 0)))

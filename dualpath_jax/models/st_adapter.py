@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dualpath_jax.models.adapters import DepthwiseConv
 from dualpath_jax.models.frames import patch_grid
-from dualpath_jax.models.vit import Sites, gelu
+from dualpath_jax.models.layers import Sites, gelu
 
 
 class STAdapter(Sites):
@@ -29,6 +29,7 @@ class STAdapter(Sites):
       kernel_size: (time, rows, columns) of the convolution.
       scale: s.
       released: the authors' form.
+      class_tokens: how many tokens come before the patches, 1 or 0.
       dtype: of the computation.
     """
 
@@ -37,6 +38,7 @@ class STAdapter(Sites):
     kernel_size: tuple[int, int, int] = (3, 1, 1)
     scale: float = 1.0
     released: bool = False
+    class_tokens: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -56,13 +58,16 @@ class STAdapter(Sites):
             )
             return einops.rearrange(conv(y), "b t h w r -> (b t) (h w) r")
 
-        side = patch_grid(x.shape[1] - 1)
+        first = self.class_tokens
+        side = patch_grid(x.shape[1] - first)
         if self.released:
-            y = up(convolve(down(x[:, 1:]), side))
-            return self.scale * jnp.pad(y, ((0, 0), (1, 0), (0, 0)))
+            y = up(convolve(down(x[:, first:]), side))
+            return self.scale * jnp.pad(y, ((0, 0), (first, 0), (0, 0)))
         y = down(x)
-        y = jnp.concatenate([convolve(y[:, :1], 1), convolve(y[:, 1:], side)], axis=1)
-        return self.scale * up(gelu(y))
+        patches = convolve(y[:, first:], side)
+        if first:
+            patches = jnp.concatenate([convolve(y[:, :first], 1), patches], axis=1)
+        return self.scale * up(gelu(patches))
 
     def tokens(self, h: jax.Array, block: Any) -> jax.Array:
         del block

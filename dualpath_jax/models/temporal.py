@@ -7,13 +7,32 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dualpath_jax.models.vit import Block, Sites, ViTConfig
+from dualpath_jax.models.backbones import BackboneConfig
+from dualpath_jax.models.layers import no_sites
+from dualpath_jax.models.vit import Block, ViTConfig
+
+
+def block_config(config: BackboneConfig, width: int) -> ViTConfig:
+    """Shape of the block for features of `width`: a ViT's own, or heads of 64 and an MLP of 4 D."""
+    if isinstance(config, ViTConfig):
+        return config
+    return ViTConfig(
+        name=f"temporal transformer of {config.name}",
+        image_size=config.patch_size,
+        patch_size=config.patch_size,
+        width=width,
+        depth=1,
+        heads=max(1, width // 64),
+        mlp_dim=4 * width,
+        activation=config.activation,
+        eps=config.eps,
+    )
 
 
 class TemporalClassifier(nn.Module):
     """One transformer block over the frames, then an FC on their average (sec. 3.1, ref. 39).
 
-    The block has the backbone's width, heads, MLP and activation; learnable positions are added to
+    The block has the shape of the backbone's (`block_config`); learnable positions are added to
     the frame features before it. All in float32. 7.09M parameters without the FC at D = 768, T = 8.
 
     Attributes:
@@ -23,7 +42,7 @@ class TemporalClassifier(nn.Module):
         (VideoPrompt, ref. 39, without its text branch).
     """
 
-    config: ViTConfig
+    config: BackboneConfig
     num_classes: int
     num_prompts: int = 0
 
@@ -37,5 +56,5 @@ class TemporalClassifier(nn.Module):
             prompts = self.param("prompts", normal, (self.num_prompts, x.shape[-1]))
             prompts = jnp.broadcast_to(prompts, (x.shape[0], *prompts.shape))
             x = jnp.concatenate([prompts, x], axis=1)
-        x = Block(self.config, name="block")(x, Sites(parent=None).bind({}))
+        x = Block(block_config(self.config, x.shape[-1]), name="block")(x, no_sites())
         return nn.Dense(self.num_classes, name="output")(x[:, self.num_prompts :].mean(axis=1))

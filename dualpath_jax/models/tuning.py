@@ -16,14 +16,15 @@ import jax.numpy as jnp
 from dualpath_jax.models.adapters import Adapter
 from dualpath_jax.models.adaptformer import AdaptFormer
 from dualpath_jax.models.aim import AIM, AIMSites
+from dualpath_jax.models.backbones import FAMILIES, BackboneConfig, family_of
 from dualpath_jax.models.dualpath import DualPath
 from dualpath_jax.models.evl import EVL, Decoder
 from dualpath_jax.models.frames import AverageClassifier, FrameModel
+from dualpath_jax.models.layers import Sites
 from dualpath_jax.models.prompts import DeepPrompts, ShallowPrompts
 from dualpath_jax.models.protuning import ProTuning
 from dualpath_jax.models.st_adapter import STAdapter
 from dualpath_jax.models.temporal import TemporalClassifier
-from dualpath_jax.models.vit import Sites, ViTConfig
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -41,11 +42,13 @@ class Method:
         Their parameters have the backbone's under "backbone"; `module.start_from_backbone(params)`
         gives those that start at the backbone's values.
       rules: (regular expression of the whole parameter path, does it train), first match wins.
+      families: the backbones that it works with, names of `backbones.FAMILIES`.
       framesets: does it take framesets?
     """
 
-    build: Callable[[Any, ViTConfig, int], nn.Module]
+    build: Callable[[Any, BackboneConfig, int], nn.Module]
     rules: tuple[tuple[str, bool], ...]
+    families: tuple[str, ...] = tuple(FAMILIES)
     framesets: bool = False
 
 
@@ -64,7 +67,7 @@ def _check_rate(key: str, value: float) -> None:
         raise ValueError(f"{key}={value} must be in [0, 1)")
 
 
-def _build_dualpath(config: Any, vit: ViTConfig, num_classes: int) -> DualPath:
+def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> DualPath:
     data, model = config.data, config.model
     adapter = Adapter(
         bottleneck=model.adapter_bottleneck,
@@ -75,14 +78,15 @@ def _build_dualpath(config: Any, vit: ViTConfig, num_classes: int) -> DualPath:
     )
     frame_size = data.image_size // data.frame_scale
     for side, name in zip(data.grid, ("width", "height"), strict=True):
-        if side * frame_size % vit.patch_size:
+        if side * frame_size % backbone.patch_size:
             raise ValueError(
                 f"frameset {name} of {side} frames x {frame_size} pixels is not divisible by the "
-                f"patch size {vit.patch_size} of {vit.name}: change data.grid={tuple(data.grid)}, "
-                f"data.frame_scale={data.frame_scale} or data.image_size={data.image_size}"
+                f"patch size {backbone.patch_size} of {backbone.name}: change "
+                f"data.grid={tuple(data.grid)}, data.frame_scale={data.frame_scale} or "
+                f"data.image_size={data.image_size}"
             )
     return DualPath(
-        config=vit,
+        config=backbone,
         num_classes=num_classes,
         grid=tuple(data.grid),
         frame_size=frame_size,
@@ -95,6 +99,7 @@ def _build_dualpath(config: Any, vit: ViTConfig, num_classes: int) -> DualPath:
         pre_attention_residual=model.pre_attention_residual,
         temporal_position=model.temporal_position,
         train_tokens=model.train_tokens,
+        adapt_shifted_windows=model.adapt_shifted_windows,
         dtype=compute_dtype(config),
         scan_blocks=model.scan_blocks,
     )
@@ -102,14 +107,14 @@ def _build_dualpath(config: Any, vit: ViTConfig, num_classes: int) -> DualPath:
 
 def _frame_model(
     config: Any,
-    vit: ViTConfig,
+    backbone: BackboneConfig,
     head: nn.Module,
     sites: Sites | None = None,
     kind: type[FrameModel] = FrameModel,
     **options: Any,
 ) -> FrameModel:
     return kind(
-        config=vit,
+        config=backbone,
         num_frames=config.data.num_frames,
         head=head,
         sites=sites,
@@ -119,34 +124,54 @@ def _frame_model(
     )
 
 
-def _build_average(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
+def _temporal(
+    backbone: BackboneConfig, num_classes: int, num_prompts: int = 0
+) -> TemporalClassifier:
+    return TemporalClassifier(backbone, num_classes, num_prompts, parent=None)
+
+
+def _build_average(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     """`full` and `linear`, which differ in what trains."""
-    return _frame_model(config, vit, AverageClassifier(num_classes, parent=None))
+    return _frame_model(config, backbone, AverageClassifier(num_classes, parent=None))
 
 
-def _build_vpt(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
-    head, prompts = TemporalClassifier(vit, num_classes, parent=None), config.model.vpt.num_prompts
+def _build_vpt(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
+    head, prompts = (
+        TemporalClassifier(backbone, num_classes, parent=None),
+        config.model.vpt.num_prompts,
+    )
     _check_at_least_one("model.vpt.num_prompts", prompts)
     if not config.model.vpt.deep:
-        return _frame_model(config, vit, head, kind=ShallowPrompts, num_prompts=prompts)
-    return _frame_model(config, vit, head, DeepPrompts(prompts, vit.patch_size, parent=None))
+        return _frame_model(config, backbone, head, kind=ShallowPrompts, num_prompts=prompts)
+    return _frame_model(
+        config, backbone, head, DeepPrompts(prompts, backbone.patch_size, parent=None)
+    )
 
 
-def _build_adaptformer(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
+def _build_adaptformer(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     options = config.model.adaptformer
     _check_at_least_one("model.adaptformer.bottleneck", options.bottleneck)
     adapter = Adapter(options.bottleneck, options.scale, dtype=compute_dtype(config), parent=None)
     sites = AdaptFormer(adapter, options.parallel, parent=None)
-    return _frame_model(config, vit, TemporalClassifier(vit, num_classes, parent=None), sites)
+    return _frame_model(
+        config, backbone, TemporalClassifier(backbone, num_classes, parent=None), sites
+    )
 
 
-def _build_protuning(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
+def _build_protuning(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     _check_at_least_one("model.protuning.width", config.model.protuning.width)
-    sites = ProTuning(config.model.protuning.width, compute_dtype(config), parent=None)
-    return _frame_model(config, vit, TemporalClassifier(vit, num_classes, parent=None), sites)
+    sites = ProTuning(
+        width=config.model.protuning.width,
+        class_tokens=int(backbone.has_class_token),
+        dtype=compute_dtype(config),
+        parent=None,
+    )
+    return _frame_model(
+        config, backbone, TemporalClassifier(backbone, num_classes, parent=None), sites
+    )
 
 
-def _build_st_adapter(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
+def _build_st_adapter(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     options = config.model.st_adapter
     _check_choice("model.st_adapter.form", options.form, ("paper", "released"))
     _check_at_least_one("model.st_adapter.width", options.width)
@@ -162,24 +187,27 @@ def _build_st_adapter(config: Any, vit: ViTConfig, num_classes: int) -> FrameMod
         kernel_size=kernel_size,
         scale=options.scale,
         released=options.form == "released",
+        class_tokens=int(backbone.has_class_token),
         dtype=compute_dtype(config),
         parent=None,
     )
-    return _frame_model(config, vit, AverageClassifier(num_classes, parent=None), sites)
+    return _frame_model(config, backbone, AverageClassifier(num_classes, parent=None), sites)
 
 
-def _build_videoprompt(config: Any, vit: ViTConfig, num_classes: int) -> FrameModel:
+def _build_videoprompt(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     prompts = config.model.videoprompt.num_prompts
     _check_at_least_one("model.videoprompt.num_prompts", prompts)
-    return _frame_model(config, vit, TemporalClassifier(vit, num_classes, prompts, parent=None))
+    return _frame_model(
+        config, backbone, TemporalClassifier(backbone, num_classes, prompts, parent=None)
+    )
 
 
-def _build_aim(config: Any, vit: ViTConfig, num_classes: int) -> AIM:
+def _build_aim(config: Any, backbone: BackboneConfig, num_classes: int) -> AIM:
     options = config.model.aim
     _check_choice("model.aim.num_temporal_adapters", options.num_temporal_adapters, (1, 2))
     _check_rate("model.aim.drop_path", options.drop_path)
     _check_rate("model.aim.dropout", options.dropout)
-    bottleneck = vit.width // 4 if options.bottleneck is None else options.bottleneck
+    bottleneck = backbone.width // 4 if options.bottleneck is None else options.bottleneck
     _check_at_least_one("model.aim.bottleneck", bottleneck)
     sites = AIMSites(
         Adapter(bottleneck, dtype=compute_dtype(config), parent=None),
@@ -190,30 +218,31 @@ def _build_aim(config: Any, vit: ViTConfig, num_classes: int) -> AIM:
         parent=None,
     )
     head = AverageClassifier(num_classes, options.dropout, parent=None)
-    return _frame_model(config, vit, head, sites, kind=AIM)
+    return _frame_model(config, backbone, head, sites, kind=AIM)
 
 
-def _build_evl(config: Any, vit: ViTConfig, num_classes: int) -> EVL:
+def _build_evl(config: Any, backbone: BackboneConfig, num_classes: int) -> EVL:
     options = config.model.evl
-    if not 1 <= options.num_blocks <= vit.depth:
+    if not 1 <= options.num_blocks <= backbone.depth:
         raise ValueError(
-            f"model.evl.num_blocks={options.num_blocks} must be between 1 and the {vit.depth} "
-            f"blocks of {vit.name}"
+            f"model.evl.num_blocks={options.num_blocks} must be between 1 and the {backbone.depth} "
+            f"blocks of {backbone.name}"
         )
     _check_rate("model.evl.mlp_dropout", options.mlp_dropout)
     _check_rate("model.evl.dropout", options.dropout)
     head = Decoder(
-        vit,
+        backbone,
         num_classes,
         mlp_dropout=options.mlp_dropout,
         dropout=options.dropout,
         dtype=compute_dtype(config),
         parent=None,
     )
-    return _frame_model(config, vit, head, kind=EVL, num_blocks=options.num_blocks)
+    return _frame_model(config, backbone, head, kind=EVL, num_blocks=options.num_blocks)
 
 
 _FROZEN, _ADAPTERS, _HEAD = ("backbone/.*", False), ("adapters/.*", True), ("head/.*", True)
+_VIT = ("vit",)  # methods on class token and position table
 
 METHODS = {
     "dualpath": Method(
@@ -229,13 +258,15 @@ METHODS = {
     # The projection to CLIP's joint space is not used.
     "full": Method(_build_average, (("backbone/projection", False), ("backbone/.*", True), _HEAD)),
     "linear": Method(_build_average, (_FROZEN, _HEAD)),
-    "vpt": Method(_build_vpt, (_FROZEN, ("(adapters/)?prompts", True), _HEAD)),
+    "vpt": Method(_build_vpt, (_FROZEN, ("(adapters/)?prompts", True), _HEAD), families=_VIT),
     "adaptformer": Method(_build_adaptformer, (_FROZEN, _ADAPTERS, _HEAD)),
     "protuning": Method(_build_protuning, (_FROZEN, _ADAPTERS, _HEAD)),
     "st_adapter": Method(_build_st_adapter, (_FROZEN, _ADAPTERS, _HEAD)),
     "videoprompt": Method(_build_videoprompt, (_FROZEN, _HEAD)),
-    "aim": Method(_build_aim, (_FROZEN, _ADAPTERS, ("temporal_position", True), _HEAD)),
-    "evl": Method(_build_evl, (_FROZEN, _HEAD)),
+    "aim": Method(
+        _build_aim, (_FROZEN, _ADAPTERS, ("temporal_position", True), _HEAD), families=("vit",)
+    ),
+    "evl": Method(_build_evl, (_FROZEN, _HEAD), families=("vit",)),
 }
 
 
@@ -254,9 +285,17 @@ def _method(name: str) -> Method:
     return METHODS[name]
 
 
-def build_model(config: Any, vit: ViTConfig, num_classes: int) -> nn.Module:
-    """The module of `config.model.method` on a backbone of shape `vit`."""
-    return _method(config.model.method).build(config, vit, num_classes)
+def build_model(config: Any, backbone: BackboneConfig, num_classes: int) -> nn.Module:
+    """The module of `config.model.method` on a backbone of shape `backbone`."""
+    name = config.model.method
+    method, family = _method(name), family_of(backbone)
+    if family not in method.families:
+        raise ValueError(
+            f"model.method {name!r} works with backbones of the families "
+            f"{', '.join(method.families)}, and backbone {backbone.name!r} is of the family "
+            f"{family}: change config.model.method or config.backbone.name"
+        )
+    return method.build(config, backbone, num_classes)
 
 
 def takes_framesets(method: str) -> bool:

@@ -1,33 +1,40 @@
-"""CLIP's vision transformer (Radford et al. 2021, sec. 2.4) with named sites for tuning methods.
+"""Vision transformers of CLIP (Radford et al. 2021) and ImageNet-21K (Dosovitskiy et al. 2021).
 
-Public: `ViTConfig`, `MODELS`, `vit_config`, `ViT`, `Block`, `Sites`, `resize_positions`.
+Public: `ViTConfig`, `MODELS`, `ViT`, `Block`, `resize_positions`.
 
-The file knows no tuning method. A method fills the sites of a block (see `Sites`); an empty site
-does nothing. Axes: M images (frames or framesets, batch included), N tokens (class token first),
-D width, K heads, L blocks, e projected width.
+The sites of tuning methods are in `layers.py`. Axes: M images (frames or framesets, batch
+included), N tokens (class token first), D width, K heads, L blocks, e projected width.
 """
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from dualpath_jax.models import layers
+from dualpath_jax.models.layers import Mlp, Sites
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Shape of a CLIP vision transformer.
+    """Shape of a vision transformer; the defaults are CLIP's.
 
     Attributes:
       name: what the user calls it, for messages and checkpoints.
       image_size: side of the square image that the position table covers, pixels.
       patch_size: side of a patch, pixels.
       width, depth, heads, mlp_dim: D, L, K and the width of the MLP's hidden layer.
-      projection_dim: e, the width of CLIP's joint space.
-      activation: "quick_gelu" (OpenAI's weights) or "gelu" (exact; LAION's and others).
-      eps: LayerNorm's epsilon (CLIP: 1e-5; Flax's own default is 1e-6).
+      projection_dim: e, the width of CLIP's joint space; None: no projection, features of width D.
+      activation: "quick_gelu" (OpenAI's weights) or "gelu" (exact; LAION's, ImageNet's and others).
+      eps: LayerNorm's epsilon (CLIP: 1e-5; ImageNet-21K and Flax's own default: 1e-6).
+      pre_norm: a LayerNorm between the embeddings and the first block (CLIP).
+      patch_bias: a bias in the patch embedding (ImageNet-21K).
     """
 
     name: str
@@ -37,22 +44,46 @@ class ViTConfig:
     depth: int
     heads: int
     mlp_dim: int
-    projection_dim: int
+    projection_dim: int | None = None
     activation: str = "quick_gelu"
     eps: float = 1e-5
+    pre_norm: bool = True
+    patch_bias: bool = False
 
     def __post_init__(self):
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size} of "
-                f"{self.name}: choose a multiple of {self.patch_size} for data.image_size"
-            )
+        layers.check_patches(self)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"unknown activation {self.activation!r}: known are {sorted(ACTIVATIONS)}"
-            )
+        layers.check_activation(self.activation)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], stated: Mapping[str, Any]) -> Any:
+        """The shape of converted weights, and what only their publisher can state.
+
+        Args:
+          arrays: by flat name of the parameter tree.
+          stated: "activation"; "heads" (default: one per 64 of width, Radford et al. 2021, table
+            19) and "eps" where known.
+        """
+        depth, width, mlp_dim = arrays["blocks/mlp/hidden/kernel"].shape
+        patch = arrays["patch_embedding/kernel"].shape[0]
+        heads = int(stated.get("heads", max(1, width // 64)))
+        if heads < 1:
+            raise ValueError(f"heads is {heads}: pass --heads with the number of attention heads")
+        return cls(
+            name="custom",
+            image_size=math.isqrt(arrays["position_embedding"].shape[0] - 1) * patch,
+            patch_size=patch,
+            width=width,
+            depth=depth,
+            heads=heads,
+            mlp_dim=mlp_dim,
+            projection_dim=arrays["projection"].shape[-1] if "projection" in arrays else None,
+            activation=stated["activation"],
+            eps=float(stated.get("eps", 1e-5)),
+            pre_norm="ln_pre/scale" in arrays,
+            patch_bias="patch_embedding/bias" in arrays,
+        )
 
     @property
     def grid(self) -> int:
@@ -64,79 +95,47 @@ class ViTConfig:
         """N, the class token included."""
         return self.grid**2 + 1
 
+    @property
+    def feature_dim(self) -> int:
+        """e, or D without a projection: the width of what `ViT.pool` returns."""
+        return self.projection_dim or self.width
 
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """CLIP's approximation of GELU, x * sigmoid(1.702 x)."""
-    return x * jax.nn.sigmoid(1.702 * x)
+    @property
+    def has_class_token(self) -> bool:
+        """It has one, and with it a position table."""
+        return True
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What weights must share with this config to be its own."""
+        fields = ("width", "depth", "patch_size", "mlp_dim", "projection_dim")
+        return {field: getattr(self, field) for field in (*fields, "pre_norm", "patch_bias")}
+
+    @property
+    def position_size(self) -> str:
+        """Size of the position table, for messages."""
+        return f"{self.grid}x{self.grid} patches ({self.image_size} pixels)"
+
+    def resize_position_tables(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """`arrays`, by flat name, with the position table at this config's size."""
+        table = arrays["position_embedding"]
+        resized = resize_positions(table.astype(np.float32), (self.grid, self.grid))
+        return {**arrays, "position_embedding": np.asarray(resized).astype(table.dtype)}
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """Exact (erf) GELU; `jax.nn.gelu` is the tanh form unless told."""
-    return jax.nn.gelu(x, approximate=False)
-
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
-
-# Radford et al. 2021, table 19; head width is 64 throughout.
+# Radford et al. 2021, table 19; head width is 64 throughout. Dosovitskiy et al. 2021, table 1.
+_IN21K = {"activation": "gelu", "eps": 1e-6, "pre_norm": False, "patch_bias": True}
 MODELS = {
-    "ViT-B/16": ViTConfig("ViT-B/16", 224, 16, 768, 12, 12, 3072, 512),
-    "ViT-L/14": ViTConfig("ViT-L/14", 224, 14, 1024, 24, 16, 4096, 768),
+    config.name: config
+    for config in (
+        ViTConfig("ViT-B/32", 224, 32, 768, 12, 12, 3072, 512),
+        ViTConfig("ViT-B/16", 224, 16, 768, 12, 12, 3072, 512),
+        ViTConfig("ViT-L/14", 224, 14, 1024, 24, 16, 4096, 768),
+        ViTConfig("ViT-L/14@336", 336, 14, 1024, 24, 16, 4096, 768),
+        ViTConfig("ViT-B/16-IN21K", 224, 16, 768, 12, 12, 3072, **_IN21K),
+        ViTConfig("ViT-L/16-IN21K", 224, 16, 1024, 24, 16, 4096, **_IN21K),
+    )
 }
-
-
-def vit_config(name: str, **overrides: Any) -> ViTConfig:
-    """The shape called `name`, or with name "custom" the one that `overrides` spell out.
-
-    Overrides that are None are ignored. Raises ValueError for an unknown name or a missing value.
-    """
-    overrides = {k: v for k, v in overrides.items() if v is not None}
-    if name in MODELS:
-        return dataclasses.replace(MODELS[name], **overrides)
-    if name != "custom":
-        raise ValueError(f"unknown backbone {name!r}: known are {sorted(MODELS)} and 'custom'")
-    try:
-        return ViTConfig(name=name, **overrides)
-    except TypeError as error:
-        raise ValueError(f"backbone 'custom' needs its shape in config.backbone: {error}") from None
-
-
-class Sites(nn.Module):
-    """What a tuning method may do inside a block. Override the sites that the method fills.
-
-    One instance describes one block; its parameters are stacked [L, ...] by the caller. `x`, `y`,
-    `h` are [M, N, D] in the compute dtype.
-    """
-
-    def tokens(self, h: jax.Array, block: "Block") -> jax.Array:
-        """On the tokens that enter the block, which is given so that its layers may be reused."""
-        del block
-        return h
-
-    def before_attention(self, x: jax.Array) -> jax.Array:
-        """On LN(h), before attention reads it."""
-        return x
-
-    def beside_attention(self, x: jax.Array) -> jax.Array | float:
-        """Parallel to attention: a term computed from LN(h), added to the residual stream."""
-        del x
-        return 0.0
-
-    def after_attention(self, y: jax.Array) -> jax.Array:
-        """On attention's output, before it joins the residual stream."""
-        return y
-
-    def beside_mlp(self, x: jax.Array) -> jax.Array | float:
-        """Parallel to the MLP: a term computed from LN(z), added to the residual stream."""
-        del x
-        return 0.0
-
-    def after_mlp(self, y: jax.Array) -> jax.Array:
-        """On the MLP's output, before it joins the residual stream."""
-        return y
-
-    def output(self, h: jax.Array) -> jax.Array:
-        """On the block's output."""
-        return h
 
 
 class Attention(nn.Module):
@@ -161,22 +160,8 @@ class Attention(nn.Module):
         return self.out(einops.rearrange(y, "m n k d -> m n (k d)"))
 
 
-class Mlp(nn.Module):
-    """Linear, activation, Linear."""
-
-    hidden: int
-    activation: str
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(x)
-        y = ACTIVATIONS[self.activation](y)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="output")(y)
-
-
-class Block(nn.Module):
-    """A pre-LN transformer block (eq. 2) that passes through the sites of a tuning method."""
+class Block(layers.Block):
+    """A block of this backbone."""
 
     config: ViTConfig
     dtype: Any = jnp.float32
@@ -188,16 +173,6 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype)
         self.mlp = Mlp(config.mlp_dim, config.activation, dtype=self.dtype)
 
-    def __call__(self, h: jax.Array, sites: Sites) -> jax.Array:
-        """h [M, N, D] -> [M, N, D]. `sites` is bound to this block's parameters of the method."""
-        h = sites.tokens(h, self)
-        x = self.ln_1(h)
-        y = self.attention(sites.before_attention(x))
-        z = h + sites.after_attention(y) + sites.beside_attention(x)
-        x = self.ln_2(z)
-        h = z + sites.after_mlp(self.mlp(x)) + sites.beside_mlp(x)
-        return sites.output(h)
-
     def queries_and_keys(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of the attention on h [M, N, D], without sites: two of [M, N, K, D/K]."""
         q, k, _ = self.attention.project(self.ln_1(h))
@@ -205,7 +180,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """CLIP's image tower. `__call__` is the frozen backbone; tuning methods compose the parts.
+    """The image tower. `__call__` is the frozen backbone; tuning methods compose the parts.
 
     Attributes:
       config: its shape.
@@ -223,16 +198,25 @@ class ViT(nn.Module):
         patch = (config.patch_size, config.patch_size)
         embedding = nn.initializers.normal(config.width**-0.5)  # CLIP's own scale
         self.patch_embedding = nn.Conv(
-            config.width, patch, strides=patch, padding="VALID", use_bias=False, dtype=self.dtype
+            config.width,
+            patch,
+            strides=patch,
+            padding="VALID",
+            use_bias=config.patch_bias,
+            dtype=self.dtype,
         )
         self.class_embedding = self.param("class_embedding", embedding, (config.width,))
         self.position_embedding = self.param(
             "position_embedding", embedding, (config.num_tokens, config.width)
         )
-        self.ln_pre = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype)
+        if config.pre_norm:
+            self.ln_pre = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype)
         self.blocks = self.param("blocks", self._init_blocks)
         self.ln_post = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype)
-        self.projection = self.param("projection", embedding, (config.width, config.projection_dim))
+        if config.projection_dim is not None:
+            self.projection = self.param(
+                "projection", embedding, (config.width, config.projection_dim)
+            )
 
     def _block(self) -> Block:
         return Block(self.config, dtype=self.dtype, parent=None)
@@ -240,42 +224,44 @@ class ViT(nn.Module):
     def _init_blocks(self, rng: jax.Array) -> Any:
         def init(rng):
             h = jnp.zeros((1, 2, self.config.width))
-            return self._block().init(rng, h, Sites(parent=None).bind({}))["params"]
+            return self._block().init(rng, h, layers.no_sites())["params"]
 
-        return jax.vmap(init)(jax.random.split(rng, self.config.depth))
+        return layers.init_stacked(init, rng, self.config.depth)
 
     def init_sites(self, rng: jax.Array, sites: Sites, num_images: int, num_tokens: int) -> Any:
         """Parameters of a method's sites, stacked [L, ...], for h [num_images, num_tokens, D]."""
         h = jnp.zeros((num_images, num_tokens, self.config.width), self.dtype)
         block = jax.tree.map(lambda leaf: leaf[0], self.blocks)
+        return layers.init_stacked(
+            lambda rng: layers.init_block_sites(rng, self._block(), block, h, sites),
+            rng,
+            self.config.depth,
+        )
 
-        def init(rng):
-            run = nn.init(lambda bound: self._block().apply({"params": block}, h, bound), sites)
-            return run(rng).get("params", {})
-
-        return jax.vmap(init)(jax.random.split(rng, self.config.depth))
-
-    def embed(self, images: jax.Array, class_token: jax.Array, position: jax.Array) -> jax.Array:
+    def embed(
+        self,
+        images: jax.Array,
+        class_token: jax.Array | None = None,
+        position: jax.Array | None = None,
+    ) -> jax.Array:
         """Images to the tokens that enter the first block (eq. 1, then CLIP's `ln_pre`).
 
         Args:
-          images: [M, H, W, 3] normalised with CLIP's mean and std; H, W multiples of the patch.
-          class_token: [D].
-          position: [N, D], or [M, N, D] where images differ in position.
+          images: [M, H, W, 3], normalised as the weights want it; H, W multiples of the patch.
+          class_token: [D]; None: the backbone's own.
+          position: [N, D], or [M, N, D] where images differ in position; None: the backbone's own.
 
         Returns:
           [M, N, D] in the compute dtype.
         """
-        size = self.config.patch_size
-        if images.shape[-3] % size or images.shape[-2] % size:
-            raise ValueError(
-                f"image of {images.shape[-3]}x{images.shape[-2]} pixels is not divisible by the "
-                f"patch size {size}"
-            )
+        layers.check_image(images, self.config.patch_size)
+        class_token = self.class_embedding if class_token is None else class_token
+        position = self.position_embedding if position is None else position
         patches = einops.rearrange(self.patch_embedding(images), "m h w d -> m (h w) d")
         class_token = jnp.broadcast_to(class_token, (images.shape[0], 1, patches.shape[-1]))
         h = jnp.concatenate([class_token.astype(self.dtype), patches], axis=1)
-        return self.ln_pre(h + position.astype(self.dtype))
+        h = h + position.astype(self.dtype)
+        return self.ln_pre(h) if self.config.pre_norm else h
 
     def encode(
         self,
@@ -294,24 +280,17 @@ class ViT(nn.Module):
           dropout_rng: switches on the method's dropout.
           blocks: which blocks to run, of 0 ... L - 1.
         """
-        sites = Sites(parent=None) if sites is None else sites
         rngs = None
         if dropout_rng is not None:
             rngs = jax.random.split(dropout_rng, self.config.depth)
 
         def body(h, layer):
-            block_params, site_params, rng = layer
-            variables = {} if site_params is None else {"params": site_params}
-            bound = sites.bind(variables, rngs=None if rng is None else {"dropout": rng})
-            return self._block().apply({"params": block_params}, h, bound), None
+            block, site_params, rng = layer
+            bound = layers.bind_sites(sites, site_params, rng)
+            return self._block().apply({"params": block}, h, bound)
 
-        layers = jax.tree.map(lambda leaf: leaf[blocks], (self.blocks, site_params, rngs))
-        if self.scan_blocks:
-            return jax.lax.scan(body, h, layers)[0]
-        # Not scan(unroll=True): that still copies what the backward pass needs into stacked arrays.
-        for i in range(len(range(self.config.depth)[blocks])):
-            h, _ = body(h, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
-        return h
+        chosen = jax.tree.map(lambda leaf: leaf[blocks], (self.blocks, site_params, rngs))
+        return layers.loop_blocks(body, h, chosen, self.scan_blocks)
 
     def queries_and_keys(self, h: jax.Array, index: int) -> tuple[jax.Array, jax.Array]:
         """Of block `index`, which h [M, N, D] enters: two of [M, N, K, D/K]."""
@@ -319,16 +298,18 @@ class ViT(nn.Module):
         return self._block().apply({"params": block}, h, method=Block.queries_and_keys)
 
     def pool(self, h: jax.Array, project: bool = True) -> jax.Array:
-        """Class token through `ln_post` and, if asked, CLIP's visual projection.
+        """Class token through `ln_post` and, if asked and there is one, CLIP's visual projection.
 
         h [M, N, D] -> [M, e], or [M, D] without the projection.
         """
         y = self.ln_post(h[:, 0])
-        return y @ self.projection.astype(self.dtype) if project else y
+        if project and self.config.projection_dim is not None:
+            y = y @ self.projection.astype(self.dtype)
+        return y
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Frozen CLIP: images [M, H, W, 3], normalised -> (tokens [M, N, D], features [M, e])."""
-        h = self.encode(self.embed(images, self.class_embedding, self.position_embedding))
+        """The frozen backbone: images [M, H, W, 3] -> (tokens [M, N, D], features [M, e])."""
+        h = self.encode(self.embed(images))
         return h, self.pool(h)
 
 
@@ -342,6 +323,5 @@ def resize_positions(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
         raise ValueError(f"position table of {table.shape[0]} rows is not a square plus one")
     if (side, side) == tuple(grid):
         return table
-    patches = table[1:].reshape(side, side, -1)
-    patches = jax.image.resize(patches, (*grid, table.shape[1]), "bicubic", antialias=True)
+    patches = layers.resize_grid(table[1:].reshape(side, side, -1), grid)
     return jnp.concatenate([table[:1], patches.reshape(grid[0] * grid[1], -1)])

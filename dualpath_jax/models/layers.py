@@ -1,0 +1,174 @@
+"""What the backbones share: the transformer block and its named sites for tuning methods.
+
+Public: `Sites`, `Block`, `Mlp`, `ACTIVATIONS`, `gelu`, `quick_gelu`. The rest is for the modules of
+the backbones.
+
+The file knows no tuning method. A method fills the sites of a block (see `Sites`); an empty site
+does nothing. Axes: M images (frames or framesets, batch included), N tokens, D width, L blocks.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """CLIP's approximation of GELU, x * sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact (erf) GELU; `jax.nn.gelu` is the tanh form unless told."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+def check_activation(name: str) -> None:
+    """ValueError unless `name` is in `ACTIVATIONS`."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}: known are {sorted(ACTIVATIONS)}")
+
+
+def check_patches(config: Any) -> None:
+    """ValueError unless the config's `image_size` is a multiple of its `patch_size`."""
+    if config.image_size % config.patch_size:
+        raise ValueError(
+            f"image_size {config.image_size} is not divisible by patch_size {config.patch_size} of "
+            f"{config.name}: choose a multiple of {config.patch_size} for data.image_size"
+        )
+
+
+def check_image(images: jax.Array, patch_size: int) -> None:
+    """ValueError unless H and W of images [M, H, W, 3] are multiples of `patch_size`."""
+    height, width = images.shape[-3:-1]
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"image of {height}x{width} pixels is not divisible by the patch size {patch_size}"
+        )
+
+
+class Sites(nn.Module):
+    """What a tuning method may do inside a block. Override the sites that the method fills.
+
+    One instance describes one block; its parameters are stacked [L, ...] by the caller. `x`, `y`,
+    `h` are [M, N, D] in the compute dtype; Swin's D and N are those of the block's stage, and its
+    tokens are in the order of the map, row by row.
+
+    Attributes:
+      shifted_windows: in Swin, fill the sites of the shifted-window blocks too, not only those of
+        the window blocks. Without effect in backbones that have no windows.
+    """
+
+    shifted_windows: bool = dataclasses.field(default=True, kw_only=True)
+
+    def tokens(self, h: jax.Array, block: "Block") -> jax.Array:
+        """On the tokens that enter the block, which is given so that its layers may be reused."""
+        del block
+        return h
+
+    def before_attention(self, x: jax.Array) -> jax.Array:
+        """On LN(h), before attention reads it."""
+        return x
+
+    def beside_attention(self, x: jax.Array) -> jax.Array | float:
+        """Parallel to attention: a term computed from LN(h), added to the residual stream."""
+        del x
+        return 0.0
+
+    def after_attention(self, y: jax.Array) -> jax.Array:
+        """On attention's output, before it joins the residual stream."""
+        return y
+
+    def beside_mlp(self, x: jax.Array) -> jax.Array | float:
+        """Parallel to the MLP: a term computed from LN(z), added to the residual stream."""
+        del x
+        return 0.0
+
+    def after_mlp(self, y: jax.Array) -> jax.Array:
+        """On the MLP's output, before it joins the residual stream."""
+        return y
+
+    def output(self, h: jax.Array) -> jax.Array:
+        """On the block's output."""
+        return h
+
+
+class Mlp(nn.Module):
+    """Linear, activation, Linear."""
+
+    hidden: int
+    activation: str
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(x)
+        y = ACTIVATIONS[self.activation](y)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="output")(y)
+
+
+class Block(nn.Module):
+    """A pre-LN transformer block (eq. 2) that passes through the sites of a tuning method.
+
+    Each backbone has its own, which sets up `ln_1`, `attention`, `ln_2` and `mlp`.
+    """
+
+    def __call__(self, h: jax.Array, sites: Sites) -> jax.Array:
+        """h [M, N, D] -> [M, N, D]. `sites` is bound to this block's parameters of the method."""
+        h = sites.tokens(h, self)
+        x = self.ln_1(h)
+        y = self.attention(sites.before_attention(x))
+        z = h + sites.after_attention(y) + sites.beside_attention(x)
+        x = self.ln_2(z)
+        h = z + sites.after_mlp(self.mlp(x)) + sites.beside_mlp(x)
+        return sites.output(h)
+
+
+def no_sites() -> Sites:
+    """The sites of a frozen block."""
+    return Sites(parent=None).bind({})
+
+
+def bind_sites(sites: Sites | None, params: Any, rng: jax.Array | None) -> Sites:
+    """`sites` with one block's parameters of the method; None: the frozen block."""
+    if sites is None:
+        return no_sites()
+    variables = {} if params is None else {"params": params}
+    return sites.bind(variables, rngs=None if rng is None else {"dropout": rng})
+
+
+def init_block_sites(rng: jax.Array, block: Block, params: Any, h: jax.Array, sites: Sites) -> Any:
+    """Parameters of a method's sites in one `block` with `params` that h [M, N, D] enters."""
+    run = nn.init(lambda bound: block.apply({"params": params}, h, bound), sites)
+    return run(rng).get("params", {})
+
+
+def init_stacked(init: Callable[[jax.Array], Any], rng: jax.Array, length: int) -> Any:
+    """`init(rng)` for `length` blocks, each with its own rng: leaves [length, ...]."""
+    return jax.vmap(init)(jax.random.split(rng, length))
+
+
+def loop_blocks(
+    body: Callable[[jax.Array, Any], jax.Array], h: jax.Array, layers: Any, scan: bool
+) -> jax.Array:
+    """h through body(h, layer) for each layer of `layers`, a tree with leaves [L, ...].
+
+    `scan` loops in the compiled program; otherwise the layers are written out.
+    """
+    if scan:
+        return jax.lax.scan(lambda h, layer: (body(h, layer), None), h, layers)[0]
+    # Not scan(unroll=True): that still copies what the backward pass needs into stacked arrays.
+    for i in range(jax.tree.leaves(layers)[0].shape[0]):
+        h = body(h, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
+    return h
+
+
+def resize_grid(table: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Table [rows, columns, D] to (rows, columns) = `size`: bicubic with antialiasing."""
+    return jax.image.resize(table, (*size, table.shape[-1]), "bicubic", antialias=True)
