@@ -1,6 +1,7 @@
 """The model: parameter counts of the paper, zero-initialised adapters, positions."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -149,13 +150,44 @@ def test_spatial_path_starts_as_the_frozen_backbone(scan_blocks):
     assert not np.array_equal(frozen, adapted)
 
 
-def test_spatial_features_start_as_clips():
-    model = tiny_model()
+@pytest.mark.parametrize("class_only", [False, True])
+def test_spatial_features_start_as_clips(class_only):
+    model = tiny_model(class_only=class_only)
     params = init(model)
     spatial, _ = tiny_inputs()
     y_sp = model.apply({"params": params}, spatial, method=DualPath.spatial_features)
-    clip = vit.ViT(TINY).apply({"params": params["backbone"]}, spatial.reshape(-1, 32, 32, 3))[1]
+
+    def features(backbone, images):
+        return backbone.pool(backbone.encode(backbone.embed(images), class_only=class_only))
+
+    images, variables = spatial.reshape(-1, 32, 32, 3), {"params": params["backbone"]}
+    clip = vit.ViT(TINY).apply(variables, images, method=features)
     assert np.array_equal(y_sp, clip.reshape(2, 3, -1).mean(axis=1))
+    whole = vit.ViT(TINY).apply(variables, images)[1]  # what CLIP itself computes
+    np.testing.assert_allclose(clip, whole, rtol=0, atol=1e-6)
+
+
+def test_class_only_changes_no_result():
+    """Logits and gradients, to rounding; the twin: a method that mixes tokens is left alone."""
+    inputs = tiny_inputs()
+    params = perturbed(init(tiny_model()), 0.1)
+    out = {}
+    for class_only in (False, True):
+        model = tiny_model(class_only=class_only, pre_attention_adapter=False)
+
+        def loss(params, model=model):
+            return (model.apply({"params": params}, *inputs) ** 2).sum()
+
+        out[class_only] = (model.apply({"params": params}, *inputs), jax.grad(loss)(params))
+    for plain, fast in zip(*(jax.tree.leaves(out[key]) for key in (False, True)), strict=True):
+        np.testing.assert_allclose(fast, plain, rtol=0, atol=1e-5 * max(1, abs(plain).max()))
+    mixing = Sites(parent=None)
+    assert not mixing.token_wise
+    encode = functools.partial(vit.ViT.encode, sites=mixing, class_only=True)
+    tokens = vit.ViT(TINY).apply(
+        {"params": params["backbone"]}, jnp.ones((1, TINY.num_tokens, TINY.width)), method=encode
+    )
+    assert tokens.shape[1] == TINY.num_tokens
 
 
 def test_temporal_path_starts_as_the_identity():
