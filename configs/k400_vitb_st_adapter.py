@@ -4,6 +4,7 @@
 
 Trainable parameters: 7,417,744 of 93,610,384 (measured; paper: 7M).
 Top-1 / top-5 at 32x3x1 views: 82.7 / 96.2 (paper; not reproduced).
+GMACs per video: 1820 (measured).
 GFLOPs per video: 1821 (paper).
 """
 

@@ -4,6 +4,7 @@
 
 Trainable parameters: 58,826,128 of 362,790,288 (measured; paper: 59M).
 Top-1 at 32x3x1 views: 87.3 (paper; not reproduced).
+GMACs per video: 8395 (measured).
 GFLOPs per video: 8088 (paper).
 """
 

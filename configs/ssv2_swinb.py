@@ -4,6 +4,7 @@
 
 Trainable parameters: 10,014,766 of 96,757,990 (measured; paper: 11M).
 Top-1 at 16x1x3 views: 67.8 (paper; not reproduced).
+GMACs per video: 439 (measured).
 GFLOPs per video: 287 (paper).
 """
 

@@ -4,6 +4,7 @@
 
 Trainable parameters: 9,037,614 of 95,230,254 (measured; paper: 9M).
 Top-1 / top-5 at 8x1x3 views: 50.8 / 69.9 (paper; not reproduced).
+GMACs per video: 430 (measured).
 GFLOPs per video: 538 (paper).
 """
 

@@ -4,6 +4,7 @@
 
 Trainable parameters: 7,243,950 of 93,436,590 (measured; paper: 11M).
 Top-1 / top-5 at 32x3x1 views: 69.5 / 92.6 (paper; not reproduced; 32x1x3 in its own paper).
+GMACs per video: 1820 (measured).
 GFLOPs per video: 1955 (paper).
 """
 

@@ -4,6 +4,7 @@
 
 Trainable parameters: 7,319,982 of 93,512,622 (measured; paper: 6M).
 Top-1 / top-5 at 8x1x3 views: 36.2 / 61.1 (paper; not reproduced).
+GMACs per video: 444 (measured).
 GFLOPs per video: 537 (paper).
 """
 

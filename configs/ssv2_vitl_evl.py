@@ -4,6 +4,7 @@
 
 Trainable parameters: 175,420,590 of 479,384,750 (measured; paper: 175M).
 Top-1 at 32x1x3 views: 66.7 (paper; not reproduced).
+GMACs per video: 9630 (measured).
 GFLOPs per video: 9641 (paper).
 """
 
