@@ -3,7 +3,7 @@
     python -m dualpath_jax.main --config=configs/demo.py --workdir=runs/demo
 
 Eight actions in pairs that only order tells apart; chance 0.125, 0.5 without order. Two CPU cores,
-about 7 minutes with rendering and preparation (measured).
+about 5 minutes with rendering and preparation (measured).
 Top-1, 16x1x1 views, 400 test videos: see the table in README.md (measured).
 Trainable parameters: 264,168 of 742,824 (measured).
 """

@@ -259,6 +259,7 @@ def test_training_on_a_swin_of_the_config(config, tmp_path):
     for key in config.backbone:
         config.backbone[key] = shape.get(key)
     config.backbone.name = "custom-swin"
+    config.model.temporal_position = "sincos3d"
     config.backbone.checkpoint = str(tmp_path / "backbone.safetensors")
     config.num_train_steps = 6
     dataset = VideoDataset(config.data.dir, "train")

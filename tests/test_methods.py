@@ -163,7 +163,8 @@ def test_starts_as_the_frozen_backbone(case):
         backbone = model.backbone
         frames = frames.reshape(-1, 32, 32, 3)
         h = backbone.embed(frames, backbone.class_embedding, backbone.position_embedding)
-        return backbone.pool(backbone.encode(h), project=False).reshape(2, FRAMES, -1)
+        h = backbone.encode(h, class_only=model.sites.token_wise)  # as the method may
+        return backbone.pool(h, project=False).reshape(2, FRAMES, -1)
 
     leaf = params["adapters"]
     for name in ZERO_FORMS[case]:
@@ -197,7 +198,7 @@ def test_temporal_path_of_dualpath_at_the_start():
             h = backbone.embed(
                 framesets[:, 0], backbone.class_embedding, backbone.position_embedding
             )
-            return backbone.pool(backbone.encode(h) if blocks else h)
+            return backbone.pool(backbone.encode(h, class_only=True) if blocks else h)
 
         return jax.jit(lambda x: model.apply({"params": params}, x, method=run))(framesets)
 
