@@ -302,6 +302,8 @@ def test_missing_videos(videos, tmp_path, capsys):
         (videos / name).unlink()
     with pytest.raises(ValueError, match="2 of the 2 videos of split 'validation'"):
         run(videos, tmp_path / "other", max_missing=0.7)
+    with pytest.raises(ValueError, match=r"max_missing is 10; it must be in \[0, 1\]"):
+        run(videos, out, max_missing=10)
 
 
 def test_splits_that_share_videos(tmp_path, capsys):

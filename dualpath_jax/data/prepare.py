@@ -96,6 +96,8 @@ def prepare(
         videos are missing (before any is decoded; OUT/missing_videos.txt lists them); none could be
         stored.
     """
+    if not 0 <= max_missing <= 1:
+        raise ValueError(f"max_missing is {max_missing}; it must be in [0, 1]")
     limits = limits or DecodeLimits()
     settings = _settings(listing, short_side, quality, videos_per_shard, limits)
     shards = _cut(listing, videos_per_shard)
