@@ -16,8 +16,9 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.dir = placeholder(str)  # output folder of scripts/prepare_dataset.py
-    config.data.source = "folder"  # its --dataset: folder, csv, ssv2; demo: rendered on first use
+    config.data.source = "folder"  # its --dataset, such as ssv2; or demo: rendered on first use
     config.data.train_split = "train"  # the split that is trained on
+    config.data.split = placeholder(str)  # HMDB51: 1, 2, 3 or all, instead of the 1 in the names
     config.data.batch_size = 64  # clips per step, over all devices and hosts
     config.data.image_size = 224  # H = W of a spatial frame, pixels
     config.data.num_frames = 32  # T, frames sampled from a video (sec. 3.2: 8 for the baselines)

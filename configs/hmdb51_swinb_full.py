@@ -1,6 +1,6 @@
 """Full-tuning, ImageNet-21K Swin-B, HMDB51 (CVPR 2023, Table A2).
 
-    python -m dualpath_jax.main --config=configs/hmdb51_swinb_full.py
+    python -m dualpath_jax.main --config=configs/hmdb51_swinb_full.py --config.data.split=all
 
 Trainable parameters: 86,795,499 of 86,795,499 (measured; paper: 88M).
 Top-1: 61.2 (paper; not reproduced).

@@ -1,6 +1,6 @@
 """DualPath, CLIP ViT-B/16, HMDB51 (CVPR 2023, Table 3).
 
-    python -m dualpath_jax.main --config=configs/hmdb51_vitb.py
+    python -m dualpath_jax.main --config=configs/hmdb51_vitb.py --config.data.split=all
 
 Trainable parameters: 10,183,987 of 96,376,627 (measured; paper: 10M).
 Top-1, mean of three splits: 75.6 (paper; not reproduced).

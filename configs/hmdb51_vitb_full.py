@@ -1,6 +1,6 @@
 """Full-tuning, CLIP ViT-B/16, HMDB51 (CVPR 2023, Table 3).
 
-    python -m dualpath_jax.main --config=configs/hmdb51_vitb_full.py
+    python -m dualpath_jax.main --config=configs/hmdb51_vitb_full.py --config.data.split=all
 
 Trainable parameters: 85,838,643 of 86,231,859 (measured; paper: 86M).
 Top-1, mean of three splits: 59.4 (paper; not reproduced).

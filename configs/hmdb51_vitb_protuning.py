@@ -1,6 +1,6 @@
 """Pro-tuning, CLIP ViT-B/16, HMDB51 (CVPR 2023, Table 3).
 
-    python -m dualpath_jax.main --config=configs/hmdb51_vitb_protuning.py
+    python -m dualpath_jax.main --config=configs/hmdb51_vitb_protuning.py --config.data.split=all
 
 Trainable parameters: 8,943,027 of 95,135,667 (measured; paper: 9M).
 Top-1, mean of three splits: 63.3 (paper; not reproduced).

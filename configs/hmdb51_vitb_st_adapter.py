@@ -1,6 +1,6 @@
 """ST-Adapter, CLIP ViT-B/16, HMDB51 (CVPR 2023, Table 3).
 
-    python -m dualpath_jax.main --config=configs/hmdb51_vitb_st_adapter.py
+    python -m dualpath_jax.main --config=configs/hmdb51_vitb_st_adapter.py --config.data.split=all
 
 Trainable parameters: 7,149,363 of 93,342,003 (measured; paper: 7M).
 Top-1, mean of three splits: 65.9 (paper; not reproduced).

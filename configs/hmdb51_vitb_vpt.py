@@ -1,6 +1,6 @@
 """VPT, CLIP ViT-B/16, HMDB51 (CVPR 2023, Table 3).
 
-    python -m dualpath_jax.main --config=configs/hmdb51_vitb_vpt.py
+    python -m dualpath_jax.main --config=configs/hmdb51_vitb_vpt.py --config.data.split=all
 
 Trainable parameters: 7,225,395 of 93,418,035 (measured; paper: 7M).
 Top-1, mean of three splits: 62.4 (paper; not reproduced).

@@ -1,6 +1,7 @@
 """Multi-view evaluation: every video counts once, whatever the batch and the number of devices.
 
-Public: `Scores`, `eval_step_sums`, `evaluate`, `evaluate_run`, `evaluate_and_write`.
+Public: `Scores`, `eval_step_sums`, `evaluate`, `evaluate_run`, `evaluate_and_write`,
+`write_mean`.
 """
 
 import dataclasses
@@ -128,12 +129,13 @@ def evaluate_run(run: Run, dataset: VideoDataset) -> Scores:
     return evaluate(step, batches)
 
 
-def evaluate_and_write(run: Run, dataset: VideoDataset) -> None:
-    """Score the run on `dataset`, print the scores and write results.json."""
+def evaluate_and_write(run: Run, dataset: VideoDataset) -> dict[str, Any]:
+    """Score the run on `dataset`, print the scores, write results.json and return what it holds."""
     scores = evaluate_run(run, dataset)
     results = write_results(run, scores)
     print(f"{run.config.eval.split}  {format_scores(scores)}  views {results['views']}")
     print(f"wrote {run.workdir}/results.json", flush=True)
+    return results
 
 
 def write_results(run: Run, scores: Scores) -> dict[str, Any]:
@@ -151,8 +153,22 @@ def write_results(run: Run, scores: Scores) -> dict[str, Any]:
         "backbone": run.backbone.name,
         "backbone_sha256": run.backbone.sha256,
     }
-    path = epath.Path(run.workdir) / "results.json"
+    _write_json(run.workdir, results)
+    return results
+
+
+def write_mean(workdir: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write `results.json` of several splits: their mean scores, and under "splits" each one's."""
+    scores = ("top1", "top5", "mean_class_accuracy")
+    mean = {name: sum(result[name] for result in results) / len(results) for name in scores}
+    _write_json(workdir, {**mean, "splits": {result["split"]: result for result in results}})
+    print(f"mean of {len(results)} splits  top-1 {mean['top1']:.4f}  top-5 {mean['top5']:.4f}")
+    print(f"wrote {workdir}/results.json", flush=True)
+    return mean
+
+
+def _write_json(workdir: str, results: dict[str, Any]) -> None:
+    path = epath.Path(workdir) / "results.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(results, indent=2) + "\n")
     temporary.replace(path)
-    return results

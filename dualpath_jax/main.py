@@ -56,20 +56,25 @@ def main(argv: list[str]) -> None:
 
     with user_errors():
         if MODE.value == "check":
-            check.check(config)
+            check.check(run_lib.divide(config, workdir)[0][0])  # the others differ in names alone
             return
         run_lib.check_workdir(workdir)
         if config.data.source == "demo":
             demo.ensure_demo(config)
         run_lib.check_inputs(config)
-        dataset = VideoDataset(config.data.dir, config.data.train_split)
-        eval_dataset = VideoDataset(config.data.dir, config.eval.split)
-        run = run_lib.build_run(config, workdir, dataset)
-        if MODE.value == "train":
-            train.train(run, dataset, eval_dataset)
-        else:
-            train.restore_for_eval(run)
-        evaluate.evaluate_and_write(run, eval_dataset)
+        results = []
+        for part, folder in run_lib.divide(config, workdir):
+            run_lib.check_workdir(folder)
+            dataset = VideoDataset(part.data.dir, part.data.train_split)
+            eval_dataset = VideoDataset(part.data.dir, part.eval.split)
+            run = run_lib.build_run(part, folder, dataset)
+            if MODE.value == "train":
+                train.train(run, dataset, eval_dataset)
+            else:
+                train.restore_for_eval(run)
+            results.append(evaluate.evaluate_and_write(run, eval_dataset))
+        if len(results) > 1:
+            evaluate.write_mean(workdir, results)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """A run: configuration, data and weights checked and brought together, before any video is read.
 
-Public: `Run`, `TrainState`, `build_run`, `Outline`, `outline`, `abstract_inputs`, `check_workdir`,
-`check_inputs`, `make_mesh`, `shard_batch`.
+Public: `Run`, `TrainState`, `build_run`, `divide`, `Outline`, `outline`, `abstract_inputs`,
+`check_workdir`, `check_inputs`, `make_mesh`, `shard_batch`.
 """
 
+import copy
 import dataclasses
 import json
 from typing import Any
@@ -19,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import dualpath_jax
 from dualpath_jax import convert
 from dualpath_jax import params as params_lib
-from dualpath_jax.data import pipeline
+from dualpath_jax.data import hmdb51, pipeline
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import backbones, tuning
 
@@ -77,6 +78,25 @@ def check_workdir(workdir: str) -> None:
         raise OSError(
             f"cannot write to --workdir={workdir}: {error}; choose another folder"
         ) from None
+
+
+def divide(config: Any, workdir: str) -> list[tuple[Any, str]]:
+    """The runs that `config.data.split` asks for: what it is in each, and the workdir of each.
+
+    A data set that is divided in several ways has splits train1, test1, train2, ...; "2" stands for
+    train2 and test2, "all" for the three runs of HMDB51, in workdir/split1 and so on.
+    """
+    split = config.data.split
+    if split is None:
+        return [(config, workdir)]
+    runs = []
+    for number in hmdb51.DIVISIONS if split == "all" else (split,):
+        one = copy.deepcopy(config)
+        one.data.split = None
+        one.data.train_split = config.data.train_split.rstrip("0123456789") + number
+        one.eval.split = config.eval.split.rstrip("0123456789") + number
+        runs.append((one, f"{workdir}/split{number}" if split == "all" else workdir))
+    return runs
 
 
 def check_inputs(config: Any) -> None:

@@ -30,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--short_side", type=_positive(int), default=256, help="pixels of the shorter side (256)")
     add("--quality", type=_positive(int), default=90, help="JPEG quality (90)")
     add("--num_workers", type=_positive(int), help="decoding processes (one per core)")
+    add("--max_missing", type=float, default=0.1, help="part of a split that may be missing (0.1)")
     add("--validation_fraction", type=float, default=0.2, help="if there is no validation split")
     add("--max_seconds", type=_positive(float), default=limits.seconds, help="time for one video")
     add(
@@ -80,6 +81,7 @@ def main() -> None:
             quality=arguments.quality,
             num_workers=arguments.num_workers,
             limits=limits,
+            max_missing=arguments.max_missing,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

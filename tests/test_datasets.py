@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from dualpath_jax.data.datasets import DATASETS, Video, list_videos, split_by_hash
+from dualpath_jax.data.annotations import split_by_hash
+from dualpath_jax.data.datasets import DATASETS, Video, list_videos
 
 
 def touch(root, *names):
@@ -28,8 +29,9 @@ def ids(listing, split):
 
 
 def test_known_names(videos):
-    assert list(DATASETS) == ["ssv2", "folder", "csv"]
-    with pytest.raises(ValueError, match="unknown data set 'ssv3': known are ssv2, folder, csv"):
+    assert list(DATASETS) == ["k400", "ssv2", "hmdb51", "diving48", "folder", "csv"]
+    known = "k400, ssv2, hmdb51, diving48, folder, csv"
+    with pytest.raises(ValueError, match=f"unknown data set 'ssv3': known are {known}"):
         list_videos("ssv3", str(videos))
 
 
@@ -38,14 +40,14 @@ def test_bad_arguments(videos, tmp_path):
         list_videos("folder", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="validation_fraction is 1.0"):
         list_videos("folder", str(videos), None, 1.0)
-    for dataset in ("ssv2", "csv"):
+    for dataset in ("k400", "ssv2", "hmdb51", "diving48", "csv"):
         with pytest.raises(ValueError, match="no annotations None; --annotations is"):
             list_videos(dataset, str(videos))
 
 
 # ----- Something-Something-v2
 
-LABELS = {"Moving something up": "1", "Holding something": "0", "Tipping something over": "2"}
+LABELS = {"Moving something up": "1", "Holding something": "0", "Something falling": "2"}
 
 
 def entry(id_, template):
@@ -57,7 +59,7 @@ def write_ssv2(root, prefix="", **files):
     default = {
         "labels": LABELS,
         "train": [entry("2", "Moving [something] up"), entry("10", "Holding [something]")],
-        "validation": [entry("3", "Tipping [something] over")],
+        "validation": [entry("3", "[Something] falling")],
     }
     for name, content in (default | files).items():
         (root / f"{prefix}{name}.json").write_text(json.dumps(content))
@@ -71,13 +73,13 @@ def test_ssv2(videos, tmp_path, prefix):
     assert listing.class_names == [
         "Holding something",
         "Moving something up",
-        "Tipping something over",
+        "Something falling",
     ]
     assert listing.splits == {
         "train": [Video("2", "2.webm", 1), Video("10", "10.webm", 0)],  # 10 is not there
         "validation": [Video("3", "3.mp4", 2)],
     }
-    assert listing.notices == []
+    assert listing.notices == ["the annotations have 3 classes, ssv2 as published 174"]
 
 
 def test_ssv2_test_split(videos, tmp_path):
@@ -91,7 +93,7 @@ def test_ssv2_test_split(videos, tmp_path):
     )
     listing = list_videos("ssv2", str(videos), annotations)
     assert listing.splits["test"] == [Video("7", "7.webm", 0), Video("8", "8.webm", 1)]
-    assert listing.notices == []
+    assert len(listing.notices) == 1  # the number of classes
     full = write_ssv2(tmp_path / "b", test=[entry("9", "Moving [something] up")])
     assert list_videos("ssv2", str(videos), full).splits["test"] == [Video("9", "9.webm", 1)]
 
@@ -107,6 +109,8 @@ def test_ssv2_errors(videos, tmp_path):
         train=[entry("5", "Eating [something]")],
     )
     error("video 5 .* has template None", train=[{"id": "5"}])
+    error("an entry of .*train.json has no 'id': .*looks like Diving48", train=[{"vid_name": "5"}])
+    error("no two templates the same", labels={"a [b]": "0", "a b": "1"})
     error("labels must be 0..1, each once", labels={"a": "0", "b": "2"})
     error("a label is no number", labels={"a": "zero"})
     error("holds a list, not a dict", labels=[])
@@ -137,7 +141,7 @@ def test_folder_with_splits(videos):
         "validation": [Video("val/b/3.mp4", "val/b/3.mp4", 1)],
     }
     touch(videos, "validation/b/3.mp4")
-    with pytest.raises(ValueError, match="both val and validation"):
+    with pytest.raises(ValueError, match="test, train, val, validation: two are the same split"):
         list_videos("folder", str(videos))
 
 
@@ -165,13 +169,13 @@ def test_folder_fraction_zero_and_empty(videos):
     with pytest.raises(ValueError, match="no class folders"):
         list_videos("folder", str(videos))
     (videos / "empty class").mkdir()
-    with pytest.raises(ValueError, match="has no videos"):
-        list_videos("folder", str(videos))
     touch(videos, "a/1.mp4", "a/2.mp4")
+    with pytest.raises(ValueError, match="class folder 'empty class' in .* has no videos"):
+        list_videos("folder", str(videos))
+    (videos / "empty class").rmdir()
     listing = list_videos("folder", str(videos), None, 0.0)
     assert ids(listing, "train") == ["a/1.mp4", "a/2.mp4"]
     assert list(listing.splits) == ["train"]
-    assert listing.class_names == ["a", "empty class"]
 
 
 def test_split_by_hash_is_fixed():
@@ -207,6 +211,7 @@ def test_csv_numbers_and_kinetics_lists(videos, tmp_path):
     path.write_text("a b.mp4 3\nc.mp4,0\n")
     listing = list_videos("csv", str(videos), str(path), 0.0)
     assert listing.class_names == ["0", "1", "2", "3"]
+    assert listing.notices == ["2 classes have no video, such as '1'"]
     assert listing.splits["train"] == [Video("a b.mp4", "a b.mp4", 3), Video("c.mp4", "c.mp4", 0)]
 
 
@@ -237,6 +242,8 @@ def test_csv_folder(videos, tmp_path, validation):
         ("a.mp4,x\na.mp4,y\n", "video 'a.mp4' is twice"),
         ("a.mp4,01\n", "label '01' is written with leading zeros"),
         ("path,label\n", "has no videos"),
+        ("label,youtube_id,time_start\n", "list.csv is no list of .*looks like Kinetics, --data"),
+        ('[{"vid_name": "a"}]\n', "is no list of `path,label`; it looks like Diving48"),
         ("", "has no videos"),
     ],
 )

@@ -7,6 +7,12 @@ import subprocess
 import sys
 
 import pytest
+from video_files import write_video
+
+from configs import hmdb51_vitb
+from dualpath_jax.data.datasets import list_videos
+from dualpath_jax.data.prepare import prepare
+from dualpath_jax.run import divide
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -69,3 +75,60 @@ def test_train_then_evaluate(demo_data, demo_backbone, tmp_path):
     again = run(*args, "--mode=eval")
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "results.json").read_text()) == first
+
+
+def test_divide():
+    config = hmdb51_vitb.get_config()
+
+    def names(split):
+        config.data.split = split
+        return [(c.data.train_split, c.eval.split, w) for c, w in divide(config, "runs/x")]
+
+    assert names(None) == [("train1", "test1", "runs/x")]
+    assert names("2") == [("train2", "test2", "runs/x")]
+    assert names("all") == [(f"train{i}", f"test{i}", f"runs/x/split{i}") for i in (1, 2, 3)]
+    assert config.data.train_split == "train1"  # as it was
+
+
+@pytest.mark.slow
+def test_all_splits_of_hmdb51(demo_backbone, tmp_path):
+    """Trains and evaluates the three splits and writes their mean."""
+    videos, lists, data = tmp_path / "videos", tmp_path / "lists", tmp_path / "data"
+    lists.mkdir()
+    files = [f"{i}.avi" for i in range(6)]
+    for i, name in enumerate(["sit", "situp"]):
+        for file in files:
+            write_video(videos / name / file, 8 + i)
+        for division, roles in {1: "111122", 2: "112211", 3: "221111"}.items():
+            lines = [f"{file} {role}\n" for file, role in zip(files, roles, strict=True)]
+            (lists / f"{name}_test_split{division}.txt").write_text("".join(lines))
+    listing = list_videos("hmdb51", str(videos), str(lists))
+    prepare(listing, str(videos), str(data), short_side=32, progress=False)
+    args = [
+        "--config=configs/demo.py",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.data.source=hmdb51",
+        f"--config.data.dir={data}",
+        "--config.data.image_size=32",
+        "--config.data.batch_size=8",
+        "--config.eval.batch_size=8",
+        f"--config.backbone.checkpoint={demo_backbone}",
+        "--config.num_train_steps=2",
+    ]
+    result = run(*args, "--config.data.split=all")
+    assert result.returncode == 0, result.stderr
+    assert "mean of 3 splits  top-1 " in result.stdout
+    mean = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(mean["splits"]) == ["test1", "test2", "test3"]
+    for i in (1, 2, 3):
+        one = json.loads((tmp_path / "run" / f"split{i}" / "results.json").read_text())
+        assert one == mean["splits"][f"test{i}"]
+        assert one["num_videos"] == 4
+    for score in ("top1", "top5", "mean_class_accuracy"):
+        values = [one[score] for one in mean["splits"].values()]
+        assert mean[score] == pytest.approx(sum(values) / 3)
+    # Twin: a split that is not there is an error which names those that are.
+    wrong = run(*args, "--config.data.split=4", f"--workdir={tmp_path / 'other'}")
+    assert wrong.returncode == 2
+    assert "no videos of split 'train4'" in wrong.stderr
+    assert "it has train1, test1, train2, test2, train3, test3" in wrong.stderr

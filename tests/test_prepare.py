@@ -23,7 +23,13 @@ from dualpath_jax.data.prepare import Counts, prepare
 from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
 
 ROOT = pathlib.Path(__file__).parents[1]
-OPTIONS = {"short_side": 24, "videos_per_shard": 2, "num_workers": 2, "progress": False}
+OPTIONS = {
+    "short_side": 24,
+    "videos_per_shard": 2,
+    "num_workers": 2,
+    "max_missing": 0.2,
+    "progress": False,
+}
 
 
 @pytest.fixture
@@ -206,6 +212,7 @@ def command(videos, out, *more):
         f"--out={out}",
         "--num_workers=1",
         "--short_side=24",
+        "--max_missing=0.2",
         *more,
     ]
 
@@ -269,3 +276,72 @@ def test_killed_run_goes_on(tmp_path):
     assert dataset.ids == listed
     np.testing.assert_array_equal(dataset.first_frame, np.arange(24) * 60)
     assert not list(out.rglob("*incomplete*"))
+
+
+def test_missing_videos(videos, tmp_path, capsys):
+    """Refused before anything is decoded, with the first five names; the whole list on disk."""
+    names = [f"gone ü {i}.mp4" for i in range(6)]
+    with open(videos.parent / "lists" / "train.csv", "a") as file:
+        file.writelines(f"{name},up\n" for name in names)
+    out = tmp_path / "out"
+    match = (
+        r"7 of the 11 videos of split 'train' are not in .*videos': 'clip 3.mp4', 'gone ü 0.mp4', "
+        r"'gone ü 1.mp4', 'gone ü 2.mp4', 'gone ü 3.mp4', ... \(all missing ones are in .*out/"
+        r"missing_videos.txt\); that is more than --max_missing=0.6 allows"
+    )
+    with pytest.raises(ValueError, match=match):
+        run(videos, out, max_missing=0.6)
+    assert (out / "missing_videos.txt").read_text().splitlines() == ["clip 3.mp4", *names]
+    assert os.listdir(out / "prepare") == ["lock"]
+    assert os.listdir(out / "frames") == []
+    counts = run(videos, out, max_missing=0.7)
+    assert "note: 7 of the 11 videos of split 'train'" in capsys.readouterr().err
+    assert (counts["train"].listed, counts["train"].found) == (11, 4)
+    # By split: all of validation is 2 of 13 videos.
+    for name in ("-v.mkv", "w.webm"):
+        (videos / name).unlink()
+    with pytest.raises(ValueError, match="2 of the 2 videos of split 'validation'"):
+        run(videos, tmp_path / "other", max_missing=0.7)
+    with pytest.raises(ValueError, match=r"max_missing is 10; it must be in \[0, 1\]"):
+        run(videos, out, max_missing=10)
+
+
+def test_splits_that_share_videos(tmp_path, capsys):
+    """HMDB51: three divisions, each video decoded and stored once."""
+    videos, lists, out = tmp_path / "videos", tmp_path / "lists", tmp_path / "out"
+    lists.mkdir()
+    names = ["a [b] (c).d.avi", "x y.avi", "-z.avi", "broken.avi"]
+    for label, name in enumerate(["sword", "sword_exercise"]):
+        for i, file in enumerate(names[:3]):
+            write_video(videos / name / file, 2 + i + 3 * label)
+        (videos / name / names[3]).write_bytes(b"no video")
+        for division, roles in {1: "1121", 2: "1212", 3: "2110"}.items():
+            lines = [f"{file} {role} \n" for file, role in zip(names, roles, strict=True)]
+            (lists / f"{name}_test_split{division}.txt").write_text("".join(lines))
+    listing = list_videos("hmdb51", str(videos), str(lists))
+    counts = prepare(listing, str(videos), str(out), **OPTIONS)
+    assert list(counts) == ["train1", "test1", "train2", "test2", "train3", "test3", "total"]
+    assert (counts["train1"].listed, counts["train1"].stored) == (6, 4)
+    assert (counts["test2"].listed, counts["test2"].stored) == (4, 2)
+    assert (counts["total"].listed, counts["total"].stored) == (8, 6)
+    assert counts["total"].num_frames == 2 + 3 + 4 + 5 + 6 + 7
+    assert capsys.readouterr().out.splitlines()[6].startswith("total: listed 8, found 8, stored 6")
+    frames = tfds.builder_from_directory(str(out / "frames"))
+    assert {name: split.num_examples for name, split in frames.info.splits.items()} == {"all": 27}
+    expected = {"train1": "01", "test1": "2", "train2": "02", "test2": "1", "train3": "12"}
+    for split, files in expected.items():
+        dataset = VideoDataset(str(out), split)
+        wanted = {f"{c}/{names[int(i)]}" for c in ("sword", "sword_exercise") for i in files}
+        assert set(dataset.ids) == wanted
+        assert len(dataset) == len(wanted)
+        for video, id_ in enumerate(dataset.ids):
+            label = int(id_.startswith("sword_exercise/"))
+            count = 2 + names.index(id_.split("/")[1]) + 3 * label
+            assert (dataset.labels[video], dataset.num_frames[video]) == (label, count)
+            levels = [10 + 12 * i for i in range(count)]
+            np.testing.assert_allclose(brightness(dataset, video), levels, atol=3)
+    source = tfds.builder_from_directory(str(out)).as_data_source("test3")
+    assert [row["num_frames"] for row in source] == [2, 5]
+    assert [entry["split"] for entry in ledger_of(out)] == ["all", "all"]
+    with pytest.raises(ValueError, match="no videos of split 'train4' in .*: it has train1, test1"):
+        VideoDataset(str(out), "train4")

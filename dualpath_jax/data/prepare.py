@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 
 import tqdm
@@ -35,10 +36,6 @@ class Counts:
     truncated: int = 0
     num_frames: int = 0
     num_bytes: int = 0
-
-    def __add__(self, other: "Counts") -> "Counts":
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Counts(*(a + b for a, b in pairs))
 
     def __str__(self) -> str:
         mean = self.num_bytes / max(self.stored, 1)
@@ -74,6 +71,7 @@ def prepare(
     videos_per_shard: int = 512,
     num_workers: int | None = None,
     limits: DecodeLimits | None = None,
+    max_missing: float = 0.1,
     progress: bool = True,
 ) -> dict[str, Counts]:
     """Decodes every listed video once and stores it; goes on where an earlier run was stopped.
@@ -87,22 +85,28 @@ def prepare(
       videos_per_shard: 512 Kinetics clips make shards of about 4 GB, of which 470 hold them all.
       num_workers: decoding processes, by default one per core.
       limits: what one video may cost.
+      max_missing: part of a split's videos, 0..1, whose files may be missing.
       progress: show a progress bar.
 
     Returns:
       Counts of each split and "total", as printed. OUT/bad_videos.jsonl lists the bad videos.
 
     Raises:
-      ValueError: OUT cannot be written, holds something prepared otherwise, or is in use; no video
-        is there or could be stored.
+      ValueError: OUT cannot be written, holds something prepared otherwise, or is in use; too many
+        videos are missing (before any is decoded; OUT/missing_videos.txt lists them); none could be
+        stored.
     """
+    if not 0 <= max_missing <= 1:
+        raise ValueError(f"max_missing is {max_missing}; it must be in [0, 1]")
     limits = limits or DecodeLimits()
     settings = _settings(listing, short_side, quality, videos_per_shard, limits)
     shards = _cut(listing, videos_per_shard)
-    with _claimed(out_dir, settings):
+    with _claimed(out_dir):
+        _check_same(out_dir, settings)
         todo = [shard for shard in shards if not os.path.exists(shard.sidecar(out_dir))]
-        if len(todo) == len(shards):
-            _check_any_there(listing, videos_dir)
+        if todo:
+            _check_missing(listing, videos_dir, out_dir, max_missing)
+        records.write_atomically(_settings_path(out_dir), json.dumps(settings, indent=1))
         arguments = (
             (os.path.join(videos_dir, video.path), short_side, quality, limits)
             for shard in todo
@@ -142,7 +146,7 @@ def _digest(value: list) -> str:
 
 def _cut(listing: Listing, videos_per_shard: int) -> list[_Shard]:
     shards = []
-    for split, videos in listing.splits.items():
+    for split, videos in listing.stored().items():
         starts = range(0, len(videos), videos_per_shard)
         for i, start in enumerate(starts):
             shard = _Shard(split, i, len(starts), videos[start : start + videos_per_shard])
@@ -151,8 +155,8 @@ def _cut(listing: Listing, videos_per_shard: int) -> list[_Shard]:
 
 
 @contextlib.contextmanager
-def _claimed(out_dir: str, settings: dict) -> Iterator[None]:
-    """OUT exists, is writable, belongs to these settings, and no other process works on it."""
+def _claimed(out_dir: str) -> Iterator[None]:
+    """OUT exists, is writable, and no other process works on it."""
     if "://" in out_dir:
         raise ValueError(f"--out is {out_dir!r}; write to a local folder and copy it afterwards")
     state = os.path.join(out_dir, "prepare")
@@ -167,16 +171,19 @@ def _claimed(out_dir: str, settings: dict) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another process is preparing videos in {out_dir!r}") from None
-        path = os.path.join(state, "settings.json")
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                _check_same(json.load(file), settings, out_dir)
-        else:
-            records.write_atomically(path, json.dumps(settings, indent=1))
         yield
 
 
-def _check_same(old: dict, new: dict, out_dir: str) -> None:
+def _settings_path(out_dir: str) -> str:
+    return os.path.join(out_dir, "prepare", "settings.json")
+
+
+def _check_same(out_dir: str, new: dict) -> None:
+    """ValueError that tells the changes if OUT was prepared with other settings."""
+    if not os.path.exists(_settings_path(out_dir)):
+        return
+    with open(_settings_path(out_dir), encoding="utf-8") as file:
+        old = json.load(file)
     names = [name for name in old | new if old.get(name) != new.get(name)]
     if names:
         changes = ", ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in names)
@@ -186,13 +193,35 @@ def _check_same(old: dict, new: dict, out_dir: str) -> None:
         )
 
 
-def _check_any_there(listing: Listing, videos_dir: str) -> None:
-    videos = [video for split in listing.splits.values() for video in split]
-    if not any(os.path.exists(os.path.join(videos_dir, video.path)) for video in videos):
+def _check_missing(listing: Listing, videos_dir: str, out_dir: str, max_missing: float) -> None:
+    """Tells which files are not there; ValueError if all, or too many of a split, are not."""
+    stored = listing.stored().values()
+    paths = {video.path for videos in stored for video in videos}
+    missing = {path for path in paths if not os.path.exists(os.path.join(videos_dir, path))}
+    if not missing:
+        return
+    first = next(iter(listing.splits.values()))[0].path
+    if len(missing) == len(paths):
         raise ValueError(
-            f"none of the {len(videos)} listed videos is in {videos_dir!r} "
-            f"(the first is {videos[0].path!r}); check --videos"
+            f"none of the {len(paths)} listed videos is in {videos_dir!r} "
+            f"(the first is {first!r}); check --videos"
         )
+    path = os.path.join(out_dir, "missing_videos.txt")
+    records.write_atomically(path, "".join(name + "\n" for name in sorted(missing)))
+    for split, videos in listing.splits.items():
+        here = [video.path for video in videos if video.path in missing]
+        message = (
+            f"{len(here)} of the {len(videos)} videos of split {split!r} are not in "
+            f"{videos_dir!r}: {', '.join(map(repr, here[:5]))}{', ...' if here[5:] else ''} "
+            f"(all missing ones are in {path})"
+        )
+        if len(here) > max_missing * len(videos):
+            raise ValueError(
+                f"{message}; that is more than --max_missing={max_missing} allows. Check --videos, "
+                "get the rest, or allow more"
+            )
+        if here:
+            print(f"note: {message}", file=sys.stderr)
 
 
 def _store_shard(shard: _Shard, results: Iterator, out_dir: str, bar: tqdm.tqdm) -> None:
@@ -235,25 +264,29 @@ def _stored_entry(video: Video, result: StoredVideo) -> dict:
 
 def _finish(listing: Listing, shards: list[_Shard], out_dir: str) -> dict[str, Counts]:
     """Writes tables and ledger from the sidecars, unless they are there; prints the summary."""
-    rows = {split: [] for split in listing.splits}
-    frame_shards = {split: [] for split in listing.splits}
-    counts = {split: Counts() for split in listing.splits}
+    stored = {name: [] for name in listing.stored()}
+    frame_shards = {name: [] for name in listing.stored()}
     bad = []
     for shard in shards:
         with open(shard.sidecar(out_dir), encoding="utf-8") as file:
             sidecar = json.load(file)
-        first = sum(frame_shards[shard.split])
-        new = list(_rows(sidecar["stored"], first))
-        rows[shard.split] += new
-        frame_shards[shard.split].append(sum(row.num_frames for row in new))
-        counts[shard.split] += _count(sidecar)
+        stored[shard.split] += sidecar["stored"]
+        frame_shards[shard.split].append(sum(entry["num_frames"] for entry in sidecar["stored"]))
         bad += sidecar["bad"]
-    counts["total"] = sum(counts.values(), Counts())
+    counts, tables = {}, {}
+    for split, videos in listing.splits.items():
+        source, ids = listing.stored_in(split), {video.id for video in videos}
+        tables[split] = [row for row in _rows(stored[source]) if row.id in ids]
+        counts[split] = _count(
+            [entry for entry in stored[source] if entry["id"] in ids],
+            [entry for entry in bad if entry["split"] == source and entry["id"] in ids],
+        )
+    counts["total"] = _count([entry for entries in stored.values() for entry in entries], bad)
     if not os.path.exists(os.path.join(out_dir, "dataset_info.json")):
         ledger = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad)
         records.write_atomically(os.path.join(out_dir, "bad_videos.jsonl"), ledger)
         if counts["total"].stored:
-            records.write_tables(out_dir, listing.class_names, rows, frame_shards)
+            records.write_tables(out_dir, listing.class_names, tables, frame_shards)
     for name, count in counts.items():
         print(f"{name}: {count}")
     if not counts["total"].stored:
@@ -264,7 +297,8 @@ def _finish(listing: Listing, shards: list[_Shard], out_dir: str) -> dict[str, C
     return counts
 
 
-def _rows(stored: list[dict], first_frame: int) -> Iterator[records.VideoRow]:
+def _rows(stored: list[dict]) -> Iterator[records.VideoRow]:
+    first_frame = 0
     for entry in stored:
         values = {name: value for name, value in entry.items() if name != "num_bytes"}
         values["truncated"] = bool(entry["truncated"])
@@ -272,8 +306,7 @@ def _rows(stored: list[dict], first_frame: int) -> Iterator[records.VideoRow]:
         first_frame += entry["num_frames"]
 
 
-def _count(sidecar: dict) -> Counts:
-    stored, bad = sidecar["stored"], sidecar["bad"]
+def _count(stored: list[dict], bad: list[dict]) -> Counts:
     missing = sum(entry["reason"] == NOT_FOUND for entry in bad)
     return Counts(
         listed=len(stored) + len(bad),

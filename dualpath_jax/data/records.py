@@ -5,7 +5,8 @@ Public: `VideoDataset`, `FRAME_FEATURES`; for writing `VideoRow`, `ShardWriter`,
 
     OUT/                       TFDS data set "videos": one record per video (`VideoRow`)
     OUT/class_names.json       the class names, exactly
-    OUT/frames/                TFDS data set "frames": one JPEG per record, split names as in OUT
+    OUT/frames/                TFDS data set "frames": one JPEG per record, split names as in OUT,
+                               or one split "all" where the splits of OUT share videos
 
 The frames of a video are consecutive records, and videos stand in the order of the table. One
 record per frame, uncompressed, makes the cost of a clip follow the frames chosen and not the
@@ -21,6 +22,8 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from dualpath_jax.data.annotations import SHARED
 
 tf.config.set_visible_devices([], "GPU")  # accelerators belong to JAX
 
@@ -48,7 +51,7 @@ class VideoRow:
     Attributes:
       id: the data set's own name of the video.
       label: class index.
-      first_frame: index of its first record among all frame records of the split.
+      first_frame: index of its first record among all frame records of the split (or of "all").
       num_frames: number of its records, at least 1.
       fps: frames per second by the file's header, 0.0 if unknown.
       height: pixels of each stored frame.
@@ -72,7 +75,7 @@ class VideoDataset:
     Attributes:
       ids: list of str [n].
       labels: int32 [n], class indices.
-      first_frame: int64 [n], index of the first frame record in the split.
+      first_frame: int64 [n], index of the first frame record in the split (or in "all").
       num_frames: int64 [n], at least 1.
       fps: float32 [n], 0.0 where unknown.
       heights, widths: int64 [n], pixels of the stored frames.
@@ -80,7 +83,7 @@ class VideoDataset:
 
     Args:
       data_dir: what `scripts/prepare_dataset.py` wrote.
-      split: "train", "validation" or "test".
+      split: "train", "validation" or "test"; of HMDB51 "train1", "test1", "train2", ...
 
     Raises:
       FileNotFoundError: nothing (finished) in `data_dir`.
@@ -106,10 +109,13 @@ class VideoDataset:
         self.widths = table["width"]
         with open(os.path.join(data_dir, "class_names.json"), encoding="utf-8") as file:
             self.class_names = json.load(file)
-        lengths = _split_shards(os.path.join(data_dir, "frames"))[split]
+        frames = _split_shards(os.path.join(data_dir, "frames"))
+        stored_in = split if split in frames else SHARED
+        lengths = frames[stored_in]
         self._shard_ends = np.cumsum(lengths)
         self._shard_paths = [
-            frame_shard_path(data_dir, split, shard, len(lengths)) for shard in range(len(lengths))
+            frame_shard_path(data_dir, stored_in, shard, len(lengths))
+            for shard in range(len(lengths))
         ]
         self._readers: dict[int, ArrayRecordReader] = {}
 
@@ -185,7 +191,8 @@ def write_tables(
       out_dir: OUT; its frame shards are in place.
       class_names: the name of each class index.
       rows: split -> rows in the order of their frames. A split without rows is left out.
-      frame_shards: split -> number of records of each frame shard; one of 0 needs no file.
+      frame_shards: split, or "all" -> number of records of each frame shard; one of 0 needs no
+        file, and a split without records is left out.
     """
     import tensorflow_datasets as tfds
 
@@ -198,7 +205,7 @@ def write_tables(
     names = json.dumps(list(class_names), indent=1)
     write_atomically(os.path.join(out_dir, "class_names.json"), names)
     frame_features = {"image": tfds.features.Image(encoding_format="jpeg")}
-    lengths = {split: frame_shards[split] for split in rows}
+    lengths = {split: counts for split, counts in frame_shards.items() if sum(counts)}
     _write_metadata(os.path.join(out_dir, "frames"), "frames", frame_features, lengths)
     lengths = {split: [len(table)] for split, table in rows.items()}
     _write_metadata(out_dir, "videos", video_features(class_names), lengths)

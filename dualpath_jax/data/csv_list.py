@@ -1,0 +1,82 @@
+"""Lists of `path,label` as annotations: `read_csv`."""
+
+import csv
+import os
+
+from dualpath_jax.data.annotations import (
+    SPLIT_NAMES,
+    Listing,
+    Video,
+    looks_like,
+    require,
+    split_by_hash,
+)
+
+
+def read_csv(videos_dir: str, annotations: str | None, validation_fraction: float) -> Listing:
+    """Lines `path,label`: a file, or a folder of train.csv, validation.csv (or val.csv), test.csv.
+
+    The label is what follows the last comma (Kinetics' lists, "path 12" without any comma, are read
+    too); fields may be quoted; a first line `path,label` is skipped. When all labels are whole
+    numbers, they are the class indices; otherwise classes are the sorted names.
+    """
+    del videos_dir
+    annotations = require(annotations, os.path.exists, "a CSV file or a folder with train.csv")
+    if os.path.isdir(annotations):
+        rows = {}
+        for name, split in SPLIT_NAMES.items():
+            path = os.path.join(annotations, name + ".csv")
+            if os.path.exists(path):
+                rows.setdefault(split, _read_rows(path))
+        if "train" not in rows:
+            raise ValueError(
+                f"there is no train.csv in {annotations!r}{looks_like(annotations, 'csv')}"
+            )
+    else:
+        rows = {"train": _read_rows(annotations)}
+    class_names = _classes_of(rows)
+    index = {name: i for i, name in enumerate(class_names)}
+    splits = {
+        split: [Video(path, path, index[label]) for path, label in pairs]
+        for split, pairs in rows.items()
+    }
+    if not os.path.isdir(annotations):
+        splits = split_by_hash(splits["train"], validation_fraction)
+    return Listing(class_names, splits)
+
+
+def _read_rows(path: str) -> list[tuple[str, str]]:
+    """(path, label) of each line of a CSV file."""
+    rows = []
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            fields = next(csv.reader([line.strip()]), [])
+            if len(fields) == 1 and line.split()[-1].isdecimal():
+                fields = line.strip().rsplit(None, 1)
+            if not fields or (number == 1 and [f.strip() for f in fields] == ["path", "label"]):
+                continue
+            if number == 1 and ("youtube_id" in fields or line[0] in "[{"):
+                raise ValueError(f"{path} is no list of `path,label`{looks_like(path, 'csv')}")
+            video, label = ",".join(fields[:-1]).strip(), fields[-1].strip()
+            if not video or not label:
+                raise ValueError(f"{path}, line {number}: {line.strip()!r} is not `path,label`")
+            rows.append((video, label))
+    return rows
+
+
+def _classes_of(rows: dict[str, list[tuple[str, str]]]) -> list[str]:
+    """Class names as the labels spell them, by index; every label of other splits is in train."""
+    known = {label for _, label in rows["train"]}
+    for split, pairs in rows.items():
+        for path, label in pairs:
+            if label not in known:
+                raise ValueError(
+                    f"video {path!r} of split {split!r} has label {label!r}, "
+                    "which no video of train.csv has"
+                )
+    if not all(label.isdecimal() for label in known):
+        return sorted(known)
+    count = max(map(int, known), default=-1) + 1
+    if extra := known - {str(i) for i in range(count)}:
+        raise ValueError(f"label {min(extra)!r} is written with leading zeros; write plain numbers")
+    return [str(i) for i in range(count)]
