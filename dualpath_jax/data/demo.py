@@ -208,8 +208,8 @@ def render_demo(out: str, sizes: dict[str, int] | None = None, progress: bool = 
 
     Args:
       out: folder; complete when `labels/labels.json` is there, which is written last.
-      sizes: clips by split; default `SIZES`. The same frames are drawn on every machine; H.264 may code
-        a few of them differently.
+      sizes: clips by split; default `SIZES`. The same frames are drawn on every machine; H.264 may
+        code a few of them differently.
       progress: show a bar.
     """
     out = pathlib.Path(out)
