@@ -34,6 +34,7 @@ class TrainState:
     step: jax.Array  # int32 scalar, number of updates done
     trainable: Any  # float32
     opt_state: optax.OptState
+    skipped: jax.Array  # int32 scalar, steps left out since loss or gradient was not finite
 
 
 @dataclasses.dataclass
@@ -274,7 +275,8 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
     schedule = make_schedule(config.optimizer, num_train_steps, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule, mask)
     trainable, frozen = params_lib.split(params, mask)
-    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(params))
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(zero, trainable, optimizer.init(params), zero)
     print(params_lib.parameter_table(params, mask), flush=True)
     return Run(
         config=config,
