@@ -64,14 +64,20 @@ class Checkpoints:
     state by path (float32 trainables, optimizer slots, step), metadata, and the SHA-256 of both.
     The frozen backbone is not in it: it is read from its own file, and its hash compared. A
     checkpoint appears under its step, whole, when all of it is on disk.
+
+    Args:
+      workdir: of the run.
+      keep: how many of the newest stay.
+      read_only: leave all as it is; another process may be writing there.
     """
 
-    def __init__(self, workdir: str, keep: int = 3):
+    def __init__(self, workdir: str, keep: int = 3, read_only: bool = False):
         self._workdir = epath.Path(workdir).absolute()
         self.directory = self._workdir / "checkpoints"
         options = ocp.CheckpointManagerOptions(
-            create=True,
-            cleanup_tmp_directories=True,  # of a process that was killed while it saved
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,  # of a process that was killed while it saved
             preservation_policy=_NewestAndBest(keep, self.best_step),
         )
         self._manager = ocp.CheckpointManager(
@@ -83,6 +89,7 @@ class Checkpoints:
             },
         )
         self._saving: int | None = None  # the step that is being written
+        self._lost = False  # could it not be?
         self._scores: dict[int, float] = {}  # METRIC of the checkpoints that have it
         for step in self._manager.all_steps():
             with contextlib.suppress(DamagedCheckpoint):
@@ -126,14 +133,14 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves), metadata=ocp.args.JsonSave(metadata)
         )
-        self._saving = step
+        self._saving, self._lost = step, False
         self._attempt(lambda: self._manager.save(step, args=args))
 
-    def wait(self) -> bool:
-        """Return when everything saved so far is on disk; False if the last could not be."""
-        return self._attempt(self._manager.wait_until_finished)
+    def wait(self) -> None:
+        """Return when everything saved so far is on disk, or has been given up."""
+        self._attempt(self._manager.wait_until_finished)
 
-    def _attempt(self, action: Callable[[], Any]) -> bool:
+    def _attempt(self, action: Callable[[], Any]) -> None:
         try:
             action()
         except Exception as error:  # of many kinds: the disk is full, the folder is gone, ...
@@ -145,8 +152,7 @@ class Checkpoints:
                 _one_line(error),
                 self.path(self.latest_step()),
             )
-            return False
-        return True
+            self._lost = True
 
     def restore_newest(self, state: Any, metadata: dict[str, Any]) -> tuple[int, Any] | None:
         """(step, state) of the newest checkpoint that is whole, or None if there is none.
@@ -246,9 +252,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for what is being written. OSError if the last checkpoint could not be written."""
-        written = self.wait()
+        self.wait()
         self._manager.close()
-        if not written:
+        if self._lost:
             raise OSError(
                 f"the last checkpoint, of step {self._saving}, could not be written to "
                 f"{self.directory}; make room there and run the same command again, which goes on "

@@ -275,8 +275,9 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
     schedule = make_schedule(config.optimizer, num_train_steps, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule, mask)
     trainable, frozen = params_lib.split(params, mask)
-    zero = jnp.zeros((), jnp.int32)
-    state = TrainState(zero, trainable, optimizer.init(params), zero)
+    # Two arrays: one buffer in two places of a donated state is freed twice.
+    step, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
+    state = TrainState(step, trainable, optimizer.init(params), skipped)
     print(params_lib.parameter_table(params, mask), flush=True)
     return Run(
         config=config,

@@ -20,7 +20,7 @@ def export(workdir: str, out: str, which: str) -> str:
 
     if not os.path.isdir(os.path.join(workdir, "checkpoints")):
         raise ValueError(f"no checkpoints in --workdir={workdir}")
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir, read_only=True)  # the run may be going on
     step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
     if step is None:
         found = "evaluated during training (config.eval.every_epochs)" if which == "best" else ""
