@@ -224,7 +224,7 @@ def test_command_line(videos, tmp_path):
     def call(*more):
         return subprocess.run(
             command(videos, out, *more),
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100,
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
 
     done = call("--dataset=csv")
@@ -262,7 +262,7 @@ def test_killed_run_goes_on(tmp_path):
     job = [sys.executable, str(tmp_path / "job.py"), str(videos), str(tmp_path / "lists"), str(out)]
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     process = subprocess.Popen(job, env=environment, stdout=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list(out.glob("prepare/train-*.json")) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -270,7 +270,7 @@ def test_killed_run_goes_on(tmp_path):
     finished = len(list(out.glob("prepare/train-*.json")))
     assert 1 <= finished < 12
     assert not (out / "dataset_info.json").exists()
-    done = subprocess.run(job, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(job, env=environment, capture_output=True, text=True, timeout=300)
     assert "total: listed 24, found 24, stored 24, bad 0 (" in done.stdout, done.stderr
     dataset = VideoDataset(str(out), "train")
     assert dataset.ids == listed
@@ -286,8 +286,8 @@ def test_missing_videos(videos, tmp_path, capsys):
     out = tmp_path / "out"
     match = (
         r"7 of the 11 videos of split 'train' are not in .*videos': 'clip 3.mp4', 'gone ü 0.mp4', "
-        r"'gone ü 1.mp4', 'gone ü 2.mp4', 'gone ü 3.mp4', ... \(all missing ones are in .*out/"
-        r"missing_videos.txt\); that is more than --max_missing=0.6 allows"
+        r"'gone ü 1.mp4', 'gone ü 2.mp4', 'gone ü 3.mp4', ...; that is more than --max_missing=0.6 "
+        r"allows \(all missing ones are in .*out/missing_videos.txt\)"
     )
     with pytest.raises(ValueError, match=match):
         run(videos, out, max_missing=0.6)
@@ -302,7 +302,7 @@ def test_missing_videos(videos, tmp_path, capsys):
         (videos / name).unlink()
     with pytest.raises(ValueError, match="2 of the 2 videos of split 'validation'"):
         run(videos, tmp_path / "other", max_missing=0.7)
-    with pytest.raises(ValueError, match=r"max_missing is 10; it must be in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"max_missing is 10; .*in \[0, 1\]"):
         run(videos, out, max_missing=10)
 
 
