@@ -103,7 +103,7 @@ class FrameReader:
             self._container.close()
             raise
         self._thinning = Thinning(fps, self._rate) if fps else None
-        self.fps = min(fps, self._rate or fps) if fps else self._rate
+        self.fps = float(min(fps, self._rate or fps)) if fps else self._rate
         self.truncated = ""
 
     def __iter__(self) -> Iterator[np.ndarray]:

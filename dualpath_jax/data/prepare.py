@@ -117,7 +117,7 @@ def _settings(
         "format": 1,
         "short_side": short_side,
         "quality": quality,
-        "fps": fps,
+        "fps": fps and float(fps),
         "videos_per_shard": videos_per_shard,
         "classes": _digest(listing.class_names),
     }
