@@ -85,11 +85,13 @@ def test_pixels_of_a_test_clip(config):
         expected = tf.image.resize(stored[time], (32, 32), antialias=True).numpy().round()
         difference = np.abs(batch["spatial"][2, 0, k].astype(int) - expected)
         assert difference.max() <= 1
-    for time in (0, 6, 15):
+    for time in (0, 4, 6, 12, 15):
         expected = tf.image.resize(stored[time], (8, 8), antialias=True).numpy().round()
         row, column = divmod(time, 4)
         cell = batch["temporal"][2, 0, 0, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
-        assert np.abs(cell.astype(int) - expected).max() <= 1
+        difference = np.abs(cell.astype(int) - expected)
+        # A spatial frame is reduced from its full size, the others are decoded at 1/4.
+        assert (difference.max() <= 1) if time in (4, 12) else (0.05 < difference.mean() <= 2)
 
 
 def test_crop_and_flip_reach_both_inputs(config, monkeypatch):
