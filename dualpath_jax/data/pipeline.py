@@ -11,18 +11,23 @@ A batch is a dict of numpy arrays:
   label       int32   [B]
   mask        float32 [B]                 0 for padding, else 1
   example_id  int64   [B]                 place in the split's video table; -1 for padding
-In evaluation, spatial and temporal have an axis V (views) after B.
+In evaluation, spatial and temporal have an axis V (views) after B. In training with RandAugment
+(N operations), for what `preprocess.colour` does to both inputs:
+  ops         int32   [B, N]              places in `randaugment.OPS`
+  op_values   float32 [B, N]              see `randaugment.value_of`
+  tables      uint8   [B, 3, 256]         what becomes of each level of red, green, blue, before ops
+
+A clip is cut, warped (RandAugment's geometry), scaled, mirrored and erased, then tiled.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from dualpath_jax.data import augment, order, sampling
+from dualpath_jax.data import augment, order, randaugment, sampling
 from dualpath_jax.data.framesets import FramesetShape, tile_framesets
 from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
 
@@ -57,6 +62,7 @@ def clip_format(data: Any, framesets: bool = True) -> ClipFormat:
       framesets: spatial frames and framesets (DualPath), or every frame at full size (the other
         methods, for which `num_spatial_frames`, `grid` and `frame_scale` mean nothing).
     """
+    _check_augmentation(data)
     shape, num_spatial = None, data.num_frames
     if framesets:
         shape = FramesetShape(data.num_frames, tuple(data.grid), data.frame_scale, data.image_size)
@@ -75,6 +81,18 @@ def clip_format(data: Any, framesets: bool = True) -> ClipFormat:
         sampling_interval=data.sampling_interval,
         framesets=shape,
     )
+
+
+def _check_augmentation(data: Any) -> None:
+    """ValueError for a value out of range."""
+    if data.randaugment_layers < 0:
+        raise ValueError(f"data.randaugment_layers={data.randaugment_layers} must not be negative")
+    if data.randaugment_layers and not 0 <= data.randaugment_magnitude <= randaugment.MAX_MAGNITUDE:
+        raise ValueError(
+            f"data.randaugment_magnitude={data.randaugment_magnitude} must be in 0..10"
+        )
+    if not 0 <= data.erasing_probability <= 1:
+        raise ValueError(f"data.erasing_probability={data.erasing_probability} must be in 0..1")
 
 
 def decode_ratio(side: int, frame_size: int) -> int:
@@ -113,7 +131,13 @@ def _element(
 
 
 def _train_elements(
-    dataset: VideoDataset, clip: ClipFormat, data: Any, seed: int, steps: range, rows: slice
+    dataset: VideoDataset,
+    clip: ClipFormat,
+    data: Any,
+    mirrored: np.ndarray | None,
+    seed: int,
+    steps: range,
+    rows: slice,
 ) -> Iterator[dict[str, Any]]:
     for step in steps:
         examples, epochs = order.train_order(seed, step, data.batch_size, len(dataset))
@@ -134,7 +158,19 @@ def _train_elements(
                 tuple(data.crop_ratio),
                 data.flip,
             )
-            yield _element(dataset, clip, int(example), frames, crop)
+            element = _element(dataset, clip, int(example), frames, crop)
+            if crop.flip:
+                element["label"] = mirrored[element["label"]]
+            if data.randaugment_layers:
+                ops, values = randaugment.draw(
+                    rng, data.randaugment_layers, data.randaugment_magnitude
+                )
+                element |= {"ops": ops, "op_values": values}
+                element["matrix"] = randaugment.affine(ops, values)
+            if data.erasing_probability:
+                side = clip.framesets.frame_size if clip.framesets else clip.image_size
+                element["erase"] = augment.random_erasing(side, rng, data.erasing_probability)
+            yield element
 
 
 def _eval_elements(
@@ -205,12 +241,21 @@ def _resize(frames: tf.Tensor, box: tf.Tensor, size: int) -> tf.Tensor:
     return tf.ensure_shape(tf.cast(tf.round(resized), tf.uint8), [None, size, size, 3])
 
 
-def _frames(element: dict[str, tf.Tensor], clip: ClipFormat) -> tuple[tf.Tensor, tf.Tensor | None]:
-    """Cut frames: spatial uint8 [S, H, W, 3]; for framesets [T, fh, fw, 3], or None without."""
+def _frames(
+    element: dict[str, tf.Tensor], clip: ClipFormat, fill: np.ndarray
+) -> tuple[tf.Tensor, tf.Tensor | None]:
+    """Cut, warped: spatial frames uint8 [S, H, W, 3]; all for framesets [T, fh, fw, 3], or None."""
     jpegs = tf.io.parse_example(element["records"], FRAME_FEATURES)["image"]
     jpegs = tf.unstack(jpegs, clip.num_frames)
     chosen = sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
-    full, box = _decode([jpegs[i] for i in chosen], element["box"], 1)
+
+    def read(indices: np.ndarray, ratio: int) -> tuple[tf.Tensor, tf.Tensor]:
+        frames, box = _decode([jpegs[i] for i in indices], element["box"], ratio)
+        if "matrix" in element:
+            frames = randaugment.warp(frames, box, element["matrix"], fill)
+        return frames, box
+
+    full, box = read(chosen, 1)
     spatial = _resize(full, box, clip.image_size)
     if clip.framesets is None:
         return spatial, None
@@ -218,33 +263,65 @@ def _frames(element: dict[str, tf.Tensor], clip: ClipFormat) -> tuple[tf.Tensor,
     small = _resize(full, box, size)
     others = np.setdiff1d(np.arange(clip.num_frames), chosen)
     if others.size:
-
-        def reduced(ratio: int) -> tf.Tensor:
-            frames, box = _decode([jpegs[i] for i in others], element["box"], ratio)
-            return _resize(frames, box, size)
-
-        branches = {i: functools.partial(reduced, r) for i, r in enumerate(DECODE_RATIOS)}
+        branches = [
+            lambda ratio=ratio: _resize(*read(others, ratio), size) for ratio in DECODE_RATIOS
+        ]
         small = tf.concat([small, tf.switch_case(element["decode_ratio"], branches)], 0)
         small = tf.gather(small, np.argsort(np.concatenate([chosen, others])))  # in time order
     return spatial, small
 
 
-def _assemble(element: dict[str, tf.Tensor], clip: ClipFormat) -> dict[str, tf.Tensor]:
-    """Raw records of one clip to its spatial frames and, if it has them, framesets."""
-    spatial, small = _frames(element, clip)
+def _erase(images: tf.Tensor, box: tf.Tensor, fill: np.ndarray) -> tf.Tensor:
+    """Paint `box` (int32 [4]: top, left, height, width) of uint8 [n, H, W, 3] with a colour."""
+    top, left, height, width = tf.unstack(box)
+    rows, columns = tf.range(images.shape[1]), tf.range(images.shape[2])
+    inside = ((rows >= top) & (rows < top + height))[:, None]
+    inside &= ((columns >= left) & (columns < left + width))[None]
+    return tf.where(inside[None, :, :, None], tf.cast(tf.round(fill), tf.uint8), images)
+
+
+def _assemble(
+    element: dict[str, tf.Tensor], clip: ClipFormat, fill: np.ndarray
+) -> dict[str, tf.Tensor]:
+    """Raw records of one clip to its inputs: see the module's docstring.
+
+    `fill` is the colour, 0..255, of what is erased or comes from outside.
+    """
+    spatial, small = _frames(element, clip, fill)
     images = [spatial] if small is None else [spatial, small]
     images = tf.cond(element["flip"], lambda: [tf.reverse(x, [2]) for x in images], lambda: images)
-    shape = [clip.num_spatial_frames, clip.image_size, clip.image_size, 3]
-    inputs = {"spatial": tf.ensure_shape(images[0], shape)}
+    batch = {key: element[key] for key in ("label", "mask", "example_id")}
+    if "ops" in element:
+        batch |= {key: element[key] for key in ("ops", "op_values")}
+        batch["tables"] = randaugment.lookup_tables(
+            images[-1], element["ops"], element["op_values"]
+        )
+    sides = [clip.image_size] if small is None else [clip.image_size, clip.framesets.frame_size]
+    counts = [clip.num_spatial_frames, clip.num_frames]
+    images = [
+        tf.ensure_shape(x, [count, side, side, 3])
+        for x, count, side in zip(images, counts, sides, strict=False)
+    ]
+    if "erase" in element:  # drawn in the pixels of the last, so that it is the same part of both
+        box = element["erase"]
+        images = tf.cond(
+            box[2] > 0,
+            lambda: [
+                _erase(x, box * (side // sides[-1]), fill)
+                for x, side in zip(images, sides, strict=True)
+            ],
+            lambda: images,
+        )
+    batch["spatial"] = images[0]
     if clip.framesets is not None:
-        size = clip.framesets.frame_size
-        small = tf.ensure_shape(images[1], [clip.num_frames, size, size, 3])
-        inputs["temporal"] = tile_framesets(small, clip.framesets.grid)
-    return inputs | {key: element[key] for key in ("label", "mask", "example_id")}
+        batch["temporal"] = tile_framesets(images[1], clip.framesets.grid)
+    return batch
 
 
-def _tf_dataset(elements: Any, clip: ClipFormat) -> tf.data.Dataset:
-    """Clips, in order, decoded in parallel."""
+def _tf_dataset(
+    elements: Any, clip: ClipFormat, data: Any, num_ops: int = 0, erasing: bool = False
+) -> tf.data.Dataset:
+    """Clips, in order, decoded in parallel; with `num_ops` operations of RandAugment."""
     signature = {
         "records": tf.TensorSpec([clip.num_frames], tf.string),
         "box": tf.TensorSpec([4], tf.int32),
@@ -254,9 +331,16 @@ def _tf_dataset(elements: Any, clip: ClipFormat) -> tf.data.Dataset:
         "mask": tf.TensorSpec([], tf.float32),
         "example_id": tf.TensorSpec([], tf.int64),
     }
+    if num_ops:
+        signature["ops"] = tf.TensorSpec([num_ops], tf.int32)
+        signature["op_values"] = tf.TensorSpec([num_ops], tf.float32)
+        signature["matrix"] = tf.TensorSpec([3, 3], tf.float32)
+    if erasing:
+        signature["erase"] = tf.TensorSpec([4], tf.int32)
+    fill = 255 * np.array(data.mean, np.float32)  # becomes 0 when normalised
     clips = tf.data.Dataset.from_generator(elements, output_signature=signature)
     return clips.map(
-        lambda element: _assemble(element, clip),
+        lambda element: _assemble(element, clip, fill),
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,
     )
@@ -294,11 +378,15 @@ def train_batches(
     clip = clip_format(data, framesets)
     rows = _rows(data.batch_size, process_index, process_count)
     steps = range(first_step, num_steps)
+    mirrored = augment.mirrored_labels(dataset.class_names, data.label_swap) if data.flip else None
 
     def elements():
-        return _train_elements(dataset, clip, data, seed, steps, rows)
+        return _train_elements(dataset, clip, data, mirrored, seed, steps, rows)
 
-    batches = _tf_dataset(elements, clip).batch(rows.stop - rows.start, drop_remainder=True)
+    clips = _tf_dataset(
+        elements, clip, data, data.randaugment_layers, erasing=data.erasing_probability > 0
+    )
+    batches = clips.batch(rows.stop - rows.start, drop_remainder=True)
     return batches.prefetch(data.prefetch).as_numpy_iterator()
 
 
@@ -324,7 +412,7 @@ def eval_batches(
     def elements():
         return _eval_elements(dataset, clip, temporal_views, spatial_crops, batch_size, rows)
 
-    views = _tf_dataset(elements, clip).batch(temporal_views * spatial_crops)
+    views = _tf_dataset(elements, clip, data).batch(temporal_views * spatial_crops)
     first = {key: lambda x: x[0] for key in ("label", "mask", "example_id")}
     clips = views.map(lambda e: {k: first[k](v) if k in first else v for k, v in e.items()})
     batches = clips.batch(rows.stop - rows.start, drop_remainder=True)
