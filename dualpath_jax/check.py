@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from configs import base
 from dualpath_jax import evaluate, run, train
 from dualpath_jax import params as params_lib
-from dualpath_jax.data import datasets, pipeline
+from dualpath_jax.data import augment, datasets, pipeline
 from dualpath_jax.data.synthetic import SyntheticVideos
 from dualpath_jax.models import tuning
 
@@ -82,6 +82,9 @@ def check(config: ConfigDict) -> None:
     small.optimizer.accumulation_steps = min(2, config.optimizer.accumulation_steps)
     log = ReadLog(small)
     names = [str(i) for i in range(datasets.NUM_CLASSES.get(config.data.source, 2))]
+    if log.data.flip:
+        swapped = [name for pair in augment.read_label_swap(log.data.label_swap) for name in pair]
+        names[: len(swapped)] = swapped
     model = run.outline(log, len(names))
     print(params_lib.parameter_table(model.params, model.mask))
     videos = SyntheticVideos(names, num_videos=2)

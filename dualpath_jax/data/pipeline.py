@@ -11,7 +11,13 @@ A batch is a dict of numpy arrays:
   label       int32   [B]
   mask        float32 [B]                 0 for padding, else 1
   example_id  int64   [B]                 place in the split's video table; -1 for padding
-In evaluation, spatial and temporal have an axis V (views) after B.
+In evaluation, spatial and temporal have an axis V (views) after B. In training with RandAugment
+(N operations), for what `preprocess.colour` does to both inputs:
+  ops         int32   [B, N]              places in `randaugment.OPS`
+  op_values   float32 [B, N]              see `randaugment.value_of`
+  tables      uint8   [B, 3, 256]         what becomes of each level of red, green, blue, before ops
+
+A clip is cut, warped (RandAugment's geometry), scaled, mirrored and erased, then tiled.
 """
 
 import dataclasses
@@ -21,11 +27,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dualpath_jax.data import augment, order, sampling
+from dualpath_jax.data import augment, order, randaugment, sampling
 from dualpath_jax.data.framesets import FramesetShape, tile_framesets
 from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
 
 Batch = dict[str, np.ndarray]
+
+DECODE_RATIOS = (1, 2, 4)
+# With fewer pixels left than this times those needed, textures differ visibly from the full path:
+# photographs of grass and gravel by 2.6 / 255 on average at 1.5, and by 5.7 at 1.0; 1.7 at 1.6.
+DECODE_MARGIN = 1.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +62,7 @@ def clip_format(data: Any, framesets: bool = True) -> ClipFormat:
       framesets: spatial frames and framesets (DualPath), or every frame at full size (the other
         methods, for which `num_spatial_frames`, `grid` and `frame_scale` mean nothing).
     """
+    _check_augmentation(data)
     shape, num_spatial = None, data.num_frames
     if framesets:
         shape = FramesetShape(data.num_frames, tuple(data.grid), data.frame_scale, data.image_size)
@@ -71,12 +83,46 @@ def clip_format(data: Any, framesets: bool = True) -> ClipFormat:
     )
 
 
+def _check_augmentation(data: Any) -> None:
+    """ValueError for a value out of range."""
+    if data.randaugment_layers < 0:
+        raise ValueError(f"data.randaugment_layers={data.randaugment_layers} must not be negative")
+    if data.randaugment_layers and not 0 <= data.randaugment_magnitude <= randaugment.MAX_MAGNITUDE:
+        raise ValueError(
+            f"data.randaugment_magnitude={data.randaugment_magnitude} must be in 0..10"
+        )
+    if not 0 <= data.erasing_probability <= 1:
+        raise ValueError(f"data.erasing_probability={data.erasing_probability} must be in 0..1")
+
+
+def decode_ratio(side: int, frame_size: int) -> int:
+    """By how much libjpeg may reduce a frame that only feeds a frameset.
+
+    Args:
+      side: shorter side of the crop, pixels of the stored frame.
+      frame_size: side that it gets in the frameset, pixels.
+
+    Returns:
+      1, 2 or 4: the largest that leaves `DECODE_MARGIN` times the pixels needed.
+    """
+    enough = (r for r in DECODE_RATIOS if side >= DECODE_MARGIN * r * frame_size)
+    return max(enough, default=1)
+
+
 def _element(
-    dataset: VideoDataset, example: int, frames: np.ndarray, crop: augment.Crop, real: bool = True
+    dataset: VideoDataset,
+    clip: ClipFormat,
+    example: int,
+    frames: np.ndarray,
+    crop: augment.Crop,
+    real: bool = True,
 ) -> dict[str, Any]:
+    side = min(crop.height, crop.width)
+    ratio = decode_ratio(side, clip.framesets.frame_size) if clip.framesets else 1
     return {
         "records": dataset.read_frames(example, frames),
         "box": np.array([crop.top, crop.left, crop.height, crop.width], np.int32),
+        "decode_ratio": np.int32(DECODE_RATIOS.index(ratio)),
         "flip": crop.flip,
         "label": np.int32(dataset.labels[example]),
         "mask": np.float32(real),
@@ -85,7 +131,13 @@ def _element(
 
 
 def _train_elements(
-    dataset: VideoDataset, clip: ClipFormat, data: Any, seed: int, steps: range, rows: slice
+    dataset: VideoDataset,
+    clip: ClipFormat,
+    data: Any,
+    mirrored: np.ndarray | None,
+    seed: int,
+    steps: range,
+    rows: slice,
 ) -> Iterator[dict[str, Any]]:
     for step in steps:
         examples, epochs = order.train_order(seed, step, data.batch_size, len(dataset))
@@ -106,7 +158,19 @@ def _train_elements(
                 tuple(data.crop_ratio),
                 data.flip,
             )
-            yield _element(dataset, int(example), frames, crop)
+            element = _element(dataset, clip, int(example), frames, crop)
+            if crop.flip:
+                element["label"] = mirrored[element["label"]]
+            if data.randaugment_layers:
+                ops, values = randaugment.draw(
+                    rng, data.randaugment_layers, data.randaugment_magnitude
+                )
+                element |= {"ops": ops, "op_values": values}
+                element["matrix"] = randaugment.affine(ops, values)
+            if data.erasing_probability:
+                side = clip.framesets.frame_size if clip.framesets else clip.image_size
+                element["erase"] = augment.random_erasing(side, rng, data.erasing_probability)
+            yield element
 
 
 def _eval_elements(
@@ -133,52 +197,150 @@ def _eval_elements(
                 for k in range(spatial_crops):
                     height, width = int(dataset.heights[example]), int(dataset.widths[example])
                     crop = augment.view_crop(height, width, k, spatial_crops)
-                    yield _element(dataset, example, frames, crop, real)
+                    yield _element(dataset, clip, example, frames, crop, real)
 
 
-def _resize(frames: tf.Tensor, size: int) -> tf.Tensor:
-    """[T, h, w, 3] uint8 -> [T, size, size, 3] uint8, bilinear with antialiasing."""
-    resized = tf.image.resize(tf.cast(frames, tf.float32), (size, size), antialias=True)
-    return tf.cast(tf.round(resized), tf.uint8)
+def _decode(jpegs: list[tf.Tensor], box: tf.Tensor, ratio: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Frames cut at `box`, reduced by libjpeg.
 
+    Args:
+      jpegs: n scalars.
+      box: int32 [4]: top, left, height and width in pixels of the stored frames.
+      ratio: 1, 2 or 4.
 
-def _assemble(element: dict[str, tf.Tensor], clip: ClipFormat) -> dict[str, tf.Tensor]:
-    """Raw records of one clip to its spatial frames and, if it has them, framesets."""
-    jpegs = tf.io.parse_example(element["records"], FRAME_FEATURES)["image"]
+    Returns:
+      uint8 [n, h, w, 3], cut at the whole reduced pixels that cover `box`, and float32 [4]: `box`
+      in pixels of these.
+    """
+    start, end = box[:2] // ratio, -(-(box[:2] + box[2:]) // ratio)
+    window = tf.concat([start, end - start], 0)  # libjpeg crops after reducing
     # Written out: a map_fn over the frames costs as much again as decoding small ones.
     frames = tf.stack(
         [
             tf.image.decode_and_crop_jpeg(
-                jpeg, element["box"], channels=3, dct_method="INTEGER_ACCURATE"
+                jpeg, window, channels=3, ratio=ratio, dct_method="INTEGER_ACCURATE"
             )
-            for jpeg in tf.unstack(jpegs, clip.num_frames)
+            for jpeg in jpegs
         ]
     )
-    frames = tf.cond(element["flip"], lambda: tf.reverse(frames, [2]), lambda: frames)
+    inner = tf.cast(box, tf.float32) / ratio - tf.cast(tf.pad(start, [[0, 2]]), tf.float32)
+    return frames, inner
+
+
+def _resize(frames: tf.Tensor, box: tf.Tensor, size: int) -> tf.Tensor:
+    """`box` (float32 [4]) of [n, h, w, 3] -> [n, size, size, 3] uint8, bilinear, antialiased."""
+    scale = size / box[2:]
+    resized = tf.raw_ops.ScaleAndTranslate(
+        images=tf.cast(frames, tf.float32),
+        size=[size, size],
+        scale=scale,
+        translation=-box[:2] * scale,
+        kernel_type="triangle",
+        antialias=True,
+    )
+    return tf.ensure_shape(tf.cast(tf.round(resized), tf.uint8), [None, size, size, 3])
+
+
+def _frames(
+    element: dict[str, tf.Tensor], clip: ClipFormat, fill: np.ndarray
+) -> tuple[tf.Tensor, tf.Tensor | None]:
+    """Cut, warped: spatial frames uint8 [S, H, W, 3]; all for framesets [T, fh, fw, 3], or None."""
+    jpegs = tf.io.parse_example(element["records"], FRAME_FEATURES)["image"]
+    jpegs = tf.unstack(jpegs, clip.num_frames)
     chosen = sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
-    spatial = _resize(tf.gather(frames, chosen), clip.image_size)
-    size = [clip.num_spatial_frames, clip.image_size, clip.image_size, 3]
-    inputs = {"spatial": tf.ensure_shape(spatial, size)}
+
+    def read(indices: np.ndarray, ratio: int) -> tuple[tf.Tensor, tf.Tensor]:
+        frames, box = _decode([jpegs[i] for i in indices], element["box"], ratio)
+        if "matrix" in element:
+            frames = randaugment.warp(frames, box, element["matrix"], fill)
+        return frames, box
+
+    full, box = read(chosen, 1)
+    spatial = _resize(full, box, clip.image_size)
+    if clip.framesets is None:
+        return spatial, None
+    size = clip.framesets.frame_size
+    small = _resize(full, box, size)
+    others = np.setdiff1d(np.arange(clip.num_frames), chosen)
+    if others.size:
+        branches = [
+            lambda ratio=ratio: _resize(*read(others, ratio), size) for ratio in DECODE_RATIOS
+        ]
+        small = tf.concat([small, tf.switch_case(element["decode_ratio"], branches)], 0)
+        small = tf.gather(small, np.argsort(np.concatenate([chosen, others])))  # in time order
+    return spatial, small
+
+
+def _erase(images: tf.Tensor, box: tf.Tensor, fill: np.ndarray) -> tf.Tensor:
+    """Paint `box` (int32 [4]: top, left, height, width) of uint8 [n, H, W, 3] with a colour."""
+    top, left, height, width = tf.unstack(box)
+    rows, columns = tf.range(images.shape[1]), tf.range(images.shape[2])
+    inside = ((rows >= top) & (rows < top + height))[:, None]
+    inside &= ((columns >= left) & (columns < left + width))[None]
+    return tf.where(inside[None, :, :, None], tf.cast(tf.round(fill), tf.uint8), images)
+
+
+def _assemble(
+    element: dict[str, tf.Tensor], clip: ClipFormat, fill: np.ndarray
+) -> dict[str, tf.Tensor]:
+    """Raw records of one clip to its inputs: see the module's docstring.
+
+    `fill` is the colour, 0..255, of what is erased or comes from outside.
+    """
+    spatial, small = _frames(element, clip, fill)
+    images = [spatial] if small is None else [spatial, small]
+    images = tf.cond(element["flip"], lambda: [tf.reverse(x, [2]) for x in images], lambda: images)
+    batch = {key: element[key] for key in ("label", "mask", "example_id")}
+    if "ops" in element:
+        batch |= {key: element[key] for key in ("ops", "op_values")}
+        batch["tables"] = randaugment.lookup_tables(
+            images[-1], element["ops"], element["op_values"]
+        )
+    sides = [clip.image_size] if small is None else [clip.image_size, clip.framesets.frame_size]
+    counts = [clip.num_spatial_frames, clip.num_frames]
+    images = [
+        tf.ensure_shape(x, [count, side, side, 3])
+        for x, count, side in zip(images, counts, sides, strict=False)
+    ]
+    if "erase" in element:  # drawn in the pixels of the last, so that it is the same part of both
+        box = element["erase"]
+        images = tf.cond(
+            box[2] > 0,
+            lambda: [
+                _erase(x, box * (side // sides[-1]), fill)
+                for x, side in zip(images, sides, strict=True)
+            ],
+            lambda: images,
+        )
+    batch["spatial"] = images[0]
     if clip.framesets is not None:
-        small = _resize(frames, clip.framesets.frame_size)
-        small = tf.ensure_shape(small, [clip.num_frames, *[clip.framesets.frame_size] * 2, 3])
-        inputs["temporal"] = tile_framesets(small, clip.framesets.grid)
-    return inputs | {key: element[key] for key in ("label", "mask", "example_id")}
+        batch["temporal"] = tile_framesets(images[1], clip.framesets.grid)
+    return batch
 
 
-def _tf_dataset(elements: Any, clip: ClipFormat) -> tf.data.Dataset:
-    """Clips, in order, decoded in parallel."""
+def _tf_dataset(
+    elements: Any, clip: ClipFormat, data: Any, num_ops: int = 0, erasing: bool = False
+) -> tf.data.Dataset:
+    """Clips, in order, decoded in parallel; with `num_ops` operations of RandAugment."""
     signature = {
         "records": tf.TensorSpec([clip.num_frames], tf.string),
         "box": tf.TensorSpec([4], tf.int32),
+        "decode_ratio": tf.TensorSpec([], tf.int32),
         "flip": tf.TensorSpec([], tf.bool),
         "label": tf.TensorSpec([], tf.int32),
         "mask": tf.TensorSpec([], tf.float32),
         "example_id": tf.TensorSpec([], tf.int64),
     }
+    if num_ops:
+        signature["ops"] = tf.TensorSpec([num_ops], tf.int32)
+        signature["op_values"] = tf.TensorSpec([num_ops], tf.float32)
+        signature["matrix"] = tf.TensorSpec([3, 3], tf.float32)
+    if erasing:
+        signature["erase"] = tf.TensorSpec([4], tf.int32)
+    fill = 255 * np.array(data.mean, np.float32)  # becomes 0 when normalised
     clips = tf.data.Dataset.from_generator(elements, output_signature=signature)
     return clips.map(
-        lambda element: _assemble(element, clip),
+        lambda element: _assemble(element, clip, fill),
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,
     )
@@ -216,11 +378,15 @@ def train_batches(
     clip = clip_format(data, framesets)
     rows = _rows(data.batch_size, process_index, process_count)
     steps = range(first_step, num_steps)
+    mirrored = augment.mirrored_labels(dataset.class_names, data.label_swap) if data.flip else None
 
     def elements():
-        return _train_elements(dataset, clip, data, seed, steps, rows)
+        return _train_elements(dataset, clip, data, mirrored, seed, steps, rows)
 
-    batches = _tf_dataset(elements, clip).batch(rows.stop - rows.start, drop_remainder=True)
+    clips = _tf_dataset(
+        elements, clip, data, data.randaugment_layers, erasing=data.erasing_probability > 0
+    )
+    batches = clips.batch(rows.stop - rows.start, drop_remainder=True)
     return batches.prefetch(data.prefetch).as_numpy_iterator()
 
 
@@ -246,7 +412,7 @@ def eval_batches(
     def elements():
         return _eval_elements(dataset, clip, temporal_views, spatial_crops, batch_size, rows)
 
-    views = _tf_dataset(elements, clip).batch(temporal_views * spatial_crops)
+    views = _tf_dataset(elements, clip, data).batch(temporal_views * spatial_crops)
     first = {key: lambda x: x[0] for key in ("label", "mask", "example_id")}
     clips = views.map(lambda e: {k: first[k](v) if k in first else v for k, v in e.items()})
     batches = clips.batch(rows.stop - rows.start, drop_remainder=True)
