@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from configs import base
 from dualpath_jax import evaluate, run, train
 from dualpath_jax import params as params_lib
-from dualpath_jax.data import augment, datasets, pipeline
-from dualpath_jax.data.synthetic import SyntheticVideos
+from dualpath_jax.data import augment, pipeline
+from dualpath_jax.data.synthetic import synthetic_split
 from dualpath_jax.models import tuning
 
 
@@ -81,13 +81,12 @@ def check(config: ConfigDict) -> None:
     small.data.batch_size = small.eval.batch_size = 2
     small.optimizer.accumulation_steps = min(2, config.optimizer.accumulation_steps)
     log = ReadLog(small)
-    names = [str(i) for i in range(datasets.NUM_CLASSES.get(config.data.source, 2))]
+    videos = synthetic_split(config.data.source, num_videos=2)
     if log.data.flip:
         swapped = [name for pair in augment.read_label_swap(log.data.label_swap) for name in pair]
-        names[: len(swapped)] = swapped
-    model = run.outline(log, len(names))
+        videos.class_names[: len(swapped)] = swapped
+    model = run.outline(log, len(videos.class_names))
     print(params_lib.parameter_table(model.params, model.mask))
-    videos = SyntheticVideos(names, num_videos=2)
     steps_per_epoch = len(videos) / log.data.batch_size
     num_steps = max(1, run.count_train_steps(log, steps_per_epoch))
     train.make_plan(log, num_steps, steps_per_epoch)
@@ -98,9 +97,8 @@ def check(config: ConfigDict) -> None:
         jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(optimizer.init, model.params)
     )
     framesets = tuning.takes_framesets(log.model.method)
-    batch = next(
-        pipeline.train_batches(videos, log.data, log.seed, 0, num_steps, framesets=framesets)
-    )
+    train_batches = run.train_batches_of(log.data)
+    batch = next(train_batches(videos, log.data, log.seed, 0, num_steps, framesets=framesets))
     _print_batch("training", batch)
     train_step = train.make_train_step(model.model, log, optimizer)
     del batch["example_id"]

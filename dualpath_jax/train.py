@@ -16,11 +16,10 @@ from etils import epath
 from dualpath_jax import evaluate, preprocess
 from dualpath_jax import params as params_lib
 from dualpath_jax.checkpoint import Checkpoints
-from dualpath_jax.data import pipeline
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
 from dualpath_jax.progress import Reporter
-from dualpath_jax.run import Batch, Run, TrainState, shard_batch
+from dualpath_jax.run import Batch, Run, TrainState, shard_batch, train_batches_of
 
 
 def make_train_step(
@@ -145,7 +144,7 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
     first_step = resume(run, checkpoints)
     reporter = Reporter(run.workdir, plan.num_steps, config.data.batch_size)
     train_step = jax.jit(make_train_step(run.model, config, run.optimizer), donate_argnums=0)
-    batches = pipeline.train_batches(
+    batches = train_batches_of(config.data)(
         dataset,
         config.data,
         config.seed,
