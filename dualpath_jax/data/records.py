@@ -1,6 +1,6 @@
 """Prepared videos on disk: a video table and frame records, both readable as TFDS data sets.
 
-Public: `VideoDataset`, `FRAME_FEATURES`; for writing `VideoRow`, `ShardWriter`,
+Public: `VideoDataset`, `UnreadableVideo`, `FRAME_FEATURES`; for writing `VideoRow`, `ShardWriter`,
 `encode_frame`, `encode_row`, `frame_shard_path`, `write_tables`, `write_atomically`.
 
     OUT/                       TFDS data set "videos": one record per video (`VideoRow`)
@@ -71,6 +71,10 @@ class VideoRow:
     truncated: bool
 
 
+class UnreadableVideo(ValueError):
+    """Stored frames of a video that are damaged."""
+
+
 class VideoDataset:
     """A split of prepared videos: the video table in memory, frames by random access.
 
@@ -136,6 +140,7 @@ class VideoDataset:
 
         Raises:
           IndexError: a frame that the video does not have.
+          UnreadableVideo: the file is damaged; checksums tell.
         """
         frames = np.asarray(frame_indices, np.int64)
         count = self.num_frames[video_index]
@@ -146,7 +151,12 @@ class VideoDataset:
         first = self.first_frame[video_index]
         shard = int(np.searchsorted(self._shard_ends, first, side="right"))
         start = self._shard_ends[shard - 1] if shard else 0
-        return self._reader(shard).read((first - start + frames).tolist())
+        try:
+            return self._reader(shard).read((first - start + frames).tolist())
+        except RuntimeError as error:
+            raise UnreadableVideo(
+                f"video {self.ids[video_index]!r} in {self._shard_paths[shard]}: {error}"
+            ) from None
 
     def _reader(self, shard: int) -> ArrayRecordReader:
         if shard not in self._readers:
