@@ -27,16 +27,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dualpath_jax.data import augment, order, randaugment, sampling
+from dualpath_jax.data import augment, jpeg_frames, order, randaugment, sampling
 from dualpath_jax.data.framesets import FramesetShape, tile_framesets
 from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
 
 Batch = dict[str, np.ndarray]
-
-DECODE_RATIOS = (1, 2, 4)
-# With fewer pixels left than this times those needed, textures differ visibly from the full path:
-# photographs of grass and gravel by 2.6 / 255 on average at 1.5, and by 5.7 at 1.0; 1.7 at 1.6.
-DECODE_MARGIN = 1.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,20 +90,6 @@ def _check_augmentation(data: Any) -> None:
         raise ValueError(f"data.erasing_probability={data.erasing_probability} must be in 0..1")
 
 
-def decode_ratio(side: int, frame_size: int) -> int:
-    """By how much libjpeg may reduce a frame that only feeds a frameset.
-
-    Args:
-      side: shorter side of the crop, pixels of the stored frame.
-      frame_size: side that it gets in the frameset, pixels.
-
-    Returns:
-      1, 2 or 4: the largest that leaves `DECODE_MARGIN` times the pixels needed.
-    """
-    enough = (r for r in DECODE_RATIOS if side >= DECODE_MARGIN * r * frame_size)
-    return max(enough, default=1)
-
-
 def _element(
     dataset: VideoDataset,
     clip: ClipFormat,
@@ -118,11 +99,11 @@ def _element(
     real: bool = True,
 ) -> dict[str, Any]:
     side = min(crop.height, crop.width)
-    ratio = decode_ratio(side, clip.framesets.frame_size) if clip.framesets else 1
+    ratio = jpeg_frames.decode_ratio(side, clip.framesets.frame_size) if clip.framesets else 1
     return {
         "records": dataset.read_frames(example, frames),
         "box": np.array([crop.top, crop.left, crop.height, crop.width], np.int32),
-        "decode_ratio": np.int32(DECODE_RATIOS.index(ratio)),
+        "decode_ratio": np.int32(jpeg_frames.RATIOS.index(ratio)),
         "flip": crop.flip,
         "label": np.int32(dataset.labels[example]),
         "mask": np.float32(real),
@@ -200,47 +181,6 @@ def _eval_elements(
                     yield _element(dataset, clip, example, frames, crop, real)
 
 
-def _decode(jpegs: list[tf.Tensor], box: tf.Tensor, ratio: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Frames cut at `box`, reduced by libjpeg.
-
-    Args:
-      jpegs: n scalars.
-      box: int32 [4]: top, left, height and width in pixels of the stored frames.
-      ratio: 1, 2 or 4.
-
-    Returns:
-      uint8 [n, h, w, 3], cut at the whole reduced pixels that cover `box`, and float32 [4]: `box`
-      in pixels of these.
-    """
-    start, end = box[:2] // ratio, -(-(box[:2] + box[2:]) // ratio)
-    window = tf.concat([start, end - start], 0)  # libjpeg crops after reducing
-    # Written out: a map_fn over the frames costs as much again as decoding small ones.
-    frames = tf.stack(
-        [
-            tf.image.decode_and_crop_jpeg(
-                jpeg, window, channels=3, ratio=ratio, dct_method="INTEGER_ACCURATE"
-            )
-            for jpeg in jpegs
-        ]
-    )
-    inner = tf.cast(box, tf.float32) / ratio - tf.cast(tf.pad(start, [[0, 2]]), tf.float32)
-    return frames, inner
-
-
-def _resize(frames: tf.Tensor, box: tf.Tensor, size: int) -> tf.Tensor:
-    """`box` (float32 [4]) of [n, h, w, 3] -> [n, size, size, 3] uint8, bilinear, antialiased."""
-    scale = size / box[2:]
-    resized = tf.raw_ops.ScaleAndTranslate(
-        images=tf.cast(frames, tf.float32),
-        size=[size, size],
-        scale=scale,
-        translation=-box[:2] * scale,
-        kernel_type="triangle",
-        antialias=True,
-    )
-    return tf.ensure_shape(tf.cast(tf.round(resized), tf.uint8), [None, size, size, 3])
-
-
 def _frames(
     element: dict[str, tf.Tensor], clip: ClipFormat, fill: np.ndarray
 ) -> tuple[tf.Tensor, tf.Tensor | None]:
@@ -250,34 +190,26 @@ def _frames(
     chosen = sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
 
     def read(indices: np.ndarray, ratio: int) -> tuple[tf.Tensor, tf.Tensor]:
-        frames, box = _decode([jpegs[i] for i in indices], element["box"], ratio)
+        frames, box = jpeg_frames.decode([jpegs[i] for i in indices], element["box"], ratio)
         if "matrix" in element:
             frames = randaugment.warp(frames, box, element["matrix"], fill)
         return frames, box
 
     full, box = read(chosen, 1)
-    spatial = _resize(full, box, clip.image_size)
+    spatial = jpeg_frames.resize(full, box, clip.image_size)
     if clip.framesets is None:
         return spatial, None
     size = clip.framesets.frame_size
-    small = _resize(full, box, size)
+    small = jpeg_frames.resize(full, box, size)
     others = np.setdiff1d(np.arange(clip.num_frames), chosen)
     if others.size:
         branches = [
-            lambda ratio=ratio: _resize(*read(others, ratio), size) for ratio in DECODE_RATIOS
+            lambda ratio=ratio: jpeg_frames.resize(*read(others, ratio), size)
+            for ratio in jpeg_frames.RATIOS
         ]
         small = tf.concat([small, tf.switch_case(element["decode_ratio"], branches)], 0)
         small = tf.gather(small, np.argsort(np.concatenate([chosen, others])))  # in time order
     return spatial, small
-
-
-def _erase(images: tf.Tensor, box: tf.Tensor, fill: np.ndarray) -> tf.Tensor:
-    """Paint `box` (int32 [4]: top, left, height, width) of uint8 [n, H, W, 3] with a colour."""
-    top, left, height, width = tf.unstack(box)
-    rows, columns = tf.range(images.shape[1]), tf.range(images.shape[2])
-    inside = ((rows >= top) & (rows < top + height))[:, None]
-    inside &= ((columns >= left) & (columns < left + width))[None]
-    return tf.where(inside[None, :, :, None], tf.cast(tf.round(fill), tf.uint8), images)
 
 
 def _assemble(
@@ -287,35 +219,24 @@ def _assemble(
 
     `fill` is the colour, 0..255, of what is erased or comes from outside.
     """
-    spatial, small = _frames(element, clip, fill)
-    images = [spatial] if small is None else [spatial, small]
+    images = [x for x in _frames(element, clip, fill) if x is not None]
     images = tf.cond(element["flip"], lambda: [tf.reverse(x, [2]) for x in images], lambda: images)
-    batch = {key: element[key] for key in ("label", "mask", "example_id")}
+    colour = {}
     if "ops" in element:
-        batch |= {key: element[key] for key in ("ops", "op_values")}
-        batch["tables"] = randaugment.lookup_tables(
-            images[-1], element["ops"], element["op_values"]
-        )
-    sides = [clip.image_size] if small is None else [clip.image_size, clip.framesets.frame_size]
-    counts = [clip.num_spatial_frames, clip.num_frames]
-    images = [
-        tf.ensure_shape(x, [count, side, side, 3])
-        for x, count, side in zip(images, counts, sides, strict=False)
-    ]
-    if "erase" in element:  # drawn in the pixels of the last, so that it is the same part of both
-        box = element["erase"]
-        images = tf.cond(
-            box[2] > 0,
-            lambda: [
-                _erase(x, box * (side // sides[-1]), fill)
-                for x, side in zip(images, sides, strict=True)
-            ],
-            lambda: images,
-        )
-    batch["spatial"] = images[0]
+        colour = {key: element[key] for key in ("ops", "op_values")}
+        colour["tables"] = randaugment.lookup_tables(images[-1], *colour.values())
+    if "erase" in element:
+        box = element["erase"]  # in pixels of the last, so that it is the same part of both
+
+        def erased() -> list[tf.Tensor]:
+            side = images[-1].shape[1]
+            return [jpeg_frames.erase(x, box * (x.shape[1] // side), fill) for x in images]
+
+        images = tf.cond(box[2] > 0, erased, lambda: images)
+    inputs = {"spatial": images[0]}
     if clip.framesets is not None:
-        batch["temporal"] = tile_framesets(images[1], clip.framesets.grid)
-    return batch
+        inputs["temporal"] = tile_framesets(images[1], clip.framesets.grid)
+    return inputs | {key: element[key] for key in ("label", "mask", "example_id")} | colour
 
 
 def _tf_dataset(

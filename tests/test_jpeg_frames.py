@@ -10,7 +10,7 @@ import skimage.data
 from PIL import Image
 
 from configs import base
-from dualpath_jax.data import pipeline
+from dualpath_jax.data import jpeg_frames, pipeline
 from dualpath_jax.data.records import encode_frame
 
 # From faces to textures that fill the frame, which suffer most.
@@ -60,7 +60,7 @@ def differences(videos, image_size, monkeypatch):
     """Mean absolute difference of each frameset to the one of fully decoded frames, 0..255."""
     reduced = framesets(videos, image_size)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "decode_ratio", lambda *_: 1)
+        patch.setattr(jpeg_frames, "decode_ratio", lambda *_: 1)
         full = framesets(videos, image_size)
     return np.abs(reduced - full).mean(axis=(1, 2, 3))
 
@@ -74,27 +74,27 @@ def test_photographs_lose_nothing(image_size, monkeypatch):
 
 
 def test_a_smaller_margin_is_seen(monkeypatch):
-    monkeypatch.setattr(pipeline, "DECODE_MARGIN", 0.5)
+    monkeypatch.setattr(jpeg_frames, "MARGIN", 0.5)
     difference = differences(photographs(), 112, monkeypatch)
     assert difference.max() > 4
 
 
 def test_a_shifted_box_is_seen(monkeypatch):
-    decode = pipeline._decode
+    decode = jpeg_frames.decode
 
     def shifted(jpegs, box, ratio):
         frames, inner = decode(jpegs, box, ratio)
         return frames, inner + ([1.0, 1.0, 0.0, 0.0] if ratio > 1 else 0.0)
 
-    monkeypatch.setattr(pipeline, "_decode", shifted)
+    monkeypatch.setattr(jpeg_frames, "decode", shifted)
     assert differences(photographs(), 112, monkeypatch).max() > 4
 
 
 def test_choice_of_the_ratio():
     sides = {25: 1, 89: 1, 90: 2, 179: 2, 180: 4, 2000: 4}  # 1.6 x 28 = 44.8
-    assert {side: pipeline.decode_ratio(side, 28) for side in sides} == sides
-    assert pipeline.decode_ratio(256, 56) == 2
-    assert pipeline.decode_ratio(256, 224) == 1
+    assert {side: jpeg_frames.decode_ratio(side, 28) for side in sides} == sides
+    assert jpeg_frames.decode_ratio(256, 56) == 2
+    assert jpeg_frames.decode_ratio(256, 224) == 1
 
 
 @pytest.mark.skipif(not CLIPS, reason="set DUALPATH_TEST_VIDEOS to a folder of videos")
