@@ -60,7 +60,7 @@ def prepare(
       short_side: pixels of the shorter side of stored frames; smaller videos keep their size.
       quality: of the JPEG frames, 1..95.
       fps: frames per second to store of videos that have more; by default all frames.
-      videos_per_shard: 512 Kinetics clips make shards of about 4 GB, of which 470 hold them all.
+      videos_per_shard: 512 Kinetics clips make shards of about 3 GB, of which 510 hold them all.
       num_workers: decoding processes, by default one per core.
       limits: what one video may cost.
       max_missing: part of a split's videos, 0..1, whose files may be missing.
