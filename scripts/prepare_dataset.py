@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
         ("pixels", limits.max_pixels, "width x height"),
         ("frames", limits.max_frames, "frames to store"),
     ):
-        help_ = f"{what} for one video ({default:g})"
+        help_ = f"{what} for one video ({default:,})"
         add(f"--max_{name}", type=_positive(type(default)), default=default, help=help_)
     arguments = parser.parse_args()
     if not arguments.out and not arguments.check:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import resource
 import shutil
 import signal
@@ -26,7 +27,7 @@ from dualpath_jax.data import records
 from dualpath_jax.data.check_videos import check
 from dualpath_jax.data.datasets import list_videos
 from dualpath_jax.data.decode import DecodeLimits
-from dualpath_jax.data.ledger import Counts, Progress
+from dualpath_jax.data.ledger import Counts, Progress, in_words
 from dualpath_jax.data.prepare import prepare
 from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
 from scripts.prepare_dataset import parse_arguments
@@ -274,7 +275,8 @@ def test_full_disk(videos, tmp_path, monkeypatch):
     FullWriter.room = 3000  # 3 frames of train's first shard, but not 5 more
     match = (
         r"cannot write to '.*out': No space left on device\. 2 of 7 videos are finished and take "
-        r"0\.0 GB, .*GB are free\. The finished shards are kept: make room and run the same command"
+        r"131 kB; the rest takes about 328 kB, and .* are free\. The finished shards are kept: "
+        r"make room and run the same command"
     )
     with pytest.raises(OSError, match=match):
         run(videos, out)
@@ -334,7 +336,7 @@ def test_limited_file_size(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(OSError, match="File too large. 0 of 1 videos are finished"):
+        with pytest.raises(OSError, match="File too large. 0 of 1 .* an unknown amount"):
             prepare(listing, str(videos), str(out), num_workers=1, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -381,6 +383,7 @@ def test_check(videos, tmp_path, capsys, monkeypatch):
     )
     assert json.loads(truncated[0])["path"] == "clip 0.mp4"
     assert json.loads(truncated[0])["truncated"].startswith("after ")
+    assert re.fullmatch(r"the frames would take about \d+ kB", lines[-1])
     assert lines[3].startswith("train: listed 5, found 4, stored 3, bad 2 (stored but truncated 1")
     names = [str(tmp_path / name) for name in ("no folder/x", "bad ü.jsonl")]
     with pytest.raises(OSError, match="no folder"):
@@ -404,7 +407,24 @@ def test_check_of_splits_that_share_videos(tmp_path, capsys):
     counts = check(listing, str(videos), num_workers=1, progress=False)
     assert (counts["test1"].num_frames, counts["test2"].num_frames) == (3, 2)
     assert counts["total"].num_frames == 5
-    assert len(capsys.readouterr().out.splitlines()) == 6
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 + 1  # there is no test3
+    assert lines[-1].startswith("the frames would take about ")
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (9_440, "9.4 kB"),
+        (350_000, "350 kB"),
+        (1_240_000_000, "1.2 GB"),
+        (1_620_000_000_000, "1.6 TB"),
+    ],
+)
+def test_sizes_in_words(number, expected):
+    assert in_words(number) == expected
 
 
 def test_progress_without_a_terminal(capsys):

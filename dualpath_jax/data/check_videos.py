@@ -36,7 +36,7 @@ def check(
 
     Returns:
       Counts of each split and "total", as `prepare` would print them and as printed, with the bytes
-      estimated from one frame in 16.
+      estimated from one frame in 16; a last line printed gives the disk that all frames would take.
 
     Raises:
       ValueError: none of the listed videos is there.
@@ -70,6 +70,7 @@ def check(
             bar.update()
     counts = ledger.count_splits(listing, stored, bad)
     ledger.print_counts(counts)
+    print(f"the frames would take about {ledger.in_words(counts['total'].num_bytes)}")
     return counts
 
 

@@ -1,7 +1,8 @@
 """What becomes of listed videos, as `prepare` and `check` tell it.
 
 Public: `Counts`, `count_splits`, `print_counts`; the entries `bad_entry`, `stored_entry`,
-`truncated_entry`, `json_line`; `find_missing`, `missing_in_splits`; `check_options`, `Progress`.
+`truncated_entry`, `json_line`; `find_missing`, `missing_in_splits`; `check_options`, `Progress`,
+`in_words`.
 """
 
 import dataclasses
@@ -90,6 +91,15 @@ def _count(stored: list[dict], bad: list[dict]) -> Counts:
 def print_counts(counts: dict[str, Counts]) -> None:
     for name, count in counts.items():
         print(f"{name}: {count}")
+
+
+def in_words(num_bytes: float) -> str:
+    """ "1.6 TB", "12 GB", "350 kB": two digits at least, powers of 1000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.{1 if num_bytes < 10 and unit != 'bytes' else 0}f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
 
 
 def find_missing(listing: Listing, videos_dir: str) -> set[str]:

@@ -60,7 +60,7 @@ def prepare(
       short_side: pixels of the shorter side of stored frames; smaller videos keep their size.
       quality: of the JPEG frames, 1..95.
       fps: frames per second to store of videos that have more; by default all frames.
-      videos_per_shard: 512 Kinetics clips make shards of about 4 GB, of which 470 hold them all.
+      videos_per_shard: 512 Kinetics clips make shards of about 3 GB, of which 510 hold them all.
       num_workers: decoding processes, by default one per core.
       limits: what one video may cost.
       max_missing: part of a split's videos, 0..1, whose files may be missing.
@@ -275,11 +275,11 @@ def _full_disk_explained(out_dir: str, shards: list[_Shard]) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         need, free, standing = _disk(out_dir, shards)
-        rest = f"the rest takes about {need:.1f} GB, " if need else ""
         raise OSError(
-            f"cannot write to {out_dir!r}: {os.strerror(error.errno)}. {standing}, {rest}"
-            f"{free:.1f} GB are free. The finished shards are kept: make room and run the same "
-            "command again, or start anew with another --out and a smaller --short_side, "
+            f"cannot write to {out_dir!r}: {os.strerror(error.errno)}. {standing}; the rest takes "
+            f"{'about ' + ledger.in_words(need) if need else 'an unknown amount'}, and "
+            f"{ledger.in_words(free)} are free. The finished shards are kept: make room and run "
+            "the same command again, or start anew with another --out and a smaller --short_side, "
             "--quality or --fps"
         ) from None
 
@@ -289,19 +289,19 @@ def _note_short_disk(out_dir: str, shards: list[_Shard]) -> None:
     need, free, standing = _disk(out_dir, shards)
     if need > free:
         print(
-            f"note: the disk of {out_dir!r} will be full before the end: {standing}, the rest "
-            f"takes about {need:.1f} GB, and {free:.1f} GB are free",
+            f"note: the disk of {out_dir!r} will be full before the end: {standing}; the rest "
+            f"takes about {ledger.in_words(need)}, and {ledger.in_words(free)} are free",
             file=sys.stderr,
         )
 
 
-def _disk(out_dir: str, shards: list[_Shard]) -> tuple[float, float, str]:
-    """GB that the rest will need (0 if unknown), GB free, and a sentence on what is stored."""
+def _disk(out_dir: str, shards: list[_Shard]) -> tuple[float, int, str]:
+    """Bytes that the rest will need (0 if unknown), bytes free, and a phrase on what is stored."""
     finished = [shard for shard in shards if os.path.exists(shard.sidecar(out_dir))]
     done = sum(len(shard.videos) for shard in finished)
     total = sum(len(shard.videos) for shard in shards)
     paths = [shard.frames(out_dir) for shard in finished]
-    size = sum(os.path.getsize(path) for path in paths if os.path.exists(path)) / 1e9
+    size = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
     need = size / done * (total - done) if done else 0.0
-    standing = f"{done} of {total} videos are finished and take {size:.1f} GB"
-    return need, shutil.disk_usage(out_dir).free / 1e9, standing
+    standing = f"{done} of {total} videos are finished and take {ledger.in_words(size)}"
+    return need, shutil.disk_usage(out_dir).free, standing
