@@ -29,6 +29,8 @@ from dualpath_jax.data.annotations import Listing, Video
 from dualpath_jax.data.framesets import tile_framesets
 from dualpath_jax.data.prepare import prepare
 
+_CAN_CHOOSE_CORES = hasattr(os, "sched_getaffinity")  # Linux
+
 Clip = tuple[int, np.ndarray]  # row of the video table, frames int64 [T]
 
 
@@ -43,7 +45,7 @@ def prepare_files(paths: Sequence[str], out: str) -> records.VideoDataset:
 
 def num_cores() -> int:
     """Cores that this process may run on."""
-    return len(psutil.Process().cpu_affinity())
+    return len(os.sched_getaffinity(0)) if _CAN_CHOOSE_CORES else os.cpu_count() or 1
 
 
 class Videos:
@@ -367,8 +369,8 @@ def stage_costs(prepared: str, data: Any, training: bool, num_batches: int) -> d
 
 
 def _use_one_core() -> None:
-    process = psutil.Process()
-    process.cpu_affinity(process.cpu_affinity()[-1:])
+    if _CAN_CHOOSE_CORES:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def _stage_costs(prepared: str, data: Any, training: bool, num_batches: int) -> dict[str, float]:
