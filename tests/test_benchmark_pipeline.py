@@ -149,8 +149,16 @@ def test_stages():
 
 
 @pytest.mark.slow
+def test_stage_costs(dataset, prepared, data):
+    costs = benchmark.stage_costs(prepared, data, True, 3)
+    assert list(costs) == list(benchmark.STAGES)
+    assert all(costs[stage] > 0 for stage in benchmark.STAGES[:4])
+
+
 def test_script(files, prepared, scripts, monkeypatch, capsys):
     """The whole script: every loader timed twice, stages of each case, both lengths."""
+    stages = dict.fromkeys(benchmark.STAGES, 1.5)
+    monkeypatch.setattr(benchmark, "stage_costs", lambda *args: stages)
     script = scripts("benchmark_pipeline")
     plain = script.benchmark_data
     monkeypatch.setattr(script, "benchmark_data", lambda *args: tiny(plain(*args)))
@@ -166,12 +174,11 @@ def test_script(files, prepared, scripts, monkeypatch, capsys):
             LOADERS, 2
         )
         assert list(case["ratios"]) == LOADERS[1:]
-        assert list(case["stages"]) == list(benchmark.STAGES)
-        for stage in benchmark.STAGES[:4]:
-            assert case["stages"][stage] > 0
+        assert case["stages"] == stages
     assert list(result["lengths"]["rounds"]) == ["30", "8"]
     lines = script.markdown(result).splitlines()
     assert sum(line.startswith("| 4, ") for line in lines) == 4
+    assert sum(line.endswith("| 1.50 | 7.50 |") for line in lines) == 2
     assert lines[-1].startswith("Videos of 30 frames: ")
     missing = [] if "decord" in LOADERS else ["decord is not installed: pip install -r"]
     assert all(text in capsys.readouterr().err for text in missing)
