@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
     config.data.mean = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
     config.data.std = (0.26862954, 0.26130258, 0.27577711)  # CLIP's
     config.data.prefetch = 2  # batches made ahead of the step that needs them
+    config.data.max_broken_videos = 100  # unreadable ones replaced in training; one more stops it
     config.data.synthetic = False  # time the device: one made-up batch, random weights, no files
 
     config.backbone = ConfigDict()

@@ -26,8 +26,11 @@ import tensorflow as tf
 
 from dualpath_jax.data import augment, pipeline, records, sampling
 from dualpath_jax.data.annotations import Listing, Video
+from dualpath_jax.data.clips import ClipFormat, clip_format
 from dualpath_jax.data.framesets import tile_framesets
 from dualpath_jax.data.prepare import prepare
+
+_CAN_CHOOSE_CORES = hasattr(os, "sched_getaffinity")  # Linux
 
 Clip = tuple[int, np.ndarray]  # row of the video table, frames int64 [T]
 
@@ -43,7 +46,7 @@ def prepare_files(paths: Sequence[str], out: str) -> records.VideoDataset:
 
 def num_cores() -> int:
     """Cores that this process may run on."""
-    return len(psutil.Process().cpu_affinity())
+    return len(os.sched_getaffinity(0)) if _CAN_CHOOSE_CORES else os.cpu_count() or 1
 
 
 class Videos:
@@ -149,7 +152,7 @@ def decode_pyav(path: str, frames: np.ndarray) -> np.ndarray:
     return np.stack([found[near[i]] for i in frames.tolist()])
 
 
-def make_transform(clip: pipeline.ClipFormat) -> Callable[..., dict[str, tf.Tensor]]:
+def make_transform(clip: ClipFormat) -> Callable[..., dict[str, tf.Tensor]]:
     """(frames uint8 [T, H, W, 3], box, flip) -> the inputs that the pipeline makes of them.
 
     Crop, resize, flip and framesets; no further augmentation.
@@ -187,7 +190,7 @@ def _load_online(
     training: bool,
     clips: Sequence[Clip],
 ) -> Iterator[int]:
-    transform = make_transform(pipeline.clip_format(data))
+    transform = make_transform(clip_format(data))
 
     def load(number: int) -> dict[str, np.ndarray]:
         video, frames = clips[number]
@@ -367,8 +370,8 @@ def stage_costs(prepared: str, data: Any, training: bool, num_batches: int) -> d
 
 
 def _use_one_core() -> None:
-    process = psutil.Process()
-    process.cpu_affinity(process.cpu_affinity()[-1:])
+    if _CAN_CHOOSE_CORES:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def _stage_costs(prepared: str, data: Any, training: bool, num_batches: int) -> dict[str, float]:

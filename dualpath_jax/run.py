@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import dualpath_jax
 from dualpath_jax import convert
 from dualpath_jax import params as params_lib
-from dualpath_jax.data import hmdb51, pipeline, synthetic
+from dualpath_jax.data import clips, hmdb51, pipeline, synthetic
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import backbones, tuning
 
@@ -220,7 +220,7 @@ def clip_shapes(config: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
 
     For a method without framesets S is T and `temporal` None.
     """
-    clip = pipeline.clip_format(config.data, tuning.takes_framesets(config.model.method))
+    clip = clips.clip_format(config.data, tuning.takes_framesets(config.model.method))
     spatial = (1, clip.num_spatial_frames, clip.image_size, clip.image_size, 3)
     if clip.framesets is None:
         return spatial, None

@@ -16,6 +16,7 @@ from etils import epath
 from dualpath_jax import evaluate, preprocess
 from dualpath_jax import params as params_lib
 from dualpath_jax.checkpoint import Checkpoints
+from dualpath_jax.data.broken import BrokenVideos
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
 from dualpath_jax.progress import Reporter
@@ -144,6 +145,7 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
     first_step = resume(run, checkpoints)
     reporter = Reporter(run.workdir, plan.num_steps, config.data.batch_size)
     train_step = jax.jit(make_train_step(run.model, config, run.optimizer), donate_argnums=0)
+    broken = BrokenVideos(dataset.ids, config.data.max_broken_videos)
     batches = train_batches_of(config.data)(
         dataset,
         config.data,
@@ -153,6 +155,7 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
         jax.process_index(),
         jax.process_count(),
         framesets=tuning.takes_framesets(config.model.method),
+        broken=broken,
     )
     reporter.start(first_step)
     pending = None  # metrics of the step before: read while the next one computes
@@ -171,7 +174,8 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
             values = {key: float(value) for key, value in jax.device_get(metrics).items()}
             check_finite(done, values, checkpoints)
         if plan.logs(done):
-            reporter.progress(done, {**values, "learning_rate": float(run.schedule(step))})
+            values["learning_rate"] = float(run.schedule(step))
+            reporter.progress(done, values | {"broken_videos": len(broken.videos)})
         if plan.saves(done):
             checkpoints.save(done, run.state, run.metadata())
         if plan.evaluates(done):

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from dualpath_jax.data import augment, order, pipeline, randaugment, sampling
+from dualpath_jax.data import augment, clips, order, pipeline, randaugment, sampling
 from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
 
 
@@ -249,13 +249,13 @@ def test_views_differ(config):
 def test_bad_values_are_named(config):
     config.data.sampling = "sparse"
     with pytest.raises(ValueError, match="'sparse'"):
-        pipeline.clip_format(config.data)
+        clips.clip_format(config.data)
     for key, value in (("randaugment_magnitude", 11), ("erasing_probability", 25)):
         bad = config.copy_and_resolve_references().data
         bad.randaugment_layers = 2
         bad.update({key: float(value) if "prob" in key else value})
         with pytest.raises(ValueError, match=f"data.{key}={value}"):
-            pipeline.clip_format(bad)
+            clips.clip_format(bad)
     config.data.sampling, config.data.num_frames = "dense", 64
     with pytest.raises(ValueError, match="data.sampling_interval"):
-        pipeline.clip_format(config.data)
+        clips.clip_format(config.data)
