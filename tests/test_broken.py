@@ -17,14 +17,19 @@ from dualpath_jax.data.records import (
 )
 
 
-def flip(path, records):
-    """Change a bit in the middle of each record, where it lies in the file."""
-    content = bytearray(pathlib.Path(path).read_bytes())
-    for record in records:
-        # The file's own headers may lie between two parts of a record, not between many.
-        parts = (record[i : i + 40] for i in range(len(record) // 4, len(record), 100))
-        place = next(place for part in parts if (place := content.find(part)) > 0)
-        content[place] ^= 1
+def flip(dataset, path, wanted):
+    """Change a bit of some records, where they lie in the file. wanted: (video, frame) -> bool."""
+    content, start = bytearray(pathlib.Path(path).read_bytes()), 0
+    whole = bytes(content)
+    for video in range(len(dataset)):
+        for frame in range(dataset.num_frames[video]):
+            record = dataset.read_frames(video, [frame])[0]
+            # The file's own headers may lie between two parts of a record.
+            parts = (record[i : i + 40] for i in range(len(record) // 2, len(record) - 40, 40))
+            end = start + 3 * len(record) + 1000
+            place = next(p for part in parts if (p := whole.find(part, start, end)) > 0)
+            content[place] ^= wanted(video, frame)
+            start = place + 40
     pathlib.Path(path).write_bytes(content)
 
 
@@ -34,8 +39,7 @@ def damaged(source, out, videos, how, split="train"):
     dataset = VideoDataset(str(out), split)
     path = frame_shard_path(str(out), split, 0, 1)
     if how == "flipped byte":  # noticed by checksums when it is read
-        for video in videos:
-            flip(path, dataset.read_frames(video, range(dataset.num_frames[video])))
+        flip(dataset, path, lambda video, frame: video in videos)
     else:  # whole records that hold no image: noticed when they are decoded
         writer = ShardWriter(path)
         for video in range(len(dataset)):
@@ -88,9 +92,9 @@ def test_the_next_video_takes_the_place(config, demo_data, tmp_path, how):
 
 def test_a_clip_without_the_damaged_frame_stays(config, demo_data, tmp_path):
     """A damaged frame costs the clips that hold it, not the video."""
-    dataset = damaged(demo_data, tmp_path / "data", (), "flipped byte")
+    dataset = damaged(demo_data, tmp_path / "data", (), "no image")
     path = frame_shard_path(str(tmp_path / "data"), "train", 0, 1)
-    flip(path, dataset.read_frames(3, [0]))
+    flip(dataset, path, lambda video, frame: (video, frame) == (3, 0))
     dataset = VideoDataset(str(tmp_path / "data"), "train")
     config.data.num_frames, config.data.grid = 4, (2, 2)
     config.data.frame_scale = 2
