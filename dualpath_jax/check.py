@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from configs import base
 from dualpath_jax import evaluate, run, train
 from dualpath_jax import params as params_lib
-from dualpath_jax.data import pipeline
-from dualpath_jax.data.synthetic import synthetic_split
+from dualpath_jax.data import datasets, pipeline
+from dualpath_jax.data.synthetic import SyntheticVideos
 from dualpath_jax.models import tuning
 
 
@@ -81,9 +81,10 @@ def check(config: ConfigDict) -> None:
     small.data.batch_size = small.eval.batch_size = 2
     small.optimizer.accumulation_steps = min(2, config.optimizer.accumulation_steps)
     log = ReadLog(small)
-    videos = synthetic_split(config.data.source, num_videos=2)
-    model = run.outline(log, len(videos.class_names))
+    names = [str(i) for i in range(datasets.NUM_CLASSES.get(config.data.source, 2))]
+    model = run.outline(log, len(names))
     print(params_lib.parameter_table(model.params, model.mask))
+    videos = SyntheticVideos(names, num_videos=2)
     steps_per_epoch = len(videos) / log.data.batch_size
     num_steps = max(1, run.count_train_steps(log, steps_per_epoch))
     train.make_plan(log, num_steps, steps_per_epoch)
