@@ -55,6 +55,7 @@ class Videos:
     def __init__(self, dataset: records.VideoDataset, length: int):
         rows = np.arange(length) % len(dataset)
         self._dataset, self._rows = dataset, rows
+        self.class_names = dataset.class_names
         self.ids = [dataset.ids[row] for row in rows]
         self.labels, self.num_frames = dataset.labels[rows], dataset.num_frames[rows]
         self.heights, self.widths = dataset.heights[rows], dataset.widths[rows]

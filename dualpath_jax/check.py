@@ -15,8 +15,7 @@ from ml_collections import ConfigDict
 from configs import base
 from dualpath_jax import evaluate, run, train
 from dualpath_jax import params as params_lib
-from dualpath_jax.data import augment, pipeline
-from dualpath_jax.data.synthetic import synthetic_split
+from dualpath_jax.data import pipeline, synthetic
 from dualpath_jax.models import tuning
 
 
@@ -81,10 +80,7 @@ def check(config: ConfigDict) -> None:
     small.data.batch_size = small.eval.batch_size = 2
     small.optimizer.accumulation_steps = min(2, config.optimizer.accumulation_steps)
     log = ReadLog(small)
-    videos = synthetic_split(config.data.source, num_videos=2)
-    if log.data.flip:
-        swapped = [name for pair in augment.read_label_swap(log.data.label_swap) for name in pair]
-        videos.class_names[: len(swapped)] = swapped
+    videos = synthetic.synthetic_split(log.data, num_videos=2)
     model = run.outline(log, len(videos.class_names))
     print(params_lib.parameter_table(model.params, model.mask))
     steps_per_epoch = len(videos) / log.data.batch_size

@@ -144,7 +144,7 @@ def open_data(config: Any) -> tuple[VideoDataset, VideoDataset]:
     """
     if config.data.synthetic:
         sizes = (SYNTHETIC_VIDEOS, config.eval.batch_size)
-        return tuple(synthetic.synthetic_split(config.data.source, size) for size in sizes)
+        return tuple(synthetic.synthetic_split(config.data, size) for size in sizes)
     splits = (config.data.train_split, config.eval.split)
     return tuple(VideoDataset(config.data.dir, split) for split in splits)
 

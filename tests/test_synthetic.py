@@ -11,7 +11,7 @@ import pytest
 
 from configs import demo
 from dualpath_jax import run as run_lib
-from dualpath_jax.data import pipeline, synthetic
+from dualpath_jax.data import augment, pipeline, synthetic
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = [
@@ -42,7 +42,7 @@ def data():
 
 @pytest.mark.parametrize("framesets", [True, False])
 def test_batches_are_the_pipelines(data, framesets):
-    videos = synthetic.synthetic_split("demo", 20)
+    videos = synthetic.synthetic_split(data, 20)
     batches = list(synthetic.train_batches(videos, data, 0, 3, 10, 1, 2, framesets=framesets))
     assert len(batches) == 7
     assert all(batch is batches[0] for batch in batches)  # nothing is made for a step
@@ -54,12 +54,22 @@ def test_batches_are_the_pipelines(data, framesets):
 
 
 @pytest.mark.parametrize(("source", "classes"), [("k400", 400), ("ssv2", 174), ("folder", 2)])
-def test_classes_of_the_data_set(source, classes):
-    assert len(synthetic.synthetic_split(source, 3).class_names) == classes
+def test_classes_of_the_data_set(data, source, classes):
+    data.source = source
+    assert len(synthetic.synthetic_split(data, 3).class_names) == classes
+
+
+def test_classes_that_mirroring_exchanges(data):
+    data.source, data.flip, data.label_swap = "ssv2", True, "ssv2"
+    names = synthetic.synthetic_split(data, 3).class_names
+    assert len(names) == 174
+    assert {name for pair in augment.SSV2_LABEL_SWAP for name in pair} <= set(names)
+    data.flip = False
+    assert "0" in synthetic.synthetic_split(data, 3).class_names
 
 
 def test_no_frame_is_read_for_a_step(data):
-    videos = synthetic.synthetic_split("demo", 20)
+    videos = synthetic.synthetic_split(data, 20)
     read, original = [], videos.read_frames
     videos.read_frames = lambda *args: read.append(args) or original(*args)
 

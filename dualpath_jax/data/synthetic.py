@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dualpath_jax.data import pipeline
-from dualpath_jax.data.datasets import NUM_CLASSES
+from dualpath_jax.data import augment, pipeline
+from dualpath_jax.data.datasets import NUM_CLASSES, UNKNOWN_CLASSES
 from dualpath_jax.data.records import encode_frame
 
 
@@ -57,9 +57,16 @@ class SyntheticVideos:
         return [self._record] * len(frame_indices)
 
 
-def synthetic_split(source: str, num_videos: int) -> SyntheticVideos:
-    """A split with as many classes as the data set `source` (a `config.data.source`), or else 2."""
-    return SyntheticVideos([str(i) for i in range(NUM_CLASSES.get(source, 2))], num_videos)
+def synthetic_split(data: Any, num_videos: int) -> SyntheticVideos:
+    """A split for `config.data`: as many classes as its `source` has, or else 2.
+
+    Classes are called 0, 1, ...; the first of them as `label_swap` asks, where clips are mirrored.
+    """
+    names = [str(i) for i in range(NUM_CLASSES.get(data.source, UNKNOWN_CLASSES))]
+    if data.flip:
+        swapped = [name for pair in augment.read_label_swap(data.label_swap) for name in pair]
+        names[: len(swapped)] = swapped
+    return SyntheticVideos(names, num_videos)
 
 
 def train_batches(
