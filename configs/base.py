@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.data.flip = True  # mirror clips half of the time; left / right: see label_swap; ours
     config.data.label_swap = placeholder(str)  # classes that flip exchanges: ssv2, or a JSON file
     config.data.randaugment_layers = 0  # N, operations drawn per clip; 0: no RandAugment
-    config.data.randaugment_magnitude = 7  # M, 0..10; ours
+    config.data.randaugment_magnitude = 7.0  # M, 0..10; ours
     config.data.erasing_probability = 0.0  # of erasing a box in all frames of a clip
     config.data.mean = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
     config.data.std = (0.26862954, 0.26130258, 0.27577711)  # CLIP's

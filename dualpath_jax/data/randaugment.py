@@ -1,6 +1,6 @@
 """RandAugment (Cubuk et al. 2020) of clips: the draw, and its part that the host does.
 
-Public: `OPS`, `draw`, `affine`, `warp`, `lookup_tables`.
+Public: `OPS`, `value_of`, `draw`, `affine`, `warp`, `lookup_tables`.
 
 One draw serves all frames of a clip and its framesets. Three places share the work, in this order:
 geometry on the host (`affine`, `warp`), operations that are a table per channel (tables made on
