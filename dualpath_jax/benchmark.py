@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from dualpath_jax.data import augment, pipeline, records, sampling
+from dualpath_jax.data import augment, jpeg_frames, pipeline, records, sampling
 from dualpath_jax.data.annotations import Listing, Video
 from dualpath_jax.data.clips import ClipFormat, clip_format
 from dualpath_jax.data.framesets import tile_framesets
@@ -159,10 +159,6 @@ def make_transform(clip: ClipFormat) -> Callable[..., dict[str, tf.Tensor]]:
     Crop, resize, flip and framesets; no further augmentation.
     """
 
-    def resize(frames, size):
-        frames = tf.image.resize(tf.cast(frames, tf.float32), (size, size), antialias=True)
-        return tf.ensure_shape(tf.cast(tf.round(frames), tf.uint8), [None, size, size, 3])
-
     @tf.function(
         input_signature=[
             tf.TensorSpec([clip.num_frames, None, None, 3], tf.uint8),
@@ -173,11 +169,17 @@ def make_transform(clip: ClipFormat) -> Callable[..., dict[str, tf.Tensor]]:
     def transform(frames, box, flip):
         top, left, height, width = tf.unstack(box)
         frames = frames[:, top : top + height, left : left + width]
-        frames = tf.cond(flip, lambda: tf.reverse(frames, [2]), lambda: frames)
+        whole = tf.cast([0, 0, height, width], tf.float32)
+
+        def scaled(frames, size):
+            frames = jpeg_frames.resize(frames, whole, size)
+            return tf.cond(flip, lambda: jpeg_frames.mirror(frames), lambda: frames)
+
         chosen = sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
-        inputs = {"spatial": resize(tf.gather(frames, chosen), clip.image_size)}
+        spatial = tf.ensure_shape(tf.gather(frames, chosen), [len(chosen), None, None, 3])
+        inputs = {"spatial": scaled(spatial, clip.image_size)}
         if clip.framesets is not None:
-            small = resize(frames, clip.framesets.frame_size)
+            small = scaled(frames, clip.framesets.frame_size)
             inputs["temporal"] = tile_framesets(small, clip.framesets.grid)
         return inputs
 

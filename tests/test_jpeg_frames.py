@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 import skimage.data
+import tensorflow as tf
 from PIL import Image
 
 from configs import base
@@ -31,6 +32,7 @@ class Stills:
             picture.save(buffer, "JPEG", quality=90)
             self.records.append(encode_frame(buffer.getvalue()))
             sizes.append(size)
+        self.ids = [str(i) for i in range(len(sizes))]
         self.widths, self.heights = np.array(sizes).T
         self.num_frames = np.full(len(sizes), 4)
         self.labels = np.zeros(len(sizes), np.int32)
@@ -88,6 +90,30 @@ def test_a_shifted_box_is_seen(monkeypatch):
 
     monkeypatch.setattr(jpeg_frames, "decode", shifted)
     assert differences(photographs(), 112, monkeypatch).max() > 4
+
+
+def scaled(picture, side, size):
+    """The left upper square of `side` pixels, at `size`."""
+    frames = tf.constant(np.asarray(picture.convert("RGB"))[None, :side, :side])
+    return jpeg_frames.resize(frames, tf.constant([0.0, 0.0, side, side]), size).numpy().astype(int)
+
+
+@pytest.mark.parametrize(("side", "alike"), [(256, True), (200, True), (330, False)])
+def test_antialiasing_only_where_it_is_seen(monkeypatch, side, alike):
+    """At 224 pixels. Twin: at half as much again, leaving it out would be seen."""
+    worst = 0
+    for name in NAMES:
+        picture = Image.fromarray(getattr(skimage.data, name)())
+        monkeypatch.setattr(jpeg_frames, "PLAIN_SHRINKING", 1.15 if alike else 2.0)
+        plain = scaled(picture, side, 224)
+        monkeypatch.setattr(jpeg_frames, "PLAIN_SHRINKING", 1e-9)
+        worst = max(worst, np.abs(plain - scaled(picture, side, 224)).mean())
+    assert (worst <= 2) == alike
+
+
+def test_mirror():
+    images = np.arange(2 * 3 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 3)
+    assert np.array_equal(jpeg_frames.mirror(tf.constant(images)), images[:, :, ::-1])
 
 
 def test_choice_of_the_ratio():

@@ -139,7 +139,9 @@ def _assemble(
     `fill` is the colour, 0..255, of what is erased or comes from outside.
     """
     images = [x for x in _frames(element, clip, fill) if x is not None]
-    images = tf.cond(element["flip"], lambda: [tf.reverse(x, [2]) for x in images], lambda: images)
+    images = tf.cond(
+        element["flip"], lambda: [jpeg_frames.mirror(x) for x in images], lambda: images
+    )
     colour = {}
     if "ops" in element:
         colour = {key: element[key] for key in ("ops", "op_values")}

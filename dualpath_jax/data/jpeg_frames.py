@@ -1,6 +1,6 @@
-"""Stored frames of a clip: decoded, cut, scaled and erased. TensorFlow ops.
+"""Stored frames of a clip: decoded, cut, scaled, mirrored and erased. TensorFlow ops.
 
-Public: `decode_ratio`, `decode`, `resize`, `erase`, `RATIOS`.
+Public: `decode_ratio`, `decode`, `resize`, `mirror`, `erase`, `RATIOS`.
 """
 
 import numpy as np
@@ -11,6 +11,9 @@ RATIOS = (1, 2, 4)
 # differs by more than 2 / 255 on average from the full path. Grass and gravel, the worst: 1.9 at
 # 1.6, 2.6 at 1.5, 5.7 at 1.0.
 MARGIN = 1.6
+# Up to this shrinking, as of 256 to 224 pixels, antialiasing changes those photographs by 1.1 / 255
+# on average at the most, and costs three times as much as plain bilinear sampling.
+PLAIN_SHRINKING = 1.15
 
 
 def decode_ratio(side: int, frame_size: int) -> int:
@@ -55,17 +58,41 @@ def decode(jpegs: list[tf.Tensor], box: tf.Tensor, ratio: int) -> tuple[tf.Tenso
 
 
 def resize(frames: tf.Tensor, box: tf.Tensor, size: int) -> tf.Tensor:
-    """`box` (float32 [4]) of [n, h, w, 3] -> [n, size, size, 3] uint8, bilinear, antialiased."""
+    """Frames scaled to squares, bilinear; antialiased beyond `PLAIN_SHRINKING`.
+
+    Args:
+      frames: [n, h, w, 3], uint8 or float32, 0..255.
+      box: float32 [4], the part of them (top, left, height, width) that is wanted, in pixels.
+      size: side of the result.
+
+    Returns:
+      uint8 [n, size, size, 3].
+    """
     scale = size / box[2:]
-    resized = tf.raw_ops.ScaleAndTranslate(
-        images=tf.cast(frames, tf.float32),
-        size=[size, size],
-        scale=scale,
-        translation=-box[:2] * scale,
-        kernel_type="triangle",
-        antialias=True,
-    )
+
+    def antialiased() -> tf.Tensor:
+        return tf.raw_ops.ScaleAndTranslate(
+            images=tf.cast(frames, tf.float32),
+            size=[size, size],
+            scale=scale,
+            translation=-box[:2] * scale,
+            kernel_type="triangle",
+            antialias=True,
+        )
+
+    def plain() -> tf.Tensor:
+        return tf.image.resize(frames, (size, size))
+
+    whole = tf.reduce_all(box == tf.cast([0, 0, *tf.unstack(tf.shape(frames)[1:3])], tf.float32))
+    shrinks_little = tf.reduce_min(scale) >= 1 / PLAIN_SHRINKING
+    resized = tf.cond(whole & shrinks_little, plain, antialiased)
     return tf.ensure_shape(tf.cast(tf.round(resized), tf.uint8), [frames.shape[0], size, size, 3])
+
+
+def mirror(images: tf.Tensor) -> tf.Tensor:
+    """[n, H, W, 3] with left and right exchanged."""
+    rows = tf.reshape(images, [-1, *images.shape[2:]])  # four times faster than in four dimensions
+    return tf.reshape(tf.reverse(rows, [1]), images.shape)
 
 
 def erase(images: tf.Tensor, box: tf.Tensor, fill: np.ndarray) -> tf.Tensor:
