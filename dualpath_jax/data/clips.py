@@ -92,7 +92,7 @@ def make_element(
     return {
         "records": dataset.read_frames(example, frames),
         "box": np.array([crop.top, crop.left, crop.height, crop.width], np.int32),
-        "decode_ratio": np.int32(jpeg_frames.RATIOS.index(ratio)),
+        "decode_ratio": np.int32(jpeg_frames.RATIOS.index(ratio)),  # its place
         "flip": crop.flip,
         "label": np.int32(dataset.labels[example]),
         "mask": np.float32(real),
