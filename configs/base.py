@@ -31,10 +31,16 @@ def get_config() -> ConfigDict:
     config.data.sampling_interval = placeholder(int)  # None: 4, 2, 1 for T = 16, 32, 48 (sec. 5.1)
     config.data.crop_scale = (0.08, 1.0)  # random resized crop: part of the frame's area; ours
     config.data.crop_ratio = (3 / 4, 4 / 3)  # random resized crop: width / height; ours
-    config.data.flip = True  # mirror clips half of the time (wrong for left / right classes); ours
+    config.data.flip = True  # mirror clips half of the time; left / right: see label_swap; ours
+    config.data.label_swap = placeholder(str)  # classes that flip exchanges: ssv2, or a JSON file
+    config.data.randaugment_layers = 0  # N, operations drawn per clip; 0: no RandAugment
+    config.data.randaugment_magnitude = 7.0  # M, 0..10; ours
+    config.data.erasing_probability = 0.0  # of erasing a box in all frames of a clip
     config.data.mean = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
     config.data.std = (0.26862954, 0.26130258, 0.27577711)  # CLIP's
     config.data.prefetch = 2  # batches made ahead of the step that needs them
+    config.data.max_broken_videos = 100  # unreadable ones replaced in training; one more stops it
+    config.data.synthetic = False  # time the device: one made-up batch, random weights, no files
 
     config.backbone = ConfigDict()
     config.backbone.name = "ViT-B/16"  # a name of dualpath_jax.models.backbones.MODELS or CUSTOM

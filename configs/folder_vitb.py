@@ -13,6 +13,8 @@ def get_config():
     config.num_epochs = 50  # ours
     config.data.batch_size = 32  # paper: 128 on sets of thousands of videos
     config.data.num_frames = 16
+    config.data.randaugment_layers = 4  # ours, here and below; that they are there: paper
+    config.data.erasing_probability = 0.25
     config.backbone.checkpoint = "weights/clip_vit_b16.safetensors"
     config.optimizer.learning_rate = 1e-4
     config.optimizer.weight_decay = 2e-2

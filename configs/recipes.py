@@ -19,6 +19,7 @@ def k400() -> ConfigDict:
     config.data.source = "k400"
     config.data.batch_size = 64
     config.data.num_frames = 32
+    config.data.randaugment_layers = 4  # ours; that there is RandAugment: paper
     config.optimizer.learning_rate = 3e-4
     config.optimizer.weight_decay = 5e-2
     config.eval.temporal_views = 3
@@ -36,6 +37,8 @@ def ssv2() -> ConfigDict:
     config.data.num_frames = 16
     config.data.sampling = "segments"
     config.data.flip = False  # classes name left and right; ours
+    config.data.randaugment_layers = 4  # ours; that there is RandAugment: paper
+    config.data.erasing_probability = 0.25  # ours; that there is random erasing: paper
     config.model.pre_attention_adapter = True
     config.optimizer.learning_rate = 5e-4
     config.optimizer.weight_decay = 5e-2
@@ -54,6 +57,8 @@ def hmdb51() -> ConfigDict:
     config.data.train_split = "train1"
     config.data.batch_size = 128
     config.data.num_frames = 16
+    config.data.randaugment_layers = 4  # ours; that there is RandAugment: paper
+    config.data.erasing_probability = 0.25  # ours; that there is random erasing: paper
     config.optimizer.learning_rate = 1e-4
     config.optimizer.weight_decay = 2e-2
     config.eval.split = "test1"
@@ -70,6 +75,7 @@ def diving48() -> ConfigDict:
     config.data.source = "diving48"
     config.data.batch_size = 128
     config.data.num_frames = 32
+    config.data.randaugment_layers = 4  # ours; that there is RandAugment: paper
     config.optimizer.learning_rate = 3e-4
     config.optimizer.weight_decay = 3e-2
     config.eval.split = "test"

@@ -9,7 +9,6 @@ Trainable parameters: 12,617,134 of 98,809,774 (measured; paper: 13M).
 Top-1 at T x 1 x 3 views: 69.6 / 70.3 / 71.2 for T = 16 / 32 / 48 (paper; not reproduced).
 GMACs per video: 501 / 558 / 614 plain, 466 / 519 / 572 executed (measured).
 GFLOPs per video: 642 / 716 / 791 (paper).
-Not yet in this code: RandAugment and random erasing of Table A1.
 """
 
 from configs import recipes

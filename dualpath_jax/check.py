@@ -15,8 +15,7 @@ from ml_collections import ConfigDict
 from configs import base
 from dualpath_jax import evaluate, run, train
 from dualpath_jax import params as params_lib
-from dualpath_jax.data import datasets, pipeline
-from dualpath_jax.data.synthetic import SyntheticVideos
+from dualpath_jax.data import pipeline, synthetic
 from dualpath_jax.models import tuning
 
 
@@ -81,10 +80,9 @@ def check(config: ConfigDict) -> None:
     small.data.batch_size = small.eval.batch_size = 2
     small.optimizer.accumulation_steps = min(2, config.optimizer.accumulation_steps)
     log = ReadLog(small)
-    names = [str(i) for i in range(datasets.NUM_CLASSES.get(config.data.source, 2))]
-    model = run.outline(log, len(names))
+    videos = synthetic.synthetic_split(log.data, num_videos=2)
+    model = run.outline(log, len(videos.class_names))
     print(params_lib.parameter_table(model.params, model.mask))
-    videos = SyntheticVideos(names, num_videos=2)
     steps_per_epoch = len(videos) / log.data.batch_size
     num_steps = max(1, run.count_train_steps(log, steps_per_epoch))
     train.make_plan(log, num_steps, steps_per_epoch)
@@ -95,9 +93,8 @@ def check(config: ConfigDict) -> None:
     opt_state = jax.eval_shape(optimizer.init, model.params)
     state = run.TrainState(count, trainable, opt_state, count)
     framesets = tuning.takes_framesets(log.model.method)
-    batch = next(
-        pipeline.train_batches(videos, log.data, log.seed, 0, num_steps, framesets=framesets)
-    )
+    train_batches = run.train_batches_of(log.data)
+    batch = next(train_batches(videos, log.data, log.seed, 0, num_steps, framesets=framesets))
     _print_batch("training", batch)
     train_step = train.make_train_step(model.model, log, optimizer)
     del batch["example_id"]

@@ -21,9 +21,6 @@ from dualpath_jax import params as params_lib
 from dualpath_jax import run
 from dualpath_jax.data import datasets
 
-# For sources whose classes are the data's own: only the classifier depends on it.
-UNKNOWN_CLASSES = 2
-
 
 def count_macs(function: Callable, *args: Any) -> int:
     """Multiply-accumulates of the matrix products and convolutions that `function` traces to.
@@ -85,7 +82,7 @@ def _forward(model: run.Outline) -> Callable:
 
 def measure(config: Any) -> Efficiency:
     """Count what `config` describes, abstractly: no weights, no data, no computation."""
-    num_classes = datasets.NUM_CLASSES.get(config.data.source, UNKNOWN_CLASSES)
+    num_classes = datasets.NUM_CLASSES.get(config.data.source, datasets.UNKNOWN_CLASSES)
     config, macs = copy.deepcopy(config), []
     for class_only in (False, True):
         config.model.class_only = class_only

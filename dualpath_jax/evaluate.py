@@ -152,6 +152,7 @@ def write_results(run: Run, scores: Scores) -> dict[str, Any]:
         "split": config.eval.split,
         "backbone": run.backbone.name,
         "backbone_sha256": run.backbone.sha256,
+        "synthetic": config.data.synthetic,  # then the scores mean nothing
     }
     _write_json(run.workdir, results)
     return results

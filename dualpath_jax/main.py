@@ -14,7 +14,10 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configuration, see configs/.")
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder for checkpoints and results; default: runs/<config file name>."
+    "workdir",
+    None,
+    "Folder for checkpoints and results; default: runs/<config file name>, with _synthetic behind "
+    "for data.synthetic.",
 )
 MODE = flags.DEFINE_enum(
     "mode",
@@ -42,10 +45,10 @@ def user_errors():
         sys.exit(2)
 
 
-def default_workdir() -> str:
-    """runs/<name of the config file>."""
+def default_workdir(config) -> str:
+    """runs/<name of the config file>, with _synthetic behind for `data.synthetic`."""
     path = config_flags.get_config_filename(flags.FLAGS["config"])
-    return f"runs/{pathlib.Path(path.split(':')[0]).stem}"
+    return f"runs/{pathlib.Path(path.split(':')[0]).stem}{'_synthetic' * config.data.synthetic}"
 
 
 def main(argv: list[str]) -> None:
@@ -53,11 +56,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save otherwise
-    config, workdir = CONFIG.value, WORKDIR.value or default_workdir()
+    config = CONFIG.value
+    workdir = WORKDIR.value or default_workdir(config)
     # Imported here, so that --help is quick and decoding workers do not load JAX and TensorFlow.
     from dualpath_jax import check, demo, evaluate, lock, train
     from dualpath_jax import run as run_lib
-    from dualpath_jax.data.records import VideoDataset
 
     with user_errors():
         if MODE.value == "check":
@@ -65,14 +68,13 @@ def main(argv: list[str]) -> None:
             return
         run_lib.check_workdir(workdir)
         with lock.claimed(workdir, "--workdir"):
-            if config.data.source == "demo":
+            if config.data.source == "demo" and not config.data.synthetic:
                 demo.ensure_demo(config)
             run_lib.check_inputs(config)
             results = []
             for part, folder in run_lib.divide(config, workdir):
                 run_lib.check_workdir(folder)
-                dataset = VideoDataset(part.data.dir, part.data.train_split)
-                eval_dataset = VideoDataset(part.data.dir, part.eval.split)
+                dataset, eval_dataset = run_lib.open_data(part)
                 run = run_lib.build_run(part, folder, dataset)
                 if MODE.value == "train":
                     train.train(run, dataset, eval_dataset)

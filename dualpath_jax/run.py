@@ -1,12 +1,13 @@
 """A run: configuration, data and weights checked and brought together, before any video is read.
 
 Public: `Run`, `TrainState`, `build_run`, `divide`, `Outline`, `outline`, `abstract_inputs`,
-`check_workdir`, `check_inputs`, `make_mesh`, `shard_batch`.
+`check_workdir`, `check_inputs`, `open_data`, `train_batches_of`, `make_mesh`, `shard_batch`.
 """
 
 import copy
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -20,11 +21,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 import dualpath_jax
 from dualpath_jax import convert
 from dualpath_jax import params as params_lib
-from dualpath_jax.data import hmdb51, pipeline
+from dualpath_jax.data import clips, hmdb51, pipeline, synthetic
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import backbones, tuning
 
 Batch = dict[str, Any]
+SYNTHETIC_VIDEOS = 1000
 
 
 @flax.struct.dataclass
@@ -102,6 +104,13 @@ def divide(config: Any, workdir: str) -> list[tuple[Any, str]]:
 
 def check_inputs(config: Any) -> None:
     """FileNotFoundError with the commands for whatever is missing, data and weights at once."""
+    if config.data.synthetic:
+        print(
+            f"data.synthetic: one made-up batch at every step, random {config.backbone.name} "
+            "weights; the device is timed, scores mean nothing",
+            flush=True,
+        )
+        return
     data_dir, weights = config.data.dir, config.backbone.checkpoint
     if not data_dir:
         raise ValueError(
@@ -127,6 +136,23 @@ def check_inputs(config: Any) -> None:
         raise FileNotFoundError(
             f"no {' and no '.join(missing)}. Run first:\n  " + "\n  ".join(commands)
         )
+
+
+def open_data(config: Any) -> tuple[VideoDataset, VideoDataset]:
+    """The splits to train on and to evaluate; with `data.synthetic` stand-ins, made in memory.
+
+    A synthetic epoch has `SYNTHETIC_VIDEOS` videos, an evaluation one batch.
+    """
+    if config.data.synthetic:
+        sizes = (SYNTHETIC_VIDEOS, config.eval.batch_size)
+        return tuple(synthetic.synthetic_split(config.data, size) for size in sizes)
+    splits = (config.data.train_split, config.eval.split)
+    return tuple(VideoDataset(config.data.dir, split) for split in splits)
+
+
+def train_batches_of(data: Any) -> Callable:
+    """`train_batches` of the pipeline, or the one for `data.synthetic`."""
+    return (synthetic if data.synthetic else pipeline).train_batches
 
 
 def check_batch_sizes(config: Any, num_devices: int) -> None:
@@ -195,7 +221,7 @@ def clip_shapes(config: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
 
     For a method without framesets S is T and `temporal` None.
     """
-    clip = pipeline.clip_format(config.data, tuning.takes_framesets(config.model.method))
+    clip = clips.clip_format(config.data, tuning.takes_framesets(config.model.method))
     spatial = (1, clip.num_spatial_frames, clip.image_size, clip.image_size, 3)
     if clip.framesets is None:
         return spatial, None
@@ -245,13 +271,14 @@ def count_train_steps(config: Any, steps_per_epoch: float) -> int:
 
 
 def init_params(model: Any, config: Any, backbone: Any) -> Any:
-    """Fresh parameters from `config.seed`, with the converted backbone in place.
+    """Fresh parameters from `config.seed`, with the converted backbone in place unless it is None.
 
     What trains is float32; the rest has the compute dtype.
     """
     inputs = [None if x is None else jnp.zeros(x.shape) for x in abstract_inputs(config)]
     params = dict(jax.jit(model.init)(jax.random.key(config.seed), *inputs)["params"])
-    params["backbone"] = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), backbone)
+    if backbone is not None:
+        params["backbone"] = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), backbone)
     params = model.start_from_backbone(params)
     mask = params_lib.trainable_mask(params, tuning.trains(config.model.method))
     dtype = tuning.compute_dtype(config)
@@ -264,9 +291,11 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
     check_batch_sizes(config, mesh.size)
     predicate = tuning.trains(config.model.method)
     clip_shapes(config)
-    backbone, shape, info = convert.load_backbone(
-        config.backbone.checkpoint, backbone_shape(config)
-    )
+    backbone, shape = None, backbone_shape(config)
+    if config.data.synthetic:
+        info = convert.BackboneInfo(shape.name, *["random"] * 3)  # no real run resumes from it
+    else:
+        backbone, shape, info = convert.load_backbone(config.backbone.checkpoint, shape)
     model = tuning.build_model(config, shape, len(dataset.class_names))
     params = init_params(model, config, backbone)
     mask = params_lib.trainable_mask(params, predicate)

@@ -19,12 +19,12 @@ from jax.experimental import multihost_utils
 from dualpath_jax import adapter_file, evaluate, preprocess
 from dualpath_jax import params as params_lib
 from dualpath_jax.checkpoint import Checkpoints, changes
-from dualpath_jax.data import pipeline
+from dualpath_jax.data.broken import BrokenVideos
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
 from dualpath_jax.preemption import Preempted, Watch
 from dualpath_jax.progress import Reporter
-from dualpath_jax.run import Batch, Run, TrainState, shard_batch
+from dualpath_jax.run import Batch, Run, TrainState, shard_batch, train_batches_of
 
 
 def make_train_step(
@@ -184,7 +184,8 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
         path.write_text(config.to_json_best_effort(indent=2) + "\n")
     reporter = Reporter(run.workdir, plan.num_steps, config.data.batch_size)
     train_step = jax.jit(make_train_step(run.model, config, run.optimizer), donate_argnums=0)
-    batches = pipeline.train_batches(
+    broken = BrokenVideos(dataset.ids, config.data.max_broken_videos)
+    batches = train_batches_of(config.data)(
         dataset,
         config.data,
         config.seed,
@@ -193,6 +194,7 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
         jax.process_index(),
         jax.process_count(),
         framesets=tuning.takes_framesets(config.model.method),
+        broken=broken,
     )
     max_skipped = config.optimizer.max_skipped_steps
     reporter.resume(first_step)
@@ -219,7 +221,8 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
                 check_finite(done, values, max_skipped, checkpoints)
                 pending = None
             if plan.logs(done):
-                reporter.progress(done, {**values, "learning_rate": float(run.schedule(step))})
+                values["learning_rate"] = float(run.schedule(step))
+                reporter.progress(done, values | {"broken_videos": len(broken.videos)})
             scores = None
             if plan.evaluates(done) and not stops:
                 scores = evaluate.evaluate_run(run, eval_dataset)

@@ -3,7 +3,13 @@
     python scripts/prepare_dataset.py --dataset=ssv2 --videos=DIR --annotations=DIR --out=OUT
 
 A run that was stopped goes on with the same command. Videos that cannot be used are listed with the
-reason in OUT/bad_videos.jsonl; the last lines printed say how many were listed, found and stored.
+reason in OUT/bad_videos.jsonl, those stored in part in OUT/truncated_videos.jsonl; the last lines
+printed say how many were listed, found and stored.
+
+With --check every video is decoded and nothing stored: bad and truncated videos are printed, a line
+of JSON each, and the last lines say what would be stored and how many bytes it would take.
+
+Exit status: 0 done; 1 only with --check: some videos are bad; 2 an error; 130 interrupted.
 """
 
 import argparse
@@ -13,6 +19,7 @@ import sys
 # Worker processes import this file again: keep its imports light and its main guarded.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
+from dualpath_jax.data.check_videos import check  # noqa: E402
 from dualpath_jax.data.datasets import DATASETS, list_videos  # noqa: E402
 from dualpath_jax.data.decode import DecodeLimits  # noqa: E402
 
@@ -26,21 +33,29 @@ def parse_arguments() -> argparse.Namespace:
     add("--dataset", required=True, choices=list(DATASETS), help="kind of data set")
     add("--videos", required=True, metavar="DIR", help="folder of the video files")
     add("--annotations", metavar="PATH", help="folder or file of the annotations, as downloaded")
-    add("--out", required=True, metavar="OUT", help="folder to write")
+    add("--out", metavar="OUT", help="folder to write; not touched with --check")
+    add("--check", action="store_true", help="decode everything, store nothing")
+    add("--bad_videos", metavar="FILE", help="with --check: list them there, not on the terminal")
     add("--short_side", type=_positive(int), default=256, help="pixels of the shorter side (256)")
-    add("--quality", type=_positive(int), default=90, help="JPEG quality (90)")
+    add("--quality", type=_positive(int), default=90, help="JPEG quality, 1 to 95 (90)")
+    add("--fps", type=_positive(float), help="frames per second to store of faster videos (all)")
     add("--num_workers", type=_positive(int), help="decoding processes (one per core)")
     add("--max_missing", type=float, default=0.1, help="part of a split that may be missing (0.1)")
     add("--validation_fraction", type=float, default=0.2, help="if there is no validation split")
-    add("--max_seconds", type=_positive(float), default=limits.seconds, help="time for one video")
-    add(
-        "--max_memory_mb",
-        type=_positive(int),
-        default=limits.memory_mb,
-        help="memory for one video",
-    )
-    add("--max_pixels", type=_positive(int), default=limits.max_pixels, help="width x height")
-    return parser.parse_args()
+    for name, default, what in (
+        ("seconds", limits.seconds, "time"),
+        ("memory_mb", limits.memory_mb, "memory"),
+        ("pixels", limits.max_pixels, "width x height"),
+        ("frames", limits.max_frames, "frames to store"),
+    ):
+        help_ = f"{what} for one video ({default:,})"
+        add(f"--max_{name}", type=_positive(type(default)), default=default, help=help_)
+    arguments = parser.parse_args()
+    if not arguments.out and not arguments.check:
+        parser.error("--out is missing (or --check, which stores nothing)")
+    if arguments.bad_videos and not arguments.check:
+        parser.error("--bad_videos goes with --check; otherwise OUT/bad_videos.jsonl is the list")
+    return arguments
 
 
 def _positive(kind: type):
@@ -48,20 +63,17 @@ def _positive(kind: type):
 
     def number(text: str) -> float:
         value = kind(text)
-        if value <= 0:
+        if not value > 0:
             raise argparse.ArgumentTypeError(f"{value} is not positive")
         return value
 
+    number.__name__ = {int: "whole number", float: "number"}[kind]  # for argparse's errors
     return number
 
 
 def main() -> None:
     arguments = parse_arguments()
-    limits = DecodeLimits(
-        seconds=arguments.max_seconds,
-        memory_mb=arguments.max_memory_mb,
-        max_pixels=arguments.max_pixels,
-    )
+    sys.stdout.reconfigure(errors="surrogateescape")  # file names may hold any bytes
     try:
         listing = list_videos(
             arguments.dataset,
@@ -71,23 +83,32 @@ def main() -> None:
         )
         for notice in listing.notices:
             print(f"note: {notice}", file=sys.stderr)
+        options = {
+            "short_side": arguments.short_side,
+            "quality": arguments.quality,
+            "fps": arguments.fps,
+            "num_workers": arguments.num_workers,
+            "limits": DecodeLimits(
+                seconds=arguments.max_seconds,
+                memory_mb=arguments.max_memory_mb,
+                max_pixels=arguments.max_pixels,
+                max_frames=arguments.max_frames,
+            ),
+            "max_missing": arguments.max_missing,
+        }
+        if arguments.check:
+            options["bad_videos"] = arguments.bad_videos
+            counts = check(listing, arguments.videos, **options)
+            sys.exit(1 if counts["total"].bad else 0)
         from dualpath_jax.data.prepare import prepare  # imports TensorFlow
 
-        prepare(
-            listing,
-            arguments.videos,
-            arguments.out,
-            short_side=arguments.short_side,
-            quality=arguments.quality,
-            num_workers=arguments.num_workers,
-            limits=limits,
-            max_missing=arguments.max_missing,
-        )
+        prepare(listing, arguments.videos, arguments.out, **options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        again = "" if arguments.check else "; the same command goes on from here"
+        print(f"stopped{again}", file=sys.stderr)
         sys.exit(130)
 
 

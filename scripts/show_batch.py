@@ -2,7 +2,8 @@
 
     python scripts/show_batch.py --config=configs/demo.py --out=batch.png
 
-Shows what sampling, cropping and augmentation do to your videos. Needs prepared data, no weights.
+Shows what sampling, cropping and augmentation do to your videos, colour operations included, up to
+normalisation. Needs prepared data, no weights.
 """
 
 import argparse
@@ -32,6 +33,27 @@ def load_config(name: str):
     return module.get_config(argument) if argument else module.get_config()
 
 
+def drawn(batch: dict, i: int) -> str:
+    """The operations of RandAugment for clip `i`, as text; empty without."""
+    from dualpath_jax.data.randaugment import OPS
+
+    pairs = zip(batch["ops"][i], batch["op_values"][i], strict=True) if "ops" in batch else ()
+    return "".join(f"; {OPS[op]}" + (f" {value:.3g}" if value else "") for op, value in pairs if op)
+
+
+def colour(batch: dict) -> dict:
+    """`batch` with its images after the operations that the device does."""
+    from dualpath_jax import preprocess
+
+    if "ops" not in batch:
+        return batch
+    keys = [key for key in ("spatial", "temporal") if key in batch]
+    inputs = [batch[key] for key in keys]
+    images = preprocess.colour(inputs, batch["ops"], batch["op_values"], batch["tables"])
+    pairs = zip(keys, images, strict=True)
+    return batch | {k: np.asarray(x).round().astype(np.uint8) for k, x in pairs}
+
+
 def draw(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
     """One row per clip: its label, its spatial frames, its framesets if the method takes them."""
     clips = []
@@ -43,7 +65,7 @@ def draw(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
         height = max(p.shape[0] for p in pictures) + LINE + GAP
         canvas = Image.new("RGB", (width, height), "white")
         name = class_names[batch["label"][i]]
-        text = f"video {batch['example_id'][i]}, class {batch['label'][i]}: {name}"
+        text = f"video {batch['example_id'][i]}, class {batch['label'][i]}: {name}{drawn(batch, i)}"
         ImageDraw.Draw(canvas).text((0, 2), text, fill="black")
         left = 0
         for picture in pictures:
@@ -79,7 +101,7 @@ def main() -> None:
             framesets=tuning.takes_framesets(config.model.method),
         )
         batch = {key: value[: args.clips] for key, value in next(batches).items()}
-        draw(batch, dataset.class_names, args.zoom).save(args.out)
+        draw(colour(batch), dataset.class_names, args.zoom).save(args.out)
     except (ValueError, OSError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,6 @@
-"""Where clips are cut."""
+"""Where clips are cut and erased, and the classes of mirrored ones."""
+
+import json
 
 import numpy as np
 import pytest
@@ -38,3 +40,61 @@ def test_a_very_long_frame_is_cut_in_its_height():
     rng = np.random.default_rng(0)
     crop = augment.random_resized_crop(10, 1000, rng, (0.9, 1.0))
     assert (crop.height, crop.width) == (10, 10)
+
+
+def test_erased_boxes():
+    rng = np.random.default_rng(0)
+    boxes = np.array([augment.random_erasing(56, rng, 0.25) for _ in range(2000)])
+    erased = boxes[boxes[:, 2] > 0]
+    assert 0.22 < len(erased) / 2000 < 0.28
+    assert not boxes[boxes[:, 2] == 0].any()
+    assert (erased[:, :2] >= 0).all()
+    assert (erased[:, :2] + erased[:, 2:] <= 56).all()
+    areas, aspects = erased[:, 2] * erased[:, 3] / 56**2, erased[:, 2] / erased[:, 3]
+    assert 0.015 < areas.min() < 0.03
+    assert 0.3 < areas.max() < 0.36
+    assert 0.2 < aspects.min() < 0.4
+    assert 2.5 < aspects.max() < 4
+    assert not any(augment.random_erasing(56, rng, 0.0).any() for _ in range(50))
+
+
+PULL = ["Pulling something from left to right", "Pulling something from right to left"]
+PUSH = ["Pushing something from left to right", "Pushing something from right to left"]
+TURN = [
+    "Turning the camera left while filming something",
+    "Turning the camera right while filming something",
+]
+
+
+def test_mirrored_labels_of_ssv2():
+    names = ["Holding something", *PULL, "Poking something", *PUSH[::-1], *TURN]
+    mirrored = augment.mirrored_labels(names, "ssv2")
+    assert mirrored.tolist() == [0, 2, 1, 3, 5, 4, 7, 6]
+    with pytest.raises(ValueError, match="Turning the camera left.*which is no class of the data"):
+        augment.mirrored_labels(names[:-2], "ssv2")
+
+
+def test_mirrored_labels_of_a_file(tmp_path):
+    path = tmp_path / "swap.json"
+    path.write_text(json.dumps([["clockwise", "anticlockwise"]]))
+    names = ["clockwise", "up", "anticlockwise"]
+    assert augment.mirrored_labels(names, str(path)).tolist() == [2, 1, 0]
+    assert augment.mirrored_labels(names, None).tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="'clockwise', which is no class.* 2 classes are up, down"):
+        augment.mirrored_labels(["up", "down"], str(path))
+    for bad in ('[["a", "b", "c"]]', "[1]", "{", '"ab"'):
+        path.write_text(bad)
+        with pytest.raises(ValueError, match="must be a JSON file like"):
+            augment.read_label_swap(str(path))
+    path.write_text('[["a", "b"], ["b", "c"]]')
+    with pytest.raises(ValueError, match=r"names \['b'\] more than once"):
+        augment.read_label_swap(str(path))
+    with pytest.raises(ValueError, match="'ssv3' must be 'ssv2' or a JSON file"):
+        augment.read_label_swap("ssv3")
+
+
+def test_mirroring_left_into_right_is_refused():
+    with pytest.raises(ValueError, match="'turn Left' into 'turn Right'"):
+        augment.mirrored_labels(["up", "turn Left", "turn Right"], None)
+    # Without its twin, "left" alone is no mistake that can be seen.
+    assert augment.mirrored_labels(["up", "turn left"], None).tolist() == [0, 1]

@@ -52,7 +52,8 @@ def test_header_gives_the_parameters(name):
     text = (ROOT / "configs" / f"{name}.py").read_text()
     assert f"python -m dualpath_jax.main --config=configs/{name}.py" in text
     config = load(name)
-    model = run.outline(config, datasets.NUM_CLASSES.get(config.data.source, 2))
+    classes = datasets.NUM_CLASSES.get(config.data.source, datasets.UNKNOWN_CLASSES)
+    model = run.outline(config, classes)
     trainable = params_lib.count(params_lib.split(model.params, model.mask)[0])
     total = params_lib.count(model.params)
     if name == "folder_vitb":

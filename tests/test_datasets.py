@@ -41,7 +41,7 @@ def test_bad_arguments(videos, tmp_path):
     with pytest.raises(ValueError, match="validation_fraction is 1.0"):
         list_videos("folder", str(videos), None, 1.0)
     for dataset in ("k400", "ssv2", "hmdb51", "diving48", "csv"):
-        with pytest.raises(ValueError, match="no annotations None; --annotations is"):
+        with pytest.raises(ValueError, match="--annotations is missing; it is"):
             list_videos(dataset, str(videos))
 
 

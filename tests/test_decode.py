@@ -1,5 +1,7 @@
 """Decoding: frames, sizes, limits, broken files, and workers that die."""
 
+import dataclasses
+import fractions
 import importlib.util
 import io
 import os
@@ -12,20 +14,29 @@ import threading
 import time
 import wave
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 from video_files import grey_frames, noise_frames, write_video
 
 from dualpath_jax.data import workers
-from dualpath_jax.data.decode import DecodeLimits, VideoError, decode_frames, video_to_jpegs
+from dualpath_jax.data.decode import (
+    DecodeLimits,
+    Thinning,
+    VideoError,
+    VideoFacts,
+    check_video,
+    decode_frames,
+    video_to_jpegs,
+)
 from dualpath_jax.data.workers import Failure, WorkerPool
 
 LIMITS = DecodeLimits()
 
 
-def read(path, short_side=None, limits=LIMITS):
-    reader = decode_frames(str(path), limits, short_side)
+def read(path, short_side=None, limits=LIMITS, fps=None):
+    reader = decode_frames(str(path), limits, short_side, fps)
     return list(reader), reader
 
 
@@ -122,6 +133,191 @@ def test_size_change_keeps_first_size(tmp_path):
         read(path, limits=DecodeLimits(max_pixels=4000))
 
 
+# ----- colours
+
+ORANGE = (200, 60, 30)
+MATRICES = {"601": (0.299, 0.114), "709": (0.2126, 0.0722), "2020": (0.2627, 0.0593)}  # red, blue
+TAGS = {"709": 1, "601": 5, "2020": 9, None: 2}  # AVColorSpace
+LIMITED, FULL = 1, 2  # AVColorRange
+
+
+def write_colour(path, matrix, full, pix_fmt, matrix_tag, range_tag, codec="ffv1", size=(48, 64)):
+    """A video of ORANGE, converted by the textbook's formula and not by the library under test."""
+    red, green, blue = (value / 255 for value in ORANGE)
+    of_red, of_blue = MATRICES[matrix]
+    luma = of_red * red + (1 - of_red - of_blue) * green + of_blue * blue
+    chroma = (blue - luma) / (2 - 2 * of_blue), (red - luma) / (2 - 2 * of_red)
+    bits = 10 if "10" in pix_fmt else 8
+    top, unit = (1 << bits) - 1, 1 << (bits - 8)
+    if full:
+        levels = [luma * top] + [c * top + 128 * unit for c in chroma]
+    else:
+        levels = [(16 + 219 * luma) * unit] + [(128 + 224 * c) * unit for c in chroma]
+    height, width = size
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = height, width, pix_fmt
+        if codec == "libx264":
+            stream.options = {"crf": "1"}
+        for target in (stream.codec_context, frame := av.VideoFrame(width, height, pix_fmt)):
+            target.colorspace, target.color_range = matrix_tag, range_tag
+        for plane, level in zip(frame.planes, levels, strict=True):
+            dtype = np.dtype("u1" if bits == 8 else "<u2")
+            plane.update(np.full(plane.buffer_size // dtype.itemsize, round(level), dtype))
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def assert_colour(path, colour, levels, short_side=None):
+    (frame,), _ = read(path, short_side)
+    errors = np.abs(frame.astype(int) - colour).max((0, 1))
+    assert errors.max() <= levels, f"{frame[0, 0]} is not {colour}"
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv444p10le"])
+@pytest.mark.parametrize(
+    ("matrix", "full", "matrix_tag", "range_tag"),
+    [
+        ("601", False, None, 0),  # untagged
+        ("601", False, "601", LIMITED),
+        ("601", True, None, FULL),
+        ("709", False, "709", LIMITED),
+        ("709", False, "709", 0),
+        ("709", True, "709", FULL),
+        ("2020", False, "2020", LIMITED),
+    ],
+)
+def test_colours(tmp_path, pix_fmt, matrix, full, matrix_tag, range_tag):
+    for size in ((48, 64), (49, 67)):
+        path = tmp_path / f"{size[0]}.mkv"
+        write_colour(path, matrix, full, pix_fmt, TAGS[matrix_tag], range_tag, size=size)
+        for short_side in (None, 24):
+            assert_colour(path, ORANGE, 2, short_side)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "full", "matrix_tag", "range_tag"),
+    [
+        ("709", False, None, LIMITED),  # of another matrix than it says
+        ("601", False, "709", LIMITED),
+        ("601", True, "601", LIMITED),  # of another range
+        ("601", False, "601", FULL),
+    ],
+)
+def test_wrong_tags_give_other_colours(tmp_path, matrix, full, matrix_tag, range_tag):
+    """So the tags are read, and `test_colours` would notice if they were not."""
+    path = write_colour(tmp_path / "a.mkv", matrix, full, "yuv420p", TAGS[matrix_tag], range_tag)
+    (frame,), _ = read(path)
+    assert np.abs(frame[0, 0].astype(int) - ORANGE).max() >= 9
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuvj420p", "yuv444p", "yuv420p10le"])
+@pytest.mark.parametrize("full", [False, True])
+def test_colours_of_h264(tmp_path, pix_fmt, full):
+    full = full or pix_fmt == "yuvj420p"  # its name says full range
+    tag = FULL if full else LIMITED
+    path = tmp_path / "a.mp4"
+    write_colour(path, "709", full, pix_fmt, TAGS["709"], tag, "libx264")
+    assert_colour(path, ORANGE, 2)
+
+
+@pytest.mark.parametrize("tag", [8, 10, 13, 17])
+def test_strange_matrices_are_not_refused(tmp_path, tag):
+    """YCgCo, constant luminance and such, which the converter does not know."""
+    matrix = "2020" if tag == 10 else "601"
+    path = write_colour(tmp_path / "a.mkv", matrix, False, "yuv444p", tag, LIMITED, "libx264")
+    assert_colour(path, ORANGE, 2)
+
+
+# ----- time
+
+
+def write_at(path, milliseconds):
+    """A video whose frames, grey as `grey_frames`, have these time stamps."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.codec_context.time_base = fractions.Fraction(1, 1000)
+        stream.codec_context.qmax = 3
+        for stamp, pixels in zip(milliseconds, grey_frames(len(milliseconds)), strict=True):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = stamp, fractions.Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+def test_variable_frame_rate_is_kept_as_frames(tmp_path, name):
+    stamps = [0, 40, 50, 500, 1500, 1510, 1520, 2900, 3000]
+    frames, reader = read(write_at(tmp_path / name, stamps))
+    np.testing.assert_allclose(brightness(frames), [10 + 12 * i for i in range(9)], atol=3)
+    assert reader.truncated == ""
+    frames, _ = read(tmp_path / name, fps=2)  # points 1000 and 2000 have none
+    np.testing.assert_allclose(brightness(frames), [10 + 12 * i for i in (0, 3, 4, 7, 8)], atol=3)
+
+
+@pytest.mark.parametrize(
+    ("fps", "kept", "stored"),
+    [
+        (None, range(20), 10),
+        (5, range(0, 20, 2), 5),
+        (2.5, range(0, 20, 4), 2.5),
+        (4, [0, 2, 5, 7, 10, 12, 15, 17], 4),
+        (10, range(20), 10),
+        (60, range(20), 10),  # never more than there are
+        (0.1, [0], 0.1),
+    ],
+)
+def test_thinning(tmp_path, fps, kept, stored):
+    path = write_video(tmp_path / "a.mkv", 20)
+    frames, reader = read(path, fps=fps)
+    np.testing.assert_allclose(brightness(frames), [10 + 12 * i for i in kept], atol=3)
+    assert reader.fps == stored
+    assert reader.truncated == ""
+    _, facts = video_to_jpegs(path, 24, 90, LIMITS, fps)
+    assert (facts.num_frames, facts.fps) == (len(kept), stored)
+    assert len(read(path, limits=DecodeLimits(max_frames=len(kept)), fps=fps)[0]) == len(kept)
+
+
+def kept(stamps, fps, rate):
+    thinning = Thinning(fps, rate)
+    return [i for i, stamp in enumerate(stamps) if thinning.keeps(stamp)]
+
+
+def test_thinning_by_time_stamps():
+    steady = [i / 30 for i in range(300)]
+    assert kept(steady, 10, 30) == list(range(0, 300, 3))
+    assert kept([round(8.5 + t, 3) for t in steady], 10, 60) == list(
+        range(0, 300, 3)
+    )  # a lying rate
+    assert kept([t - 100 for t in steady], 30, 30) == list(range(300))
+    assert kept(steady, 10, 0) == list(range(0, 300, 3))
+    assert kept([0, 0.3, 0.33, 0.36, 5.0, 5.03], 10, 30) == [0, 1, 4]
+
+
+def test_thinning_without_time_stamps():
+    assert kept([None] * 30, 10, 30) == list(range(0, 30, 3))
+    assert kept([0.0] * 30, 10, 30) == list(range(0, 30, 3))
+    falling = [(30 - i) / 30 for i in range(30)]
+    assert kept(falling, 10, 30) == list(range(0, 30, 3))
+    jumping = [0, 4, 3, 5, 9, 8, *range(6, 300)]  # as HMDB51's, in frames
+    found = kept([stamp / 30 for stamp in jumping], 10, 30)
+    assert found[2:] == list(range(6, 300, 3))  # in decode order after the first fall
+    assert kept([None] * 30, 10, 0) == list(range(30))  # nothing known
+
+
+def test_check_knows_what_storing_would(tmp_path):
+    path = write_video(tmp_path / "a.mp4", noise_frames(20))
+    for fps in (None, 5):
+        jpegs, facts = video_to_jpegs(path, 24, 90, LIMITS, fps)
+        checked = check_video(path, 24, 90, LIMITS, fps)
+        assert dataclasses.replace(checked, num_bytes=facts.num_bytes) == facts
+        assert facts.num_bytes == sum(map(len, jpegs))
+        assert checked.num_bytes == pytest.approx(facts.num_bytes, rel=0.1)
+
+
 @pytest.mark.parametrize("name", ["-x.mp4", "a:b.mp4", "http:c.mp4", "a [1] %d?.mp4", "ü 視頻.mkv"])
 def test_names(tmp_path, monkeypatch, name):
     write_video(tmp_path / name, 2)
@@ -137,13 +333,13 @@ def test_name_outside_utf8(tmp_path):
 
 def test_jpegs(tmp_path):
     path = write_video(tmp_path / "a.mp4", 5)
-    video = video_to_jpegs(path, 24, 90, LIMITS)
-    assert (len(video.jpegs), video.height, video.width, video.fps) == (5, 24, 32, 10.0)
-    images = [np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in video.jpegs]
+    jpegs, facts = video_to_jpegs(path, 24, 90, LIMITS)
+    assert facts == VideoFacts(5, 10.0, 24, 32, "", sum(map(len, jpegs)))
+    images = [np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in jpegs]
     assert [image.shape for image in images] == [(24, 32, 3)] * 5
     np.testing.assert_allclose(brightness(images), [10, 22, 34, 46, 58], atol=3)
     noisy = write_video(tmp_path / "b.mp4", noise_frames(2))
-    sizes = [len(video_to_jpegs(noisy, None, q, LIMITS).jpegs[0]) for q in (90, 30)]
+    sizes = [len(video_to_jpegs(noisy, None, q, LIMITS)[0][0]) for q in (90, 30)]
     assert sizes[1] < 0.6 * sizes[0]
 
 
@@ -177,9 +373,17 @@ def cut(path, part):
     return path
 
 
-@pytest.mark.parametrize(("name", "options"), [("a.mkv", {}), ("a.mp4", {"movflags": "faststart"})])
-def test_cut_file_keeps_good_frames(tmp_path, name, options):
-    path = write_video(tmp_path / name, noise_frames(30), options=options, gop=1)
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mkv", "mpeg4", {}),
+        ("a.mp4", "mpeg4", {"movflags": "faststart"}),
+        ("a.webm", "libvpx", {}),
+        ("a.avi", "mpeg4", {}),
+    ],
+)
+def test_cut_file_keeps_good_frames(tmp_path, name, codec, options):
+    path = write_video(tmp_path / name, noise_frames(30), codec, options=options, gop=1)
     whole, reader = read(path)
     assert len(whole) == 30
     assert reader.truncated == ""
@@ -205,6 +409,33 @@ def test_garbage_in_the_middle(tmp_path):
     assert 5 <= len(frames) < 20
 
 
+@pytest.mark.parametrize(
+    ("codec", "good"), [("libx264", [4, 5, 6, 7]), ("libvpx-vp9", [4, 5, 6, 7])]
+)
+def test_first_frame_undecodable(tmp_path, codec, good):
+    path = write_video(tmp_path / "a.mp4", 8, codec, gop=4)
+    assert read(path)[1].truncated == ""
+    with av.open(path) as container:
+        first = next(container.demux(video=0))
+    data = bytearray(pathlib.Path(path).read_bytes())
+    data[first.pos : first.pos + first.size] = bytes(first.size)
+    pathlib.Path(path).write_bytes(data)
+    frames, reader = read(path)
+    np.testing.assert_allclose(brightness(frames), [10 + 12 * i for i in good], atol=3)
+    assert reader.truncated.startswith("does not begin with a frame: InvalidDataError")
+
+
+def test_header_lies_about_frames(tmp_path):
+    path = write_video(tmp_path / "a.avi", 12)
+    data = bytearray(pathlib.Path(path).read_bytes())
+    struct.pack_into("<I", data, data.index(b"avih") + 8 + 16, 500)  # dwTotalFrames
+    struct.pack_into("<I", data, data.index(b"strh") + 8 + 32, 11)  # dwLength
+    pathlib.Path(path).write_bytes(data)
+    frames, reader = read(path)
+    assert len(frames) == 12
+    assert reader.truncated == ""
+
+
 def write_sound(path):
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
@@ -216,18 +447,18 @@ def write_sound(path):
 def test_not_a_video(tmp_path):
     write_sound(tmp_path / "a.mp4")
     (tmp_path / "b.mp4").write_bytes(b"")
-    (tmp_path / "c.txt").write_text("plain text\n" * 100)
+    (tmp_path / "c.mp4").write_text("plain text\n" * 100)
     Image.new("RGB", (64, 48)).save(tmp_path / "d.png")
     (tmp_path / "e.m3u8").write_text("#EXTM3U\n#EXTINF:1,\nhttp://localhost:9/a.ts\n")
     (tmp_path / "f").mkdir()
     reasons = {}
-    for name in ["a.mp4", "b.mp4", "c.txt", "d.png", "e.m3u8", "f", "missing.mp4"]:
+    for name in ["a.mp4", "b.mp4", "c.mp4", "d.png", "e.m3u8", "f", "missing.mp4"]:
         with pytest.raises(VideoError) as info:
             read(tmp_path / name)
         reasons[name] = str(info.value)
     assert reasons["a.mp4"] == "no video stream, only audio"
     assert reasons["b.mp4"].startswith("cannot be opened as a video (InvalidDataError")
-    assert "not a video (format tty)" in reasons["c.txt"] or "cannot be" in reasons["c.txt"]
+    assert "not a video (format tty)" in reasons["c.mp4"] or "cannot be" in reasons["c.mp4"]
     assert reasons["d.png"] == "not a video (format png_pipe)"
     assert reasons["f"] == reasons["missing.mp4"] == "file not found"
 
@@ -373,7 +604,7 @@ def test_workers_that_never_start(monkeypatch):
     monkeypatch.setattr(workers, "_worker_main", refuse)
     with (
         WorkerPool(1, LIMITS) as pool,
-        pytest.raises(RuntimeError, match="do not start .*exit code 7"),
+        pytest.raises(ChildProcessError, match="do not start .*exit code 7"),
     ):
         list(pool.map(act, [("return", 1)] * 3))
 
@@ -385,5 +616,5 @@ def test_videos_through_the_pool(tmp_path):
         results = list(pool.map(video_to_jpegs, ((path, 24, 90, LIMITS) for path in paths)))
     assert results[3] == Failure("file not found")
     del results[3]
-    assert [len(video.jpegs) for video in results] == [1, 2, 3, 4, 5, 6]
+    assert [len(jpegs) for jpegs, _ in results] == [1, 2, 3, 4, 5, 6]
     assert results[5] == video_to_jpegs(paths[-1], 24, 90, LIMITS)

@@ -1,13 +1,14 @@
 """tf.data pipeline: the batch contract, purity of the order, exact pixels, every video once."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
 
-from dualpath_jax.data import augment, order, pipeline, sampling
+from dualpath_jax.data import augment, clips, order, pipeline, randaugment, sampling
 from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
 
 
@@ -85,11 +86,13 @@ def test_pixels_of_a_test_clip(config):
         expected = tf.image.resize(stored[time], (32, 32), antialias=True).numpy().round()
         difference = np.abs(batch["spatial"][2, 0, k].astype(int) - expected)
         assert difference.max() <= 1
-    for time in (0, 6, 15):
+    for time in (0, 4, 6, 12, 15):
         expected = tf.image.resize(stored[time], (8, 8), antialias=True).numpy().round()
         row, column = divmod(time, 4)
         cell = batch["temporal"][2, 0, 0, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
-        assert np.abs(cell.astype(int) - expected).max() <= 1
+        difference = np.abs(cell.astype(int) - expected)
+        # A spatial frame is reduced from its full size, the others are decoded at 1/4.
+        assert (difference.max() <= 1) if time in (4, 12) else (0.05 < difference.mean() <= 2)
 
 
 def test_crop_and_flip_reach_both_inputs(config, monkeypatch):
@@ -107,6 +110,117 @@ def test_crop_and_flip_reach_both_inputs(config, monkeypatch):
     cells = plain["temporal"][0, 0, 0].reshape(4, 8, 4, 8, 3)
     expected = cells[:, :, :, ::-1].reshape(32, 32, 3)  # each frame mirrored, order kept
     assert close(mirrored["temporal"][0, 0, 0], expected)
+
+
+def augmented(config, layers=0, erasing=0.0):
+    """The configuration with whole frames, so that only what is asked for changes them."""
+    config.data.crop_scale, config.data.crop_ratio = (1.0, 1.0), (1.0, 1.0)
+    config.data.randaugment_layers, config.data.erasing_probability = layers, erasing
+    return config.data
+
+
+def test_randaugment_in_the_batch(config):
+    dataset = VideoDataset(config.data.dir, "train")
+    config.data.randaugment_layers, config.data.erasing_probability = 4, 0.5
+    batches = take(pipeline.train_batches(dataset, config.data, 0, 0, 10), 10)
+    shapes = {key: (value.shape, value.dtype.name) for key, value in batches[0].items()}
+    assert shapes == {
+        "spatial": ((8, 2, 32, 32, 3), "uint8"),
+        "temporal": ((8, 1, 32, 32, 3), "uint8"),
+        "label": ((8,), "int32"),
+        "mask": ((8,), "float32"),
+        "example_id": ((8,), "int64"),
+        "ops": ((8, 4), "int32"),
+        "op_values": ((8, 4), "float32"),
+        "tables": ((8, 3, 256), "uint8"),
+    }
+    # The same again, also from the middle; another draw in another epoch (five steps) and seed.
+    assert same(batches[2], next(pipeline.train_batches(dataset, config.data, 0, 2, 10)))
+    ops = {int(i): o for b in batches[:5] for i, o in zip(b["example_id"], b["ops"], strict=True)}
+    later = {int(i): o for b in batches[5:] for i, o in zip(b["example_id"], b["ops"], strict=True)}
+    assert sum(not np.array_equal(ops[i], later[i]) for i in ops) > 30
+    other = next(pipeline.train_batches(dataset, config.data, 1, 0, 10))
+    assert not np.array_equal(other["ops"], batches[0]["ops"])
+    # Table operations and only they change the tables.
+    for batch in batches:
+        for op, table in zip(batch["ops"], batch["tables"], strict=True):
+            if not set(op) & {randaugment.OPS.index(name) for name in randaugment.TABLES}:
+                assert (table == np.arange(256)).all()
+            elif randaugment.OPS.index("invert") in op:
+                assert (table != np.arange(256)).any()
+    assert "ops" not in next(pipeline.eval_batches(dataset, config.data, 1, 1, 8))
+
+
+def test_one_warp_for_all_frames_and_the_framesets(config, monkeypatch):
+    dataset = VideoDataset(config.data.dir, "train")
+    data = augmented(config, layers=1)
+    rotate = (np.array([randaugment.OPS.index("rotate")], np.int32), np.array([25], np.float32))
+    nothing = (np.zeros(1, np.int32), np.zeros(1, np.float32))
+    monkeypatch.setattr(randaugment, "draw", lambda *_: nothing)
+    plain = next(pipeline.train_batches(dataset, data, 0, 0, 1))
+    monkeypatch.setattr(randaugment, "draw", lambda *_: rotate)
+    batch = next(pipeline.train_batches(dataset, data, 0, 0, 1))
+
+    def distance(clip, a, b):
+        """Between rotated spatial frames of `a` by PIL and those of `b`; and framesets' cells."""
+        fill = tuple(round(255 * x) for x in data.mean)
+        total = []
+        for k, time in enumerate((4, 12)):
+            frame = Image.fromarray(a["spatial"][clip, k])
+            frame = np.asarray(frame.rotate(25, Image.Resampling.BILINEAR, fillcolor=fill))
+            total.append(np.abs(frame.astype(int) - b["spatial"][clip, k]).mean())
+            row, column = divmod(time, 4)
+            cell = b["temporal"][clip, 0, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            small = frame.reshape(8, 4, 8, 4, 3).mean(axis=(1, 3))
+            total.append(np.abs(small - cell).mean())
+        return np.array(total)
+
+    for clip in range(8):
+        # Rotating before or after scaling differs a little; not rotating differs much.
+        assert (distance(clip, plain, batch) < 0.5 * distance(clip, plain, plain)).all()
+
+
+def test_erasing_the_same_of_both_inputs(config, monkeypatch):
+    dataset = VideoDataset(config.data.dir, "train")
+    data = augmented(config)
+    plain = next(pipeline.train_batches(dataset, data, 0, 0, 1))
+    box = np.array([1, 2, 4, 3], np.int32)  # in pixels of a frame of 8 in a frameset
+    monkeypatch.setattr(augment, "random_erasing", lambda *_: box)
+    data.erasing_probability = 1.0
+    erased = next(pipeline.train_batches(dataset, data, 0, 0, 1))
+    colour = [round(255 * x) for x in data.mean]
+    spatial = plain["spatial"].copy()
+    spatial[:, :, 4:20, 8:20] = colour
+    assert np.array_equal(erased["spatial"], spatial)
+    cells = plain["temporal"].reshape(8, 1, 4, 8, 4, 8, 3).copy()
+    cells[:, :, :, 1:5, :, 2:5] = colour
+    assert np.array_equal(erased["temporal"], cells.reshape(8, 1, 32, 32, 3))
+    assert not np.array_equal(erased["temporal"], plain["temporal"])
+
+
+def test_labels_of_mirrored_clips(config, tmp_path):
+    dataset = VideoDataset(config.data.dir, "train")
+    left, right = "Moving something to the left", "Moving something to the right"
+    assert dataset.class_names[:2] == [left, right]
+    data = augmented(config)
+    plain = take(pipeline.train_batches(dataset, data, 0, 0, 5), 5)
+    data.flip = True
+    with pytest.raises(ValueError, match="'Moving something to the left' into"):
+        pipeline.train_batches(dataset, data, 0, 0, 5)
+    swap = tmp_path / "swap.json"
+    swap.write_text(json.dumps([[left, right]]))
+    data.label_swap = str(swap)
+    flipped = take(pipeline.train_batches(dataset, data, 0, 0, 5), 5)
+    mirrored = 0
+    for a, b in zip(plain, flipped, strict=True):
+        for i in range(8):
+            flips = not np.array_equal(a["spatial"][i], b["spatial"][i])
+            mirrored += flips
+            label = int(a["label"][i])
+            assert b["label"][i] == (1 - label if flips and label < 2 else label)
+            if flips:
+                assert np.array_equal(a["spatial"][i][:, :, ::-1], b["spatial"][i])
+    assert 10 < mirrored < 30
 
 
 @pytest.mark.parametrize(("batch_size", "hosts"), [(8, 1), (8, 4), (5, 1)])
@@ -135,7 +249,13 @@ def test_views_differ(config):
 def test_bad_values_are_named(config):
     config.data.sampling = "sparse"
     with pytest.raises(ValueError, match="'sparse'"):
-        pipeline.clip_format(config.data)
+        clips.clip_format(config.data)
+    for key, value in (("randaugment_magnitude", 11.0), ("erasing_probability", 25.0)):
+        bad = config.copy_and_resolve_references().data
+        bad.randaugment_layers = 2
+        bad.update({key: value})
+        with pytest.raises(ValueError, match=f"data.{key}={value}"):
+            clips.clip_format(bad)
     config.data.sampling, config.data.num_frames = "dense", 64
     with pytest.raises(ValueError, match="data.sampling_interval"):
-        pipeline.clip_format(config.data)
+        clips.clip_format(config.data)

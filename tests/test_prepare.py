@@ -1,9 +1,14 @@
 """Preparing: every listed video is stored or in the ledger, and stopped runs go on."""
 
+import dataclasses
+import errno
 import io
 import json
 import os
 import pathlib
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +18,19 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
-from video_files import grey_frames, write_video
+from video_files import grey_frames, noise_frames, write_video
 
 from dualpath_jax.data import prepare as prepare_module
+from dualpath_jax.data import records
+from dualpath_jax.data.check_videos import check
 from dualpath_jax.data.datasets import list_videos
 from dualpath_jax.data.decode import DecodeLimits
-from dualpath_jax.data.prepare import Counts, prepare
+from dualpath_jax.data.ledger import Counts, Progress, in_words
+from dualpath_jax.data.prepare import prepare
 from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
+from scripts.prepare_dataset import parse_arguments
 
 ROOT = pathlib.Path(__file__).parents[1]
 OPTIONS = {
@@ -203,6 +213,229 @@ def test_truncated_and_empty_split(videos, tmp_path):
         VideoDataset(str(tmp_path / "out"), "validation")
 
 
+def test_thinned(videos, tmp_path):
+    """The videos have 10 frames a second; the table tells the new rate."""
+    out = tmp_path / "out"
+    counts = run(videos, out, fps=5)
+    assert counts["total"].num_frames == 2 + 3 + 4 + 1 + 1
+    train = VideoDataset(str(out), "train")
+    np.testing.assert_array_equal(train.fps, [5, 5, 5])
+    np.testing.assert_array_equal(train.num_frames, [2, 3, 4])
+    np.testing.assert_allclose(brightness(train, 2), [10 + 12 * i for i in (0, 2, 4, 6)], atol=3)
+    with pytest.raises(ValueError, match="other settings.*: fps was 5.0, is None"):
+        run(videos, out)
+    with pytest.raises(ValueError, match="fps is -1; it must be above 0"):
+        run(videos, out, fps=-1)
+    with pytest.raises(ValueError, match=r"quality is 96; it must be in 1\.\.95"):
+        run(videos, out, quality=96)
+
+
+def test_output_of_older_versions_goes_on(videos, tmp_path):
+    """They knew no fps and wrote none to the settings."""
+    out = tmp_path / "out"
+    counts = run(videos, out)
+    path = out / "prepare" / "settings.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("fps") is None
+    path.write_text(json.dumps(settings))
+    assert run(videos, out) == counts
+
+
+# ----- full disk
+
+
+class FullWriter:
+    """array_record's writer on a disk of `room` bytes: it notices late, as that one does."""
+
+    room = 0
+
+    def __init__(self, path, options):
+        self._path = path
+        self._records = []
+        open(path, "wb").close()
+
+    def write(self, record):
+        self._records.append(record)
+
+    def close(self):
+        size = sum(map(len, self._records))
+        if size > FullWriter.room:
+            raise RuntimeError(f"write() failed: No space left on device; writing {self._path}")
+        FullWriter.room -= size
+        writer = ArrayRecordWriter(self._path, "group_size:1,uncompressed")
+        for record in self._records:
+            writer.write(record)
+        writer.close()
+
+
+def test_full_disk(videos, tmp_path, monkeypatch):
+    """The second shard does not fit: the first is kept, nothing of the second can be read."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(records, "ArrayRecordWriter", FullWriter)
+    FullWriter.room = 3000  # 3 frames of train's first shard, but not 5 more
+    match = (
+        r"cannot write to '.*out': No space left on device\. 2 of 7 videos are finished and take "
+        r"131 kB; the rest takes about 328 kB, and .* are free\. The finished shards are kept: "
+        r"make room and run the same command"
+    )
+    with pytest.raises(OSError, match=match):
+        run(videos, out)
+    assert os.listdir(out / "frames") == ["frames-train.array_record-00000-of-00003"]
+    assert sorted(os.listdir(out / "prepare"))[-1] == "train-00000-of-00003.json"
+    assert not list(out.rglob("*incomplete*"))
+    with pytest.raises(FileNotFoundError, match="no prepared videos"):
+        VideoDataset(str(out), "train")
+    FullWriter.room = 10**9
+    run(videos, out)
+    monkeypatch.undo()
+    run(videos, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_record_lost_in_silence(tmp_path, monkeypatch):
+    class Forgetful(FullWriter):
+        def close(self):
+            self._records = self._records[:-1]
+            super().close()
+
+    FullWriter.room = 10**9
+    monkeypatch.setattr(records, "ArrayRecordWriter", Forgetful)
+    writer = records.ShardWriter(str(tmp_path / "shard"))
+    for _ in range(3):
+        writer.write(b"x")
+    with pytest.raises(OSError, match="2 of 3 records written.*shard"):
+        writer.commit()
+    assert os.listdir(tmp_path) == []
+
+
+def test_disk_full_for_the_tables(videos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write = records.write_atomically
+
+    def full(path, text):
+        if path.endswith("class_names.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        write(path, text)
+
+    monkeypatch.setattr(records, "write_atomically", full)
+    with pytest.raises(OSError, match="No space left on device. 7 of 7 videos are finished"):
+        run(videos, out)
+    with pytest.raises(FileNotFoundError, match="no prepared videos"):
+        VideoDataset(str(out), "train")
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare_module, "_store_shard", None)  # nothing is decoded again
+    run(videos, out)
+    assert len(VideoDataset(str(out), "train")) == 3
+
+
+def test_limited_file_size(tmp_path):
+    """The system's own refusal, of the largest file size, reaches the message."""
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    write_video(videos / "a" / "x.mkv", noise_frames(40), gop=1)
+    listing = list_videos("folder", str(videos))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large. 0 of 1 .* an unknown amount"):
+            prepare(listing, str(videos), str(out), num_workers=1, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(out / "frames") == []
+    counts = prepare(listing, str(videos), str(out), num_workers=1, progress=False)
+    assert counts["total"].num_bytes > 100_000
+
+
+def test_note_on_a_disk_that_will_not_do(videos, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    run(videos, tmp_path / "out")
+    assert "note: the disk of '" in (error := capsys.readouterr().err)
+    assert "will be full before the end: 2 of 7 videos are finished" in error
+    monkeypatch.undo()
+    run(videos, tmp_path / "other")
+    assert "will be full" not in capsys.readouterr().err
+
+
+# ----- only looking
+
+
+def test_check(videos, tmp_path, capsys, monkeypatch):
+    """It tells what `prepare` does, and writes no file."""
+    path = write_video(videos / "clip 0.mp4", 30, options={"movflags": "faststart"}, gop=1)
+    data = pathlib.Path(path).read_bytes()
+    pathlib.Path(path).write_bytes(data[: len(data) * 2 // 3])
+    before = contents(tmp_path)
+    options = {name: value for name, value in OPTIONS.items() if name != "videos_per_shard"}
+    checked = check(listing_of(videos), str(videos), **options)
+    assert contents(tmp_path) == before
+    printed, error = capsys.readouterr()
+    assert "note: 1 of the 5 videos of split 'train' are not in" in error
+    lines = printed.splitlines()
+    out = tmp_path / "out"
+    counts = run(videos, out)
+    assert list(checked) == list(counts)
+    for name, count in counts.items():
+        assert dataclasses.replace(checked[name], num_bytes=count.num_bytes) == count
+        assert checked[name].num_bytes == pytest.approx(count.num_bytes, rel=0.1)
+    truncated = (out / "truncated_videos.jsonl").read_text().splitlines()
+    assert sorted(lines[:3]) == sorted(
+        truncated + (out / "bad_videos.jsonl").read_text().splitlines()
+    )
+    assert json.loads(truncated[0])["path"] == "clip 0.mp4"
+    assert json.loads(truncated[0])["truncated"].startswith("after ")
+    assert re.fullmatch(r"the frames would take about \d+ kB", lines[-1])
+    assert lines[3].startswith("train: listed 5, found 4, stored 3, bad 2 (stored but truncated 1")
+    names = [str(tmp_path / name) for name in ("no folder/x", "bad ü.jsonl")]
+    with pytest.raises(OSError, match="no folder"):
+        check(listing_of(videos), str(videos), **options, bad_videos=names[0])
+    check(listing_of(videos), str(videos), **options | {"max_missing": 0}, bad_videos=names[1])
+    assert pathlib.Path(names[1]).read_text().splitlines() == lines[:3]
+    printed, error = capsys.readouterr()
+    assert "{" not in printed
+    assert "more than --max_missing=0 allows; preparing refuses that" in error
+
+
+def test_check_of_splits_that_share_videos(tmp_path, capsys):
+    videos, lists = tmp_path / "videos", tmp_path / "lists"
+    lists.mkdir()
+    write_video(videos / "wave" / "a.avi", 2)
+    write_video(videos / "wave" / "b.avi", 3)
+    for division, roles in {1: "12", 2: "21", 3: "11"}.items():
+        text = f"a.avi {roles[0]}\nb.avi {roles[1]}\n"
+        (lists / f"wave_test_split{division}.txt").write_text(text)
+    listing = list_videos("hmdb51", str(videos), str(lists))
+    counts = check(listing, str(videos), num_workers=1, progress=False)
+    assert (counts["test1"].num_frames, counts["test2"].num_frames) == (3, 2)
+    assert counts["total"].num_frames == 5
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 + 1  # there is no test3
+    assert lines[-1].startswith("the frames would take about ")
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (9_440, "9.4 kB"),
+        (350_000, "350 kB"),
+        (1_240_000_000, "1.2 GB"),
+        (1_620_000_000_000, "1.6 TB"),
+    ],
+)
+def test_sizes_in_words(number, expected):
+    assert in_words(number) == expected
+
+
+def test_progress_without_a_terminal(capsys):
+    for shown, expected in ((True, ["1000 of 2500", "2000 of 2500", "2500 of 2500"]), (False, [])):
+        with Progress(2500, 998, shown) as progress:
+            for _ in range(2500 - 998):
+                progress.update()
+        lines = capsys.readouterr().err.splitlines()
+        assert lines == [f"{line} videos decoded" for line in expected]
+
+
 def command(videos, out, *more):
     return [
         sys.executable,
@@ -224,12 +457,19 @@ def test_command_line(videos, tmp_path):
     def call(*more):
         return subprocess.run(
             command(videos, out, *more),
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100,
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
 
+    checked = call("--dataset=csv", "--check")
+    assert checked.returncode == 1, checked.stderr  # some are bad
+    assert not out.exists()
+    assert "total: listed 7, found 6, stored 5, bad 2 (" in checked.stdout
+    assert sum(line.startswith("{") for line in checked.stdout.splitlines()) == 2
     done = call("--dataset=csv")
     assert done.returncode == 0, done.stderr
     assert "total: listed 7, found 6, stored 5, bad 2 (" in done.stdout
+    assert "7 of 7 videos decoded" in done.stderr
+    assert "\r" not in done.stderr
     failed = call("--dataset=csv", "--quality=50")
     assert failed.returncode == 2
     (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
@@ -237,7 +477,29 @@ def test_command_line(videos, tmp_path):
     unknown = call("--dataset=ssv3")
     assert unknown.returncode == 2
     assert "ssv2" in unknown.stderr
-    assert "Traceback" not in unknown.stderr + failed.stderr
+    assert "Traceback" not in unknown.stderr + failed.stderr + checked.stderr
+    (videos / "clip 1.mp4").write_bytes((videos / "clip 0.mp4").read_bytes())
+    (videos / "clip 3.mp4").write_bytes((videos / "clip 0.mp4").read_bytes())
+    assert call("--dataset=csv", "--check").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "--out is missing"),
+        (["--out=x", "--bad_videos=x"], "--bad_videos goes with --check"),
+        (["--out=x", "--fps=0"], "argument --fps: 0.0 is not positive"),
+        (["--out=x", "--fps=nan"], "argument --fps: nan is not positive"),
+        (["--out=x", "--quality=high"], "argument --quality: invalid whole number value: 'high'"),
+    ],
+)
+def test_options_that_make_no_sense(monkeypatch, capsys, more, message):
+    arguments = ["prepare_dataset.py", "--dataset=csv", "--videos=x", *more]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as info:
+        parse_arguments()
+    assert info.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_killed_run_goes_on(tmp_path):
@@ -262,7 +524,7 @@ def test_killed_run_goes_on(tmp_path):
     job = [sys.executable, str(tmp_path / "job.py"), str(videos), str(tmp_path / "lists"), str(out)]
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     process = subprocess.Popen(job, env=environment, stdout=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list(out.glob("prepare/train-*.json")) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -270,7 +532,7 @@ def test_killed_run_goes_on(tmp_path):
     finished = len(list(out.glob("prepare/train-*.json")))
     assert 1 <= finished < 12
     assert not (out / "dataset_info.json").exists()
-    done = subprocess.run(job, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(job, env=environment, capture_output=True, text=True, timeout=300)
     assert "total: listed 24, found 24, stored 24, bad 0 (" in done.stdout, done.stderr
     dataset = VideoDataset(str(out), "train")
     assert dataset.ids == listed
@@ -286,8 +548,8 @@ def test_missing_videos(videos, tmp_path, capsys):
     out = tmp_path / "out"
     match = (
         r"7 of the 11 videos of split 'train' are not in .*videos': 'clip 3.mp4', 'gone ü 0.mp4', "
-        r"'gone ü 1.mp4', 'gone ü 2.mp4', 'gone ü 3.mp4', ... \(all missing ones are in .*out/"
-        r"missing_videos.txt\); that is more than --max_missing=0.6 allows"
+        r"'gone ü 1.mp4', 'gone ü 2.mp4', 'gone ü 3.mp4', ...; that is more than --max_missing=0.6 "
+        r"allows \(all missing ones are in .*out/missing_videos.txt\)"
     )
     with pytest.raises(ValueError, match=match):
         run(videos, out, max_missing=0.6)
@@ -302,7 +564,7 @@ def test_missing_videos(videos, tmp_path, capsys):
         (videos / name).unlink()
     with pytest.raises(ValueError, match="2 of the 2 videos of split 'validation'"):
         run(videos, tmp_path / "other", max_missing=0.7)
-    with pytest.raises(ValueError, match=r"max_missing is 10; it must be in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"max_missing is 10; .*in \[0, 1\]"):
         run(videos, out, max_missing=10)
 
 

@@ -23,9 +23,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def entries(workdir):
-    """What metrics.jsonl says of learning, without times."""
+    """What metrics.jsonl says of learning, without what is of the process."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("clips_per_second", "data_wait")
+    timed = ("clips_per_second", "data_wait", "broken_videos")
     return [{key: line[key] for key in line if key not in timed} for line in lines]
 
 
@@ -143,7 +143,7 @@ def poison(monkeypatch, steps):
         spatial, temporal = inputs(batch, data, dtype)
         return spatial + batch["poison"] if "poison" in batch else spatial, temporal
 
-    monkeypatch.setattr(train.pipeline, "train_batches", numbered)
+    monkeypatch.setattr(pipeline, "train_batches", numbered)
     monkeypatch.setattr(train, "shard_batch", poisoned)
     monkeypatch.setattr(train.preprocess, "model_inputs", add)
 

@@ -91,7 +91,9 @@ def split_by_hash(videos: Iterable[Video], validation_fraction: float) -> dict[s
 
 def require(annotations: str | None, exists: Callable[[str], bool], what: str) -> str:
     """`annotations`, if they are there; otherwise a ValueError that says what they should be."""
-    if not annotations or not exists(annotations):
+    if not annotations:
+        raise ValueError(f"--annotations is missing; it is {what}")
+    if not exists(annotations):
         raise ValueError(f"there are no annotations {annotations!r}; --annotations is {what}")
     return annotations
 

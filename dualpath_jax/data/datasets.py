@@ -13,19 +13,20 @@ import dataclasses
 import os
 from collections.abc import Callable
 
+from dualpath_jax.data import k400
 from dualpath_jax.data.annotations import Listing, Video
 from dualpath_jax.data.csv_list import read_csv
 from dualpath_jax.data.diving48 import read_diving48
 from dualpath_jax.data.folder import read_folder
 from dualpath_jax.data.hmdb51 import read_hmdb51
-from dualpath_jax.data.k400 import read_k400
 from dualpath_jax.data.ssv2 import read_ssv2
 
 # Of the published data sets and the demo; the others' are what their annotations say.
-NUM_CLASSES = {"k400": 400, "ssv2": 174, "hmdb51": 51, "diving48": 48, "demo": 8}
+NUM_CLASSES = {"k400": k400.NUM_CLASSES, "ssv2": 174, "hmdb51": 51, "diving48": 48, "demo": 8}
+UNKNOWN_CLASSES = 2  # taken for those in outlines; only the classifier depends on it
 
 DATASETS: dict[str, Callable[[str, str | None, float], Listing]] = {
-    "k400": read_k400,
+    "k400": k400.read_k400,
     "ssv2": read_ssv2,
     "hmdb51": read_hmdb51,
     "diving48": read_diving48,

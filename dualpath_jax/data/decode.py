@@ -1,4 +1,4 @@
-"""Video files to frames: `decode_frames`, `video_to_jpegs`.
+"""Video files to frames: `decode_frames`, `video_to_jpegs`, `check_video`.
 
 Videos come from strangers: they hang decoders, crash them, and claim sizes that fill the memory.
 Many files are therefore decoded in the processes of `workers.WorkerPool`, which import this
@@ -7,6 +7,7 @@ module; so it imports nothing heavy.
 
 import dataclasses
 import io
+import math
 import os
 from collections.abc import Iterator
 
@@ -22,6 +23,12 @@ NOT_FOUND = "file not found"
 NOT_VIDEO = frozenset(
     {"concat", "dash", "hls", "image2", "imf", "lrc", "sdp", "srt", "tty", "webvtt"}
 )
+
+
+# Matrices (AVColorSpace) that swscale cannot convert by, and what stands in for them. Constant
+# luminance BT.2020 is near to the other one; YCgCo and reserved numbers are taken as untagged.
+_MATRICES = {10: 9} | dict.fromkeys((3, 8, *range(11, 32)), 2)
+_CHECKED_FRAMES = 16  # `check_video` compresses one frame in so many
 
 
 class VideoError(Exception):
@@ -40,8 +47,8 @@ class DecodeLimits:
         down the machine.
       max_pixels: width x height. The default is the largest frame of H.264 level 6.2 and AV1
         level 6.3; more is a broken header or an attack.
-      max_frames: 20,000 frames are 11 minutes at 30 fps, far beyond an action clip; more is a
-        wrong file.
+      max_frames: frames kept. 20,000 are 11 minutes at 30 fps, far beyond an action clip; more is
+        a wrong file.
     """
 
     seconds: float = 60.0
@@ -51,32 +58,37 @@ class DecodeLimits:
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredVideo:
-    """A whole video as JPEG images.
+class VideoFacts:
+    """What is known of a decoded video.
 
     Attributes:
-      jpegs: one JPEG file per frame, in decode order, at least one.
+      num_frames: frames kept, at least 1.
+      fps: frames per second, as `FrameReader.fps`.
       height, width: pixels of every frame, after rotation and scaling.
-      fps: frames per second by the header, 0.0 if it says nothing.
-      truncated: why the video ends early, "" if it does not.
+      truncated: as `FrameReader.truncated`.
+      num_bytes: of all its JPEG images.
     """
 
-    jpegs: list[bytes]
+    num_frames: int
+    fps: float
     height: int
     width: int
-    fps: float
     truncated: str
+    num_bytes: int
 
 
 class FrameReader:
     """The frames of one video; iterate once. See `decode_frames`.
 
     Attributes:
-      fps: frames per second by the header, 0.0 if it says nothing.
-      truncated: why the video ended early, "" if it did not; known when the iteration has ended.
+      fps: frames per second, by the header or, if that is less, as asked for; 0.0 if neither says.
+      truncated: what of the video is missing and why, "" if nothing is; known when the iteration
+        has ended.
     """
 
-    def __init__(self, path: str, limits: DecodeLimits, short_side: int | None):
+    def __init__(
+        self, path: str, limits: DecodeLimits, short_side: int | None, fps: float | None = None
+    ):
         self._limits = limits
         self._short_side = short_side
         self._container = _open(path)
@@ -86,39 +98,79 @@ class FrameReader:
             codec.thread_count = 1  # the workers are the parallelism
             codec.thread_type = "NONE"
             self._check_pixels(self._stream.width, self._stream.height)
-            self.fps = float(self._stream.guessed_rate or self._stream.average_rate or 0)
+            self._rate = float(self._stream.guessed_rate or self._stream.average_rate or 0)
         except BaseException:
             self._container.close()
             raise
+        self._thinning = Thinning(fps, self._rate) if fps else None
+        self.fps = float(min(fps, self._rate or fps)) if fps else self._rate
         self.truncated = ""
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yields uint8 [H, W, 3] RGB frames, 0..255. VideoError if there is none or too many."""
-        count, size, last, error = 0, None, None, ""
+        count, size, end, error = 0, None, None, ""
         with self._container:
-            packets = self._container.decode(self._stream)
+            frames = self._decoded()
             while True:
                 try:
-                    frame = next(packets, None)
+                    frame = next(frames, None)
+                    if frame is None:
+                        break
+                    if frame.time is not None:
+                        end = max(end or frame.time, frame.time + self._shown(frame))
+                    if self._thinning and not self._thinning.keeps(frame.time):
+                        continue
+                    self._check_pixels(frame.width, frame.height)
+                    turns = round(frame.rotation / 90)  # counter-clockwise, as np.rot90 counts
+                    size = size or self._target_size(frame, turns)
+                    image = _to_rgb(frame, size, turns)
                 except MemoryError:
                     raise
                 except (av.FFmpegError, ValueError) as problem:
                     error = describe(problem)
                     break
-                if frame is None:
-                    break
                 if count == self._limits.max_frames:
-                    raise VideoError(f"more than {self._limits.max_frames} frames")
-                self._check_pixels(frame.width, frame.height)
-                if frame.time is not None:
-                    last = frame.time if last is None else max(last, frame.time)
-                turns = round(frame.rotation / 90)  # degrees counter-clockwise, as np.rot90 counts
-                size = size or self._target_size(frame, turns)
-                yield _to_rgb(frame, size, turns)
+                    raise VideoError(
+                        f"more than {self._limits.max_frames} frames (--fps keeps fewer)"
+                    )
+                yield image
                 count += 1
             if not count:
-                raise VideoError(f"no frame could be decoded ({error or 'the stream is empty'})")
-            self.truncated = f"frame {count}: {error}" if error else self._early_end(last)
+                reason = error or self._bad_start or "the stream is empty"
+                raise VideoError(f"no frame could be decoded ({reason})")
+            if error or self._cut:
+                self.truncated = f"after {count} frames: {error or self._cut}"
+            elif self._bad_start:
+                self.truncated = f"does not begin with a frame: {self._bad_start}"
+            else:
+                self.truncated = self._early_end(end)
+
+    def _decoded(self) -> Iterator[av.VideoFrame]:
+        """The stream's frames. Packets that fail before the first frame are passed over."""
+        self._bad_start = self._cut = ""
+        started = False
+        for packet in self._container.demux(self._stream):
+            if packet.is_corrupt and started:  # the file ends here, amid a frame
+                self._cut = "the rest of the file is missing"
+                yield from self._stream.codec_context.decode(None)  # those the decoder held back
+                return
+            try:
+                frames = packet.decode()
+            except MemoryError:
+                raise
+            except (av.FFmpegError, ValueError) as problem:
+                if started:
+                    raise
+                self._bad_start = self._bad_start or describe(problem)
+                continue
+            started = started or bool(frames)
+            yield from frames
+
+    def _shown(self, frame: av.VideoFrame) -> float:
+        """For how many seconds a frame is shown."""
+        if frame.duration and frame.time_base:
+            return float(frame.duration * frame.time_base)
+        return 1 / self._rate if self._rate else 0.0
 
     def _check_pixels(self, width: int, height: int) -> None:
         if width * height > self._limits.max_pixels:
@@ -134,30 +186,77 @@ class FrameReader:
             height, width = round(height * scale), round(width * scale)
         return (width, height) if turns % 2 else (height, width)
 
-    def _early_end(self, last: float | None) -> str:
-        """A cut mkv ends silently; then the header's duration tells. `last` is in seconds."""
-        if last is None:
+    def _early_end(self, end: float | None) -> str:
+        """A cut mkv ends silently; then the header's duration tells. `end` is in seconds."""
+        if end is None:
             return ""
         stream, container = self._stream, self._container
         if stream.duration:
             claimed = float(stream.duration * stream.time_base)
         else:
             claimed = (container.duration or 0) / av.time_base
-        start = (container.start_time or 0) / av.time_base
-        shown = last - start + (1 / self.fps if self.fps else 0.0)
+        shown = end - (container.start_time or 0) / av.time_base
         missing = claimed - shown
         if missing > max(0.5, 0.1 * claimed):  # headers lie by a frame or two, sound may run on
             return f"ends after {shown:.1f} s of the {claimed:.1f} s its header claims"
         return ""
 
 
-def decode_frames(path: str, limits: DecodeLimits, short_side: int | None = None) -> FrameReader:
+class Thinning:
+    """Which frames of a stream to keep, so that at most `fps` are left of each second.
+
+    Points of time lie 1/fps apart, from the first frame on. A point keeps the first frame that is
+    no more than half a frame's time before it; in a steady stream that is the nearest one. Where
+    frames lie farther apart than points, all are kept. None is kept twice.
+
+    Times are those of the time stamps until one does not rise: that file's mean nothing, and from
+    there on they are those of a steady `rate`, in decode order.
+
+    Args:
+      fps: frames per second to keep.
+      rate: frames per second by the header, 0.0 if it says nothing.
+    """
+
+    def __init__(self, fps: float, rate: float):
+        self._fps = fps
+        self._rate = rate
+        self._stamped = True
+        self._start = self._last = None  # time stamps in seconds
+        self._count = 0
+        self._point = -1  # the last one that has its frame
+
+    def keeps(self, stamp: float | None) -> bool:
+        """Takes the time stamp of the next frame, in seconds."""
+        if stamp is None or (self._last is not None and stamp <= self._last):
+            self._stamped = False
+        if self._stamped:
+            self._start = stamp if self._start is None else self._start
+            self._last = stamp
+            time = stamp - self._start
+        elif self._rate:
+            time = self._count / self._rate
+        else:
+            return True  # nothing is known of time
+        self._count += 1
+        half = 0.5 / self._rate if self._rate else 0.0  # of the time to the next frame
+        point = math.floor((time + half) * self._fps + 1e-6)
+        if point <= self._point:
+            return False
+        self._point = point
+        return True
+
+
+def decode_frames(
+    path: str, limits: DecodeLimits, short_side: int | None = None, fps: float | None = None
+) -> FrameReader:
     """Opens a video for one pass over its frames.
 
     Frames come in decode order (time stamps lie), upright (rotation metadata is applied), all of
     the first frame's size even if the stream changes size. Pixels are taken as square, as the
-    field's loaders do. A video that breaks midway gives its good frames, and the reader's
-    `truncated` then says why.
+    field's loaders do. Colours are converted by the matrix and range that the file names; one that
+    names none has BT.601's and limited range, whatever its size, as in ffmpeg and decord. HDR is
+    not tone-mapped. A video that breaks midway gives its good frames, one whose beginning cannot be
+    decoded those after it, and the reader's `truncated` then says why.
 
     Args:
       path: a video file.
@@ -165,6 +264,8 @@ def decode_frames(path: str, limits: DecodeLimits, short_side: int | None = None
         `WorkerPool`.
       short_side: pixels of the shorter side after scaling, aspect kept; with None, or where the
         video is smaller, frames keep their size.
+      fps: frames per second of presentation time to keep; with None, or where the video has fewer,
+        all frames.
 
     Returns:
       A `FrameReader`: iterate for uint8 [H, W, 3] RGB frames, 0..255.
@@ -173,25 +274,58 @@ def decode_frames(path: str, limits: DecodeLimits, short_side: int | None = None
       VideoError: missing or unreadable file, no video stream, or too large (here); no frame at
         all, or too many (on iteration).
     """
-    return FrameReader(path, limits, short_side)
+    return FrameReader(path, limits, short_side, fps)
 
 
 def video_to_jpegs(
-    path: str, short_side: int | None, quality: int, limits: DecodeLimits
-) -> StoredVideo:
+    path: str, short_side: int | None, quality: int, limits: DecodeLimits, fps: float | None = None
+) -> tuple[list[bytes], VideoFacts]:
     """Decodes a whole video and compresses each frame as JPEG (4:2:0, `quality` 1..95).
+
+    Returns:
+      One JPEG file per frame, in decode order, and what is known of the video.
 
     Raises:
       VideoError: as `decode_frames`.
     """
-    reader = decode_frames(path, limits, short_side)
-    jpegs, height, width = [], 0, 0
+    reader = decode_frames(path, limits, short_side, fps)
+    jpegs, shape = [], ()
     for frame in reader:
-        height, width = frame.shape[:2]
-        buffer = io.BytesIO()
-        Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
-        jpegs.append(buffer.getvalue())
-    return StoredVideo(jpegs, height, width, reader.fps, reader.truncated)
+        jpegs.append(_to_jpeg(frame, quality))
+        shape = frame.shape[:2]
+    return jpegs, VideoFacts(len(jpegs), reader.fps, *shape, reader.truncated, _size(jpegs))
+
+
+def check_video(
+    path: str, short_side: int | None, quality: int, limits: DecodeLimits, fps: float | None = None
+) -> VideoFacts:
+    """Decodes a whole video as `video_to_jpegs` does, but compresses only one frame in 16.
+
+    Returns:
+      What `video_to_jpegs` would know of it, with `num_bytes` estimated.
+
+    Raises:
+      VideoError: as `decode_frames`.
+    """
+    reader = decode_frames(path, limits, short_side, fps)
+    jpegs, count, shape = [], 0, ()
+    for frame in reader:
+        if count % _CHECKED_FRAMES == 0:
+            jpegs.append(_to_jpeg(frame, quality))
+        count += 1
+        shape = frame.shape[:2]
+    num_bytes = round(_size(jpegs) / len(jpegs) * count)
+    return VideoFacts(count, reader.fps, *shape, reader.truncated, num_bytes)
+
+
+def _to_jpeg(frame: np.ndarray, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _size(jpegs: list[bytes]) -> int:
+    return sum(map(len, jpegs))
 
 
 def _open(path: str):
@@ -223,6 +357,7 @@ def _video_stream(container):
 def _to_rgb(frame: av.VideoFrame, size: tuple[int, int], turns: int) -> np.ndarray:
     """uint8 [H, W, 3], scaled to `size` (height, width as shown) and turned upright."""
     height, width = size[::-1] if turns % 2 else size
+    frame.colorspace = _MATRICES.get(frame.colorspace, frame.colorspace)
     frame = frame.reformat(
         width=width, height=height, format="rgb24", interpolation="AREA", threads=1
     )

@@ -1,9 +1,10 @@
 """tf.data pipeline: stored videos to uint8 batches of spatial frames and framesets.
 
-Public: `ClipFormat`, `clip_format`, `train_batches`, `eval_batches`, `num_eval_steps`.
+Public: `train_batches`, `eval_batches`, `num_eval_steps`.
 
 Python enters once: a generator yields the raw records of one clip with its crop; parsing, decoding
-and resizing are TF ops. Everything random is drawn by the generator from (seed, epoch, example).
+and resizing are TF ops (`clips`). Everything random is drawn by the generator from (seed, epoch,
+example).
 
 A batch is a dict of numpy arrays:
   spatial     uint8   [B, S, H, W, 3]     in 0..255, RGB; without framesets all T frames
@@ -11,102 +12,97 @@ A batch is a dict of numpy arrays:
   label       int32   [B]
   mask        float32 [B]                 0 for padding, else 1
   example_id  int64   [B]                 place in the split's video table; -1 for padding
-In evaluation, spatial and temporal have an axis V (views) after B.
+In evaluation, spatial and temporal have an axis V (views) after B. In training with RandAugment
+(N operations), for what `preprocess.colour` does to both inputs:
+  ops         int32   [B, N]              places in `randaugment.OPS`
+  op_values   float32 [B, N]              see `randaugment.value_of`
+  tables      uint8   [B, 3, 256]         what becomes of each level of red, green, blue, before ops
 """
 
-import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from dualpath_jax.data import augment, order, sampling
-from dualpath_jax.data.framesets import FramesetShape, tile_framesets
-from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
+from dualpath_jax.data import augment, order, randaugment, sampling
+from dualpath_jax.data.broken import BrokenVideos
+from dualpath_jax.data.clips import (
+    ClipFormat,
+    clip_format,
+    decode_clips,
+    make_element,
+    undecodable,
+)
+from dualpath_jax.data.records import UnreadableVideo, VideoDataset
 
 Batch = dict[str, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
-class ClipFormat:
-    """What a clip is. See the keys of the same names under `data` in configs/base.py.
-
-    Without framesets, `framesets` is None and the spatial frames are all frames.
-    """
-
-    num_frames: int
-    image_size: int
-    num_spatial_frames: int
-    sampling: str
-    sampling_interval: int | None
-    framesets: FramesetShape | None
-
-
-def clip_format(data: Any, framesets: bool = True) -> ClipFormat:
-    """Clip format of `config.data`; ValueError for values that do not go together.
+class _TrainingClips:
+    """Draws training clips: everything random in them is a function of (seed, epoch, example).
 
     Args:
+      dataset: the training split.
+      clip: what a clip is.
       data: `config.data`.
-      framesets: spatial frames and framesets (DualPath), or every frame at full size (the other
-        methods, for which `num_spatial_frames`, `grid` and `frame_scale` mean nothing).
+      seed: of the run.
+      broken: what takes the place of a video that cannot be read.
     """
-    shape, num_spatial = None, data.num_frames
-    if framesets:
-        shape = FramesetShape(data.num_frames, tuple(data.grid), data.frame_scale, data.image_size)
-        num_spatial = data.num_spatial_frames
-    sampling.spatial_subset(data.num_frames, num_spatial)
-    if data.sampling not in sampling.SAMPLINGS:
-        known = ", ".join(sampling.SAMPLINGS)
-        raise ValueError(f"unknown data.sampling {data.sampling!r}: known are {known}")
-    if data.sampling == "dense" and data.sampling_interval is None:
-        sampling.default_interval(data.num_frames)
-    return ClipFormat(
-        num_frames=data.num_frames,
-        image_size=data.image_size,
-        num_spatial_frames=num_spatial,
-        sampling=data.sampling,
-        sampling_interval=data.sampling_interval,
-        framesets=shape,
-    )
 
+    def __init__(
+        self, dataset: VideoDataset, clip: ClipFormat, data: Any, seed: int, broken: BrokenVideos
+    ):
+        self._dataset, self._clip, self._data, self._seed = dataset, clip, data, seed
+        self._broken = broken
+        self._mirrored = (
+            augment.mirrored_labels(dataset.class_names, data.label_swap) if data.flip else None
+        )
 
-def _element(
-    dataset: VideoDataset, example: int, frames: np.ndarray, crop: augment.Crop, real: bool = True
-) -> dict[str, Any]:
-    return {
-        "records": dataset.read_frames(example, frames),
-        "box": np.array([crop.top, crop.left, crop.height, crop.width], np.int32),
-        "flip": crop.flip,
-        "label": np.int32(dataset.labels[example]),
-        "mask": np.float32(real),
-        "example_id": np.int64(example if real else -1),
-    }
+    def elements(self, steps: range, rows: slice) -> Iterator[dict[str, Any]]:
+        """What becomes the batches of `steps`, this host's rows of each."""
+        for step in steps:
+            for _, element in self.of_step(step, rows):
+                yield element
 
-
-def _train_elements(
-    dataset: VideoDataset, clip: ClipFormat, data: Any, seed: int, steps: range, rows: slice
-) -> Iterator[dict[str, Any]]:
-    for step in steps:
-        examples, epochs = order.train_order(seed, step, data.batch_size, len(dataset))
+    def of_step(self, step: int, rows: slice) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(epoch, element) of each clip."""
+        examples, epochs = order.train_order(
+            self._seed, step, self._data.batch_size, len(self._dataset)
+        )
         for example, epoch in zip(examples[rows], epochs[rows], strict=True):
-            rng = np.random.default_rng(order.example_seed(seed, int(epoch), int(example)))
-            frames = sampling.sample_frames(
-                clip.sampling,
-                int(dataset.num_frames[example]),
-                clip.num_frames,
-                clip.sampling_interval,
-                rng,
-            )
-            crop = augment.random_resized_crop(
-                int(dataset.heights[example]),
-                int(dataset.widths[example]),
-                rng,
-                tuple(data.crop_scale),
-                tuple(data.crop_ratio),
-                data.flip,
-            )
-            yield _element(dataset, int(example), frames, crop)
+            yield int(epoch), self._broken.replace(int(example), int(epoch), self._draw)
+
+    def _draw(self, example: int, epoch: int) -> dict[str, Any]:
+        dataset, clip, data = self._dataset, self._clip, self._data
+        rng = np.random.default_rng(order.example_seed(self._seed, epoch, example))
+        frames = sampling.sample_frames(
+            clip.sampling,
+            int(dataset.num_frames[example]),
+            clip.num_frames,
+            clip.sampling_interval,
+            rng,
+        )
+        crop = augment.random_resized_crop(
+            int(dataset.heights[example]),
+            int(dataset.widths[example]),
+            rng,
+            tuple(data.crop_scale),
+            tuple(data.crop_ratio),
+            data.flip,
+        )
+        element = make_element(dataset, clip, example, frames, crop)
+        if crop.flip:
+            element["label"] = self._mirrored[element["label"]]
+        if data.randaugment_layers:
+            ops, values = randaugment.draw(rng, data.randaugment_layers, data.randaugment_magnitude)
+            element |= {"ops": ops, "op_values": values}
+            element["matrix"] = randaugment.affine(ops, values)
+        if data.erasing_probability:
+            side = clip.framesets.frame_size if clip.framesets else clip.image_size
+            element["erase"] = augment.random_erasing(side, rng, data.erasing_probability)
+        return element
 
 
 def _eval_elements(
@@ -133,55 +129,7 @@ def _eval_elements(
                 for k in range(spatial_crops):
                     height, width = int(dataset.heights[example]), int(dataset.widths[example])
                     crop = augment.view_crop(height, width, k, spatial_crops)
-                    yield _element(dataset, example, frames, crop, real)
-
-
-def _resize(frames: tf.Tensor, size: int) -> tf.Tensor:
-    """[T, h, w, 3] uint8 -> [T, size, size, 3] uint8, bilinear with antialiasing."""
-    resized = tf.image.resize(tf.cast(frames, tf.float32), (size, size), antialias=True)
-    return tf.cast(tf.round(resized), tf.uint8)
-
-
-def _assemble(element: dict[str, tf.Tensor], clip: ClipFormat) -> dict[str, tf.Tensor]:
-    """Raw records of one clip to its spatial frames and, if it has them, framesets."""
-    jpegs = tf.io.parse_example(element["records"], FRAME_FEATURES)["image"]
-    # Written out: a map_fn over the frames costs as much again as decoding small ones.
-    frames = tf.stack(
-        [
-            tf.image.decode_and_crop_jpeg(
-                jpeg, element["box"], channels=3, dct_method="INTEGER_ACCURATE"
-            )
-            for jpeg in tf.unstack(jpegs, clip.num_frames)
-        ]
-    )
-    frames = tf.cond(element["flip"], lambda: tf.reverse(frames, [2]), lambda: frames)
-    chosen = sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
-    spatial = _resize(tf.gather(frames, chosen), clip.image_size)
-    size = [clip.num_spatial_frames, clip.image_size, clip.image_size, 3]
-    inputs = {"spatial": tf.ensure_shape(spatial, size)}
-    if clip.framesets is not None:
-        small = _resize(frames, clip.framesets.frame_size)
-        small = tf.ensure_shape(small, [clip.num_frames, *[clip.framesets.frame_size] * 2, 3])
-        inputs["temporal"] = tile_framesets(small, clip.framesets.grid)
-    return inputs | {key: element[key] for key in ("label", "mask", "example_id")}
-
-
-def _tf_dataset(elements: Any, clip: ClipFormat) -> tf.data.Dataset:
-    """Clips, in order, decoded in parallel."""
-    signature = {
-        "records": tf.TensorSpec([clip.num_frames], tf.string),
-        "box": tf.TensorSpec([4], tf.int32),
-        "flip": tf.TensorSpec([], tf.bool),
-        "label": tf.TensorSpec([], tf.int32),
-        "mask": tf.TensorSpec([], tf.float32),
-        "example_id": tf.TensorSpec([], tf.int64),
-    }
-    clips = tf.data.Dataset.from_generator(elements, output_signature=signature)
-    return clips.map(
-        lambda element: _assemble(element, clip),
-        num_parallel_calls=tf.data.AUTOTUNE,
-        deterministic=True,
-    )
+                    yield make_element(dataset, clip, example, frames, crop, real)
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
@@ -201,6 +149,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     framesets: bool = True,
+    broken: BrokenVideos | None = None,
 ) -> Iterator[Batch]:
     """This host's share of the training batches of steps first_step ... num_steps - 1.
 
@@ -212,16 +161,41 @@ def train_batches(
       num_steps: length of the run.
       process_index, process_count: which host of how many.
       framesets: see `clip_format`.
+      broken: notes and replaces videos that cannot be read; a new one by default.
+
+    Raises:
+      ValueError: for values that do not go together (at once); more than `data.max_broken_videos`
+        videos cannot be read (when it shows).
     """
     clip = clip_format(data, framesets)
     rows = _rows(data.batch_size, process_index, process_count)
-    steps = range(first_step, num_steps)
+    broken = broken or BrokenVideos(dataset.ids, data.max_broken_videos)
+    clips = _TrainingClips(dataset, clip, data, seed, broken)
 
-    def elements():
-        return _train_elements(dataset, clip, data, seed, steps, rows)
+    def batches() -> Iterator[Batch]:
+        step = first_step
+        while step < num_steps:
+            problems: list[Exception] = []
+            elements = clips.elements(range(step, num_steps), rows)
+            stream = decode_clips(elements, clip, data, problems, training=True)
+            stream = stream.batch(rows.stop - rows.start, drop_remainder=True)
+            try:
+                for batch in stream.prefetch(data.prefetch).as_numpy_iterator():
+                    yield batch
+                    step += 1
+            except tf.errors.OpError:
+                if problems:
+                    raise problems[0] from None
+                # A clip of this step was read and cannot be decoded: without it, from here again.
+                found = False
+                for epoch, element in clips.of_step(step, rows):
+                    if reason := undecodable(element, clip, data):
+                        broken.note_clip(int(element["example_id"]), epoch, reason)
+                        found = True
+                if not found:
+                    raise
 
-    batches = _tf_dataset(elements, clip).batch(rows.stop - rows.start, drop_remainder=True)
-    return batches.prefetch(data.prefetch).as_numpy_iterator()
+    return batches()
 
 
 def num_eval_steps(num_examples: int, batch_size: int) -> int:
@@ -239,15 +213,37 @@ def eval_batches(
     process_count: int = 1,
     framesets: bool = True,
 ) -> Iterator[Batch]:
-    """This host's share of one pass over `dataset`: every video once, then padding of mask 0."""
+    """This host's share of one pass over `dataset`: every video once, then padding of mask 0.
+
+    Raises:
+      UnreadableVideo: none is left out, so this ends the pass.
+    """
     clip = clip_format(data, framesets)
     rows = _rows(batch_size, process_index, process_count)
+    views = temporal_views * spatial_crops
 
-    def elements():
+    def elements() -> Iterator[dict[str, Any]]:
         return _eval_elements(dataset, clip, temporal_views, spatial_crops, batch_size, rows)
 
-    views = _tf_dataset(elements, clip).batch(temporal_views * spatial_crops)
-    first = {key: lambda x: x[0] for key in ("label", "mask", "example_id")}
-    clips = views.map(lambda e: {k: first[k](v) if k in first else v for k, v in e.items()})
-    batches = clips.batch(rows.stop - rows.start, drop_remainder=True)
-    return batches.prefetch(data.prefetch).as_numpy_iterator()
+    def batches() -> Iterator[Batch]:
+        problems: list[Exception] = []
+        first = {key: lambda x: x[0] for key in ("label", "mask", "example_id")}
+        stream = decode_clips(elements(), clip, data, problems).batch(views)
+        stream = stream.map(lambda e: {k: first[k](v) if k in first else v for k, v in e.items()})
+        stream = stream.batch(rows.stop - rows.start, drop_remainder=True)
+        count = 0
+        try:
+            for batch in stream.prefetch(data.prefetch).as_numpy_iterator():
+                yield batch
+                count += 1
+        except tf.errors.OpError:
+            if problems:
+                raise problems[0] from None
+            size = views * (rows.stop - rows.start)
+            for element in itertools.islice(elements(), count * size, (count + 1) * size):
+                if reason := undecodable(element, clip, data):
+                    video = dataset.ids[int(element["example_id"])]
+                    raise UnreadableVideo(f"video {video!r} cannot be decoded: {reason}") from None
+            raise
+
+    return batches()

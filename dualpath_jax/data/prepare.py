@@ -1,5 +1,4 @@
 """Turns listed videos into prepared ones: `prepare`. See `records` for what it writes.
-
 Work is cut into shards of consecutive videos. A shard is finished when its JSON sidecar is there;
 it holds what was stored and what was bad. An interrupted run goes on after its last finished shard,
 and a finished one only prints its summary again.
@@ -7,43 +6,20 @@ and a finished one only prints its summary again.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 
-import tqdm
-
-from dualpath_jax.data import records
+from dualpath_jax.data import ledger, records
 from dualpath_jax.data.datasets import Listing, Video
-from dualpath_jax.data.decode import NOT_FOUND, DecodeLimits, StoredVideo, video_to_jpegs
+from dualpath_jax.data.decode import DecodeLimits, video_to_jpegs
+from dualpath_jax.data.ledger import Counts
 from dualpath_jax.data.workers import Failure, WorkerPool
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """How many videos; listed = stored + bad, and those found are listed and on disk.
-
-    `truncated` are stored but end early; `num_frames` and `num_bytes` (JPEG) are of those stored.
-    """
-
-    listed: int = 0
-    found: int = 0
-    stored: int = 0
-    bad: int = 0
-    truncated: int = 0
-    num_frames: int = 0
-    num_bytes: int = 0
-
-    def __str__(self) -> str:
-        mean = self.num_bytes / max(self.stored, 1)
-        return (
-            f"listed {self.listed}, found {self.found}, stored {self.stored}, bad {self.bad} "
-            f"(stored but truncated {self.truncated}; {self.num_frames} frames, "
-            f"{mean:,.0f} bytes per video)"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +44,7 @@ def prepare(
     *,
     short_side: int = 256,
     quality: int = 90,
+    fps: float | None = None,
     videos_per_shard: int = 512,
     num_workers: int | None = None,
     limits: DecodeLimits | None = None,
@@ -82,54 +59,65 @@ def prepare(
       out_dir: OUT, a local folder.
       short_side: pixels of the shorter side of stored frames; smaller videos keep their size.
       quality: of the JPEG frames, 1..95.
-      videos_per_shard: 512 Kinetics clips make shards of about 4 GB, of which 470 hold them all.
+      fps: frames per second to store of videos that have more; by default all frames.
+      videos_per_shard: 512 Kinetics clips make shards of about 3 GB, of which 510 hold them all.
       num_workers: decoding processes, by default one per core.
       limits: what one video may cost.
       max_missing: part of a split's videos, 0..1, whose files may be missing.
-      progress: show a progress bar.
+      progress: show a progress bar, or where there is no terminal a line now and then.
 
     Returns:
-      Counts of each split and "total", as printed. OUT/bad_videos.jsonl lists the bad videos.
+      Counts of each split and "total", as printed. OUT/bad_videos.jsonl lists the bad videos,
+      OUT/truncated_videos.jsonl those stored in part.
 
     Raises:
       ValueError: OUT cannot be written, holds something prepared otherwise, or is in use; too many
         videos are missing (before any is decoded; OUT/missing_videos.txt lists them); none could be
         stored.
+      OSError: the disk is full; finished shards are kept.
     """
-    if not 0 <= max_missing <= 1:
-        raise ValueError(f"max_missing is {max_missing}; it must be in [0, 1]")
+    ledger.check_options(quality, fps, max_missing)
     limits = limits or DecodeLimits()
-    settings = _settings(listing, short_side, quality, videos_per_shard, limits)
+    settings = _settings(listing, short_side, quality, fps, videos_per_shard, limits)
     shards = _cut(listing, videos_per_shard)
     with _claimed(out_dir):
         _check_same(out_dir, settings)
         todo = [shard for shard in shards if not os.path.exists(shard.sidecar(out_dir))]
-        if todo:
-            _check_missing(listing, videos_dir, out_dir, max_missing)
-        records.write_atomically(_settings_path(out_dir), json.dumps(settings, indent=1))
-        arguments = (
-            (os.path.join(videos_dir, video.path), short_side, quality, limits)
-            for shard in todo
-            for video in shard.videos
-        )
-        total = sum(len(shard.videos) for shard in shards)
-        done = total - sum(len(shard.videos) for shard in todo)
-        bar = tqdm.tqdm(total=total, initial=done, unit="video", disable=not progress)
-        with bar, WorkerPool(num_workers or os.cpu_count() or 1, limits) as pool:
-            results = pool.map(video_to_jpegs, arguments)
-            for shard in todo:
-                _store_shard(shard, results, out_dir, bar)
-        return _finish(listing, shards, out_dir)
+        with _full_disk_explained(out_dir, shards):
+            if todo:
+                _refuse_missing(listing, videos_dir, out_dir, max_missing)
+            records.write_atomically(_settings_path(out_dir), json.dumps(settings, indent=1))
+            arguments = (
+                (os.path.join(videos_dir, video.path), short_side, quality, limits, fps)
+                for shard in todo
+                for video in shard.videos
+            )
+            total = sum(len(shard.videos) for shard in shards)
+            done = total - sum(len(shard.videos) for shard in todo)
+            bar = ledger.Progress(total, done, progress)
+            with bar, WorkerPool(num_workers or os.cpu_count() or 1, limits) as pool:
+                results = pool.map(video_to_jpegs, arguments)
+                for shard in todo:
+                    _store_shard(shard, results, out_dir, bar)
+                    if shard is todo[0]:
+                        _note_short_disk(out_dir, shards)
+            return _finish(listing, shards, out_dir)
 
 
 def _settings(
-    listing: Listing, short_side: int, quality: int, videos_per_shard: int, limits: DecodeLimits
+    listing: Listing,
+    short_side: int,
+    quality: int,
+    fps: float | None,
+    videos_per_shard: int,
+    limits: DecodeLimits,
 ) -> dict:
     """What decides the content of OUT, as JSON."""
     settings = {
         "format": 1,
         "short_side": short_side,
         "quality": quality,
+        "fps": fps and float(fps),
         "videos_per_shard": videos_per_shard,
         "classes": _digest(listing.class_names),
     }
@@ -193,108 +181,80 @@ def _check_same(out_dir: str, new: dict) -> None:
         )
 
 
-def _check_missing(listing: Listing, videos_dir: str, out_dir: str, max_missing: float) -> None:
-    """Tells which files are not there; ValueError if all, or too many of a split, are not."""
-    stored = listing.stored().values()
-    paths = {video.path for videos in stored for video in videos}
-    missing = {path for path in paths if not os.path.exists(os.path.join(videos_dir, path))}
+def _refuse_missing(listing: Listing, videos_dir: str, out_dir: str, max_missing: float) -> None:
+    """Tells and lists which files are not there; ValueError if all, or too many of a split."""
+    missing = ledger.find_missing(listing, videos_dir)
     if not missing:
         return
-    first = next(iter(listing.splits.values()))[0].path
-    if len(missing) == len(paths):
-        raise ValueError(
-            f"none of the {len(paths)} listed videos is in {videos_dir!r} "
-            f"(the first is {first!r}); check --videos"
-        )
     path = os.path.join(out_dir, "missing_videos.txt")
     records.write_atomically(path, "".join(name + "\n" for name in sorted(missing)))
-    for split, videos in listing.splits.items():
-        here = [video.path for video in videos if video.path in missing]
-        message = (
-            f"{len(here)} of the {len(videos)} videos of split {split!r} are not in "
-            f"{videos_dir!r}: {', '.join(map(repr, here[:5]))}{', ...' if here[5:] else ''} "
-            f"(all missing ones are in {path})"
-        )
-        if len(here) > max_missing * len(videos):
-            raise ValueError(
-                f"{message}; that is more than --max_missing={max_missing} allows. Check --videos, "
-                "get the rest, or allow more"
-            )
-        if here:
-            print(f"note: {message}", file=sys.stderr)
+    for message, refused in ledger.missing_in_splits(listing, videos_dir, missing, max_missing):
+        message += f" (all missing ones are in {path})"
+        if refused:
+            raise ValueError(f"{message}. Check --videos, get the rest, or allow more")
+        print(f"note: {message}", file=sys.stderr)
 
 
-def _store_shard(shard: _Shard, results: Iterator, out_dir: str, bar: tqdm.tqdm) -> None:
+def _store_shard(shard: _Shard, results: Iterator, out_dir: str, bar: ledger.Progress) -> None:
     """Writes the frames of a shard and then, as the mark that it is finished, its sidecar."""
     stored, bad, writer = [], [], None
-    try:
+    with contextlib.ExitStack() as stack:  # commits the frames, or discards them on an exception
         for video in shard.videos:
             result = next(results)
             if isinstance(result, Failure):
-                entry = {"id": video.id, "path": video.path, "reason": result.reason}
-                bad.append(entry | {"split": shard.split})
+                bad.append(ledger.bad_entry(shard.split, video, result))
             else:
-                writer = writer or records.ShardWriter(shard.frames(out_dir))
-                for jpeg in result.jpegs:
+                jpegs, facts = result
+                path = shard.frames(out_dir)
+                writer = writer or stack.enter_context(records.ShardWriter(path))
+                for jpeg in jpegs:
                     writer.write(records.encode_frame(jpeg))
-                stored.append(_stored_entry(video, result))
+                stored.append(ledger.stored_entry(video, facts))
             bar.update()
-    except BaseException:
-        if writer:
-            writer.discard()
-        raise
-    if writer:
-        writer.commit()
     sidecar = json.dumps({"stored": stored, "bad": bad})
     records.write_atomically(shard.sidecar(out_dir), sidecar)
-
-
-def _stored_entry(video: Video, result: StoredVideo) -> dict:
-    return {
-        "id": video.id,
-        "label": video.label,
-        "num_frames": len(result.jpegs),
-        "fps": result.fps,
-        "height": result.height,
-        "width": result.width,
-        "truncated": result.truncated,
-        "num_bytes": sum(map(len, result.jpegs)),
-    }
 
 
 def _finish(listing: Listing, shards: list[_Shard], out_dir: str) -> dict[str, Counts]:
     """Writes tables and ledger from the sidecars, unless they are there; prints the summary."""
     stored = {name: [] for name in listing.stored()}
     frame_shards = {name: [] for name in listing.stored()}
-    bad = []
+    bad, truncated = [], []
     for shard in shards:
-        with open(shard.sidecar(out_dir), encoding="utf-8") as file:
-            sidecar = json.load(file)
+        sidecar = _read_sidecar(shard, out_dir)
         stored[shard.split] += sidecar["stored"]
         frame_shards[shard.split].append(sum(entry["num_frames"] for entry in sidecar["stored"]))
         bad += sidecar["bad"]
-    counts, tables = {}, {}
-    for split, videos in listing.splits.items():
-        source, ids = listing.stored_in(split), {video.id for video in videos}
-        tables[split] = [row for row in _rows(stored[source]) if row.id in ids]
-        counts[split] = _count(
-            [entry for entry in stored[source] if entry["id"] in ids],
-            [entry for entry in bad if entry["split"] == source and entry["id"] in ids],
-        )
-    counts["total"] = _count([entry for entries in stored.values() for entry in entries], bad)
+        paths = {video.id: video.path for video in shard.videos}
+        truncated += [
+            ledger.truncated_entry(shard.split, paths[entry["id"]], entry)
+            for entry in sidecar["stored"]
+            if entry["truncated"]
+        ]
+    counts = ledger.count_splits(listing, stored, bad)
     if not os.path.exists(os.path.join(out_dir, "dataset_info.json")):
-        ledger = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad)
-        records.write_atomically(os.path.join(out_dir, "bad_videos.jsonl"), ledger)
+        for name, entries in (("bad_videos", bad), ("truncated_videos", truncated)):
+            path = os.path.join(out_dir, f"{name}.jsonl")
+            records.write_atomically(path, "".join(map(ledger.json_line, entries)))
         if counts["total"].stored:
+            tables = {}
+            for split, videos in listing.splits.items():
+                ids = {video.id for video in videos}
+                rows = _rows(stored[listing.stored_in(split)])
+                tables[split] = [row for row in rows if row.id in ids]
             records.write_tables(out_dir, listing.class_names, tables, frame_shards)
-    for name, count in counts.items():
-        print(f"{name}: {count}")
+    ledger.print_counts(counts)
     if not counts["total"].stored:
         raise ValueError(
             f"none of the {len(bad)} videos could be stored; "
             f"the reasons are in {os.path.join(out_dir, 'bad_videos.jsonl')}"
         )
     return counts
+
+
+def _read_sidecar(shard: _Shard, out_dir: str) -> dict:
+    with open(shard.sidecar(out_dir), encoding="utf-8") as file:
+        return json.load(file)
 
 
 def _rows(stored: list[dict]) -> Iterator[records.VideoRow]:
@@ -306,14 +266,42 @@ def _rows(stored: list[dict]) -> Iterator[records.VideoRow]:
         first_frame += entry["num_frames"]
 
 
-def _count(stored: list[dict], bad: list[dict]) -> Counts:
-    missing = sum(entry["reason"] == NOT_FOUND for entry in bad)
-    return Counts(
-        listed=len(stored) + len(bad),
-        found=len(stored) + len(bad) - missing,
-        stored=len(stored),
-        bad=len(bad),
-        truncated=sum(bool(entry["truncated"]) for entry in stored),
-        num_frames=sum(entry["num_frames"] for entry in stored),
-        num_bytes=sum(entry["num_bytes"] for entry in stored),
-    )
+@contextlib.contextmanager
+def _full_disk_explained(out_dir: str, shards: list[_Shard]) -> Iterator[None]:
+    """Turns the error of a full disk into one that tells how matters stand."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        need, free, standing = _disk(out_dir, shards)
+        raise OSError(
+            f"cannot write to {out_dir!r}: {os.strerror(error.errno)}. {standing}; the rest takes "
+            f"{'about ' + ledger.in_words(need) if need else 'an unknown amount'}, and "
+            f"{ledger.in_words(free)} are free. The finished shards are kept: make room and run "
+            "the same command again, or start anew with another --out and a smaller --short_side, "
+            "--quality or --fps"
+        ) from None
+
+
+def _note_short_disk(out_dir: str, shards: list[_Shard]) -> None:
+    """Says so if by the first shards the disk will not do."""
+    need, free, standing = _disk(out_dir, shards)
+    if need > free:
+        print(
+            f"note: the disk of {out_dir!r} will be full before the end: {standing}; the rest "
+            f"takes about {ledger.in_words(need)}, and {ledger.in_words(free)} are free",
+            file=sys.stderr,
+        )
+
+
+def _disk(out_dir: str, shards: list[_Shard]) -> tuple[float, int, str]:
+    """Bytes that the rest will need (0 if unknown), bytes free, and a phrase on what is stored."""
+    finished = [shard for shard in shards if os.path.exists(shard.sidecar(out_dir))]
+    done = sum(len(shard.videos) for shard in finished)
+    total = sum(len(shard.videos) for shard in shards)
+    paths = [shard.frames(out_dir) for shard in finished]
+    size = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
+    need = size / done * (total - done) if done else 0.0
+    standing = f"{done} of {total} videos are finished and take {ledger.in_words(size)}"
+    return need, shutil.disk_usage(out_dir).free, standing

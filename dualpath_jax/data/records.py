@@ -1,6 +1,6 @@
 """Prepared videos on disk: a video table and frame records, both readable as TFDS data sets.
 
-Public: `VideoDataset`, `FRAME_FEATURES`; for writing `VideoRow`, `ShardWriter`,
+Public: `VideoDataset`, `UnreadableVideo`, `FRAME_FEATURES`; for writing `VideoRow`, `ShardWriter`,
 `encode_frame`, `encode_row`, `frame_shard_path`, `write_tables`, `write_atomically`.
 
     OUT/                       TFDS data set "videos": one record per video (`VideoRow`)
@@ -13,7 +13,9 @@ record per frame, uncompressed, makes the cost of a clip follow the frames chose
 length of the video.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import tempfile
@@ -53,10 +55,10 @@ class VideoRow:
       label: class index.
       first_frame: index of its first record among all frame records of the split (or of "all").
       num_frames: number of its records, at least 1.
-      fps: frames per second by the file's header, 0.0 if unknown.
+      fps: frames per second by the file's header or, if that is less, as stored; 0.0 if unknown.
       height: pixels of each stored frame.
       width: pixels of each stored frame.
-      truncated: the file broke off; these are the frames before the break.
+      truncated: the file is damaged; these are the frames before the break, or after a bad start.
     """
 
     id: str
@@ -67,6 +69,10 @@ class VideoRow:
     height: int
     width: int
     truncated: bool
+
+
+class UnreadableVideo(ValueError):
+    """Stored frames of a video that are damaged."""
 
 
 class VideoDataset:
@@ -134,6 +140,7 @@ class VideoDataset:
 
         Raises:
           IndexError: a frame that the video does not have.
+          UnreadableVideo: the file is damaged; checksums tell.
         """
         frames = np.asarray(frame_indices, np.int64)
         count = self.num_frames[video_index]
@@ -144,7 +151,12 @@ class VideoDataset:
         first = self.first_frame[video_index]
         shard = int(np.searchsorted(self._shard_ends, first, side="right"))
         start = self._shard_ends[shard - 1] if shard else 0
-        return self._reader(shard).read((first - start + frames).tolist())
+        try:
+            return self._reader(shard).read((first - start + frames).tolist())
+        except RuntimeError as error:
+            raise UnreadableVideo(
+                f"video {self.ids[video_index]!r} in {self._shard_paths[shard]}: {error}"
+            ) from None
 
     def _reader(self, shard: int) -> ArrayRecordReader:
         if shard not in self._readers:
@@ -156,27 +168,69 @@ class VideoDataset:
 
 
 class ShardWriter:
-    """Writes one shard of serialized examples; the file has its name only after `commit`."""
+    """Writes one shard of serialized examples; the file has its name only after `commit`.
+
+    As a context manager it commits at the end of the block, or discards if that was left by an
+    exception. An OSError tells that the disk is full or fails; it may come late, at the latest from
+    `commit`, which then has discarded the file.
+    """
 
     def __init__(self, path: str):
         self._path = path
         directory, name = os.path.split(path)
         self._temporary = os.path.join(directory, "incomplete-" + name)
-        self._writer = ArrayRecordWriter(self._temporary, _WRITER_OPTIONS)
+        self._count = 0
+        try:
+            self._writer = ArrayRecordWriter(self._temporary, _WRITER_OPTIONS)
+        except RuntimeError as error:
+            raise self._failure(error) from None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            self.commit()
+        else:
+            self.discard()
 
     def write(self, record: bytes) -> None:
         """Adds a record: what `encode_frame` or `encode_row` returns."""
-        self._writer.write(record)
+        try:
+            self._writer.write(record)
+        except RuntimeError as error:
+            raise self._failure(error) from None
+        self._count += 1
 
     def commit(self) -> None:
-        """Finishes the file and gives it its name."""
-        self._writer.close()
+        """Finishes the file, makes sure that the disk has all of it, and gives it its name."""
+        try:
+            self._writer.close()
+            with open(self._temporary, "rb") as file:
+                os.fsync(file.fileno())  # some file systems tell only now that they are full
+            found = ArrayRecordReader(self._temporary).num_records()
+            if found != self._count:
+                raise OSError(errno.EIO, f"{found} of {self._count} records written", self._path)
+        except RuntimeError as error:
+            self.discard()
+            raise self._failure(error) from None
+        except OSError:
+            self.discard()
+            raise
         os.replace(self._temporary, self._path)
 
     def discard(self) -> None:
         """Removes what was written."""
-        self._writer.close()
-        os.remove(self._temporary)
+        with contextlib.suppress(RuntimeError):  # it tries to write the rest
+            self._writer.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self._temporary)
+
+    def _failure(self, error: RuntimeError) -> OSError:
+        """What array_record's RuntimeError means; it names the system's error in its text only."""
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        code = next((code for code in full if os.strerror(code) in str(error)), errno.EIO)
+        return OSError(code, str(error), self._path)
 
 
 def write_tables(
@@ -198,10 +252,9 @@ def write_tables(
 
     rows = {split: table for split, table in rows.items() if table}
     for split, table in rows.items():
-        writer = ShardWriter(_shard_path(out_dir, "videos", split, 0, 1))
-        for row in table:
-            writer.write(encode_row(row))
-        writer.commit()
+        with ShardWriter(_shard_path(out_dir, "videos", split, 0, 1)) as writer:
+            for row in table:
+                writer.write(encode_row(row))
     names = json.dumps(list(class_names), indent=1)
     write_atomically(os.path.join(out_dir, "class_names.json"), names)
     frame_features = {"image": tfds.features.Image(encoding_format="jpeg")}
@@ -251,9 +304,16 @@ def frame_shard_path(out_dir: str, split: str, shard: int, num_shards: int) -> s
 def write_atomically(path: str, text: str) -> None:
     """Writes a text file that is there whole or not at all."""
     temporary = path + ".incomplete"
-    with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 def _shard_path(data_dir: str, name: str, split: str, shard: int, num_shards: int) -> str:

@@ -1,14 +1,18 @@
 """Videos made in memory, for checks and timings that need no prepared data.
 
-Public: `SyntheticVideos`.
+Public: `SyntheticVideos`, `synthetic_split`, `train_batches`.
 """
 
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from dualpath_jax.data import augment, pipeline
+from dualpath_jax.data.datasets import NUM_CLASSES, UNKNOWN_CLASSES
 from dualpath_jax.data.records import encode_frame
 
 
@@ -51,3 +55,23 @@ class SyntheticVideos:
         """The record of a frame, as often as there are indices; see `VideoDataset.read_frames`."""
         del video_index
         return [self._record] * len(frame_indices)
+
+
+def synthetic_split(data: Any, num_videos: int) -> SyntheticVideos:
+    """A split for `config.data`: as many classes as its `source` has, or else 2.
+
+    Classes are called 0, 1, ...; the first of them as `label_swap` asks, where clips are mirrored.
+    """
+    names = [str(i) for i in range(NUM_CLASSES.get(data.source, UNKNOWN_CLASSES))]
+    if data.flip:
+        swapped = [name for pair in augment.read_label_swap(data.label_swap) for name in pair]
+        names[: len(swapped)] = swapped
+    return SyntheticVideos(names, num_videos)
+
+
+def train_batches(
+    dataset: SyntheticVideos, data: Any, seed: int, first_step: int, num_steps: int, *args, **kwargs
+) -> Iterator[pipeline.Batch]:
+    """As `pipeline.train_batches`, but its first batch alone is made, and serves for every step."""
+    batch = next(pipeline.train_batches(dataset, data, seed, 0, 1, *args, **kwargs))
+    return itertools.repeat(batch, num_steps - first_step)

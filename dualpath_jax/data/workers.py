@@ -58,7 +58,7 @@ class WorkerPool:
         picklable.
 
         Raises:
-          RuntimeError: worker processes do not start at all.
+          ChildProcessError: worker processes do not start at all.
         """
         todo = enumerate(arguments)
         waiting = []  # the next task, and tasks taken back from dead workers
@@ -113,7 +113,9 @@ class WorkerPool:
         if not worker.ready:
             self._failed_starts += 1
             if self._failed_starts == 3:
-                raise RuntimeError(f"worker processes do not start ({_death(code, self._limits)})")
+                raise ChildProcessError(
+                    f"worker processes do not start ({_death(code, self._limits)})"
+                )
         elif worker.tasks:
             done[worker.tasks.popleft()[0]] = Failure(_death(code, self._limits))
         waiting.extend(reversed(worker.tasks))

@@ -1,0 +1,221 @@
+"""What a clip is, and how its stored records become the model's inputs. TensorFlow ops.
+
+Public: `ClipFormat`, `clip_format`, `make_element`, `decode_clips`, `undecodable`.
+
+An element is what the pipeline's generators yield for one clip: its raw records, what was drawn for
+it, and its label. A clip is cut, warped (RandAugment's geometry), scaled, mirrored and erased, then
+tiled.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from dualpath_jax.data import augment, jpeg_frames, randaugment, sampling
+from dualpath_jax.data.framesets import FramesetShape, tile_framesets
+from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipFormat:
+    """What a clip is. See the keys of the same names under `data` in configs/base.py.
+
+    Without framesets, `framesets` is None and the spatial frames are all frames.
+    """
+
+    num_frames: int
+    image_size: int
+    num_spatial_frames: int
+    sampling: str
+    sampling_interval: int | None
+    framesets: FramesetShape | None
+
+
+def clip_format(data: Any, framesets: bool = True) -> ClipFormat:
+    """Clip format of `config.data`; ValueError for values that do not go together.
+
+    Args:
+      data: `config.data`.
+      framesets: spatial frames and framesets (DualPath), or every frame at full size (the other
+        methods, for which `num_spatial_frames`, `grid` and `frame_scale` mean nothing).
+    """
+    _check_augmentation(data)
+    shape, num_spatial = None, data.num_frames
+    if framesets:
+        shape = FramesetShape(data.num_frames, tuple(data.grid), data.frame_scale, data.image_size)
+        num_spatial = data.num_spatial_frames
+    sampling.spatial_subset(data.num_frames, num_spatial)
+    if data.sampling not in sampling.SAMPLINGS:
+        known = ", ".join(sampling.SAMPLINGS)
+        raise ValueError(f"unknown data.sampling {data.sampling!r}: known are {known}")
+    if data.sampling == "dense" and data.sampling_interval is None:
+        sampling.default_interval(data.num_frames)
+    return ClipFormat(
+        num_frames=data.num_frames,
+        image_size=data.image_size,
+        num_spatial_frames=num_spatial,
+        sampling=data.sampling,
+        sampling_interval=data.sampling_interval,
+        framesets=shape,
+    )
+
+
+def _check_augmentation(data: Any) -> None:
+    """ValueError for a value out of range."""
+    if data.randaugment_layers < 0:
+        raise ValueError(f"data.randaugment_layers={data.randaugment_layers} must not be negative")
+    if data.randaugment_layers and not 0 <= data.randaugment_magnitude <= randaugment.MAX_MAGNITUDE:
+        raise ValueError(
+            f"data.randaugment_magnitude={data.randaugment_magnitude} must be in 0..10"
+        )
+    if not 0 <= data.erasing_probability <= 1:
+        raise ValueError(f"data.erasing_probability={data.erasing_probability} must be in 0..1")
+
+
+def make_element(
+    dataset: VideoDataset,
+    clip: ClipFormat,
+    example: int,
+    frames: np.ndarray,
+    crop: augment.Crop,
+    real: bool = True,
+) -> dict[str, Any]:
+    """An element: numpy values and the records of `frames` (int64 [T]), of video `example`.
+
+    One that is not `real` is padding: mask 0, example_id -1. UnreadableVideo if it cannot be read.
+    """
+    side = min(crop.height, crop.width)
+    ratio = jpeg_frames.decode_ratio(side, clip.framesets.frame_size) if clip.framesets else 1
+    return {
+        "records": dataset.read_frames(example, frames),
+        "box": np.array([crop.top, crop.left, crop.height, crop.width], np.int32),
+        "decode_ratio": np.int32(jpeg_frames.RATIOS.index(ratio)),  # its place
+        "flip": crop.flip,
+        "label": np.int32(dataset.labels[example]),
+        "mask": np.float32(real),
+        "example_id": np.int64(example if real else -1),
+    }
+
+
+def _frames(
+    element: dict[str, tf.Tensor], clip: ClipFormat, fill: np.ndarray
+) -> tuple[tf.Tensor, tf.Tensor | None]:
+    """Cut, warped: spatial frames uint8 [S, H, W, 3]; all for framesets [T, fh, fw, 3], or None."""
+    jpegs = tf.io.parse_example(element["records"], FRAME_FEATURES)["image"]
+    jpegs = tf.unstack(jpegs, clip.num_frames)
+    chosen = sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
+
+    def read(indices: np.ndarray, ratio: int) -> tuple[tf.Tensor, tf.Tensor]:
+        frames, box = jpeg_frames.decode([jpegs[i] for i in indices], element["box"], ratio)
+        if "matrix" in element:
+            frames = randaugment.warp(frames, box, element["matrix"], fill)
+        return frames, box
+
+    full, box = read(chosen, 1)
+    spatial = jpeg_frames.resize(full, box, clip.image_size)
+    if clip.framesets is None:
+        return spatial, None
+    size = clip.framesets.frame_size
+    small = jpeg_frames.resize(full, box, size)
+    others = np.setdiff1d(np.arange(clip.num_frames), chosen)
+    if others.size:
+        branches = [
+            lambda ratio=ratio: jpeg_frames.resize(*read(others, ratio), size)
+            for ratio in jpeg_frames.RATIOS
+        ]
+        small = tf.concat([small, tf.switch_case(element["decode_ratio"], branches)], 0)
+        small = tf.gather(small, np.argsort(np.concatenate([chosen, others])))  # in time order
+    return spatial, small
+
+
+def _assemble(
+    element: dict[str, tf.Tensor], clip: ClipFormat, fill: np.ndarray
+) -> dict[str, tf.Tensor]:
+    """Raw records of one clip to its inputs: see the module's docstring.
+
+    `fill` is the colour, 0..255, of what is erased or comes from outside.
+    """
+    images = [x for x in _frames(element, clip, fill) if x is not None]
+    images = tf.cond(
+        element["flip"], lambda: [jpeg_frames.mirror(x) for x in images], lambda: images
+    )
+    colour = {}
+    if "ops" in element:
+        colour = {key: element[key] for key in ("ops", "op_values")}
+        colour["tables"] = randaugment.lookup_tables(images[-1], *colour.values())
+    if "erase" in element:
+        box = element["erase"]  # in pixels of the last, so that it is the same part of both
+
+        def erased() -> list[tf.Tensor]:
+            side = images[-1].shape[1]
+            return [jpeg_frames.erase(x, box * (x.shape[1] // side), fill) for x in images]
+
+        images = tf.cond(box[2] > 0, erased, lambda: images)
+    inputs = {"spatial": images[0]}
+    if clip.framesets is not None:
+        inputs["temporal"] = tile_framesets(images[1], clip.framesets.grid)
+    return inputs | {key: element[key] for key in ("label", "mask", "example_id")} | colour
+
+
+def _fill(data: Any) -> np.ndarray:
+    """The colour that becomes 0 when normalised: float32 [3], 0..255."""
+    return 255 * np.array(data.mean, np.float32)
+
+
+def decode_clips(
+    elements: Iterator[dict[str, Any]],
+    clip: ClipFormat,
+    data: Any,
+    problems: list[Exception],
+    training: bool = False,
+) -> tf.data.Dataset:
+    """Elements to clips (see `pipeline`, without the axis B), in order, decoded in parallel.
+
+    Args:
+      elements: of `make_element`; in training with what RandAugment and erasing drew.
+      clip: what a clip is.
+      data: `config.data`.
+      problems: gets what `elements` raises, of which TensorFlow passes on the text only.
+      training: do the elements have what `data` says of RandAugment and erasing?
+    """
+    signature = {
+        "records": tf.TensorSpec([clip.num_frames], tf.string),
+        "box": tf.TensorSpec([4], tf.int32),
+        "decode_ratio": tf.TensorSpec([], tf.int32),
+        "flip": tf.TensorSpec([], tf.bool),
+        "label": tf.TensorSpec([], tf.int32),
+        "mask": tf.TensorSpec([], tf.float32),
+        "example_id": tf.TensorSpec([], tf.int64),
+    }
+    if training and data.randaugment_layers:
+        signature["ops"] = tf.TensorSpec([data.randaugment_layers], tf.int32)
+        signature["op_values"] = tf.TensorSpec([data.randaugment_layers], tf.float32)
+        signature["matrix"] = tf.TensorSpec([3, 3], tf.float32)
+    if training and data.erasing_probability:
+        signature["erase"] = tf.TensorSpec([4], tf.int32)
+
+    def generate():
+        try:
+            yield from elements
+        except Exception as problem:
+            problems.append(problem)
+            raise
+
+    clips = tf.data.Dataset.from_generator(generate, output_signature=signature)
+    return clips.map(
+        lambda element: _assemble(element, clip, _fill(data)),
+        num_parallel_calls=tf.data.AUTOTUNE,
+        deterministic=True,
+    )
+
+
+def undecodable(element: dict[str, Any], clip: ClipFormat, data: Any) -> str:
+    """Why the records of an element cannot be made into a clip; "" if they can."""
+    try:
+        _assemble({k: tf.convert_to_tensor(v) for k, v in element.items()}, clip, _fill(data))
+    except tf.errors.OpError as problem:
+        return problem.message
+    return ""

@@ -1,0 +1,202 @@
+"""RandAugment (Cubuk et al. 2020) of clips: the draw, and its part that the host does.
+
+Public: `OPS`, `value_of`, `draw`, `affine`, `warp`, `lookup_tables`.
+
+One draw serves all frames of a clip and its framesets. Three places share the work, in this order:
+geometry on the host (`affine`, `warp`), operations that are a table per channel (tables made on
+the host by `lookup_tables`, looked up on the device), the other colour operations on the device
+(`preprocess.colour`). Within each, operations keep the order of the draw.
+
+Ranges are those that grow with the magnitude in timm's `rand-m7-n4-inc1`, and as there an
+operation that was drawn is applied half of the time. Without Sharpness, which would need the pixels
+around each, across the frames of a frameset, and without SolarizeAdd.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+# An operation's code is its place here.
+TABLES = ("auto_contrast", "equalize", "invert", "posterize")
+GEOMETRY = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+COLOUR = ("solarize", "color", "contrast", "brightness")
+OPS = ("identity", *TABLES, *GEOMETRY, *COLOUR)
+
+PROBABILITY = 0.5  # that an operation that was drawn is applied; timm's
+MAX_MAGNITUDE = 10
+
+# Value at MAX_MAGNITUDE, by timm. Given either sign: degrees, parts of a side, change of a factor.
+_SIGNED = {
+    "rotate": 30.0,
+    "shear_x": 0.3,
+    "shear_y": 0.3,
+    "translate_x": 0.45,
+    "translate_y": 0.45,
+    "color": 0.9,
+    "contrast": 0.9,
+    "brightness": 0.9,
+}
+
+
+def value_of(op: str, strength: float, sign: float) -> float:
+    """What `op` is applied with.
+
+    Args:
+      op: a name of `OPS`.
+      strength: magnitude / MAX_MAGNITUDE, 0..1.
+      sign: 1 or -1.
+
+    Returns:
+      Degrees (rotate); pixels per pixel (shear); parts of a side (translate); factor, 1 for none
+      (color, contrast, brightness); bits kept (posterize); first level that is inverted (solarize).
+    """
+    if op in _SIGNED:
+        return _SIGNED[op] * strength * sign + (op in COLOUR)
+    if op == "posterize":
+        return max(4 - int(4 * strength), 1)
+    if op == "solarize":
+        return 256 - int(256 * strength)
+    return 0.0
+
+
+def draw(rng: np.random.Generator, layers: int, magnitude: float) -> tuple[np.ndarray, np.ndarray]:
+    """The operations of one clip.
+
+    Args:
+      rng: randomness of this example.
+      layers: N, operations drawn; identity takes the place of one that is not applied.
+      magnitude: 0..10.
+
+    Returns:
+      (places in `OPS`, int32 [N]; their values, see `value_of`, float32 [N]).
+    """
+    ops = rng.integers(1, len(OPS), layers)
+    ops = np.where(rng.random(layers) < PROBABILITY, ops, 0)
+    signs = rng.choice([-1.0, 1.0], layers)
+    strength = magnitude / MAX_MAGNITUDE
+    values = [value_of(OPS[op], strength, sign) for op, sign in zip(ops, signs, strict=True)]
+    return ops.astype(np.int32), np.array(values, np.float32)
+
+
+def affine(ops: Sequence[int], values: Sequence[float]) -> np.ndarray:
+    """The geometric operations of a draw as one map.
+
+    Returns:
+      float32 [3, 3]: takes (x, y, 1) of a pixel of the result, both 0..1 from the upper left corner
+      of the image, to where it comes from. Shear is about that corner, rotation about the centre.
+    """
+    total = np.eye(3)
+    for op, value in zip(ops, values, strict=True):
+        name, step = OPS[op], np.eye(3)
+        if name == "rotate":
+            cos, sin = np.cos(np.radians(value)), np.sin(np.radians(value))
+            step[:2] = [[cos, -sin, (1 - cos + sin) / 2], [sin, cos, (1 - cos - sin) / 2]]
+        elif name in GEOMETRY:
+            row = int(name.endswith("_y"))
+            step[row, 2 if name.startswith("translate") else 1 - row] = value
+        total = total @ step
+    return total.astype(np.float32)
+
+
+def warp(frames: tf.Tensor, box: tf.Tensor, matrix: tf.Tensor, fill: np.ndarray) -> tf.Tensor:
+    """Move the pixels of all frames alike, bilinear.
+
+    Args:
+      frames: [n, h, w, 3] uint8.
+      box: float32 [4], the part (top, left, height, width) that is the image, in pixels.
+      matrix: float32 [3, 3], see `affine`.
+      fill: [3], colour of what comes from outside, 0..255.
+
+    Returns:
+      [n, h, w, 3] float32; as it was, where `matrix` is the identity.
+    """
+    frames = tf.cast(frames, tf.float32)
+
+    def moved() -> tf.Tensor:
+        top, left, height, width = tf.unstack(box)
+        # Pixel centres lie half a pixel from the corner that the map counts from.
+        to_pixels = tf.stack([width, 0, left - 0.5, 0, height, top - 0.5, 0, 0, 1])
+        to_pixels = tf.reshape(to_pixels, [3, 3])
+        total = to_pixels @ matrix @ tf.linalg.inv(to_pixels)
+        result = tf.raw_ops.ImageProjectiveTransformV3(
+            images=frames - fill,  # the operation fills with one number for all channels
+            transforms=tf.reshape(total, [1, 9])[:, :8],
+            output_shape=tf.shape(frames)[1:3],
+            fill_value=0.0,
+            interpolation="BILINEAR",
+            fill_mode="CONSTANT",
+        )
+        return result + fill
+
+    return tf.cond(tf.reduce_all(matrix == tf.eye(3)), lambda: frames, moved)
+
+
+def lookup_tables(frames: tf.Tensor, ops: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    """The table operations of a draw as one table for each channel.
+
+    Args:
+      frames: uint8 [n, h, w, 3]; AutoContrast and Equalize go by the histogram of all of them.
+      ops, values: of `draw`, int32 and float32 [N].
+
+    Returns:
+      uint8 [3, 256]: what becomes of each level of red, green and blue.
+    """
+    identity = tf.tile(tf.range(256)[None], [3, 1])
+
+    def composed() -> tf.Tensor:
+        table = identity
+        pixels = tf.transpose(tf.reshape(tf.cast(frames, tf.int32), [-1, 3]))
+        counts = tf.math.bincount(pixels, minlength=256, maxlength=256, axis=-1)
+        for op, value in zip(
+            tf.unstack(ops, ops.shape[0]), tf.unstack(values, ops.shape[0]), strict=True
+        ):
+            seen = tf.stack(  # the histogram after the operations before
+                [
+                    tf.math.unsorted_segment_sum(counts[c], table[c], num_segments=256)
+                    for c in range(3)
+                ]
+            )
+            bits = tf.cast(value, tf.int32)
+            steps = {
+                OPS.index("auto_contrast"): functools.partial(_auto_contrast, seen),
+                OPS.index("equalize"): functools.partial(_equalize, seen),
+                OPS.index("invert"): lambda: 255 - identity,
+                OPS.index("posterize"): functools.partial(_posterize, identity, bits),
+            }
+            step = tf.switch_case(
+                op,
+                [steps.get(i, lambda: identity) for i in range(len(TABLES) + 1)],
+                lambda: identity,
+            )
+            table = tf.gather(step, table, axis=1, batch_dims=1)
+        return table
+
+    needed = tf.reduce_any((ops > 0) & (ops <= len(TABLES)))
+    return tf.cast(tf.cond(needed, composed, lambda: identity), tf.uint8)
+
+
+def _posterize(levels: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:
+    """Keep the upper bits: int32 [3, 256]."""
+    return tf.bitwise.left_shift(tf.bitwise.right_shift(levels, 8 - bits), 8 - bits)
+
+
+def _auto_contrast(counts: tf.Tensor) -> tf.Tensor:
+    """Stretch what occurs to 0..255, in each channel: counts int32 [3, 256] -> table [3, 256]."""
+    occurs, levels = counts > 0, tf.range(256)
+    low = tf.reduce_min(tf.where(occurs, levels, 255), axis=1, keepdims=True)
+    high = tf.reduce_max(tf.where(occurs, levels, 0), axis=1, keepdims=True)
+    stretched = (levels - low) * 255 // tf.maximum(high - low, 1)
+    return tf.where(high > low, tf.clip_by_value(stretched, 0, 255), levels)
+
+
+def _equalize(counts: tf.Tensor) -> tf.Tensor:
+    """Spread the levels evenly, as PIL does: counts int32 [3, 256] -> table [3, 256]."""
+    levels = tf.range(256)
+    last = tf.reduce_max(tf.where(counts > 0, levels, 0), axis=1)
+    step = (tf.reduce_sum(counts, 1) - tf.gather(counts, last, axis=1, batch_dims=1)) // 255
+    step = step[:, None]
+    below = tf.cumsum(counts, axis=1, exclusive=True)
+    spread = (below + step // 2) // tf.maximum(step, 1)
+    return tf.where(step > 0, tf.minimum(spread, 255), levels)

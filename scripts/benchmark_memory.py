@@ -1,0 +1,74 @@
+"""Reads a small prepared set in a loop and tells whether resident memory stays flat.
+
+    python scripts/benchmark_memory.py --videos=FOLDER
+    python scripts/benchmark_memory.py --prepared=data/mine --split=validation --mode=test
+
+Prints a sample of resident memory now and then. Ends with exit code 1 if, after the first two
+minutes, a sample is further than 5% from their median.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
+
+WARM_UP = 2.0  # minutes
+ALLOWED = 0.05
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--videos", nargs="+", help="folder of video files, or the files")
+    source.add_argument("--prepared", help="folder that scripts/prepare_dataset.py wrote")
+    add("--split", default="train", help="split of --prepared (train)")
+    add("--mode", default="training", choices=["training", "test"], help="which batches (training)")
+    add("--frames", type=int, default=16, help="frames per clip (16)")
+    add("--batch_size", type=int, default=16, help="clips per batch (16)")
+    add("--minutes", type=float, default=30, help="how long to read (30)")
+    add("--interval", type=float, default=5, help="seconds between samples (5)")
+    add("--warm_up", type=float, default=WARM_UP, help=f"minutes not judged ({WARM_UP:g})")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from benchmark_pipeline import benchmark_data, video_files
+
+    from dualpath_jax import benchmark
+    from dualpath_jax.data.records import VideoDataset
+
+    def report(minutes: float, mib: float, clips: int) -> None:
+        print(f"{minutes:6.2f} min  {mib:8.1f} MiB  {clips} clips", flush=True)
+
+    data = benchmark_data(arguments.frames, arguments.batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if arguments.prepared:
+                dataset = VideoDataset(arguments.prepared, arguments.split)
+            else:
+                dataset = benchmark.prepare_files(video_files(arguments.videos), folder)
+            samples = benchmark.watch_memory(
+                *(dataset, data, arguments.mode == "training"),
+                *(arguments.minutes, arguments.interval, report),
+            )
+            median, deviation = benchmark.flatness(samples, arguments.warm_up)
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")
+    flat = deviation <= ALLOWED
+    print(
+        f"after {arguments.warm_up:g} minutes: median {median:.1f} MiB, largest deviation "
+        f"{deviation:.1%}, allowed {ALLOWED:.0%}: {'flat' if flat else 'NOT FLAT'}"
+    )
+    sys.exit(0 if flat else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Clips per second of the data pipeline beside online decoding and the limit, on your videos.
+
+    pip install -r requirements-bench.txt
+    python scripts/benchmark_pipeline.py --videos=FOLDER
+
+Prepares the videos into a temporary folder (or --prepared), then times in turn, on the same clips
+and cores: this pipeline; decord and PyAV decoding the files for each clip, with the same crop,
+resize and framesets; and libjpeg decoding the same frames from memory, the limit. Clips are those
+of Kinetics-400's recipe. Ratios are medians over rounds. Then the cost of each stage, and the
+pipeline on videos of 300 frames and of 60.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+import tempfile
+
+# The process that measures the stages imports this file again: its main is guarded.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
+
+LENGTHS = (300, 60)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--videos", nargs="+", required=True, help="folder of video files, or the files")
+    add("--prepared", help="folder for the prepared videos, to be kept for another run")
+    add("--frames", type=int, nargs="+", default=[16, 48], help="frames per clip (16 48)")
+    add("--rounds", type=int, default=5, help="times each loader is measured (5)")
+    add("--batches", type=int, default=5, help="batches per measurement, the first untimed (5)")
+    add("--batch_size", type=int, default=32, help="clips per batch (32)")
+    add("--json", action="store_true", help="print JSON instead of Markdown")
+    arguments = parser.parse_args()
+    if arguments.batches < 2 or arguments.rounds < 1:
+        parser.error("--batches must be at least 2 and --rounds at least 1")
+    return arguments
+
+
+def video_files(names: list[str]) -> list[str]:
+    """The files themselves, or those in the folder; not hidden ones."""
+    files = []
+    for path in map(pathlib.Path, names):
+        if not path.exists():
+            raise ValueError(f"there is no {path}; check --videos")
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        files += [str(file) for file in inside if file.is_file() and file.name[0] != "."]
+    if not files:
+        raise ValueError(f"no files in {', '.join(names)}; check --videos")
+    return files
+
+
+def benchmark_data(frames: int, batch_size: int):
+    """`config.data` of Kinetics-400's recipe for clips of so many frames."""
+    from configs import recipes
+
+    data = recipes.k400().data
+    data.num_frames, data.batch_size = frames, batch_size
+    return data
+
+
+def measure(arguments: argparse.Namespace, folder: str) -> dict:
+    from dualpath_jax import benchmark
+
+    loaders = list(benchmark.LOADERS)
+    if importlib.util.find_spec("decord") is None:
+        print("decord is not installed: pip install -r requirements-bench.txt", file=sys.stderr)
+        loaders.remove("decord")
+    dataset = benchmark.prepare_files(video_files(arguments.videos), folder)
+    how_often = arguments.batches, arguments.rounds
+    cases = []
+    for frames in arguments.frames:
+        data = benchmark_data(frames, arguments.batch_size)
+        for training in (True, False):
+            case = {"frames": frames, "mode": "training" if training else "test"}
+            print(f"{frames} frames, {case['mode']} ...", file=sys.stderr, flush=True)
+            case |= benchmark.compare(dataset, data, training, *how_often, loaders)
+            case["stages"] = benchmark.stage_costs(folder, data, training, arguments.batches)
+            cases.append(case)
+    data = benchmark_data(arguments.frames[0], arguments.batch_size)
+    print(f"videos of {LENGTHS[0]} and {LENGTHS[1]} frames ...", file=sys.stderr, flush=True)
+    lengths = benchmark.compare_lengths(dataset, data, LENGTHS, *how_often)
+    return {
+        "videos": len(dataset),
+        "cores": benchmark.num_cores(),
+        "cases": cases,
+        "lengths": {"frames": arguments.frames[0]} | lengths,
+    }
+
+
+def markdown(result: dict) -> str:
+    """The tables for people."""
+    names = list(result["cases"][0]["clips_per_second"])
+    others = names[1:]
+    lines = [
+        f"{result['videos']} videos, {result['cores']} cores. Clips/s (CPU ms per clip), ratios of "
+        "clips/s (of CPU time):",
+        "",
+        f"| frames, mode | {' | '.join(names)} | {' | '.join(f'ours / {o}' for o in others)} |",
+        "|---" * (1 + len(names) + len(others)) + "|",
+    ]
+    for case in result["cases"]:
+        speed, cost = case["clips_per_second"], case["cpu_ms_per_clip"]
+        cells = [f"{case['frames']}, {case['mode']}"]
+        cells += [f"{speed[name]:.1f} ({cost[name]:.1f})" for name in names]
+        cells += [f"{case['ratios'][n]:.2f} ({case['cpu_ratios'][n]:.2f})" for n in others]
+        lines.append(f"| {' | '.join(cells)} |")
+    stages = list(result["cases"][0]["stages"])
+    lines += ["", "Stages of ours on one core, CPU ms per clip:", ""]
+    lines += [f"| frames, mode | {' | '.join(stages)} | sum |", "|---" * (2 + len(stages)) + "|"]
+    for case in result["cases"]:
+        costs = [case["stages"][stage] for stage in stages]
+        cells = [f"{case['frames']}, {case['mode']}", *(f"{c:.2f}" for c in [*costs, sum(costs)])]
+        lines.append(f"| {' | '.join(cells)} |")
+    lengths = result["lengths"]
+    long, short = map(str, LENGTHS)
+    lines += [
+        "",
+        f"Videos of {long} frames: {lengths['clips_per_second'][long]:.1f} clips/s; of {short}: "
+        f"{lengths['clips_per_second'][short]:.1f}; ratio {lengths['ratios'][short]:.2f}, by CPU "
+        f"time {lengths['cpu_ratios'][short]:.2f} ({lengths['frames']} frames per clip, training).",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            result = measure(arguments, arguments.prepared or folder)
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")
+    print(json.dumps(result, indent=1) if arguments.json else markdown(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""The benchmarks of the pipeline at a tiny size: same clips and pixels for all, what is counted."""
+
+import argparse
+import importlib.util
+import itertools
+import sys
+
+import numpy as np
+import pytest
+from video_files import write_video
+
+from dualpath_jax import benchmark
+from dualpath_jax.data import augment, pipeline
+from dualpath_jax.data.clips import clip_format
+from dualpath_jax.data.decode import DecodeLimits, decode_frames
+
+LOADERS = [n for n in benchmark.LOADERS if n != "decord" or importlib.util.find_spec("decord")]
+MODES = ["training", "test"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Three videos of 18 grey ramps, 8 brighter from frame to frame; a key frame every sixth."""
+    folder = tmp_path_factory.mktemp("videos")
+    ramp = np.broadcast_to(np.linspace(0, 90, 64)[:, None], (48, 64, 3))
+    frames = [(10 + 8 * i + ramp).astype(np.uint8) for i in range(18)]
+    return [write_video(folder / f"{i}.mp4", frames, gop=6) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def prepared(files, tmp_path_factory):
+    return str(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(scope="module")
+def dataset(files, prepared):
+    return benchmark.prepare_files(files, prepared)
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Imports scripts by name."""
+    monkeypatch.syspath_prepend("scripts")
+    return importlib.import_module
+
+
+@pytest.fixture
+def data(scripts):
+    return tiny(scripts("benchmark_pipeline").benchmark_data(4, 2))
+
+
+def tiny(data):
+    data.image_size, data.num_spatial_frames = 32, 2
+    data.grid, data.frame_scale, data.sampling_interval = (2, 2), 2, 4
+    return data
+
+
+@pytest.mark.parametrize("frames", [[0, 4, 8, 12], [7, 8, 9, 17], [17, 0, 5, 5]])
+@pytest.mark.parametrize("name", ["pyav", "decord"])
+def test_online_decoders_give_the_chosen_frames(files, frames, name):
+    if name == "decord":
+        pytest.importorskip("decord")
+    got = getattr(benchmark, f"decode_{name}")(files[0], np.array(frames))
+    whole = np.stack(list(decode_frames(files[0], DecodeLimits())))
+    assert got.dtype == np.uint8
+    assert got.shape == (4, 48, 64, 3)
+    difference = np.abs(got.astype(int) - whole[frames]).mean(axis=(1, 2, 3))
+    assert difference.max() < 3
+    # Twin: the frames beside them are 8 brighter.
+    beside = whole[[(i + 1) % 18 for i in frames]]
+    assert np.abs(got.astype(int) - beside).mean(axis=(1, 2, 3)).min() > 5
+
+
+def test_online_clips_are_the_pipelines(dataset, data):
+    """The same frames decoded online and transformed give the pipeline's pixels, save JPEG's."""
+    videos = benchmark.Videos(dataset, 2)
+    batch = next(pipeline.eval_batches(videos, data, 1, 1, 2))
+    video, frames = videos.clips[1]
+    assert video == 1
+    crop = augment.view_crop(48, 64, 0, 1)
+    box = [crop.top, crop.left, crop.height, crop.width]
+    transform = benchmark.make_transform(clip_format(data))
+
+    def difference(chosen, box):
+        inputs = transform(benchmark.decode_pyav(videos.ids[1], chosen), box, crop.flip)
+        assert inputs.keys() == {"spatial", "temporal"}
+        pairs = [(batch[key][1, 0].astype(int), inputs[key].numpy()) for key in inputs]
+        assert all(ours.shape == online.shape for ours, online in pairs)
+        return [np.abs(ours - online).mean() for ours, online in pairs]
+
+    assert max(difference(frames, box)) < 3
+    # Twins: other frames, and another place.
+    assert min(difference((frames + 2) % 18, box)) > 5
+    assert min(difference(frames, [0, 0, 48, 48])) > 5
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", LOADERS)
+def test_every_loader_makes_the_batches(dataset, data, name, mode):
+    clips = benchmark._record(dataset, data, mode == "training", 6)
+    assert len(clips) == 6
+    assert {len(frames) for _, frames in clips} == {4}
+    videos = benchmark.Videos(dataset, 6)
+    made = list(benchmark.LOADERS[name](videos, data, mode == "training", clips))
+    assert made == [2, 2, 2]
+
+
+def test_videos_repeat_and_note(dataset):
+    videos = benchmark.Videos(dataset, 7)
+    assert len(videos) == 7
+    assert videos.ids[4] == dataset.ids[1]
+    assert videos.num_frames.tolist() == [18] * 7
+    assert videos.read_frames(5, np.array([3, 1])) == dataset.read_frames(2, [3, 1])
+    assert videos.clips[0][0] == 5
+    assert videos.clips[0][1].tolist() == [3, 1]
+
+
+def test_turns_alternate_and_ratios_are_paired(monkeypatch):
+    order = []
+    speeds = {"a": iter([10, 20, 60]), "b": iter([5, 20, 20])}
+    runs = {name: lambda name=name: order.append(name) or name for name in speeds}
+    monkeypatch.setattr(benchmark, "_time", lambda name: (s := next(speeds[name]), 1e3 / s))
+    result = benchmark._take_turns(runs, 3)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert result["clips_per_second"] == {"a": 20, "b": 20}
+    assert result["ratios"] == {"b": 2}  # median of 2, 1, 3; not 20 / 20
+    assert result["cpu_ratios"]["b"] == pytest.approx(2)
+    assert result["rounds"] == {"a": [10, 20, 60], "b": [5, 20, 20]}
+
+
+def test_cut_videos(dataset, tmp_path):
+    for length in (40, 5):
+        cut = benchmark._write_cut(dataset, str(tmp_path / str(length)), length)
+        assert cut.num_frames.tolist() == [length] * 3
+        got = cut.read_frames(2, [0, length - 1])
+        assert got == dataset.read_frames(2, [0, (length - 1) % 18])
+
+
+def test_stages():
+    names = {
+        "Cast:Cast": "resize",
+        "map/ScaleAndTranslate:ScaleAndTranslate#id=1#": "resize",
+        "DecodeAndCropJpeg:DecodeAndCropJpeg": "decode, crop",
+        "PyFunc:PyFunc": "read",
+        "ReverseV2:ReverseV2": "flip, tile, augment",
+        "IteratorGetNext:IteratorGetNext": None,
+        "Iterator::Root::Prefetch": None,
+    }
+    assert {name: benchmark._stage_of(name) for name in names} == names
+
+
+@pytest.mark.slow
+def test_stage_costs(dataset, prepared, data):
+    costs = benchmark.stage_costs(prepared, data, True, 3)
+    assert list(costs) == list(benchmark.STAGES)
+    assert all(costs[stage] > 0 for stage in benchmark.STAGES[:4])
+
+
+def test_script(files, prepared, scripts, monkeypatch, capsys):
+    """The whole script: every loader timed twice, stages of each case, both lengths."""
+    stages = dict.fromkeys(benchmark.STAGES, 1.5)
+    monkeypatch.setattr(benchmark, "stage_costs", lambda *args: stages)
+    script = scripts("benchmark_pipeline")
+    plain = script.benchmark_data
+    monkeypatch.setattr(script, "benchmark_data", lambda *args: tiny(plain(*args)))
+    monkeypatch.setattr(script, "LENGTHS", (30, 8))
+    arguments = argparse.Namespace(
+        videos=files, prepared=prepared, frames=[4], rounds=2, batches=2, batch_size=2
+    )
+    result = script.measure(arguments, prepared)
+    assert (result["videos"], result["cores"]) == (3, benchmark.num_cores())
+    assert [(case["frames"], case["mode"]) for case in result["cases"]] == [(4, m) for m in MODES]
+    for case in result["cases"]:
+        assert {name: len(speeds) for name, speeds in case["rounds"].items()} == dict.fromkeys(
+            LOADERS, 2
+        )
+        assert list(case["ratios"]) == LOADERS[1:]
+        assert case["stages"] == stages
+    assert list(result["lengths"]["rounds"]) == ["30", "8"]
+    lines = script.markdown(result).splitlines()
+    assert sum(line.startswith("| 4, ") for line in lines) == 4
+    assert sum(line.endswith("| 1.50 | 7.50 |") for line in lines) == 2
+    assert lines[-1].startswith("Videos of 30 frames: ")
+    missing = [] if "decord" in LOADERS else ["decord is not installed: pip install -r"]
+    assert all(text in capsys.readouterr().err for text in missing)
+
+
+def test_files_that_are_not_there(scripts):
+    with pytest.raises(ValueError, match="there is no nowhere; check --videos"):
+        scripts("benchmark_pipeline").video_files(["nowhere"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_memory_is_sampled(dataset, data, training):
+    told = []
+    samples = benchmark.watch_memory(
+        dataset, data, training, minutes=0.01, interval=0.1, report=lambda *s: told.append(s)
+    )
+    assert told == samples
+    assert len(samples) >= 1
+    for (before, _, fewer), (after, mib, clips) in itertools.pairwise([(0, 0, 0), *samples]):
+        assert after - before >= 0.1 / 60
+        assert clips > fewer
+        assert 50 < mib < 10_000
+
+
+def test_flatness():
+    samples = [(1, 100.0, 1), (2, 200.0, 2), (3, 210.0, 3), (4, 205.0, 4)]
+    assert benchmark.flatness(samples, 2) == (205.0, pytest.approx(5 / 205))
+    assert benchmark.flatness(samples, 0)[1] == pytest.approx(1 - 100 / 202.5)
+    with pytest.raises(ValueError, match="no sample later than 5 minutes"):
+        benchmark.flatness(samples, 5)
+
+
+@pytest.mark.parametrize(("last", "code"), [(104.0, 0), (111.0, 1)])
+def test_memory_script_judges(prepared, dataset, scripts, monkeypatch, capsys, last, code):
+    script = scripts("benchmark_memory")
+    samples = [(3, 100.0, 1), (4, 100.0, 2), (5, last, 3)]
+    monkeypatch.setattr(benchmark, "watch_memory", lambda *args: samples)
+    monkeypatch.setattr(sys, "argv", ["benchmark_memory.py", f"--prepared={prepared}"])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == code
+    verdict = "NOT FLAT" if code else "flat"
+    assert f"median 100.0 MiB, largest deviation {last - 100:.1f}%" in capsys.readouterr().out
+    assert verdict in ("flat", "NOT FLAT")

@@ -1,0 +1,139 @@
+"""Frames that only feed framesets are decoded reduced: what that changes on photographs."""
+
+import io
+import os
+import pathlib
+
+import numpy as np
+import pytest
+import skimage.data
+import tensorflow as tf
+from PIL import Image
+
+from configs import base
+from dualpath_jax.data import jpeg_frames, pipeline
+from dualpath_jax.data.records import encode_frame
+
+# From faces to textures that fill the frame, which suffer most.
+NAMES = ("astronaut", "chelsea", "coffee", "rocket", "coins", "grass", "gravel", "brick")
+CLIPS = os.environ.get("DUALPATH_TEST_VIDEOS")
+
+
+class Stills:
+    """Stands in for `VideoDataset`: each video is one picture, stored as frames are."""
+
+    def __init__(self, pictures):
+        self.records, sizes = [], []
+        for picture in pictures:
+            scale = min(1.0, 256 / min(picture.size))
+            size = [round(side * scale) for side in picture.size]
+            picture = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+            buffer = io.BytesIO()
+            picture.save(buffer, "JPEG", quality=90)
+            self.records.append(encode_frame(buffer.getvalue()))
+            sizes.append(size)
+        self.ids = [str(i) for i in range(len(sizes))]
+        self.widths, self.heights = np.array(sizes).T
+        self.num_frames = np.full(len(sizes), 4)
+        self.labels = np.zeros(len(sizes), np.int32)
+        self.class_names = ["still"]
+
+    def __len__(self):
+        return len(self.records)
+
+    def read_frames(self, video, frames):
+        return [self.records[video]] * len(frames)
+
+
+def photographs():
+    return Stills([Image.fromarray(getattr(skimage.data, name)()) for name in NAMES])
+
+
+def framesets(videos, image_size, epochs=3):
+    """Training framesets int [epochs x videos, H', W', 3], of 4 frames at 1/4 scale each."""
+    data = base.get_config().data
+    data.num_frames, data.num_spatial_frames, data.grid = 4, 1, (2, 2)
+    data.sampling, data.image_size, data.batch_size = "segments", image_size, len(videos)
+    batches = pipeline.train_batches(videos, data, seed=0, first_step=0, num_steps=epochs)
+    return np.concatenate([batch["temporal"][:, 0] for batch in batches]).astype(int)
+
+
+def differences(videos, image_size, monkeypatch):
+    """Mean absolute difference of each frameset to the one of fully decoded frames, 0..255."""
+    reduced = framesets(videos, image_size)
+    with monkeypatch.context() as patch:
+        patch.setattr(jpeg_frames, "decode_ratio", lambda *_: 1)
+        full = framesets(videos, image_size)
+    return np.abs(reduced - full).mean(axis=(1, 2, 3))
+
+
+@pytest.mark.parametrize("image_size", [112, 224])  # 28 pixels, mostly at 1/4; 56, mostly at 1/2
+def test_photographs_lose_nothing(image_size, monkeypatch):
+    difference = differences(photographs(), image_size, monkeypatch)
+    assert (difference > 0).mean() > 0.2  # so many of the random crops are large enough
+    assert difference.max() <= 2
+    assert difference.mean() <= 1
+
+
+def test_a_smaller_margin_is_seen(monkeypatch):
+    monkeypatch.setattr(jpeg_frames, "MARGIN", 0.5)
+    difference = differences(photographs(), 112, monkeypatch)
+    assert difference.max() > 4
+
+
+def test_a_shifted_box_is_seen(monkeypatch):
+    decode = jpeg_frames.decode
+
+    def shifted(jpegs, box, ratio):
+        frames, inner = decode(jpegs, box, ratio)
+        return frames, inner + ([1.0, 1.0, 0.0, 0.0] if ratio > 1 else 0.0)
+
+    monkeypatch.setattr(jpeg_frames, "decode", shifted)
+    assert differences(photographs(), 112, monkeypatch).max() > 4
+
+
+def scaled(picture, side, size):
+    """The left upper square of `side` pixels, at `size`."""
+    frames = tf.constant(np.asarray(picture.convert("RGB"))[None, :side, :side])
+    return jpeg_frames.resize(frames, tf.constant([0.0, 0.0, side, side]), size).numpy().astype(int)
+
+
+@pytest.mark.parametrize(("side", "alike"), [(256, True), (200, True), (330, False)])
+def test_antialiasing_only_where_it_is_seen(monkeypatch, side, alike):
+    """At 224 pixels. Twin: at half as much again, leaving it out would be seen."""
+    worst = 0
+    for name in NAMES:
+        picture = Image.fromarray(getattr(skimage.data, name)())
+        monkeypatch.setattr(jpeg_frames, "PLAIN_SHRINKING", 1.15 if alike else 2.0)
+        plain = scaled(picture, side, 224)
+        monkeypatch.setattr(jpeg_frames, "PLAIN_SHRINKING", 1e-9)
+        worst = max(worst, np.abs(plain - scaled(picture, side, 224)).mean())
+    assert (worst <= 2) == alike
+
+
+def test_mirror():
+    images = np.arange(2 * 3 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 3)
+    assert np.array_equal(jpeg_frames.mirror(tf.constant(images)), images[:, :, ::-1])
+
+
+def test_choice_of_the_ratio():
+    sides = {25: 1, 89: 1, 90: 2, 179: 2, 180: 4, 2000: 4}  # 1.6 x 28 = 44.8
+    assert {side: jpeg_frames.decode_ratio(side, 28) for side in sides} == sides
+    assert jpeg_frames.decode_ratio(256, 56) == 2
+    assert jpeg_frames.decode_ratio(256, 224) == 1
+
+
+@pytest.mark.skipif(not CLIPS, reason="set DUALPATH_TEST_VIDEOS to a folder of videos")
+def test_real_frames_lose_nothing(monkeypatch):
+    import av
+
+    pictures = []
+    for path in sorted(pathlib.Path(CLIPS).rglob("*.mp4")):
+        try:
+            with av.open(str(path)) as container:
+                pictures.append(next(container.decode(video=0)).to_image())
+        except (av.FFmpegError, IndexError, StopIteration):
+            continue  # some are broken on purpose
+    assert len(pictures) > 10
+    for image_size in (112, 224):
+        assert differences(Stills(pictures), image_size, monkeypatch).max() <= 2
