@@ -37,6 +37,7 @@ SAFE_CHANGES = (
     "optimizer.accumulation_steps",
     "optimizer.max_skipped_steps",
     "profile.",
+    "resume_changed",
 )
 
 
