@@ -13,6 +13,8 @@ def get_config() -> ConfigDict:
     config.num_epochs = 30  # length of the training; ours
     config.num_train_steps = placeholder(int)  # length in steps, instead of num_epochs
     config.log_every_steps = 50  # a progress line and an entry in metrics.jsonl
+    config.init_from = placeholder(str)  # file of scripts/export_adapter.py to start from
+    config.resume_changed = False  # go on from a checkpoint that had other settings than these
 
     config.data = ConfigDict()
     config.data.dir = placeholder(str)  # output folder of scripts/prepare_dataset.py
@@ -115,6 +117,7 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = placeholder(float)  # largest global gradient norm; None: no limit
     config.optimizer.label_smoothing = 0.0  # ours
     config.optimizer.accumulation_steps = 1  # parts of a batch computed one after the other
+    config.optimizer.max_skipped_steps = 0  # non-finite steps left out; one more stops training
 
     config.eval = ConfigDict()
     config.eval.split = "validation"  # the split that results.json is about
@@ -122,10 +125,14 @@ def get_config() -> ConfigDict:
     config.eval.temporal_views = 3  # clips per video
     config.eval.spatial_crops = 1  # crops per clip, 1 or 3
     config.eval.every_epochs = 0  # evaluate during training; 0: only at the end
+    config.eval.checkpoint = "latest"  # that --mode=eval takes; best: by top-1 during training
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every_steps = 1000  # and at the end
-    config.checkpoint.keep = 3  # newest ones kept
+    config.checkpoint.every_steps = 1000  # and at evaluations and the end
+    config.checkpoint.every_minutes = placeholder(
+        float
+    )  # or so long after the last one; looked at with each log
+    config.checkpoint.keep = 3  # newest ones kept, beside the best by top-1
 
     config.profile = ConfigDict()
     config.profile.first_step = 10  # first traced step, counted from the start of the process

@@ -89,9 +89,9 @@ def check(config: ConfigDict) -> None:
     schedule = run.make_schedule(log.optimizer, num_steps, steps_per_epoch)
     optimizer = run.make_optimizer(log.optimizer, schedule, model.mask)
     trainable, frozen = params_lib.split(model.params, model.mask)
-    state = run.TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(optimizer.init, model.params)
-    )
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    opt_state = jax.eval_shape(optimizer.init, model.params)
+    state = run.TrainState(count, trainable, opt_state, count)
     framesets = tuning.takes_framesets(log.model.method)
     train_batches = run.train_batches_of(log.data)
     batch = next(train_batches(videos, log.data, log.seed, 0, num_steps, framesets=framesets))

@@ -1,27 +1,86 @@
 """Checkpoints: trainables, optimizer state and what they belong to. The only importer of orbax.
 
-Public: `Checkpoints`.
+Public: `Checkpoints`, `DamagedCheckpoint`, `changes`.
 """
 
+import contextlib
+import dataclasses
+import hashlib
+import json
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
 
 from dualpath_jax import params as params_lib
 
+METRIC = "top1"  # by which the best checkpoint is the best
+# What may differ from the checkpoint's configuration: none of it changes what is learnt.
+SAFE_CHANGES = (
+    "backbone.checkpoint",  # compared by its hash
+    "checkpoint.",
+    "data.dir",
+    "data.max_broken_videos",
+    "data.prefetch",
+    "eval.",
+    "init_from",
+    "log_every_steps",
+    "model.class_only",
+    "model.scan_blocks",
+    "optimizer.accumulation_steps",
+    "optimizer.max_skipped_steps",
+    "profile.",
+    "resume_changed",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _NewestAndBest(checkpoint_managers.PreservationPolicy):
+    """Which checkpoints stay: the newest `count` and the best one."""
+
+    count: int
+    best_step: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        newest = [info.step for info in checkpoints][-self.count :]
+        return [info.step in newest or info.step == self.best_step() for info in checkpoints]
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that cannot be read, or does not hold what was saved."""
+
 
 class Checkpoints:
-    """The checkpoints of a workdir, written in the background, newest `keep` kept.
+    """The checkpoints of a workdir, written in the background.
 
-    A checkpoint holds the leaves of a state by path (float32 trainables, optimizer slots, step) and
-    metadata. The frozen backbone is not in it: it is read from its own file, and its hash compared.
+    Kept are the newest `keep` ones and the best one by `METRIC`. A checkpoint holds the leaves of a
+    state by path (float32 trainables, optimizer slots, step), metadata, and the SHA-256 of both.
+    The frozen backbone is not in it: it is read from its own file, and its hash compared. A
+    checkpoint appears under its step, whole, when all of it is on disk.
+
+    Args:
+      workdir: of the run.
+      keep: how many of the newest stay.
+      read_only: leave all as it is; another process may be writing there.
     """
 
-    def __init__(self, workdir: str, keep: int = 3):
-        self.directory = epath.Path(workdir).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    def __init__(self, workdir: str, keep: int = 3, read_only: bool = False):
+        self._workdir = epath.Path(workdir).absolute()
+        self.directory = self._workdir / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,  # of a process that was killed while it saved
+            preservation_policy=_NewestAndBest(keep, self.best_step),
+        )
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=options,
@@ -30,51 +89,228 @@ class Checkpoints:
                 "metadata": ocp.JsonCheckpointHandler(),
             },
         )
+        self._saving: int | None = None  # the step that is being written
+        self._lost = False  # could it not be?
+        self._scores: dict[int, float] = {}  # METRIC of the checkpoints that have it
+        for step in self._manager.all_steps():
+            with contextlib.suppress(DamagedCheckpoint):
+                self._note_scores(step, self.read_metadata(step)["scores"])
+
+    def _note_scores(self, step: int, scores: dict[str, float] | None) -> None:
+        if scores is not None:
+            self._scores[step] = scores[METRIC]
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, None if there is none."""
         return self._manager.latest_step()
 
+    def best_step(self) -> int | None:
+        """Step of the checkpoint with the highest `METRIC`, None if none was evaluated."""
+        return max(self._scores, key=self._scores.get, default=None)
+
     def path(self, step: int | None) -> str:
         """Where the checkpoint of `step` lies, for messages."""
         return "none" if step is None else str(self.directory / str(step))
 
-    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
-        """Write `state` (any pytree of arrays) in the background."""
+    def save(
+        self,
+        step: int,
+        state: Any,
+        metadata: dict[str, Any],
+        scores: dict[str, float] | None = None,
+    ) -> None:
+        """Write `state` (any pytree of arrays) in the background, unless `step` is there already.
+
+        `scores` are those of an evaluation of it, with `METRIC`. A checkpoint that cannot be
+        written is given up with a warning, here or, where it shows later, in the next call.
+        """
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        leaves = params_lib.flatten(state)
+        self._note_scores(step, scores)
+        metadata = {**metadata, "scores": scores, "leaves": _digests(leaves)}
+        metadata["sha256"] = _digest_json(metadata)
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(params_lib.flatten(state)),
-            metadata=ocp.args.JsonSave(metadata),
+            state=ocp.args.StandardSave(leaves), metadata=ocp.args.JsonSave(metadata)
         )
-        self._manager.save(step, args=args)
+        self._saving, self._lost = step, False
+        self._attempt(lambda: self._manager.save(step, args=args))
+
+    def wait(self) -> None:
+        """Return when everything saved so far is on disk, or has been given up."""
+        self._attempt(self._manager.wait_until_finished)
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # of many kinds: the disk is full, the folder is gone, ...
+            logging.debug("%s", traceback.format_exc())
+            logging.warning(
+                "the checkpoint of step %s could not be written: %s. Training goes on; the last "
+                "good one is %s",
+                self._saving,
+                _one_line(error),
+                self.path(self.latest_step()),
+            )
+            self._lost = True
+
+    def restore_newest(self, state: Any, metadata: dict[str, Any]) -> tuple[int, Any] | None:
+        """(step, state) of the newest checkpoint that is whole, or None if there is none.
+
+        A damaged one is moved to WORKDIR/damaged_checkpoints with a warning. Otherwise as
+        `restore`.
+        """
+        while (step := self.latest_step()) is not None:
+            restored, damage = None, None
+            try:
+                restored = self.restore(step, state, metadata)
+            except DamagedCheckpoint as error:
+                damage = error
+            if not _on_any_host(damage is not None):
+                return step, restored
+            self._set_aside(step, damage)
+        return None
 
     def restore(self, step: int, state: Any, metadata: dict[str, Any]) -> Any:
         """The state saved at `step`, in the structure, dtypes and shardings of `state`.
 
-        Raises ValueError when the checkpoint belongs to another backbone, method or set of classes
-        than `metadata` names, or holds other parameters than `state`.
+        Raises:
+          ValueError: the checkpoint belongs to another backbone, method or set of classes than
+            `metadata` names, or holds other parameters than `state`.
+          DamagedCheckpoint: it cannot be read, or is not what was saved.
         """
-        where = self.path(step)
-        saved = self._manager.restore(
-            step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        )
-        _compare_metadata(saved["metadata"], metadata, where)
+        saved = self.read_metadata(step)
         target = params_lib.flatten(state)
-        _compare_shapes(self._manager.item_metadata(step)["state"], target, where)
+        _compare_metadata(saved, metadata, self.path(step))
+        _compare_shapes(saved["leaves"], target, self.path(step))
         abstract = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in target.items()
         }
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        leaves = self._manager.restore(step, args=args)["state"]
+        leaves = self._read_leaves(step, saved, abstract)
         structure = jax.tree.structure(state)
         return jax.tree.unflatten(structure, [leaves[name] for name in target])
 
-    def wait(self) -> None:
-        """Return when everything saved so far is on disk."""
-        self._manager.wait_until_finished()
+    def read(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(leaves by path, metadata) of `step`, whatever it belongs to.
+
+        Raises:
+          DamagedCheckpoint: it cannot be read, or is not what was saved.
+        """
+        saved = self.read_metadata(step)
+        return self._read_leaves(step, saved, None), saved
+
+    def _read_leaves(self, step: int, saved: dict[str, Any], abstract: Any) -> dict[str, Any]:
+        """The arrays of `step`, compared with the digests in its metadata, `saved`."""
+        where = self.path(step)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        try:
+            leaves = self._manager.restore(step, args=args)["state"]
+        except Exception as error:
+            raise DamagedCheckpoint(
+                f"checkpoint {where} cannot be read: {_one_line(error)}"
+            ) from error
+        now = _digests(leaves)
+        differing = [name for name, entry in saved["leaves"].items() if now.get(name) != entry]
+        if differing:
+            raise DamagedCheckpoint(
+                f"checkpoint {where} does not hold what was saved: {len(differing)} arrays differ, "
+                f"first {differing[0]}"
+            )
+        return leaves
+
+    def read_metadata(self, step: int) -> dict[str, Any]:
+        """What `save` was given for `step`, and "leaves"; DamagedCheckpoint if it is not that."""
+        where = self.path(step)
+        try:
+            args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+            saved = dict(self._manager.restore(step, args=args)["metadata"])
+            digest = saved.pop("sha256")
+        except Exception as error:
+            raise DamagedCheckpoint(
+                f"checkpoint {where} cannot be read: {_one_line(error)}"
+            ) from error
+        if digest != _digest_json(saved):
+            raise DamagedCheckpoint(f"checkpoint {where} does not hold what was saved: metadata")
+        return saved
+
+    def _set_aside(self, step: int, damage: DamagedCheckpoint | None) -> None:
+        """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
+        folder = self._workdir / "damaged_checkpoints"
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            number = 0
+            while (kept := folder / f"{step}-{number}").exists():
+                number += 1
+            (self.directory / str(step)).rename(kept)
+            problem = damage or f"another host cannot read checkpoint {self.path(step)}"
+            logging.warning("%s; it was moved to %s", problem, kept)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
+        self._scores.pop(step, None)
+        self._manager.reload()
 
     def close(self) -> None:
+        """Wait for what is being written. OSError if the last checkpoint could not be written."""
+        self.wait()
         self._manager.close()
+        if self._lost:
+            raise OSError(
+                f"the last checkpoint, of step {self._saving}, could not be written to "
+                f"{self.directory}; make room there and run the same command again, which goes on "
+                f"from {self.path(self.latest_step())}"
+            )
+
+
+def changes(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ and that matter for what is learnt: (saved, current) by dotted key.
+
+    Both are configurations as nested dicts, as `metadata()["config"]` of a run.
+    """
+    old, new = _flat(saved), _flat(json.loads(json.dumps(current)))
+    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return {
+        key: (old.get(key), new.get(key)) for key in differing if not key.startswith(SAFE_CHANGES)
+    }
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            values |= _flat(value, f"{prefix}{name}.")
+        else:
+            values[prefix + name] = value
+    return values
+
+
+def _on_any_host(flag: bool) -> bool:
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def _digests(leaves: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and SHA-256 of arrays by name."""
+    entries = {}
+    for name, leaf in leaves.items():
+        value = np.asarray(jax.device_get(leaf), order="C")
+        entries[name] = {
+            "shape": list(value.shape),
+            "dtype": str(value.dtype),
+            "sha256": hashlib.sha256(value).hexdigest(),
+        }
+    return entries
+
+
+def _digest_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 def _compare_metadata(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
@@ -95,8 +331,8 @@ def _compare_metadata(saved: dict[str, Any], current: dict[str, Any], where: str
             )
 
 
-def _compare_shapes(saved: Any, target: dict[str, Any], where: str) -> None:
-    saved_shapes = {name: tuple(leaf.shape) for name, leaf in saved.items()}
+def _compare_shapes(saved: dict[str, Any], target: dict[str, Any], where: str) -> None:
+    saved_shapes = {name: tuple(entry["shape"]) for name, entry in saved.items()}
     shapes = {name: tuple(leaf.shape) for name, leaf in target.items()}
     if saved_shapes == shapes:
         return

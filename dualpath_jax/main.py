@@ -31,8 +31,13 @@ MODE = flags.DEFINE_enum(
 @contextlib.contextmanager
 def user_errors():
     """Report what the user can mend as one line, without a traceback (-v=1 shows it)."""
+    from dualpath_jax.preemption import EXIT_CODE, Preempted  # imports JAX
+
     try:
         yield
+    except Preempted as stop:
+        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        sys.exit(EXIT_CODE)
     except (ValueError, OSError, FloatingPointError) as error:
         if logging.level_debug():
             traceback.print_exc()
@@ -54,7 +59,7 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     workdir = WORKDIR.value or default_workdir(config)
     # Imported here, so that --help is quick and decoding workers do not load JAX and TensorFlow.
-    from dualpath_jax import check, demo, evaluate, train
+    from dualpath_jax import check, demo, evaluate, lock, train
     from dualpath_jax import run as run_lib
 
     with user_errors():
@@ -62,21 +67,22 @@ def main(argv: list[str]) -> None:
             check.check(run_lib.divide(config, workdir)[0][0])  # the others differ in names alone
             return
         run_lib.check_workdir(workdir)
-        if config.data.source == "demo" and not config.data.synthetic:
-            demo.ensure_demo(config)
-        run_lib.check_inputs(config)
-        results = []
-        for part, folder in run_lib.divide(config, workdir):
-            run_lib.check_workdir(folder)
-            dataset, eval_dataset = run_lib.open_data(part)
-            run = run_lib.build_run(part, folder, dataset)
-            if MODE.value == "train":
-                train.train(run, dataset, eval_dataset)
-            else:
-                train.restore_for_eval(run)
-            results.append(evaluate.evaluate_and_write(run, eval_dataset))
-        if len(results) > 1:
-            evaluate.write_mean(workdir, results)
+        with lock.claimed(workdir, "--workdir"):
+            if config.data.source == "demo" and not config.data.synthetic:
+                demo.ensure_demo(config)
+            run_lib.check_inputs(config)
+            results = []
+            for part, folder in run_lib.divide(config, workdir):
+                run_lib.check_workdir(folder)
+                dataset, eval_dataset = run_lib.open_data(part)
+                run = run_lib.build_run(part, folder, dataset)
+                if MODE.value == "train":
+                    train.train(run, dataset, eval_dataset)
+                else:
+                    train.restore_for_eval(run)
+                results.append(evaluate.evaluate_and_write(run, eval_dataset))
+            if len(results) > 1:
+                evaluate.write_mean(workdir, results)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,19 @@ class Reporter:
         self._events = metric_writers.SummaryWriter(workdir) if self._writes else None
         self._data_seconds = 0.0
 
+    def resume(self, step: int) -> None:
+        """Drop the entries of metrics.jsonl after `step`, whose steps will be done again."""
+        if not self._writes or not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the process died while it wrote this
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(self._path)
+
     def start(self, step: int) -> None:
         """Begin timing at `step`."""
         self._last_step, self._last_time = step, time.perf_counter()

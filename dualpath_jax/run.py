@@ -36,6 +36,7 @@ class TrainState:
     step: jax.Array  # int32 scalar, number of updates done
     trainable: Any  # float32
     opt_state: optax.OptState
+    skipped: jax.Array  # int32 scalar, steps left out since loss or gradient was not finite
 
 
 @dataclasses.dataclass
@@ -303,7 +304,9 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
     schedule = make_schedule(config.optimizer, num_train_steps, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule, mask)
     trainable, frozen = params_lib.split(params, mask)
-    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(params))
+    # Two arrays: one buffer in two places of a donated state is freed twice.
+    step, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
+    state = TrainState(step, trainable, optimizer.init(params), skipped)
     print(params_lib.parameter_table(params, mask), flush=True)
     return Run(
         config=config,

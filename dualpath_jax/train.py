@@ -4,6 +4,7 @@ Public: `make_train_step`, `Plan`, `make_plan`, `train`, `restore_for_eval`.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
-from dualpath_jax import evaluate, preprocess
+from dualpath_jax import adapter_file, evaluate, preprocess
 from dualpath_jax import params as params_lib
-from dualpath_jax.checkpoint import Checkpoints
+from dualpath_jax.checkpoint import Checkpoints, changes
 from dualpath_jax.data.broken import BrokenVideos
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
+from dualpath_jax.preemption import Preempted, Watch
 from dualpath_jax.progress import Reporter
 from dualpath_jax.run import Batch, Run, TrainState, shard_batch, train_batches_of
 
@@ -70,7 +74,13 @@ def make_train_step(
         metrics["gradient_norm"] = optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        return TrainState(state.step + 1, trainable, opt_state), metrics
+        new = TrainState(state.step + 1, trainable, opt_state, state.skipped)
+        if config.optimizer.max_skipped_steps:
+            ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+            stay = state.replace(step=state.step + 1, skipped=state.skipped + 1)
+            new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, stay)
+            metrics["skipped_steps"] = new.skipped
+        return new, metrics
 
     return train_step
 
@@ -82,6 +92,7 @@ class Plan:
     num_steps: int
     log_every: int
     save_every: int
+    save_seconds: float | None  # and when so much time has gone by since the last checkpoint
     keep: int
     eval_every: int  # 0: only at the end
     profile_first: int  # counted from the start of the process
@@ -90,8 +101,11 @@ class Plan:
     def logs(self, done: int) -> bool:
         return done == self.num_steps or done % self.log_every == 0
 
-    def saves(self, done: int) -> bool:
-        return done == self.num_steps or done % self.save_every == 0
+    def saves(self, done: int, seconds: float = 0.0) -> bool:
+        """`seconds`: since the last checkpoint."""
+        if done == self.num_steps or done % self.save_every == 0 or self.evaluates(done):
+            return True
+        return self.save_seconds is not None and seconds >= self.save_seconds
 
     def evaluates(self, done: int) -> bool:
         return self.eval_every > 0 and done % self.eval_every == 0 and done < self.num_steps
@@ -107,14 +121,19 @@ def make_plan(config: Any, num_train_steps: int, steps_per_epoch: float) -> Plan
         ("eval.every_epochs", config.eval.every_epochs, 0),
         ("profile.first_step", config.profile.first_step, 0),
         ("profile.num_steps", config.profile.num_steps, 0),
+        ("optimizer.max_skipped_steps", config.optimizer.max_skipped_steps, 0),
     ):
         if value < least:
             raise ValueError(f"{key}={value} must be at least {least}")
+    minutes = config.checkpoint.every_minutes
+    if minutes is not None and minutes <= 0:
+        raise ValueError(f"checkpoint.every_minutes={minutes} must be above 0")
     eval_every = config.eval.every_epochs * steps_per_epoch
     return Plan(
         num_steps=num_train_steps,
         log_every=config.log_every_steps,
         save_every=config.checkpoint.every_steps,
+        save_seconds=None if minutes is None else 60 * minutes,
         keep=config.checkpoint.keep,
         eval_every=max(1, round(eval_every)) if eval_every else 0,
         profile_first=config.profile.first_step,
@@ -122,27 +141,47 @@ def make_plan(config: Any, num_train_steps: int, steps_per_epoch: float) -> Plan
     )
 
 
-def check_finite(step: int, metrics: dict[str, float], checkpoints: Checkpoints) -> None:
-    """FloatingPointError, with what is saved, when loss or gradient of `step` is not finite."""
+def check_finite(
+    step: int, metrics: dict[str, float], max_skipped: int, checkpoints: Checkpoints
+) -> None:
+    """FloatingPointError, with what is saved, when loss or gradient of `step` is not finite.
+
+    Or, where such steps are skipped, when there were more than `max_skipped` of them.
+    """
     loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
-    if not (np.isfinite(loss) and np.isfinite(norm)):
-        checkpoints.wait()
-        good = checkpoints.path(checkpoints.latest_step())
-        raise FloatingPointError(
-            f"loss is {loss}, gradient norm {norm} at step {step}. Last good checkpoint: {good}. "
-            "Lower optimizer.learning_rate, or set optimizer.clip_norm; running again resumes there"
-        )
+    if np.isfinite(loss) and np.isfinite(norm):
+        return
+    what = f"loss is {loss}, gradient norm {norm} at step {step}"
+    if max_skipped:
+        skipped = int(metrics["skipped_steps"])
+        if skipped <= max_skipped:
+            logging.warning("%s: skipped (%d of at most %d)", what, skipped, max_skipped)
+            return
+        what += f", more than optimizer.max_skipped_steps={max_skipped} times"
+    checkpoints.wait()
+    raise FloatingPointError(
+        f"{what}. Last good checkpoint: {checkpoints.path(checkpoints.latest_step())}. "
+        "Lower optimizer.learning_rate, or set optimizer.clip_norm; running again resumes there"
+    )
 
 
 def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
-    """Train to `run.num_train_steps`, resuming from the workdir's last checkpoint."""
+    """Train to `run.num_train_steps`, resuming from the workdir's last checkpoint.
+
+    Raises:
+      Preempted: told to stop (SIGTERM); the state is saved.
+      FloatingPointError: loss or gradient is not finite.
+      OSError: the last checkpoint could not be written.
+    """
     config = run.config
     plan = make_plan(config, run.num_train_steps, run.steps_per_epoch)
     checkpoints = Checkpoints(run.workdir, plan.keep)
+    first_step = resume(run, checkpoints)
+    if not first_step and config.init_from:
+        adapter_file.start_from(run, config.init_from)
     if jax.process_index() == 0:
         path = epath.Path(run.workdir) / "config.json"
         path.write_text(config.to_json_best_effort(indent=2) + "\n")
-    first_step = resume(run, checkpoints)
     reporter = Reporter(run.workdir, plan.num_steps, config.data.batch_size)
     train_step = jax.jit(make_train_step(run.model, config, run.optimizer), donate_argnums=0)
     broken = BrokenVideos(dataset.ids, config.data.max_broken_videos)
@@ -157,49 +196,98 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
         framesets=tuning.takes_framesets(config.model.method),
         broken=broken,
     )
+    max_skipped = config.optimizer.max_skipped_steps
+    reporter.resume(first_step)
     reporter.start(first_step)
     pending = None  # metrics of the step before: read while the next one computes
-    for step in range(first_step, plan.num_steps):
-        profile(plan, run.workdir, step - first_step, plan.num_steps - first_step)
-        with reporter.waiting_for_data():
-            batch = shard_batch(next(batches), run.mesh)
-        run.state, metrics = train_step(run.state, run.frozen, batch)
-        if pending is not None:
-            check_finite(step, jax.device_get(pending), checkpoints)
-        pending = metrics
-        done = step + 1
-        if step == first_step:
-            reporter.first_step_done(done, metrics)
-        if plan.saves(done) or plan.logs(done):
-            values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-            check_finite(done, values, checkpoints)
-        if plan.logs(done):
-            values["learning_rate"] = float(run.schedule(step))
-            reporter.progress(done, values | {"broken_videos": len(broken.videos)})
-        if plan.saves(done):
-            checkpoints.save(done, run.state, run.metadata())
-        if plan.evaluates(done):
-            scores = evaluate.evaluate_run(run, eval_dataset)
-            reporter.scores(done, config.eval.split, scores)
+    last_save = time.monotonic()
+    with Watch() as watch:
+        for step in range(first_step, plan.num_steps):
+            profile(plan, run.workdir, step - first_step, plan.num_steps - first_step)
+            with reporter.waiting_for_data():
+                batch = shard_batch(next(batches), run.mesh)
+            run.state, metrics = train_step(run.state, run.frozen, batch)
+            if pending is not None:
+                check_finite(step, jax.device_get(pending), max_skipped, checkpoints)
+            pending = metrics
+            done = step + 1
+            if step == first_step:
+                reporter.first_step_done(done, metrics)
+            stops = watch.should_stop(done)
+            timed = plan.save_seconds is not None and plan.logs(done)
+            saves = stops or plan.saves(done, elapsed(last_save) if timed else 0.0)
+            if saves or plan.logs(done):
+                values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+                check_finite(done, values, max_skipped, checkpoints)
+                pending = None
+            if plan.logs(done):
+                values["learning_rate"] = float(run.schedule(step))
+                reporter.progress(done, values | {"broken_videos": len(broken.videos)})
+            scores = None
+            if plan.evaluates(done) and not stops:
+                scores = evaluate.evaluate_run(run, eval_dataset)
+                reporter.scores(done, config.eval.split, scores)
+                scores = dataclasses.asdict(scores)
+            if saves:
+                checkpoints.save(done, run.state, run.metadata(), scores)
+                last_save = time.monotonic()
+            if stops and done < plan.num_steps:
+                checkpoints.close()
+                reporter.close()
+                raise Preempted(f"told to stop; saved {checkpoints.path(done)}")
     checkpoints.close()
     reporter.close()
 
 
-def resume(run: Run, checkpoints: Checkpoints) -> int:
-    """Load the last checkpoint into `run.state`, if there is one. Returns its step, else 0."""
-    step = checkpoints.latest_step()
-    if step is None:
+def elapsed(since: float) -> float:
+    """Seconds since `since` (of time.monotonic) by the clock of process 0, so that all agree."""
+    seconds = time.monotonic() - since
+    if jax.process_count() == 1:
+        return seconds
+    return float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
+
+
+def resume(run: Run, checkpoints: Checkpoints, which: str = "latest") -> int:
+    """Load the latest whole checkpoint, or the best, into `run.state`.
+
+    Returns:
+      Its step; 0 where there is none.
+
+    Raises:
+      ValueError: it was trained with another configuration, and `config.resume_changed` is off.
+    """
+    restored = checkpoints.restore_newest(run.state, run.metadata())
+    if which == "best" and (best := checkpoints.best_step()) is not None:
+        restored = best, checkpoints.restore(best, run.state, run.metadata())
+    if restored is None:
         return 0
-    run.state = checkpoints.restore(step, run.state, run.metadata())
-    print(f"resumed from {checkpoints.path(step)}", flush=True)
+    step, state = restored
+    where = checkpoints.path(step)
+    differing = changes(checkpoints.read_metadata(step)["config"], run.metadata()["config"])
+    listed = "".join(f"\n  {key}: {old} -> {new}" for key, (old, new) in differing.items())
+    if differing and not run.config.resume_changed:
+        raise ValueError(
+            f"checkpoint {where} was trained with other settings:{listed}\nUse those, or another "
+            "--workdir; or go on with the new ones by --config.resume_changed=True"
+        )
+    run.state = state
+    print(f"resumed from {where}" + (f" with other settings:{listed}" if listed else ""))
     return step
 
 
 def restore_for_eval(run: Run) -> None:
-    """Load the workdir's last checkpoint; ValueError when it has none."""
+    """Load the checkpoint that `config.eval.checkpoint` names, or else `config.init_from`."""
+    which = run.config.eval.checkpoint
+    if which not in ("latest", "best"):
+        raise ValueError(f"unknown eval.checkpoint={which!r}: known are latest, best")
     checkpoints = Checkpoints(run.workdir)
-    if not resume(run, checkpoints):
-        raise ValueError(f"no checkpoint in {run.workdir}/checkpoints: train first, --mode=train")
+    if not resume(run, checkpoints, which):
+        if not run.config.init_from:
+            raise ValueError(
+                f"no checkpoint in {run.workdir}/checkpoints: train first, --mode=train, or pass "
+                "--config.init_from=FILE"
+            )
+        adapter_file.start_from(run, run.config.init_from)
     checkpoints.close()
 
 

@@ -1,0 +1,110 @@
+"""Trained parameters as one portable file: safetensors with metadata, no pickle, no optimizer.
+
+Public: `write_adapter`, `read_adapter`, `start_from`.
+
+    tensors    every trainable parameter by its path ("spatial/class_token"), float32
+    metadata   "dualpath_jax": JSON with format (1), method, backbone_name, backbone_sha256,
+               class_names, config, version and step
+"""
+
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dualpath_jax import params as params_lib
+from dualpath_jax import run as run_lib
+
+FORMAT = 1
+_KEYS = ("method", "backbone_name", "backbone_sha256", "class_names", "config", "version", "step")
+
+
+def write_adapter(path: str, leaves: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+    """Write the file, whole or not at all.
+
+    Args:
+      path: of the new file.
+      leaves: trainable parameters by path.
+      metadata: with method, backbone_name, backbone_sha256, class_names, config, version and step.
+    """
+    text = json.dumps({"format": FORMAT} | {key: metadata[key] for key in _KEYS})
+    temporary = f"{path}.incomplete"
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
+    save_file(arrays, temporary, metadata={"dualpath_jax": text})
+    os.replace(temporary, path)
+
+
+def read_adapter(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(leaves by path, metadata) of a file of `write_adapter`; ValueError if it is none."""
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = json.loads((file.metadata() or {}).get("dualpath_jax", "null"))
+            leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no adapter file {path!r}") from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path!r} is not a readable safetensors file: {error}") from None
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path!r} is not an adapter file of this package (format {FORMAT}); "
+            "scripts/export_adapter.py writes them"
+        )
+    return leaves, metadata
+
+
+def start_from(run: run_lib.Run, path: str) -> None:
+    """Take the trained parameters of an adapter file as the start of `run`, at step 0.
+
+    Where the file was trained on other classes, the layer that names them starts afresh.
+
+    Raises:
+      ValueError: the file belongs to another method or backbone, or has other parameters.
+    """
+    leaves, metadata = read_adapter(path)
+    own = run.metadata()
+    for key in ("method", "backbone_name", "backbone_sha256"):
+        if metadata[key] != own[key]:
+            raise ValueError(
+                f"config.init_from={path!r} was trained with {key} {metadata[key]!r}, this run has "
+                f"{own[key]!r}: use the same one"
+            )
+    target = params_lib.flatten(run.state.trainable)
+    fresh = set()
+    if metadata["class_names"] != run.class_names:
+        fresh = _class_leaves(run)
+        print(f"init_from: other classes than in {path}; starting afresh: {', '.join(fresh)}")
+    for name, leaf in target.items():
+        if name in fresh:
+            continue
+        if name not in leaves or leaves[name].shape != leaf.shape:
+            found = f"shape {leaves[name].shape}" if name in leaves else "nothing"
+            raise ValueError(
+                f"config.init_from={path!r} has {found} for {name}, this config builds "
+                f"{leaf.shape}: use the config that the file was trained with"
+            )
+    surplus = sorted(leaves.keys() - target.keys())
+    if surplus:
+        raise ValueError(
+            f"config.init_from={path!r} has parameters that this config does not build: "
+            f"{', '.join(surplus[:5])}: use the config that the file was trained with"
+        )
+    new = [
+        leaf if name in fresh else jax.device_put(leaves[name].astype(leaf.dtype), leaf.sharding)
+        for name, leaf in target.items()
+    ]
+    trainable = jax.tree.unflatten(jax.tree.structure(run.state.trainable), new)
+    run.state = run.state.replace(trainable=trainable)
+    print(f"started from {path}, trained for {metadata['step']} steps", flush=True)
+
+
+def _class_leaves(run: run_lib.Run) -> set[str]:
+    """Parameters whose shape follows the number of classes."""
+    shapes = [
+        {name: leaf.shape for name, leaf in params_lib.flatten(outline.params).items()}
+        for outline in (run_lib.outline(run.config, n) for n in (3, 4))
+    ]
+    return {name for name, shape in shapes[0].items() if shapes[1][name] != shape}

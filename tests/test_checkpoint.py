@@ -1,0 +1,176 @@
+"""Checkpoints: what is kept, what is damaged, what a full disk does."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+
+from configs import base
+from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint, changes
+
+METADATA = {
+    "method": "dualpath",
+    "backbone_name": "tiny",
+    "backbone_sha256": "0" * 64,
+    "class_names": ["a", "b"],
+    "config": {"seed": 0},
+}
+
+
+def state_of(step):
+    """A different value in every leaf at every step."""
+    noise = jax.random.normal(jax.random.key(step), (64, 64))
+    return {"step": jnp.asarray(step, jnp.int32), "trainable": {"kernel": noise}}
+
+
+def save(checkpoints, step, top1=None):
+    checkpoints.save(step, state_of(step), METADATA, None if top1 is None else {"top1": top1})
+
+
+def restored(workdir):
+    checkpoints = Checkpoints(str(workdir))
+    result = checkpoints.restore_newest(state_of(0), METADATA)
+    checkpoints.close()
+    return result
+
+
+def equals(state, step):
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(state_of(step)), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A workdir with the checkpoints of steps 4 and 5."""
+    workdir = tmp_path_factory.mktemp("two")
+    checkpoints = Checkpoints(str(workdir))
+    save(checkpoints, 4)
+    save(checkpoints, 5)
+    checkpoints.close()
+    return workdir
+
+
+def test_newest_and_best_are_kept(tmp_path):
+    checkpoints = Checkpoints(str(tmp_path), keep=2)
+    for step, top1 in ((1, 0.5), (2, None), (3, 0.2), (4, None), (5, None)):
+        save(checkpoints, step, top1)
+    checkpoints.close()
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [1, 4, 5]
+    again = Checkpoints(str(tmp_path), keep=2)
+    assert (again.best_step(), again.latest_step()) == (1, 5)
+    save(again, 6, 0.6)
+    again.close()
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [5, 6]
+
+
+def test_a_step_is_saved_once(two, tmp_path):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.save(5, state_of(9), METADATA)
+    checkpoints.close()
+    assert equals(restored(tmp_path)[1], 5)
+
+
+def test_whole_checkpoints_are_read(two):
+    step, state = restored(two)
+    assert step == 5
+    assert equals(state, 5)
+    assert not equals(state, 4)  # the twin
+    leaves, metadata = Checkpoints(str(two), read_only=True).read(4)
+    assert np.array_equal(leaves["trainable/kernel"], state_of(4)["trainable"]["kernel"])
+    assert metadata["class_names"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_is_never_taken_for_a_checkpoint(two, tmp_path, damage):
+    """Whatever file is damaged: step 5 as it was saved, or step 4, and 5 set aside."""
+    rng = np.random.default_rng(0)
+    fell_back = 0
+    names = sorted(p.relative_to(two) for p in (two / "checkpoints/5").rglob("*") if p.is_file())
+    for number, name in enumerate(names):
+        workdir = tmp_path / str(number)
+        shutil.copytree(two, workdir)
+        content = bytearray((workdir / name).read_bytes())
+        if damage == "flip":
+            content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        (workdir / name).write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+        if damage == "remove":
+            (workdir / name).unlink()
+        step, state = restored(workdir)
+        assert equals(state, step), name
+        assert step in (4, 5)
+        fell_back += step == 4
+        assert (workdir / "damaged_checkpoints" / "5-0").exists() == (step == 4)
+        assert (workdir / "checkpoints" / "5").exists() == (step == 5)
+    assert fell_back >= 3
+
+
+def test_damaged_values_are_noticed(two, tmp_path, monkeypatch):
+    """Also where the storage below notices nothing."""
+    checkpoints = Checkpoints(str(two), read_only=True)
+    saved = checkpoints.read_metadata(5)
+    saved["leaves"]["trainable/kernel"]["sha256"] = "0" * 64
+    monkeypatch.setattr(checkpoints, "read_metadata", lambda step: saved)
+    with pytest.raises(DamagedCheckpoint, match="1 arrays differ, first trainable/kernel"):
+        checkpoints.restore(5, state_of(0), METADATA)
+
+
+def test_all_damaged(two, tmp_path):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    for step in (4, 5):
+        shutil.rmtree(tmp_path / "checkpoints" / str(step) / "metadata")
+    assert restored(tmp_path) is None
+    assert sorted(p.name for p in (tmp_path / "damaged_checkpoints").iterdir()) == ["4-0", "5-0"]
+
+
+def test_leftovers_of_a_killed_save_are_not_read(two, tmp_path):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    half = tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "checkpoints" / "5" / "state", half / "state")
+    assert restored(tmp_path)[0] == 5
+
+
+def test_full_disk_costs_one_checkpoint(two, tmp_path, monkeypatch, caplog):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    checkpoints = Checkpoints(str(tmp_path))
+    logging.use_absl_handler()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, "save", full)
+        save(checkpoints, 6)  # training goes on
+    assert "step 6 could not be written: OSError: [Errno 28]" in caplog.text
+    assert f"the last good one is {tmp_path}/checkpoints/5" in caplog.text
+    save(checkpoints, 7)
+    checkpoints.close()
+    assert restored(tmp_path)[0] == 7
+    # Twin: at the end of a run it is an error, since nothing comes after.
+    checkpoints = Checkpoints(str(tmp_path))
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    save(checkpoints, 8)
+    with pytest.raises(OSError, match=r"of step 8, could not be written.*checkpoints/7"):
+        checkpoints.close()
+
+
+def test_changes():
+    config = base.get_config()
+    before = json.loads(config.to_json_best_effort())
+
+    def differing(**values):
+        after = base.get_config()
+        after.update_from_flattened_dict({key.replace("__", "."): v for key, v in values.items()})
+        return changes(before, json.loads(after.to_json_best_effort()))
+
+    assert differing() == {}
+    assert differing(log_every_steps=7, eval__batch_size=3, checkpoint__keep=9) == {}
+    assert differing(optimizer__accumulation_steps=2, model__scan_blocks=False) == {}
+    assert differing(seed=1, data__num_frames=16, log_every_steps=7) == {
+        "data.num_frames": (32, 16),
+        "seed": (0, 1),
+    }

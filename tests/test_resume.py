@@ -1,0 +1,282 @@
+"""Interruptions: what a run does when it is killed, told to stop, or started differently."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from test_train import build, leaves, run_all
+
+from dualpath_jax import adapter_file, train
+from dualpath_jax import run as run_lib
+from dualpath_jax.checkpoint import Checkpoints
+from dualpath_jax.data import pipeline
+from dualpath_jax.preemption import EXIT_CODE, Preempted, Watch
+from scripts import export_adapter
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def entries(workdir):
+    """What metrics.jsonl says of learning, without what is of the process."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("clips_per_second", "data_wait", "broken_videos")
+    return [{key: line[key] for key in line if key not in timed} for line in lines]
+
+
+def same(a, b):
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    return [name for name in a if not np.array_equal(a[name], b[name])] == []
+
+
+@pytest.fixture
+def straight(config, tmp_path):
+    """A run of six steps without interruption, saved at 2, 4 and 6."""
+    config.num_train_steps = 6
+    config.checkpoint.every_steps = 2
+    config.log_every_steps = 1
+    return run_all(config, tmp_path / "straight")
+
+
+class Killed(BaseException):
+    """Nothing may handle it."""
+
+
+def test_dying_anywhere_changes_nothing(config, straight, tmp_path, monkeypatch):
+    """Dead after steps 1 to 5, with and without a checkpoint: metrics and state bit for bit."""
+    shard = train.shard_batch
+
+    def dying(deadline):
+        calls = []
+
+        def shard_or_die(batch, mesh):
+            calls.append(1)
+            if len(calls) > deadline:
+                raise Killed
+            return shard(batch, mesh)
+
+        return shard_or_die
+
+    for deadline in (1, 3, 4, 5):
+        workdir = tmp_path / str(deadline)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "shard_batch", dying(deadline))
+            with pytest.raises(Killed):
+                run_all(config, workdir)
+        resumed = run_all(config, workdir)
+        assert same(resumed.state, straight.state), deadline
+        assert entries(workdir) == entries(tmp_path / "straight"), deadline
+    # Twin: other data is not the same.
+    config.seed = 1
+    assert not same(run_all(config, tmp_path / "other").state, straight.state)
+
+
+def test_a_torn_last_line_of_metrics_is_dropped(config, straight, tmp_path):
+    path = tmp_path / "straight" / "metrics.jsonl"
+    before = entries(tmp_path / "straight")
+    with path.open("a") as file:
+        file.write('{"step": 7, "split": "train"}\n{"step": 6, "lo')
+    run_all(config, tmp_path / "straight")
+    assert entries(tmp_path / "straight") == before
+
+
+def test_told_to_stop(config, straight, tmp_path, monkeypatch):
+    """SIGTERM: the step in progress is finished and saved, and the run goes on from there."""
+    monkeypatch.setattr(Watch, "should_stop", lambda self, step: step == 3)
+    with pytest.raises(Preempted, match="checkpoints/3"):
+        run_all(config, tmp_path / "stopped")
+    assert Checkpoints(str(tmp_path / "stopped"), read_only=True).latest_step() == 3
+    monkeypatch.undo()
+    resumed = run_all(config, tmp_path / "stopped")
+    assert same(resumed.state, straight.state)
+    assert entries(tmp_path / "stopped") == entries(tmp_path / "straight")
+
+
+def test_the_signal():
+    with Watch() as watch:
+        assert not watch.should_stop(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert watch.should_stop(2)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process
+    with Watch() as watch:
+        assert not watch.should_stop(1)
+
+
+def test_changed_settings(config, straight, tmp_path, capsys):
+    workdir = tmp_path / "straight"
+    config.num_train_steps = 8
+    config.optimizer.learning_rate = 1e-4
+    with pytest.raises(ValueError, match="was trained with other settings") as caught:
+        run_all(config, workdir)
+    assert "num_train_steps: 6 -> 8" in str(caught.value)
+    assert "optimizer.learning_rate: 0.003 -> 0.0001" in str(caught.value)
+    config.resume_changed = True
+    assert int(run_all(config, workdir).state.step) == 8
+    assert "with other settings:\n  num_train_steps: 6 -> 8" in capsys.readouterr().out
+    # Safe ones need no leave.
+    config.resume_changed = False
+    config.log_every_steps = 3
+    assert int(run_all(config, workdir).state.step) == 8
+
+
+def poison(monkeypatch, steps):
+    """The batches of these steps (counted from 0) make loss and gradient NaN."""
+    batches, shard = pipeline.train_batches, train.shard_batch
+
+    def numbered(*args, **kwargs):
+        first = args[3]
+        return ({**b, "step": first + i} for i, b in enumerate(batches(*args, **kwargs)))
+
+    def poisoned(batch, mesh):
+        step = batch.pop("step")
+        return {**shard(batch, mesh), "poison": np.float32(np.nan if step in steps else 0)}
+
+    inputs = train.preprocess.model_inputs
+
+    def add(batch, data, dtype):
+        spatial, temporal = inputs(batch, data, dtype)
+        return spatial + batch["poison"] if "poison" in batch else spatial, temporal
+
+    monkeypatch.setattr(pipeline, "train_batches", numbered)
+    monkeypatch.setattr(train, "shard_batch", poisoned)
+    monkeypatch.setattr(train.preprocess, "model_inputs", add)
+
+
+def test_non_finite_steps_are_skipped_up_to_a_limit(config, tmp_path, monkeypatch):
+    config.num_train_steps = 6
+    config.log_every_steps = 1
+    config.optimizer.max_skipped_steps = 2
+    with monkeypatch.context() as patch:
+        poison(patch, {1, 3})
+        run = run_all(config, tmp_path / "two")
+    assert all(np.all(np.isfinite(leaf)) for leaf in leaves(run.state.trainable).values())
+    assert int(run.state.skipped) == 2
+    assert [e["skipped_steps"] for e in entries(tmp_path / "two")] == [0, 1, 1, 2, 2, 2]
+    poison(monkeypatch, {1, 3, 4})  # one more
+    with pytest.raises(FloatingPointError, match=r"step 5, more than .*max_skipped_steps=2 times"):
+        run_all(config, tmp_path / "three")
+
+
+def test_best_checkpoint(config, tmp_path):
+    config.num_train_steps = 15
+    config.eval.every_epochs = 1
+    config.checkpoint.keep = 1
+    run_all(config, tmp_path)
+    scores = {e["step"]: e["top1"] for e in entries(tmp_path) if e["split"] == "test"}
+    checkpoints = Checkpoints(str(tmp_path), read_only=True)
+    assert set(scores) == {5, 10}
+    assert checkpoints.best_step() == max(scores, key=scores.get)
+    config.eval.checkpoint = "best"
+    run, _ = build(config, tmp_path)
+    train.restore_for_eval(run)
+    assert int(run.state.step) == checkpoints.best_step()
+    config.eval.checkpoint = "worst"
+    with pytest.raises(ValueError, match="'worst': known are latest, best"):
+        train.restore_for_eval(run)
+
+
+def test_exported_parameters_start_another_run(config, straight, tmp_path, capsys):
+    path = str(tmp_path / "adapter.safetensors")
+    message = export_adapter.export(str(tmp_path / "straight"), path, "latest")
+    assert f"{straight.trainable_params:,} parameters of dualpath" in message
+    config.init_from = path
+    run, dataset = build(config, tmp_path / "next")
+    before = leaves(run.state.trainable)
+    adapter_file.start_from(run, path)
+    assert same(run.state.trainable, straight.state.trainable)
+    assert int(run.state.step) == 0
+    # Other classes: the layer that names them starts afresh.
+    run, _ = build(config, tmp_path / "next")
+    run.class_names = [*run.class_names[:-1], "Something else"]
+    adapter_file.start_from(run, path)
+    after, trained = leaves(run.state.trainable), leaves(straight.state.trainable)
+    fresh = {name for name in after if np.array_equal(after[name], before[name])}
+    assert fresh == {"classifier/output/kernel", "classifier/output/bias"}
+    assert all(np.array_equal(after[n], trained[n]) for n in after.keys() - fresh)
+    assert "starting afresh: classifier/output/" in capsys.readouterr().out
+    # Evaluation of the file alone.
+    run, _ = build(config, tmp_path / "nothing")
+    train.restore_for_eval(run)
+    assert same(run.state.trainable, straight.state.trainable)
+
+
+def test_exported_parameters_know_what_they_belong_to(config, straight, tmp_path):
+    path = str(tmp_path / "adapter.safetensors")
+    export_adapter.export(str(tmp_path / "straight"), path, "latest")
+    config.model.temporal_path = False
+    run, _ = build(config, tmp_path / "next")
+    with pytest.raises(ValueError, match="does not build: temporal/"):
+        adapter_file.start_from(run, path)
+    config.model.method = "linear"
+    run, _ = build(config, tmp_path / "next")
+    with pytest.raises(ValueError, match="method 'dualpath', this run has 'linear'"):
+        adapter_file.start_from(run, path)
+    with pytest.raises(FileNotFoundError, match="no adapter file"):
+        adapter_file.read_adapter(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="not an adapter file of this package"):
+        adapter_file.read_adapter(config.backbone.checkpoint)
+    with pytest.raises(ValueError, match="no checkpoints in"):
+        export_adapter.export(str(tmp_path / "none"), path, "latest")
+    with pytest.raises(ValueError, match="evaluated during training"):
+        export_adapter.export(str(tmp_path / "straight"), path, "best")
+
+
+@pytest.mark.slow
+def test_processes(config, straight, tmp_path):
+    """kill -9, SIGTERM, and a second program in the same workdir, with real processes."""
+    workdir = tmp_path / "killed"
+    command = [sys.executable, "-m", "dualpath_jax.main", "--config=configs/demo.py"]
+    for key in ("data.source", "data.dir", "data.batch_size", "data.image_size"):
+        command.append(f"--config.{key}={config[key.split('.')[0]][key.split('.')[1]]}")
+    command += [
+        f"--workdir={workdir}",
+        f"--config.backbone.checkpoint={config.backbone.checkpoint}",
+        "--config.eval.batch_size=8",
+        "--config.model.scan_blocks=True",
+        "--config.num_train_steps=4000",
+        "--config.checkpoint.every_steps=5",
+        "--config.log_every_steps=5",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def start():
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment
+        )
+
+    def steps():
+        folder = workdir / "checkpoints"
+        return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+
+    def wait_for(number):
+        end = time.monotonic() + 300
+        while len(steps()) < number or process.poll() is not None:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    process = start()
+    wait_for(2)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process = start()
+    before = max(steps())
+    while max(steps()) == before:
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[1]
+    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert second.returncode == 2
+    assert f"--workdir={workdir} is in use by process {process.pid}" in second.stderr
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == EXIT_CODE
+    assert f"resumed from {workdir}/checkpoints/" in out
+    assert f"told to stop; saved {workdir}/checkpoints/{max(steps())}" in err
+    assert run_lib.check_workdir(str(workdir)) is None
