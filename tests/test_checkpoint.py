@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, what is damaged, what a full disk does."""
 
 import json
+import pathlib
 import shutil
 
 import jax
@@ -89,8 +90,10 @@ def test_whole_checkpoints_are_read(two):
 def test_damage_is_never_taken_for_a_checkpoint(two, tmp_path, damage):
     """Whatever file is damaged: step 5 as it was saved, or step 4, and 5 set aside."""
     rng = np.random.default_rng(0)
-    fell_back = 0
     names = sorted(p.relative_to(two) for p in (two / "checkpoints/5").rglob("*") if p.is_file())
+    # Not every file is read; these are: the metadata, and the file of the arrays.
+    needed = {max(names, key=lambda name: (two / name).stat().st_size)}
+    needed.add(pathlib.Path("checkpoints/5/metadata/metadata"))
     for number, name in enumerate(names):
         workdir = tmp_path / str(number)
         shutil.copytree(two, workdir)
@@ -102,11 +105,10 @@ def test_damage_is_never_taken_for_a_checkpoint(two, tmp_path, damage):
             (workdir / name).unlink()
         step, state = restored(workdir)
         assert equals(state, step), name
-        assert step in (4, 5)
-        fell_back += step == 4
+        assert step == 4 if name in needed else step in (4, 5)
         assert (workdir / "damaged_checkpoints" / "5-0").exists() == (step == 4)
         assert (workdir / "checkpoints" / "5").exists() == (step == 5)
-    assert fell_back >= 3
+    assert needed <= set(names)
 
 
 def test_damaged_values_are_noticed(two, tmp_path, monkeypatch):
