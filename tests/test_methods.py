@@ -86,7 +86,8 @@ def one_step(config, model, params):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def run(trainable, frozen, batch):
         slots = optimizer.init(params_lib.merge(trainable, frozen))
-        return step(run_lib.TrainState(jnp.zeros((), jnp.int32), trainable, slots), frozen, batch)
+        zero = jnp.zeros((), jnp.int32)
+        return step(run_lib.TrainState(zero, trainable, slots, zero), frozen, batch)
 
     new, metrics = run(trainable, frozen, batch)
     trees = (trainable, new.trainable, frozen)
