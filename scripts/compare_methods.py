@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--steps", type=int, default=250, help="of 16 clips, equal for all")
     args = parser.parse_args()
+    import jax
     from absl import logging
 
     from configs import demo as demo_config
@@ -186,6 +187,7 @@ def main() -> None:
     logging.set_verbosity(logging.ERROR)
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(out.absolute() / "compiled"))
     demo.ensure_demo(demo_config.get_config())
     print(markdown(compare(out, args.methods, args.steps)))
 
