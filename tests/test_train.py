@@ -284,11 +284,16 @@ def test_plan():
     plan = train.make_plan(config, num_train_steps=11, steps_per_epoch=1.6)
     steps = range(1, 12)
     assert [step for step in steps if plan.logs(step)] == [4, 8, 11]
-    assert [step for step in steps if plan.saves(step)] == [5, 10, 11]
     assert [step for step in steps if plan.evaluates(step)] == [3, 6, 9]
+    assert [step for step in steps if plan.saves(step)] == [3, 5, 6, 9, 10, 11]
     config.eval.every_epochs = 0
     plan = train.make_plan(config, num_train_steps=11, steps_per_epoch=1.6)
     assert not any(plan.evaluates(step) for step in steps)
+    assert [step for step in steps if plan.saves(step)] == [5, 10, 11]
+    assert not plan.saves(4, seconds=1e9)
+    config.checkpoint.every_minutes = 2.0
+    plan = train.make_plan(config, num_train_steps=11, steps_per_epoch=1.6)
+    assert [plan.saves(4, seconds) for seconds in (0.0, 119.0, 120.0)] == [False, False, True]
 
 
 @pytest.mark.parametrize("key", ["log_every_steps", "checkpoint.every_steps", "checkpoint.keep"])
