@@ -5,7 +5,8 @@ python scripts/compare_methods.py --out=runs/compare
 For each method: one training per learning rate of the grid, seed 0, scored on the validation split;
 then seeds 0, 1 and 2 at the best one, scored on the test split. Each score is kept in
 OUT/scores.json as it comes; the same command goes on where it was interrupted, and ends with the
-table of README.md. Step times are taken at the end, the methods in turn, as ratios to DualPath's.
+table of README.md. Step times are taken at the end, the methods in turn, as ratios to DualPath's;
+`--only_times` takes these alone, in a few minutes.
 """
 
 import argparse
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/compare", help="folder for runs and scores")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--steps", type=int, default=250, help="of 16 clips, equal for all")
+    parser.add_argument("--only_times", action="store_true", help="no training, step times alone")
     args = parser.parse_args()
     import jax
     from absl import logging
@@ -189,6 +191,11 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(out.absolute() / "compiled"))
     demo.ensure_demo(demo_config.get_config())
+    if args.only_times:
+        configs = {m: method_config(m, LEARNING_RATES[0], 0, args.steps) for m in METHODS}
+        for method, ratio in time_steps(configs, str(out)).items():
+            print(f"{method:12} step time / DualPath's {ratio:.2f}")
+        return
     print(markdown(compare(out, args.methods, args.steps)))
 
 
