@@ -24,15 +24,16 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from dualpath_jax.data import augment, jpeg_frames, pipeline, records, sampling
+from dualpath_jax.data import jpeg_frames, pipeline, records, sampling
 from dualpath_jax.data.annotations import Listing, Video
-from dualpath_jax.data.clips import ClipFormat, clip_format
-from dualpath_jax.data.framesets import tile_framesets
+from dualpath_jax.data.broken import BrokenVideos
+from dualpath_jax.data.clips import ClipFormat, clip_format, compose, fill_colour
 from dualpath_jax.data.prepare import prepare
 
 _CAN_CHOOSE_CORES = hasattr(os, "sched_getaffinity")  # Linux
 
-Clip = tuple[int, np.ndarray]  # row of the video table, frames int64 [T]
+# Row of the video table, frames int64 [T], and what was drawn (`clips.make_element`, no records).
+Clip = tuple[int, np.ndarray, dict[str, tf.Tensor]]
 
 
 def prepare_files(paths: Sequence[str], out: str) -> records.VideoDataset:
@@ -50,7 +51,7 @@ def num_cores() -> int:
 
 
 class Videos:
-    """`dataset` repeated to `length` videos; `clips` has what was read, in order."""
+    """`dataset` repeated to `length` videos."""
 
     def __init__(self, dataset: records.VideoDataset, length: int):
         rows = np.arange(length) % len(dataset)
@@ -59,14 +60,14 @@ class Videos:
         self.ids = [dataset.ids[row] for row in rows]
         self.labels, self.num_frames = dataset.labels[rows], dataset.num_frames[rows]
         self.heights, self.widths = dataset.heights[rows], dataset.widths[rows]
-        self.clips: list[Clip] = []
+        self.last_frames = np.zeros(0, np.int64)  # that were read
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def read_frames(self, video_index: int, frame_indices: np.ndarray) -> list[bytes]:
         """See `records.VideoDataset.read_frames`."""
-        self.clips.append((video_index, np.array(frame_indices)))
+        self.last_frames = np.array(frame_indices)
         return self._dataset.read_frames(self._rows[video_index], frame_indices)
 
 
@@ -99,7 +100,7 @@ def load_pyav(videos: Videos, data: Any, training: bool, clips: Sequence[Clip]) 
 def load_jpeg(videos: Videos, data: Any, training: bool, clips: Sequence[Clip]) -> Iterator[int]:
     """The limit: the stored JPEGs of the clips decoded whole, from memory, and thrown away."""
     del training
-    raw = [videos.read_frames(video, frames) for video, frames in clips]
+    raw = [videos.read_frames(video, frames) for video, frames, _ in clips]
     jpegs = [tf.io.parse_example(clip, records.FRAME_FEATURES)["image"].numpy() for clip in raw]
 
     def decode(clip):
@@ -153,35 +154,26 @@ def decode_pyav(path: str, frames: np.ndarray) -> np.ndarray:
     return np.stack([found[near[i]] for i in frames.tolist()])
 
 
-def make_transform(clip: ClipFormat) -> Callable[..., dict[str, tf.Tensor]]:
-    """(frames uint8 [T, H, W, 3], box, flip) -> the inputs that the pipeline makes of them.
+def make_transform(clip: ClipFormat, data: Any) -> Callable[..., dict[str, tf.Tensor]]:
+    """(frames uint8 [T, H, W, 3], element) -> what the pipeline makes of such a clip.
 
-    Crop, resize, flip and framesets; no further augmentation.
+    The element is one of `clips.make_element`, without records.
     """
+    chosen = sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
+    rest = np.setdiff1d(np.arange(clip.num_frames), chosen)
+    fill = fill_colour(data)
 
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec([clip.num_frames, None, None, 3], tf.uint8),
-            tf.TensorSpec([4], tf.int32),
-            tf.TensorSpec([], tf.bool),
-        ]
-    )
-    def transform(frames, box, flip):
-        top, left, height, width = tf.unstack(box)
+    @tf.function(reduce_retracing=True)
+    def transform(frames, element):
+        top, left, height, width = tf.unstack(element["box"])
         frames = frames[:, top : top + height, left : left + width]
-        whole = tf.cast([0, 0, height, width], tf.float32)
 
-        def scaled(frames, size):
-            frames = jpeg_frames.resize(frames, whole, size)
-            return tf.cond(flip, lambda: jpeg_frames.mirror(frames), lambda: frames)
+        def scaled(indices, size):
+            images = tf.ensure_shape(tf.gather(frames, indices), [len(indices), None, None, 3])
+            return jpeg_frames.resize(images, size)
 
-        chosen = sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
-        spatial = tf.ensure_shape(tf.gather(frames, chosen), [len(chosen), None, None, 3])
-        inputs = {"spatial": scaled(spatial, clip.image_size)}
-        if clip.framesets is not None:
-            small = scaled(frames, clip.framesets.frame_size)
-            inputs["temporal"] = tile_framesets(small, clip.framesets.grid)
-        return inputs
+        others = scaled(rest, clip.framesets.frame_size) if clip.framesets else None
+        return compose(scaled(chosen, clip.image_size), others, element, clip, fill)
 
     return transform
 
@@ -193,21 +185,16 @@ def _load_online(
     training: bool,
     clips: Sequence[Clip],
 ) -> Iterator[int]:
-    transform = make_transform(clip_format(data))
+    del training  # the clips know
+    transform = make_transform(clip_format(data), data)
 
     def load(number: int) -> dict[str, np.ndarray]:
-        video, frames = clips[number]
+        video, frames, element = clips[number]
         images = decode(videos.ids[video], frames)
-        crop = augment.view_crop(*images.shape[1:3], 0, 1)
-        if training:
-            crop = augment.random_resized_crop(
-                *images.shape[1:3],
-                np.random.default_rng(number),
-                tuple(data.crop_scale),
-                tuple(data.crop_ratio),
-                data.flip,
-            )
-        inputs = transform(images, [crop.top, crop.left, crop.height, crop.width], crop.flip)
+        stored = [videos.heights[video], videos.widths[video]] * 2
+        scale = np.tile(images.shape[1:3], 2) / stored  # the box is one of the stored frames
+        box = tf.cast(tf.round(tf.cast(element["box"], tf.float64) * scale), tf.int32)
+        inputs = transform(images, element | {"box": box})
         return {key: value.numpy() for key, value in inputs.items()}
 
     with concurrent.futures.ThreadPoolExecutor(num_cores()) as pool:
@@ -256,10 +243,19 @@ def _take_turns(runs: dict[str, Callable[[], Iterator[int]]], rounds: int) -> di
 
 def _record(dataset: records.VideoDataset, data: Any, training: bool, length: int) -> list[Clip]:
     """The clips that the pipeline chooses; reading them also brings the files into memory."""
-    videos = Videos(dataset, length)
-    for _ in load_ours(videos, data, training, []):
-        pass
-    return videos.clips
+    videos, clip = Videos(dataset, length), clip_format(data)
+    rows = slice(0, data.batch_size)
+    if training:
+        broken = BrokenVideos(videos.ids, 0)
+        training_clips = pipeline.TrainingClips(videos, clip, data, 0, broken)
+        elements = training_clips.elements(range(length // data.batch_size), rows)
+    else:
+        elements = pipeline.eval_elements(videos, clip, 1, 1, data.batch_size, rows)
+    clips = []
+    for element in elements:
+        drawn = {k: tf.convert_to_tensor(v) for k, v in element.items() if k != "records"}
+        clips.append((int(element["example_id"]), videos.last_frames, drawn))
+    return clips
 
 
 def compare(
@@ -341,19 +337,19 @@ def _write_cut(dataset: records.VideoDataset, out: str, length: int) -> records.
 
 # ---------------------------------------------------------------- stages
 
-_OPS = {  # TensorFlow's name of an operation -> stage; others are "flip, tile, augment"
+_OPS = {  # TensorFlow's name of an operation -> stage; others are "flip, tile, erase"
     "PyFunc": "read",  # the generator: order, choice of frames, crop, records
     "ParseExampleV2": "read",
     "DecodeAndCropJpeg": "decode, crop",
     "DecodeJpeg": "decode, crop",
     "DecodeImage": "decode, crop",
-    "ScaleAndTranslate": "resize",
     "ResizeBilinear": "resize",
     "ResizeArea": "resize",
     "Cast": "resize",
     "Round": "resize",
+    "ExecuteAsyncOnStream": "warp",  # what XLA has compiled
 }
-STAGES = ("read", "decode, crop", "resize", "flip, tile, augment", "batch and the rest")
+STAGES = ("read", "decode, crop", "resize", "warp", "flip, tile, erase", "batch and the rest")
 
 
 def stage_costs(prepared: str, data: Any, training: bool, num_batches: int) -> dict[str, float]:
@@ -407,9 +403,11 @@ def _stage_of(event: str) -> str | None:
     if operation in _OPS:
         return _OPS[operation]
     # What the generator does in Python is inside its PyFunc, and the iterator is round everything.
-    if operation in ("IteratorGetNext", "RandomIndexShuffle") or not hasattr(tf.raw_ops, operation):
+    if operation in ("IteratorGetNext", "MakeIterator", "RandomIndexShuffle"):
         return None
-    return "flip, tile, augment"
+    if operation.endswith("Dataset") or not hasattr(tf.raw_ops, operation):  # or no operation
+        return None
+    return "flip, tile, erase"
 
 
 # ---------------------------------------------------------------- memory

@@ -4,9 +4,9 @@
     python scripts/benchmark_pipeline.py --videos=FOLDER
 
 Prepares the videos into a temporary folder (or --prepared), then times in turn, on the same clips
-and cores: this pipeline; decord and PyAV decoding the files for each clip, with the same crop,
-resize and framesets; and libjpeg decoding the same frames from memory, the limit. Clips are those
-of Kinetics-400's recipe. Ratios are medians over rounds. Then the cost of each stage, and the
+and cores: this pipeline; decord and PyAV decoding the files for each clip, with the same crops and
+augmentation; and libjpeg decoding the same frames from memory, the limit. Clips are those of
+Kinetics-400's recipe. Ratios are medians over rounds. Then the cost of each stage, and the
 pipeline on videos of 300 frames and of 60.
 """
 

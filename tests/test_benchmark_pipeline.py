@@ -7,10 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from video_files import write_video
 
 from dualpath_jax import benchmark
-from dualpath_jax.data import augment, pipeline
+from dualpath_jax.data import pipeline
 from dualpath_jax.data.clips import clip_format
 from dualpath_jax.data.decode import DecodeLimits, decode_frames
 
@@ -71,27 +72,34 @@ def test_online_decoders_give_the_chosen_frames(files, frames, name):
     assert np.abs(got.astype(int) - beside).mean(axis=(1, 2, 3)).min() > 5
 
 
-def test_online_clips_are_the_pipelines(dataset, data):
-    """The same frames decoded online and transformed give the pipeline's pixels, save JPEG's."""
+@pytest.mark.parametrize("mode", MODES)
+def test_online_clips_are_the_pipelines(dataset, data, mode):
+    """The same frames decoded online, with the same draws, give the same inputs, save JPEG's."""
+    data.randaugment_layers, data.erasing_probability = 4, 1.0
     videos = benchmark.Videos(dataset, 2)
-    batch = next(pipeline.eval_batches(videos, data, 1, 1, 2))
-    video, frames = videos.clips[1]
-    assert video == 1
-    crop = augment.view_crop(48, 64, 0, 1)
-    box = [crop.top, crop.left, crop.height, crop.width]
-    transform = benchmark.make_transform(clip_format(data))
+    if mode == "training":
+        batch = next(pipeline.train_batches(videos, data, 0, 0, 1))
+    else:
+        batch = next(pipeline.eval_batches(videos, data, 1, 1, 2))
+    clips = benchmark._record(dataset, data, mode == "training", 2)
+    place = [video for video, _, _ in clips].index(1)
+    video, frames, element = clips[place]
+    assert "records" not in element
+    transform = benchmark.make_transform(clip_format(data), data)
 
-    def difference(chosen, box):
-        inputs = transform(benchmark.decode_pyav(videos.ids[1], chosen), box, crop.flip)
-        assert inputs.keys() == {"spatial", "temporal"}
-        pairs = [(batch[key][1, 0].astype(int), inputs[key].numpy()) for key in inputs]
+    def difference(chosen, **changed):
+        decoded = benchmark.decode_pyav(videos.ids[video], chosen)
+        inputs = transform(decoded, element | changed)
+        assert inputs.keys() == batch.keys()
+        pairs = [(batch[k][place].astype(int), inputs[k].numpy()) for k in ("spatial", "temporal")]
+        pairs = [(a[0] if a.ndim > b.ndim else a, b) for a, b in pairs]  # one view
         assert all(ours.shape == online.shape for ours, online in pairs)
         return [np.abs(ours - online).mean() for ours, online in pairs]
 
-    assert max(difference(frames, box)) < 3
+    assert max(difference(frames)) < 3
     # Twins: other frames, and another place.
-    assert min(difference((frames + 2) % 18, box)) > 5
-    assert min(difference(frames, [0, 0, 48, 48])) > 5
+    assert min(difference((frames + 2) % 18)) > 5
+    assert min(difference(frames, box=tf.constant([0, 0, 20, 20]))) > 5
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -99,7 +107,7 @@ def test_online_clips_are_the_pipelines(dataset, data):
 def test_every_loader_makes_the_batches(dataset, data, name, mode):
     clips = benchmark._record(dataset, data, mode == "training", 6)
     assert len(clips) == 6
-    assert {len(frames) for _, frames in clips} == {4}
+    assert {len(frames) for _, frames, _ in clips} == {4}
     videos = benchmark.Videos(dataset, 6)
     made = list(benchmark.LOADERS[name](videos, data, mode == "training", clips))
     assert made == [2, 2, 2]
@@ -111,8 +119,7 @@ def test_videos_repeat_and_note(dataset):
     assert videos.ids[4] == dataset.ids[1]
     assert videos.num_frames.tolist() == [18] * 7
     assert videos.read_frames(5, np.array([3, 1])) == dataset.read_frames(2, [3, 1])
-    assert videos.clips[0][0] == 5
-    assert videos.clips[0][1].tolist() == [3, 1]
+    assert videos.last_frames.tolist() == [3, 1]
 
 
 def test_turns_alternate_and_ratios_are_paired(monkeypatch):
@@ -139,10 +146,12 @@ def test_cut_videos(dataset, tmp_path):
 def test_stages():
     names = {
         "Cast:Cast": "resize",
-        "map/ScaleAndTranslate:ScaleAndTranslate#id=1#": "resize",
+        "map/ResizeArea:ResizeArea#id=1#": "resize",
+        "ExecuteAsyncOnStream": "warp",
+        "MapDataset:MapDataset": None,
         "DecodeAndCropJpeg:DecodeAndCropJpeg": "decode, crop",
         "PyFunc:PyFunc": "read",
-        "ReverseV2:ReverseV2": "flip, tile, augment",
+        "ReverseV2:ReverseV2": "flip, tile, erase",
         "IteratorGetNext:IteratorGetNext": None,
         "Iterator::Root::Prefetch": None,
     }
@@ -153,7 +162,8 @@ def test_stages():
 def test_stage_costs(dataset, prepared, data):
     costs = benchmark.stage_costs(prepared, data, True, 3)
     assert list(costs) == list(benchmark.STAGES)
-    assert all(costs[stage] > 0 for stage in benchmark.STAGES[:4])
+    for stage in ("read", "decode, crop", "resize", "flip, tile, erase"):
+        assert costs[stage] > 0
 
 
 def test_script(files, prepared, scripts, monkeypatch, capsys):
@@ -179,7 +189,7 @@ def test_script(files, prepared, scripts, monkeypatch, capsys):
     assert list(result["lengths"]["rounds"]) == ["30", "8"]
     lines = script.markdown(result).splitlines()
     assert sum(line.startswith("| 4, ") for line in lines) == 4
-    assert sum(line.endswith("| 1.50 | 7.50 |") for line in lines) == 2
+    assert sum(line.endswith("| 1.50 | 9.00 |") for line in lines) == 2
     assert lines[-1].startswith("Videos of 30 frames: ")
     missing = [] if "decord" in LOADERS else ["decord is not installed: pip install -r"]
     assert all(text in capsys.readouterr().err for text in missing)

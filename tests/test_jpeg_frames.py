@@ -62,7 +62,8 @@ def differences(videos, image_size, monkeypatch):
     """Mean absolute difference of each frameset to the one of fully decoded frames, 0..255."""
     reduced = framesets(videos, image_size)
     with monkeypatch.context() as patch:
-        patch.setattr(jpeg_frames, "decode_ratio", lambda *_: 1)
+        decode = jpeg_frames.decode
+        patch.setattr(jpeg_frames, "decode", lambda jpegs, box, _: decode(jpegs, box, 1))
         full = framesets(videos, image_size)
     return np.abs(reduced - full).mean(axis=(1, 2, 3))
 
@@ -70,7 +71,7 @@ def differences(videos, image_size, monkeypatch):
 @pytest.mark.parametrize("image_size", [112, 224])  # 28 pixels, mostly at 1/4; 56, mostly at 1/2
 def test_photographs_lose_nothing(image_size, monkeypatch):
     difference = differences(photographs(), image_size, monkeypatch)
-    assert (difference > 0).mean() > 0.2  # so many of the random crops are large enough
+    assert (difference > 0).mean() > 0.1  # so many of the random crops are large enough
     assert difference.max() <= 2
     assert difference.mean() <= 1
 
@@ -85,30 +86,41 @@ def test_a_shifted_box_is_seen(monkeypatch):
     decode = jpeg_frames.decode
 
     def shifted(jpegs, box, ratio):
-        frames, inner = decode(jpegs, box, ratio)
-        return frames, inner + ([1.0, 1.0, 0.0, 0.0] if ratio > 1 else 0.0)
+        return decode(jpegs, box - ([4, 4, 0, 0] if ratio > 1 else 0), ratio)
 
+    snap = jpeg_frames.snap
+    monkeypatch.setattr(jpeg_frames, "snap", lambda box, _: np.maximum(snap(box, 4), 4))
     monkeypatch.setattr(jpeg_frames, "decode", shifted)
     assert differences(photographs(), 112, monkeypatch).max() > 4
+
+
+def test_boxes_are_cut_to_reduced_pixels():
+    box = np.array([5, 8, 171, 166], np.int32)
+    assert jpeg_frames.snap(box, 1).tolist() == box.tolist()
+    assert jpeg_frames.snap(box, 2).tolist() == [6, 8, 170, 166]
+    assert jpeg_frames.snap(box, 4).tolist() == [8, 8, 168, 164]
 
 
 def scaled(picture, side, size):
     """The left upper square of `side` pixels, at `size`."""
     frames = tf.constant(np.asarray(picture.convert("RGB"))[None, :side, :side])
-    return jpeg_frames.resize(frames, tf.constant([0.0, 0.0, side, side]), size).numpy().astype(int)
+    return jpeg_frames.resize(frames, size).numpy().astype(int)
 
 
-@pytest.mark.parametrize(("side", "alike"), [(256, True), (200, True), (330, False)])
-def test_antialiasing_only_where_it_is_seen(monkeypatch, side, alike):
-    """At 224 pixels. Twin: at half as much again, leaving it out would be seen."""
-    worst = 0
+@pytest.mark.parametrize(("side", "size"), [(256, 224), (200, 224), (256, 56), (330, 224)])
+def test_resize_is_near_the_bicubic_of_clip(side, size):
+    """On photographs; twin: without antialiasing beyond 1.15 it would not be."""
+    ours, plain = [], []
     for name in NAMES:
-        picture = Image.fromarray(getattr(skimage.data, name)())
-        monkeypatch.setattr(jpeg_frames, "PLAIN_SHRINKING", 1.15 if alike else 2.0)
-        plain = scaled(picture, side, 224)
-        monkeypatch.setattr(jpeg_frames, "PLAIN_SHRINKING", 1e-9)
-        worst = max(worst, np.abs(plain - scaled(picture, side, 224)).mean())
-    assert (worst <= 2) == alike
+        picture = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+        if min(picture.size) < side:
+            continue
+        cut = picture.crop((0, 0, side, side))
+        bicubic = np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+        ours.append(np.abs(scaled(picture, side, size) - bicubic).mean())
+        plain.append(np.abs(tf.image.resize(np.asarray(cut), (size, size)) - bicubic).mean())
+    assert np.mean(ours) <= 2.5
+    assert (np.mean(plain) > 1.2 * np.mean(ours)) == (side > 1.15 * size)
 
 
 def test_mirror():
@@ -117,7 +129,7 @@ def test_mirror():
 
 
 def test_choice_of_the_ratio():
-    sides = {25: 1, 89: 1, 90: 2, 179: 2, 180: 4, 2000: 4}  # 1.6 x 28 = 44.8
+    sides = {25: 1, 100: 1, 101: 2, 201: 2, 202: 4, 2000: 4}  # 1.8 x 28 = 50.4
     assert {side: jpeg_frames.decode_ratio(side, 28) for side in sides} == sides
     assert jpeg_frames.decode_ratio(256, 56) == 2
     assert jpeg_frames.decode_ratio(256, 224) == 1

@@ -1,9 +1,10 @@
 """What a clip is, and how its stored records become the model's inputs. TensorFlow ops.
 
-Public: `ClipFormat`, `clip_format`, `make_element`, `decode_clips`, `undecodable`.
+Public: `ClipFormat`, `clip_format`, `make_element`, `compose`, `fill_colour`, `decode_clips`,
+`undecodable`.
 
 An element is what the pipeline's generators yield for one clip: its raw records, what was drawn for
-it, and its label. A clip is cut, warped (RandAugment's geometry), scaled, mirrored and erased, then
+it, and its label. A clip is cut, scaled, warped (RandAugment's geometry), mirrored and erased, then
 tiled.
 """
 
@@ -89,9 +90,10 @@ def make_element(
     """
     side = min(crop.height, crop.width)
     ratio = jpeg_frames.decode_ratio(side, clip.framesets.frame_size) if clip.framesets else 1
+    box = np.array([crop.top, crop.left, crop.height, crop.width], np.int32)
     return {
         "records": dataset.read_frames(example, frames),
-        "box": np.array([crop.top, crop.left, crop.height, crop.width], np.int32),
+        "box": jpeg_frames.snap(box, ratio),
         "decode_ratio": np.int32(jpeg_frames.RATIOS.index(ratio)),  # its place
         "flip": crop.flip,
         "label": np.int32(dataset.labels[example]),
@@ -100,45 +102,33 @@ def make_element(
     }
 
 
-def _frames(
-    element: dict[str, tf.Tensor], clip: ClipFormat, fill: np.ndarray
-) -> tuple[tf.Tensor, tf.Tensor | None]:
-    """Cut, warped: spatial frames uint8 [S, H, W, 3]; all for framesets [T, fh, fw, 3], or None."""
-    jpegs = tf.io.parse_example(element["records"], FRAME_FEATURES)["image"]
-    jpegs = tf.unstack(jpegs, clip.num_frames)
-    chosen = sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
-
-    def read(indices: np.ndarray, ratio: int) -> tuple[tf.Tensor, tf.Tensor]:
-        frames, box = jpeg_frames.decode([jpegs[i] for i in indices], element["box"], ratio)
-        if "matrix" in element:
-            frames = randaugment.warp(frames, box, element["matrix"], fill)
-        return frames, box
-
-    full, box = read(chosen, 1)
-    spatial = jpeg_frames.resize(full, box, clip.image_size)
-    if clip.framesets is None:
-        return spatial, None
-    size = clip.framesets.frame_size
-    small = jpeg_frames.resize(full, box, size)
-    others = np.setdiff1d(np.arange(clip.num_frames), chosen)
-    if others.size:
-        branches = [
-            lambda ratio=ratio: jpeg_frames.resize(*read(others, ratio), size)
-            for ratio in jpeg_frames.RATIOS
-        ]
-        small = tf.concat([small, tf.switch_case(element["decode_ratio"], branches)], 0)
-        small = tf.gather(small, np.argsort(np.concatenate([chosen, others])))  # in time order
-    return spatial, small
-
-
-def _assemble(
-    element: dict[str, tf.Tensor], clip: ClipFormat, fill: np.ndarray
+def compose(
+    spatial: tf.Tensor,
+    others: tf.Tensor | None,
+    element: dict[str, tf.Tensor],
+    clip: ClipFormat,
+    fill: np.ndarray,
 ) -> dict[str, tf.Tensor]:
-    """Raw records of one clip to its inputs: see the module's docstring.
+    """Scaled frames of one clip to its inputs, with what was drawn for it.
 
-    `fill` is the colour, 0..255, of what is erased or comes from outside.
+    Args:
+      spatial: uint8 [S, H, W, 3].
+      others: uint8 [T - S, fh, fw, 3], the frames that only feed framesets; None without these.
+      element: of it "flip", "label", "mask", "example_id"; where there, "ops", "op_values" and
+        "matrix" (RandAugment) and "erase".
+      clip: what a clip is.
+      fill: of `fill_colour`.
     """
-    images = [x for x in _frames(element, clip, fill) if x is not None]
+    if "matrix" in element:
+        spatial = randaugment.warp(spatial, element["matrix"], fill)
+        if clip.framesets is not None:
+            others = randaugment.warp(others, element["matrix"], fill)
+    images = [spatial]
+    if clip.framesets is not None:
+        chosen = sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
+        rest = np.setdiff1d(np.arange(clip.num_frames), chosen)
+        small = tf.concat([jpeg_frames.resize(spatial, clip.framesets.frame_size), others], 0)
+        images.append(tf.gather(small, np.argsort(np.concatenate([chosen, rest]))))  # in time order
     images = tf.cond(
         element["flip"], lambda: [jpeg_frames.mirror(x) for x in images], lambda: images
     )
@@ -160,9 +150,32 @@ def _assemble(
     return inputs | {key: element[key] for key in ("label", "mask", "example_id")} | colour
 
 
-def _fill(data: Any) -> np.ndarray:
-    """The colour that becomes 0 when normalised: float32 [3], 0..255."""
+def fill_colour(data: Any) -> np.ndarray:
+    """The colour of what is erased or comes from outside: 0 when normalised; float32 [3]."""
     return 255 * np.array(data.mean, np.float32)
+
+
+def _assemble(
+    element: dict[str, tf.Tensor], clip: ClipFormat, fill: np.ndarray
+) -> dict[str, tf.Tensor]:
+    """Raw records of one clip to its inputs: see the module's docstring."""
+    jpegs = tf.io.parse_example(element["records"], FRAME_FEATURES)["image"]
+    jpegs = tf.unstack(jpegs, clip.num_frames)
+    chosen = sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
+
+    def read(indices: np.ndarray, ratio: int, size: int) -> tf.Tensor:
+        frames = jpeg_frames.decode([jpegs[i] for i in indices], element["box"], ratio)
+        return jpeg_frames.resize(frames, size)
+
+    spatial, others = read(chosen, 1, clip.image_size), None
+    if clip.framesets is not None:
+        size = clip.framesets.frame_size
+        rest = np.setdiff1d(np.arange(clip.num_frames), chosen)
+        others = tf.zeros([0, size, size, 3], tf.uint8)
+        if rest.size:
+            branches = [lambda r=ratio: read(rest, r, size) for ratio in jpeg_frames.RATIOS]
+            others = tf.switch_case(element["decode_ratio"], branches)
+    return compose(spatial, others, element, clip, fill)
 
 
 def decode_clips(
@@ -206,7 +219,7 @@ def decode_clips(
 
     clips = tf.data.Dataset.from_generator(generate, output_signature=signature)
     return clips.map(
-        lambda element: _assemble(element, clip, _fill(data)),
+        lambda element: _assemble(element, clip, fill_colour(data)),
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,
     )
@@ -215,7 +228,7 @@ def decode_clips(
 def undecodable(element: dict[str, Any], clip: ClipFormat, data: Any) -> str:
     """Why the records of an element cannot be made into a clip; "" if they can."""
     try:
-        _assemble({k: tf.convert_to_tensor(v) for k, v in element.items()}, clip, _fill(data))
+        _assemble({k: tf.convert_to_tensor(v) for k, v in element.items()}, clip, fill_colour(data))
     except tf.errors.OpError as problem:
         return problem.message
     return ""

@@ -1,6 +1,7 @@
 """tf.data pipeline: stored videos to uint8 batches of spatial frames and framesets.
 
-Public: `train_batches`, `eval_batches`, `num_eval_steps`.
+Public: `train_batches`, `eval_batches`, `num_eval_steps`; what is drawn for them: `TrainingClips`,
+`eval_elements`.
 
 Python enters once: a generator yields the raw records of one clip with its crop; parsing, decoding
 and resizing are TF ops (`clips`). Everything random is drawn by the generator from (seed, epoch,
@@ -40,7 +41,7 @@ from dualpath_jax.data.records import UnreadableVideo, VideoDataset
 Batch = dict[str, np.ndarray]
 
 
-class _TrainingClips:
+class TrainingClips:
     """Draws training clips: everything random in them is a function of (seed, epoch, example).
 
     Args:
@@ -105,7 +106,7 @@ class _TrainingClips:
         return element
 
 
-def _eval_elements(
+def eval_elements(
     dataset: VideoDataset,
     clip: ClipFormat,
     temporal_views: int,
@@ -113,6 +114,7 @@ def _eval_elements(
     batch_size: int,
     rows: slice,
 ) -> Iterator[dict[str, Any]]:
+    """What becomes the batches of one pass, this host's rows of each; an element for every view."""
     for step in range(num_eval_steps(len(dataset), batch_size)):
         for place in range(step * batch_size, (step + 1) * batch_size)[rows]:
             real = place < len(dataset)
@@ -170,7 +172,7 @@ def train_batches(
     clip = clip_format(data, framesets)
     rows = _rows(data.batch_size, process_index, process_count)
     broken = broken or BrokenVideos(dataset.ids, data.max_broken_videos)
-    clips = _TrainingClips(dataset, clip, data, seed, broken)
+    clips = TrainingClips(dataset, clip, data, seed, broken)
 
     def batches() -> Iterator[Batch]:
         step = first_step
@@ -223,7 +225,7 @@ def eval_batches(
     views = temporal_views * spatial_crops
 
     def elements() -> Iterator[dict[str, Any]]:
-        return _eval_elements(dataset, clip, temporal_views, spatial_crops, batch_size, rows)
+        return eval_elements(dataset, clip, temporal_views, spatial_crops, batch_size, rows)
 
     def batches() -> Iterator[Batch]:
         problems: list[Exception] = []
