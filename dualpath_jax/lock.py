@@ -1,4 +1,4 @@
-"""One program at a time in a folder: `claimed` refuses a second one, `one_at_a_time` lets it wait."""
+"""One program at a time in a folder: `claimed`, `one_at_a_time`."""
 
 import contextlib
 import fcntl
@@ -38,7 +38,7 @@ def claimed(folder: str, option: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_at_a_time(folder: str) -> Iterator[None]:
-    """Hold `folder` (local, made if it is not there) when nobody else does any more."""
+    """Hold `folder` (local, made if it is not there) as soon as nobody else does: waits."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, ".lock"), "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

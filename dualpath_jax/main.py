@@ -29,8 +29,8 @@ MODE = flags.DEFINE_enum(
 COORDINATOR = flags.DEFINE_string(
     "coordinator_address",
     os.environ.get("JAX_COORDINATOR_ADDRESS"),
-    "HOST:PORT of process 0, where one run has several processes; not needed on Cloud TPU and under "
-    "Slurm or Open MPI. Environment: JAX_COORDINATOR_ADDRESS.",
+    "HOST:PORT of process 0, where one run has several processes; not needed where JAX finds it "
+    "out (Cloud TPU, Slurm, Open MPI). Environment: JAX_COORDINATOR_ADDRESS.",
 )
 NUM_PROCESSES = flags.DEFINE_integer(
     "num_processes",
