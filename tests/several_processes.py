@@ -3,6 +3,7 @@
 python tests/several_processes.py WHAT ADDRESS NUM_PROCESSES PROCESS_ID FOLDER DATA BACKBONE
 """
 
+import contextlib
 import itertools
 import json
 import pathlib
@@ -126,9 +127,26 @@ def timed(config, folder, me):
 WHAT = {f.__name__: f for f in (straight, stopped, damaged, skipped, timed)}
 
 
+@contextlib.contextmanager
+def compiling_once():
+    """Runs with the same settings share their compiled steps."""
+    made = {}
+
+    def once(make):
+        def shared(model, config, *rest):
+            return made.setdefault((make, config.to_json()), make(model, config, *rest))
+
+        return shared
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_train_step", once(train.make_train_step))
+        patch.setattr(evaluate, "make_eval_step", once(evaluate.make_eval_step))
+        yield
+
+
 def main():
     what, address, number, me, folder, data, backbone = sys.argv[1:]
-    with distributed.ending_together():
+    with distributed.ending_together(), compiling_once():
         distributed.start(address, int(number), int(me))
         for name in what.split(","):
             config = six_steps(data, backbone)

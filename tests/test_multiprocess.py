@@ -19,6 +19,7 @@ from dualpath_jax.data import order
 from dualpath_jax.preemption import EXIT_CODE
 from scripts import export_adapter
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 TOLERANCE = 1e-4
 TESTS = pathlib.Path(__file__).parent
 # `main`, with less patience, so that the test is quicker.
@@ -33,16 +34,16 @@ app.run(main.main)
 
 
 class Job:
-    """Processes with two devices each; `command(address, process)` is what they run."""
+    """`number` processes; `command(address, process)` is what they run, `devices` each one's."""
 
-    def __init__(self, number, folder, command):
+    def __init__(self, number, folder, command, devices=1):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         environment = {
             **os.environ,
             "PYTHONPATH": f"{ROOT}:{TESTS}",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         }
         folder.mkdir(parents=True, exist_ok=True)
         self._logs = [folder / f"log{i}.txt" for i in range(number)]
@@ -74,22 +75,25 @@ class Job:
 
 
 @contextlib.contextmanager
-def job(*args):
-    started = Job(*args)
+def job(*args, **kwargs):
+    started = Job(*args, **kwargs)
     try:
         yield started
     finally:
         started.wait(0)
 
 
-def run_scenarios(what, number, folder, config):
+def run_scenarios(what, number, folder, config, devices=1):
     """What tests/several_processes.py does, to its end."""
     script = [sys.executable, str(TESTS / "several_processes.py"), what]
     rest = [str(folder), config.data.dir, config.backbone.checkpoint]
-    with job(
-        number, folder, lambda address, i: [*script, address, str(number), str(i), *rest]
-    ) as j:
-        assert j.wait() == [0] * number, [j.err(i)[-3000:] for i in range(number)]
+
+    def command(address, i):
+        return [*script, address, str(number), str(i), *rest]
+
+    with job(number, folder, command, devices) as running:
+        codes = running.wait()
+        assert codes == [0] * number, [running.err(i)[-3000:] for i in range(number)]
     return folder
 
 
@@ -132,7 +136,7 @@ def one(settings, tmp_path_factory):
 def two(settings, tmp_path_factory):
     """All that two processes do."""
     what = "straight,stopped,damaged,skipped,timed"
-    return run_scenarios(what, 2, tmp_path_factory.mktemp("two"), settings)
+    return run_scenarios(what, 2, tmp_path_factory.mktemp("two"), settings, devices=2)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +147,6 @@ def four(settings, two, tmp_path_factory):
     return run_scenarios("straight", 4, folder, settings)
 
 
-@pytest.mark.slow
 def test_two_processes_do_what_one_does(settings, one, two, tmp_path):
     workdir = two / "straight"
     training, testing = examples(workdir, 2)
@@ -161,7 +164,6 @@ def test_two_processes_do_what_one_does(settings, one, two, tmp_path):
     assert values(tmp_path, "loss") != pytest.approx(values(one, "loss"), rel=0.01)
 
 
-@pytest.mark.slow
 def test_only_process_0_writes(two, four):
     assert "2 processes, 4 devices: 0 on " in (two / "log0.txt").read_text()
     assert "step 6/6  loss " in (two / "log0.txt").read_text()
@@ -171,7 +173,6 @@ def test_only_process_0_writes(two, four):
     assert len(list((two / "straight").glob("events.out.tfevents.*"))) == 1
 
 
-@pytest.mark.slow
 def test_runs_go_on_with_another_number_of_processes(settings, one, two, four, tmp_path):
     """Two stopped after three steps; four, and one, do the rest."""
     workdir = four / "straight"
@@ -190,13 +191,11 @@ def test_runs_go_on_with_another_number_of_processes(settings, one, two, four, t
         assert results(resumed) == results(one)
 
 
-@pytest.mark.slow
 def test_what_four_processes_saved_is_exported_by_one(four, tmp_path):
     path = str(tmp_path / "adapter.safetensors")
     assert "at step 6" in export_adapter.export(str(four / "straight"), path, "latest")
 
 
-@pytest.mark.slow
 def test_a_checkpoint_that_one_process_cannot_read(two):
     """6 was damaged, 4 unreadable for process 1: both set aside by both, and the same again."""
     kept = sorted(path.name for path in (two / "damaged" / "damaged_checkpoints").iterdir())
@@ -206,7 +205,6 @@ def test_a_checkpoint_that_one_process_cannot_read(two):
     assert values(two / "damaged", "loss") == values(two / "straight", "loss")
 
 
-@pytest.mark.slow
 def test_a_step_that_is_not_finite_for_one_process(two):
     assert values(two / "skipped", "skipped_steps") == [0, 1, 1, 1, 1, 1]
     losses = values(two / "skipped", "loss")
@@ -215,7 +213,6 @@ def test_a_step_that_is_not_finite_for_one_process(two):
         assert "loss is nan, gradient norm nan at step 2" in (two / f"log{i}.err").read_text()
 
 
-@pytest.mark.slow
 def test_the_clock_of_process_0_decides(two):
     saved = sorted(int(path.name) for path in (two / "timed" / "checkpoints").iterdir())
     assert saved == [1, 2, 3, 4, 5, 6]
@@ -250,7 +247,6 @@ def wait_for(reached, running):
         time.sleep(0.1)
 
 
-@pytest.mark.slow
 def test_one_of_two_is_killed_then_told_to_stop(settings, tmp_path):
     workdir = tmp_path / "run"
     command = main_of(settings, workdir, 2)
@@ -268,13 +264,10 @@ def test_one_of_two_is_killed_then_told_to_stop(settings, tmp_path):
         assert running.wait(120) == [EXIT_CODE, EXIT_CODE]
         assert f"resumed from {workdir}/checkpoints/{before}" in running.out(0)
         for i in (0, 1):
-            message = (
-                f"process {i} of 2: told to stop; saved {workdir}/checkpoints/{steps(workdir)[-1]}"
-            )
-            assert message in running.err(i)
+            message = f"process {i} of 2: told to stop; saved {workdir}/checkpoints/"
+            assert f"{message}{steps(workdir)[-1]};" in running.err(i)
 
 
-@pytest.mark.slow
 def test_one_of_two_cannot_start(settings, tmp_path):
     """It says why and leaves; the other does not wait for it for ever."""
     command = main_of(settings, tmp_path / "run", 2)
