@@ -27,30 +27,45 @@ from dualpath_jax.preemption import Preempted, Watch  # noqa: E402
 
 
 def six_steps(data, backbone):
-    """Saved at 2, 4 and 6."""
+    """Saved at 2, 4 and 6; the spatial path alone, which compiles sooner."""
     config = small_config(data, backbone)
     config.num_train_steps = 6
     config.checkpoint.every_steps = 2
     config.log_every_steps = 1
+    config.optimizer.max_skipped_steps = 1
+    config.model.temporal_path = False
     return config
 
 
-def run_all(config, workdir, evaluation=True):
-    """Train, evaluate; the run and the examples that this process read: in training, in testing."""
+def run_all(config, workdir, evaluation=True, poison=0.0):
+    """Train, evaluate; the run and the examples that this process read: in training, in testing.
+
+    `poison` is added to the inputs of the second training step, in the rows of this process.
+    """
     dataset, test = (VideoDataset(config.data.dir, split) for split in ("train", "test"))
     run = run_lib.build_run(config, str(workdir), dataset)
     seen = {"train": [], "test": []}
+    inputs = train.preprocess.model_inputs
 
-    def noting(name):
-        def shard(batch, mesh):
-            seen[name].append(batch["example_id"].tolist())
-            return run_lib.shard_batch(batch, mesh)
+    def shard_training(batch, mesh):
+        seen["train"].append(batch["example_id"].tolist())
+        added = np.full(len(batch["label"]), poison if len(seen["train"]) == 2 else 0, np.float32)
+        return run_lib.shard_batch({**batch, "added": added}, mesh)
 
-        return shard
+    def shard_testing(batch, mesh):
+        seen["test"].append(batch["example_id"].tolist())
+        return run_lib.shard_batch(batch, mesh)
+
+    def add(batch, data, dtype):
+        spatial, temporal = inputs(batch, data, dtype)
+        if "added" in batch:
+            spatial += batch["added"][:, None, None, None, None]
+        return spatial, temporal
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "shard_batch", noting("train"))
-        patch.setattr(evaluate, "shard_batch", noting("test"))
+        patch.setattr(train, "shard_batch", shard_training)
+        patch.setattr(evaluate, "shard_batch", shard_testing)
+        patch.setattr(train.preprocess, "model_inputs", add)
         train.train(run, dataset, test)
         if evaluation:
             evaluate.evaluate_and_write(run, test)
@@ -69,6 +84,14 @@ def stopped(config, folder, me):
         patch.setattr(Watch, "should_stop", lambda self, step: step == 3)
         with pytest.raises(Preempted, match="checkpoints/3"):
             run_all(config, folder)
+
+
+def apart(config, folder, me):
+    """Each process has a workdir of its own."""
+    own = folder / str(me)
+    own.mkdir(parents=True)
+    with pytest.raises(OSError, match=f"--workdir={own} is another folder for process 1 than"):
+        distributed.check_shared(str(own))
 
 
 def damaged(config, folder, me):
@@ -94,22 +117,7 @@ def damaged(config, folder, me):
 
 def skipped(config, folder, me):
     """The rows of process 1 are not finite at the second step."""
-    config.optimizer.max_skipped_steps = 1
-    shard, inputs, calls = run_lib.shard_batch, train.preprocess.model_inputs, []
-
-    def poisoned(batch, mesh):
-        calls.append(1)
-        poison = np.full(len(batch["label"]), np.nan if len(calls) == 2 and me == 1 else 0)
-        return shard({**batch, "poison": poison.astype(np.float32)}, mesh)
-
-    def add(batch, data, dtype):
-        spatial, temporal = inputs(batch, data, dtype)
-        return spatial + batch["poison"][:, None, None, None, None], temporal
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_lib, "shard_batch", poisoned)
-        patch.setattr(train.preprocess, "model_inputs", add)
-        run, _ = run_all(config, folder, evaluation=False)
+    run, _ = run_all(config, folder, evaluation=False, poison=np.nan if me == 1 else 0.0)
     assert int(run.state.skipped) == 1
 
 
@@ -124,17 +132,17 @@ def timed(config, folder, me):
         run_all(config, folder, evaluation=False)
 
 
-WHAT = {f.__name__: f for f in (straight, stopped, damaged, skipped, timed)}
+WHAT = {f.__name__: f for f in (apart, straight, stopped, damaged, skipped, timed)}
 
 
 @contextlib.contextmanager
 def compiling_once():
-    """Runs with the same settings share their compiled steps."""
+    """The runs differ in nothing that is compiled: they share their steps."""
     made = {}
 
     def once(make):
         def shared(model, config, *rest):
-            return made.setdefault((make, config.to_json()), make(model, config, *rest))
+            return made.setdefault(make, make(model, config, *rest))
 
         return shared
 
