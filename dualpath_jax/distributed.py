@@ -68,7 +68,8 @@ def start(
         raise ValueError(
             f"cannot start several processes: {str(error).rstrip('.')}{remedy}"
         ) from None
-    _meet()
+    if jax.process_count() > 1:
+        _meet()
 
 
 def _meet() -> None:
