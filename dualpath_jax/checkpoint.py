@@ -162,13 +162,13 @@ class Checkpoints:
         `restore`.
         """
         while (step := self.latest_step()) is not None:
-            restored, damage = None, None
+            leaves, damage = None, None
             try:
-                restored = self.restore(step, state, metadata)
+                leaves = self._read_for(step, state, metadata)
             except DamagedCheckpoint as error:
                 damage = error
             if not _on_any_host(damage is not None):
-                return step, restored
+                return step, _placed(leaves, state)
             self._set_aside(step, damage)
         return None
 
@@ -180,17 +180,14 @@ class Checkpoints:
             `metadata` names, or holds other parameters than `state`.
           DamagedCheckpoint: it cannot be read, or is not what was saved.
         """
+        return _placed(self._read_for(step, state, metadata), state)
+
+    def _read_for(self, step: int, state: Any, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Leaves by path, fit for `state`; raises as `restore`."""
         saved = self.read_metadata(step)
-        target = params_lib.flatten(state)
         _compare_metadata(saved, metadata, self.path(step))
-        _compare_shapes(saved["leaves"], target, self.path(step))
-        abstract = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            for name, leaf in target.items()
-        }
-        leaves = self._read_leaves(step, saved, abstract)
-        structure = jax.tree.structure(state)
-        return jax.tree.unflatten(structure, [leaves[name] for name in target])
+        _compare_shapes(saved["leaves"], params_lib.flatten(state), self.path(step))
+        return self._read_leaves(step, saved)
 
     def read(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """(leaves by path, metadata) of `step`, whatever it belongs to.
@@ -199,14 +196,22 @@ class Checkpoints:
           DamagedCheckpoint: it cannot be read, or is not what was saved.
         """
         saved = self.read_metadata(step)
-        return self._read_leaves(step, saved, None), saved
+        return self._read_leaves(step, saved), saved
 
-    def _read_leaves(self, step: int, saved: dict[str, Any], abstract: Any) -> dict[str, Any]:
+    def _read_leaves(self, step: int, saved: dict[str, Any]) -> dict[str, jax.Array]:
         """The arrays of `step`, compared with the digests in its metadata, `saved`."""
         where = self.path(step)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        # Onto a device of this process: those of the processes that saved need not be there. By a
+        # handler: the manager waits for all processes here, also for one that cannot read.
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = {
+            name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=device)
+            for name, entry in saved["leaves"].items()
+        }
         try:
-            leaves = self._manager.restore(step, args=args)["state"]
+            leaves = ocp.StandardCheckpointHandler().restore(
+                self.directory / str(step) / "state", args=ocp.args.StandardRestore(abstract)
+            )
         except Exception as error:
             raise DamagedCheckpoint(
                 f"checkpoint {where} cannot be read: {_one_line(error)}"
@@ -224,8 +229,8 @@ class Checkpoints:
         """What `save` was given for `step`, and "leaves"; DamagedCheckpoint if it is not that."""
         where = self.path(step)
         try:
-            args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-            saved = dict(self._manager.restore(step, args=args)["metadata"])
+            folder = self.directory / str(step) / "metadata"
+            saved = dict(ocp.JsonCheckpointHandler().restore(folder, args=ocp.args.JsonRestore()))
             digest = saved.pop("sha256")
         except Exception as error:
             raise DamagedCheckpoint(
@@ -289,6 +294,16 @@ def _on_any_host(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def _placed(leaves: dict[str, jax.Array], state: Any) -> Any:
+    """`leaves` in the structure, dtypes and shardings of `state`; to be called by all processes."""
+    target = params_lib.flatten(state)
+    new = [
+        jax.device_put(np.asarray(leaves[name], leaf.dtype), leaf.sharding)
+        for name, leaf in target.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(state), new)
 
 
 def _digests(leaves: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ from dualpath_jax.data import pipeline
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
 from dualpath_jax.progress import format_scores
-from dualpath_jax.run import Batch, Run, shard_batch
+from dualpath_jax.run import Batch, Run, on_every_device, shard_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def make_eval_step(model: Any, config: Any) -> Callable[[Any, Any, Batch], dict[
 def evaluate_run(run: Run, dataset: VideoDataset) -> Scores:
     """Scores of `run.state` on every video of `dataset`."""
     config = run.config
-    eval_step = jax.jit(make_eval_step(run.model, config))
+    eval_step = jax.jit(make_eval_step(run.model, config), out_shardings=on_every_device(run.mesh))
     batches = pipeline.eval_batches(
         dataset,
         config.data,
@@ -169,6 +169,8 @@ def write_mean(workdir: str, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _write_json(workdir: str, results: dict[str, Any]) -> None:
+    if jax.process_index() != 0:
+        return
     path = epath.Path(workdir) / "results.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(results, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""One program at a time in a folder: `claimed`."""
+"""One program at a time in a folder: `claimed`, `one_at_a_time`."""
 
 import contextlib
 import fcntl
@@ -33,4 +33,13 @@ def claimed(folder: str, option: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: str) -> Iterator[None]:
+    """Hold `folder` (local, made if it is not there) as soon as nobody else does: waits."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, ".lock"), "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield

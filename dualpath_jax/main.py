@@ -26,22 +26,41 @@ MODE = flags.DEFINE_enum(
     "train (resuming), then evaluate; evaluate alone; or check the configuration, without data, "
     "weights and workdir.",
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address",
+    os.environ.get("JAX_COORDINATOR_ADDRESS"),
+    "HOST:PORT of process 0, where one run has several processes; not needed where JAX finds it "
+    "out (Cloud TPU, Slurm, Open MPI). Environment: JAX_COORDINATOR_ADDRESS.",
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes",
+    os.environ.get("JAX_NUM_PROCESSES"),
+    "How many they are. Environment: JAX_NUM_PROCESSES.",
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id",
+    os.environ.get("JAX_PROCESS_ID"),
+    "Which of them this is, from 0. Environment: JAX_PROCESS_ID.",
+)
 
 
 @contextlib.contextmanager
 def user_errors():
     """Report what the user can mend as one line, without a traceback (-v=1 shows it)."""
-    from dualpath_jax.preemption import EXIT_CODE, Preempted  # imports JAX
+    from dualpath_jax import distributed  # imports JAX
+    from dualpath_jax.preemption import EXIT_CODE, Preempted
 
     try:
         yield
     except Preempted as stop:
-        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        print(f"{distributed.label()}{stop}; the same command goes on from there", file=sys.stderr)
         sys.exit(EXIT_CODE)
     except (ValueError, OSError, FloatingPointError) as error:
+        if distributed.another_failed(error):
+            raise
         if logging.level_debug():
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{distributed.label()}error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -59,30 +78,14 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     workdir = WORKDIR.value or default_workdir(config)
     # Imported here, so that --help is quick and decoding workers do not load JAX and TensorFlow.
-    from dualpath_jax import check, demo, evaluate, lock, train
-    from dualpath_jax import run as run_lib
+    from dualpath_jax import check, distributed, job, run
 
-    with user_errors():
+    with distributed.ending_together(), user_errors():
         if MODE.value == "check":
-            check.check(run_lib.divide(config, workdir)[0][0])  # the others differ in names alone
+            check.check(run.divide(config, workdir)[0][0])  # the others differ in names alone
             return
-        run_lib.check_workdir(workdir)
-        with lock.claimed(workdir, "--workdir"):
-            if config.data.source == "demo" and not config.data.synthetic:
-                demo.ensure_demo(config)
-            run_lib.check_inputs(config)
-            results = []
-            for part, folder in run_lib.divide(config, workdir):
-                run_lib.check_workdir(folder)
-                dataset, eval_dataset = run_lib.open_data(part)
-                run = run_lib.build_run(part, folder, dataset)
-                if MODE.value == "train":
-                    train.train(run, dataset, eval_dataset)
-                else:
-                    train.restore_for_eval(run)
-                results.append(evaluate.evaluate_and_write(run, eval_dataset))
-            if len(results) > 1:
-                evaluate.write_mean(workdir, results)
+        distributed.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        job.train_and_evaluate(config, workdir, MODE.value == "train")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ class Preempted(Exception):
 class Watch:
     """Notes SIGTERM while it is entered; all hosts hear of it at one step.
 
-    With several processes JAX's preemption service, which takes the signal on any of them, agrees
-    on the step. A second SIGTERM ends the process at once.
+    Alone, a second SIGTERM ends the process at once. With several processes JAX's preemption
+    service takes the signal, on any of them and however often, and agrees on the step.
     """
 
     def __init__(self):

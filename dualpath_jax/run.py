@@ -1,7 +1,8 @@
 """A run: configuration, data and weights checked and brought together, before any video is read.
 
 Public: `Run`, `TrainState`, `build_run`, `divide`, `Outline`, `outline`, `abstract_inputs`,
-`check_workdir`, `check_inputs`, `open_data`, `train_batches_of`, `make_mesh`, `shard_batch`.
+`check_workdir`, `check_inputs`, `open_data`, `train_batches_of`, `make_mesh`,
+`on_every_device`, `shard_batch`.
 """
 
 import copy
@@ -170,13 +171,14 @@ def check_batch_sizes(config: Any, num_devices: int) -> None:
 
 
 def make_mesh() -> jax.sharding.Mesh:
-    """All devices along one axis, `data`."""
-    return jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
+    """All devices along one axis, `data`; those of a process stand together, as its rows do."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return jax.sharding.Mesh(np.asarray(devices), ("data",))
 
 
-def replicate(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """`tree` on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def on_every_device(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of what each device has whole."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def shard_batch(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
@@ -315,8 +317,8 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
         mesh=mesh,
         class_names=dataset.class_names,
         backbone=info,
-        state=replicate(state, mesh),
-        frozen=replicate(frozen, mesh),
+        state=jax.device_put(state, on_every_device(mesh)),
+        frozen=jax.device_put(frozen, on_every_device(mesh)),
         optimizer=optimizer,
         schedule=schedule,
         num_train_steps=num_train_steps,

@@ -24,7 +24,14 @@ from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
 from dualpath_jax.preemption import Preempted, Watch
 from dualpath_jax.progress import Reporter
-from dualpath_jax.run import Batch, Run, TrainState, shard_batch, train_batches_of
+from dualpath_jax.run import (
+    Batch,
+    Run,
+    TrainState,
+    on_every_device,
+    shard_batch,
+    train_batches_of,
+)
 
 
 def make_train_step(
@@ -183,7 +190,11 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
         path = epath.Path(run.workdir) / "config.json"
         path.write_text(config.to_json_best_effort(indent=2) + "\n")
     reporter = Reporter(run.workdir, plan.num_steps, config.data.batch_size)
-    train_step = jax.jit(make_train_step(run.model, config, run.optimizer), donate_argnums=0)
+    train_step = jax.jit(
+        make_train_step(run.model, config, run.optimizer),
+        donate_argnums=0,
+        out_shardings=on_every_device(run.mesh),
+    )
     broken = BrokenVideos(dataset.ids, config.data.max_broken_videos)
     batches = train_batches_of(config.data)(
         dataset,

@@ -47,16 +47,6 @@ def demo_backbone(tmp_path_factory):
 
 @pytest.fixture
 def config(demo_data, demo_backbone):
-    """The demo's configuration on the small set: eight clips a step, small images."""
-    from configs import demo
+    from small_config import small_config
 
-    config = demo.get_config()
-    config.data.source = "ssv2"  # prepared already
-    config.data.dir = str(demo_data)
-    config.data.batch_size = config.eval.batch_size = 8
-    config.backbone.checkpoint = str(demo_backbone)
-    config.data.image_size = 32
-    config.model.scan_blocks = True
-    config.log_every_steps = 5
-    config.num_train_steps = 5
-    return config
+    return small_config(demo_data, demo_backbone)

@@ -66,6 +66,28 @@ def test_resuming_gives_the_same_batches(config):
     assert not same(straight[0], other)
 
 
+def test_beginning_late_reads_nothing_else(config, monkeypatch):
+    """At step 1,000,000, just the videos of that step; so also in one of two processes."""
+    dataset = VideoDataset(config.data.dir, "train")
+    read, read_frames = [], dataset.read_frames
+    monkeypatch.setattr(
+        dataset,
+        "read_frames",
+        lambda video, frames: read.append(video) or read_frames(video, frames),
+    )
+    far = 1_000_000
+    expected = order.train_order(0, far, 8, len(dataset))[0].tolist()
+    next(pipeline.train_batches(dataset, config.data, 0, far, far + 1))
+    assert read == expected
+    read.clear()
+    next(pipeline.train_batches(dataset, config.data, 0, far, far + 1, 1, 2))
+    assert read == expected[4:]
+    # Twin: a step later it is others.
+    read.clear()
+    next(pipeline.train_batches(dataset, config.data, 0, far + 1, far + 2))
+    assert read != expected
+
+
 def test_hosts_share_the_batch(config):
     dataset = VideoDataset(config.data.dir, "train")
     whole = next(pipeline.train_batches(dataset, config.data, 0, 0, 1))

@@ -1,0 +1,49 @@
+"""What the command line starts: training and evaluation in a workdir that nobody else uses.
+
+Public: `train_and_evaluate`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from dualpath_jax import demo, distributed, evaluate, lock, train
+from dualpath_jax import run as run_lib
+
+
+def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
+    """Each run that `config` asks for: train (unless only evaluation is wanted), then evaluate.
+
+    Raises:
+      ValueError, OSError, FloatingPointError: what the user can mend, with the remedy.
+      Preempted: told to stop; the state is saved.
+    """
+    with _claimed(workdir):
+        if config.data.source == "demo" and not config.data.synthetic:
+            with lock.one_at_a_time(config.data.dir):
+                demo.ensure_demo(config)
+        run_lib.check_inputs(config)
+        results = []
+        for part, folder in run_lib.divide(config, workdir):
+            if distributed.is_first():
+                run_lib.check_workdir(folder)
+            dataset, eval_dataset = run_lib.open_data(part)
+            run = run_lib.build_run(part, folder, dataset)
+            if training:
+                train.train(run, dataset, eval_dataset)
+            else:
+                train.restore_for_eval(run)
+            results.append(evaluate.evaluate_and_write(run, eval_dataset))
+        if len(results) > 1:
+            evaluate.write_mean(workdir, results)
+
+
+@contextlib.contextmanager
+def _claimed(workdir: str) -> Iterator[None]:
+    """Process 0 makes the workdir and holds it; the others wait for that."""
+    with contextlib.ExitStack() as stack:
+        if distributed.is_first():
+            run_lib.check_workdir(workdir)
+            stack.enter_context(lock.claimed(workdir, "--workdir"))
+        distributed.check_shared(workdir)
+        yield
