@@ -133,6 +133,8 @@ class Checkpoints:
         one whose steps are not `reported`: a run that resumed there would never report them.
         """
         self.wait()
+        if self._lost:
+            self._clean_up()  # again: its threads may have written on
         if step in self._manager.all_steps():
             return
         self._saving, self._lost = step, False
@@ -180,7 +182,7 @@ class Checkpoints:
             except Exception:
                 logging.debug("%s", traceback.format_exc())
         if jax.process_index() == 0:
-            for path in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+            for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 with contextlib.suppress(OSError):
                     path.rmtree()
         self._manager.reload()

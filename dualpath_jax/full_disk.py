@@ -59,9 +59,10 @@ class Disk:
             with contextlib.suppress(ProcessLookupError):  # it may be dead
                 _limit_files(pid, resource.RLIM_INFINITY)
             return
-        filler, over = self.folder / "filler", threading.Event()
-        thread = threading.Thread(target=_fill, args=(filler, over))
+        filler, filled, over = self.folder / "filler", threading.Event(), threading.Event()
+        thread = threading.Thread(target=_fill, args=(filler, filled, over))
         thread.start()
+        filled.wait()
         try:
             yield
         finally:
@@ -88,11 +89,12 @@ def _limit_files(pid: int, size: int) -> None:
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, hard))
 
 
-def _fill(path: pathlib.Path, over: threading.Event) -> None:
-    """Take all room, also what becomes free later, until `over` is set."""
+def _fill(path: pathlib.Path, filled: threading.Event, over: threading.Event) -> None:
+    """Take all room, and set `filled`; also what becomes free later, until `over` is set."""
     with path.open("wb", buffering=0) as file:
         while not over.is_set():
             try:
                 file.write(bytes(2**20))
             except OSError:
+                filled.set()
                 over.wait(0.005)

@@ -56,7 +56,7 @@ class Reporter:
         jax.block_until_ready(metrics)
         if self._writes:
             seconds = time.perf_counter() - self._last_time
-            print(f"first step, compilation included: {seconds:.1f} s", flush=True)
+            _tell(f"first step, compilation included: {seconds:.1f} s")
         self.start(step)
 
     @contextlib.contextmanager
@@ -74,11 +74,10 @@ class Reporter:
         wait = self._data_seconds / seconds
         left = round((self._num_train_steps - step) * seconds / steps)
         if self._writes:
-            print(
+            _tell(
                 f"step {step}/{self._num_train_steps}  loss {metrics['loss']:.3f}  "
                 f"lr {metrics['learning_rate']:.2e}  {speed:.1f} clips/s  data wait {wait:.0%}  "
-                f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}",
-                flush=True,
+                f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
             )
         self._write(step, {**metrics, "clips_per_second": speed, "data_wait": wait}, "train")
         self.start(step)
@@ -87,7 +86,7 @@ class Reporter:
         """Scores of an evaluation, `evaluate.Scores`."""
         values = dataclasses.asdict(scores)
         if self._writes:
-            print(f"step {step}  {split}  {format_scores(scores)}", flush=True)
+            _tell(f"step {step}  {split}  {format_scores(scores)}")
         self._write(step, values, split)
         self.start(step)
 
@@ -127,6 +126,12 @@ class Reporter:
         if self._events:
             with self._losing_events(self._num_train_steps):
                 self._events.close()
+
+
+def _tell(line: str) -> None:
+    """Print a line; no run ends because it goes to a file on a full disk."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 def write_whole(path: epath.Path, text: str) -> None:

@@ -1,6 +1,6 @@
 """Trains under faults, restarts until it is done, and compares with an undisturbed run.
 
-    python scripts/chaos.py --minutes=3
+    python scripts/chaos.py --minutes=2.5
 
 A small demo set is rendered; the program is trained on it once in peace, and once under kill -9,
 SIGTERM, torn checkpoints, a full disk, corrupt records, a second program in its workdir, and a
@@ -19,7 +19,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-FAULTS_PER_MINUTE = 4  # about, on two cores
+FAULTS_PER_MINUTE = 4  # about, on two idle cores
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,7 +27,12 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--minutes", type=float, default=3, help="about how long: 4 faults a minute (3)")
+    add(
+        "--minutes",
+        type=float,
+        default=2.5,
+        help="about how long, on an idle machine: 4 faults a minute",
+    )
     add("--faults", type=int, help="how many, instead")
     add("--seed", type=int, default=0, help="of the plan (0)")
     add("--workdir", help="new folder for inputs, runs and logs; default: one that is removed")
@@ -50,11 +55,12 @@ def main() -> int:
 def torture(arguments: argparse.Namespace, folder: pathlib.Path) -> int:
     """Both runs and their comparison; exit status."""
     from dualpath_jax import chaos, full_disk, same_run
+    from dualpath_jax.trial import Chaos, Trial
 
     begin = time.monotonic()
     count = arguments.faults or round(FAULTS_PER_MINUTE * arguments.minutes)
     plan = chaos.plan_faults(arguments.seed, count)
-    trial = chaos.Trial(folder, chaos.num_steps(count))
+    trial = Trial(folder, chaos.num_steps(count))
     trial.make_inputs()
     calm = trial.start(folder / "undisturbed", "undisturbed.txt")
     if calm.end() != 0:
@@ -71,7 +77,7 @@ def torture(arguments: argparse.Namespace, folder: pathlib.Path) -> int:
                 told = f"{fault.kind}: {fault.did} ({fault.details})"
                 print(f"{len(struck)}/{count}  step {fault.step}  {told}", flush=True)
             differing = same_run.differences(folder / "undisturbed", disk.folder / "workdir")
-        except chaos.Chaos as error:
+        except Chaos as error:
             differing = [str(error)]
     print_table(struck)
     print(f"{len(struck)} faults, {trial.num_steps} steps, {time.monotonic() - begin:.0f} s")
