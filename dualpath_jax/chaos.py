@@ -200,7 +200,12 @@ def _wrong_clock(run: Run, rng: np.random.Generator) -> tuple[str, str]:
     run.life.kill()
     for path in run.workdir.rglob("*"):
         os.utime(path, (rng.uniform(0, 4e9),) * 2)  # files from 1970 to 2096
-    return "resumed, trained on", run.recover(wrong_clock=True)
+    where = run.recover(wrong_clock=True)
+    newest = max(run.saved(), default=0)
+    run.life.until(lambda: max(run.saved(), default=0) > newest)
+    if "could not be written" in run.life.text():
+        raise run.life.wrong("lost a checkpoint to the clock")
+    return "resumed, trained on and saved", where
 
 
 # A fault gets the run, alive, and leaves it alive. It returns what the program did, in words for

@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import time
 import traceback
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,8 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint._src.checkpointers import async_checkpointer
+from orbax.checkpoint._src.futures import future, signaling_client
 
 from dualpath_jax import params as params_lib
 
@@ -40,6 +44,11 @@ SAFE_CHANGES = (
     "profile.",
     "resume_changed",
 )
+
+# Orbax gives up waiting by the wall clock, so that a save fails when that is set meanwhile.
+BY_A_STEADY_CLOCK = (async_checkpointer, future, signaling_client)
+for _module in BY_A_STEADY_CLOCK:
+    _module.time = types.SimpleNamespace(**vars(time) | {"time": time.monotonic})
 
 # Orbax logs the traceback of everything that it raises, once in each of its threads.
 logging.get_absl_logger().addFilter(

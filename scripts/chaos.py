@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
         "--minutes",
         type=float,
         default=2.5,
-        help="about how long, on an idle machine: 4 faults a minute",
+        help="about how long, on an idle machine (2.5)",
     )
     add("--faults", type=int, help="how many, instead")
     add("--seed", type=int, default=0, help="of the plan (0)")

@@ -16,7 +16,7 @@ import pytest
 from absl import logging
 
 from configs import base
-from dualpath_jax import full_disk
+from dualpath_jax import checkpoint, full_disk
 from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint, changes
 
 METADATA = {
@@ -199,6 +199,25 @@ def test_a_disk_that_is_really_full(tmp_path, mount, caplog):
         step, restored = Checkpoints(str(disk.folder)).restore_newest(state(0), METADATA)
         assert step == 4
         assert np.array_equal(restored["kernel"], state(4)["kernel"])
+
+
+def test_a_jumping_clock_costs_no_checkpoint(tmp_path, monkeypatch):
+    """By up to ten years at every look."""
+    now, jump = time.time, np.random.default_rng(0)
+
+    def lost(workdir):
+        checkpoints = Checkpoints(str(workdir))
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: now() + jump.uniform(-3e8, 3e8))
+            save(checkpoints, 1)
+            checkpoints.wait()
+        return checkpoints.latest_step() is None
+
+    assert not any(lost(tmp_path / str(number)) for number in range(5))
+    # Twin: by the clock that orbax takes of itself.
+    for module in checkpoint.BY_A_STEADY_CLOCK:
+        monkeypatch.setattr(module, "time", time)
+    assert any(lost(tmp_path / f"twin{number}") for number in range(5))
 
 
 SAVING = """
