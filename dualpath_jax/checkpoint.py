@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import time
 import traceback
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +20,13 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint._src.checkpointers import async_checkpointer
+from orbax.checkpoint._src.futures import future, signaling_client
 
 from dualpath_jax import params as params_lib
 
 METRIC = "top1"  # by which the best checkpoint is the best
+_MAX_ERRORS = 10  # that one save may give, one by one
 # What may differ from the checkpoint's configuration: none of it changes what is learnt.
 SAFE_CHANGES = (
     "backbone.checkpoint",  # compared by its hash
@@ -38,6 +43,16 @@ SAFE_CHANGES = (
     "optimizer.max_skipped_steps",
     "profile.",
     "resume_changed",
+)
+
+# Orbax gives up waiting by the wall clock, so that a save fails when that is set meanwhile.
+BY_A_STEADY_CLOCK = (async_checkpointer, future, signaling_client)
+for _module in BY_A_STEADY_CLOCK:
+    _module.time = types.SimpleNamespace(**vars(time) | {"time": time.monotonic})
+
+# Orbax logs the traceback of everything that it raises, once in each of its threads.
+logging.get_absl_logger().addFilter(
+    lambda record: logging.level_debug() or not (record.exc_info and "orbax" in record.pathname)
 )
 
 
@@ -118,14 +133,22 @@ class Checkpoints:
         state: Any,
         metadata: dict[str, Any],
         scores: dict[str, float] | None = None,
+        reported: bool = True,
     ) -> None:
         """Write `state` (any pytree of arrays) in the background, unless `step` is there already.
 
         `scores` are those of an evaluation of it, with `METRIC`. A checkpoint that cannot be
-        written is given up with a warning, here or, where it shows later, in the next call.
+        written is given up with a warning, here or, where it shows later, in the next call; so is
+        one whose steps are not `reported`: a run that resumed there would never report them.
         """
         self.wait()
+        if self._lost:
+            self._clean_up()  # again: its threads may have written on
         if step in self._manager.all_steps():
+            return
+        self._saving, self._lost = step, False
+        if _on_any_host(not reported):
+            self._give_up(OSError("the metrics of its steps are not on disk"))
             return
         leaves = params_lib.flatten(state)
         self._note_scores(step, scores)
@@ -134,7 +157,6 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves), metadata=ocp.args.JsonSave(metadata)
         )
-        self._saving, self._lost = step, False
         self._attempt(lambda: self._manager.save(step, args=args))
 
     def wait(self) -> None:
@@ -146,14 +168,33 @@ class Checkpoints:
             action()
         except Exception as error:  # of many kinds: the disk is full, the folder is gone, ...
             logging.debug("%s", traceback.format_exc())
-            logging.warning(
-                "the checkpoint of step %s could not be written: %s. Training goes on; the last "
-                "good one is %s",
-                self._saving,
-                _one_line(error),
-                self.path(self.latest_step()),
-            )
-            self._lost = True
+            self._clean_up()
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._scores.pop(self._saving, None)
+        logging.warning(
+            "the checkpoint of step %s could not be written: %s. Training goes on; the last good "
+            "one is %s",
+            self._saving,
+            _one_line(error),
+            self.path(self.latest_step()),
+        )
+        self._lost = True
+
+    def _clean_up(self) -> None:
+        """After a save that failed: free its disk space, and count what is on disk again."""
+        for _ in range(_MAX_ERRORS):
+            try:
+                self._manager.wait_until_finished()  # each of its threads may have failed
+                break
+            except Exception:
+                logging.debug("%s", traceback.format_exc())
+        if jax.process_index() == 0:
+            for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                with contextlib.suppress(OSError):
+                    path.rmtree()
+        self._manager.reload()
 
     def restore_newest(self, state: Any, metadata: dict[str, Any]) -> tuple[int, Any] | None:
         """(step, state) of the newest checkpoint that is whole, or None if there is none.

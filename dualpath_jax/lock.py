@@ -30,9 +30,10 @@ def claimed(folder: str, option: str) -> Iterator[None]:
                 f"{option}={folder} is in use by {file.read().strip() or 'another program'}; wait "
                 "for it, stop it, or choose another folder"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        owner = f"process {os.getpid()} on {socket.gethostname()}\n"
+        with contextlib.suppress(OSError):  # of a full disk; then the message names nobody
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), owner.encode())
         yield
 
 

@@ -6,6 +6,7 @@ python -m dualpath_jax.main --config=configs/demo.py --workdir=runs/demo
 import contextlib
 import os
 import pathlib
+import signal
 import sys
 import traceback
 
@@ -78,6 +79,9 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     workdir = WORKDIR.value or default_workdir(config)
     # Imported here, so that --help is quick and decoding workers do not load JAX and TensorFlow.
+    from dualpath_jax import preemption
+
+    signal.signal(signal.SIGTERM, preemption.leave)  # the loop has a handler of its own
     from dualpath_jax import check, distributed, job, run
 
     with distributed.ending_together(), user_errors():

@@ -1,18 +1,25 @@
 """Progress of a run: lines for people, metrics.jsonl and TensorBoard events for tools.
 
-Public: `Reporter`.
+Public: `Reporter`, `write_whole`, `OF_THE_PROCESS`.
 """
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import tensorflow as tf
+from absl import logging
 from clu import metric_writers
 from etils import epath
+
+# Keys of metrics.jsonl that tell of the process and not of learning.
+OF_THE_PROCESS = ("clips_per_second", "data_wait", "broken_videos")
 
 
 class Reporter:
@@ -23,8 +30,10 @@ class Reporter:
         self._batch_size = batch_size
         self._writes = jax.process_index() == 0
         self._path = epath.Path(workdir) / "metrics.jsonl"
-        self._events = metric_writers.SummaryWriter(workdir) if self._writes else None
+        self._workdir = workdir
+        self._events: metric_writers.SummaryWriter | None = None
         self._data_seconds = 0.0
+        self._unwritten: list[str] = []  # lines of metrics.jsonl
 
     def resume(self, step: int) -> None:
         """Drop the entries of metrics.jsonl after `step`, whose steps will be done again."""
@@ -35,9 +44,7 @@ class Reporter:
             with contextlib.suppress(json.JSONDecodeError):  # the process died while it wrote this
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self._path)
+        write_whole(self._path, "".join(kept))
 
     def start(self, step: int) -> None:
         """Begin timing at `step`."""
@@ -49,7 +56,7 @@ class Reporter:
         jax.block_until_ready(metrics)
         if self._writes:
             seconds = time.perf_counter() - self._last_time
-            print(f"first step, compilation included: {seconds:.1f} s", flush=True)
+            _tell(f"first step, compilation included: {seconds:.1f} s")
         self.start(step)
 
     @contextlib.contextmanager
@@ -67,11 +74,10 @@ class Reporter:
         wait = self._data_seconds / seconds
         left = round((self._num_train_steps - step) * seconds / steps)
         if self._writes:
-            print(
+            _tell(
                 f"step {step}/{self._num_train_steps}  loss {metrics['loss']:.3f}  "
                 f"lr {metrics['learning_rate']:.2e}  {speed:.1f} clips/s  data wait {wait:.0%}  "
-                f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}",
-                flush=True,
+                f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
             )
         self._write(step, {**metrics, "clips_per_second": speed, "data_wait": wait}, "train")
         self.start(step)
@@ -80,20 +86,77 @@ class Reporter:
         """Scores of an evaluation, `evaluate.Scores`."""
         values = dataclasses.asdict(scores)
         if self._writes:
-            print(f"step {step}  {split}  {format_scores(scores)}", flush=True)
+            _tell(f"step {step}  {split}  {format_scores(scores)}")
         self._write(step, values, split)
         self.start(step)
 
     def _write(self, step: int, values: dict[str, float], prefix: str) -> None:
         if not self._writes:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "split": prefix, **values}) + "\n")
-        self._events.write_scalars(step, {f"{prefix}/{key}": v for key, v in values.items()})
+        self._unwritten.append(json.dumps({"step": step, "split": prefix, **values}) + "\n")
+        if not self.flush():
+            return  # nor is there room for events
+        with self._losing_events(step):
+            if self._events is None:
+                self._events = metric_writers.SummaryWriter(self._workdir)
+            self._events.write_scalars(step, {f"{prefix}/{key}": v for key, v in values.items()})
+
+    @contextlib.contextmanager
+    def _losing_events(self, step: int) -> Iterator[None]:
+        """TensorBoard's events repeat metrics.jsonl: where the disk refuses them, they are lost."""
+        try:
+            yield
+        except tf.errors.OpError as error:
+            problem = " ".join(error.message.split())
+            logging.warning("TensorBoard events of step %d are lost: %s", step, problem)
+            self._events = None  # the next ones go to another file
+
+    def flush(self) -> bool:
+        """Is every entry in metrics.jsonl? Those that a full disk refused are tried again."""
+        try:
+            if self._unwritten:
+                _append(self._path, "".join(self._unwritten))
+                self._unwritten.clear()
+        except OSError as error:
+            entries = len(self._unwritten)
+            logging.warning("%s: %s; %d entries wait in memory", self._path, error, entries)
+        return not self._unwritten
 
     def close(self) -> None:
         if self._events:
-            self._events.close()
+            with self._losing_events(self._num_train_steps):
+                self._events.close()
+
+
+def _tell(line: str) -> None:
+    """Print a line; no run ends because it goes to a file on a full disk."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """A text file that is there whole or not at all; OSError with the remedy."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        remedy = "make room there, or see to it that it can be written, and run the same command"
+        raise OSError(f"cannot write {path}: {error}; {remedy} again") from None
+
+
+def _append(path: epath.Path, text: str) -> None:
+    """Add `text` to a file, all of it or nothing."""
+    if "://" in os.fspath(path):
+        with path.open("a") as file:
+            file.write(text)
+        return
+    content = text.encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        if file.write(content) < len(content):  # the disk is full
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def format_scores(scores: Any) -> str:

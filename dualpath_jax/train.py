@@ -23,7 +23,7 @@ from dualpath_jax.data.broken import BrokenVideos
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
 from dualpath_jax.preemption import Preempted, Watch
-from dualpath_jax.progress import Reporter
+from dualpath_jax.progress import Reporter, write_whole
 from dualpath_jax.run import (
     Batch,
     Run,
@@ -187,8 +187,8 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
     if not first_step and config.init_from:
         adapter_file.start_from(run, config.init_from)
     if jax.process_index() == 0:
-        path = epath.Path(run.workdir) / "config.json"
-        path.write_text(config.to_json_best_effort(indent=2) + "\n")
+        text = config.to_json_best_effort(indent=2) + "\n"
+        write_whole(epath.Path(run.workdir) / "config.json", text)
     reporter = Reporter(run.workdir, plan.num_steps, config.data.batch_size)
     train_step = jax.jit(
         make_train_step(run.model, config, run.optimizer),
@@ -240,7 +240,7 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
                 reporter.scores(done, config.eval.split, scores)
                 scores = dataclasses.asdict(scores)
             if saves:
-                checkpoints.save(done, run.state, run.metadata(), scores)
+                checkpoints.save(done, run.state, run.metadata(), scores, reporter.flush())
                 last_save = time.monotonic()
             if stops and done < plan.num_steps:
                 checkpoints.close()

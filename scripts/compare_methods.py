@@ -131,9 +131,9 @@ def compare(out: pathlib.Path, methods: list[str], steps: int) -> list[dict]:
     def one(method, learning_rate, seed, split):
         config = method_config(method, learning_rate, seed, steps)
         name = f"{method}/steps{steps}_lr{learning_rate:g}_seed{seed}"
-        start = time.time()
+        start = time.monotonic()
         entry = scores.get(f"{name}/{split}", lambda: score(config, f"{out}/{name}", split))
-        print(f"{name}  {split} {entry['top1']:.4f}  {time.time() - start:.0f} s", flush=True)
+        print(f"{name}  {split} {entry['top1']:.4f}  {time.monotonic() - start:.0f} s", flush=True)
         return entry
 
     for method in methods:

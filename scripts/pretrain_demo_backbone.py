@@ -192,7 +192,7 @@ def main() -> None:
         return optax.apply_updates(params, updates), opt_state, metrics
 
     spawn = multiprocessing.get_context("spawn")
-    opt_state, start, history = tx.init(params), time.time(), []
+    opt_state, start, history = tx.init(params), time.monotonic(), []
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         jobs = [(args.seed, step, args.batch_size, args.image_size) for step in range(args.steps)]
         pending = [pool.submit(make_batch, job) for job in jobs[:4]]
@@ -206,7 +206,7 @@ def main() -> None:
                 recent = {k: float(np.mean([m[k] for m in history[-250:]])) for k in metrics}
                 figures = "  ".join(f"{k} {v:.3f}" for k, v in recent.items())
                 print(
-                    f"step {step + 1}/{args.steps}  {time.time() - start:.0f} s  {figures}",
+                    f"step {step + 1}/{args.steps}  {time.monotonic() - start:.0f} s  {figures}",
                     flush=True,
                 )
     arguments = {key: value for key, value in vars(args).items() if key != "out"}

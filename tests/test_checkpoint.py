@@ -1,8 +1,13 @@
 """Checkpoints: what is kept, what is damaged, what a full disk does."""
 
 import json
+import os
 import pathlib
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +16,7 @@ import pytest
 from absl import logging
 
 from configs import base
+from dualpath_jax import checkpoint, full_disk
 from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint, changes
 
 METADATA = {
@@ -158,6 +164,100 @@ def test_full_disk_costs_one_checkpoint(two, tmp_path, monkeypatch, caplog):
     save(checkpoints, 8)
     with pytest.raises(OSError, match=r"of step 8, could not be written.*checkpoints/7"):
         checkpoints.close()
+
+
+@pytest.mark.parametrize("mount", [True, False])
+def test_a_disk_that_is_really_full(tmp_path, mount, caplog):
+    """The one checkpoint that is kept stays; nothing of the lost ones is left in its way."""
+    logging.use_absl_handler()
+    large = np.random.default_rng(0).normal(size=(512, 512)).astype(np.float32)
+
+    def state(step):
+        return {"step": jnp.asarray(step, jnp.int32), "kernel": jnp.asarray(large * step)}
+
+    def folders():
+        return sorted(path.name for path in (disk.folder / "checkpoints").iterdir())
+
+    with full_disk.Disk(tmp_path / "disk", mount) as disk:
+        if mount and not disk.mounted:
+            pytest.skip("no right to mount")
+        checkpoints = Checkpoints(str(disk.folder), keep=1)
+        checkpoints.save(1, state(1), METADATA, {"top1": 0.5})
+        checkpoints.wait()
+        with disk.full(os.getpid()):
+            for step in (2, 3):
+                checkpoints.save(step, state(step), METADATA, {"top1": 0.9})
+                checkpoints.wait()
+                assert (checkpoints.latest_step(), checkpoints.best_step()) == (1, 1)
+                assert "1" in folders()
+        assert "step 2 could not be written" in caplog.text
+        assert f"the last good one is {disk.folder}/checkpoints/1" in caplog.text
+        assert "Traceback" not in caplog.text
+        checkpoints.save(4, state(4), METADATA)
+        checkpoints.close()
+        assert folders() == ["1", "4"]  # 1 as the best
+        step, restored = Checkpoints(str(disk.folder)).restore_newest(state(0), METADATA)
+        assert step == 4
+        assert np.array_equal(restored["kernel"], state(4)["kernel"])
+
+
+def test_a_jumping_clock_costs_no_checkpoint(tmp_path, monkeypatch):
+    """By up to ten years at every look."""
+    now, jump = time.time, np.random.default_rng(0)
+
+    def lost(workdir):
+        checkpoints = Checkpoints(str(workdir))
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: now() + jump.uniform(-3e8, 3e8))
+            save(checkpoints, 1)
+            checkpoints.wait()
+        return checkpoints.latest_step() is None
+
+    assert not any(lost(tmp_path / str(number)) for number in range(5))
+    # Twin: by the clock that orbax takes of itself.
+    for module in checkpoint.BY_A_STEADY_CLOCK:
+        monkeypatch.setattr(module, "time", time)
+    assert any(lost(tmp_path / f"twin{number}") for number in range(5))
+
+
+SAVING = """
+import sys
+from test_checkpoint import Checkpoints, METADATA, state_of
+checkpoints, step = Checkpoints(sys.argv[1], keep=2), int(sys.argv[2])
+while True:
+    step += 1
+    checkpoints.save(step, state_of(step), METADATA)
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_it_saves(tmp_path):
+    """kill -9 of a real process when a half-written checkpoint is there; again and again."""
+    step, halves = 0, 0
+    for life in range(4):
+        program = [sys.executable, "-c", SAVING, str(tmp_path), str(step)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        process = subprocess.Popen(program, env=environment)
+        folder, end = tmp_path / "checkpoints", time.monotonic() + 120
+
+        def numbers(folder=folder):
+            return [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
+
+        while max(numbers(), default=0) < step + 2 or not list(folder.glob("*-tmp")):
+            assert process.poll() is None
+            assert time.monotonic() < end
+        time.sleep(0.01 * life)  # at different stages
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        halves += bool(list(folder.glob("*-tmp")))
+        newest = max(numbers())
+        number, state = restored(tmp_path)
+        assert number == newest > step
+        assert equals(state, number)
+        assert not list(folder.glob("*-tmp"))
+        assert not (tmp_path / "damaged_checkpoints").exists()
+        step = number
+    assert halves >= 1
 
 
 def test_changes():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_train import build, leaves, run_all
 
-from dualpath_jax import adapter_file, train
+from dualpath_jax import adapter_file, progress, same_run, train
 from dualpath_jax import run as run_lib
 from dualpath_jax.checkpoint import Checkpoints
 from dualpath_jax.data import pipeline
@@ -20,13 +20,6 @@ from dualpath_jax.preemption import EXIT_CODE, Preempted, Watch
 from scripts import export_adapter
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-
-def entries(workdir):
-    """What metrics.jsonl says of learning, without what is of the process."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("clips_per_second", "data_wait", "broken_videos")
-    return [{key: line[key] for key in line if key not in timed} for line in lines]
 
 
 def same(a, b):
@@ -48,42 +41,131 @@ class Killed(BaseException):
     """Nothing may handle it."""
 
 
+def dying(deadline):
+    """A `train.shard_batch` that ends the run after `deadline` steps."""
+    calls, shard = [], train.shard_batch
+
+    def shard_or_die(batch, mesh):
+        calls.append(1)
+        if len(calls) > deadline:
+            raise Killed
+        return shard(batch, mesh)
+
+    return shard_or_die
+
+
+def die(config, workdir, monkeypatch, deadline):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "shard_batch", dying(deadline))
+        with pytest.raises(Killed):
+            run_all(config, workdir)
+
+
 def test_dying_anywhere_changes_nothing(config, straight, tmp_path, monkeypatch):
     """Dead after steps 1 to 5, with and without a checkpoint: metrics and state bit for bit."""
-    shard = train.shard_batch
-
-    def dying(deadline):
-        calls = []
-
-        def shard_or_die(batch, mesh):
-            calls.append(1)
-            if len(calls) > deadline:
-                raise Killed
-            return shard(batch, mesh)
-
-        return shard_or_die
-
     for deadline in (1, 3, 4, 5):
         workdir = tmp_path / str(deadline)
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "shard_batch", dying(deadline))
-            with pytest.raises(Killed):
-                run_all(config, workdir)
+        die(config, workdir, monkeypatch, deadline)
         resumed = run_all(config, workdir)
         assert same(resumed.state, straight.state), deadline
-        assert entries(workdir) == entries(tmp_path / "straight"), deadline
+        assert same_run.entries(workdir) == same_run.entries(tmp_path / "straight"), deadline
     # Twin: other data is not the same.
     config.seed = 1
     assert not same(run_all(config, tmp_path / "other").state, straight.state)
 
 
+@pytest.mark.slow
+def test_augmented_accumulated_and_at_the_edge_of_an_epoch(config, tmp_path, monkeypatch):
+    """40 videos by 16: an epoch ends within the third batch, another with the fifth."""
+    swap = [["Moving something to the left", "Moving something to the right"]]
+    (tmp_path / "swap.json").write_text(json.dumps(swap))
+    config.data.batch_size = 16
+    config.data.crop_scale = (0.3, 1.0)
+    config.data.flip, config.data.label_swap = True, str(tmp_path / "swap.json")
+    config.data.randaugment_layers, config.data.erasing_probability = 2, 0.5
+    config.optimizer.accumulation_steps = 2
+    config.num_train_steps = 6
+    config.checkpoint.every_steps = config.log_every_steps = 1
+    straight = run_all(config, tmp_path / "straight")
+    for deadline in (2, 3, 5):
+        workdir = tmp_path / str(deadline)
+        die(config, workdir, monkeypatch, deadline)
+        assert same(run_all(config, workdir).state, straight.state), deadline
+        assert same_run.entries(workdir) == same_run.entries(tmp_path / "straight")
+    # Twin: augmentation matters for what is learnt.
+    config.data.flip = False
+    assert not same(run_all(config, tmp_path / "other").state, straight.state)
+
+
+def refuse_entries(monkeypatch, steps):
+    """The disk has no room for entries of metrics.jsonl that come at these steps."""
+    append = progress._append
+
+    def full(path, text):
+        if json.loads(text.splitlines()[-1])["step"] in steps:
+            raise OSError(28, "No space left on device")
+        append(path, text)
+
+    monkeypatch.setattr(progress, "_append", full)
+
+
+def test_entries_that_a_full_disk_refused_are_not_lost(config, straight, tmp_path, monkeypatch):
+    """No checkpoint is newer than the entries on disk, so that a run killed there writes them."""
+    with monkeypatch.context() as patch:
+        refuse_entries(patch, {4, 5})
+        die(config, tmp_path / "killed", patch, 5)
+    assert [entry["step"] for entry in same_run.entries(tmp_path / "killed")] == [1, 2, 3]
+    assert Checkpoints(str(tmp_path / "killed"), read_only=True).latest_step() == 2
+    with monkeypatch.context() as patch:
+        refuse_entries(patch, {4, 5})
+        run = run_all(config, tmp_path / "alive")  # room again at step 6
+    assert Checkpoints(str(tmp_path / "alive"), read_only=True).latest_step() == 6
+    assert same(run.state, straight.state)
+    run_all(config, tmp_path / "killed")
+    for name in ("killed", "alive"):
+        assert same_run.entries(tmp_path / name) == same_run.entries(tmp_path / "straight")
+    # Twin: at the end nothing may be missing.
+    refuse_entries(monkeypatch, {5, 6})
+    with pytest.raises(OSError, match=r"of step 6, could not be written.*checkpoints/4"):
+        run_all(config, tmp_path / "full")
+
+
+def test_a_clock_that_is_set_changes_nothing(config, straight, tmp_path, monkeypatch):
+    """By years before every step; every_minutes goes by a clock that nobody can set."""
+    config.checkpoint.every_minutes = 1.0
+    workdir, now, offsets = tmp_path / "clock", time.time, iter([3e8, -4e8, 1e9, 0.0, -1e9, 5e8])
+    shard, offset = train.shard_batch, [0.0]
+
+    def set_clock(batch, mesh):
+        offset[0] = next(offsets)
+        return shard(batch, mesh)
+
+    saved = []
+    save = Checkpoints.save
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: now() + offset[0])
+        patch.setattr(train, "shard_batch", set_clock)
+        patch.setattr(Checkpoints, "save", lambda *args: (saved.append(args[1]), save(*args)))
+        run = run_all(config, workdir)
+    assert saved == [2, 4, 6]
+    assert same(run.state, straight.state)
+    assert same_run.entries(workdir) == same_run.entries(tmp_path / "straight")
+    # Which checkpoint is the newest does not go by the times of files.
+    for number, path in enumerate(sorted(workdir.rglob("*"))):
+        os.utime(path, (4e9 - 1e6 * number,) * 2)
+    assert Checkpoints(str(workdir), read_only=True).latest_step() == 6
+    # Twin: the clock that counts.
+    past = time.monotonic() - 61
+    assert train.elapsed(past) >= 61
+
+
 def test_a_torn_last_line_of_metrics_is_dropped(config, straight, tmp_path):
     path = tmp_path / "straight" / "metrics.jsonl"
-    before = entries(tmp_path / "straight")
+    before = same_run.entries(tmp_path / "straight")
     with path.open("a") as file:
         file.write('{"step": 7, "split": "train"}\n{"step": 6, "lo')
     run_all(config, tmp_path / "straight")
-    assert entries(tmp_path / "straight") == before
+    assert same_run.entries(tmp_path / "straight") == before
 
 
 def test_told_to_stop(config, straight, tmp_path, monkeypatch):
@@ -95,7 +177,7 @@ def test_told_to_stop(config, straight, tmp_path, monkeypatch):
     monkeypatch.undo()
     resumed = run_all(config, tmp_path / "stopped")
     assert same(resumed.state, straight.state)
-    assert entries(tmp_path / "stopped") == entries(tmp_path / "straight")
+    assert same_run.entries(tmp_path / "stopped") == same_run.entries(tmp_path / "straight")
 
 
 def test_the_signal():
@@ -106,6 +188,16 @@ def test_the_signal():
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process
     with Watch() as watch:
         assert not watch.should_stop(1)
+
+
+def test_told_to_stop_outside_of_the_loop():
+    program = (
+        "import os, signal; from dualpath_jax import preemption; "
+        "signal.signal(signal.SIGTERM, preemption.leave); os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == EXIT_CODE
+    assert "told to stop; the same command goes on" in ended.stderr
 
 
 def test_changed_settings(config, straight, tmp_path, capsys):
@@ -157,10 +249,23 @@ def test_non_finite_steps_are_skipped_up_to_a_limit(config, tmp_path, monkeypatc
         run = run_all(config, tmp_path / "two")
     assert all(np.all(np.isfinite(leaf)) for leaf in leaves(run.state.trainable).values())
     assert int(run.state.skipped) == 2
-    assert [e["skipped_steps"] for e in entries(tmp_path / "two")] == [0, 1, 1, 2, 2, 2]
+    assert [e["skipped_steps"] for e in same_run.entries(tmp_path / "two")] == [0, 1, 1, 2, 2, 2]
     poison(monkeypatch, {1, 3, 4})  # one more
     with pytest.raises(FloatingPointError, match=r"step 5, more than .*max_skipped_steps=2 times"):
         run_all(config, tmp_path / "three")
+
+
+def test_skipped_steps_are_counted_across_interruptions(config, tmp_path, monkeypatch):
+    config.num_train_steps = 6
+    config.log_every_steps, config.checkpoint.every_steps = 1, 2
+    config.optimizer.max_skipped_steps = 2
+    poison(monkeypatch, {1, 3})
+    straight = run_all(config, tmp_path / "straight")
+    die(config, tmp_path / "killed", monkeypatch, 3)
+    resumed = run_all(config, tmp_path / "killed")
+    assert int(resumed.state.skipped) == 2
+    assert same(resumed.state, straight.state)
+    assert same_run.entries(tmp_path / "killed") == same_run.entries(tmp_path / "straight")
 
 
 def test_best_checkpoint(config, tmp_path):
@@ -168,7 +273,7 @@ def test_best_checkpoint(config, tmp_path):
     config.eval.every_epochs = 1
     config.checkpoint.keep = 1
     run_all(config, tmp_path)
-    scores = {e["step"]: e["top1"] for e in entries(tmp_path) if e["split"] == "test"}
+    scores = {e["step"]: e["top1"] for e in same_run.entries(tmp_path) if e["split"] == "test"}
     checkpoints = Checkpoints(str(tmp_path), read_only=True)
     assert set(scores) == {5, 10}
     assert checkpoints.best_step() == max(scores, key=scores.get)

@@ -1,0 +1,108 @@
+"""The workdir: one program at a time, one that cannot be written, entries on a full disk."""
+
+import json
+import os
+import pathlib
+import re
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from dualpath_jax import lock, progress
+from dualpath_jax import run as run_lib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+HOLDING = """
+import subprocess, sys, time
+from dualpath_jax import lock
+with lock.claimed(sys.argv[1], "--workdir"):
+    child = subprocess.Popen(["sleep", "60"])
+    print(child.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_dead_owner_holds_nothing(tmp_path):
+    """Refused while the owner lives; not after kill -9, though a child of its own lives on."""
+    command = [sys.executable, "-c", HOLDING, str(tmp_path)]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    child = int(owner.stdout.readline())
+    try:
+        with (
+            pytest.raises(ValueError, match=f"is in use by process {owner.pid} on "),
+            lock.claimed(str(tmp_path), "--workdir"),
+        ):
+            pass
+        owner.kill()
+        assert owner.wait() == -signal.SIGKILL
+        os.kill(child, 0)  # is there
+        with lock.claimed(str(tmp_path), "--workdir"):
+            assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_read_only_workdir(tmp_path):
+    """Root may write anywhere but on what is mounted read-only."""
+    workdir = tmp_path / "workdir"
+    workdir.mkdir(0o555)
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(workdir)]
+    mounted = os.getuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
+    try:
+        if os.access(workdir, os.W_OK):
+            pytest.skip("root without the right to mount writes everywhere")
+        with pytest.raises(OSError, match=f"cannot write to --workdir={workdir}.*another folder"):
+            run_lib.check_workdir(str(workdir))
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(workdir)], check=True)
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = epath.Path(tmp_path / "config.json")
+    progress.write_whole(path, "old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=rf"cannot write {path}.*make room there"):
+            progress.write_whole(path, "new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == "old"
+
+
+def test_entries_wait_for_room(tmp_path):
+    """What was half written is taken back, and written whole when there is room."""
+    reporter = progress.Reporter(str(tmp_path), num_train_steps=9, batch_size=1)
+    path = tmp_path / "metrics.jsonl"
+    values = {"loss": 0.5, "learning_rate": 0.1}
+    reporter.start(0)
+    reporter.progress(1, values)
+    assert reporter.flush()
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
+    try:
+        for step in (2, 3):
+            reporter.progress(step, values)
+            assert not reporter.flush()
+            assert path.read_bytes() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert reporter.flush()
+    reporter.progress(4, values)
+    reporter.close()
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_nothing_is_timed_by_a_clock_that_can_be_set():
+    looks = re.compile(r"\btime\.time(_ns)?\(|\bdatetime\b")
+    for folder in ("dualpath_jax", "scripts"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not looks.search(path.read_text()), path
+    assert looks.search("start = time.time()")
