@@ -4,7 +4,8 @@ usage='scripts/tpu_pod.sh create|setup|run|status|stop|delete --name=NAME --zone
 
   create   the slice: --accelerator=v5litepod-16, --version=SOFTWARE, --spot, --queued
   setup    on every host: copy this folder, install; --repository=URL clones that instead;
-           --data=gs://FOLDER --data_to=FOLDER copies prepared data to the disk of each host
+           --data=gs://FOLDER --data_to=FOLDER copies prepared data to each host, into that
+           folder of the copy
   run      on every host: python -m dualpath_jax.main ARGUMENTS, again after status 75; goes on
            when this command has ended, its output is in dualpath_jax/run.log there
   status   state of the slice, and the end of run.log of each host
@@ -60,7 +61,7 @@ check() {
             "--zone=$zone shows what there is"
     [[ -z $data || $data == gs://?* ]] ||
         fail "--data=$data must be a folder in Cloud Storage, gs://BUCKET/FOLDER"
-    [[ -n $data_to || -z $data ]] || fail "--data=$data needs --data_to=FOLDER, on the hosts"
+    [[ -n $data_to || -z $data ]] || fail "--data=$data needs --data_to=FOLDER on the hosts, such as data/k400"
     [[ -n $data || -z $data_to ]] || fail "--data_to=$data_to needs --data=gs://BUCKET/FOLDER"
     [[ $verb == run || $# -eq 0 ]] || fail "only run takes arguments behind --, $verb got: $*"
     [[ $verb != run || " $*" == *' --config='* ]] ||
@@ -108,7 +109,7 @@ setup() {
     on_hosts "$python -m ensurepip --version || { $apt update && $apt install -y $python $python-venv; }"
     on_hosts "cd dualpath_jax && $python -m venv .venv && .venv/bin/pip install -r requirements-gcs.txt 'jax[tpu]'"
     [ -z "$data" ] ||
-        on_hosts "mkdir -p $(quoted "$data_to") && gcloud storage rsync --recursive $(quoted "$data" "$data_to")"
+        on_hosts "cd dualpath_jax && mkdir -p $(quoted "$data_to") && gcloud storage rsync --recursive $(quoted "$data" "$data_to")"
 }
 
 run() {

@@ -115,8 +115,8 @@ def test_setup_copies_this_folder(pod):
         "-y python3.11 python3.11-venv; }'",
         f"{SSH} '--command=cd dualpath_jax && python3.11 -m venv .venv && .venv/bin/pip install -r "
         "requirements-gcs.txt '\\''jax[tpu]'\\'''",
-        f"{SSH} '--command=mkdir -p '\\''my data'\\'' && gcloud storage rsync --recursive "
-        "gs://b/k400 '\\''my data'\\'''",
+        f"{SSH} '--command=cd dualpath_jax && mkdir -p '\\''my data'\\'' && gcloud storage rsync "
+        "--recursive gs://b/k400 '\\''my data'\\'''",
     ]
 
 
