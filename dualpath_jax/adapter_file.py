@@ -7,15 +7,20 @@ Public: `write_adapter`, `read_adapter`, `start_from`.
                class_names, config, version and step
 """
 
+import contextlib
 import json
-import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from dualpath_jax import cloud
 from dualpath_jax import params as params_lib
 from dualpath_jax import run as run_lib
 
@@ -27,21 +32,22 @@ def write_adapter(path: str, leaves: dict[str, np.ndarray], metadata: dict[str, 
     """Write the file, whole or not at all.
 
     Args:
-      path: of the new file.
+      path: of the new file, local or gs://.
       leaves: trainable parameters by path.
       metadata: with method, backbone_name, backbone_sha256, class_names, config, version and step.
     """
     text = json.dumps({"format": FORMAT} | {key: metadata[key] for key in _KEYS})
-    temporary = f"{path}.incomplete"
+    temporary = epath.Path(f"{path}.incomplete")
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
-    save_file(arrays, temporary, metadata={"dualpath_jax": text})
-    os.replace(temporary, path)
+    with cloud.reaching(path):
+        temporary.write_bytes(save(arrays, metadata={"dualpath_jax": text}))
+        temporary.replace(path)
 
 
 def read_adapter(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(leaves by path, metadata) of a file of `write_adapter`; ValueError if it is none."""
     try:
-        with safe_open(path, "numpy") as file:
+        with _local(path) as local, safe_open(local, "numpy") as file:
             metadata = json.loads((file.metadata() or {}).get("dualpath_jax", "null"))
             leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
@@ -54,6 +60,18 @@ def read_adapter(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             "scripts/export_adapter.py writes them"
         )
     return leaves, metadata
+
+
+@contextlib.contextmanager
+def _local(path: str) -> Iterator[str]:
+    """The file itself, or a copy of one in Cloud Storage."""
+    if not path.startswith("gs://"):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder, cloud.reaching(path):
+        local = pathlib.Path(folder) / "adapter.safetensors"
+        local.write_bytes(epath.Path(path).read_bytes())
+        yield str(local)
 
 
 def start_from(run: run_lib.Run, path: str) -> None:

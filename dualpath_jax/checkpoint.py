@@ -88,7 +88,8 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, keep: int = 3, read_only: bool = False):
-        self._workdir = epath.Path(workdir).absolute()
+        path = epath.Path(workdir)
+        self._workdir = path if path.is_absolute() else path.absolute()  # gs:// is absolute
         self.directory = self._workdir / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             create=not read_only,

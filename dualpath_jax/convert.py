@@ -28,12 +28,12 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
+from dualpath_jax import cloud
 from dualpath_jax.models import backbones
 from dualpath_jax.weight_files import (
     CONVERTED_KEY,
     PUBLISHED_SHA256,
     read_checkpoint,
-    sha256_of,
     some,
 )
 
@@ -92,14 +92,14 @@ def _config(
 
 
 @contextlib.contextmanager
-def _replacing(out: pathlib.Path) -> Iterator[pathlib.Path]:
+def _replacing(out: epath.Path) -> Iterator[epath.Path]:
     """A temporary file beside `out` that replaces it on success, and disappears on failure."""
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         if out.is_dir():
             raise IsADirectoryError(None, "it is a directory")
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
+        temporary.write_bytes(b"")
     except OSError as error:
         raise OSError(f"cannot write {out}: {error.strerror}") from None
     try:
@@ -125,7 +125,7 @@ def convert_clip(
 
     Args:
       checkpoint: local file.
-      out: local file to write, replaced at once when complete.
+      out: file to write, local or gs://, replaced at once when complete.
       trust: open a TorchScript archive that is none of OpenAI's published ones.
       activation: "quick_gelu" or "gelu", over what the checkpoint or the config beside it says.
       heads: attention heads, likewise; the default is one per 64 of width (of a Swin, what its
@@ -140,25 +140,24 @@ def convert_clip(
       ValueError: no layout that is known, or the activation is unknown.
       OSError: `checkpoint` cannot be read or `out` cannot be written.
     """
-    checkpoint, out = pathlib.Path(checkpoint), pathlib.Path(out)
+    checkpoint, out = pathlib.Path(checkpoint), epath.Path(out)
     if not checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint file at {checkpoint}")
-    if out.exists() and out.samefile(checkpoint):
+    if os.path.exists(out) and os.path.samefile(out, checkpoint):
         raise ValueError(f"{out} is the checkpoint itself: write to another file")
     flags = {"activation": activation, "heads": heads}
     flags = {key: value for key, value in flags.items() if value is not None}
-    with _replacing(out) as temporary:
+    with cloud.reaching(out), _replacing(out) as temporary:
         arrays, meta = _convert(checkpoint, trust, flags)
-        safetensors.numpy.save_file(
-            arrays, temporary, {CONVERTED_KEY: json.dumps(meta, sort_keys=True)}
-        )
+        data = safetensors.numpy.save(arrays, {CONVERTED_KEY: json.dumps(meta, sort_keys=True)})
+        temporary.write_bytes(data)
     return {
         **meta,
         "config": _stored_config(meta),
         "parameters": sum(array.size for array in arrays.values()),
         "published": PUBLISHED_SHA256.get(meta["source_sha256"]),
         "out": str(out),
-        "sha256": sha256_of(out),
+        "sha256": hashlib.sha256(data).hexdigest(),
     }
 
 
@@ -228,7 +227,9 @@ def load_backbone(
 def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Any, str]:
     """Arrays, metadata and SHA-256 of a backbone file."""
     remedy = f"`python scripts/convert_clip.py --checkpoint=FILE --out={path}`"
-    if not epath.Path(path).is_file():
+    with cloud.reaching(path):
+        there = epath.Path(path).is_file()
+    if not there:
         raise FileNotFoundError(f"no backbone at {path}: make it from a checkpoint by {remedy}")
     data = epath.Path(path).read_bytes()
     if data[8:9] != b"{":

@@ -6,6 +6,8 @@ Public: `ensure_demo`.
 import pathlib
 from typing import Any
 
+from etils import epath
+
 from dualpath_jax import convert
 from dualpath_jax.data import datasets, demo, prepare
 
@@ -15,11 +17,16 @@ BACKBONE = pathlib.Path(__file__).parent / "assets" / "demo_backbone.safetensors
 
 def ensure_demo(config: Any) -> None:
     """Render, prepare and convert what `config` needs and is not there yet."""
-    raw = pathlib.Path(config.data.dir) / "raw"
-    if not (pathlib.Path(config.data.dir) / "dataset_info.json").exists():
+    if not (epath.Path(config.data.dir) / "dataset_info.json").exists():
+        if "://" in config.data.dir:
+            raise ValueError(
+                f"no prepared demo in config.data.dir={config.data.dir}: it is rendered into a "
+                "local folder; do that and copy it with gcloud storage rsync --recursive"
+            )
+        raw = pathlib.Path(config.data.dir) / "raw"
         demo.render_demo(raw)
         videos, labels = str(raw / "videos"), str(raw / "labels")
         listing = datasets.list_videos("ssv2", videos, labels, validation_fraction=0)
         prepare.prepare(listing, videos, config.data.dir)
-    if not pathlib.Path(config.backbone.checkpoint).exists():
+    if not epath.Path(config.backbone.checkpoint).exists():
         convert.convert_clip(BACKBONE, config.backbone.checkpoint)

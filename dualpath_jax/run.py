@@ -20,7 +20,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 import dualpath_jax
-from dualpath_jax import convert
+from dualpath_jax import cloud, convert
 from dualpath_jax import params as params_lib
 from dualpath_jax.data import clips, hmdb51, pipeline, synthetic
 from dualpath_jax.data.records import VideoDataset
@@ -73,11 +73,13 @@ class Run:
 
 def check_workdir(workdir: str) -> None:
     """Make the workdir; OSError with the remedy when it cannot be written."""
+    cloud.check_installed(workdir, "--workdir")
     path = epath.Path(workdir)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ".writable").write_text("")
-        (path / ".writable").unlink()
+        with cloud.reaching(workdir):
+            path.mkdir(parents=True, exist_ok=True)
+            (path / ".writable").write_text("")
+            (path / ".writable").unlink()
     except OSError as error:
         raise OSError(
             f"cannot write to --workdir={workdir}: {error}; choose another folder"
@@ -124,19 +126,24 @@ def check_inputs(config: Any) -> None:
             "--config.backbone.checkpoint=FILE, the --out of scripts/convert_clip.py"
         )
     missing, commands = [], []
-    if not (epath.Path(data_dir) / "dataset_info.json").exists():
+    if not _exists(f"{data_dir}/dataset_info.json"):
         missing.append(f"prepared data in {data_dir}")
         commands.append(
             f"python scripts/prepare_dataset.py --dataset={config.data.source} --videos=VIDEOS "
             f"--annotations=ANNOTATIONS --out={data_dir}"
         )
-    if not epath.Path(weights).exists():
+    if not _exists(weights):
         missing.append(f"converted {config.backbone.name} weights in {weights}")
         commands.append(f"python scripts/convert_clip.py --checkpoint=FILE --out={weights}")
     if missing:
         raise FileNotFoundError(
             f"no {' and no '.join(missing)}. Run first:\n  " + "\n  ".join(commands)
         )
+
+
+def _exists(path: str) -> bool:
+    with cloud.reaching(path):
+        return epath.Path(path).exists()
 
 
 def open_data(config: Any) -> tuple[VideoDataset, VideoDataset]:

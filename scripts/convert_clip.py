@@ -21,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="checkpoint, a local file")
-    parser.add_argument("--out", required=True, help="safetensors file to write")
+    parser.add_argument("--out", required=True, help="safetensors file to write, local or gs://")
     parser.add_argument(
         "--trust",
         action="store_true",

@@ -14,11 +14,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 def export(workdir: str, out: str, which: str) -> str:
     """Write the file; returns what to print."""
     import numpy as np
+    from etils import epath
 
     from dualpath_jax import adapter_file
     from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint
 
-    if not os.path.isdir(os.path.join(workdir, "checkpoints")):
+    if not (epath.Path(workdir) / "checkpoints").is_dir():
         raise ValueError(f"no checkpoints in --workdir={workdir}")
     checkpoints = Checkpoints(workdir, read_only=True)  # the run may be going on
     step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
@@ -37,16 +38,17 @@ def export(workdir: str, out: str, which: str) -> str:
     }
     adapter_file.write_adapter(out, trained, metadata | {"step": step})
     count = sum(leaf.size for leaf in trained.values())
+    size = epath.Path(out).stat().length
     return (
         f"wrote {out}: {count:,} parameters of {metadata['method']} on {metadata['backbone_name']} "
-        f"at step {step}, {len(metadata['class_names'])} classes, {os.path.getsize(out):,} bytes"
+        f"at step {step}, {len(metadata['class_names'])} classes, {size:,} bytes"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workdir", required=True, help="of the run")
-    parser.add_argument("--out", required=True, help="file to write, .safetensors")
+    parser.add_argument("--workdir", required=True, help="of the run, local or gs://")
+    parser.add_argument("--out", required=True, help="file to write, .safetensors; local or gs://")
     parser.add_argument(
         "--checkpoint", choices=["latest", "best"], default="latest", help="best: by top-1"
     )

@@ -279,7 +279,7 @@ def test_names_shapes_and_metadata(small_file, small_backbone):
         "container": "safetensors",
         "layout": "openai",
         "source": "clip.safetensors",
-        "source_sha256": convert.sha256_of(small_file),
+        "source_sha256": weight_files.sha256_of(small_file),
     }
 
 
@@ -323,7 +323,7 @@ def test_torchscript_is_opened_only_with_trust(archive, small_backbone, tmp_path
 
 
 def test_published_torchscript_is_opened(archive, tmp_path, monkeypatch):
-    monkeypatch.setitem(convert.PUBLISHED_SHA256, convert.sha256_of(archive), "ViT-Z/8")
+    monkeypatch.setitem(convert.PUBLISHED_SHA256, weight_files.sha256_of(archive), "ViT-Z/8")
     info = convert.convert_clip(archive, tmp_path / "out")
     assert info["published"] == "ViT-Z/8"
 
@@ -372,7 +372,7 @@ def test_same_source_gives_same_bytes(small_file, small_backbone, tmp_path):
     for name in ("a", "b"):
         info = convert.convert_clip(small_file, tmp_path / name)
         assert (tmp_path / name).read_bytes() == small_backbone.read_bytes()
-        assert info["sha256"] == convert.sha256_of(small_backbone)
+        assert info["sha256"] == weight_files.sha256_of(small_backbone)
 
 
 # ---------------------------------------------------------------- what the weights do not say
@@ -575,8 +575,8 @@ def test_load_gives_the_tree_of_the_vit(small_file, small_backbone):
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, tree)
     assert info == convert.BackboneInfo(
         name="custom",
-        sha256=convert.sha256_of(small_backbone),
-        source_sha256=convert.sha256_of(small_file),
+        sha256=weight_files.sha256_of(small_backbone),
+        source_sha256=weight_files.sha256_of(small_file),
         source="clip.safetensors",
     )
 
@@ -661,7 +661,7 @@ def test_script_converts_and_reports(small_file, small_backbone, tmp_path):
     assert out.read_bytes() == small_backbone.read_bytes()  # from another process
     for text in ("openai names in a safetensors file", "custom: width 128, depth 3", "628,352"):
         assert text in result.stdout
-    assert convert.sha256_of(small_file) in result.stdout
+    assert weight_files.sha256_of(small_file) in result.stdout
 
 
 def test_script_reports_errors_in_a_line(tmp_path):

@@ -146,7 +146,10 @@ def _cut(listing: Listing, videos_per_shard: int) -> list[_Shard]:
 def _claimed(out_dir: str) -> Iterator[None]:
     """OUT exists, is writable, and no other process works on it."""
     if "://" in out_dir:
-        raise ValueError(f"--out is {out_dir!r}; write to a local folder and copy it afterwards")
+        raise ValueError(
+            f"--out={out_dir} is no local folder: prepare into one, --out=DIR, then copy it: "
+            f"gcloud storage rsync --recursive --exclude='^prepare/' DIR {out_dir}"
+        )
     state = os.path.join(out_dir, "prepare")
     try:
         os.makedirs(state, exist_ok=True)

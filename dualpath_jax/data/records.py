@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
 
 from dualpath_jax.data.annotations import SHARED
 
@@ -88,11 +89,12 @@ class VideoDataset:
       class_names: list of str, one per class.
 
     Args:
-      data_dir: what `scripts/prepare_dataset.py` wrote.
+      data_dir: what `scripts/prepare_dataset.py` wrote, local or gs://.
       split: "train", "validation" or "test"; of HMDB51 "train1", "test1", "train2", ...
 
     Raises:
       FileNotFoundError: nothing (finished) in `data_dir`.
+      OSError: Cloud Storage does not give it.
       ValueError: there is no such split, or it holds no videos.
     """
 
@@ -113,8 +115,7 @@ class VideoDataset:
         self.fps = table["fps"]
         self.heights = table["height"]
         self.widths = table["width"]
-        with open(os.path.join(data_dir, "class_names.json"), encoding="utf-8") as file:
-            self.class_names = json.load(file)
+        self.class_names = json.loads((epath.Path(data_dir) / "class_names.json").read_text())
         frames = _split_shards(os.path.join(data_dir, "frames"))
         stored_in = split if split in frames else SHARED
         lengths = frames[stored_in]
@@ -141,6 +142,7 @@ class VideoDataset:
         Raises:
           IndexError: a frame that the video does not have.
           UnreadableVideo: the file is damaged; checksums tell.
+          OSError: Cloud Storage does not give it.
         """
         frames = np.asarray(frame_indices, np.int64)
         count = self.num_frames[video_index]
@@ -154,6 +156,7 @@ class VideoDataset:
         try:
             return self._reader(shard).read((first - start + frames).tolist())
         except RuntimeError as error:
+            _check_reached(self._shard_paths[shard], error)
             raise UnreadableVideo(
                 f"video {self.ids[video_index]!r} in {self._shard_paths[shard]}: {error}"
             ) from None
@@ -365,19 +368,28 @@ def _write_metadata(
 
 def _split_shards(data_dir: str) -> dict[str, list[int]]:
     """Records per shard of each split, by a TFDS directory's dataset_info.json."""
-    path = os.path.join(data_dir, "dataset_info.json")
-    if not os.path.isfile(path):
+    path = epath.Path(data_dir) / "dataset_info.json"
+    if not path.exists():
         raise FileNotFoundError(
             f"no prepared videos in {data_dir} (there is no {path}). Prepare them with: "
             "python scripts/prepare_dataset.py --dataset=... --videos=... --out=" + data_dir
         )
-    with open(path, encoding="utf-8") as file:
-        splits = json.load(file)["splits"]
+    splits = json.loads(path.read_text())["splits"]
     return {split["name"]: [int(n) for n in split["shardLengths"]] for split in splits}
 
 
 def _read_rows(path: str) -> dict[str, np.ndarray]:
     """The columns of a video table: bytes, int64 or float32 [n]."""
-    reader = ArrayRecordReader(path)
-    columns = tf.io.parse_example(tf.constant(reader.read_all()), _ROW_FEATURES)
+    try:
+        rows = ArrayRecordReader(path).read_all()
+    except RuntimeError as error:
+        _check_reached(path, error)
+        raise
+    columns = tf.io.parse_example(tf.constant(rows), _ROW_FEATURES)
     return {name: column.numpy() for name, column in columns.items()}
+
+
+def _check_reached(path: str, error: RuntimeError) -> None:
+    """OSError if array_record's `error` is of the way to Cloud Storage and not of the records."""
+    if path.startswith("gs://") and f"reading {path}" in str(error):
+        raise OSError(f"cannot read from Cloud Storage: {error}") from None
