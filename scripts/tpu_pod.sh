@@ -4,8 +4,7 @@ usage='scripts/tpu_pod.sh create|setup|run|status|stop|delete --name=NAME --zone
 
   create   the slice: --accelerator=v5litepod-16, --version=SOFTWARE, --spot, --queued
   setup    on every host: copy this folder, install; --repository=URL clones that instead;
-           --data=gs://FOLDER --data_to=FOLDER copies prepared data to each host, into that
-           folder of the copy
+           --data=gs://FOLDER --data_to=data/NAME copies prepared data there
   run      on every host: python -m dualpath_jax.main ARGUMENTS, again after status 75; goes on
            when this command has ended, its output is in dualpath_jax/run.log there
   status   state of the slice, and the end of run.log of each host
@@ -19,7 +18,7 @@ usage='scripts/tpu_pod.sh create|setup|run|status|stop|delete --name=NAME --zone
 set -euo pipefail
 
 name=${POD_NAME:-} zone=${POD_ZONE:-} project=${POD_PROJECT:-}
-accelerator=${POD_ACCELERATOR:-v5litepod-16} queued=${POD_QUEUED:-}
+accelerator=${POD_ACCELERATOR:-} queued=${POD_QUEUED:-}
 version='' spot='' repository='' data='' data_to='' python=python3.11 dry_run=''
 root=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -55,7 +54,7 @@ check() {
     [[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] ||
         fail "--zone=$zone must be a zone such as us-west4-a; gcloud compute tpus locations list" \
             "shows those with TPUs"
-    [[ $accelerator =~ ^(v2|v3|v4|v5litepod|v5p|v6e)-[1-9][0-9]*$ ]] ||
+    [[ $verb != create || $accelerator =~ ^(v2|v3|v4|v5litepod|v5p|v6e)-[1-9][0-9]*$ ]] ||
         fail "--accelerator=$accelerator must be a type and a number, such as v4-16," \
             "v5litepod-16, v5p-16 or v6e-16; gcloud compute tpus accelerator-types list" \
             "--zone=$zone shows what there is"
@@ -116,13 +115,13 @@ run() {
     local command
     command="nohup setsid flock run.lock scripts/rerun.sh .venv/bin/python -m dualpath_jax.main $(quoted "$@")"
     # shellcheck disable=SC2016 # the host's name and process
-    on_hosts 'cd dualpath_jax && if ! flock -n run.lock true; then echo "a run is going on on $(hostname): stop it first" >&2; exit 1; fi; '"$command"' >> run.log 2>&1 < /dev/null & echo $! > run.pid'
+    on_hosts 'cd dualpath_jax || exit; if ! flock -n run.lock true; then echo "a run is going on on $(hostname): stop it first" >&2; exit 1; fi; '"$command"' >> run.log 2>&1 < /dev/null & echo $! > run.pid'
 }
 
 status() {
     step gcloud compute tpus "$resource" describe "$name" "${place[@]}" '--format=value(state)'
     # shellcheck disable=SC2016
-    on_hosts 'cd dualpath_jax && if flock -n run.lock true; then echo "$(hostname): no run"; else echo "$(hostname): a run is going on"; fi; tail -n 3 run.log'
+    on_hosts 'cd dualpath_jax || exit; if flock -n run.lock true; then echo "$(hostname): no run"; else echo "$(hostname): a run is going on"; fi; tail -n 3 run.log'
 }
 
 stop() {

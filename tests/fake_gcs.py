@@ -113,7 +113,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.body = self._read_body()
         path = url.path.removeprefix("/upload").removeprefix("/storage/v1")
         with gcs.lock:
-            if match := re.fullmatch(r"/b/([^/]+)/o/([^/]+)/rewriteTo/b/([^/]+)/o/([^/]+)", path):
+            if self.headers["Host"] == "storage.googleapis.com":
+                self._send_object(urllib.parse.unquote(path[1:]))
+            elif match := re.fullmatch(r"/b/([^/]+)/o/([^/]+)/rewriteTo/b/([^/]+)/o/([^/]+)", path):
                 b, name, to_b, to_name = map(urllib.parse.unquote, match.groups())
                 self._rewrite(f"{b}/{name}", f"{to_b}/{to_name}")
             elif match := re.fullmatch(r"/b/([^/]+)/o/([^/]+)", path):
@@ -122,10 +124,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._list_or_upload(match[1])
             elif match := re.fullmatch(r"/b/([^/]+)", path):
                 self._json({"kind": "storage#bucket", "name": match[1]})
+            elif match := re.fullmatch(r"/b/([^/]+)/storageLayout", path):
+                self._json({"kind": "storage#storageLayout", "bucket": match[1]})
             elif match := re.fullmatch(r"/session/(.*)", path):
                 self._upload_part(urllib.parse.unquote(match[1]))
-            else:  # storage.googleapis.com/BUCKET/OBJECT
-                self._send_object(urllib.parse.unquote(path[1:]))
+            else:
+                self._json({"error": {"code": 501, "message": "not in the stand-in"}}, 501)
 
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":

@@ -18,7 +18,7 @@ SSH = "gcloud compute tpus tpu-vm ssh my-pod --zone=us-west4-a --worker=all"
 APT = "sudo apt-get -o DPkg::Lock::Timeout=600"
 ARGUMENTS = ["--config=configs/ssv2_vitb.py", "--workdir=gs://b/my run", "--config.x=it's $HOME"]
 HOST_COMMAND = (
-    "cd dualpath_jax && if ! flock -n run.lock true; then "
+    "cd dualpath_jax || exit; if ! flock -n run.lock true; then "
     'echo "a run is going on on $(hostname): stop it first" >&2; exit 1; fi; '
     "nohup setsid flock run.lock scripts/rerun.sh .venv/bin/python -m dualpath_jax.main "
     "--config=configs/ssv2_vitb.py '--workdir=gs://b/my run' '--config.x=it'\\''s $HOME' "
@@ -139,7 +139,9 @@ def test_the_other_verbs(pod):
     assert line == f"{SSH} '--command=cd dualpath_jax && kill -TERM -- \"-$(cat run.pid)\"'"
     state, hosts = printed(pod, "status", *PLACE, "--dry_run")
     assert state == f"gcloud compute tpus tpu-vm describe {place} '--format=value(state)'"
-    assert hosts.startswith(f"{SSH} '--command=cd dualpath_jax && if flock -n run.lock true; then")
+    assert hosts.startswith(
+        f"{SSH} '--command=cd dualpath_jax || exit; if flock -n run.lock true; then"
+    )
     assert hosts.endswith("; tail -n 3 run.log'")
 
 
@@ -162,8 +164,8 @@ def test_a_failing_gcloud_ends_setup_with_its_status(pod):
     result = pod("setup", *PLACE, "--repository=https://h/a.git", STATUS="7")
     assert result.returncode == 7
     assert len(pod.calls()) == 1  # nothing after what failed
-    assert pod("create", *PLACE, STATUS="3").returncode == 3
-    assert pod("create", *PLACE, STATUS="0").returncode == 0
+    assert pod("delete", *PLACE, STATUS="3").returncode == 3
+    assert pod("delete", *PLACE, STATUS="0").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -175,12 +177,16 @@ def test_a_failing_gcloud_ends_setup_with_its_status(pod):
         (["create", "--name=My_Pod", "--zone=us-west4-a"], "--name=My_Pod must be"),
         (["create", "--name=a"], "--zone= must be a zone such as us-west4-a"),
         (
+            ["create", *PLACE],
+            "--accelerator= must be a type and a number, such as v4-16",
+        ),
+        (
             ["create", *PLACE, "--accelerator=h100"],
             "--accelerator=h100 must be a type and a number",
         ),
         (["create", *PLACE, "--accelerator=v5litepod"], "v5litepod-16, v5p-16 or v6e-16"),
         (["create", *PLACE, "--cheap"], "unknown option '--cheap' of create"),
-        (["create", *PLACE, "--", "--config=a"], "only run takes arguments behind --, create got"),
+        (["stop", *PLACE, "--", "--config=a"], "only run takes arguments behind --, stop got"),
         (["setup", *PLACE, "--data=/d", "--data_to=d"], "--data=/d must be a folder in Cloud"),
         (["setup", *PLACE, "--data=gs://b/d"], "--data=gs://b/d needs --data_to=FOLDER"),
         (["setup", *PLACE, "--data_to=d"], "--data_to=d needs --data=gs://BUCKET/FOLDER"),
@@ -201,7 +207,7 @@ def test_without_gcloud(tmp_path):
     for tool in ("bash", "env", "dirname", "sed"):
         (tmp_path / tool).symlink_to(shutil.which(tool))
     result = subprocess.run(
-        [ROOT / "scripts" / "tpu_pod.sh", "create", *PLACE],
+        [ROOT / "scripts" / "tpu_pod.sh", "delete", *PLACE],
         env={"PATH": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -258,6 +264,15 @@ def test_run_status_and_stop_on_a_host(pod, host):
     assert pod("stop", *PLACE, **environment).returncode == 0
     wait_for(lambda: "no run\n" in pod("status", *PLACE, **environment).stdout)
     assert log.read_text().endswith("saved\nended with status 75\n")
+
+
+def test_run_on_a_host_without_setup(pod, tmp_path):
+    home = tmp_path / "empty"
+    home.mkdir()
+    result = pod("run", *PLACE, "--", *ARGUMENTS, POD_HOME=str(home))
+    assert result.returncode == 1
+    assert "dualpath_jax: No such file" in result.stderr
+    assert not list(home.iterdir())
 
 
 @pytest.mark.parametrize(("statuses", "count"), [("75 75 0", 3), ("75 2", 2), ("1", 1), ("0", 1)])

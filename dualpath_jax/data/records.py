@@ -94,7 +94,7 @@ class VideoDataset:
 
     Raises:
       FileNotFoundError: nothing (finished) in `data_dir`.
-      OSError: Cloud Storage does not give it.
+      OSError: the table of videos cannot be read.
       ValueError: there is no such split, or it holds no videos.
     """
 
@@ -383,13 +383,12 @@ def _read_rows(path: str) -> dict[str, np.ndarray]:
     try:
         rows = ArrayRecordReader(path).read_all()
     except RuntimeError as error:
-        _check_reached(path, error)
-        raise
+        raise OSError(f"cannot read the table of videos {path}: {error}") from None
     columns = tf.io.parse_example(tf.constant(rows), _ROW_FEATURES)
     return {name: column.numpy() for name, column in columns.items()}
 
 
 def _check_reached(path: str, error: RuntimeError) -> None:
     """OSError if array_record's `error` is of the way to Cloud Storage and not of the records."""
-    if path.startswith("gs://") and f"reading {path}" in str(error):
+    if path.startswith("gs://") and path in str(error):
         raise OSError(f"cannot read from Cloud Storage: {error}") from None
