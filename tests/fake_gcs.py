@@ -78,9 +78,10 @@ class FakeGcs:
 
 def _make_certificate(certificate, key) -> None:
     names = "DNS:www.googleapis.com,DNS:storage.googleapis.com"
-    command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 1 -keyout {key} -out {certificate}"
-    extra = ["-subj", "/CN=fake", "-addext", f"subjectAltName={names}"]
-    subprocess.run([*command.split(), *extra], check=True, capture_output=True)
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1"
+    names = ["-subj", "/CN=fake", "-addext", f"subjectAltName={names}"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

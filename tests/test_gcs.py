@@ -126,7 +126,7 @@ def small_config(root):
     config.log_every_steps = 1
     config.num_train_steps = 4
     config.eval.every_epochs = 4  # two steps
-    config.checkpoint.every_steps = 1
+    config.checkpoint.every_steps = 2
     config.checkpoint.keep = 1
     return config
 
