@@ -164,6 +164,7 @@ def test_a_run_in_gs_is_the_run_on_disk(gcs, tmp_path, capsys):
     assert [entry["step"] for entry in learnt(metrics)] == [1, 2, 2, 3, 4]
     events = [data for name, data in gcs.objects.items() if "events.out.tfevents" in name]
     assert b"train/loss" in b"".join(events)
+    assert not os.path.exists("gs:")  # a local folder of that name
     assert steps(gcs) == steps_on_disk(tmp_path / "run") == {2, 4}  # the best and the newest
 
     # The newest one is damaged: set aside, the one before goes on, to the same end.
