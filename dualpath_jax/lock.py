@@ -39,7 +39,13 @@ def claimed(folder: str, option: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_at_a_time(folder: str) -> Iterator[None]:
-    """Hold `folder` (local, made if it is not there) as soon as nobody else does: waits."""
+    """Hold `folder`, made if it is not there, as soon as nobody else does: waits.
+
+    On storage without files ("gs://...") nothing is held.
+    """
+    if "://" in folder:
+        yield
+        return
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, ".lock"), "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

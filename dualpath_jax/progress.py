@@ -18,6 +18,8 @@ from absl import logging
 from clu import metric_writers
 from etils import epath
 
+from dualpath_jax import cloud
+
 # Keys of metrics.jsonl that tell of the process and not of learning.
 OF_THE_PROCESS = ("clips_per_second", "data_wait", "broken_videos")
 
@@ -138,8 +140,9 @@ def write_whole(path: epath.Path, text: str) -> None:
     """A text file that is there whole or not at all; OSError with the remedy."""
     temporary = path.with_suffix(".tmp")
     try:
-        temporary.write_text(text)
-        temporary.replace(path)
+        with cloud.reaching(os.fspath(path)):
+            temporary.write_text(text)
+            temporary.replace(path)
     except OSError as error:
         remedy = "make room there, or see to it that it can be written, and run the same command"
         raise OSError(f"cannot write {path}: {error}; {remedy} again") from None
@@ -148,7 +151,7 @@ def write_whole(path: epath.Path, text: str) -> None:
 def _append(path: epath.Path, text: str) -> None:
     """Add `text` to a file, all of it or nothing."""
     if "://" in os.fspath(path):
-        with path.open("a") as file:
+        with cloud.reaching(os.fspath(path)), path.open("a") as file:
             file.write(text)
         return
     content = text.encode()
