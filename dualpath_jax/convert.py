@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import pathlib
 import typing
@@ -54,7 +53,7 @@ _FIELDS: dict[Any, Callable[[Any], bool]] = {
     bool: lambda value: isinstance(value, bool),
     int: lambda value: type(value) is int and 0 < value <= 2**20,
     int | None: lambda value: value is None or _FIELDS[int](value),
-    float: lambda value: type(value) in (int, float) and math.isfinite(value),
+    float: lambda value: isinstance(value, float) and 0 <= value < 1,  # eps
     tuple[int, ...]: lambda value: (
         isinstance(value, list | tuple) and all(map(_FIELDS[int], value))
     ),

@@ -1,6 +1,7 @@
 """What a clip is, and how its stored records become the model's inputs. TensorFlow ops.
 
-Public: `ClipFormat`, `clip_format`, `make_element`, `decode_clips`, `undecodable`.
+Public: `ClipFormat`, `clip_format`, `make_element`, `decode_clips`, `undecodable`,
+`DECODE_ERRORS`.
 
 An element is what the pipeline's generators yield for one clip: its raw records, what was drawn for
 it, and its label. A clip is cut, warped (RandAugment's geometry), scaled, mirrored and erased, then
@@ -17,6 +18,10 @@ import tensorflow as tf
 from dualpath_jax.data import augment, jpeg_frames, randaugment, sampling
 from dualpath_jax.data.framesets import FramesetShape, tile_framesets
 from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
+
+# What TensorFlow raises for a record that it cannot decode: the second where its message quotes the
+# record's bytes, and Python cannot make text of them.
+DECODE_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +221,6 @@ def undecodable(element: dict[str, Any], clip: ClipFormat, data: Any) -> str:
     """Why the records of an element cannot be made into a clip; "" if they can."""
     try:
         _assemble({k: tf.convert_to_tensor(v) for k, v in element.items()}, clip, _fill(data))
-    except tf.errors.OpError as problem:
-        return problem.message
+    except DECODE_ERRORS as problem:
+        return str(problem)
     return ""

@@ -24,11 +24,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from dualpath_jax.data import augment, order, randaugment, sampling
 from dualpath_jax.data.broken import BrokenVideos
 from dualpath_jax.data.clips import (
+    DECODE_ERRORS,
     ClipFormat,
     clip_format,
     decode_clips,
@@ -183,7 +183,7 @@ def train_batches(
                 for batch in stream.prefetch(data.prefetch).as_numpy_iterator():
                     yield batch
                     step += 1
-            except tf.errors.OpError:
+            except DECODE_ERRORS:
                 if problems:
                     raise problems[0] from None
                 # A clip of this step was read and cannot be decoded: without it, from here again.
@@ -236,7 +236,7 @@ def eval_batches(
             for batch in stream.prefetch(data.prefetch).as_numpy_iterator():
                 yield batch
                 count += 1
-        except tf.errors.OpError:
+        except DECODE_ERRORS:
             if problems:
                 raise problems[0] from None
             size = views * (rows.stop - rows.start)

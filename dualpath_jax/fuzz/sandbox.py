@@ -5,6 +5,7 @@ Runs in a process of its own, which may crash, hang or be killed; `harness` star
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import random
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 ACCEPTED, REFUSED, FINDING = "accepted", "refused", "finding"
 NAMED_ERRORS = (ValueError, OSError)  # what main.user_errors and the scripts show in one line
+_BARE_ERRORS = (UnicodeError, json.JSONDecodeError)  # ValueErrors that name no file
 _CODE_RUNS = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
 _CHANGES = (
     "os.link",
@@ -94,9 +96,9 @@ def outcome_of(read: Callable[[], None]) -> Outcome:
     """Accepted, refused with one of `NAMED_ERRORS`, or what else was raised."""
     try:
         read()
-    except NAMED_ERRORS as error:
-        return Outcome(REFUSED, f"{type(error).__name__}: {error}"[:500])
-    except BaseException:  # also MemoryError and SystemExit: no reader may raise them
+    except BaseException as error:  # also MemoryError and SystemExit: no reader may raise them
+        if isinstance(error, NAMED_ERRORS) and not isinstance(error, _BARE_ERRORS):
+            return Outcome(REFUSED, f"{type(error).__name__}: {error}"[:500])
         return Outcome(FINDING, traceback.format_exc()[-4000:])
     return Outcome(ACCEPTED)
 
