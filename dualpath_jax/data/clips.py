@@ -1,7 +1,6 @@
 """What a clip is, and how its stored records become the model's inputs. TensorFlow ops.
 
-Public: `ClipFormat`, `clip_format`, `make_element`, `decode_clips`, `undecodable`,
-`DECODE_ERRORS`.
+Public: `ClipFormat`, `clip_format`, `make_element`, `decode_clips`, `undecodable`.
 
 An element is what the pipeline's generators yield for one clip: its raw records, what was drawn for
 it, and its label. A clip is cut, warped (RandAugment's geometry), scaled, mirrored and erased, then
@@ -18,10 +17,7 @@ import tensorflow as tf
 from dualpath_jax.data import augment, jpeg_frames, randaugment, sampling
 from dualpath_jax.data.framesets import FramesetShape, tile_framesets
 from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
-
-# What TensorFlow raises for a record that it cannot decode: the second where its message quotes the
-# record's bytes, and Python cannot make text of them.
-DECODE_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
+from dualpath_jax.data.tables import DECODE_ERRORS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,6 @@ import numpy as np
 from dualpath_jax.data import augment, order, randaugment, sampling
 from dualpath_jax.data.broken import BrokenVideos
 from dualpath_jax.data.clips import (
-    DECODE_ERRORS,
     ClipFormat,
     clip_format,
     decode_clips,
@@ -36,6 +35,7 @@ from dualpath_jax.data.clips import (
     undecodable,
 )
 from dualpath_jax.data.records import UnreadableVideo, VideoDataset
+from dualpath_jax.data.tables import DECODE_ERRORS
 
 Batch = dict[str, np.ndarray]
 

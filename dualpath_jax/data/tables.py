@@ -1,4 +1,6 @@
-"""What prepared videos say of themselves, checked: `read_splits`, `read_class_names`, `read_table`.
+"""What prepared videos say of themselves, checked.
+
+Public: `read_splits`, `read_class_names`, `read_table`, `DECODE_ERRORS`.
 
 Prepared data may come from others, or from a disk that fails. What is read here is relied on
 afterwards without another look. Everything raises ValueError for what cannot be so.
@@ -16,6 +18,9 @@ from dualpath_jax.untrusted import read_json, shown
 _REMEDY = "check the disk and prepare the data set again with another --out"
 _MAX_SIDE = 65_500  # pixels, of a JPEG
 _MAX_RECORDS = 2**40  # of a shard; so that sums stay within an int64
+# What TensorFlow raises for a record that it cannot decode: the second where its message quotes the
+# record's bytes, and Python cannot make text of them.
+DECODE_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
 _FEATURES = {
     "id": tf.io.FixedLenFeature((), tf.string),
     "label": tf.io.FixedLenFeature((), tf.int64),
@@ -83,7 +88,7 @@ def read_table(path: str, num_videos: int, num_classes: int, shards: list[int]) 
     try:
         rows = ArrayRecordReader(path).read_all()
         columns = tf.io.parse_example(tf.constant(rows, tf.string), _FEATURES)
-    except (RuntimeError, tf.errors.OpError) as error:
+    except (RuntimeError, *DECODE_ERRORS) as error:
         raise ValueError(f"{path} is damaged: {str(error)[:300]}; {_REMEDY}") from None
     table = {name: column.numpy() for name, column in columns.items()}
     if len(rows) != num_videos:

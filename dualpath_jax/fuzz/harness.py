@@ -1,4 +1,6 @@
-"""Runs damaged files through the readers and counts what became of them: `fuzz`, `Row`, `table`.
+"""Runs damaged files through the readers and counts what became of them.
+
+Public: `fuzz_target`, `Row`, `divide`, `table`.
 
 Each target reads in a process of its own. One that crashes or hangs is a finding like any other:
 the next case goes to a new process.
@@ -24,7 +26,7 @@ from dualpath_jax.fuzz.sandbox import (
     write_case,
 )
 
-_START_SECONDS = 300.0  # for a process to import everything and read the seeds
+_START_SECONDS = 600.0  # for a process to import everything and read the seeds
 
 
 @dataclasses.dataclass
@@ -77,7 +79,8 @@ class _Reader:
         return self._receive(self._seconds)
 
     def stop(self) -> None:
-        self._connection.close()
+        self._connection.close()  # which ends it, if it is well
+        self._process.join(10)
         self._process.kill()
         self._process.join()
 

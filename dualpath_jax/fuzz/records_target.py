@@ -14,6 +14,7 @@ from PIL import Image
 from configs import base
 from dualpath_jax.data import augment, clips, records, sampling
 from dualpath_jax.data.records import VideoDataset, VideoRow
+from dualpath_jax.data.tables import DECODE_ERRORS
 from dualpath_jax.fuzz.mutate import mutate_bytes, mutate_json
 from dualpath_jax.fuzz.sandbox import Case, Target
 
@@ -96,7 +97,7 @@ class Records(Target):
         try:
             for decoded in self._stream.as_numpy_iterator():
                 dataset.class_names[decoded["label"]].encode("utf-8", "surrogateescape")
-        except clips.DECODE_ERRORS as problem:  # as `pipeline.eval_batches` deals with it
+        except DECODE_ERRORS as problem:  # as `pipeline.eval_batches` deals with it
             if self._problems:
                 raise self._problems[0] from None
             if not any(clips.undecodable(e, self._clip, self._data) for e in self._elements):
