@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from dualpath_jax import params as params_lib
 
+_MAX_BYTES = 32 * 2**30  # of the arrays of a checkpoint; ViT-L, fully tuned, has 4 GB
 METRIC = "top1"  # by which the best checkpoint is the best
 # What may differ from the checkpoint's configuration: none of it changes what is learnt.
 SAFE_CHANGES = (
@@ -199,7 +201,12 @@ class Checkpoints:
           DamagedCheckpoint: it cannot be read, or is not what was saved.
         """
         saved = self.read_metadata(step)
-        return self._read_leaves(step, saved, None), saved
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = {
+            name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=device)
+            for name, entry in saved["leaves"].items()
+        }
+        return self._read_leaves(step, saved, abstract), saved
 
     def _read_leaves(self, step: int, saved: dict[str, Any], abstract: Any) -> dict[str, Any]:
         """The arrays of `step`, compared with the digests in its metadata, `saved`."""
@@ -233,6 +240,7 @@ class Checkpoints:
             ) from error
         if digest != _digest_json(saved):
             raise DamagedCheckpoint(f"checkpoint {where} does not hold what was saved: metadata")
+        _check_metadata(saved, where)
         return saved
 
     def _set_aside(self, step: int, damage: DamagedCheckpoint | None) -> None:
@@ -311,6 +319,19 @@ def _digest_json(value: Any) -> str:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
+
+
+def _check_metadata(saved: dict[str, Any], where: str) -> None:
+    """DamagedCheckpoint unless it has what is relied on, and arrays that fit into memory."""
+    try:
+        for key in ("method", "backbone_name", "backbone_sha256", "class_names", "scores"):
+            saved[key]
+        arrays = [(entry["shape"], np.dtype(entry["dtype"])) for entry in saved["leaves"].values()]
+        size = sum(math.prod(map(int, shape)) * dtype.itemsize for shape, dtype in arrays)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(f"checkpoint {where} is none of ours: {_one_line(error)}") from None
+    if size > _MAX_BYTES or any(int(n) < 0 for shape, _ in arrays for n in shape):
+        raise DamagedCheckpoint(f"checkpoint {where} claims {size:,} bytes of parameters")
 
 
 def _compare_metadata(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:

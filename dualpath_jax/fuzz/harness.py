@@ -78,9 +78,10 @@ class _Reader:
         """Of its next batch, or the text of how it failed."""
         return self._receive(self._seconds)
 
-    def stop(self) -> None:
+    def stop(self, grace: float = 0.0) -> None:
+        """Ends the process, by force after `grace` seconds."""
         self._connection.close()  # which ends it, if it is well
-        self._process.join(10)
+        self._process.join(grace)
         self._process.kill()
         self._process.join()
 
@@ -122,7 +123,7 @@ def fuzz_target(
                 first += size
                 if failed:
                     break
-            reader.stop()
+            reader.stop(grace=0.0 if failed else 10.0)
         if row.findings:
             (work / "again").mkdir()
             _keep(row, target(work / "again"), seed, kept)

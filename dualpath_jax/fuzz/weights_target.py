@@ -1,5 +1,9 @@
-"""Damaged files of weights: `Backbones`, `Checkpoints`, `TorchCheckpoints`, `Adapters`."""
+"""Damaged files of weights: `Backbones`, `Checkpoints`, `TorchCheckpoints`, `Adapters`.
 
+`BACKBONES` are the tiny ones whose files are damaged.
+"""
+
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -15,7 +19,7 @@ from dualpath_jax.fuzz.mutate import mutate_bytes, mutate_json
 from dualpath_jax.fuzz.sandbox import Case, Target
 from dualpath_jax.models import backbones
 
-_BACKBONES = {
+BACKBONES = {
     "vit": backbones.backbone_config(
         "custom",
         image_size=8,
@@ -49,7 +53,7 @@ _BACKBONES = {
         window_size=2,
     ),
 }
-# The publisher's config beside a checkpoint, and which of `_BACKBONES` it has, by layout.
+# The publisher's config beside a checkpoint, and which of `BACKBONES` it has, by layout.
 _LAYOUTS = {
     "openai": ("vit", {"model_cfg": {"vision_cfg": {"width": 8, "layers": 2, "head_width": 8}}}),
     "huggingface": (
@@ -78,19 +82,17 @@ _LAYOUTS = {
 def _backbone_arrays(name: str) -> dict[str, np.ndarray]:
     """A backbone's parameters by flat name: float16 noise."""
     rng = np.random.default_rng(0)
-    shapes = convert.parameter_shapes(_BACKBONES[name])
+    shapes = convert.parameter_shapes(BACKBONES[name])
     return {n: rng.standard_normal(shape).astype(np.float16) for n, shape in shapes.items()}
 
 
 def _undo(transform, array: np.ndarray) -> np.ndarray:
     """The array of which a table's transform makes `array`: it permutes axes, or drops some."""
-    shape = [7, 7, 7, 7][: array.ndim]  # does it drop axes of size 1?
-    for missing in (2, 1):
-        try:
-            if transform(np.zeros([1] * missing + shape)).ndim == array.ndim:
-                return array.reshape([1] * missing + list(array.shape))
-        except ValueError:
-            continue
+    for dropped in (2, 1):  # axes of size 1
+        larger = array.reshape([1] * dropped + list(array.shape))
+        with contextlib.suppress(ValueError):
+            if transform(larger).shape == array.shape:
+                return larger
     places = transform(np.arange(array.size).reshape(_before(transform, array.shape)))
     original = np.empty(array.size, array.dtype)
     original[places.ravel()] = array.ravel()
@@ -155,7 +157,7 @@ class Backbones(Target):
     def __init__(self, folder: pathlib.Path):
         del folder
         self._seeds = []
-        for name, config in _BACKBONES.items():
+        for name, config in BACKBONES.items():
             family = backbones.family_of(config)
             meta = {
                 "version": convert.VERSION,
@@ -180,7 +182,7 @@ class Backbones(Target):
 
     def read(self, kind: str, folder: pathlib.Path, out: pathlib.Path) -> None:
         del out
-        config = _BACKBONES[kind]
+        config = BACKBONES[kind]
         size = 2 * config.image_size  # so that positions are resized
         config = dataclasses.replace(config, image_size=size) if kind != "swin" else config
         convert.load_backbone(folder / "backbone.safetensors", config)
