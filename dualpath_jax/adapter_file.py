@@ -23,9 +23,19 @@ from safetensors.numpy import save
 from dualpath_jax import cloud
 from dualpath_jax import params as params_lib
 from dualpath_jax import run as run_lib
+from dualpath_jax.untrusted import check_size, parse_json, shown
+from dualpath_jax.weight_files import MAX_BYTES
 
 FORMAT = 1
-_KEYS = ("method", "backbone_name", "backbone_sha256", "class_names", "config", "version", "step")
+_KEYS = {
+    "method": str,
+    "backbone_name": str,
+    "backbone_sha256": str,
+    "class_names": list,
+    "config": dict,
+    "version": str,
+    "step": int,
+}
 
 
 def write_adapter(path: str, leaves: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
@@ -46,20 +56,35 @@ def write_adapter(path: str, leaves: dict[str, np.ndarray], metadata: dict[str, 
 
 def read_adapter(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(leaves by path, metadata) of a file of `write_adapter`; ValueError if it is none."""
+    with cloud.reaching(path):
+        if not epath.Path(path).exists():
+            raise FileNotFoundError(f"no adapter file {path!r}")
+        check_size(path, MAX_BYTES)
     try:
         with _local(path) as local, safe_open(local, "numpy") as file:
-            metadata = json.loads((file.metadata() or {}).get("dualpath_jax", "null"))
+            text = (file.metadata() or {}).get("dualpath_jax", "{}")
+            metadata = parse_json(text, dict, f"the metadata of {path!r}")
+            _check_metadata(path, metadata)
             leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no adapter file {path!r}") from None
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path!r} is not a readable safetensors file: {error}") from None
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+    foreign = {str(leaf.dtype) for leaf in leaves.values()} - {"float32"}
+    if foreign:
+        raise ValueError(f"{path!r} has parameters of {', '.join(sorted(foreign))}, not float32")
+    return leaves, metadata
+
+
+def _check_metadata(path: str, metadata: dict[str, Any]) -> None:
+    if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path!r} is not an adapter file of this package (format {FORMAT}); "
             "scripts/export_adapter.py writes them"
         )
-    return leaves, metadata
+    for key, kind in _KEYS.items():
+        if not isinstance(metadata.get(key), kind):
+            raise ValueError(f"{path!r} is damaged: its {key} is {shown(metadata.get(key))}")
+    if not all(isinstance(name, str) for name in metadata["class_names"]):
+        raise ValueError(f"{path!r} is damaged: its class_names are not all text")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import time
 import traceback
 import types
@@ -25,6 +26,7 @@ from orbax.checkpoint._src.futures import future, signaling_client
 
 from dualpath_jax import params as params_lib
 
+_MAX_BYTES = 32 * 2**30  # of the arrays of a checkpoint; ViT-L, fully tuned, has 4 GB
 METRIC = "top1"  # by which the best checkpoint is the best
 _MAX_ERRORS = 10  # that one save may give, one by one
 # What may differ from the checkpoint's configuration: none of it changes what is learnt.
@@ -280,6 +282,7 @@ class Checkpoints:
             ) from error
         if digest != _digest_json(saved):
             raise DamagedCheckpoint(f"checkpoint {where} does not hold what was saved: metadata")
+        _check_metadata(saved, where)
         return saved
 
     def _set_aside(self, step: int, damage: DamagedCheckpoint | None) -> None:
@@ -368,6 +371,19 @@ def _digest_json(value: Any) -> str:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
+
+
+def _check_metadata(saved: dict[str, Any], where: str) -> None:
+    """DamagedCheckpoint unless it has what is relied on, and arrays that fit into memory."""
+    try:
+        for key in ("method", "backbone_name", "backbone_sha256", "class_names", "scores"):
+            saved[key]
+        arrays = [(entry["shape"], np.dtype(entry["dtype"])) for entry in saved["leaves"].values()]
+        size = sum(math.prod(map(int, shape)) * dtype.itemsize for shape, dtype in arrays)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(f"checkpoint {where} is none of ours: {_one_line(error)}") from None
+    if size > _MAX_BYTES or any(int(n) < 0 for shape, _ in arrays for n in shape):
+        raise DamagedCheckpoint(f"checkpoint {where} claims {size:,} bytes of parameters")
 
 
 def _compare_metadata(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:

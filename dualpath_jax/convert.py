@@ -1,6 +1,6 @@
 """Checkpoints of CLIP, ViT and Swin to this project's backbone file, and that file to parameters.
 
-Public: `convert_clip`, `load_backbone`, `BackboneInfo`, `PUBLISHED_SHA256`.
+Public: `convert_clip`, `load_backbone`, `BackboneInfo`, `PUBLISHED_SHA256`, `parameter_shapes`.
 
 A backbone file is a safetensors file that holds the image tower under the flat names of its
 module's parameter tree ("blocks/attention/qkv/kernel", [L, D, 3D]) and one metadata entry,
@@ -12,11 +12,13 @@ Axes: L blocks, D width.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -30,8 +32,10 @@ from flax import traverse_util
 
 from dualpath_jax import cloud
 from dualpath_jax.models import backbones
+from dualpath_jax.untrusted import parse_json, shown
 from dualpath_jax.weight_files import (
     CONVERTED_KEY,
+    MAX_BYTES,
     PUBLISHED_SHA256,
     read_checkpoint,
     some,
@@ -40,6 +44,20 @@ from dualpath_jax.weight_files import (
 VERSION = 1
 
 _DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(jnp.bfloat16)}
+
+# Above these, what is computed from a config before its shapes are compared fills the memory.
+_LIMITS = {"image_size": 4096, "window_size": 64, "depth": 256, "depths": 256}
+# Is a value in the metadata of the kind that a config's field has?
+_FIELDS: dict[Any, Callable[[Any], bool]] = {
+    str: lambda value: isinstance(value, str),
+    bool: lambda value: isinstance(value, bool),
+    int: lambda value: type(value) is int and 0 < value <= 2**20,
+    int | None: lambda value: value is None or _FIELDS[int](value),
+    float: lambda value: isinstance(value, float) and 0 <= value < 1,  # eps
+    tuple[int, ...]: lambda value: (
+        isinstance(value, list | tuple) and all(map(_FIELDS[int], value))
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +77,28 @@ class BackboneInfo:
     source: str
 
 
-def _check(path: Any, arrays: Mapping[str, np.ndarray], config: backbones.BackboneConfig) -> None:
-    """ValueError unless names, shapes and dtypes are those of the backbone."""
+@functools.lru_cache(maxsize=16)
+def parameter_shapes(config: backbones.BackboneConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of a backbone's parameters by flat name."""
     module = backbones.build_backbone(config)
     image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
     tree = jax.eval_shape(lambda x: module.init(jax.random.key(0), x)["params"], image)
-    want = {n: leaf.shape for n, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+    return {n: leaf.shape for n, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+
+
+def _check_limits(path: Any, config: backbones.BackboneConfig) -> None:
+    """ValueError for a backbone too large to be one."""
+    for name, limit in _LIMITS.items():
+        value = getattr(config, name, 0)
+        total = sum(value) if isinstance(value, tuple) else value
+        if total > limit:
+            raise ValueError(f"{path}: {name} is {value}; {limit} is the most that is read")
+
+
+def _check(path: Any, arrays: Mapping[str, np.ndarray], config: backbones.BackboneConfig) -> None:
+    """ValueError unless names, shapes and dtypes are those of the backbone."""
+    _check_limits(path, config)
+    want = parameter_shapes(config)
     have = {n: array.shape for n, array in arrays.items()}
     wrong = [n for n in want | have if want.get(n) != have.get(n)]
     if wrong:
@@ -85,7 +119,10 @@ def _config(
             "--activation=quick_gelu (OpenAI's weights, or whoever says quickgelu) or "
             "--activation=gelu (LAION, DataComp and most others)"
         )
-    return backbones.named(backbones.FAMILIES[family].config.from_arrays(arrays, stated))
+    try:
+        return backbones.named(backbones.FAMILIES[family].config.from_arrays(arrays, stated))
+    except (IndexError, ValueError, ZeroDivisionError) as error:  # of arrays of odd shapes
+        raise ValueError(f"{checkpoint}: {error}") from None
 
 
 # ---------------------------------------------------------------- public
@@ -153,7 +190,7 @@ def convert_clip(
         temporary.write_bytes(data)
     return {
         **meta,
-        "config": _stored_config(meta),
+        "config": _stored_config(out, meta),
         "parameters": sum(array.size for array in arrays.values()),
         "published": PUBLISHED_SHA256.get(meta["source_sha256"]),
         "out": str(out),
@@ -180,9 +217,21 @@ def _convert(
     }
 
 
-def _stored_config(meta: Mapping[str, Any]) -> backbones.BackboneConfig:
+def _stored_config(path: Any, meta: Mapping[str, Any]) -> backbones.BackboneConfig:
+    """The config in a backbone file's metadata; ValueError if it is none."""
     family = meta.get("family", "vit")  # files from before there were others do not say
-    return backbones.FAMILIES[family].config(**meta["config"])
+    values = meta.get("config")
+    known = backbones.FAMILIES.get(family) if isinstance(family, str) else None
+    if known is None or not isinstance(values, dict):
+        raise ValueError(f"{path} does not say what backbone it is (family {shown(family)})")
+    kinds = typing.get_type_hints(known.config)
+    wrong = [n for n, value in values.items() if n not in kinds or not _FIELDS[kinds[n]](value)]
+    if wrong:
+        raise ValueError(f"{path} describes an impossible backbone; wrong are {some(wrong)}")
+    try:
+        return known.config(**values)
+    except (TypeError, ValueError) as error:  # the former where one is missing
+        raise ValueError(f"{path} describes an impossible backbone: {error}") from None
 
 
 def load_backbone(
@@ -204,7 +253,7 @@ def load_backbone(
       ValueError: not a converted file, damaged, or another architecture.
     """
     arrays, meta, sha256 = _read_backbone(path)
-    stored = _stored_config(meta)
+    stored = _stored_config(path, meta)
     if stored.architecture != config.architecture:
         raise ValueError(
             f"{path} holds {stored.name} {stored.architecture}, but the config asks for "
@@ -220,7 +269,7 @@ def load_backbone(
     config = dataclasses.replace(
         config, activation=stored.activation, eps=stored.eps, heads=stored.heads
     )
-    info = BackboneInfo(stored.name, sha256, meta["source_sha256"], meta["source"])
+    info = BackboneInfo(stored.name, sha256, str(meta["source_sha256"]), str(meta["source"]))
     return traverse_util.unflatten_dict(arrays, sep="/"), config, info
 
 
@@ -231,6 +280,9 @@ def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray],
         there = epath.Path(path).is_file()
     if not there:
         raise FileNotFoundError(f"no backbone at {path}: make it from a checkpoint by {remedy}")
+    size = epath.Path(path).stat().length
+    if size > MAX_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, more than any backbone: make it by {remedy}")
     data = epath.Path(path).read_bytes()
     if data[8:9] != b"{":
         raise ValueError(f"{path} is not a converted backbone: convert it first by {remedy}")
@@ -238,10 +290,15 @@ def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray],
         tensors = safetensors.deserialize(data)  # checks header and sizes
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged ({error}): make it by {remedy}") from None
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    meta = json.loads(header.get("__metadata__", {}).get(CONVERTED_KEY, "{}"))
-    if meta.get("version") != VERSION:
+    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], dict, path)
+    text = (header.get("__metadata__") or {}).get(CONVERTED_KEY, "{}")
+    meta = parse_json(text, dict, f"the metadata of {path}")
+    if meta.get("version") != VERSION or not {"source", "source_sha256"} <= meta.keys():
         raise ValueError(f"{path} is not a converted backbone: convert it first by {remedy}")
+    if foreign := {t["dtype"] for _, t in tensors} - set(_DTYPES):
+        raise ValueError(f"{path} has the dtypes {some(foreign)}; known are {some(_DTYPES)}")
+    if empty := [name for name, t in tensors if not t["data"]]:
+        raise ValueError(f"{path} has empty parameters: {some(empty)}")
     arrays = {
         name: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"])
         for name, t in tensors

@@ -1,6 +1,7 @@
 """Other people's checkpoints: files of torch and safetensors, and their weights under our names.
 
-Public: `read_checkpoint`, `Checkpoint`, `PUBLISHED_SHA256`, `CONVERTED_KEY`, `sha256_of`, `some`.
+Public: `read_checkpoint`, `Checkpoint`, `PUBLISHED_SHA256`, `CONVERTED_KEY`, `MAX_BYTES`,
+`sha256_of`, `some`.
 
 This is the only module that imports torch, and only for checkpoints in torch's own formats. The
 names that it knows are in `weight_layouts.py`.
@@ -10,7 +11,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import json
+import mmap
 import pathlib
 import pickle
 import re
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from dualpath_jax.untrusted import check_size, read_json, shown
 from dualpath_jax.weight_layouts import LAYOUTS, TEXT_TOWER, UNSUPPORTED, Layout, Row
 
 CONVERTED_KEY = "dualpath_jax_backbone"  # metadata entry of a file that is already converted
@@ -32,6 +34,18 @@ PUBLISHED_SHA256 = {
     "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f": "ViT-B/16",
     "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836": "ViT-L/14",
     "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02": "ViT-L/14@336px",
+}
+
+MAX_BYTES = 64 * 2**30  # of a file; CLIP's largest with its text tower has 10 GB in float32
+_MAX_EXPANSION = 2  # bytes in memory to bytes on disk: tied weights are stored once
+_MAX_STAGES = 16
+
+# What a config may state.
+_STATED: dict[str, Callable[[Any], bool]] = {
+    "activation": lambda value: isinstance(value, str),
+    "heads": lambda value: type(value) is int and value > 0,
+    "eps": lambda value: type(value) in (int, float) and 0 < value < 1,
+    "image_size": lambda value: type(value) is int and value > 0,
 }
 
 _NO_CHECKPOINT = "no CLIP, ViT or Swin"
@@ -50,17 +64,38 @@ def _container(path: pathlib.Path) -> str:
     if head[8:9] == b"{":  # after the header's length, 8 bytes
         return "safetensors"
     if head.startswith(b"PK\x03\x04"):
-        try:
-            members = zipfile.ZipFile(path).namelist()
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{path} is truncated or damaged: {error}") from None
-        script = any(m.endswith("/constants.pkl") or "/code/" in m for m in members)
-        return "torchscript" if script else "torch"
+        return _zip_container(path)
     if head.startswith(b"\x80"):  # a pickle: torch.save before torch 1.6
         return "torch"
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
     raise ValueError(f"{path} is no checkpoint: neither safetensors nor a file of torch")
+
+
+def _zip_container(path: pathlib.Path) -> str:
+    """ "torchscript" or "torch", by the names in an archive, which is not unpacked."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except Exception as error:  # of many kinds, BadZipFile is only one
+        raise ValueError(f"{path} is truncated or damaged: {error}") from None
+    names = [member.filename for member in members]
+    if any(name.startswith("/") or ".." in name.split("/") for name in names):
+        raise ValueError(f"{path} names files outside of itself and is refused")
+    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+        return "torchscript"
+    _check_expansion(path, sum(member.file_size for member in members))
+    return "torch"
+
+
+def _check_expansion(path: pathlib.Path, num_bytes: int) -> None:
+    """ValueError if a file claims to hold far more than it has bytes."""
+    size = path.stat().st_size
+    if num_bytes > _MAX_EXPANSION * size:
+        raise ValueError(
+            f"{path} has {size:,} bytes and claims to hold {num_bytes:,}: it is damaged, or made "
+            "to fill the memory"
+        )
 
 
 def _torch_to_numpy(tensor: Any) -> np.ndarray:
@@ -79,23 +114,32 @@ def _load_torch(path: pathlib.Path, container: str) -> Mapping[str, Any]:
     try:
         if container == "torchscript":
             return torch.jit.load(path, map_location="cpu").state_dict()
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, as torch's old format asks a file for as many bytes as the file itself says.
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            state = torch.load(data, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, or is damaged, and is refused: other pickled objects "
             "can run code when loaded. Save the state dict alone, best as safetensors. "
-            f"torch says: {str(error).splitlines()[0]}"
+            f"torch says: {str(error)[:200].partition(chr(10))[0]}"
         ) from None
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is truncated or damaged: {str(error)[:200]}") from None
+    except Exception as error:  # a damaged pickle makes torch raise nearly anything
+        message = f"{type(error).__name__}: {error}"[:200]
+        raise ValueError(f"{path} is truncated or damaged: {message}") from None
     for key in ("state_dict", "model"):  # the latter in the files of Swin's authors
         if isinstance(state, Mapping):
             state = state.get(key, state)
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{path} is {_NO_CHECKPOINT}: it holds no state dict")
-    others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    others = [
+        name
+        for name, value in state.items()
+        if not (isinstance(name, str) and isinstance(value, torch.Tensor))
+    ]
     if others:
         raise ValueError(f"{path} is {_NO_CHECKPOINT}: entries that are no tensors: {some(others)}")
+    # A tensor of a few bytes may be expanded to any shape.
+    _check_expansion(path, sum(t.numel() * t.element_size() for t in state.values()))
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
@@ -106,8 +150,8 @@ def _open(path: pathlib.Path, container: str) -> tuple[_Tensors, dict[str, str]]
             file = safetensors.safe_open(path, "numpy")
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is truncated or damaged: {error}") from None
-        names = sorted(file.keys())
-        return {n: functools.partial(file.get_tensor, n) for n in names}, file.metadata() or {}
+        reads = {n: functools.partial(file.get_tensor, n) for n in sorted(file.keys())}
+        return _checked(path, reads), file.metadata() or {}
     try:
         state = _load_torch(path, container)
     except ModuleNotFoundError:
@@ -115,7 +159,23 @@ def _open(path: pathlib.Path, container: str) -> tuple[_Tensors, dict[str, str]]
             f"{path} is in a format of torch, which is not installed: install torch (its CPU build "
             "is enough) or use the safetensors file of the same model"
         ) from None
-    return {n: functools.partial(_torch_to_numpy, tensor) for n, tensor in state.items()}, {}
+    reads = {n: functools.partial(_torch_to_numpy, tensor) for n, tensor in state.items()}
+    return _checked(path, reads), {}
+
+
+def _checked(path: pathlib.Path, reads: _Tensors) -> _Tensors:
+    """`reads` that raise ValueError for a tensor without values, or of a kind unknown to numpy."""
+
+    def read(name: str) -> np.ndarray:
+        try:
+            array = reads[name]()
+        except Exception as error:  # safetensors, torch and numpy each have their own
+            raise ValueError(f"{path}: {name} cannot be read: {error}") from None
+        if array.size == 0:
+            raise ValueError(f"{path}: {name} is empty, of shape {array.shape}")
+        return array
+
+    return {name: functools.partial(read, name) for name in reads}
 
 
 def sha256_of(path: pathlib.Path) -> str:
@@ -162,6 +222,8 @@ def _depths(table: tuple[Row, ...], names: Collection[str]) -> list[int]:
     pattern = re.escape(source).replace(r"\{s\}", r"(?P<s>\d+)").replace(r"\{i\}", r"\d+")
     matches = (re.fullmatch(pattern, name) for name in names)
     found = collections.Counter(int(m.groupdict().get("s", 0)) for m in matches if m)
+    if max(found, default=0) >= _MAX_STAGES:
+        raise ValueError(f"it names a stage {max(found)}, of at most {_MAX_STAGES}")
     return [max(1, found[stage]) for stage in range(max(found, default=0) + 1)]
 
 
@@ -189,17 +251,18 @@ def _rename(path: pathlib.Path, tensors: _Tensors, layout: Layout) -> dict[str, 
             f"{path} does not have the names of {layout.title}; left over: {some(left)}; "
             f"missing: {some(missing)}"
         )
-    parts: dict[str, list[np.ndarray]] = {}
+    parts: dict[str, np.ndarray] = {}
     for sources, name, transform in rows:
         arrays = [tensors[source]() for source in sources]
         try:
             arrays = [transform(array) for array in arrays]
             part = np.stack(arrays) if name.startswith("blocks") else arrays[0]  # [L, ...]
-        except ValueError:
-            shapes = {array.shape for array in arrays}
-            raise ValueError(f"{path}: wrong shape of {sources[0]}: {shapes}") from None
-        parts.setdefault(name, []).append(part)
-    return {n: np.ascontiguousarray(np.concatenate(p, axis=-1)) for n, p in parts.items()}
+            before = [parts[name]] if name in parts else []
+            parts[name] = np.concatenate([*before, part], axis=-1)
+        except (ValueError, TypeError):  # the latter for dtypes that do not go together
+            kinds = some({f"{array.dtype} {array.shape}" for array in arrays})
+            raise ValueError(f"{path}: wrong shape of {sources[0]}: {kinds}") from None
+    return {name: np.ascontiguousarray(part) for name, part in parts.items()}
 
 
 def _beside(checkpoint: pathlib.Path, layout: Layout, shape: tuple) -> dict[str, Any]:
@@ -208,14 +271,17 @@ def _beside(checkpoint: pathlib.Path, layout: Layout, shape: tuple) -> dict[str,
     ValueError if it describes a model of another `shape`, (width, depth).
     """
     path = checkpoint.with_name(layout.config_file)
+    config = read_json(path, dict) if path.is_file() else {}
     try:
-        config = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    stated = layout.read_config(config)
+        stated = layout.read_config(config)
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} describes no model of its publisher's: {error}") from None
     if stated is None:
         return {}
     described = stated.pop("shape")
+    for key, value in stated.items():
+        if not _STATED[key](value):
+            raise ValueError(f"{path} gives an impossible {key}: {shown(value)}")
     if described != shape:
         raise ValueError(
             f"{path} describes another model, (width, depth) = {described}, than "
@@ -257,6 +323,7 @@ def read_checkpoint(path: pathlib.Path, trust: bool) -> Checkpoint:
       ValueError: refused, damaged, of no known layout, or left-over or missing names (both are
         listed).
     """
+    check_size(path, MAX_BYTES)
     container, sha256 = _container(path), sha256_of(path)
     if container == "torchscript" and not (trust or sha256 in PUBLISHED_SHA256):
         raise ValueError(
@@ -267,8 +334,13 @@ def read_checkpoint(path: pathlib.Path, trust: bool) -> Checkpoint:
     tensors, metadata = _open(path, container)
     name = _layout(path, tensors, metadata)
     layout = LAYOUTS[name]
-    arrays = layout.finish(_rename(path, tensors, layout))
-    stated = {**layout.stated, **_beside(path, layout, layout.shape(arrays))}  # later ones win
+    arrays = _rename(path, tensors, layout)
+    try:
+        arrays = layout.finish(arrays)
+        shape = layout.shape(arrays)
+    except (IndexError, ValueError) as error:  # fewer axes than there must be
+        raise ValueError(f"{path}: wrong shapes for {layout.title}: {error}") from None
+    stated = {**layout.stated, **_beside(path, layout, shape)}  # later ones win
     stated |= {"activation": "quick_gelu"} if "input_resolution" in tensors else {}  # OpenAI's mark
     stated |= {key: metadata[key] for key in ("activation", "heads") if key in metadata}
     return Checkpoint(arrays, container, name, layout.family, sha256, stated)

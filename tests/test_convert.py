@@ -428,7 +428,7 @@ def test_huggingface_config(tmp_path):
     with pytest.raises(ValueError, match=r"describes another model.*\(768, 12\).*\(128, 3\)"):
         convert.convert_clip(source, tmp_path / "out")
     path.write_text("{")
-    with pytest.raises(ValueError, match="config.json is not JSON"):
+    with pytest.raises(ValueError, match="config.json is no valid JSON"):
         convert.convert_clip(source, tmp_path / "out")
 
 

@@ -500,6 +500,11 @@ def act(what, value=None):
         raise value
     if what == "allocate":
         return len(bytearray(value))
+    if what == "large":
+        return bytes(value)
+    if what == "wait for":
+        while not os.path.exists(value):
+            time.sleep(0.01)
     if what == "die sending":
         threading.Thread(target=_die_later, daemon=True).start()
         return bytes(value)
@@ -569,6 +574,27 @@ def test_results_in_flight_are_bounded():
             assert result == i
             assert len(taken) <= i + 1 + 4 * 2
     assert len(taken) == 50
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_large_results_wait_in_their_processes(monkeypatch, tmp_path, limited):
+    """With the twin that has no limit: then they pile up here, behind the first one."""
+    monkeypatch.setattr(workers, "_WAITING_BYTES", 1_000_000 if limited else 10**9)
+    held = [0]
+
+    def receive(pool, worker, done, waiting):
+        original(pool, worker, done, waiting)
+        held.append(sum(size > 1_000_000 for _, size in done.values()))
+        if max(held) == 5:
+            (tmp_path / "go").touch()
+
+    original = WorkerPool._receive
+    monkeypatch.setattr(WorkerPool, "_receive", receive)
+    first = ("sleep", 2.0) if limited else ("wait for", str(tmp_path / "go"))
+    with WorkerPool(2, DecodeLimits(seconds=60)) as pool:
+        results = list(pool.map(act, [first] + [("large", 2_000_000)] * 7))
+    assert [len(result) for result in results[1:]] == [2_000_000] * 7
+    assert (max(held) <= 2) == limited
 
 
 def test_pool_serves_several_maps_and_ends_its_workers():

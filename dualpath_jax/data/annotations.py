@@ -1,17 +1,18 @@
-"""What the readers of annotations share: `Video`, `Listing`, reading files, naming a wrong one.
+"""What the readers of annotations share: `Video`, `Listing`, fields, naming a wrong file.
 
-Public: `Video`, `Listing`, `SHARED`, `SPLIT_NAMES`, `split_by_hash`, `require`, `read_json`,
-`field`, `looks_like`.
+Public: `Video`, `Listing`, `SHARED`, `SPLIT_NAMES`, `split_by_hash`, `require`, `field`,
+`looks_like`.
 """
 
 import collections
 import dataclasses
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from dualpath_jax.untrusted import shown
 
 SHARED = "all"  # where the frames of a set lie whose splits share videos
 SPLIT_NAMES = {
@@ -98,22 +99,12 @@ def require(annotations: str | None, exists: Callable[[str], bool], what: str) -
     return annotations
 
 
-def read_json(path: str, kind: type) -> Any:
-    """The content of a JSON file; ValueError if it is not JSON or no `kind` at its top."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            content = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is no valid JSON ({error}); download it again") from None
-    if not isinstance(content, kind):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a {kind.__name__}")
-    return content
-
-
 def field(entry: Any, name: str, path: str, dataset: str) -> str:
     """The text of a field of a JSON file's entry; ValueError if it has none."""
     if not isinstance(entry, dict) or entry.get(name) is None:
-        raise ValueError(f"an entry of {path} has no {name!r}: {entry}{looks_like(path, dataset)}")
+        raise ValueError(
+            f"an entry of {path} has no {name!r}: {shown(entry)}{looks_like(path, dataset)}"
+        )
     return str(entry[name])
 
 
@@ -144,7 +135,8 @@ def looks_like(path: str, dataset: str) -> str:
     found = [
         what for sign, what in _NAMES.items() if any(re.fullmatch(sign, name) for name in names)
     ]
-    starts = [_start(file) for file in files if file.endswith((".csv", ".json"))]
+    texts = [file for file in files if file.endswith((".csv", ".json")) and os.path.isfile(file)]
+    starts = [_start(file) for file in texts]
     found += [
         what for sign, what in _CONTENTS.items() if any(re.search(sign, start) for start in starts)
     ]

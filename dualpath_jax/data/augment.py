@@ -4,13 +4,15 @@ Public: `Crop`, `random_resized_crop`, `view_crop`, `random_erasing`, `read_labe
 `mirrored_labels`. RandAugment is in `randaugment`.
 """
 
+import collections
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Sequence
 
 import numpy as np
+
+from dualpath_jax.untrusted import read_json
 
 # Something-Something-v2's classes of which one is the mirror image of the other.
 SSV2_LABEL_SWAP = (
@@ -119,17 +121,15 @@ def read_label_swap(label_swap: str | None) -> list[tuple[str, str]]:
     shape = 'a JSON file like [["moves left", "moves right"], ...]'
     if not os.path.isfile(label_swap):
         raise ValueError(f"data.label_swap={label_swap!r} must be 'ssv2' or {shape}: no such file")
-    with open(label_swap, encoding="utf-8") as file:
-        try:
-            pairs = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"data.label_swap={label_swap!r} must be {shape}: {error}") from None
     try:
-        pairs = [(str(a), str(b)) for a, b in pairs]
-    except (TypeError, ValueError):
-        raise ValueError(f"data.label_swap={label_swap!r} must be {shape}") from None
-    names = [name for pair in pairs for name in pair]
-    twice = sorted({name for name in names if names.count(name) > 1})
+        content = read_json(label_swap, list)
+    except ValueError as error:
+        raise ValueError(f"data.label_swap={label_swap!r} must be {shape}: {error}") from None
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in content):
+        raise ValueError(f"data.label_swap={label_swap!r} must be {shape}")
+    pairs = [(str(a), str(b)) for a, b in content]
+    counts = collections.Counter(name for pair in pairs for name in pair)
+    twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
         raise ValueError(f"data.label_swap={label_swap!r} names {twice} more than once")
     return pairs

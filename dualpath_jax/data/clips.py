@@ -18,6 +18,7 @@ import tensorflow as tf
 from dualpath_jax.data import augment, jpeg_frames, randaugment, sampling
 from dualpath_jax.data.framesets import FramesetShape, tile_framesets
 from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
+from dualpath_jax.data.tables import DECODE_ERRORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +230,6 @@ def undecodable(element: dict[str, Any], clip: ClipFormat, data: Any) -> str:
     """Why the records of an element cannot be made into a clip; "" if they can."""
     try:
         _assemble({k: tf.convert_to_tensor(v) for k, v in element.items()}, clip, fill_colour(data))
-    except tf.errors.OpError as problem:
-        return problem.message
+    except DECODE_ERRORS as problem:
+        return str(problem)
     return ""

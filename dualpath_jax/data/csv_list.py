@@ -11,6 +11,9 @@ from dualpath_jax.data.annotations import (
     require,
     split_by_hash,
 )
+from dualpath_jax.untrusted import open_text, shown
+
+_MAX_CLASSES = 100_000  # each gets a name in memory and a row in the classifier
 
 
 def read_csv(videos_dir: str, annotations: str | None, validation_fraction: float) -> Listing:
@@ -48,7 +51,7 @@ def read_csv(videos_dir: str, annotations: str | None, validation_fraction: floa
 def _read_rows(path: str) -> list[tuple[str, str]]:
     """(path, label) of each line of a CSV file."""
     rows = []
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+    with open_text(path, errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             fields = next(csv.reader([line.strip()]), [])
             if len(fields) == 1 and line.split()[-1].isdecimal():
@@ -59,7 +62,9 @@ def _read_rows(path: str) -> list[tuple[str, str]]:
                 raise ValueError(f"{path} is no list of `path,label`{looks_like(path, 'csv')}")
             video, label = ",".join(fields[:-1]).strip(), fields[-1].strip()
             if not video or not label:
-                raise ValueError(f"{path}, line {number}: {line.strip()!r} is not `path,label`")
+                raise ValueError(
+                    f"{path}, line {number}: {shown(line.strip())} is not `path,label`"
+                )
             rows.append((video, label))
     return rows
 
@@ -71,11 +76,17 @@ def _classes_of(rows: dict[str, list[tuple[str, str]]]) -> list[str]:
         for path, label in pairs:
             if label not in known:
                 raise ValueError(
-                    f"video {path!r} of split {split!r} has label {label!r}, "
+                    f"video {shown(path)} of split {split!r} has label {shown(label)}, "
                     "which no video of train.csv has"
                 )
     if not all(label.isdecimal() for label in known):
         return sorted(known)
+    digits = len(str(_MAX_CLASSES))
+    if large := [n for n in known if len(n) > digits or int(n) >= _MAX_CLASSES]:
+        raise ValueError(
+            f"label {shown(min(large))} is no class index below {_MAX_CLASSES:,}; number the "
+            "classes from 0 on, or write names"
+        )
     count = max(map(int, known), default=-1) + 1
     if extra := known - {str(i) for i in range(count)}:
         raise ValueError(f"label {min(extra)!r} is written with leading zeros; write plain numbers")

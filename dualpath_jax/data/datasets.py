@@ -20,6 +20,7 @@ from dualpath_jax.data.diving48 import read_diving48
 from dualpath_jax.data.folder import read_folder
 from dualpath_jax.data.hmdb51 import read_hmdb51
 from dualpath_jax.data.ssv2 import read_ssv2
+from dualpath_jax.untrusted import shown
 
 # Of the published data sets and the demo; the others' are what their annotations say.
 NUM_CLASSES = {"k400": k400.NUM_CLASSES, "ssv2": 174, "hmdb51": 51, "diving48": 48, "demo": 8}
@@ -48,8 +49,9 @@ def list_videos(
         where the data set has no splits of its own.
 
     Raises:
-      ValueError: unknown data set, missing folder, or annotations that contradict themselves; the
-        message names the value and what to change.
+      ValueError: unknown data set, missing folder, or annotations that contradict themselves or
+        name files outside `videos_dir` (which a list may, "csv"); the message names the value and
+        what to change.
     """
     if dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}: known are {', '.join(DATASETS)}")
@@ -61,8 +63,11 @@ def list_videos(
     splits = {split: videos for split, videos in listing.splits.items() if videos}
     if not splits:
         raise ValueError(f"data set {dataset!r} has no videos in {annotations or videos_dir!r}")
+    _check_text(listing.class_names)
     for split, videos in splits.items():
         _check_split(split, videos, len(listing.class_names))
+        if dataset != "csv":  # a list may name files anywhere: who writes one means it
+            _check_paths(split, videos)
     notices = listing.notices + _odd_classes(dataset, listing.class_names, splits)
     if not listing.share_videos:
         notices += _shared_ids(splits)
@@ -71,14 +76,36 @@ def list_videos(
 
 def _check_split(split: str, videos: list[Video], num_classes: int) -> None:
     seen = set()
+    _check_text([video.id for video in videos])
     for video in videos:
         if video.id in seen:
-            raise ValueError(f"video {video.id!r} is twice in split {split!r}; remove one of them")
+            raise ValueError(
+                f"video {shown(video.id)} is twice in split {split!r}; remove one of them"
+            )
         seen.add(video.id)
         if not 0 <= video.label < num_classes:
             raise ValueError(
-                f"video {video.id!r} of split {split!r} has label {video.label}; "
+                f"video {shown(video.id)} of split {split!r} has label {shown(video.label)}; "
                 f"there are {num_classes} classes"
+            )
+
+
+def _check_text(names: list[str]) -> None:
+    """ValueError for what no file can hold; JSON may write half a character."""
+    try:
+        for name in names:
+            name.encode("utf-8", "surrogateescape")  # as file names of any bytes are kept
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{shown(name)} in the annotations is no text: {error.reason}") from None
+
+
+def _check_paths(split: str, videos: list[Video]) -> None:
+    """ValueError for a file outside the folder of videos."""
+    for video in videos:
+        if os.path.isabs(video.path) or ".." in video.path.split("/"):
+            raise ValueError(
+                f"video {shown(video.id)} of split {split!r} is in {shown(video.path)}, outside "
+                "the folder of videos; the annotations are damaged or not to be trusted"
             )
 
 

@@ -2,7 +2,8 @@
 
 import os
 
-from dualpath_jax.data.annotations import Listing, Video, field, looks_like, read_json, require
+from dualpath_jax.data.annotations import Listing, Video, field, looks_like, require
+from dualpath_jax.untrusted import read_json, shown
 
 PAGE = "http://www.svcl.ucsd.edu/projects/resound/dataset.html"
 _SIZES = {"train": 15_027, "test": 1_970}  # of V2
@@ -42,7 +43,9 @@ def _read_vocabulary(path: str) -> list[str]:
     names = []
     for parts in read_json(path, list):
         if not (isinstance(parts, list) and len(parts) == 4):
-            raise ValueError(f"{path}: class {len(names)} is {parts!r}, not a list of four parts")
+            raise ValueError(
+                f"{path}: class {len(names)} is {shown(parts)}, not a list of four parts"
+            )
         names.append(" ".join(map(str, parts)))
     return names
 
@@ -53,5 +56,7 @@ def _video(entry: dict, path: str) -> Video:
         field(entry, "label", path, "diving48"),
     )
     if not label.isdecimal():
-        raise ValueError(f"video {name!r} in {path} has label {label!r}, which is no class index")
+        raise ValueError(
+            f"video {shown(name)} in {path} has label {shown(label)}, which is no class index"
+        )
     return Video(name, f"{name}.mp4", int(label))

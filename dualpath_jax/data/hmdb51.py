@@ -4,6 +4,7 @@ import os
 import re
 
 from dualpath_jax.data.annotations import Listing, Video, looks_like, require
+from dualpath_jax.untrusted import open_text, shown
 
 DIVISIONS = ("1", "2", "3")
 _FILE = re.compile(r"(.+)_test_split([123])\.txt")
@@ -42,16 +43,18 @@ def _read_roles(path: str) -> list[tuple[str, str]]:
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}, though other classes have theirs; unpack all again")
     roles = {}
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+    with open_text(path, errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             name, _, digit = line.strip().rpartition(" ")
             name = name.strip()
             if not name or digit not in _ROLES:
-                raise ValueError(f"{path}, line {number}: {line.strip()!r} is not `<file> <0|1|2>`")
+                raise ValueError(
+                    f"{path}, line {number}: {shown(line.strip())} is not `<file> <0|1|2>`"
+                )
             if name in roles:
-                raise ValueError(f"{path}, line {number}: {name!r} is there twice")
+                raise ValueError(f"{path}, line {number}: {shown(name)} is there twice")
             roles[name] = _ROLES[digit]
     used = [(name, role) for name, role in roles.items() if role]
     if not used:

@@ -4,6 +4,7 @@ import csv
 import os
 
 from dualpath_jax.data.annotations import SPLIT_NAMES, Listing, Video, looks_like, require
+from dualpath_jax.untrusted import open_text, shown
 
 NUM_CLASSES = 400
 _COLUMNS = ("youtube_id", "time_start", "time_end", "split")  # and label, perhaps is_cc
@@ -60,13 +61,13 @@ def _csv_files(annotations: str) -> list[str]:
 
 def _read_rows(path: str) -> list[tuple[str, str, str]]:
     """(split, label or "", file stem) of each row of a CSV file."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with open_text(path, newline="") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
         header = reader.fieldnames or []
         if missing := [name for name in _COLUMNS if name not in header]:
             raise ValueError(
                 f"{path} has no column {', '.join(missing)} (its first line is "
-                f"{','.join(header)!r}){looks_like(path, 'k400')}"
+                f"{shown(','.join(header))}){looks_like(path, 'k400')}"
             )
         return [_read_row(row, f"{path}, line {reader.line_num}") for row in reader]
 
@@ -75,7 +76,7 @@ def _read_row(row: dict[str, str], where: str) -> tuple[str, str, str]:
     values = {name: (row[name] or "").strip() for name in _COLUMNS}
     split = SPLIT_NAMES.get(values["split"])
     if split is None:
-        raise ValueError(f"{where}: split is {values['split']!r}, not train, val or test")
+        raise ValueError(f"{where}: split is {shown(values['split'])}, not train, val or test")
     try:
         start, end = int(values["time_start"]), int(values["time_end"])
     except ValueError as error:
@@ -88,8 +89,12 @@ def _read_row(row: dict[str, str], where: str) -> tuple[str, str, str]:
 
 def _files_by_stem(videos_dir: str) -> tuple[dict[str, str], list[str]]:
     """Stem -> path below the videos folder, and a notice of stems that several files have."""
-    files, extra = {}, []
-    for folder, _, names in os.walk(videos_dir, followlinks=True):
+    files, extra, seen = {}, [], set()
+    for folder, below, names in os.walk(videos_dir, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link; it may be one to a folder above
+            below.clear()
+            continue
+        seen.add(real)
         for name in names:
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in _SUFFIXES:

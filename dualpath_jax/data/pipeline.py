@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from dualpath_jax.data import augment, order, randaugment, sampling
 from dualpath_jax.data.broken import BrokenVideos
@@ -37,6 +36,7 @@ from dualpath_jax.data.clips import (
     undecodable,
 )
 from dualpath_jax.data.records import UnreadableVideo, VideoDataset
+from dualpath_jax.data.tables import DECODE_ERRORS
 
 Batch = dict[str, np.ndarray]
 
@@ -185,7 +185,7 @@ def train_batches(
                 for batch in stream.prefetch(data.prefetch).as_numpy_iterator():
                     yield batch
                     step += 1
-            except tf.errors.OpError:
+            except DECODE_ERRORS:
                 if problems:
                     raise problems[0] from None
                 # A clip of this step was read and cannot be decoded: without it, from here again.
@@ -238,7 +238,7 @@ def eval_batches(
             for batch in stream.prefetch(data.prefetch).as_numpy_iterator():
                 yield batch
                 count += 1
-        except tf.errors.OpError:
+        except DECODE_ERRORS:
             if problems:
                 raise problems[0] from None
             size = views * (rows.stop - rows.start)

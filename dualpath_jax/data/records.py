@@ -24,8 +24,8 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from etils import epath
 
+from dualpath_jax.data import tables
 from dualpath_jax.data.annotations import SHARED
 
 tf.config.set_visible_devices([], "GPU")  # accelerators belong to JAX
@@ -33,16 +33,6 @@ tf.config.set_visible_devices([], "GPU")  # accelerators belong to JAX
 # For tf.io.parse_single_example of the records that `VideoDataset.read_frames` returns.
 FRAME_FEATURES = {"image": tf.io.FixedLenFeature((), tf.string)}
 
-_ROW_FEATURES = {
-    "id": tf.io.FixedLenFeature((), tf.string),
-    "label": tf.io.FixedLenFeature((), tf.int64),
-    "first_frame": tf.io.FixedLenFeature((), tf.int64),
-    "num_frames": tf.io.FixedLenFeature((), tf.int64),
-    "fps": tf.io.FixedLenFeature((), tf.float32),
-    "height": tf.io.FixedLenFeature((), tf.int64),
-    "width": tf.io.FixedLenFeature((), tf.int64),
-    "truncated": tf.io.FixedLenFeature((), tf.int64),
-}
 _WRITER_OPTIONS = "group_size:1,uncompressed"  # one record per read; JPEG does not compress
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access in one thread
 
@@ -94,20 +84,29 @@ class VideoDataset:
 
     Raises:
       FileNotFoundError: nothing (finished) in `data_dir`.
-      OSError: the table of videos cannot be read.
-      ValueError: there is no such split, or it holds no videos.
+      OSError: Cloud Storage does not give it.
+      ValueError: there is no such split, it holds no videos, or what is stored is damaged.
     """
 
     def __init__(self, data_dir: str, split: str):
         data_dir = os.fspath(data_dir)
-        splits = _split_shards(data_dir)
+        splits = tables.read_splits(data_dir)
         if split not in splits:
             raise ValueError(
                 f"no videos of split {split!r} in {data_dir}: it has {', '.join(splits)}. "
                 "Its bad_videos.jsonl may tell why; otherwise check the annotations and run "
                 "scripts/prepare_dataset.py with another --out"
             )
-        table = _read_rows(_shard_path(data_dir, "videos", split, 0, 1))
+        self.class_names = tables.read_class_names(data_dir)
+        frames = tables.read_splits(os.path.join(data_dir, "frames"))
+        stored_in = split if split in frames else SHARED
+        if not sum(frames.get(stored_in, [])):
+            raise ValueError(
+                f"{data_dir} has no frames of split {split!r}; prepare the data set again"
+            )
+        lengths = frames[stored_in]
+        path = _shard_path(data_dir, "videos", split, 0, 1)
+        table = tables.read_table(path, sum(splits[split]), len(self.class_names), lengths)
         self.ids = [id_.decode("utf-8", "surrogateescape") for id_ in table["id"]]
         self.labels = table["label"].astype(np.int32)
         self.first_frame = table["first_frame"]
@@ -115,10 +114,6 @@ class VideoDataset:
         self.fps = table["fps"]
         self.heights = table["height"]
         self.widths = table["width"]
-        self.class_names = json.loads((epath.Path(data_dir) / "class_names.json").read_text())
-        frames = _split_shards(os.path.join(data_dir, "frames"))
-        stored_in = split if split in frames else SHARED
-        lengths = frames[stored_in]
         self._shard_ends = np.cumsum(lengths)
         self._shard_paths = [
             frame_shard_path(data_dir, stored_in, shard, len(lengths))
@@ -364,28 +359,6 @@ def _write_metadata(
         names = sorted(os.listdir(temporary), key=lambda name: name == "dataset_info.json")
         for file in names:  # dataset_info.json, the mark of a whole data set, comes last
             os.replace(os.path.join(temporary, file), os.path.join(data_dir, file))
-
-
-def _split_shards(data_dir: str) -> dict[str, list[int]]:
-    """Records per shard of each split, by a TFDS directory's dataset_info.json."""
-    path = epath.Path(data_dir) / "dataset_info.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no prepared videos in {data_dir} (there is no {path}). Prepare them with: "
-            "python scripts/prepare_dataset.py --dataset=... --videos=... --out=" + data_dir
-        )
-    splits = json.loads(path.read_text())["splits"]
-    return {split["name"]: [int(n) for n in split["shardLengths"]] for split in splits}
-
-
-def _read_rows(path: str) -> dict[str, np.ndarray]:
-    """The columns of a video table: bytes, int64 or float32 [n]."""
-    try:
-        rows = ArrayRecordReader(path).read_all()
-    except RuntimeError as error:
-        raise OSError(f"cannot read the table of videos {path}: {error}") from None
-    columns = tf.io.parse_example(tf.constant(rows), _ROW_FEATURES)
-    return {name: column.numpy() for name, column in columns.items()}
 
 
 def _check_reached(path: str, error: RuntimeError) -> None:

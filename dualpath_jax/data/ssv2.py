@@ -2,7 +2,8 @@
 
 import os
 
-from dualpath_jax.data.annotations import Listing, Video, field, looks_like, read_json, require
+from dualpath_jax.data.annotations import Listing, Video, field, looks_like, require
+from dualpath_jax.untrusted import open_text, read_json, shown
 
 
 def read_ssv2(videos_dir: str, annotations: str | None, validation_fraction: float) -> Listing:
@@ -46,7 +47,7 @@ def _read_classes(annotations: str) -> dict[str, int]:
     labels = read_json(_path(annotations, "labels"), dict)
     try:
         classes = {_plain(template): int(index) for template, index in labels.items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"labels.json in {annotations}: a label is no number ({error})") from None
     if sorted(classes.values()) != list(range(len(labels))):
         raise ValueError(
@@ -74,7 +75,7 @@ def _read_answers(annotations: str) -> dict[str, str]:
     path = os.path.join(annotations, "test-answers.csv")
     if not os.path.exists(path):
         return {}
-    with open(path, encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         pairs = (line.strip().partition(";") for line in file if line.strip())
         return {id_: template for id_, _, template in pairs}
 
@@ -83,10 +84,10 @@ def _plain(template: str) -> str:
     return template.replace("[", "").replace("]", "")
 
 
-def _class_of(classes: dict[str, int], template: str | None, id_: str, path: str) -> int:
-    if template is None or _plain(template) not in classes:
+def _class_of(classes: dict[str, int], template: object, id_: str, path: str) -> int:
+    if not isinstance(template, str) or _plain(template) not in classes:
         raise ValueError(
-            f"video {id_} in {path} has template {template!r}, which labels.json does not have; "
-            "the files must be of one release"
+            f"video {id_[:200]} in {path} has template {shown(template)}, which labels.json does "
+            "not have; the files must be of one release"
         )
     return classes[_plain(template)]

@@ -54,19 +54,20 @@ class WorkerPool:
     def map(self, function: Callable, arguments: Iterable[tuple]) -> Iterator[Any]:
         """Yields `function(*args)` for each of `arguments`, in order; a `Failure` where it failed.
 
-        At most 4 x num_workers results wait in memory. Function, arguments and results must be
-        picklable.
+        At most 4 x num_workers results wait in memory, fewer where they have more than
+        `_WAITING_BYTES` x num_workers: the others wait in their processes. Function, arguments and
+        results must be picklable.
 
         Raises:
           ChildProcessError: worker processes do not start at all.
         """
         todo = enumerate(arguments)
         waiting = []  # the next task, and tasks taken back from dead workers
-        done = {}  # finished ahead of their turn
+        done = {}  # finished ahead of their turn: (result, bytes it took)
         first, end = 0, 0  # tasks [first, end) are under way or in `done`
         while True:
             while first in done:
-                yield done.pop(first)
+                yield done.pop(first)[0]
                 first += 1
             while True:
                 if not waiting and end < first + 4 * self._num_workers:
@@ -82,6 +83,10 @@ class WorkerPool:
             if first == end:
                 return
             busy = {w.connection: w for w in self._workers if w.tasks}
+            if sum(size for _, size in done.values()) > _WAITING_BYTES * self._num_workers:
+                # Only from the worker whose answer the others wait for; it may have died, though.
+                needed = {c: w for c, w in busy.items() if any(i == first for i, _ in w.tasks)}
+                busy = needed or busy
             for connection in multiprocessing.connection.wait(list(busy)):
                 self._receive(busy[connection], done, waiting)
 
@@ -96,15 +101,16 @@ class WorkerPool:
     def _receive(self, worker: "_Worker", done: dict, waiting: list) -> None:
         """Takes one message of a worker, or its death."""
         try:
-            result = pickle.loads(worker.connection.recv_bytes())
+            message = worker.connection.recv_bytes()
         except (EOFError, OSError):
             self._bury(worker, done, waiting)
             return
+        result = pickle.loads(message)
         if result is _READY:
             worker.ready = True
             self._failed_starts = 0
         else:
-            done[worker.tasks.popleft()[0]] = result
+            done[worker.tasks.popleft()[0]] = result, len(message)
 
     def _bury(self, worker: "_Worker", done: dict, waiting: list) -> None:
         """Drops a dead worker: the task it was at has failed, the one after it goes to another."""
@@ -117,10 +123,12 @@ class WorkerPool:
                     f"worker processes do not start ({_death(code, self._limits)})"
                 )
         elif worker.tasks:
-            done[worker.tasks.popleft()[0]] = Failure(_death(code, self._limits))
+            done[worker.tasks.popleft()[0]] = Failure(_death(code, self._limits)), 0
         waiting.extend(reversed(worker.tasks))
 
 
+# The frames of ten ordinary seconds have 6 MB; a file made for it has hundreds.
+_WAITING_BYTES = 64 * 2**20
 _READY = ...  # first message of a worker; Ellipsis stays itself when pickled
 
 
