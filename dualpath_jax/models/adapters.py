@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpath_jax.models.layers import Sites, gelu
+from dualpath_jax.models.layers import Sites, gelu, keep
 
 
 class Adapter(nn.Module):
@@ -39,6 +39,7 @@ class Adapter(nn.Module):
         # Kaiming normal N(0, 2/fan_in), not truncated as `he_normal` is.
         kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
         y = nn.Dense(self.bottleneck, kernel_init=kaiming, dtype=self.dtype, name="down")(y)
+        y = keep(y, "adapter")
         y = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(gelu(y))
         zeros = nn.initializers.zeros
         y = nn.Dense(x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="up")(y)
@@ -89,10 +90,10 @@ class SerialAdapters(Sites):
         return self.before(x) if self.pre_attention else x
 
     def after_attention(self, y: jax.Array) -> jax.Array:
-        return self.attention(y)
+        return self.attention(keep(y, "branch"))
 
     def after_mlp(self, y: jax.Array) -> jax.Array:
-        return self.mlp(y)
+        return self.mlp(keep(y, "branch"))
 
 
 class Classifier(nn.Module):
