@@ -30,9 +30,9 @@ def gelu(x: jax.Array) -> jax.Array:
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 # What a block keeps for its backward pass besides its input; the rest is computed again there.
-# A frozen matrix product needs no kept input, so "cheap" keeps the outputs of the products whose
-# result something else than a frozen product reads, and repeats softmax, activations and norms.
-_KEPT = ("qkv", "residual", "hidden", "branch", "adapter")
+# A frozen matrix product needs no kept input. "cheap" keeps the outputs of the large ones that
+# something else reads; it repeats softmax, activations, norms, attention's output and adapters.
+_KEPT = ("qkv", "hidden", "branch")
 REMAT = {
     "none": None,
     "cheap": jax.checkpoint_policies.save_only_these_names(*_KEPT),
@@ -44,7 +44,9 @@ def keep(x: jax.Array, name: str) -> jax.Array:
     """x, named so that `remat="cheap"` keeps it for the backward pass."""
     if name not in _KEPT:
         raise ValueError(f"{name!r} is not kept: known are {', '.join(_KEPT)}")
-    return checkpoint_name(x, name)
+    # As a matrix: TPUs store the last two axes in tiles, and pad the 197 tokens of an image.
+    rows = checkpoint_name(x.reshape(-1, x.shape[-1]), name)
+    return rows.reshape(x.shape)
 
 
 def check_remat(name: str) -> None:
@@ -158,7 +160,7 @@ class Block(nn.Module):
             h, x = h[:, :1], x[:, :1]
         else:
             y = self.attention(sites.before_attention(x))
-        z = keep(h + sites.after_attention(y) + sites.beside_attention(x), "residual")
+        z = h + sites.after_attention(y) + sites.beside_attention(x)
         x = self.ln_2(z)
         h = z + sites.after_mlp(self.mlp(x)) + sites.beside_mlp(x)
         return sites.output(h)
