@@ -40,6 +40,7 @@ SAFE_CHANGES = (
     "init_from",
     "log_every_steps",
     "model.class_only",
+    "model.remat",
     "model.scan_blocks",
     "optimizer.accumulation_steps",
     "optimizer.max_skipped_steps",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpath_jax.models.layers import Sites, gelu
+from dualpath_jax.models.layers import Sites, gelu, keep
 
 
 class Adapter(nn.Module):
@@ -89,10 +89,10 @@ class SerialAdapters(Sites):
         return self.before(x) if self.pre_attention else x
 
     def after_attention(self, y: jax.Array) -> jax.Array:
-        return self.attention(y)
+        return self.attention(keep(y, "branch"))
 
     def after_mlp(self, y: jax.Array) -> jax.Array:
-        return self.mlp(y)
+        return self.mlp(keep(y, "branch"))
 
 
 class Classifier(nn.Module):

@@ -67,10 +67,14 @@ def backbone_config(name: str, **overrides: Any) -> BackboneConfig:
 
 
 def build_backbone(
-    config: BackboneConfig, dtype: Any = jnp.float32, scan_blocks: bool = False
+    config: BackboneConfig,
+    dtype: Any = jnp.float32,
+    scan_blocks: bool = False,
+    remat: str = "none",
 ) -> nn.Module:
     """The module of a shape; for the arguments see `vit.ViT`."""
-    return FAMILIES[family_of(config)].module(config, dtype=dtype, scan_blocks=scan_blocks)
+    module = FAMILIES[family_of(config)].module
+    return module(config, dtype=dtype, scan_blocks=scan_blocks, remat=remat)
 
 
 def family_of(config: BackboneConfig) -> str:

@@ -102,7 +102,7 @@ class DualPath(nn.Module):
       adapt_shifted_windows: in Swin, adapters in the shifted-window blocks too; the paper has them
         in the window blocks only (App. B.1).
       dtype: compute dtype of the transformer; features and classifier are float32.
-      scan_blocks: see `ViT`.
+      scan_blocks, remat: see `ViT`.
       class_only: where the backbone has a class token, compute no other token in its last block.
     """
 
@@ -122,6 +122,7 @@ class DualPath(nn.Module):
     adapt_shifted_windows: bool = False
     dtype: Any = jnp.float32
     scan_blocks: bool = False
+    remat: str = "none"
     class_only: bool = True
 
     def setup(self):
@@ -137,7 +138,7 @@ class DualPath(nn.Module):
                 f"temporal_position {self.temporal_position!r} takes the backbone's position "
                 f"table, and {self.config.name} has none: use 'sincos3d'"
             )
-        self.backbone = build_backbone(self.config, self.dtype, self.scan_blocks)
+        self.backbone = build_backbone(self.config, self.dtype, self.scan_blocks, self.remat)
         adapter = self.adapter.clone(dtype=self.dtype, parent=None)
         shifted = self.adapt_shifted_windows
         self.spatial_sites = ParallelAdapters(adapter, shifted_windows=shifted, parent=None)

@@ -55,7 +55,7 @@ class FrameModel(nn.Module):
       head: (frame features [B, T, D] float32, dropout_rng or None) -> logits [B, classes].
       sites: what the method does inside a block; None for the backbone as it is.
       dtype: compute dtype of the transformer; frame features and head are float32.
-      scan_blocks: see `ViT`.
+      scan_blocks, remat: see `ViT`.
       class_only: where the backbone has a class token, compute no other token in its last block.
     """
 
@@ -65,10 +65,11 @@ class FrameModel(nn.Module):
     sites: Sites | None = None
     dtype: Any = jnp.float32
     scan_blocks: bool = False
+    remat: str = "none"
     class_only: bool = True
 
     def setup(self):
-        self.backbone = build_backbone(self.config, self.dtype, self.scan_blocks)
+        self.backbone = build_backbone(self.config, self.dtype, self.scan_blocks, self.remat)
         self.site_params = None
         if self.sites is not None:
             self.site_params = self.param("adapters", self._init_adapters)

@@ -1,7 +1,7 @@
 """What the backbones share: the transformer block and its named sites for tuning methods.
 
-Public: `Sites`, `Block`, `Mlp`, `ACTIVATIONS`, `gelu`, `quick_gelu`. The rest is for the modules of
-the backbones.
+Public: `Sites`, `Block`, `Mlp`, `ACTIVATIONS`, `gelu`, `quick_gelu`, `REMAT`, `keep`. The rest is
+for the modules of the backbones.
 
 The file knows no tuning method. A method fills the sites of a block (see `Sites`); an empty site
 does nothing. Axes: M images (frames or framesets, batch included), N tokens, D width, L blocks.
@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -27,6 +28,31 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+# What a block keeps for its backward pass besides its input; the rest is computed again there.
+# A frozen matrix product needs no kept input. "cheap" keeps the outputs of the large ones that
+# something else reads; it repeats softmax, activations, norms, attention's output and adapters.
+_KEPT = ("qkv", "hidden", "branch")
+REMAT = {
+    "none": None,
+    "cheap": jax.checkpoint_policies.save_only_these_names(*_KEPT),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def keep(x: jax.Array, name: str) -> jax.Array:
+    """x, named so that `remat="cheap"` keeps it for the backward pass."""
+    if name not in _KEPT:
+        raise ValueError(f"{name!r} is not kept: known are {', '.join(_KEPT)}")
+    # As a matrix: TPUs store the last two axes in tiles, and pad the 197 tokens of an image.
+    rows = checkpoint_name(x.reshape(-1, x.shape[-1]), name)
+    return rows.reshape(x.shape)
+
+
+def check_remat(name: str) -> None:
+    """ValueError unless `name` is in `REMAT`."""
+    if name not in REMAT:
+        raise ValueError(f"unknown model.remat={name!r}: known are {', '.join(REMAT)}")
 
 
 def check_activation(name: str) -> None:
@@ -111,7 +137,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(x)
+        y = keep(nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(x), "hidden")
         y = ACTIVATIONS[self.activation](y)
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="output")(y)
 
@@ -165,12 +191,20 @@ def init_stacked(init: Callable[[jax.Array], Any], rng: jax.Array, length: int) 
 
 
 def loop_blocks(
-    body: Callable[[jax.Array, Any], jax.Array], h: jax.Array, layers: Any, scan: bool
+    body: Callable[[jax.Array, Any], jax.Array],
+    h: jax.Array,
+    layers: Any,
+    scan: bool,
+    remat: str,
 ) -> jax.Array:
     """h through body(h, layer) for each layer of `layers`, a tree with leaves [L, ...].
 
-    `scan` loops in the compiled program; otherwise the layers are written out.
+    `scan` loops in the compiled program; otherwise the layers are written out. `remat` is a name of
+    `REMAT`.
     """
+    if remat != "none":
+        # The barrier is needed where the compiler sees both passes: it would join them again.
+        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=not scan)
     if scan:
         return jax.lax.scan(lambda h, layer: (body(h, layer), None), h, layers)[0]
     # Not scan(unroll=True): that still copies what the backward pass needs into stacked arrays.

@@ -192,7 +192,7 @@ class WindowAttention(nn.Module):
         padded = x.shape[1:3]
         x = jnp.roll(x, (-shift, -shift), axis=(1, 2))
         x = einops.rearrange(x, "m (r a) (c b) d -> m (r c) (a b) d", a=window, b=window)
-        qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x)
+        qkv = layers.keep(nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x), "qkv")
         q, k, v = einops.rearrange(
             qkv, "m u n (three k d) -> three m u n k d", three=3, k=self.heads
         )
@@ -264,11 +264,13 @@ class Swin(nn.Module):
       dtype: dtype of the computation; parameters keep the dtype they are given in.
       scan_blocks: loop over the pairs of blocks of a stage in the compiled program, instead of
         writing them out.
+      remat: what pairs of blocks keep for the backward pass, a name of `layers.REMAT`.
     """
 
     config: SwinConfig
     dtype: Any = jnp.float32
     scan_blocks: bool = False
+    remat: str = "none"
 
     def setup(self):
         config = self.config
@@ -397,7 +399,7 @@ class Swin(nn.Module):
             _pairs(rngs),
         )
         h = einops.rearrange(h, "m r c d -> m (r c) d")
-        h = layers.loop_blocks(body, h, pairs, self.scan_blocks)
+        h = layers.loop_blocks(body, h, pairs, self.scan_blocks, self.remat)
         h = einops.rearrange(h, "m (r c) d -> m r c d", r=rows)
         return self.merge[stage](h) if stage < len(self.merge) else h
 

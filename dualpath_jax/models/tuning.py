@@ -20,7 +20,7 @@ from dualpath_jax.models.backbones import FAMILIES, BackboneConfig, family_of
 from dualpath_jax.models.dualpath import DualPath
 from dualpath_jax.models.evl import EVL, Decoder
 from dualpath_jax.models.frames import AverageClassifier, FrameModel
-from dualpath_jax.models.layers import Sites
+from dualpath_jax.models.layers import Sites, check_remat
 from dualpath_jax.models.prompts import DeepPrompts, ShallowPrompts
 from dualpath_jax.models.protuning import ProTuning
 from dualpath_jax.models.st_adapter import STAdapter
@@ -102,6 +102,7 @@ def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> 
         adapt_shifted_windows=model.adapt_shifted_windows,
         dtype=compute_dtype(config),
         scan_blocks=model.scan_blocks,
+        remat=model.remat,
         class_only=model.class_only,
     )
 
@@ -121,6 +122,7 @@ def _frame_model(
         sites=sites,
         dtype=compute_dtype(config),
         scan_blocks=config.model.scan_blocks,
+        remat=config.model.remat,
         class_only=config.model.class_only,
         **options,
     )
@@ -281,6 +283,7 @@ def _method(name: str) -> Method:
 def build_model(config: Any, backbone: BackboneConfig, num_classes: int) -> nn.Module:
     """The module of `config.model.method` on a backbone of shape `backbone`."""
     name = config.model.method
+    check_remat(config.model.remat)
     method, family = _method(name), family_of(backbone)
     if family not in method.families:
         raise ValueError(

@@ -151,9 +151,8 @@ class Attention(nn.Module):
 
     def project(self, x: jax.Array) -> jax.Array:
         """x [M, N, D] -> queries, keys and values [3, M, N, K, D/K]."""
-        return einops.rearrange(
-            self.qkv(x), "m n (three k d) -> three m n k d", three=3, k=self.heads
-        )
+        qkv = layers.keep(self.qkv(x), "qkv")
+        return einops.rearrange(qkv, "m n (three k d) -> three m n k d", three=3, k=self.heads)
 
     def __call__(self, x: jax.Array, class_only: bool = False) -> jax.Array:
         """x [M, N, D] -> [M, N, D], or what the class token attends to, [M, 1, D]."""
@@ -199,11 +198,13 @@ class ViT(nn.Module):
       dtype: dtype of the computation; parameters keep the dtype they are given in.
       scan_blocks: loop over the blocks in the compiled program (small program, for accelerators)
         instead of writing them out (faster on CPU). Parameters are the same, stacked [L, ...].
+      remat: what blocks keep for the backward pass, a name of `layers.REMAT`.
     """
 
     config: ViTConfig
     dtype: Any = jnp.float32
     scan_blocks: bool = False
+    remat: str = "none"
 
     def setup(self):
         config = self.config
@@ -306,10 +307,11 @@ class ViT(nn.Module):
 
         layer_params = jax.tree.map(lambda leaf: leaf[blocks], (self.blocks, site_params, rngs))
         if not class_only or not (sites is None or sites.token_wise):
-            return layers.loop_blocks(body, h, layer_params, self.scan_blocks)
+            return layers.loop_blocks(body, h, layer_params, self.scan_blocks, self.remat)
         first = jax.tree.map(lambda leaf: leaf[:-1], layer_params)
         last = jax.tree.map(lambda leaf: leaf[-1], layer_params)
-        return body(layers.loop_blocks(body, h, first, self.scan_blocks), last, class_only=True)
+        h = layers.loop_blocks(body, h, first, self.scan_blocks, self.remat)
+        return body(h, last, class_only=True)
 
     def queries_and_keys(self, h: jax.Array, index: int) -> tuple[jax.Array, jax.Array]:
         """Of block `index`, which h [M, N, D] enters: two of [M, N, K, D/K]."""

@@ -1,0 +1,244 @@
+"""Speed and memory of DualPath's forward pass and training step, beside PyTorch and the limit.
+
+Public: `Setting`, `compare`, `peak_memory`, `matmul_gflops`; the command line is
+scripts/benchmark_step.py.
+
+Both frameworks get the same weights and the same clips, and their logits are compared before
+anything is timed. They take turns in one process; ratios are medians over rounds of what was
+measured in the same round.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import io
+import multiprocessing
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from dualpath_jax import efficiency, preprocess, run, train
+from dualpath_jax import params as params_lib
+from dualpath_jax.data import synthetic
+from dualpath_jax.models import dualpath, tuning
+from dualpath_jax.torch_dualpath import TorchDualPath
+
+NUM_CLASSES = 174
+TOLERANCE = 1e-4  # of the logits in float32
+_TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+      config: of a run with `model.method` "dualpath" on a CLIP ViT.
+      dtype: "float32" or "bfloat16", of the computation; what trains is float32.
+      batch_size: B clips.
+    """
+
+    config: Any
+    dtype: str
+    batch_size: int
+
+
+@dataclasses.dataclass
+class Side:
+    """One framework, ready to run; each call waits for its result."""
+
+    forward: Callable[[], np.ndarray]  # logits [B, classes] float32
+    train_step: Callable[[], float]  # loss
+
+
+def make_run(setting: Setting) -> tuple[run.Run, dict[str, np.ndarray]]:
+    """A run with random weights, none of them zero, and a batch of random clips; no files."""
+    config = setting.config.copy_and_resolve_references()
+    config.model.dtype, config.data.batch_size = setting.dtype, setting.batch_size
+    config.eval.batch_size = setting.batch_size
+    config.data.synthetic, config.data.randaugment_layers = True, 0
+    config.data.erasing_probability, config.num_train_steps = 0.0, 1000
+    videos = synthetic.synthetic_split(config.data, setting.batch_size)
+    videos.class_names = [str(i) for i in range(NUM_CLASSES)]
+    with contextlib.redirect_stdout(io.StringIO()):  # the table of parameters
+        made = run.build_run(config, "", videos)
+    rng = np.random.default_rng(0)
+    trainable = jax.tree.map(
+        lambda leaf: leaf + 0.02 * rng.standard_normal(leaf.shape, np.float32), made.state.trainable
+    )
+    made.state = made.state.replace(trainable=run.replicate(trainable, made.mesh))
+    batch = {"label": rng.integers(0, NUM_CLASSES, setting.batch_size).astype(np.int32)}
+    for key, shape in zip(("spatial", "temporal"), run.clip_shapes(config), strict=True):
+        batch[key] = rng.integers(0, 256, (setting.batch_size, *shape[1:]), dtype=np.uint8)
+    return made, batch
+
+
+def jax_side(made: run.Run, batch: dict[str, np.ndarray]) -> Side:
+    """This package: the real training step, and the model of evaluation on one view."""
+    config, dtype = made.config, tuning.compute_dtype(made.config)
+    step = jax.jit(train.make_train_step(made.model, config, made.optimizer), donate_argnums=0)
+    placed = run.shard_batch(batch, made.mesh)
+
+    @jax.jit
+    def forward(trainable, frozen, batch):
+        inputs = preprocess.model_inputs(batch, config.data, dtype)
+        return made.model.apply({"params": params_lib.merge(trainable, frozen)}, *inputs)
+
+    state = jax.tree.map(jnp.copy, made.state)
+
+    def train_step() -> float:
+        nonlocal state
+        state, metrics = step(state, made.frozen, placed)
+        return float(metrics["loss"])
+
+    return Side(lambda: np.asarray(forward(made.state.trainable, made.frozen, placed)), train_step)
+
+
+def torch_model(made: run.Run) -> TorchDualPath:
+    """PyTorch's model with the weights of a run, frozen ones in the run's dtype."""
+    merged = params_lib.merge(made.state.trainable, made.frozen)
+    arrays = {k: np.asarray(v, np.float32) for k, v in params_lib.flatten(merged).items()}
+    position = made.model.apply({"params": merged}, method=dualpath.DualPath._temporal_positions)
+    model = TorchDualPath(
+        arrays, np.asarray(position, np.float32), made.model.config.heads, made.model.config.eps
+    )
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(_TORCH_DTYPES[made.config.model.dtype])
+    return model
+
+
+def torch_side(made: run.Run, batch: dict[str, np.ndarray]) -> Side:
+    """PyTorch: AdamW on what trains, autocast where the computation is bfloat16."""
+    config, model, trained = made.config, torch_model(made), torch_model(made)
+    dtype = _TORCH_DTYPES[config.model.dtype]
+    trainable = [p for p in trained.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, weight_decay=config.optimizer.weight_decay)
+    label = torch.tensor(batch["label"], dtype=torch.long)
+    mean, std = (torch.tensor(config.data[k])[:, None, None] for k in ("mean", "std"))
+
+    def run_model(model: TorchDualPath) -> torch.Tensor:
+        images = [torch.tensor(batch[k]).permute(0, 1, 4, 2, 3) for k in ("spatial", "temporal")]
+        images = [((x.float() / 255 - mean) / std).to(dtype) for x in images]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return model(*images).float()
+
+    def forward() -> np.ndarray:
+        with torch.no_grad():
+            return run_model(model).numpy()
+
+    def train_step() -> float:
+        optimizer.zero_grad()
+        smoothing = config.optimizer.label_smoothing
+        logits = run_model(trained)
+        loss = torch.nn.functional.cross_entropy(logits, label, label_smoothing=smoothing)
+        loss.backward()
+        optimizer.step()
+        return float(loss)
+
+    return Side(forward, train_step)
+
+
+SIDES: dict[str, Callable[[run.Run, dict[str, np.ndarray]], Side]] = {
+    "jax": jax_side,
+    "torch": torch_side,
+}
+
+
+def compare(setting: Setting, rounds: int) -> dict[str, Any]:
+    """Both frameworks in turn.
+
+    Returns:
+      {"largest_difference": of the logits; "forward" and "train_step": {"jax", "torch": median
+      seconds; "ratio_vs_torch": PyTorch's seconds over ours, the median of the rounds';
+      "gflops": 10^9 operations of a plain forward pass, or of that and its backward pass, two for
+      each multiply-accumulate, over our seconds}}.
+
+    Raises:
+      RuntimeError: the logits differ by more than `TOLERANCE` in float32.
+    """
+    made, batch = make_run(setting)
+    sides = {name: make(made, batch) for name, make in SIDES.items()}
+    ours, theirs = (side.forward() for side in sides.values())
+    difference = float(np.abs(ours - theirs).max())
+    if setting.dtype == "float32" and difference > TOLERANCE:
+        raise RuntimeError(f"PyTorch's logits differ by {difference:.2e}, more than {TOLERANCE}")
+    result: dict[str, Any] = {"largest_difference": difference}
+    for what, operations in zip(("forward", "train_step"), _operations(setting), strict=True):
+        seconds = _take_turns({n: getattr(side, what) for n, side in sides.items()}, rounds)
+        pairs = zip(seconds["torch"], seconds["jax"], strict=True)
+        result[what] = {name: statistics.median(values) for name, values in seconds.items()}
+        result[what]["ratio_vs_torch"] = statistics.median(a / b for a, b in pairs)
+        result[what]["gflops"] = operations / 1e9 / result[what]["jax"]
+    return result
+
+
+def _take_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, after one that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for call in runs.values():
+        call()
+    for number in range(rounds):
+        for name in list(runs)[:: 1 if number % 2 == 0 else -1]:
+            start = time.perf_counter()
+            runs[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _operations(setting: Setting) -> tuple[int, int]:
+    """Of the plain model on a batch, two per multiply-accumulate: forward; forward and backward."""
+    config = setting.config.copy_and_resolve_references()
+    config.model.class_only, config.model.remat = False, "none"
+    model = run.outline(config, NUM_CLASSES)
+    trainable, frozen = params_lib.split(model.params, model.mask)
+
+    def loss(trainable, frozen, *inputs):
+        params = params_lib.merge(trainable, frozen)
+        return model.model.apply({"params": params}, *inputs).sum()
+
+    arguments = trainable, frozen, *run.abstract_inputs(config)
+    counts = (efficiency.count_macs(f, *arguments) for f in (loss, jax.grad(loss)))
+    return tuple(2 * setting.batch_size * count for count in counts)
+
+
+def matmul_gflops(dtype: str, size: int = 2048, rounds: int = 5) -> float:
+    """10^9 operations per second of a square matrix product: the faster framework's median."""
+    a = jnp.ones((size, size), dtype)
+    b = torch.ones((size, size), dtype=_TORCH_DTYPES[dtype])
+    product = jax.jit(jnp.matmul)
+    runs = {"jax": lambda: product(a, a).block_until_ready(), "torch": lambda: b @ b}
+    seconds = _take_turns(runs, rounds)
+    return 2 * size**3 / 1e9 / min(statistics.median(values) for values in seconds.values())
+
+
+def peak_memory(setting: Setting, side: str) -> float:
+    """MiB that a training step needs above what lies in memory between steps (Linux).
+
+    Of one framework, a name of `SIDES`, in a process of its own.
+    """
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(_peak_memory, setting, side).result()
+
+
+def _peak_memory(setting: Setting, side: str) -> float:
+    step = SIDES[side](*make_run(setting)).train_step
+    step()  # compiles, and makes the optimizer's state
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts afresh
+    before = _status("VmRSS")
+    step()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> int:
+    """KiB, of this process."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1])

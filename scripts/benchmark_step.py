@@ -1,0 +1,96 @@
+"""DualPath's forward pass and training step beside PyTorch, on this machine.
+
+    pip install -r requirements-bench.txt
+    python scripts/benchmark_step.py
+    python scripts/benchmark_step.py --config=k400_vitb --batch_size=4 --json
+
+The same model with the same weights in PyTorch (dualpath_jax/torch_dualpath.py), checked to give
+the same logits, takes turns with ours: forward pass and training step, float32 and bfloat16, and
+the memory that a step needs. No data and no weights are needed. The limit is a product of two
+square matrices in the faster framework.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import sys
+
+# Processes that measure memory import this file again: its main is guarded.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config", default="ssv2_vitb", help="of dualpath, as in configs/ (ssv2_vitb)")
+    add("--batch_size", type=int, default=1, help="clips (1)")
+    add("--rounds", type=int, default=5, help="times each is measured (5)")
+    add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    add("--scan_blocks", action="store_true", help="loop over blocks instead of writing them out")
+    add("--remat", default="cheap", help="config.model.remat (cheap)")
+    add("--json", action="store_true", help="print JSON instead of Markdown")
+    return parser.parse_args()
+
+
+def measure(config, dtypes: list[str], batch_size: int, rounds: int) -> dict:
+    """By what is measured, with the ratios of each dtype."""
+    from dualpath_jax import step_benchmark
+
+    result: dict = {"forward": {}, "train_step": {}, "matmul_limit_gflops": {}, "dtypes": {}}
+    for dtype in dtypes:
+        print(f"{dtype} ...", file=sys.stderr, flush=True)
+        setting = step_benchmark.Setting(config, dtype, batch_size)
+        limit = step_benchmark.matmul_gflops(dtype)
+        compared = step_benchmark.compare(setting, rounds)
+        sides = step_benchmark.SIDES
+        compared["step_mib"] = {s: step_benchmark.peak_memory(setting, s) for s in sides}
+        result["matmul_limit_gflops"][dtype] = limit
+        result["dtypes"][dtype] = compared
+        for what in ("forward", "train_step"):
+            result[what][f"ratio_vs_torch_{dtype}"] = compared[what]["ratio_vs_torch"]
+            fraction = compared[what]["gflops"] / limit
+            result[what].setdefault("fraction_of_matmul_limit", {})[dtype] = fraction
+    return result
+
+
+def markdown(result: dict) -> str:
+    """The tables for people."""
+    lines = [
+        "| | ours, s | PyTorch, s | PyTorch / ours | of the matrix product rate |",
+        "|---|---|---|---|---|",
+    ]
+    for dtype, compared in result["dtypes"].items():
+        for what in ("forward", "train_step"):
+            row, fraction = compared[what], result[what]["fraction_of_matmul_limit"][dtype]
+            name = f"{what.replace('_', ' ')}, {dtype}".replace("train step", "training step")
+            lines.append(
+                f"| {name} | {row['jax']:.2f} | {row['torch']:.2f} | {row['ratio_vs_torch']:.2f} "
+                f"| {fraction:.2f} |"
+            )
+    lines += ["", "| memory of a training step, MiB | ours | PyTorch |", "|---|---|---|"]
+    for dtype, compared in result["dtypes"].items():
+        ours, theirs = (compared["step_mib"][side] for side in ("jax", "torch"))
+        lines.append(f"| {dtype} | {ours:.0f} | {theirs:.0f} |")
+    limits = (f"{d} {g:.0f} GFLOP/s" for d, g in result["matmul_limit_gflops"].items())
+    return "\n".join([*lines, "", f"Matrix product: {', '.join(limits)}."])
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    try:
+        config = importlib.import_module(f"configs.{arguments.config}").get_config()
+    except ModuleNotFoundError:
+        sys.exit(f"error: no configs/{arguments.config}.py; check --config")
+    config.model.scan_blocks, config.model.remat = arguments.scan_blocks, arguments.remat
+    result = measure(config, arguments.dtypes, arguments.batch_size, arguments.rounds)
+    print(json.dumps(result, indent=1) if arguments.json else markdown(result))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")
+    main()
