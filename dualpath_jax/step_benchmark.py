@@ -73,7 +73,9 @@ def make_run(setting: Setting) -> tuple[run.Run, dict[str, np.ndarray]]:
     trainable = jax.tree.map(
         lambda leaf: leaf + 0.02 * rng.standard_normal(leaf.shape, np.float32), made.state.trainable
     )
-    made.state = made.state.replace(trainable=run.replicate(trainable, made.mesh))
+    made.state = made.state.replace(
+        trainable=jax.device_put(trainable, run.on_every_device(made.mesh))
+    )
     batch = {"label": rng.integers(0, NUM_CLASSES, setting.batch_size).astype(np.int32)}
     for key, shape in zip(("spatial", "temporal"), run.clip_shapes(config), strict=True):
         batch[key] = rng.integers(0, 256, (setting.batch_size, *shape[1:]), dtype=np.uint8)
@@ -141,7 +143,7 @@ def torch_side(made: run.Run, batch: dict[str, np.ndarray]) -> Side:
         loss = torch.nn.functional.cross_entropy(logits, label, label_smoothing=smoothing)
         loss.backward()
         optimizer.step()
-        return float(loss)
+        return loss.item()
 
     return Side(forward, train_step)
 

@@ -1,0 +1,98 @@
+"""The model in PyTorch gives the same logits and loss; what is timed, and how."""
+
+import argparse
+import importlib
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from configs import ssv2_vitb  # noqa: E402
+from dualpath_jax import step_benchmark  # noqa: E402
+from dualpath_jax.step_benchmark import Setting  # noqa: E402
+
+TINY = {
+    "patch_size": 16,
+    "width": 48,
+    "depth": 2,
+    "heads": 2,
+    "mlp_dim": 96,
+    "projection_dim": 32,
+}
+
+
+@pytest.fixture
+def config():
+    """SSv2's recipe, with its adapter before attention, on a tiny backbone; framesets 64 x 64."""
+    config = ssv2_vitb.get_config()
+    config.backbone.name = "custom"
+    config.backbone.update(TINY)
+    config.data.image_size = 64
+    config.model.scan_blocks = False
+    return config
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """The benchmark's batches are small: not over the tests' eight devices."""
+    from dualpath_jax import run
+
+    one = run.make_mesh().devices[:1]
+    monkeypatch.setattr(run, "make_mesh", lambda: run.jax.sharding.Mesh(one, ("data",)))
+
+
+def test_pytorch_is_the_same_model(config):
+    made, batch = step_benchmark.make_run(Setting(config, "float32", 2))
+    ours, theirs = (make(made, batch) for make in step_benchmark.SIDES.values())
+    assert ours.forward().shape == (2, 174)
+    assert np.abs(ours.forward() - theirs.forward()).max() <= step_benchmark.TOLERANCE
+    assert abs(ours.train_step() - theirs.train_step()) <= 1e-4
+    assert np.std(ours.forward()) > 0.05  # no comparison of zeros
+
+
+def test_another_model_is_noticed(config, monkeypatch):
+    """Twin: without the adapter before attention."""
+    forget = step_benchmark.torch_model
+
+    def forgetful(made):
+        model = forget(made)
+        for adapters in model.adapters["temporal"]:
+            del adapters["before"]
+        return model
+
+    monkeypatch.setattr(step_benchmark, "torch_model", forgetful)
+    with pytest.raises(RuntimeError, match="PyTorch's logits differ by"):
+        step_benchmark.compare(Setting(config, "float32", 2), rounds=1)
+
+
+def test_turns_alternate(monkeypatch):
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = step_benchmark._take_turns(runs, 3)
+    assert order == ["a", "b", *"abbaab"]  # the first of each is not counted
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_operations_are_those_of_the_plain_model(config):
+    """Two per multiply-accumulate; twice the batch, twice as many; backward costs as much again."""
+    forward, both = step_benchmark._operations(Setting(config, "float32", 1))
+    assert step_benchmark._operations(Setting(config, "float32", 3)) == (3 * forward, 3 * both)
+    assert 1.9 < both / forward < 2.4
+    config.model.remat = "full"
+    assert step_benchmark._operations(Setting(config, "float32", 1)) == (forward, both)
+
+
+def test_script(config, monkeypatch):
+    script = importlib.import_module("scripts.benchmark_step")
+    monkeypatch.setattr(step_benchmark, "peak_memory", lambda setting, side: 12.4)
+    monkeypatch.setattr(step_benchmark, "matmul_gflops", lambda dtype: 100.0)
+    arguments = argparse.Namespace(dtypes=["float32"], batch_size=1, rounds=1)
+    result = script.measure(config, arguments.dtypes, arguments.batch_size, arguments.rounds)
+    assert list(result["forward"]) == ["ratio_vs_torch_float32", "fraction_of_matmul_limit"]
+    assert list(result["train_step"]) == list(result["forward"])
+    assert result["matmul_limit_gflops"] == {"float32": 100.0}
+    table = script.markdown(result)
+    assert "| forward, float32 | " in table
+    assert "| training step, float32 | " in table
+    assert "| float32 | 12 | 12 |" in table
