@@ -93,6 +93,7 @@ def _write(path: pathlib.Path, codec: str, options: dict[str, str]) -> None:
     """A video of 12 small frames of smooth noise."""
     noise = np.random.default_rng(0).integers(0, 256, (12, 6, 8, 3), np.uint8)
     frames = noise.repeat(8, 1).repeat(8, 2)
+    options = options | {"fflags": "+bitexact"}  # no random numbers in mkv and webm
     with av.open(str(path), "w", container_options=options) as container:
         stream = container.add_stream(codec, rate=12)
         stream.height, stream.width = frames.shape[1:3]

@@ -202,7 +202,7 @@ class Checkpoints(Target):
 
     def _files(self, state: dict[str, np.ndarray]) -> dict[str, bytes]:
         """The checkpoint's file by suffix."""
-        metadata = {"activation": "quick_gelu", "heads": "1"}
+        metadata = {"heads": "1"}  # of several, safetensors writes in random order
         return {".safetensors": safetensors.numpy.save(state, metadata)}
 
     def seeds(self) -> list[Case]:
@@ -231,16 +231,29 @@ class TorchCheckpoints(Checkpoints):
     def _files(self, state: dict[str, np.ndarray]) -> dict[str, bytes]:
         import torch
 
-        files = {}
-        tensors = {name: torch.from_numpy(array) for name, array in state.items()}
-        for suffix, present in ((".pt", True), (".bin", False)):
-            buffer = io.BytesIO()
-            torch.save(tensors, buffer, _use_new_zipfile_serialization=present)
-            files[suffix] = buffer.getvalue()
-        return files
+        # Parts of one storage: the old format has them in the order of their addresses.
+        flat = torch.from_numpy(np.concatenate([array.ravel() for array in state.values()]))
+        parts = flat.split([array.size for array in state.values()])
+        tensors = {
+            name: part.view(array.shape)
+            for (name, array), part in zip(state.items(), parts, strict=True)
+        }
+        present, old = io.BytesIO(), io.BytesIO()
+        torch.save(tensors, present)
+        torch.save(tensors, old, _use_new_zipfile_serialization=False)
+        address = _pickled(str(flat.untyped_storage()._cdata))  # by it the storage is known there
+        return {
+            ".pt": present.getvalue(),
+            ".bin": old.getvalue().replace(address, _pickled("1")),
+        }
 
     def _mutate_weights(self, rng: random.Random, data: bytes) -> bytes:
         return mutate_bytes(rng, data)
+
+
+def _pickled(text: str) -> bytes:
+    """A short text as a pickle of protocol 2 has it."""
+    return b"X" + len(text).to_bytes(4, "little") + text.encode()
 
 
 class Adapters(Target):
