@@ -10,7 +10,7 @@ from dualpath_jax import params as params_lib
 from dualpath_jax.models import layers, tuning
 
 SMALL = {
-    "ssv2_vitb": {"patch_size": 16, "width": 48, "depth": 3, "heads": 2, "mlp_dim": 96},
+    "ssv2_vitb": {"patch_size": 16, "width": 48, "depth": 2, "heads": 2, "mlp_dim": 96},
     "ssv2_swinb": {"patch_size": 4, "width": 32, "depths": (2, 2), "heads": 2, "mlp_dim": 64},
 }
 
@@ -46,8 +46,10 @@ def values_for(tree):
     return jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), tree)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "scan"), [("ssv2_vitb", False), ("ssv2_vitb", True), ("ssv2_swinb", True)]
+)
 def test_gradients_are_the_same(name, scan):
     gradients = {}
     for remat in layers.REMAT:
@@ -71,8 +73,7 @@ def test_memory_falls():
         compiled = jax.jit(jax.grad(loss)).lower(*arguments).compile()
         sizes.append(compiled.memory_analysis().temp_size_in_bytes)
     none, cheap, full = sizes
-    assert cheap < 0.7 * none
-    assert full < 0.8 * cheap
+    assert full < cheap < 0.7 * none
 
 
 @pytest.mark.parametrize(
