@@ -13,6 +13,8 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from dualpath_jax import environment
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configuration, see configs/.")
 WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -93,8 +95,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # On CPU, XLA's YNNPACK fusions make the demo's training step 1.2 times slower (jax 0.10.2).
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")
+    environment.prepare()
     flags.mark_flag_as_required("config")
     app.run(main)

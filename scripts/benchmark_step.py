@@ -13,12 +13,13 @@ square matrices in the faster framework.
 import argparse
 import importlib
 import json
-import os
 import pathlib
 import sys
 
 # Processes that measure memory import this file again: its main is guarded.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
+
+from dualpath_jax import environment
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -91,6 +92,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")
+    environment.prepare()
     main()

@@ -1,0 +1,48 @@
+"""What is set before JAX is imported, and that the user's own settings stay."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+from dualpath_jax import environment
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NAMES = ("TF_CPP_MIN_LOG_LEVEL", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+
+
+def test_the_users_settings_stay(monkeypatch, tmp_path):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here")
+    environment.prepare()
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=here"
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "2"
+    folder = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    assert folder.parent == tmp_path / "dualpath_jax"
+    assert folder == environment.cache_folder()
+
+
+def test_a_second_start_compiles_nothing(tmp_path):
+    """A program of its own, twice; the second one finds what the first one has kept."""
+    program = (
+        "from dualpath_jax import environment; environment.prepare(); import jax; "
+        "from jax import monitoring; hits = []; "
+        "monitoring.register_event_listener(lambda name, **_: hits.append(name)); "
+        "jax.jit(lambda x: sum((x @ x + i).sum() for i in range(40)))(jax.numpy.ones((64, 64)));"
+        "print(hits.count('/jax/compilation_cache/cache_hits'),"
+        " hits.count('/jax/compilation_cache/cache_misses'))"
+    )
+    kept = {key: value for key, value in os.environ.items() if key not in NAMES}
+    variables = {**kept, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+
+    def counts():
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
+        hits, misses = done.stdout.split()
+        return int(hits), int(misses)
+
+    assert counts()[0] == 0
+    hits, _ = counts()
+    assert hits >= 1
