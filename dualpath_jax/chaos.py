@@ -125,9 +125,9 @@ def _torn_checkpoint(run: Run, rng: np.random.Generator) -> tuple[str, str]:
     run.life.kill()
     newest = run.workdir / "checkpoints" / str(max(run.saved()))
     files = sorted(path for path in newest.rglob("*") if path.is_file())
-    if rng.random() < 0.7:  # most files are small, and few of these are read
-        files = sorted(files, key=lambda path: path.stat().st_size)[-6:]
-    path = files[rng.integers(len(files))]
+    sizes = np.array([path.stat().st_size for path in files])
+    chances = sizes / sizes.sum() if rng.random() < 0.7 else None  # many small ones are not read
+    path = files[rng.choice(len(files), p=chances)]
     how = ("cut", "flipped bit in", "removed")[rng.integers(3)]
     content = bytearray(path.read_bytes())
     if how == "removed":

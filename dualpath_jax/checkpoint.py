@@ -127,6 +127,10 @@ class Checkpoints:
         """Step of the checkpoint with the highest `METRIC`, None if none was evaluated."""
         return max(self._scores, key=self._scores.get, default=None)
 
+    def has_scores(self, step: int) -> bool:
+        """Was the checkpoint of `step` evaluated?"""
+        return step in self._scores
+
     def path(self, step: int | None) -> str:
         """Where the checkpoint of `step` lies, for messages."""
         return "none" if step is None else str(self.directory / str(step))
@@ -139,17 +143,20 @@ class Checkpoints:
         scores: dict[str, float] | None = None,
         reported: bool = True,
     ) -> None:
-        """Write `state` (any pytree of arrays) in the background, unless `step` is there already.
+        """Write `state` (any pytree of arrays) in the background.
 
-        `scores` are those of an evaluation of it, with `METRIC`. A checkpoint that cannot be
-        written is given up with a warning, here or, where it shows later, in the next call; so is
-        one whose steps are not `reported`: a run that resumed there would never report them.
+        Where `step` is there already, only to add `scores`, those of an evaluation of it, with
+        `METRIC`. A checkpoint that cannot be written is given up with a warning, here or, where it
+        shows later, in the next call; so is one whose steps are not `reported`: a run that resumed
+        there would never report them.
         """
         self.wait()
         if self._lost:
             self._clean_up()  # again: its threads may have written on
         if step in self._manager.all_steps():
-            return
+            if scores is None or self.has_scores(step):
+                return
+            self._manager.delete(step)
         self._saving, self._lost = step, False
         if _on_any_host(not reported):
             self._give_up(OSError("the metrics of its steps are not on disk"))

@@ -210,6 +210,10 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
     max_skipped = config.optimizer.max_skipped_steps
     reporter.resume(first_step)
     reporter.start(first_step)
+    if first_step and plan.evaluates(first_step) and not checkpoints.has_scores(first_step):
+        # Told to stop there, it had no time to.
+        scores = evaluate_now(run, eval_dataset, reporter, first_step)
+        checkpoints.save(first_step, run.state, run.metadata(), scores, reporter.flush())
     pending = None  # metrics of the step before: read while the next one computes
     last_save = time.monotonic()
     with Watch() as watch:
@@ -236,9 +240,7 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
                 reporter.progress(done, values | {"broken_videos": len(broken.videos)})
             scores = None
             if plan.evaluates(done) and not stops:
-                scores = evaluate.evaluate_run(run, eval_dataset)
-                reporter.scores(done, config.eval.split, scores)
-                scores = dataclasses.asdict(scores)
+                scores = evaluate_now(run, eval_dataset, reporter, done)
             if saves:
                 checkpoints.save(done, run.state, run.metadata(), scores, reporter.flush())
                 last_save = time.monotonic()
@@ -248,6 +250,15 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
                 raise Preempted(f"told to stop; saved {checkpoints.path(done)}")
     checkpoints.close()
     reporter.close()
+
+
+def evaluate_now(
+    run: Run, dataset: VideoDataset, reporter: Reporter, done: int
+) -> dict[str, float]:
+    """Scores after `done` steps, reported."""
+    scores = evaluate.evaluate_run(run, dataset)
+    reporter.scores(done, run.config.eval.split, scores)
+    return dataclasses.asdict(scores)
 
 
 def elapsed(since: float) -> float:

@@ -190,6 +190,26 @@ def test_the_signal():
         assert not watch.should_stop(1)
 
 
+def test_told_to_stop_when_an_evaluation_is_due(config, tmp_path, monkeypatch):
+    """It is made up for at the next start, and the checkpoint gets its scores."""
+    config.num_train_steps = 12
+    config.eval.every_epochs = 1
+    run_all(config, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "should_stop", lambda self, step: step == 5)
+        with pytest.raises(Preempted, match="checkpoints/5"):
+            run_all(config, tmp_path / "stopped")
+    assert [e["step"] for e in same_run.entries(tmp_path / "stopped")] == [5]
+    run_all(config, tmp_path / "stopped")
+    assert same_run.entries(tmp_path / "stopped") == same_run.entries(tmp_path / "straight")
+    both = [Checkpoints(str(tmp_path / n), read_only=True) for n in ("stopped", "straight")]
+    assert [c.has_scores(5) for c in both] == [True, True]
+    assert both[0].best_step() == both[1].best_step()
+    # Once is enough.
+    run_all(config, tmp_path / "stopped")
+    assert same_run.entries(tmp_path / "stopped") == same_run.entries(tmp_path / "straight")
+
+
 def test_told_to_stop_outside_of_the_loop():
     program = (
         "import os, signal; from dualpath_jax import preemption; "
