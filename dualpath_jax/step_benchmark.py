@@ -117,24 +117,38 @@ def torch_model(made: run.Run) -> TorchDualPath:
     return model
 
 
+def torch_device() -> str:
+    """Where PyTorch computes: on a GPU if JAX does."""
+    if jax.default_backend() != "gpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise RuntimeError("JAX has a GPU and this PyTorch has none: install its CUDA build")
+    return "cuda"
+
+
 def torch_side(made: run.Run, batch: dict[str, np.ndarray]) -> Side:
     """PyTorch: AdamW on what trains, autocast where the computation is bfloat16."""
-    config, model, trained = made.config, torch_model(made), torch_model(made)
+    device = torch_device()
+    config = made.config
+    model, trained = (torch_model(made).to(device) for _ in range(2))
     dtype = _TORCH_DTYPES[config.model.dtype]
     trainable = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, weight_decay=config.optimizer.weight_decay)
-    label = torch.tensor(batch["label"], dtype=torch.long)
-    mean, std = (torch.tensor(config.data[k])[:, None, None] for k in ("mean", "std"))
+    placed = {k: torch.tensor(v, device=device) for k, v in batch.items()}
+    label = placed["label"].long()
+    mean, std = (
+        torch.tensor(config.data[k], device=device)[:, None, None] for k in ("mean", "std")
+    )
 
     def run_model(model: TorchDualPath) -> torch.Tensor:
-        images = [torch.tensor(batch[k]).permute(0, 1, 4, 2, 3) for k in ("spatial", "temporal")]
+        images = [placed[k].permute(0, 1, 4, 2, 3) for k in ("spatial", "temporal")]
         images = [((x.float() / 255 - mean) / std).to(dtype) for x in images]
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
             return model(*images).float()
 
     def forward() -> np.ndarray:
         with torch.no_grad():
-            return run_model(model).numpy()
+            return run_model(model).cpu().numpy()
 
     def train_step() -> float:
         optimizer.zero_grad()
@@ -214,15 +228,18 @@ def _operations(setting: Setting) -> tuple[int, int]:
 def matmul_gflops(dtype: str, size: int = 2048, rounds: int = 5) -> float:
     """10^9 operations per second of a square matrix product: the faster framework's median."""
     a = jnp.ones((size, size), dtype)
-    b = torch.ones((size, size), dtype=_TORCH_DTYPES[dtype])
+    b = torch.ones((size, size), dtype=_TORCH_DTYPES[dtype], device=torch_device())
     product = jax.jit(jnp.matmul)
-    runs = {"jax": lambda: product(a, a).block_until_ready(), "torch": lambda: b @ b}
+    runs = {
+        "jax": lambda: product(a, a)[0, 0].item(),  # waits for the result
+        "torch": lambda: (b @ b)[0, 0].item(),
+    }
     seconds = _take_turns(runs, rounds)
     return 2 * size**3 / 1e9 / min(statistics.median(values) for values in seconds.values())
 
 
 def peak_memory(setting: Setting, side: str) -> float:
-    """MiB that a training step needs above what lies in memory between steps (Linux).
+    """MiB of host memory that a training step needs above what lies there between steps (Linux).
 
     Of one framework, a name of `SIDES`, in a process of its own.
     """

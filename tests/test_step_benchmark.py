@@ -83,6 +83,12 @@ def test_operations_are_those_of_the_plain_model(config):
     assert step_benchmark._operations(Setting(config, "float32", 1)) == (forward, both)
 
 
+def test_limit_and_memory_are_measured(config):
+    assert step_benchmark.matmul_gflops("float32", size=64, rounds=1) > 0
+    needs = step_benchmark._peak_memory(Setting(config, "float32", 8), "torch")
+    assert 5 < needs < 500  # activations of 2 blocks, 72 images; not weights or programs
+
+
 def test_script(config, monkeypatch):
     script = importlib.import_module("scripts.benchmark_step")
     monkeypatch.setattr(step_benchmark, "peak_memory", lambda setting, side: 12.4)
