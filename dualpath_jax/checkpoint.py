@@ -97,9 +97,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
-            cleanup_tmp_directories=not read_only,  # of a process that was killed while it saved
+            cleanup_tmp_directories=not read_only,  # on gs:// orbax alone can tell them
             preservation_policy=_NewestAndBest(keep, self.best_step),
         )
+        if not read_only:
+            self._remove_incomplete()  # of a process that was killed while it saved
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=options,
@@ -201,11 +203,14 @@ class Checkpoints:
                 break
             except Exception:
                 logging.debug("%s", traceback.format_exc())
-        if jax.process_index() == 0:
+        self._remove_incomplete()
+        self._manager.reload()
+
+    def _remove_incomplete(self) -> None:
+        if jax.process_index() == 0 and self.directory.exists():
             for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 with contextlib.suppress(OSError):
                     path.rmtree()
-        self._manager.reload()
 
     def restore_newest(self, state: Any, metadata: dict[str, Any]) -> tuple[int, Any] | None:
         """(step, state) of the newest checkpoint that is whole, or None if there is none.
