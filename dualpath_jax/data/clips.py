@@ -90,11 +90,15 @@ def make_element(
     One that is not `real` is padding: mask 0, example_id -1. UnreadableVideo if it cannot be read.
     """
     side = min(crop.height, crop.width)
-    ratio = jpeg_frames.decode_ratio(side, clip.framesets.frame_size) if clip.framesets else 1
+    # Crops are cut alike with and without framesets, so that all methods see the same clips.
+    unit = jpeg_frames.decode_ratio(side, max(1, clip.image_size // 4))
+    ratio = 1
+    if clip.framesets:
+        ratio = min(unit, jpeg_frames.decode_ratio(side, clip.framesets.frame_size))
     box = np.array([crop.top, crop.left, crop.height, crop.width], np.int32)
     return {
         "records": dataset.read_frames(example, frames),
-        "box": jpeg_frames.snap(box, ratio),
+        "box": jpeg_frames.snap(box, unit),
         "decode_ratio": np.int32(jpeg_frames.RATIOS.index(ratio)),  # its place
         "flip": crop.flip,
         "label": np.int32(dataset.labels[example]),
