@@ -83,10 +83,8 @@ def test_operations_are_those_of_the_plain_model(config):
     assert step_benchmark._operations(Setting(config, "float32", 1)) == (forward, both)
 
 
-def test_limit_and_memory_are_measured(config):
+def test_limit_is_measured():
     assert step_benchmark.matmul_gflops("float32", size=64, rounds=1) > 0
-    needs = step_benchmark._peak_memory(Setting(config, "float32", 8), "torch")
-    assert 5 < needs < 500  # activations of 2 blocks, 72 images; not weights or programs
 
 
 def test_script(config, monkeypatch):
