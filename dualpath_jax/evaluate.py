@@ -20,7 +20,8 @@ from dualpath_jax.data import pipeline
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
 from dualpath_jax.progress import format_scores
-from dualpath_jax.run import Batch, Run, on_every_device, shard_batch
+from dualpath_jax.run import Batch, Run
+from dualpath_jax.sharding import on_every_device, shard_batch
 
 
 @dataclasses.dataclass(frozen=True)

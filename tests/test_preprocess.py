@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dualpath_jax import preprocess, run
+from dualpath_jax import preprocess, sharding
 from dualpath_jax.data.randaugment import OPS
 
 DATA = ConfigDict({"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)})
@@ -61,7 +61,7 @@ def test_operations_of_each_clip(batch):
 def test_the_same_on_all_devices(batch):
     batch = with_ops(batch, "contrast", "color", "brightness")
     assert jax.device_count() == 8
-    sharded = model_inputs(run.shard_batch(batch, run.make_mesh()))
+    sharded = model_inputs(sharding.shard_batch(batch, sharding.make_mesh()))
     assert len(sharded[0].sharding.device_set) == 8
     for a, b in zip(model_inputs(batch), sharded, strict=True):
         assert np.abs(a - np.asarray(b)).max() < 1e-5
