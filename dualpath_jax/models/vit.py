@@ -138,6 +138,17 @@ MODELS = {
 }
 
 
+def attend_once(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of one query: q [M, 1, K, d]; k, v [M, N, K, d] -> [M, 1, K, d].
+
+    As `jax.nn.dot_product_attention`, of which XLA's CPU compiler refuses this case's gradient in
+    bfloat16 (jax 0.10.2: "Dot with multiple contracting dimensions is not implemented").
+    """
+    logits = jnp.einsum("mqkd,mnkd->mkqn", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5).astype(q.dtype)
+    return jnp.einsum("mkqn,mnkd->mqkd", weights, v)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values."""
 
@@ -156,8 +167,10 @@ class Attention(nn.Module):
 
     def __call__(self, x: jax.Array, class_only: bool = False) -> jax.Array:
         """x [M, N, D] -> [M, N, D], or what the class token attends to, [M, 1, D]."""
-        q, k, v = self._project_class(x) if class_only else self.project(x)
-        y = jax.nn.dot_product_attention(q, k, v)  # float32 softmax, scale 1/sqrt(D/K)
+        if class_only:
+            y = attend_once(*self._project_class(x))
+        else:
+            y = jax.nn.dot_product_attention(*self.project(x))  # float32 softmax, scale (D/K)^-1/2
         return self.out(einops.rearrange(y, "m n k d -> m n (k d)"))
 
     def _project_class(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
