@@ -74,3 +74,14 @@ def test_no_work_without_randaugment(batch):
     assert "select" not in operations(batch)
     assert "gather" not in operations(batch)
     assert "gather" in operations(with_ops(batch, "color"))
+
+
+def test_looking_up_without_a_gather_is_the_same():
+    rng = np.random.default_rng(0)
+    table = rng.integers(0, 256, (3, 256), dtype=np.uint8)
+    images = np.concatenate([np.arange(256), rng.integers(0, 256, 512)]).astype(np.uint8)
+    images = images.reshape(2, 16, 8, 3)
+    want = np.stack([table[c][images[..., c]] for c in range(3)], axis=-1)
+    for look_up in (preprocess._gather, preprocess._select, preprocess._look_up):
+        assert np.array_equal(jax.jit(look_up)(table, images), want)
+    assert not np.array_equal(preprocess._select(table[::-1], images), want)
