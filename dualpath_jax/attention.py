@@ -1,6 +1,7 @@
 """Where the class token looks: heat maps of the last block, or rolled out over all blocks.
 
-Public: `class_attention`, `roll_out`, `over_pixels`, `by_frame`, `mean_share`.
+Public: `class_attention`, `roll_out`, `over_pixels`, `by_frame`, `cover`,
+`mean_share`.
 
 Axes: B clips, n images of a clip (S frames or G framesets), h, w patches down and across an image,
 H, W its pixels. A map is the class token's attention to the patches, divided by their sum: its
@@ -26,7 +27,7 @@ def class_attention(
     """Maps of both paths (Fig. 4, A1), heads averaged.
 
     Args:
-      model: of `api.load`, tuned by dualpath on a ViT.
+      model: of `trained.load`, tuned by dualpath on a ViT.
       clips: uint8 "spatial" [B, S, H, W, 3] and "temporal" [B, G, H', W', 3].
       adapted: the tuned model; otherwise the frozen backbone at the same positions (eq. 2).
       rollout: see `roll_out`; otherwise the attention of the last block alone.
@@ -104,15 +105,22 @@ def by_frame(framesets: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return einops.rearrange(framesets, pattern, across=across, down=down)
 
 
-def mean_share(maps: np.ndarray, masks: np.ndarray, patch_size: int) -> np.ndarray:
+def cover(masks: np.ndarray, patch_size: int) -> np.ndarray:
+    """How much of each patch is object: masks [B, n, H, W], 0..1, of its pixels -> [B, n, h, w]."""
+    pattern = "b n (h p) (w q) -> b n h w"
+    return einops.reduce(masks, pattern, "mean", p=patch_size, q=patch_size)
+
+
+def mean_share(maps: np.ndarray, covered: np.ndarray) -> np.ndarray:
     """The share of each map that falls on an object, averaged over the images of a clip.
+
+    A patch's attention counts as spread evenly over its pixels.
 
     Args:
       maps: [B, n, h, w], the sum over each image is 1.
-      masks: [B, n, H, W], 0..1, how much of each pixel is object.
-      patch_size: pixels along a patch.
+      covered: [B, n, h, w], of `cover`.
 
     Returns:
       [B] in 0..1; of uniform maps, the object's share of the area.
     """
-    return (over_pixels(maps, patch_size) * masks).sum(axis=(-2, -1)).mean(axis=-1)
+    return (maps * covered).sum(axis=(-2, -1)).mean(axis=-1)

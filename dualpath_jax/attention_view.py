@@ -60,7 +60,7 @@ def view_clip(model: Any, clips: dict[str, np.ndarray], rollout: bool = False) -
     """The maps of one clip.
 
     Args:
-      model: of `api.load`.
+      model: of `trained.load`.
       clips: uint8 "spatial" [1, S, H, W, 3] and "temporal" [1, G, H', W', 3].
       rollout: see `attention.roll_out`.
     """
@@ -94,7 +94,7 @@ def draw_grid(view: View, title: str) -> Image.Image:
     if "temporal" in view.images:
         apart = view.taken_apart()
         size = _scaled(apart.images["temporal"][0], TILE)
-        rows += _rows(apart, "temporal", "temporal path, frames of the framesets", size)
+        rows += _rows(apart, "temporal", "temporal path, framesets taken apart, frames", size)
     first = dataclasses.replace(rows[0], title=f"{title}    {rows[0].title}")
     return pictures.grid([first, *rows[1:]])
 

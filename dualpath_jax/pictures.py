@@ -1,6 +1,6 @@
 """Pictures of attention: heat maps over frames, grids of them as PNG, a clip as GIF.
 
-Public: `heat`, `Row`, `grid`, `write_gif`.
+Public: `enlarge`, `heat`, `Row`, `grid`, `write_png`, `write_gif`.
 """
 
 import dataclasses
@@ -11,9 +11,8 @@ from PIL import Image, ImageDraw
 
 GAP = 4  # pixels between pictures
 LINE = 16  # pixels for a line of text
-STRENGTH = 0.6  # how much of the picture the hottest place hides
-# Colours of 0, 1/4, ... 1: from black over violet and orange to pale yellow.
-_COLOURS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
+STRENGTH = 0.75  # how much of the picture the hottest place hides
+_COLOURS = np.array([(0, 60, 255), (0, 190, 255), (255, 230, 0), (255, 0, 0)])  # of 0, 1/3, ... 1
 
 
 def enlarge(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -22,7 +21,9 @@ def enlarge(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def heat(image: np.ndarray, attention: np.ndarray, hottest: float) -> np.ndarray:
-    """Attention over a picture: the more, the brighter and the less of the picture is seen.
+    """Attention over a picture in grey: from blue over yellow to red; none leaves the grey.
+
+    Colours go by the square root, so that what is a tenth of the hottest is still seen.
 
     Args:
       image: uint8 [H, W, 3].
@@ -35,11 +36,12 @@ def heat(image: np.ndarray, attention: np.ndarray, hottest: float) -> np.ndarray
     height, width = image.shape[:2]
     rows = np.arange(height) * attention.shape[0] // height
     columns = np.arange(width) * attention.shape[1] // width
-    level = np.clip(attention / max(hottest, 1e-12), 0, 1)[rows][:, columns]
+    level = np.sqrt(np.clip(attention / max(hottest, 1e-12), 0, 1))[rows][:, columns]
     stops = np.linspace(0, 1, len(_COLOURS))
     colour = np.stack([np.interp(level, stops, channel) for channel in _COLOURS.T], axis=-1)
-    hidden = STRENGTH * np.sqrt(level)[..., None]  # what is cold leaves the picture as it is
-    return np.round(image * (1 - hidden) + colour * hidden).astype(np.uint8)
+    hidden = STRENGTH * level[..., None]
+    grey = image.mean(axis=-1, keepdims=True)  # colours are those of the attention alone
+    return np.round(grey * (1 - hidden) + colour * hidden).astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,11 @@ def grid(rows: Sequence[Row]) -> Image.Image:
             left += picture.shape[1] + GAP
         top += height
     return canvas
+
+
+def write_png(path: str, picture: Image.Image) -> None:
+    """A picture of 256 colours, which takes a third of the space."""
+    picture.quantize(256, method=Image.Quantize.MEDIANCUT).save(path, optimize=True)
 
 
 def write_gif(path: str, pictures: Sequence[Image.Image], milliseconds: int = 200) -> None:

@@ -3,8 +3,9 @@
     python scripts/attention_share.py --workdirs runs/demo runs/demo_seed1 runs/demo_seed2
 
 Prints a Markdown table: for each run of configs/demo.py, each path, without and with adaptation,
-the mean over the videos that evaluation sees; beside it the object's share of the area, which
-uniform attention would have. Attention is that of the last block to the patches.
+the mean over the videos that evaluation sees. Beside it stand the object's share of the area, which
+uniform attention would have, and what attention to the one patch with most of the object would
+have. Attention is that of the last block to the patches.
 """
 
 import argparse
@@ -16,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 
 import numpy as np  # noqa: E402
 
-COLUMNS = ("area", "without adaptation", "with adaptation")
+COLUMNS = ("area", "without adaptation", "with adaptation", "at most")
 
 
 def shares(model, rollout: bool) -> dict[str, np.ndarray]:
@@ -40,21 +41,21 @@ def shares(model, rollout: bool) -> dict[str, np.ndarray]:
         )
         maps = [attention.class_attention(model, clips, kind, rollout) for kind in (False, True)]
         for path in found:
-            uniform = np.full_like(maps[0][path], 1 / maps[0][path][0, 0].size)
-            mask = masks[path][..., 0] / 255
-            columns = [uniform, *(m[path] for m in maps)]
-            found[path].append([attention.mean_share(m, mask, patch) for m in columns])
+            covered = attention.cover(masks[path][..., 0] / 255, patch)
+            area, most = covered.mean(axis=(1, 2, 3)), covered.max(axis=(2, 3)).mean(axis=1)
+            columns = [attention.mean_share(m[path], covered) for m in maps]
+            found[path].append([area, *columns, most])
     return {path: np.concatenate(parts, axis=1).mean(axis=1) for path, parts in found.items()}
 
 
 def table(workdirs: list[str], backbone: str | None, rollout: bool) -> list[str]:
     """The lines of the table."""
-    from dualpath_jax import api
+    from dualpath_jax import trained
 
-    lines = [f"| path | run | {' | '.join(COLUMNS)} |", "|---|---|---|---|---|"]
+    lines = [f"| path | run | {' | '.join(COLUMNS)} |", "|---|---|---|---|---|---|"]
     runs = {}
     for workdir in workdirs:
-        model = api.load(workdir, backbone=backbone)
+        model = trained.load(workdir, backbone=backbone)
         runs[f"seed {model.config.seed}"] = shares(model, rollout)
     for path in dict.fromkeys(path for run in runs.values() for path in run):
         rows = {name: run[path] for name, run in runs.items() if path in run}

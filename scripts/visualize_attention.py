@@ -34,10 +34,10 @@ def new_name(folder: pathlib.Path, video: str, taken: set[str]) -> pathlib.Path:
 
 def draw(args: argparse.Namespace) -> int:
     """Pictures of each video; returns how many could not be read."""
-    from dualpath_jax import api, attention_view, pictures
+    from dualpath_jax import attention_view, pictures, trained
     from dualpath_jax.data.decode import VideoError
 
-    model = api.load(args.workdir, backbone=args.backbone)
+    model = trained.load(args.workdir, backbone=args.backbone)
     folder, taken, bad = pathlib.Path(args.out), set(), 0
     folder.mkdir(parents=True, exist_ok=True)
     for video in args.videos:
@@ -50,7 +50,8 @@ def draw(args: argparse.Namespace) -> int:
         view = attention_view.view_clip(model, clips, args.rollout)
         path = new_name(folder, video, taken)
         kind = "rollout" if args.rollout else "last block"
-        attention_view.draw_grid(view, f"{path.name}, {kind}").save(f"{path}.png")
+        grid = attention_view.draw_grid(view, f"{path.name}, {kind}")
+        pictures.write_png(f"{path}.png", grid)
         pictures.write_gif(f"{path}.gif", attention_view.draw_animation(view))
         print(f"wrote {path}.png and {path.name}.gif", flush=True)
     return bad
@@ -61,7 +62,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("videos", nargs="+", metavar="VIDEO", help="video files")
-    parser.add_argument("--workdir", required=True, help="of a run, or an exported adapter file")
+    parser.add_argument("--workdir", required=True, help="of the run, local or gs://")
     parser.add_argument("--backbone", help="converted backbone, if not where the run had it")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
     parser.add_argument(

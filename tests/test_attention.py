@@ -39,6 +39,15 @@ def inputs():
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
+def attend(module, params, *options):
+    """`DualPath.attention` on the inputs, compiled."""
+
+    def attention(params):
+        return module.apply({"params": params}, *inputs(), *options, method=DualPath.attention)
+
+    return jax.device_get(jax.jit(attention)(params))
+
+
 def layer_norm(x, params):
     centred = x - x.mean(-1, keepdims=True)
     return (
@@ -66,10 +75,8 @@ def softmax(x):
 def test_temporal_attention_is_that_of_the_equations(adapted):
     """The last block's, by numpy from the tokens that enter it; with a wrong scale it is not."""
     module, params = tiny_model()
-    spatial, temporal = inputs()
-    weights = module.apply(
-        {"params": params}, spatial, temporal, adapted, method=DualPath.attention
-    )["temporal"]
+    temporal = inputs()[1]
+    weights = attend(module, params, adapted)["temporal"]
     assert weights.shape == (1, 2, 1, 17, 17)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
 
@@ -81,7 +88,8 @@ def test_temporal_attention_is_that_of_the_equations(adapted):
         h = module._embed(temporal, token, position)
         return module.backbone.encode(h, *fill, blocks=slice(0, 2))
 
-    h = np.asarray(module.apply({"params": params}, method=enters_last), np.float64)
+    enters = jax.jit(lambda p: module.apply({"params": p}, method=enters_last))
+    h = np.asarray(enters(params), np.float64)
     block = of_block(params["backbone"]["blocks"], 2)
     x = layer_norm(h, block["ln_1"])
     if adapted:  # the fifth adapter reads LN(h) and is added to it
@@ -120,9 +128,7 @@ def test_all_blocks_end_with_the_last_one_and_scan_gives_the_same():
     scanned, _ = tiny_model(scan=True)
 
     def run(module, all_blocks):
-        return module.apply(
-            {"params": params}, *inputs(), True, all_blocks, method=DualPath.attention
-        )
+        return attend(module, params, True, all_blocks)
 
     last, blocks = run(module, False), run(module, True)
     assert {name: w.shape[0] for name, w in blocks.items()} == {"spatial": 3, "temporal": 3}
@@ -139,13 +145,11 @@ def test_without_adaptation_nothing_trained_counts_but_the_positions():
     for path in ("spatial", "temporal"):
         other[path] = jax.tree.map(lambda x: 2 * x, params[path])
     other["spatial"]["position"] = params["spatial"]["position"]
-
-    def run(params, adapted):
-        return module.apply({"params": params}, *inputs(), adapted, method=DualPath.attention)
+    frozen, adapted = ([attend(module, p, kind) for p in (params, other)] for kind in (False, True))
 
     for name in ("spatial", "temporal"):
-        assert np.array_equal(run(params, False)[name], run(other, False)[name])
-        assert np.abs(run(params, True)[name] - run(other, True)[name]).max() > 0.01
+        assert np.array_equal(frozen[0][name], frozen[1][name])
+        assert np.abs(adapted[0][name] - adapted[1][name]).max() > 0.01
 
 
 def test_rollout_by_hand():
@@ -167,11 +171,13 @@ def test_framesets_taken_apart_are_the_frames():
 def test_share_of_uniform_attention_is_the_area():
     masks = np.zeros((1, 2, 16, 16))
     masks[0, 0, :4, :8] = 1  # an eighth of the first image, half of its first patch
-    share = attention.mean_share(np.full((1, 2, 2, 2), 0.25), masks, 8)
+    covered = attention.cover(masks, 8)
+    share = attention.mean_share(np.full((1, 2, 2, 2), 0.25), covered)
     np.testing.assert_allclose(share, [1 / 16])
     on_it = np.zeros((1, 2, 2, 2))
     on_it[:, :, 0, 0] = 1
-    np.testing.assert_allclose(attention.mean_share(on_it, masks, 8), [0.25])
+    np.testing.assert_allclose(attention.mean_share(on_it, covered), [0.25])
+    np.testing.assert_allclose(attention.mean_share(on_it[..., ::-1, :], covered), [0])
 
 
 def test_maps_of_clips():
