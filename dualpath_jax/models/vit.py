@@ -1,6 +1,6 @@
 """Vision transformers of CLIP (Radford et al. 2021) and ImageNet-21K (Dosovitskiy et al. 2021).
 
-Public: `ViTConfig`, `MODELS`, `ViT`, `Block`, `resize_positions`.
+Public: `ViTConfig`, `MODELS`, `ViT`, `Block`, `resize_positions`, `attention_weights`.
 
 The sites of tuning methods are in `layers.py`. Axes: M images (frames or framesets, batch
 included), N tokens (class token first), D width, K heads, L blocks, e projected width.
@@ -197,9 +197,10 @@ class Block(layers.Block):
         self.ln_2 = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype)
         self.mlp = Mlp(config.mlp_dim, config.activation, dtype=self.dtype)
 
-    def queries_and_keys(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of the attention on h [M, N, D], without sites: two of [M, N, K, D/K]."""
-        q, k, _ = self.attention.project(self.ln_1(h))
+    def queries_and_keys(self, h: jax.Array, sites: Sites) -> tuple[jax.Array, jax.Array]:
+        """Of the attention in a block that h [M, N, D] enters: two of [M, N, K, D/K]."""
+        _, _, x = self.attention_input(h, sites)
+        q, k, _ = self.attention.project(x)
         return q, k
 
 
@@ -326,10 +327,35 @@ class ViT(nn.Module):
         h = layers.loop_blocks(body, h, first, self.scan_blocks, self.remat)
         return body(h, last, class_only=True)
 
-    def queries_and_keys(self, h: jax.Array, index: int) -> tuple[jax.Array, jax.Array]:
+    def queries_and_keys(
+        self, h: jax.Array, index: int, sites: Sites | None = None, site_params: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Of block `index`, which h [M, N, D] enters: two of [M, N, K, D/K]."""
-        block = jax.tree.map(lambda leaf: leaf[index], self.blocks)
-        return self._block().apply({"params": block}, h, method=Block.queries_and_keys)
+        block, params = jax.tree.map(lambda leaf: leaf[index], (self.blocks, site_params))
+        bound = layers.bind_sites(sites, params, None)
+        return self._block().apply({"params": block}, h, bound, method=Block.queries_and_keys)
+
+    def attention(
+        self, h: jax.Array, sites: Sites | None = None, site_params: Any = None, first: int = 0
+    ) -> jax.Array:
+        """What the tokens attend to in blocks `first` ... L - 1, averaged over heads.
+
+        Args:
+          h: tokens that enter block 0, [M, N, D].
+          sites, site_params: see `encode`.
+          first: the first block whose attention is returned.
+
+        Returns:
+          [L - first, M, N, N] float32; rows (queries) sum to 1 over the last axis (keys).
+        """
+        if first:
+            h = self.encode(h, sites, site_params, blocks=slice(0, first))
+        weights = []
+        for i in range(first, self.config.depth):
+            q, k = self.queries_and_keys(h, i, sites, site_params)
+            weights.append(attention_weights(q, k).mean(axis=1))
+            h = self.encode(h, sites, site_params, blocks=slice(i, i + 1))
+        return jnp.stack(weights)
 
     def pool(self, h: jax.Array, project: bool = True) -> jax.Array:
         """Class token through `ln_post` and, if asked and there is one, CLIP's visual projection.
@@ -345,6 +371,12 @@ class ViT(nn.Module):
         """The frozen backbone: images [M, H, W, 3] -> (tokens [M, N, D], features [M, e])."""
         h = self.encode(self.embed(images))
         return h, self.pool(h)
+
+
+def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Of queries and keys [M, N, K, D/K]: float32 [M, K, N, N], each row of keys sums to 1."""
+    logits = jnp.einsum("mqkd,mpkd->mkqp", q, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(logits * q.shape[-1] ** -0.5)
 
 
 def resize_positions(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
