@@ -1,7 +1,7 @@
 """Multi-view evaluation: every video counts once, whatever the batch and the number of devices.
 
-Public: `Scores`, `eval_step_sums`, `evaluate`, `evaluate_run`, `evaluate_and_write`,
-`write_mean`.
+Public: `Scores`, `eval_step_sums`, `view_inputs`, `view_logits`, `evaluate`, `evaluate_run`,
+`evaluate_and_write`, `write_mean`.
 """
 
 import dataclasses
@@ -93,20 +93,25 @@ def evaluate(
 
 def make_eval_step(model: Any, config: Any) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
     """The pure evaluation (trainable, frozen, batch with views) -> sums, to be jitted."""
-    dtype = tuning.compute_dtype(config)
 
     def eval_step(trainable, frozen, batch):
-        batch_size, views = batch["spatial"].shape[:2]
-        inputs = [key for key in ("spatial", "temporal") if key in batch]
-        flat = {key: batch[key].reshape(-1, *batch[key].shape[2:]) for key in inputs}
-        logits = model.apply(
-            {"params": params_lib.merge(trainable, frozen)},
-            *preprocess.model_inputs(flat, config.data, dtype),
-        )
-        logits = logits.reshape(batch_size, views, -1)
+        logits = view_logits(model, config, params_lib.merge(trainable, frozen), batch)
         return eval_step_sums(logits, batch["label"], batch["mask"])
 
     return eval_step
+
+
+def view_inputs(config: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+    """`spatial` and `temporal` of a batch with views, as the model takes them: [B V, ...]."""
+    inputs = [key for key in ("spatial", "temporal") if key in batch]
+    flat = {key: batch[key].reshape(-1, *batch[key].shape[2:]) for key in inputs}
+    return preprocess.model_inputs(flat, config.data, tuning.compute_dtype(config))
+
+
+def view_logits(model: Any, config: Any, params: Any, batch: Batch) -> jax.Array:
+    """Logits [B, V, classes] float32 of every view of a batch, see `pipeline.eval_batches`."""
+    logits = model.apply({"params": params}, *view_inputs(config, batch))
+    return logits.reshape(*batch["spatial"].shape[:2], -1)
 
 
 def evaluate_run(run: Run, dataset: VideoDataset) -> Scores:
