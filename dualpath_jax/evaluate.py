@@ -21,7 +21,7 @@ from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
 from dualpath_jax.progress import format_scores
 from dualpath_jax.run import Batch, Run
-from dualpath_jax.sharding import on_every_device, shard_batch
+from dualpath_jax.sharding import on_every_device, shard_batch, using
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,8 @@ def evaluate_run(run: Run, dataset: VideoDataset) -> Scores:
     )
 
     def step(batch: Batch) -> dict[str, jax.Array]:
-        return eval_step(run.state.trainable, run.frozen, shard_batch(batch, run.mesh))
+        with using(run.mesh):
+            return eval_step(run.state.trainable, run.frozen, shard_batch(batch, run.mesh))
 
     return evaluate(step, batches)
 

@@ -135,7 +135,8 @@ def compile_steps(
     sharding.check_settings(config, mesh.size)
     clips = {"train": per_chip_batch, "eval": videos * views}
     makers = {"train": _train_program, "eval": _eval_program}
-    return [_report(step, clips[step], chip, *makers[step](config, mesh)) for step in steps]
+    with sharding.using(mesh):
+        return [_report(step, clips[step], chip, *makers[step](config, mesh)) for step in steps]
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
