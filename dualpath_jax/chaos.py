@@ -23,7 +23,7 @@ from dualpath_jax.preemption import EXIT_CODE
 from dualpath_jax.trial import DAMAGED, SIZES, Life, Trial
 
 STEPS_PER_FAULT = 12
-REFUSED = 2  # exit status of `main.user_errors`
+REFUSED = 2  # exit status of `command.user_errors`
 
 
 class Run:

@@ -16,6 +16,7 @@ from etils import epath
 
 from dualpath_jax import params as params_lib
 from dualpath_jax import preprocess
+from dualpath_jax.bar import Bar
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
@@ -133,7 +134,9 @@ def evaluate_run(run: Run, dataset: VideoDataset) -> Scores:
         with using(run.mesh):
             return eval_step(run.state.trainable, run.frozen, shard_batch(batch, run.mesh))
 
-    return evaluate(step, batches)
+    first = jax.process_index() == 0
+    with Bar(len(dataset), "evaluate", "videos", shown=first) as bar:
+        return evaluate(step, batches, bar.reach)
 
 
 def evaluate_and_write(run: Run, dataset: VideoDataset) -> dict[str, Any]:

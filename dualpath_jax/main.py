@@ -1,19 +1,24 @@
-"""Command line: trains and evaluates the model of a config file.
+"""Trains the model of a config file and evaluates it, or goes on where it was interrupted.
 
-python -m dualpath_jax.main --config=configs/demo.py --workdir=runs/demo
+    python -m dualpath_jax.main --config=configs/demo.py --workdir=runs/demo
+    python -m dualpath_jax.main --config=configs/folder_vitb.py --config.data.dir=data/mine
+
+--config.KEY=VALUE sets any key of the configuration, such as --config.data.batch_size=32 or
+--config.seed=1. Every key stands in configs/base.py with its default and a comment. -v=1 shows what
+is logged, and the traceback of an error.
+
+Exit status: 0 done; 2 an error that you can mend; 75 told to stop (SIGTERM) and saved: the same
+command goes on. docs/troubleshooting.md has what errors mean.
 """
 
-import contextlib
 import os
 import pathlib
 import signal
-import sys
-import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dualpath_jax import environment
+from dualpath_jax import bar, command, environment
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configuration, see configs/.")
 WORKDIR = flags.DEFINE_string(
@@ -40,31 +45,16 @@ NUM_PROCESSES = flags.DEFINE_integer(
     os.environ.get("JAX_NUM_PROCESSES"),
     "How many they are. Environment: JAX_NUM_PROCESSES.",
 )
+QUIET = flags.DEFINE_bool(
+    "quiet",
+    False,
+    "No progress, only results, warnings and errors. Without a terminal progress is lines.",
+)
 PROCESS_ID = flags.DEFINE_integer(
     "process_id",
     os.environ.get("JAX_PROCESS_ID"),
     "Which of them this is, from 0. Environment: JAX_PROCESS_ID.",
 )
-
-
-@contextlib.contextmanager
-def user_errors():
-    """Report what the user can mend as one line, without a traceback (-v=1 shows it)."""
-    from dualpath_jax import distributed  # imports JAX
-    from dualpath_jax.preemption import EXIT_CODE, Preempted
-
-    try:
-        yield
-    except Preempted as stop:
-        print(f"{distributed.label()}{stop}; the same command goes on from there", file=sys.stderr)
-        sys.exit(EXIT_CODE)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if distributed.another_failed(error):
-            raise
-        if logging.level_debug():
-            traceback.print_exc()
-        print(f"{distributed.label()}error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def default_workdir(config) -> str:
@@ -78,6 +68,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save otherwise
+    bar.be_quiet(QUIET.value)
     config = CONFIG.value
     workdir = WORKDIR.value or default_workdir(config)
     # Imported here, so that --help is quick and decoding workers do not load JAX and TensorFlow.
@@ -86,7 +77,7 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, preemption.leave)  # the loop has a handler of its own
     from dualpath_jax import check, distributed, job, run
 
-    with distributed.ending_together(), user_errors():
+    with distributed.ending_together(), command.user_errors():
         if MODE.value == "check":
             check.check(run.divide(config, workdir)[0][0])  # the others differ in names alone
             return
@@ -97,4 +88,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     environment.prepare()
     flags.mark_flag_as_required("config")
-    app.run(main)
+    command.run(main)

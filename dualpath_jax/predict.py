@@ -5,13 +5,13 @@ Public: `Found`, `find_videos`, `predict_videos`, `line`.
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tqdm
 
 from dualpath_jax import trained, windows
+from dualpath_jax.bar import Bar
 from dualpath_jax.data import decode
 from dualpath_jax.data.workers import Failure, WorkerPool
 
@@ -86,7 +86,7 @@ def predict_videos(
       window, stride: seconds; None: whole videos; half a window.
       features: file .npz to write, with `video` (and `start`, `end`) and for each an entry of
         every array of `Trained.features`.
-      progress: a bar on the terminal.
+      progress: show how far it is, see `bar`.
     """
     if top_k < 1:
         raise ValueError(f"--top_k={top_k} must be at least 1")
@@ -96,10 +96,9 @@ def predict_videos(
         raise ValueError(f"--stride={stride:g} needs --window")
     parts = _whole(model, videos) if window is None else _windows(model, videos, window, stride)
     bad, kept, places = set(), [], []
-    bar = tqdm.tqdm(total=len(videos), unit=" videos", disable=not progress, file=sys.stderr)
-    with bar:
+    with Bar(len(videos), "predict", "videos", shown=progress) as bar:
         for number, clips, found in parts:
-            bar.update(number - bar.n)
+            bar.reach(number)
             if clips is None:
                 bad.add(found.video)
             else:
@@ -109,9 +108,9 @@ def predict_videos(
                 if features:
                     kept.append(arrays)
                     places.append(found)
-            with bar.external_write_mode():
+            with tqdm.tqdm.external_write_mode():
                 show(found)
-        bar.update(len(videos) - bar.n)
+        bar.reach(len(videos))
     if features:
         _write_features(features, kept, places)
     return len(bad)

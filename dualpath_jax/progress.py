@@ -18,7 +18,7 @@ from absl import logging
 from clu import metric_writers
 from etils import epath
 
-from dualpath_jax import cloud
+from dualpath_jax import bar, cloud
 
 # Keys of metrics.jsonl that tell of the process and not of learning.
 OF_THE_PROCESS = ("clips_per_second", "data_wait", "broken_videos")
@@ -36,6 +36,7 @@ class Reporter:
         self._events: metric_writers.SummaryWriter | None = None
         self._data_seconds = 0.0
         self._unwritten: list[str] = []  # lines of metrics.jsonl
+        self._bar: bar.Bar | None = None
 
     def resume(self, step: int) -> None:
         """Drop the entries of metrics.jsonl after `step`, whose steps will be done again."""
@@ -52,13 +53,20 @@ class Reporter:
         """Begin timing at `step`."""
         self._last_step, self._last_time = step, time.perf_counter()
         self._data_seconds = 0.0
+        if self._bar is None:
+            total = self._num_train_steps
+            self._bar = bar.Bar(total, "train", "steps", min(step, total), shown=self._writes)
+
+    def step_done(self, step: int) -> None:
+        """`step` steps are done: moves the bar."""
+        self._bar.reach(step)
 
     def first_step_done(self, step: int, metrics: Any) -> None:
         """Tell how long the first step took, and leave its compilation out of what follows."""
         jax.block_until_ready(metrics)
         if self._writes:
             seconds = time.perf_counter() - self._last_time
-            _tell(f"first step, compilation included: {seconds:.1f} s")
+            bar.tell(f"first step, compilation included: {seconds:.1f} s")
         self.start(step)
 
     @contextlib.contextmanager
@@ -74,13 +82,14 @@ class Reporter:
         steps = max(step - self._last_step, 1)  # the first step alone is not timed
         speed = steps * self._batch_size / seconds
         wait = self._data_seconds / seconds
-        left = round((self._num_train_steps - step) * seconds / steps)
+        left = bar.in_hours((self._num_train_steps - step) * seconds / steps)
         if self._writes:
-            _tell(
+            bar.tell(
                 f"step {step}/{self._num_train_steps}  loss {metrics['loss']:.3f}  "
                 f"lr {metrics['learning_rate']:.2e}  {speed:.1f} clips/s  data wait {wait:.0%}  "
-                f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+                f"ETA {left}"
             )
+            self._bar.told()
         self._write(step, {**metrics, "clips_per_second": speed, "data_wait": wait}, "train")
         self.start(step)
 
@@ -88,7 +97,7 @@ class Reporter:
         """Scores of an evaluation, `evaluate.Scores`."""
         values = dataclasses.asdict(scores)
         if self._writes:
-            _tell(f"step {step}  {split}  {format_scores(scores)}")
+            bar.tell(f"step {step}  {split}  {format_scores(scores)}")
         self._write(step, values, split)
         self.start(step)
 
@@ -125,15 +134,11 @@ class Reporter:
         return not self._unwritten
 
     def close(self) -> None:
+        if self._bar:
+            self._bar.close()
         if self._events:
             with self._losing_events(self._num_train_steps):
                 self._events.close()
-
-
-def _tell(line: str) -> None:
-    """Print a line; no run ends because it goes to a file on a full disk."""
-    with contextlib.suppress(OSError):
-        print(line, flush=True)
 
 
 def write_whole(path: epath.Path, text: str) -> None:

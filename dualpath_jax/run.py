@@ -17,7 +17,7 @@ import optax
 from etils import epath
 
 import dualpath_jax
-from dualpath_jax import cloud, convert, sharding
+from dualpath_jax import bar, cloud, convert, sharding
 from dualpath_jax import params as params_lib
 from dualpath_jax.data import clips, hmdb51, pipeline, synthetic
 from dualpath_jax.data.records import VideoDataset
@@ -284,7 +284,7 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
     # Two arrays: one buffer in two places of a donated state is freed twice.
     step, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
     state = TrainState(step, trainable, optimizer.init(params), skipped)
-    print(params_lib.parameter_table(params, mask), flush=True)
+    bar.tell(params_lib.parameter_table(params, mask))
     return Run(
         config=config,
         workdir=workdir,

@@ -229,6 +229,7 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
                 check_finite(step, jax.device_get(pending), max_skipped, checkpoints)
             pending = metrics
             done = step + 1
+            reporter.step_done(done)
             if step == first_step:
                 reporter.first_step_done(done, metrics)
             stops = watch.should_stop(done)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from dualpath_jax import bar
 from dualpath_jax.untrusted import check_size, read_json, shown
 from dualpath_jax.weight_layouts import LAYOUTS, TEXT_TOWER, UNSUPPORTED, Layout, Row
 
@@ -252,7 +253,7 @@ def _rename(path: pathlib.Path, tensors: _Tensors, layout: Layout) -> dict[str, 
             f"missing: {some(missing)}"
         )
     parts: dict[str, np.ndarray] = {}
-    for sources, name, transform in rows:
+    for sources, name, transform in bar.over(rows, "convert", "tensors"):
         arrays = [tensors[source]() for source in sources]
         try:
             arrays = [transform(array) for array in arrays]

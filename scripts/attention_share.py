@@ -17,6 +17,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 
 import numpy as np  # noqa: E402
 
+from dualpath_jax import bar  # noqa: E402
+from dualpath_jax.command import new_parser  # noqa: E402
+
 COLUMNS = ("area", "without adaptation", "with adaptation", "at most")
 
 
@@ -34,6 +37,7 @@ def shares(model, rollout: bool) -> dict[str, np.ndarray]:
         pipeline.eval_batches(source, *settings, config.eval.batch_size) for source in sources
     ]
     found: dict[str, list] = {path: [] for path in model.module.paths}
+    shown = bar.Bar(len(dataset), f"seed {config.seed}", "videos")
     for videos, objects in zip(*batches, strict=True):
         real = videos["mask"] > 0
         clips, masks = (
@@ -45,6 +49,8 @@ def shares(model, rollout: bool) -> dict[str, np.ndarray]:
             area, most = covered.mean(axis=(1, 2, 3)), covered.max(axis=(2, 3)).mean(axis=1)
             columns = [attention.mean_share(m[path], covered) for m in maps]
             found[path].append([area, *columns, most])
+        shown.update(int(real.sum()))
+    shown.close()
     return {path: np.concatenate(parts, axis=1).mean(axis=1) for path, parts in found.items()}
 
 
@@ -66,16 +72,20 @@ def table(workdirs: list[str], backbone: str | None, rollout: bool) -> list[str]
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdirs", nargs="+", required=True, help="of runs of configs/demo.py")
-    parser.add_argument("--backbone", help="converted backbone, if not where the runs had it")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    made = new_parser(__doc__)
+    made.add_argument("--workdirs", nargs="+", required=True, help="of runs of configs/demo.py")
+    made.add_argument("--backbone", help="converted backbone, if not where the runs had it")
+    made.add_argument(
         "--rollout", action="store_true", help="through all blocks, instead of the last one alone"
     )
-    args = parser.parse_args()
+    bar.add_quiet(made)
+    return made
+
+
+def main() -> None:
+    args = parser().parse_args()
+    bar.be_quiet(args.quiet)
     try:
         print("\n".join(table(args.workdirs, args.backbone, args.rollout)))
     except (ValueError, OSError) as error:

@@ -15,16 +15,16 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
+from dualpath_jax.command import new_parser  # noqa: E402
+
 WARM_UP = 2.0  # minutes
 ALLOWED = 0.05
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
+def parser() -> argparse.ArgumentParser:
+    made = new_parser(__doc__)
+    add = made.add_argument
+    source = made.add_mutually_exclusive_group(required=True)
     source.add_argument("--videos", nargs="+", help="folder of video files, or the files")
     source.add_argument("--prepared", help="folder that scripts/prepare_dataset.py wrote")
     add("--split", default="train", help="split of --prepared (train)")
@@ -34,11 +34,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--minutes", type=float, default=30, help="how long to read (30)")
     add("--interval", type=float, default=5, help="seconds between samples (5)")
     add("--warm_up", type=float, default=WARM_UP, help=f"minutes not judged ({WARM_UP:g})")
-    return parser.parse_args()
+    return made
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = parser().parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from benchmark_pipeline import benchmark_data, video_files
 

@@ -17,14 +17,13 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
 from dualpath_jax import environment
+from dualpath_jax.command import new_parser
 
 
 def parser() -> argparse.ArgumentParser:
     from dualpath_jax.models import tuning
 
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = new_parser(__doc__)
     made.add_argument(
         "--methods",
         nargs="+",

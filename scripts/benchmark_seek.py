@@ -15,19 +15,19 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
+from dualpath_jax.command import new_parser  # noqa: E402
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+
+def parser() -> argparse.ArgumentParser:
+    made = new_parser(__doc__)
+    add = made.add_argument
     add("--prepared", required=True, help="folder that scripts/prepare_dataset.py wrote")
     add("--split", default="train", help="split of it (train)")
     add("--step", type=int, default=1_000_000, help="the far step (1,000,000)")
     add("--frames", type=int, default=16, help="frames per clip (16)")
     add("--batch_size", type=int, default=16, help="clips per batch (16)")
     add("--rounds", type=int, default=31, help="times each is measured (31)")
-    return parser.parse_args()
+    return made
 
 
 def seconds_to_first_batch(dataset, data, step: int) -> float:
@@ -54,7 +54,7 @@ def compare(dataset, data, far: int, rounds: int) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = parser().parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from benchmark_pipeline import benchmark_data
 

@@ -20,21 +20,22 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
 from dualpath_jax import environment
+from dualpath_jax.command import new_parser
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+def parser() -> argparse.ArgumentParser:
+    made = new_parser(__doc__)
+    add = made.add_argument
     add("--config", default="ssv2_vitb", help="of dualpath, as in configs/ (ssv2_vitb)")
     add("--batch_size", type=int, default=1, help="clips (1)")
     add("--rounds", type=int, default=5, help="times each is measured (5)")
-    add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    dtypes = ["float32", "bfloat16"]
+    help_ = "of the computation (float32 bfloat16)"
+    add("--dtypes", nargs="+", default=dtypes, choices=dtypes, help=help_)
     add("--scan_blocks", action="store_true", help="loop over blocks instead of writing them out")
     add("--remat", default="cheap", help="config.model.remat (cheap)")
     add("--json", action="store_true", help="print JSON instead of Markdown")
-    return parser.parse_args()
+    return made
 
 
 def measure(config, dtypes: list[str], batch_size: int, rounds: int) -> dict:
@@ -84,7 +85,7 @@ def markdown(result: dict) -> str:
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = parser().parse_args()
     try:
         config = importlib.import_module(f"configs.{arguments.config}").get_config()
     except ModuleNotFoundError:

@@ -19,14 +19,14 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
+from dualpath_jax.command import new_parser  # noqa: E402
+
 FAULTS_PER_MINUTE = 4  # about, on two idle cores
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+def parser() -> argparse.ArgumentParser:
+    made = new_parser(__doc__)
+    add = made.add_argument
     add(
         "--minutes",
         type=float,
@@ -37,11 +37,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the plan (0)")
     add("--workdir", help="new folder for inputs, runs and logs; default: one that is removed")
     add("--no_mount", action="store_true", help="never mount a tmpfs: limit file sizes instead")
-    return parser.parse_args()
+    return made
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    arguments = parser().parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ["JAX_PLATFORMS"] = "cpu"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that everything is cleaned up

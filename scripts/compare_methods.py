@@ -1,12 +1,12 @@
 """Every tuning method on the demo's videos and backbone: equal steps, learning rate by validation.
 
-python scripts/compare_methods.py --out=runs/compare
+    python scripts/compare_methods.py --out=runs/compare
 
 For each method: one training per learning rate of the grid, seed 0, scored on the validation split;
 then seeds 0, 1 and 2 at the best one, scored on the test split. Each score is kept in
 OUT/scores.json as it comes; the same command goes on where it was interrupted, and ends with the
-table of README.md. Step times are taken at the end, the methods in turn, as ratios to DualPath's;
-`--only_times` takes these alone, in a few minutes.
+table of docs/methods_on_the_demo.md. Step times are taken at the end, the methods in turn, as
+ratios to DualPath's; `--only_times` takes these alone, in a few minutes.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from dualpath_jax import environment
+from dualpath_jax.command import new_parser
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
@@ -174,13 +175,28 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def parser() -> argparse.ArgumentParser:
+    made = new_parser(__doc__)
+    made.add_argument(
+        "--out", default="runs/compare", help="folder for runs and scores (runs/compare)"
+    )
+    made.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        choices=list(METHODS),
+        metavar="NAME",
+        help=f"which of {', '.join(METHODS)} (all)",
+    )
+    made.add_argument(
+        "--steps", type=int, default=250, help="steps of 16 clips, equal for all (250)"
+    )
+    made.add_argument("--only_times", action="store_true", help="no training, step times alone")
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="runs/compare", help="folder for runs and scores")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--steps", type=int, default=250, help="of 16 clips, equal for all")
-    parser.add_argument("--only_times", action="store_true", help="no training, step times alone")
-    args = parser.parse_args()
+    args = parser().parse_args()
     import jax
     from absl import logging
 

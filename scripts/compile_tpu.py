@@ -21,7 +21,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # the TPU is described, not there
 from absl import app, flags
 from ml_collections import config_flags
 
-from dualpath_jax import environment
+from dualpath_jax import command, environment
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configuration, see configs/.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: kind and chips, as v5e:4x4.")
@@ -67,4 +67,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     environment.prepare()
     flags.mark_flags_as_required(["config", "topology"])
-    app.run(main)
+    command.run(main)

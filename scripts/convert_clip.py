@@ -13,32 +13,34 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # runs uninstalled
 
-from dualpath_jax import convert  # noqa: E402
+from dualpath_jax import bar, convert  # noqa: E402
+from dualpath_jax.command import new_parser  # noqa: E402
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", required=True, help="checkpoint, a local file")
-    parser.add_argument("--out", required=True, help="safetensors file to write, local or gs://")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    made = new_parser(__doc__)
+    made.add_argument("--checkpoint", required=True, help="checkpoint, a local file")
+    made.add_argument("--out", required=True, help="safetensors file to write, local or gs://")
+    made.add_argument(
         "--trust",
         action="store_true",
         help="open a TorchScript archive that OpenAI did not publish; it can run code",
     )
-    parser.add_argument(
+    made.add_argument(
         "--activation",
         choices=("quick_gelu", "gelu"),
         help="of the MLPs, where neither the checkpoint nor a config beside it says",
     )
-    parser.add_argument("--heads", type=int, help="attention heads of a ViT; default: width / 64")
-    return parser
+    made.add_argument("--heads", type=int, help="attention heads of a ViT; default: width / 64")
+    bar.add_quiet(made)
+    return made
 
 
 def main() -> int:
+    options = vars(parser().parse_args())
+    bar.be_quiet(options.pop("quiet"))
     try:
-        info = convert.convert_clip(**vars(_parser().parse_args()))
+        info = convert.convert_clip(**options)
     except (ValueError, OSError) as error:
         print(f"convert_clip: {error}", file=sys.stderr)
         return 2

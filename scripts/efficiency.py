@@ -1,8 +1,10 @@
 """Parameters and multiply-accumulates of configurations, beside the paper's figures.
 
-python scripts/efficiency.py                                  # all rows of the tables, Markdown
-python scripts/efficiency.py --config=ssv2_vitb:32 --json
-python scripts/efficiency.py --figure=figure1.png             # Fig. 1
+    python scripts/efficiency.py
+    python scripts/efficiency.py --config=ssv2_vitb:32 --json
+    python scripts/efficiency.py --figure=figure1.png
+
+Without --config: all rows of the paper's tables. Neither data nor weights are needed.
 """
 
 import argparse
@@ -14,7 +16,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dualpath_jax import efficiency
+from dualpath_jax import bar, efficiency
+from dualpath_jax.command import new_parser
 
 
 def load(name: str):
@@ -114,15 +117,25 @@ def _is_point(r: dict, data: str) -> bool:
     return not argument or argument.isdigit()  # no ablations
 
 
+def parser() -> argparse.ArgumentParser:
+    made = new_parser(__doc__)
+    made.add_argument(
+        "--config", nargs="*", help="names as in configs/, NAME or NAME:ARGUMENT (all rows)"
+    )
+    made.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    made.add_argument(
+        "--figure", metavar="FILE", help="PNG or SVG of Fig. 1 to write, instead of printing"
+    )
+    bar.add_quiet(made)
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", nargs="*", help="names as in configs/, default all rows")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
-    parser.add_argument("--figure", help="PNG or SVG to write, instead of printing")
-    args = parser.parse_args()
+    args = parser().parse_args()
+    bar.be_quiet(args.quiet)
     names = args.config or list(efficiency.PAPER)
     try:
-        rows = [row(name) for name in names]
+        rows = [row(name) for name in bar.over(names, "count", "configurations")]
         if args.figure:
             figure(rows, args.figure)
             return

@@ -1,6 +1,8 @@
 """The trained parameters of a run as one safetensors file, for --config.init_from.
 
-python scripts/export_adapter.py --workdir=runs/ssv2_vitb --out=ssv2_vitb.safetensors
+    python scripts/export_adapter.py --workdir=runs/demo --out=demo.safetensors
+
+The backbone is not in it. The run may be going on.
 """
 
 import argparse
@@ -9,6 +11,8 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from dualpath_jax.command import new_parser  # noqa: E402
 
 
 def export(workdir: str, out: str, which: str) -> str:
@@ -27,14 +31,21 @@ def export(workdir: str, out: str, which: str) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workdir", required=True, help="of the run, local or gs://")
-    parser.add_argument("--out", required=True, help="file to write, .safetensors; local or gs://")
-    parser.add_argument(
-        "--checkpoint", choices=["latest", "best"], default="latest", help="best: by top-1"
+def parser() -> argparse.ArgumentParser:
+    made = new_parser(__doc__)
+    made.add_argument("--workdir", required=True, help="of the run, local or gs://")
+    made.add_argument("--out", required=True, help="file to write, .safetensors; local or gs://")
+    made.add_argument(
+        "--checkpoint",
+        choices=["latest", "best"],
+        default="latest",
+        help="the newest, or the best by top-1 during training (latest)",
     )
-    args = parser.parse_args()
+    return made
+
+
+def main() -> None:
+    args = parser().parse_args()
     try:
         print(export(args.workdir, args.out, args.checkpoint))
     except (ValueError, OSError) as error:

@@ -21,6 +21,26 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from dualpath_jax import bar  # noqa: E402
+from dualpath_jax.command import new_parser  # noqa: E402
+
+
+def parser() -> argparse.ArgumentParser:
+    made = new_parser(__doc__)
+    add = made.add_argument
+    add(
+        "--inputs",
+        type=int,
+        default=20_000,
+        help="number of inputs of all targets together (20000)",
+    )
+    add("--seed", type=int, default=0, help="of the damages (0)")
+    add("--targets", nargs="+", metavar="NAME", help="these alone (all)")
+    add("--only", type=int, metavar="NUMBER", help="one input of one target, as a finding names it")
+    add("--findings", default="runs/fuzz", metavar="DIR", help="where findings go (runs/fuzz)")
+    bar.add_quiet(made)
+    return made
+
 
 def fuzz(arguments: argparse.Namespace) -> bool:
     """Prints the table; is all well?"""
@@ -51,17 +71,10 @@ def fuzz(arguments: argparse.Namespace) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--inputs", type=int, default=20_000, help="of all targets together (20000)")
-    add("--seed", type=int, default=0, help="of the damages (0)")
-    add("--targets", nargs="+", metavar="NAME", help="these alone (all)")
-    add("--only", type=int, metavar="NUMBER", help="one input of one target, as a finding names it")
-    add("--findings", default="runs/fuzz", metavar="DIR", help="where findings go (runs/fuzz)")
+    arguments = parser().parse_args()
+    bar.be_quiet(arguments.quiet)
     try:
-        sys.exit(0 if fuzz(parser.parse_args()) else 1)
+        sys.exit(0 if fuzz(arguments) else 1)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

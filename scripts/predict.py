@@ -18,12 +18,11 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
 from dualpath_jax import environment
+from dualpath_jax.command import new_parser
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = new_parser(__doc__)
     add = made.add_argument
     model = made.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", help="of a training run, local or gs://")

@@ -19,17 +19,17 @@ import sys
 # Worker processes import this file again: keep its imports light and its main guarded.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
+from dualpath_jax import bar  # noqa: E402
+from dualpath_jax.command import new_parser  # noqa: E402
 from dualpath_jax.data.check_videos import check  # noqa: E402
 from dualpath_jax.data.datasets import DATASETS, list_videos  # noqa: E402
 from dualpath_jax.data.decode import DecodeLimits  # noqa: E402
 
 
-def parse_arguments() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     limits = DecodeLimits()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    made = new_parser(__doc__)
+    add = made.add_argument
     add("--dataset", required=True, choices=list(DATASETS), help="kind of data set")
     add("--videos", required=True, metavar="DIR", help="folder of the video files")
     add("--annotations", metavar="PATH", help="folder or file of the annotations, as downloaded")
@@ -41,20 +41,30 @@ def parse_arguments() -> argparse.Namespace:
     add("--fps", type=_positive(float), help="frames per second to store of faster videos (all)")
     add("--num_workers", type=_positive(int), help="decoding processes (one per core)")
     add("--max_missing", type=float, default=0.1, help="part of a split that may be missing (0.1)")
-    add("--validation_fraction", type=float, default=0.2, help="if there is no validation split")
+    add(
+        "--validation_fraction",
+        type=float,
+        default=0.2,
+        help="part of each class, if there is no such split (0.2)",
+    )
     for name, default, what in (
-        ("seconds", limits.seconds, "time"),
-        ("memory_mb", limits.memory_mb, "memory"),
-        ("pixels", limits.max_pixels, "width x height"),
+        ("seconds", limits.seconds, "seconds of decoding"),
+        ("memory_mb", limits.memory_mb, "MiB of memory"),
+        ("pixels", limits.max_pixels, "width x height, pixels"),
         ("frames", limits.max_frames, "frames to store"),
     ):
-        help_ = f"{what} for one video ({default:,})"
+        help_ = f"most {what} for one video ({default:,})"
         add(f"--max_{name}", type=_positive(type(default)), default=default, help=help_)
-    arguments = parser.parse_args()
+    bar.add_quiet(made)
+    return made
+
+
+def parse_arguments() -> argparse.Namespace:
+    arguments = parser().parse_args()
     if not arguments.out and not arguments.check:
-        parser.error("--out is missing (or --check, which stores nothing)")
+        parser().error("--out is missing (or --check, which stores nothing)")
     if arguments.bad_videos and not arguments.check:
-        parser.error("--bad_videos goes with --check; otherwise OUT/bad_videos.jsonl is the list")
+        parser().error("--bad_videos goes with --check; otherwise OUT/bad_videos.jsonl is the list")
     return arguments
 
 
@@ -73,6 +83,7 @@ def _positive(kind: type):
 
 def main() -> None:
     arguments = parse_arguments()
+    bar.be_quiet(arguments.quiet)
     sys.stdout.reconfigure(errors="surrogateescape")  # file names may hold any bytes
     try:
         listing = list_videos(

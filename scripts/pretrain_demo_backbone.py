@@ -27,6 +27,7 @@ import numpy as np
 import optax
 import safetensors.numpy
 
+from dualpath_jax.command import new_parser
 from dualpath_jax.data import demo
 from dualpath_jax.models.vit import ViT, ViTConfig
 
@@ -151,20 +152,25 @@ def openai_layout(params: dict) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(value, np.float32) for name, value in out.items()}
 
 
+def parser() -> argparse.ArgumentParser:
+    made = new_parser(__doc__)
+    add = made.add_argument
+    add("--out", required=True, help="safetensors file to write")
+    add("--steps", type=int, default=2600, help="updates (2600)")
+    add("--batch_size", type=int, default=64, help="images per update (64)")
+    add("--learning_rate", type=float, default=2e-3, help="at the top of the schedule (0.002)")
+    add("--seed", type=int, default=0, help="of parameters and images (0)")
+    add("--image_size", type=int, default=64, help="side of an image, pixels (64)")
+    add("--patch_size", type=int, default=8, help="side of a patch, pixels (8)")
+    add("--width", type=int, default=96, help="of the tokens (96)")
+    add("--depth", type=int, default=4, help="number of blocks (4)")
+    add("--heads", type=int, default=2, help="of attention (2)")
+    add("--projection_dim", type=int, default=64, help="width of the projected feature (64)")
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", required=True, help="safetensors file to write")
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--image_size", type=int, default=64)
-    parser.add_argument("--patch_size", type=int, default=8)
-    parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--projection_dim", type=int, default=64)
-    args = parser.parse_args()
+    args = parser().parse_args()
     config = ViTConfig(
         "demo",
         args.image_size,

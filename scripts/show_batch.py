@@ -17,6 +17,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 import numpy as np  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
+from dualpath_jax.command import new_parser  # noqa: E402
+
 GAP = 8  # pixels between pictures
 LINE = 16  # pixels for a line of text
 MIN_WIDTH = 480  # pixels, so that small pictures leave room for their label
@@ -75,15 +77,19 @@ def draw(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
     return Image.fromarray(np.concatenate(clips))
 
 
+def parser() -> argparse.ArgumentParser:
+    made = new_parser(__doc__)
+    made.add_argument("--config", required=True, help="config file, FILE or FILE:ARGUMENT")
+    made.add_argument("--out", required=True, help="PNG file to write")
+    made.add_argument("--data_dir", help="instead of the config's data.dir")
+    made.add_argument("--step", type=int, default=0, help="training step whose batch is shown (0)")
+    made.add_argument("--clips", type=int, default=8, help="clips shown (8)")
+    made.add_argument("--zoom", type=int, default=1, help="factor of enlargement (1)")
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", required=True, help="config file")
-    parser.add_argument("--out", required=True, help="PNG file to write")
-    parser.add_argument("--data_dir", help="instead of the config's data.dir")
-    parser.add_argument("--step", type=int, default=0, help="training step whose batch is shown")
-    parser.add_argument("--clips", type=int, default=8, help="clips shown")
-    parser.add_argument("--zoom", type=int, default=1, help="factor of enlargement")
-    args = parser.parse_args()
+    args = parser().parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from dualpath_jax.data import pipeline
     from dualpath_jax.data.records import VideoDataset

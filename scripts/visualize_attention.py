@@ -13,6 +13,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
+from dualpath_jax.command import new_parser  # noqa: E402
+
 
 def middle_view(batch: dict, config) -> dict:
     """Of clips with all views [1, V, ...], the one in the middle of time and picture [1, ...]."""
@@ -57,19 +59,21 @@ def draw(args: argparse.Namespace) -> int:
     return bad
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="video files")
-    parser.add_argument("--workdir", required=True, help="of the run, local or gs://")
-    parser.add_argument("--backbone", help="converted backbone, if not where the run had it")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    made = new_parser(__doc__)
+    made.add_argument("videos", nargs="+", metavar="VIDEO", help="video files")
+    made.add_argument("--workdir", required=True, help="of the run, local or gs://")
+    made.add_argument("--backbone", help="converted backbone, if not where the run had it")
+    made.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
+    made.add_argument(
         "--rollout", action="store_true", help="through all blocks, instead of the last one alone"
     )
+    return made
+
+
+def main() -> None:
     try:
-        bad = draw(parser.parse_args())
+        bad = draw(parser().parse_args())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

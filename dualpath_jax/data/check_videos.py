@@ -7,6 +7,7 @@ from typing import TextIO
 
 import tqdm
 
+from dualpath_jax import bar
 from dualpath_jax.data import ledger
 from dualpath_jax.data.annotations import Listing
 from dualpath_jax.data.decode import DecodeLimits, check_video
@@ -54,9 +55,9 @@ def check(
     )
     stored = {name: [] for name in listing.stored()}
     bad = []
-    bar = ledger.Progress(len(videos), 0, progress)
+    shown = bar.Bar(len(videos), "check", "videos", shown=progress)
     pool = WorkerPool(num_workers or os.cpu_count() or 1, limits)
-    with _opened(bad_videos) as file, bar, pool:
+    with _opened(bad_videos) as file, shown, pool:
         results = pool.map(check_video, arguments)
         for (split, video), result in zip(videos, results, strict=True):
             if isinstance(result, Failure):
@@ -67,7 +68,7 @@ def check(
                 if result.truncated:
                     entry = ledger.truncated_entry(split, video.path, stored[split][-1])
                     tqdm.tqdm.write(ledger.json_line(entry), file=file, end="")
-            bar.update()
+            shown.update()
     counts = ledger.count_splits(listing, stored, bad)
     ledger.print_counts(counts)
     print(f"the frames would take about {ledger.in_words(counts['total'].num_bytes)}")

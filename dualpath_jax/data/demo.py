@@ -19,8 +19,9 @@ from collections.abc import Iterator
 
 import av
 import numpy as np
-import tqdm
 from PIL import Image
+
+from dualpath_jax.bar import Bar
 
 # Something-Something-v2's kind of templates; a pair of opposite actions stands together.
 CLASSES = (
@@ -270,7 +271,7 @@ def render_demo(out: str, sizes: dict[str, int] | None = None, progress: bool = 
       out: folder; complete when `labels/labels.json` is there, which is written last.
       sizes: clips by split; default `SIZES`. One version of the encoder gives the same bytes every
         time.
-      progress: show a bar.
+      progress: show how far it is, see `bar`.
     """
     out = pathlib.Path(out)
     if (out / "labels" / "labels.json").exists():
@@ -282,7 +283,7 @@ def render_demo(out: str, sizes: dict[str, int] | None = None, progress: bool = 
     context = multiprocessing.get_context("spawn")  # the parent may hold threads of JAX
     with (
         concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool,
-        tqdm.tqdm(total=sum(sizes.values()), desc="render", disable=not progress) as bar,
+        Bar(sum(sizes.values()), "render", "videos", shown=progress) as shown,
     ):
         jobs, first = [], 0
         for split, size in sizes.items():
@@ -291,7 +292,7 @@ def render_demo(out: str, sizes: dict[str, int] | None = None, progress: bool = 
                 jobs.append(pool.submit(_render_range, videos, split, first, numbers))
             first += size
         for job in concurrent.futures.as_completed(jobs):
-            bar.update(job.result())
+            shown.update(job.result())
     first = 0
     for split, size in sizes.items():
         entries = [_annotation(first + number, number % len(CLASSES)) for number in range(size)]

@@ -1,17 +1,13 @@
 """What becomes of listed videos, as `prepare` and `check` tell it.
 
 Public: `Counts`, `count_splits`, `print_counts`; the entries `bad_entry`, `stored_entry`,
-`truncated_entry`, `json_line`; `find_missing`, `missing_in_splits`; `check_options`, `Progress`,
-`in_words`.
+`truncated_entry`, `json_line`; `find_missing`, `missing_in_splits`; `check_options`, `in_words`.
 """
 
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Iterator
-
-import tqdm
 
 from dualpath_jax.data.annotations import Listing, Video
 from dualpath_jax.data.decode import NOT_FOUND, VideoFacts
@@ -140,27 +136,3 @@ def check_options(quality: int, fps: float | None, max_missing: float) -> None:
         raise ValueError(f"fps is {fps}; it must be above 0")
     if not 0 <= max_missing <= 1:
         raise ValueError(f"max_missing is {max_missing}; it is a part of the videos, in [0, 1]")
-
-
-class Progress:
-    """A progress bar on a terminal; elsewhere, as in a log, one line for each thousand videos."""
-
-    def __init__(self, total: int, done: int, shown: bool):
-        self._total = total
-        self._done = done
-        self._bar = tqdm.tqdm(
-            total=total, initial=done, unit="video", disable=None if shown else True
-        )
-        self._lines = shown and self._bar.disable
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.close()
-
-    def update(self) -> None:
-        self._bar.update()
-        self._done += 1
-        if self._lines and (self._done % 1000 == 0 or self._done == self._total):
-            print(f"{self._done} of {self._total} videos decoded", file=sys.stderr)

@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 
+from dualpath_jax.bar import Bar
 from dualpath_jax.data import ledger, records
 from dualpath_jax.data.datasets import Listing, Video
 from dualpath_jax.data.decode import DecodeLimits, video_to_jpegs
@@ -64,7 +65,7 @@ def prepare(
       num_workers: decoding processes, by default one per core.
       limits: what one video may cost.
       max_missing: part of a split's videos, 0..1, whose files may be missing.
-      progress: show a progress bar, or where there is no terminal a line now and then.
+      progress: show how far it is, see `bar`.
 
     Returns:
       Counts of each split and "total", as printed. OUT/bad_videos.jsonl lists the bad videos,
@@ -94,11 +95,11 @@ def prepare(
             )
             total = sum(len(shard.videos) for shard in shards)
             done = total - sum(len(shard.videos) for shard in todo)
-            bar = ledger.Progress(total, done, progress)
-            with bar, WorkerPool(num_workers or os.cpu_count() or 1, limits) as pool:
+            shown = Bar(total, "prepare", "videos", done, progress)
+            with shown, WorkerPool(num_workers or os.cpu_count() or 1, limits) as pool:
                 results = pool.map(video_to_jpegs, arguments)
                 for shard in todo:
-                    _store_shard(shard, results, out_dir, bar)
+                    _store_shard(shard, results, out_dir, shown)
                     if shard is todo[0]:
                         _note_short_disk(out_dir, shards)
             return _finish(listing, shards, out_dir)
@@ -198,7 +199,7 @@ def _refuse_missing(listing: Listing, videos_dir: str, out_dir: str, max_missing
         print(f"note: {message}", file=sys.stderr)
 
 
-def _store_shard(shard: _Shard, results: Iterator, out_dir: str, bar: ledger.Progress) -> None:
+def _store_shard(shard: _Shard, results: Iterator, out_dir: str, shown: Bar) -> None:
     """Writes the frames of a shard and then, as the mark that it is finished, its sidecar."""
     stored, bad, writer = [], [], None
     with contextlib.ExitStack() as stack:  # commits the frames, or discards them on an exception
@@ -213,7 +214,7 @@ def _store_shard(shard: _Shard, results: Iterator, out_dir: str, bar: ledger.Pro
                 for jpeg in jpegs:
                     writer.write(records.encode_frame(jpeg))
                 stored.append(ledger.stored_entry(video, facts))
-            bar.update()
+            shown.update()
     sidecar = json.dumps({"stored": stored, "bad": bad})
     records.write_atomically(shard.sidecar(out_dir), sidecar)
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 
+from dualpath_jax.bar import Bar
 from dualpath_jax.fuzz.sandbox import (
     ACCEPTED,
     FINDING,
@@ -108,7 +109,8 @@ def fuzz_target(
     """
     row = Row(name)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
+    shown = Bar(end - first, name, "inputs")
+    with shown, tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
         work = pathlib.Path(temporary) / name
         while first < end:
             reader = _Reader(target, work, seed)
@@ -121,6 +123,7 @@ def fuzz_target(
                 for index, outcome in enumerate(outcomes, first):
                     _count(row, index, outcome)
                 first += size
+                shown.update(size)
                 if failed:
                     break
             reader.stop(grace=0.0 if failed else 10.0)

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 
 ACCEPTED, REFUSED, FINDING = "accepted", "refused", "finding"
-NAMED_ERRORS = (ValueError, OSError)  # what main.user_errors and the scripts show in one line
+NAMED_ERRORS = (ValueError, OSError)  # what command.user_errors and the scripts show in one line
 _BARE_ERRORS = (UnicodeError, json.JSONDecodeError)  # ValueErrors that name no file
 _CODE_RUNS = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
 _CHANGES = (

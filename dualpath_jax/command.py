@@ -1,0 +1,48 @@
+"""What the command lines share: parsers, absl's flags, errors for the user.
+
+Public: `new_parser`, `run`, `user_errors`. Light: JAX is imported where it is used.
+"""
+
+import argparse
+import contextlib
+import sys
+import traceback
+from collections.abc import Callable
+
+from absl import app, logging
+
+
+def new_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help begins with a script's docstring, as it is written there."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """absl's `app.run`, but whoever asked for help did nothing wrong: exit status 0."""
+    asked = any(argument.lstrip("-").startswith("help") for argument in sys.argv[1:])
+    try:
+        app.run(main)
+    except SystemExit as end:
+        sys.exit(0 if asked and end.code == 1 else end.code)
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Report what the user can mend as one line, without a traceback (-v=1 shows it)."""
+    from dualpath_jax import distributed  # imports JAX
+    from dualpath_jax.preemption import EXIT_CODE, Preempted
+
+    try:
+        yield
+    except Preempted as stop:
+        print(f"{distributed.label()}{stop}; the same command goes on from there", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if distributed.another_failed(error):
+            raise
+        if logging.level_debug():
+            traceback.print_exc()
+        print(f"{distributed.label()}error: {error}", file=sys.stderr)
+        sys.exit(2)
