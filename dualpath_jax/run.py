@@ -2,7 +2,7 @@
 
 Public: `Run`, `TrainState`, `build_run`, `divide`, `Outline`, `outline`, `abstract_inputs`,
 `check_workdir`, `check_inputs`, `open_data`, `train_batches_of`, `make_mesh`,
-`on_every_device`, `shard_batch`.
+`on_every_device`, `by_rows`, `shard_batch`.
 """
 
 import copy
@@ -188,9 +188,14 @@ def on_every_device(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def by_rows(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of a batch."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
 def shard_batch(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
     """This host's rows of a batch, onto its devices."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = by_rows(mesh)
     return {
         key: jax.make_array_from_process_local_data(sharding, value)
         for key, value in batch.items()
