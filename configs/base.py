@@ -42,6 +42,9 @@ def get_config() -> ConfigDict:
     config.data.max_broken_videos = 100  # unreadable ones replaced in training; one more stops it
     config.data.synthetic = False  # time the device: one made-up batch, random weights, no files
 
+    config.mesh = ConfigDict()
+    config.mesh.fsdp = 1  # devices that share frozen weights and optimizer; divides their number
+
     config.backbone = ConfigDict()
     config.backbone.name = "ViT-B/16"  # a name of dualpath_jax.models.backbones.MODELS or CUSTOM
     config.backbone.checkpoint = placeholder(str)  # output file of scripts/convert_clip.py
@@ -118,6 +121,7 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = placeholder(float)  # largest global gradient norm; None: no limit
     config.optimizer.label_smoothing = 0.0  # ours
     config.optimizer.accumulation_steps = 1  # parts of a batch computed one after the other
+    config.optimizer.reduce_dtype = "float32"  # of gradients between devices; or bfloat16
     config.optimizer.max_skipped_steps = 0  # non-finite steps left out; one more stops training
 
     config.eval = ConfigDict()

@@ -1,3 +1,20 @@
-"""DualPath in JAX: image transformers adapted to video (CVPR 2023)."""
+"""DualPath in JAX: image transformers adapted to video (CVPR 2023).
+
+import dualpath_jax as dp
+model = dp.load("runs/demo")
+model.predict("clip.mp4")
+"""
+
+from typing import Any
 
 __version__ = "0.1.0"
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    """`load`, imported when it is first asked for: decoding workers need no JAX."""
+    if name != "load":
+        raise AttributeError(f"module 'dualpath_jax' has no attribute {name!r}")
+    from dualpath_jax.trained import load
+
+    return load

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from configs import base
-from dualpath_jax import evaluate, run, train
+from dualpath_jax import evaluate, run, sharding, train
 from dualpath_jax import params as params_lib
 from dualpath_jax.data import pipeline, synthetic
 from dualpath_jax.models import tuning
@@ -75,11 +75,12 @@ def check(config: ConfigDict) -> None:
     is set and has no effect.
     """
     start = time.monotonic()
-    run.check_batch_sizes(config, jax.device_count())
+    sharding.check_settings(config, jax.device_count())
     small = copy.deepcopy(config)
     small.data.batch_size = small.eval.batch_size = 2
     small.optimizer.accumulation_steps = min(2, config.optimizer.accumulation_steps)
     log = ReadLog(small)
+    sharding.check_settings(log, num_devices=1)
     videos = synthetic.synthetic_split(log.data, num_videos=2)
     model = run.outline(log, len(videos.class_names))
     print(params_lib.parameter_table(model.params, model.mask))

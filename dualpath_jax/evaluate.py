@@ -1,7 +1,7 @@
 """Multi-view evaluation: every video counts once, whatever the batch and the number of devices.
 
-Public: `Scores`, `eval_step_sums`, `evaluate`, `evaluate_run`, `evaluate_and_write`,
-`write_mean`.
+Public: `Scores`, `eval_step_sums`, `view_inputs`, `view_logits`, `evaluate`, `evaluate_run`,
+`evaluate_and_write`, `write_mean`.
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
 from dualpath_jax.predictions import PredictionWriter, local_rows, top_predictions
 from dualpath_jax.progress import format_scores
-from dualpath_jax.run import Batch, Run, by_rows, on_every_device, shard_batch
+from dualpath_jax.run import Batch, Run
+from dualpath_jax.sharding import on_every_device, rows, shard_batch, using
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,20 +98,25 @@ def make_eval_step(
 
     `sums` are those of `eval_step_sums`; `rows`, one for each video, of `top_predictions`.
     """
-    dtype = tuning.compute_dtype(config)
 
     def eval_step(trainable, frozen, batch):
-        batch_size, views = batch["spatial"].shape[:2]
-        inputs = [key for key in ("spatial", "temporal") if key in batch]
-        flat = {key: batch[key].reshape(-1, *batch[key].shape[2:]) for key in inputs}
-        logits = model.apply(
-            {"params": params_lib.merge(trainable, frozen)},
-            *preprocess.model_inputs(flat, config.data, dtype),
-        )
-        logits = logits.reshape(batch_size, views, -1)
+        logits = view_logits(model, config, params_lib.merge(trainable, frozen), batch)
         return eval_step_sums(logits, batch["label"], batch["mask"]), top_predictions(logits)
 
     return eval_step
+
+
+def view_inputs(config: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+    """`spatial` and `temporal` of a batch with views, as the model takes them: [B V, ...]."""
+    inputs = [key for key in ("spatial", "temporal") if key in batch]
+    flat = {key: batch[key].reshape(-1, *batch[key].shape[2:]) for key in inputs}
+    return preprocess.model_inputs(flat, config.data, tuning.compute_dtype(config))
+
+
+def view_logits(model: Any, config: Any, params: Any, batch: Batch) -> jax.Array:
+    """Logits [B, V, classes] float32 of every view of a batch, see `pipeline.eval_batches`."""
+    logits = model.apply({"params": params}, *view_inputs(config, batch))
+    return logits.reshape(*batch["spatial"].shape[:2], -1)
 
 
 def evaluate_run(
@@ -121,7 +127,7 @@ def evaluate_run(
     # Rows stay where their videos are: sums alone cross devices.
     eval_step = jax.jit(
         make_eval_step(run.model, config),
-        out_shardings=(on_every_device(run.mesh), by_rows(run.mesh)),
+        out_shardings=(on_every_device(run.mesh), rows(run.mesh)),
     )
     batches = pipeline.eval_batches(
         dataset,
@@ -135,9 +141,10 @@ def evaluate_run(
     )
 
     def step(batch: Batch) -> dict[str, jax.Array]:
-        sums, rows = eval_step(run.state.trainable, run.frozen, shard_batch(batch, run.mesh))
+        with using(run.mesh):
+            sums, top = eval_step(run.state.trainable, run.frozen, shard_batch(batch, run.mesh))
         if predictions is not None:
-            probabilities, classes = map(local_rows, rows)
+            probabilities, classes = map(local_rows, top)
             predictions.add(batch["example_id"], batch["label"], classes, probabilities)
         return sums
 

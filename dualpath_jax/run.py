@@ -1,8 +1,7 @@
 """A run: configuration, data and weights checked and brought together, before any video is read.
 
 Public: `Run`, `TrainState`, `build_run`, `divide`, `Outline`, `outline`, `abstract_inputs`,
-`check_workdir`, `check_inputs`, `open_data`, `train_batches_of`, `make_mesh`,
-`on_every_device`, `by_rows`, `shard_batch`.
+`check_workdir`, `check_inputs`, `open_data`, `train_batches_of`, `state_shardings`.
 """
 
 import copy
@@ -14,13 +13,11 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
 
 import dualpath_jax
-from dualpath_jax import cloud, convert
+from dualpath_jax import cloud, convert, sharding
 from dualpath_jax import params as params_lib
 from dualpath_jax.data import clips, hmdb51, pipeline, synthetic
 from dualpath_jax.data.records import VideoDataset
@@ -38,6 +35,12 @@ class TrainState:
     trainable: Any  # float32
     opt_state: optax.OptState
     skipped: jax.Array  # int32 scalar, steps left out since loss or gradient was not finite
+
+
+def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    """How a state lies on the devices: whole on each, but for the optimizer's along `fsdp`."""
+    everywhere = jax.tree.map(lambda leaf: sharding.on_every_device(mesh), state)
+    return everywhere.replace(opt_state=sharding.spread(state.opt_state, mesh))
 
 
 @dataclasses.dataclass
@@ -163,46 +166,6 @@ def train_batches_of(data: Any) -> Callable:
     return (synthetic if data.synthetic else pipeline).train_batches
 
 
-def check_batch_sizes(config: Any, num_devices: int) -> None:
-    """ValueError unless batches divide over the devices and the accumulation steps."""
-    accumulation_steps = config.optimizer.accumulation_steps
-    for key, size, parts in (
-        ("data.batch_size", config.data.batch_size, accumulation_steps),
-        ("eval.batch_size", config.eval.batch_size, 1),
-    ):
-        if size < 1 or parts < 1 or size % (num_devices * parts):
-            raise ValueError(
-                f"{key}={size} must be a multiple of {num_devices} devices x "
-                f"{parts} accumulation steps = {num_devices * parts}"
-            )
-
-
-def make_mesh() -> jax.sharding.Mesh:
-    """All devices along one axis, `data`; those of a process stand together, as its rows do."""
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    return jax.sharding.Mesh(np.asarray(devices), ("data",))
-
-
-def on_every_device(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The sharding of what each device has whole."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def by_rows(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The sharding of a batch."""
-    return NamedSharding(mesh, PartitionSpec("data"))
-
-
-def shard_batch(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
-    """This host's rows of a batch, onto its devices."""
-    sharding = by_rows(mesh)
-    return {
-        key: jax.make_array_from_process_local_data(sharding, value)
-        for key, value in batch.items()
-        if key != "example_id"
-    }
-
-
 def make_schedule(optimizer: Any, num_train_steps: int, steps_per_epoch: float) -> optax.Schedule:
     """Linear warm-up, then cosine to zero at the last step."""
     warmup = min(round(optimizer.warmup_epochs * steps_per_epoch), num_train_steps // 2)
@@ -301,8 +264,8 @@ def init_params(model: Any, config: Any, backbone: Any) -> Any:
 
 def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
     """Check the configuration against data and backbone; build model and state. Reads no video."""
-    mesh = make_mesh()
-    check_batch_sizes(config, mesh.size)
+    mesh = sharding.make_mesh(config.mesh.fsdp)
+    sharding.check_settings(config, mesh.size)
     predicate = tuning.trains(config.model.method)
     clip_shapes(config)
     backbone, shape = None, backbone_shape(config)
@@ -329,8 +292,8 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
         mesh=mesh,
         class_names=dataset.class_names,
         backbone=info,
-        state=jax.device_put(state, on_every_device(mesh)),
-        frozen=jax.device_put(frozen, on_every_device(mesh)),
+        state=jax.device_put(state, state_shardings(state, mesh)),
+        frozen=jax.device_put(frozen, sharding.spread(frozen, mesh)),
         optimizer=optimizer,
         schedule=schedule,
         num_train_steps=num_train_steps,

@@ -10,7 +10,9 @@ measured in the same round.
 
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
+import gc
 import io
 import multiprocessing
 import pathlib
@@ -24,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from dualpath_jax import efficiency, preprocess, run, train
+from dualpath_jax import efficiency, preprocess, run, sharding, train
 from dualpath_jax import params as params_lib
 from dualpath_jax.data import synthetic
 from dualpath_jax.models import dualpath, tuning
@@ -74,7 +76,7 @@ def make_run(setting: Setting) -> tuple[run.Run, dict[str, np.ndarray]]:
         lambda leaf: leaf + 0.02 * rng.standard_normal(leaf.shape, np.float32), made.state.trainable
     )
     made.state = made.state.replace(
-        trainable=jax.device_put(trainable, run.on_every_device(made.mesh))
+        trainable=jax.device_put(trainable, sharding.on_every_device(made.mesh))
     )
     batch = {"label": rng.integers(0, NUM_CLASSES, setting.batch_size).astype(np.int32)}
     for key, shape in zip(("spatial", "temporal"), run.clip_shapes(config), strict=True):
@@ -86,7 +88,7 @@ def jax_side(made: run.Run, batch: dict[str, np.ndarray]) -> Side:
     """This package: the real training step, and the model of evaluation on one view."""
     config, dtype = made.config, tuning.compute_dtype(made.config)
     step = jax.jit(train.make_train_step(made.model, config, made.optimizer), donate_argnums=0)
-    placed = run.shard_batch(batch, made.mesh)
+    placed = sharding.shard_batch(batch, made.mesh)
 
     @jax.jit
     def forward(trainable, frozen, batch):
@@ -250,7 +252,11 @@ def peak_memory(setting: Setting, side: str) -> float:
 
 def _peak_memory(setting: Setting, side: str) -> float:
     step = SIDES[side](*make_run(setting)).train_step
-    step()  # compiles, and makes the optimizer's state
+    for _ in range(2):
+        step()  # compiles, makes the optimizer's state, and fills what the frameworks keep
+    gc.collect()
+    time.sleep(1)  # JAX frees in the background
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free and kept would hide the need
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts afresh
     before = _status("VmRSS")
     step()

@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from dualpath_jax import adapter_file, evaluate, preprocess
+from dualpath_jax import adapter_file, evaluate, preprocess, sharding
 from dualpath_jax import params as params_lib
 from dualpath_jax.checkpoint import Checkpoints, changes
 from dualpath_jax.data.broken import BrokenVideos
@@ -24,22 +24,21 @@ from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
 from dualpath_jax.preemption import Preempted, Watch
 from dualpath_jax.progress import Reporter, write_whole
-from dualpath_jax.run import (
-    Batch,
-    Run,
-    TrainState,
-    on_every_device,
-    shard_batch,
-    train_batches_of,
-)
+from dualpath_jax.run import Batch, Run, TrainState, state_shardings, train_batches_of
+from dualpath_jax.sharding import on_every_device, shard_batch
 
 
 def make_train_step(
     model: Any,
     config: Any,
     optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The pure update (state, frozen, batch) -> (state, metrics), to be jitted."""
+    """The pure update (state, frozen, batch) -> (state, metrics), to be jitted.
+
+    Over the devices of `mesh`, if given, the rows of the batch are divided and the gradients
+    averaged, in `optimizer.reduce_dtype`.
+    """
     parts = config.optimizer.accumulation_steps
     dtype = tuning.compute_dtype(config)
 
@@ -74,9 +73,12 @@ def make_train_step(
         zeros = jax.tree.map(jnp.zeros_like, ({"loss": 0.0, "accuracy": 0.0}, trainable))
         return jax.lax.scan(body, zeros, (jnp.arange(parts), batch))[0]
 
+    compute = grads_of if parts == 1 else accumulated
+    if mesh is not None and mesh.size > 1:
+        compute = sharding.averaged(compute, mesh, config.optimizer.reduce_dtype)
+
     def train_step(state, frozen, batch):
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        compute = grads_of if parts == 1 else accumulated
         metrics, grads = compute(state.trainable, frozen, batch, rng)
         metrics["gradient_norm"] = optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
@@ -191,9 +193,9 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
         write_whole(epath.Path(run.workdir) / "config.json", text)
     reporter = Reporter(run.workdir, plan.num_steps, config.data.batch_size)
     train_step = jax.jit(
-        make_train_step(run.model, config, run.optimizer),
+        make_train_step(run.model, config, run.optimizer, run.mesh),
         donate_argnums=0,
-        out_shardings=on_every_device(run.mesh),
+        out_shardings=(state_shardings(run.state, run.mesh), on_every_device(run.mesh)),
     )
     broken = BrokenVideos(dataset.ids, config.data.max_broken_videos)
     batches = train_batches_of(config.data)(
@@ -213,7 +215,8 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
     if first_step and plan.evaluates(first_step) and not checkpoints.has_scores(first_step):
         # Told to stop there, it had no time to.
         scores = evaluate_now(run, eval_dataset, reporter, first_step)
-        checkpoints.save(first_step, run.state, run.metadata(), scores, reporter.flush())
+        state = sharding.whole(run.state, run.mesh)
+        checkpoints.save(first_step, state, run.metadata(), scores, reporter.flush())
     pending = None  # metrics of the step before: read while the next one computes
     last_save = time.monotonic()
     with Watch() as watch:
@@ -242,7 +245,8 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
             if plan.evaluates(done) and not stops:
                 scores = evaluate_now(run, eval_dataset, reporter, done)
             if saves:
-                checkpoints.save(done, run.state, run.metadata(), scores, reporter.flush())
+                state = sharding.whole(run.state, run.mesh)
+                checkpoints.save(done, state, run.metadata(), scores, reporter.flush())
                 last_save = time.monotonic()
             if stops and done < plan.num_steps:
                 checkpoints.close()

@@ -82,8 +82,7 @@ def time_steps(configs: dict, out: str, rounds: int = 9, steps: int = 4) -> dict
     """Median over rounds of a method's step time over that of `dualpath` in the same round."""
     import jax
 
-    from dualpath_jax import run as run_lib
-    from dualpath_jax import train
+    from dualpath_jax import sharding, train
     from dualpath_jax.data import pipeline
     from dualpath_jax.models import tuning
 
@@ -94,7 +93,7 @@ def time_steps(configs: dict, out: str, rounds: int = 9, steps: int = 4) -> dict
         framesets = tuning.takes_framesets(method)
         batch = next(pipeline.train_batches(dataset, config.data, 0, 0, 1, framesets=framesets))
         step = jax.jit(train.make_train_step(run.model, config, run.optimizer), donate_argnums=0)
-        batch = run_lib.shard_batch(batch, run.mesh)
+        batch = sharding.shard_batch(batch, run.mesh)
         ready[method] = [step, step(run.state, run.frozen, batch)[0], run.frozen, batch]
     times: dict[str, list[float]] = {method: [] for method in ready}
     for _ in range(rounds):

@@ -13,35 +13,17 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 def export(workdir: str, out: str, which: str) -> str:
     """Write the file; returns what to print."""
-    import numpy as np
     from etils import epath
 
-    from dualpath_jax import adapter_file
-    from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint
+    from dualpath_jax import adapter_file, trained
 
-    if not (epath.Path(workdir) / "checkpoints").is_dir():
-        raise ValueError(f"no checkpoints in --workdir={workdir}")
-    checkpoints = Checkpoints(workdir, read_only=True)  # the run may be going on
-    step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
-    if step is None:
-        found = "evaluated during training (config.eval.every_epochs)" if which == "best" else ""
-        raise ValueError(f"no checkpoint {found} in --workdir={workdir}")
-    try:
-        leaves, metadata = checkpoints.read(step)
-    except DamagedCheckpoint as damage:
-        raise ValueError(str(damage)) from None
-    prefix = "trainable/"
-    trained = {
-        name.removeprefix(prefix): np.asarray(leaf)
-        for name, leaf in leaves.items()
-        if name.startswith(prefix)
-    }
-    adapter_file.write_adapter(out, trained, metadata | {"step": step})
-    count = sum(leaf.size for leaf in trained.values())
+    leaves, metadata = trained.read_trained(workdir, which)
+    adapter_file.write_adapter(out, leaves, metadata)
+    count = sum(leaf.size for leaf in leaves.values())
     size = epath.Path(out).stat().length
     return (
         f"wrote {out}: {count:,} parameters of {metadata['method']} on {metadata['backbone_name']} "
-        f"at step {step}, {len(metadata['class_names'])} classes, {size:,} bytes"
+        f"at step {metadata['step']}, {len(metadata['class_names'])} classes, {size:,} bytes"
     )
 
 

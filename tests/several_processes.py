@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from small_config import small_config  # noqa: E402
 
-from dualpath_jax import distributed, evaluate, train  # noqa: E402
+from dualpath_jax import distributed, evaluate, sharding, train  # noqa: E402
 from dualpath_jax import run as run_lib  # noqa: E402
 from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint  # noqa: E402
 from dualpath_jax.data.records import VideoDataset  # noqa: E402
@@ -50,11 +50,11 @@ def run_all(config, workdir, evaluation=True, poison=0.0):
     def shard_training(batch, mesh):
         seen["train"].append(batch["example_id"].tolist())
         added = np.full(len(batch["label"]), poison if len(seen["train"]) == 2 else 0, np.float32)
-        return run_lib.shard_batch({**batch, "added": added}, mesh)
+        return sharding.shard_batch({**batch, "added": added}, mesh)
 
     def shard_testing(batch, mesh):
         seen["test"].append(batch["example_id"].tolist())
-        return run_lib.shard_batch(batch, mesh)
+        return sharding.shard_batch(batch, mesh)
 
     def add(batch, data, dtype):
         spatial, temporal = inputs(batch, data, dtype)

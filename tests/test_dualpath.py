@@ -190,6 +190,26 @@ def test_class_only_changes_no_result():
     assert tokens.shape[1] == TINY.num_tokens
 
 
+def test_attention_of_one_query():
+    """With its gradient in bfloat16, under the flag of `environment`; JAX's own has none there."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 3, 8)), jnp.float32) for n in (1, 5, 5))
+    want = jax.nn.dot_product_attention(q, k, v)
+    np.testing.assert_allclose(vit.attend_once(q, k, v), want, rtol=0, atol=1e-6)
+
+    def gradient(attend):
+        def loss(q, k, v):
+            return attend(q, k, v).astype(jnp.float32).sum()
+
+        arrays = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+        options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)), compiler_options=options)(*arrays)
+
+    assert np.isclose(gradient(vit.attend_once)[2].astype(jnp.float32).sum(), 48, rtol=1e-2)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="multiple contracting dimensions"):
+        gradient(jax.nn.dot_product_attention)
+
+
 def test_temporal_path_starts_as_the_identity():
     """Eq. 9 as printed has no skip round its adapters."""
     model = tiny_model(pre_attention_adapter=True)

@@ -4,10 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
-from dualpath_jax import evaluate
-from dualpath_jax import run as run_lib
+from dualpath_jax import evaluate, sharding
 
 CLASSES = 7
 
@@ -28,14 +26,14 @@ def fake_batches(labels, batch_size, views=2):
 
 
 def run(labels, batch_size, step=None):
-    mesh = run_lib.make_mesh()
+    mesh = sharding.make_mesh()
     assert mesh.size == 8
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
     jitted = jax.jit(
         step or (lambda b: evaluate.eval_step_sums(b["logits"], b["label"], b["mask"]))
     )
     return evaluate.evaluate(
-        lambda batch: jitted(jax.device_put(batch, sharding)), fake_batches(labels, batch_size)
+        lambda batch: jitted(jax.device_put(batch, sharding.rows(mesh))),
+        fake_batches(labels, batch_size),
     )
 
 

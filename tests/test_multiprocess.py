@@ -258,15 +258,17 @@ def test_one_of_two_is_killed_then_told_to_stop(settings, tmp_path):
         errors = running.err(0)
         assert "process 0 of 2: another process is gone" in errors
         assert "tasks are unhealthy (stopped sending heartbeats):\n1\n" in errors
-    before = max(steps(workdir))
-    with job(2, tmp_path / "told", command) as running:
-        wait_for(lambda: max(steps(workdir)) > before, running)
-        running.processes[1].send_signal(signal.SIGTERM)
-        assert running.wait(120) == [EXIT_CODE, EXIT_CODE]
-        assert f"resumed from {workdir}/checkpoints/{before}" in running.out(0)
-        for i in (0, 1):
-            message = f"process {i} of 2: told to stop; saved {workdir}/checkpoints/"
-            assert f"{message}{steps(workdir)[-1]};" in running.err(i)
+    for told in ((1,), (0, 1)):  # one of them; both at once, as a scheduler does
+        before = max(steps(workdir))
+        with job(2, tmp_path / f"told{len(told)}", command) as running:
+            wait_for(lambda before=before: max(steps(workdir)) > before, running)
+            for i in told:
+                running.processes[i].send_signal(signal.SIGTERM)
+            assert running.wait(120) == [EXIT_CODE, EXIT_CODE]
+            assert f"resumed from {workdir}/checkpoints/{before}" in running.out(0)
+            for i in (0, 1):
+                message = f"process {i} of 2: told to stop; saved {workdir}/checkpoints/"
+                assert f"{message}{steps(workdir)[-1]};" in running.err(i)
 
 
 def test_one_of_two_cannot_start(settings, tmp_path):

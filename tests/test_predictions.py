@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualpath_jax import evaluate, predictions
+from dualpath_jax import evaluate, predictions, sharding
 from dualpath_jax import run as run_lib
 from dualpath_jax.data.records import VideoDataset
 
@@ -73,16 +73,16 @@ def test_of_another_evaluation(tmp_path):
 def compiled_text(step, mesh, out):
     """The program of a step on eight rows of logits, sharded by row."""
     shapes = {
-        "logits": jax.ShapeDtypeStruct((8, 2, 7), jnp.float32, sharding=run_lib.by_rows(mesh)),
-        "label": jax.ShapeDtypeStruct((8,), jnp.int32, sharding=run_lib.by_rows(mesh)),
-        "mask": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=run_lib.by_rows(mesh)),
+        "logits": jax.ShapeDtypeStruct((8, 2, 7), jnp.float32, sharding=sharding.rows(mesh)),
+        "label": jax.ShapeDtypeStruct((8,), jnp.int32, sharding=sharding.rows(mesh)),
+        "mask": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding.rows(mesh)),
     }
     return jax.jit(step, out_shardings=out).lower(shapes).compile().as_text()
 
 
 def test_sums_alone_cross_devices():
-    mesh = run_lib.make_mesh()
-    apart = (run_lib.on_every_device(mesh), run_lib.by_rows(mesh))
+    mesh = sharding.make_mesh()
+    apart = (sharding.on_every_device(mesh), sharding.rows(mesh))
 
     def step(batch):
         sums = evaluate.eval_step_sums(batch["logits"], batch["label"], batch["mask"])
@@ -92,7 +92,7 @@ def test_sums_alone_cross_devices():
     assert "all-reduce" in text
     assert "all-gather" not in text
     # Twin: rows that every device is to have.
-    assert "all-gather" in compiled_text(step, mesh, run_lib.on_every_device(mesh))
+    assert "all-gather" in compiled_text(step, mesh, sharding.on_every_device(mesh))
 
 
 def test_of_a_run_each_video_once(config, tmp_path):

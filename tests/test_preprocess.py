@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dualpath_jax import preprocess, run
+from dualpath_jax import preprocess, sharding
 from dualpath_jax.data.randaugment import OPS
 
 DATA = ConfigDict({"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)})
@@ -61,7 +61,7 @@ def test_operations_of_each_clip(batch):
 def test_the_same_on_all_devices(batch):
     batch = with_ops(batch, "contrast", "color", "brightness")
     assert jax.device_count() == 8
-    sharded = model_inputs(run.shard_batch(batch, run.make_mesh()))
+    sharded = model_inputs(sharding.shard_batch(batch, sharding.make_mesh()))
     assert len(sharded[0].sharding.device_set) == 8
     for a, b in zip(model_inputs(batch), sharded, strict=True):
         assert np.abs(a - np.asarray(b)).max() < 1e-5
@@ -74,3 +74,14 @@ def test_no_work_without_randaugment(batch):
     assert "select" not in operations(batch)
     assert "gather" not in operations(batch)
     assert "gather" in operations(with_ops(batch, "color"))
+
+
+def test_looking_up_without_a_gather_is_the_same():
+    rng = np.random.default_rng(0)
+    table = rng.integers(0, 256, (3, 256), dtype=np.uint8)
+    images = np.concatenate([np.arange(256), rng.integers(0, 256, 512)]).astype(np.uint8)
+    images = images.reshape(2, 16, 8, 3)
+    want = np.stack([table[c][images[..., c]] for c in range(3)], axis=-1)
+    for look_up in (preprocess._gather, preprocess._select, preprocess._look_up):
+        assert np.array_equal(jax.jit(look_up)(table, images), want)
+    assert not np.array_equal(preprocess._select(table[::-1], images), want)

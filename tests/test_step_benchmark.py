@@ -3,13 +3,14 @@
 import argparse
 import importlib
 
+import jax
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from configs import ssv2_vitb  # noqa: E402
-from dualpath_jax import step_benchmark  # noqa: E402
+from dualpath_jax import sharding, step_benchmark  # noqa: E402
 from dualpath_jax.step_benchmark import Setting  # noqa: E402
 
 TINY = {
@@ -36,10 +37,8 @@ def config():
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """The benchmark's batches are small: not over the tests' eight devices."""
-    from dualpath_jax import run
-
-    one = run.make_mesh().devices[:1]
-    monkeypatch.setattr(run, "make_mesh", lambda: run.jax.sharding.Mesh(one, ("data",)))
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda fsdp: one)
 
 
 def test_pytorch_is_the_same_model(config):

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from configs import base
-from dualpath_jax import evaluate, train
+from dualpath_jax import evaluate, sharding, train
 from dualpath_jax import params as params_lib
 from dualpath_jax import run as run_lib
 from dualpath_jax.checkpoint import Checkpoints
@@ -90,7 +90,7 @@ def test_accumulation_equals_one_batch(config, tmp_path):
     config.data.batch_size = 16
     run, dataset = build(config, tmp_path)
     batch = next(pipeline.train_batches(dataset, config.data, 0, 0, 1))
-    batch = run_lib.shard_batch(batch, run.mesh)
+    batch = sharding.shard_batch(batch, run.mesh)
     params = params_lib.merge(run.state.trainable, run.frozen)
     mask = params_lib.trainable_mask(params, lambda name: not name.startswith("backbone"))
     sgd = optax.masked(optax.sgd(1.0), mask)  # so that the parameters show the gradients
@@ -99,7 +99,9 @@ def test_accumulation_equals_one_batch(config, tmp_path):
     for parts in (1, 2):
         config.optimizer.accumulation_steps = parts
         results.append(
-            jax.jit(train.make_train_step(run.model, config, sgd))(state, run.frozen, batch)
+            jax.jit(train.make_train_step(run.model, config, sgd, run.mesh))(
+                state, run.frozen, batch
+            )
         )
     one, two = (leaves(new.trainable) for new, _ in results)
     for name in one:
@@ -110,7 +112,9 @@ def test_accumulation_equals_one_batch(config, tmp_path):
     half = {
         key: jnp.tile(value[:8], (2,) + (1,) * (value.ndim - 1)) for key, value in batch.items()
     }
-    other = jax.jit(train.make_train_step(run.model, config, sgd))(state, run.frozen, half)[0]
+    other = jax.jit(train.make_train_step(run.model, config, sgd, run.mesh))(
+        state, run.frozen, half
+    )[0]
     assert (
         np.abs(
             leaves(other.trainable)["classifier/output/bias"] - one["classifier/output/bias"]

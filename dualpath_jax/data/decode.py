@@ -1,4 +1,4 @@
-"""Video files to frames: `decode_frames`, `video_to_jpegs`, `check_video`.
+"""Video files to frames: `decode_frames`, `video_to_jpegs`, `check_video`, `to_jpeg`.
 
 Videos come from strangers: they hang decoders, crash them, and claim sizes that fill the memory.
 Many files are therefore decoded in the processes of `workers.WorkerPool`, which import this
@@ -291,7 +291,7 @@ def video_to_jpegs(
     reader = decode_frames(path, limits, short_side, fps)
     jpegs, shape = [], ()
     for frame in reader:
-        jpegs.append(_to_jpeg(frame, quality))
+        jpegs.append(to_jpeg(frame, quality))
         shape = frame.shape[:2]
     return jpegs, VideoFacts(len(jpegs), reader.fps, *shape, reader.truncated, _size(jpegs))
 
@@ -311,14 +311,15 @@ def check_video(
     jpegs, count, shape = [], 0, ()
     for frame in reader:
         if count % _CHECKED_FRAMES == 0:
-            jpegs.append(_to_jpeg(frame, quality))
+            jpegs.append(to_jpeg(frame, quality))
         count += 1
         shape = frame.shape[:2]
     num_bytes = round(_size(jpegs) / len(jpegs) * count)
     return VideoFacts(count, reader.fps, *shape, reader.truncated, num_bytes)
 
 
-def _to_jpeg(frame: np.ndarray, quality: int) -> bytes:
+def to_jpeg(frame: np.ndarray, quality: int) -> bytes:
+    """A uint8 [H, W, 3] RGB frame as a JPEG file (4:2:0, `quality` 1..95)."""
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()

@@ -1,6 +1,7 @@
 """The embedded data set: an object moves over photographs; only order tells its classes apart.
 
-Public: `CLASSES`, `PHOTOS`, `SIZES`, `render_clip`, `render_demo`.
+Public: `CLASSES`, `PHOTOS`, `SIZES`, `Scene`, `render_clip`, `render_demo`, `scene_of`,
+`class_names`.
 
 Reversing a clip of one class of a pair gives a clip of the other, so neither one frame nor an
 unordered set of frames can do better than chance between the two: 0.5 overall, 0.125 with nothing.
@@ -14,6 +15,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+from collections.abc import Iterator
 
 import av
 import numpy as np
@@ -116,6 +118,10 @@ class Track:
     radius: np.ndarray
     opacity: np.ndarray
 
+    def places(self) -> Iterator[tuple[float, float, float, float]]:
+        """(x, y, radius, opacity) of each frame."""
+        return zip(self.x, self.y, self.radius, self.opacity, strict=True)
+
 
 def draw_track(label: int, num_frames: int, rng: np.random.Generator) -> Track:
     """A random track of class `label`; the odd class of a pair is the even one reversed in time."""
@@ -142,44 +148,94 @@ def draw_track(label: int, num_frames: int, rng: np.random.Generator) -> Track:
     return track
 
 
+def _cover(
+    shape: str, x: float, y: float, radius: float, opacity: float, size: int
+) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
+    """The object in a frame of `size` x `size` pixels: its window, distance and alpha, both [h, w].
+
+    The window is the square that the object can reach (a diamond's tips are the farthest); for the
+    distance see `shape_distance`; alpha, 0..1, is how much of each pixel is object.
+    """
+    pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
+    reach = 1.3 * radius + 1 / size
+    rows, columns = (
+        slice(max(int((c - reach) * size), 0), int((c + reach) * size) + 1) for c in (y, x)
+    )
+    across = (pixels[columns] - np.float32(x)) / np.float32(radius)
+    down = (pixels[rows] - np.float32(y)) / np.float32(radius)
+    distance = shape_distance(shape, across[None, :], down[:, None])
+    alpha = np.clip((1 - distance) * np.float32(radius * size) + 0.5, 0, 1)
+    alpha *= np.float32(opacity)  # one pixel of antialiasing at the edge
+    return (rows, columns), distance, alpha
+
+
 def paint(
     background: np.ndarray, track: Track, shape: str, colour: tuple[int, int, int]
 ) -> np.ndarray:
     """The object over a photograph: uint8 [size, size, 3] -> uint8 [frames, size, size, 3]."""
-    size = background.shape[0]
     frames = np.repeat(background[None], len(track.x), axis=0)
-    pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
-    for frame, x, y, radius, opacity in zip(
-        frames, track.x, track.y, track.radius, track.opacity, strict=True
-    ):
-        # Only the square that the object can reach (a diamond's tips are the farthest).
-        reach = 1.3 * radius + 1 / size
-        rows, columns = (
-            slice(max(int((c - reach) * size), 0), int((c + reach) * size) + 1) for c in (y, x)
-        )
-        across = (pixels[columns] - np.float32(x)) / np.float32(radius)
-        down = (pixels[rows] - np.float32(y)) / np.float32(radius)
-        distance = shape_distance(shape, across[None, :], down[:, None])
-        alpha = np.clip((1 - distance) * np.float32(radius * size) + 0.5, 0, 1)[..., None]
-        alpha *= np.float32(opacity)  # one pixel of antialiasing at the edge
+    for frame, place in zip(frames, track.places(), strict=True):
+        window, distance, alpha = _cover(shape, *place, background.shape[0])
         shade = np.clip(1.15 - 0.45 * distance, 0.6, 1.1)[..., None]
         thing = np.minimum(np.asarray(colour, np.float32) * shade, 255)
-        behind = frame[rows, columns]
-        frame[rows, columns] = (behind + (thing - behind) * alpha + 0.5).astype(np.uint8)
+        behind = frame[window]
+        frame[window] = (behind + (thing - behind) * alpha[..., None] + 0.5).astype(np.uint8)
     return frames
 
 
-def render_clip(
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What a clip shows: a photograph, uint8 [size, size, 3], and the object before it."""
+
+    background: np.ndarray
+    track: Track
+    shape: str
+    colour: tuple[int, int, int]
+
+    def frames(self) -> np.ndarray:
+        """The clip: uint8 [frames, size, size, 3]."""
+        return paint(self.background, self.track, self.shape, self.colour)
+
+    def masks(self) -> np.ndarray:
+        """How much of each pixel is object: float32 [frames, size, size], 0..1."""
+        size = self.background.shape[0]
+        masks = np.zeros((len(self.track.x), size, size), np.float32)
+        for mask, place in zip(masks, self.track.places(), strict=True):
+            window, _, alpha = _cover(self.shape, *place, size)
+            mask[window] = alpha
+        return masks
+
+
+def draw_scene(
     photo: Image.Image, label: int, num_frames: int, size: int, rng: np.random.Generator
-) -> np.ndarray:
-    """A clip of class `label` over `photo`: uint8 [num_frames, size, size, 3]."""
+) -> Scene:
+    """A random scene of class `label` over `photo`."""
     background = crop_photo(photo, size, rng)
     track = draw_track(label, num_frames, rng)
     shape = SHAPES[rng.integers(len(SHAPES))]
     mean = background.mean(axis=(0, 1))
     contrast = sorted(COLOURS.values(), key=lambda colour: -np.abs(colour - mean).sum())
     colour = contrast[rng.integers(len(contrast) // 2)]  # of those far from the background's mean
-    return paint(background, track, shape, colour)
+    return Scene(background, track, shape, colour)
+
+
+def render_clip(
+    photo: Image.Image, label: int, num_frames: int, size: int, rng: np.random.Generator
+) -> np.ndarray:
+    """A clip of class `label` over `photo`: uint8 [num_frames, size, size, 3]."""
+    return draw_scene(photo, label, num_frames, size, rng).frames()
+
+
+def scene_of(split: str, number: int) -> Scene:
+    """What video `number` of a split of the demo shows; class `number` modulo 8."""
+    rng = np.random.default_rng([list(SIZES).index(split), number])
+    photo = load_photo(PHOTOS[split][rng.integers(len(PHOTOS[split]))])
+    return draw_scene(photo, number % len(CLASSES), NUM_FRAMES, FRAME_SIZE, rng)
+
+
+def class_names() -> list[str]:
+    """The classes as the annotations name them, without brackets."""
+    return [_template_key(template) for template in CLASSES]
 
 
 def write_video(frames: np.ndarray, path: pathlib.Path, fps: int = 12) -> None:
@@ -200,12 +256,10 @@ def write_video(frames: np.ndarray, path: pathlib.Path, fps: int = 12) -> None:
         container.mux(stream.encode())
 
 
-def _render_range(videos: pathlib.Path, split: str, first_id: int, numbers: range) -> int:
+def _render_range(videos: pathlib.Path, split: str, first: int, numbers: range) -> int:
     for number in numbers:
-        rng = np.random.default_rng([list(SIZES).index(split), number])
-        photo = load_photo(PHOTOS[split][rng.integers(len(PHOTOS[split]))])
-        frames = render_clip(photo, number % len(CLASSES), NUM_FRAMES, FRAME_SIZE, rng)
-        write_video(frames, videos / f"{first_id + number}.mp4")
+        frames = scene_of(split, number).frames()
+        write_video(frames, videos / f"{first + number}.mp4")
     return len(numbers)
 
 
@@ -230,20 +284,20 @@ def render_demo(out: str, sizes: dict[str, int] | None = None, progress: bool = 
         concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool,
         tqdm.tqdm(total=sum(sizes.values()), desc="render", disable=not progress) as bar,
     ):
-        jobs, first_id = [], 0
+        jobs, first = [], 0
         for split, size in sizes.items():
             for start in range(0, size, 100):
                 numbers = range(start, min(start + 100, size))
-                jobs.append(pool.submit(_render_range, videos, split, first_id, numbers))
-            first_id += size
+                jobs.append(pool.submit(_render_range, videos, split, first, numbers))
+            first += size
         for job in concurrent.futures.as_completed(jobs):
             bar.update(job.result())
-    first_id = 0
+    first = 0
     for split, size in sizes.items():
-        entries = [_annotation(first_id + number, number % len(CLASSES)) for number in range(size)]
+        entries = [_annotation(first + number, number % len(CLASSES)) for number in range(size)]
         (labels / f"{split}.json").write_text(json.dumps(entries, indent=0))
-        first_id += size
-    names = {_template_key(template): str(i) for i, template in enumerate(CLASSES)}
+        first += size
+    names = {name: str(i) for i, name in enumerate(class_names())}
     (labels / "labels.json").write_text(json.dumps(names, indent=0))
 
 

@@ -175,6 +175,12 @@ class DualPath(nn.Module):
         return params
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """Names of the paths that the model has."""
+        present = {"spatial": self.spatial_path, "temporal": self.temporal_path}
+        return tuple(name for name, there in present.items() if there)
+
+    @property
     def _trains_tokens(self) -> bool:
         return self.train_tokens and self.config.has_class_token
 
@@ -224,26 +230,70 @@ class DualPath(nn.Module):
         self, frames: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
         """frames [B, S, H, W, 3], normalised -> y_SP [B, e] float32 (eq. 7, 8)."""
-        position = self.spatial.get("position")
-        return self._features(frames, position, self.spatial_sites, self.spatial, dropout_rng)
+        return self._features(frames, self._path("spatial"), dropout_rng)
 
     def temporal_features(
         self, framesets: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
         """framesets [B, G, H', W', 3], normalised -> y_TP [B, e] float32 (eq. 9, 10)."""
-        position = jnp.tile(self._temporal_positions(), (framesets.shape[0], 1, 1))  # [(B G), N, D]
-        return self._features(framesets, position, self.temporal_sites, self.temporal, dropout_rng)
+        return self._features(framesets, self._path("temporal"), dropout_rng)
 
-    def _features(
-        self, images: jax.Array, position: Any, sites: Sites, path: Any, dropout_rng: Any
-    ) -> jax.Array:
-        """One path over the images of each clip, averaged: [B, images, H, W, 3] -> [B, e]."""
-        batch = images.shape[0]
+    def _path(self, name: str) -> tuple[Sites, Any, jax.Array | None]:
+        """Of the path "spatial" or "temporal": sites, parameters, positions of a clip's images."""
+        if name == "spatial":
+            return self.spatial_sites, self.spatial, self.spatial.get("position")
+        return self.temporal_sites, self.temporal, self._temporal_positions()
+
+    def _embed(self, images: jax.Array, class_token: Any, position: Any) -> jax.Array:
+        """Images of each clip [B, images, H, W, 3] -> tokens [(B images), N, D]."""
+        if position is not None and position.ndim == 3:  # one for each image of a clip
+            position = jnp.tile(position, (images.shape[0], 1, 1))
         images = einops.rearrange(images, "b i h w c -> (b i) h w c")
-        h = self.backbone.embed(images, path.get("class_token"), position)
-        h = self.backbone.encode(h, sites, path["adapters"], dropout_rng, self.class_only)
+        return self.backbone.embed(images, class_token, position)
+
+    def _features(self, images: jax.Array, path: Any, dropout_rng: Any) -> jax.Array:
+        """One path over the images of each clip, averaged: [B, images, H, W, 3] -> [B, e]."""
+        sites, params, position = path
+        h = self._embed(images, params.get("class_token"), position)
+        h = self.backbone.encode(h, sites, params["adapters"], dropout_rng, self.class_only)
         features = self.backbone.pool(h).astype(jnp.float32)
-        return einops.reduce(features, "(b i) e -> b e", "mean", b=batch)
+        return einops.reduce(features, "(b i) e -> b e", "mean", b=images.shape[0])
+
+    def attention(
+        self,
+        spatial: jax.Array | None,
+        temporal: jax.Array | None,
+        adapted: bool = True,
+        all_blocks: bool = False,
+    ) -> dict[str, jax.Array]:
+        """What the tokens of each path attend to, averaged over heads (Fig. 4, A1).
+
+        Args:
+          spatial, temporal: as of `__call__`.
+          adapted: with class token and adapters of the path; otherwise the frozen backbone (eq. 2)
+            with its own class token, at the same positions.
+          all_blocks: of every block, not only the last.
+
+        Returns:
+          "spatial" [L', B, S, N, N] and "temporal" [L', B, G, N, N], for the paths that there are:
+          float32, class token first, rows (queries) sum to 1 over the last axis (keys); L' is L
+          with `all_blocks`, else 1.
+        """
+        if not self.config.has_class_token:
+            raise ValueError(
+                f"{self.config.name} has no class token whose attention could be shown: this "
+                "works with ViT backbones"
+            )
+        first = 0 if all_blocks else self.config.depth - 1
+        inputs = {"spatial": spatial, "temporal": temporal}
+        weights = {}
+        for name in self.paths:
+            sites, params, position = self._path(name)
+            h = self._embed(inputs[name], params.get("class_token") if adapted else None, position)
+            fill = (sites, params["adapters"]) if adapted else (None, None)
+            rows = self.backbone.attention(h, *fill, first=first)
+            weights[name] = rows.reshape(len(rows), *inputs[name].shape[:2], *rows.shape[2:])
+        return weights
 
     def __call__(
         self, spatial: jax.Array, temporal: jax.Array, dropout_rng: jax.Array | None = None

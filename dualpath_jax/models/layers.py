@@ -153,17 +153,22 @@ class Block(nn.Module):
 
         `sites` is bound to this block's parameters of the method.
         """
-        h = sites.tokens(h, self)
-        x = self.ln_1(h)
+        h, x, attended = self.attention_input(h, sites)
         if class_only:
-            y = self.attention(sites.before_attention(x), class_only=True)
+            y = self.attention(attended, class_only=True)
             h, x = h[:, :1], x[:, :1]
         else:
-            y = self.attention(sites.before_attention(x))
+            y = self.attention(attended)
         z = h + sites.after_attention(y) + sites.beside_attention(x)
         x = self.ln_2(z)
         h = z + sites.after_mlp(self.mlp(x)) + sites.beside_mlp(x)
         return sites.output(h)
+
+    def attention_input(self, h: jax.Array, sites: Sites) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The block's tokens h [M, N, D], LN(h), and what attention reads: each [M, N, D]."""
+        h = sites.tokens(h, self)
+        x = self.ln_1(h)
+        return h, x, sites.before_attention(x)
 
 
 def no_sites() -> Sites:
@@ -188,6 +193,17 @@ def init_block_sites(rng: jax.Array, block: Block, params: Any, h: jax.Array, si
 def init_stacked(init: Callable[[jax.Array], Any], rng: jax.Array, length: int) -> Any:
     """`init(rng)` for `length` blocks, each with its own rng: leaves [length, ...]."""
     return jax.vmap(init)(jax.random.split(rng, length))
+
+
+def gathered(params: Any) -> Any:
+    """Parameters of a block, whole on each device where a mesh axis `fsdp` divides them.
+
+    Without it XLA may divide the computation as the weights are, and send activations round.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+        return params
+    everywhere = jax.sharding.PartitionSpec()
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, everywhere), params)
 
 
 def loop_blocks(

@@ -1,6 +1,6 @@
 """Vision transformers of CLIP (Radford et al. 2021) and ImageNet-21K (Dosovitskiy et al. 2021).
 
-Public: `ViTConfig`, `MODELS`, `ViT`, `Block`, `resize_positions`.
+Public: `ViTConfig`, `MODELS`, `ViT`, `Block`, `resize_positions`, `attention_weights`.
 
 The sites of tuning methods are in `layers.py`. Axes: M images (frames or framesets, batch
 included), N tokens (class token first), D width, K heads, L blocks, e projected width.
@@ -138,6 +138,17 @@ MODELS = {
 }
 
 
+def attend_once(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of one query: q [M, 1, K, d]; k, v [M, N, K, d] -> [M, 1, K, d].
+
+    As `jax.nn.dot_product_attention`, of which XLA's CPU compiler refuses this case's gradient in
+    bfloat16 (jax 0.10.2: "Dot with multiple contracting dimensions is not implemented").
+    """
+    logits = jnp.einsum("mqkd,mnkd->mkqn", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5).astype(q.dtype)
+    return jnp.einsum("mkqn,mnkd->mqkd", weights, v)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values."""
 
@@ -156,8 +167,10 @@ class Attention(nn.Module):
 
     def __call__(self, x: jax.Array, class_only: bool = False) -> jax.Array:
         """x [M, N, D] -> [M, N, D], or what the class token attends to, [M, 1, D]."""
-        q, k, v = self._project_class(x) if class_only else self.project(x)
-        y = jax.nn.dot_product_attention(q, k, v)  # float32 softmax, scale 1/sqrt(D/K)
+        if class_only:
+            y = attend_once(*self._project_class(x))
+        else:
+            y = jax.nn.dot_product_attention(*self.project(x))  # float32 softmax, scale (D/K)^-1/2
         return self.out(einops.rearrange(y, "m n k d -> m n (k d)"))
 
     def _project_class(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -184,9 +197,10 @@ class Block(layers.Block):
         self.ln_2 = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype)
         self.mlp = Mlp(config.mlp_dim, config.activation, dtype=self.dtype)
 
-    def queries_and_keys(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of the attention on h [M, N, D], without sites: two of [M, N, K, D/K]."""
-        q, k, _ = self.attention.project(self.ln_1(h))
+    def queries_and_keys(self, h: jax.Array, sites: Sites) -> tuple[jax.Array, jax.Array]:
+        """Of the attention in a block that h [M, N, D] enters: two of [M, N, K, D/K]."""
+        _, _, x = self.attention_input(h, sites)
+        q, k, _ = self.attention.project(x)
         return q, k
 
 
@@ -303,7 +317,7 @@ class ViT(nn.Module):
         def body(h, layer, class_only=False):
             block, site_params, rng = layer
             bound = layers.bind_sites(sites, site_params, rng)
-            return self._block().apply({"params": block}, h, bound, class_only)
+            return self._block().apply({"params": layers.gathered(block)}, h, bound, class_only)
 
         layer_params = jax.tree.map(lambda leaf: leaf[blocks], (self.blocks, site_params, rngs))
         if not class_only or not (sites is None or sites.token_wise):
@@ -313,10 +327,35 @@ class ViT(nn.Module):
         h = layers.loop_blocks(body, h, first, self.scan_blocks, self.remat)
         return body(h, last, class_only=True)
 
-    def queries_and_keys(self, h: jax.Array, index: int) -> tuple[jax.Array, jax.Array]:
+    def queries_and_keys(
+        self, h: jax.Array, index: int, sites: Sites | None = None, site_params: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Of block `index`, which h [M, N, D] enters: two of [M, N, K, D/K]."""
-        block = jax.tree.map(lambda leaf: leaf[index], self.blocks)
-        return self._block().apply({"params": block}, h, method=Block.queries_and_keys)
+        block, params = jax.tree.map(lambda leaf: leaf[index], (self.blocks, site_params))
+        bound = layers.bind_sites(sites, params, None)
+        return self._block().apply({"params": block}, h, bound, method=Block.queries_and_keys)
+
+    def attention(
+        self, h: jax.Array, sites: Sites | None = None, site_params: Any = None, first: int = 0
+    ) -> jax.Array:
+        """What the tokens attend to in blocks `first` ... L - 1, averaged over heads.
+
+        Args:
+          h: tokens that enter block 0, [M, N, D].
+          sites, site_params: see `encode`.
+          first: the first block whose attention is returned.
+
+        Returns:
+          [L - first, M, N, N] float32; rows (queries) sum to 1 over the last axis (keys).
+        """
+        if first:
+            h = self.encode(h, sites, site_params, blocks=slice(0, first))
+        weights = []
+        for i in range(first, self.config.depth):
+            q, k = self.queries_and_keys(h, i, sites, site_params)
+            weights.append(attention_weights(q, k).mean(axis=1))
+            h = self.encode(h, sites, site_params, blocks=slice(i, i + 1))
+        return jnp.stack(weights)
 
     def pool(self, h: jax.Array, project: bool = True) -> jax.Array:
         """Class token through `ln_post` and, if asked and there is one, CLIP's visual projection.
@@ -332,6 +371,12 @@ class ViT(nn.Module):
         """The frozen backbone: images [M, H, W, 3] -> (tokens [M, N, D], features [M, e])."""
         h = self.encode(self.embed(images))
         return h, self.pool(h)
+
+
+def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Of queries and keys [M, N, K, D/K]: float32 [M, K, N, N], each row of keys sums to 1."""
+    logits = jnp.einsum("mqkd,mpkd->mkqp", q, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(logits * q.shape[-1] ** -0.5)
 
 
 def resize_positions(table: jax.Array, grid: tuple[int, int]) -> jax.Array:

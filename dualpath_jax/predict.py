@@ -1,0 +1,178 @@
+"""A trained model on video files: what scripts/predict.py does.
+
+Public: `Found`, `find_videos`, `predict_videos`, `line`.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import tqdm
+
+from dualpath_jax import trained, windows
+from dualpath_jax.data import decode
+from dualpath_jax.data.workers import Failure, WorkerPool
+
+# Files of a folder that are taken for videos.
+VIDEO_SUFFIXES = frozenset(
+    (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What was found out about a video, or a window of one.
+
+    Attributes:
+      video: path.
+      class_names, probabilities: the most probable first; empty for a video that cannot be read.
+      start, end: seconds, of a window; else None.
+      note: why the video cannot be read, or what of it is missing; "" if all is well.
+    """
+
+    video: str
+    class_names: list[str]
+    probabilities: list[float]
+    start: float | None = None
+    end: float | None = None
+    note: str = ""
+
+
+def find_videos(paths: Sequence[str]) -> list[str]:
+    """The files of `paths`, and those in its folders that have a video's suffix, sorted.
+
+    Raises:
+      FileNotFoundError: a path is not there, or a folder has no video.
+    """
+    videos = []
+    for path in paths:
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"no video or folder {path!r}")
+        if not os.path.isdir(path):
+            videos.append(path)
+            continue
+        inside = [
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(path)
+            for name in names
+            if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
+        ]
+        if not inside:
+            raise FileNotFoundError(
+                f"no videos in {path!r}: known suffixes are {' '.join(sorted(VIDEO_SUFFIXES))}"
+            )
+        videos += sorted(inside)
+    return videos
+
+
+def predict_videos(
+    model: trained.Trained,
+    videos: Sequence[str],
+    show: Callable[[Found], None],
+    top_k: int = 5,
+    window: float | None = None,
+    stride: float | None = None,
+    features: str | None = None,
+    progress: bool = False,
+) -> int:
+    """Show what `model` says of each video, or of each window; returns how many are bad.
+
+    Videos are decoded in processes that can be killed, windows in this one, frame by frame.
+
+    Args:
+      top_k: classes of each.
+      window, stride: seconds; None: whole videos; half a window.
+      features: file .npz to write, with `video` (and `start`, `end`) and for each an entry of
+        every array of `Trained.features`.
+      progress: a bar on the terminal.
+    """
+    if top_k < 1:
+        raise ValueError(f"--top_k={top_k} must be at least 1")
+    if features and not features.endswith(".npz"):
+        raise ValueError(f"--features={features!r} must end with .npz")
+    if stride is not None and window is None:
+        raise ValueError(f"--stride={stride:g} needs --window")
+    parts = _whole(model, videos) if window is None else _windows(model, videos, window, stride)
+    bad, kept, places = set(), [], []
+    bar = tqdm.tqdm(total=len(videos), unit=" videos", disable=not progress, file=sys.stderr)
+    with bar:
+        for number, clips, found in parts:
+            bar.update(number - bar.n)
+            if clips is None:
+                bad.add(found.video)
+            else:
+                arrays = model.features(clips) if features else {"logits": model.logits(clips)}
+                said = trained.Prediction.of(arrays["logits"], model.class_names, top_k)
+                found = dataclasses.replace(found, **dataclasses.asdict(said))
+                if features:
+                    kept.append(arrays)
+                    places.append(found)
+            with bar.external_write_mode():
+                show(found)
+        bar.update(len(videos) - bar.n)
+    if features:
+        _write_features(features, kept, places)
+    return len(bad)
+
+
+_Part = tuple[int, trained.pipeline.Batch | None, Found]  # number of the video, clips, what of it
+
+
+def _whole(model: trained.Trained, videos: Sequence[str]) -> Iterator[_Part]:
+    limits = decode.DecodeLimits()
+    arguments = [(video, trained.SHORT_SIDE, trained.QUALITY, limits) for video in videos]
+    workers = min(len(videos), os.cpu_count() or 1)
+    with WorkerPool(workers, limits) as pool:
+        results = pool.map(decode.video_to_jpegs, arguments)
+        for number, (video, result) in enumerate(zip(videos, results, strict=True)):
+            if isinstance(result, Failure):
+                yield number, None, Found(video, [], [], note=result.reason)
+                continue
+            jpegs, facts = result
+            clips = model.clips_of(jpegs, facts.height, facts.width, video)
+            yield number, clips, Found(video, [], [], note=facts.truncated)
+
+
+def _windows(
+    model: trained.Trained, videos: Sequence[str], seconds: float, stride: float | None
+) -> Iterator[_Part]:
+    stride = seconds / 2 if stride is None else stride
+    for number, video in enumerate(videos):
+        sizes = (trained.SHORT_SIDE, trained.QUALITY)
+        try:
+            for one in windows.windows(video, seconds, stride, *sizes):
+                clips = model.clips_of(one.jpegs, one.height, one.width, video)
+                yield number, clips, Found(video, [], [], one.start, one.end)
+        except decode.VideoError as error:
+            yield number, None, Found(video, [], [], note=str(error))
+
+
+def _write_features(
+    path: str, kept: Sequence[dict[str, np.ndarray]], places: Sequence[Found]
+) -> None:
+    """All arrays [videos or windows, V, ...], in the order of `video`."""
+    table = {"video": np.array([found.video for found in places], dtype=str)}
+    if places and places[0].start is not None:
+        table["start"] = np.array([found.start for found in places])
+        table["end"] = np.array([found.end for found in places])
+    for name in kept[0] if kept else ():
+        table[name] = np.stack([arrays[name] for arrays in kept])
+    temporary = f"{path}.tmp.npz"
+    np.savez(temporary, **table)
+    os.replace(temporary, path)
+
+
+def line(found: Found) -> str:
+    """For people."""
+    name = found.video
+    if found.start is not None:
+        name += f"  {found.start:.1f}-{found.end:.1f} s"
+    if not found.class_names:
+        return f"{name}  cannot be read: {found.note}"
+    classes = "  ".join(
+        f"{probability:.3f} {label}"
+        for label, probability in zip(found.class_names, found.probabilities, strict=True)
+    )
+    return f"{name}  {classes}" + (f"  ({found.note})" if found.note else "")

@@ -1,0 +1,231 @@
+"""A trained model from its workdir, and video files as evaluation would see them.
+
+Public: `Trained`, `Prediction`, `load`, `read_trained`; `load` is `dualpath_jax.load`.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+from flax import traverse_util
+
+from dualpath_jax import adapter_file, convert, evaluate
+from dualpath_jax import params as params_lib
+from dualpath_jax import run as run_lib
+from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from dualpath_jax.data import decode, pipeline
+from dualpath_jax.data.records import encode_frame
+from dualpath_jax.models import tuning
+
+SHORT_SIDE, QUALITY = 256, 90  # of stored frames, as scripts/prepare_dataset.py has them
+
+
+class Frames:
+    """Stands in for `records.VideoDataset`: the frames of one video, of class 0.
+
+    Args:
+      jpegs: files in memory, as `decode.video_to_jpegs` makes them.
+      height, width: of each, pixels.
+      name: of the video, for messages.
+      class_names: of the model.
+    """
+
+    def __init__(
+        self, jpegs: Sequence[bytes], height: int, width: int, name: str, class_names: Sequence[str]
+    ):
+        self._jpegs = jpegs
+        self.class_names, self.ids = list(class_names), [name]
+        self.labels = np.zeros(1, np.int32)
+        self.num_frames = np.array([len(jpegs)])
+        self.heights, self.widths = np.array([height]), np.array([width])
+
+    def __len__(self) -> int:
+        return 1
+
+    def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
+        """Records of some frames; see `VideoDataset.read_frames`."""
+        del video_index
+        return [encode_frame(self._jpegs[frame]) for frame in frame_indices]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a model says of a video.
+
+    Attributes:
+      class_names: the most probable first.
+      probabilities: of these, in 0..1, averaged over the views as in evaluation.
+    """
+
+    class_names: list[str]
+    probabilities: list[float]
+
+    @classmethod
+    def of(cls, logits: np.ndarray, class_names: Sequence[str], top_k: int) -> "Prediction":
+        """From logits [V, classes]."""
+        probabilities = np.asarray(jax.nn.softmax(logits, axis=-1)).mean(axis=0)
+        best = np.argsort(-probabilities, kind="stable")[: max(1, top_k)]
+        return cls([class_names[i] for i in best], [float(probabilities[i]) for i in best])
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained model.
+
+    Attributes:
+      config: of its run.
+      module, params: `module.apply({"params": params}, spatial, temporal)` -> logits.
+      class_names: one per class.
+      step: number of updates it was trained for.
+    """
+
+    config: Any
+    module: Any
+    params: Any
+    class_names: list[str]
+    step: int
+
+    def clips(self, video: str | os.PathLike[str]) -> pipeline.Batch:
+        """All views of a video file, as `pipeline.eval_batches` makes them: a batch of one.
+
+        Raises:
+          decode.VideoError: the file cannot be decoded.
+        """
+        path = os.fspath(video)
+        jpegs, facts = decode.video_to_jpegs(path, SHORT_SIDE, QUALITY, decode.DecodeLimits())
+        return self.clips_of(jpegs, facts.height, facts.width, path)
+
+    def clips_of(
+        self, jpegs: Sequence[bytes], height: int, width: int, name: str
+    ) -> pipeline.Batch:
+        """As `clips`, of frames that are decoded already, see `Frames`."""
+        config = self.config
+        return next(
+            pipeline.eval_batches(
+                Frames(jpegs, height, width, name, self.class_names),
+                config.data,
+                config.eval.temporal_views,
+                config.eval.spatial_crops,
+                batch_size=1,
+                framesets=tuning.takes_framesets(config.model.method),
+            )
+        )
+
+    @functools.cached_property
+    def _logits(self) -> Any:
+        return jax.jit(functools.partial(evaluate.view_logits, self.module, self.config))
+
+    @functools.cached_property
+    def _features(self) -> Any:
+        def features(params: Any, batch: Any) -> dict[str, jax.Array]:
+            spatial, temporal = evaluate.view_inputs(self.config, batch)
+            apply = functools.partial(self.module.apply, {"params": params})
+            found = {"logits": apply(spatial, temporal)}
+            if self.module.spatial_path:
+                found["y_SP"] = apply(spatial, method="spatial_features")
+            if self.module.temporal_path:
+                found["y_TP"] = apply(temporal, method="temporal_features")
+            return found
+
+        return jax.jit(features)
+
+    def logits(self, clips: pipeline.Batch) -> np.ndarray:
+        """Logits [V, classes] float32 of the views of `clips`, which `clips` or `clips_of` made."""
+        return np.asarray(self._logits(self.params, arrays(clips)))[0]
+
+    def predict(self, video: str | os.PathLike[str], top_k: int = 5) -> Prediction:
+        """The `top_k` most probable classes of a video file, by all views of evaluation.
+
+        Raises:
+          decode.VideoError: the file cannot be decoded.
+        """
+        return Prediction.of(self.logits(self.clips(video)), self.class_names, top_k)
+
+    def features(self, clips: pipeline.Batch) -> dict[str, np.ndarray]:
+        """`logits` [V, classes] and, of dualpath, `y_SP` and `y_TP` [V, e] (eq. 8, 10), float32."""
+        if self.config.model.method != "dualpath":
+            return {"logits": self.logits(clips)}
+        return {k: np.asarray(v) for k, v in self._features(self.params, arrays(clips)).items()}
+
+
+def arrays(clips: pipeline.Batch) -> dict[str, np.ndarray]:
+    """What a model takes of a batch."""
+    return {key: clips[key] for key in ("spatial", "temporal") if key in clips}
+
+
+def read_trained(path: str, which: str = "latest") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(trainable parameters by path, metadata with "step") of a run or an adapter file.
+
+    Args:
+      path: workdir of a run, or a file of scripts/export_adapter.py; local or gs://.
+      which: of a run's checkpoints "latest", or "best" by top-1 during training.
+
+    Raises:
+      OSError: no such file.
+      ValueError: no checkpoint, or a damaged one.
+    """
+    if path.endswith(".safetensors"):
+        return adapter_file.read_adapter(path)
+    if not (epath.Path(path) / "checkpoints").is_dir():
+        raise ValueError(f"no checkpoints in {path}: pass the --workdir of a training run")
+    checkpoints = Checkpoints(path, read_only=True)  # the run may be going on
+    step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
+    if step is None:
+        found = "evaluated during training (config.eval.every_epochs)" if which == "best" else "yet"
+        raise ValueError(f"no checkpoint {found} in {path}: wait until the run has saved one")
+    try:
+        leaves, metadata = checkpoints.read(step)
+    except DamagedCheckpoint as damage:
+        raise ValueError(str(damage)) from None
+    prefix = "trainable/"
+    trained = {
+        name.removeprefix(prefix): np.asarray(leaf)
+        for name, leaf in leaves.items()
+        if name.startswith(prefix)
+    }
+    return trained, metadata | {"step": step}
+
+
+def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> Trained:
+    """A trained model, without its data set.
+
+        import dualpath_jax as dp
+        model = dp.load("runs/demo")
+        model.predict("clip.mp4")
+
+    Args:
+      path: workdir of a run, or a file of scripts/export_adapter.py; local or gs://.
+      backbone: file of the converted backbone, where it is not where the run had it.
+      checkpoint: of a run "latest", or "best" by top-1 during training.
+
+    Raises:
+      OSError: a file is not there.
+      ValueError: no checkpoint, a damaged one, or another backbone than the run's.
+    """
+    path = os.fspath(path)
+    leaves, saved = read_trained(path, checkpoint)
+    config = ml_collections.ConfigDict(saved["config"])
+    file = backbone or config.backbone.checkpoint
+    if not file:
+        raise ValueError(f"{path} does not say where its backbone is: pass --backbone=FILE")
+    frozen, shape, info = convert.load_backbone(file, run_lib.backbone_shape(config))
+    if info.sha256 != saved["backbone_sha256"]:
+        raise ValueError(
+            f"{file} is not the backbone that {path} was trained with (SHA-256 {info.sha256}, "
+            f"not {saved['backbone_sha256']}): pass --backbone=FILE"
+        )
+    module = tuning.build_model(config, shape, len(saved["class_names"]))
+    flat = params_lib.flatten({"backbone": frozen})
+    dtype = tuning.compute_dtype(config)  # of what is frozen, as in `run.init_params`
+    params = {name: jnp.asarray(leaf).astype(dtype) for name, leaf in flat.items()}
+    params |= {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
+    params = traverse_util.unflatten_dict(params, sep="/")
+    class_names, step = list(saved["class_names"]), saved["step"]
+    return Trained(config, module, jax.device_put(params), class_names, step)

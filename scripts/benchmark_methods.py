@@ -1,0 +1,88 @@
+"""Latency and throughput of every method's forward pass on ViT-B/16, side by side (Table A3).
+
+    python scripts/benchmark_methods.py
+    python scripts/benchmark_methods.py --methods dualpath aim st_adapter evl --json
+
+DualPath takes the 16 frames of configs/ssv2_vitb.py, the others 8 (section 3.2). The methods take
+turns; a method's latency is given beside DualPath's in the same round. Throughput, at the largest
+batch that fits, is measured where there is a GPU or a TPU. No data and no weights are needed.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
+
+from dualpath_jax import environment
+
+
+def parser() -> argparse.ArgumentParser:
+    from dualpath_jax.models import tuning
+
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(tuning.METHODS),
+        choices=list(tuning.METHODS),
+        help="which; dualpath is always among them (all)",
+    )
+    made.add_argument("--rounds", type=int, default=3, help="times each is measured (3)")
+    made.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of the computation (float32 on a CPU, else bfloat16)",
+    )
+    made.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    return made
+
+
+def markdown(speeds: dict) -> str:
+    """The table for people."""
+    lines = [
+        "| method | frames | trainable | GMAC per view | latency, ms | / DualPath's "
+        "| views/s (batch) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method, one in speeds.items():
+        views = f"{one.throughput:.1f} ({one.batch_size})" if one.batch_size else "not measured"
+        lines.append(
+            f"| `{method}` | {one.num_frames} | {one.trainable_params:,} | {one.gmacs:.1f} "
+            f"| {1000 * one.latency:.0f} | {one.relative:.2f} | {views} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    import jax
+
+    from configs import ssv2_vitb, ssv2_vitb_full
+    from dualpath_jax import method_benchmark
+
+    on_cpu = jax.default_backend() == "cpu"
+    configs = {}
+    for method in dict.fromkeys(["dualpath", *arguments.methods]):
+        config = method_benchmark.method_config(
+            ssv2_vitb.get_config(), ssv2_vitb_full.get_config(), method
+        )
+        config.model.dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")
+        config.model.scan_blocks = not on_cpu
+        configs[method] = config
+    speeds = method_benchmark.measure(
+        configs, arguments.rounds, lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    if arguments.json:
+        print(json.dumps({m: dataclasses.asdict(one) for m, one in speeds.items()}, indent=1))
+    else:
+        print(markdown(speeds))
+
+
+if __name__ == "__main__":
+    environment.prepare()
+    main()

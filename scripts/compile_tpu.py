@@ -1,0 +1,70 @@
+"""Compiles the training and evaluation steps of a configuration for a TPU slice, without a TPU.
+
+    pip install -r requirements.txt -r requirements-tpu.txt
+    python scripts/compile_tpu.py --config=configs/ssv2_vitb.py --topology=v5e:4x4
+    python scripts/compile_tpu.py --config=configs/ssv2_vitl.py --topology=v5e:2x2 --max_batch
+
+Prints what a chip needs and does: memory, operations, bytes, traffic between chips, and an estimate
+of the clips per second. Any key of the configuration can be set as in training, such as
+--config.model.remat=full or --config.mesh.fsdp=4. Data and weights are not needed.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
+os.environ["JAX_PLATFORMS"] = "cpu"  # the TPU is described, not there
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from dualpath_jax import environment
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configuration, see configs/.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: kind and chips, as v5e:4x4.")
+PER_CHIP_BATCH = flags.DEFINE_integer(
+    "per_chip_batch", 8, "Clips on a chip in a training step.", lower_bound=1
+)
+MAX_BATCH = flags.DEFINE_bool(
+    "max_batch", False, "Look for the most clips on a chip that fit, from --per_chip_batch on."
+)
+STEPS = flags.DEFINE_multi_enum(
+    "step", ["train", "eval"], ["train", "eval"], "What to compile (both); repeat for several."
+)
+JSON = flags.DEFINE_bool("json", False, "Print JSON instead of Markdown.")
+
+
+def tell(line: str) -> None:
+    """Progress, apart from the result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    from dualpath_jax import tpu_compile
+
+    config, topology, batch = CONFIG.value, TOPOLOGY.value, PER_CHIP_BATCH.value
+    try:
+        if MAX_BATCH.value:
+            _, reports = tpu_compile.largest_batch(config, topology, batch, tell)
+        else:
+            reports = tpu_compile.compile_steps(config, topology, batch, tuple(STEPS.value))
+    except tpu_compile.TooLarge as error:
+        sys.exit(f"error: {error}: lower --per_chip_batch, or look for it by --max_batch")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if JSON.value:
+        named = [dataclasses.asdict(one) for one in reports]
+        print(json.dumps({"topology": TOPOLOGY.value, "steps": named}, indent=1))
+    else:
+        print(tpu_compile.markdown(TOPOLOGY.value, reports))
+
+
+if __name__ == "__main__":
+    environment.prepare()
+    flags.mark_flags_as_required(["config", "topology"])
+    app.run(main)

@@ -1,0 +1,80 @@
+"""What a trained model says of videos: the most probable classes of each.
+
+    python scripts/predict.py --workdir=runs/demo data/demo/raw/videos
+    python scripts/predict.py --adapter=mine.safetensors --backbone=clip.safetensors clip.mp4 --json
+    python scripts/predict.py --workdir=runs/demo --window=2 --stride=1 long.mp4
+
+Each video is sampled, cropped and averaged over views as in evaluation. With --window a video is
+cut into windows, each of them treated as a video, with a line for each. A video that cannot be read
+is reported; the others are done all the same, and the exit status is then 1.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
+
+from dualpath_jax import environment
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = made.add_argument
+    model = made.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", help="of a training run, local or gs://")
+    model.add_argument("--adapter", help="file of scripts/export_adapter.py, instead")
+    add("--backbone", help="file of the converted backbone, where it is not where the run had it")
+    add(
+        "--checkpoint",
+        choices=["latest", "best"],
+        default="latest",
+        help="of a run: the newest, or the best by top-1 during training (latest)",
+    )
+    add("videos", nargs="+", help="video files, or folders of them")
+    add("--top_k", type=int, default=5, help="classes to name (5)")
+    add("--window", type=float, help="length of a window of a long video, seconds (none)")
+    add("--stride", type=float, help="from one window to the next, seconds (half a window)")
+    add("--features", help="file .npz for y_SP, y_TP (of dualpath) and logits of every view")
+    add("--json", action="store_true", help="print a line of JSON for each video or window")
+    add("--quiet", action="store_true", help="no progress; there is none without a terminal")
+    return made
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    from dualpath_jax import predict, trained
+
+    def show(found: predict.Found) -> None:
+        if arguments.json:
+            print(json.dumps(dataclasses.asdict(found)), flush=True)
+        else:
+            print(predict.line(found), flush=True)
+
+    try:
+        videos = predict.find_videos(arguments.videos)
+        path = arguments.workdir or arguments.adapter
+        model = trained.load(path, arguments.backbone, arguments.checkpoint)
+        bad = predict.predict_videos(
+            model,
+            videos,
+            show,
+            top_k=arguments.top_k,
+            window=arguments.window,
+            stride=arguments.stride,
+            features=arguments.features,
+            progress=sys.stderr.isatty() and not arguments.quiet,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    environment.prepare()
+    main()

@@ -1,0 +1,81 @@
+"""Where the model looks: heat maps of the class token's attention over videos.
+
+    python scripts/visualize_attention.py --workdir=runs/demo --out=attention VIDEO...
+
+Writes DIR/<video>.png (frames, framesets, and these taken apart; without and with adaptation) and
+DIR/<video>.gif (the clip under both paths' maps). The clip is the middle view of evaluation.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
+
+
+def middle_view(batch: dict, config) -> dict:
+    """Of clips with all views [1, V, ...], the one in the middle of time and picture [1, ...]."""
+    crops = config.eval.spatial_crops
+    view = config.eval.temporal_views // 2 * crops + crops // 2
+    return {key: batch[key][:, view] for key in ("spatial", "temporal") if key in batch}
+
+
+def new_name(folder: pathlib.Path, video: str, taken: set[str]) -> pathlib.Path:
+    """Path without suffix for the pictures of `video`; videos of one name are numbered."""
+    stem = name = pathlib.Path(video).stem
+    number = 1
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}"
+    taken.add(name)
+    return folder / name
+
+
+def draw(args: argparse.Namespace) -> int:
+    """Pictures of each video; returns how many could not be read."""
+    from dualpath_jax import attention_view, pictures, trained
+    from dualpath_jax.data.decode import VideoError
+
+    model = trained.load(args.workdir, backbone=args.backbone)
+    folder, taken, bad = pathlib.Path(args.out), set(), 0
+    folder.mkdir(parents=True, exist_ok=True)
+    for video in args.videos:
+        try:
+            clips = middle_view(model.clips(video), model.config)
+        except (VideoError, OSError) as error:
+            print(f"error: {video}: {error}", file=sys.stderr)
+            bad += 1
+            continue
+        view = attention_view.view_clip(model, clips, args.rollout)
+        path = new_name(folder, video, taken)
+        kind = "rollout" if args.rollout else "last block"
+        grid = attention_view.draw_grid(view, f"{path.name}, {kind}")
+        pictures.write_png(f"{path}.png", grid)
+        pictures.write_gif(f"{path}.gif", attention_view.draw_animation(view))
+        print(f"wrote {path}.png and {path.name}.gif", flush=True)
+    return bad
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="video files")
+    parser.add_argument("--workdir", required=True, help="of the run, local or gs://")
+    parser.add_argument("--backbone", help="converted backbone, if not where the run had it")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
+    parser.add_argument(
+        "--rollout", action="store_true", help="through all blocks, instead of the last one alone"
+    )
+    try:
+        bad = draw(parser.parse_args())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    main()
