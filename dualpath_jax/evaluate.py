@@ -1,7 +1,7 @@
 """Multi-view evaluation: every video counts once, whatever the batch and the number of devices.
 
-Public: `Scores`, `eval_step_sums`, `view_inputs`, `view_logits`, `evaluate`, `evaluate_run`,
-`evaluate_and_write`, `write_mean`.
+Public: `Scores`, `eval_step_sums`, `view_inputs`, `view_logits`, `make_eval_step`,
+`out_shardings`, `evaluate`, `evaluate_run`, `evaluate_and_write`, `write_mean`.
 """
 
 import dataclasses
@@ -106,6 +106,11 @@ def make_eval_step(
     return eval_step
 
 
+def out_shardings(mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+    """Of what the evaluation gives: rows stay where their videos are, sums alone cross devices."""
+    return on_every_device(mesh), rows(mesh)
+
+
 def view_inputs(config: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
     """`spatial` and `temporal` of a batch with views, as the model takes them: [B V, ...]."""
     inputs = [key for key in ("spatial", "temporal") if key in batch]
@@ -124,11 +129,7 @@ def evaluate_run(
 ) -> Scores:
     """Scores of `run.state` on every video of `dataset`; each one's row goes to `predictions`."""
     config = run.config
-    # Rows stay where their videos are: sums alone cross devices.
-    eval_step = jax.jit(
-        make_eval_step(run.model, config),
-        out_shardings=(on_every_device(run.mesh), rows(run.mesh)),
-    )
+    eval_step = jax.jit(make_eval_step(run.model, config), out_shardings=out_shardings(run.mesh))
     batches = pipeline.eval_batches(
         dataset,
         config.data,

@@ -82,7 +82,7 @@ def compiled_text(step, mesh, out):
 
 def test_sums_alone_cross_devices():
     mesh = sharding.make_mesh()
-    apart = (sharding.on_every_device(mesh), sharding.rows(mesh))
+    apart = evaluate.out_shardings(mesh)
 
     def step(batch):
         sums = evaluate.eval_step_sums(batch["logits"], batch["label"], batch["mask"])
