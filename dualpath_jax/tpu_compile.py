@@ -203,7 +203,7 @@ def _eval_program(config: Any, mesh: Any) -> tuple[Callable, tuple[Any, ...], in
     """(jitted function, its arguments, multiply-accumulates on a chip)."""
     model, _, state, frozen = _abstract_run(config, mesh)
     step = evaluate.make_eval_step(model.model, config)
-    jitted = jax.jit(step, out_shardings=sharding.on_every_device(mesh))
+    jitted = jax.jit(step, out_shardings=evaluate.out_shardings(mesh))
     views = config.eval.temporal_views * config.eval.spatial_crops
     batch = _batch(config, mesh, (config.eval.batch_size, views))
     arguments = (state.trainable, frozen, batch)
