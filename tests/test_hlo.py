@@ -56,8 +56,8 @@ def test_loops_count_as_often_as_they_run():
 
 
 def test_bytes_accessed():
-    # Each of 3 rounds: the slice's 16 bytes, the index' 4, 16 written; 16 + 16 in the all-reduce; 16
-    # read and 32 written by the fusion that gathers.
+    # Each of 3 rounds: the slice's 16 bytes, the index' 4, 16 written; 16 + 16 in the all-reduce;
+    # 16 read and 32 written by the fusion that gathers.
     # Outside: 16 read by the copy, whose result is in VMEM; 16 written by the all-reduce.
     assert hlo.Program(TEXT).bytes_accessed() == 3 * (16 + 4 + 16 + 32 + 48) + 16 + 16
     assert hlo.Program(TEXT.replace("constant(3)", "constant(1)")).bytes_accessed() == 116 + 32
