@@ -3,6 +3,14 @@
 #   scripts/rerun.sh python -m dualpath_jax.main --config=configs/ssv2_vitb.py
 # Ends with the command's status; also after a SIGTERM of its own, when the command has ended.
 set -u
+case ${1:---help} in
+-h | --help)
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    echo "RERUN_SECONDS in the environment: how long to wait before it is started again (10)."
+    [ $# -gt 0 ]
+    exit
+    ;;
+esac
 told=
 trap 'told=1' TERM
 while

@@ -1,0 +1,225 @@
+"""README and docs: links lead somewhere, commands parse, errors exist, examples run."""
+
+import ast
+import copy
+import importlib.util
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from documents import PAGES, ROOT, anchors, commands, example, links, table_messages
+from ml_collections import config_flags
+from video_files import write_video
+
+import dualpath_jax.main
+
+EXTENDING = ROOT / "docs" / "extending.md"
+COMMANDS = [(str(page.relative_to(ROOT)), c) for page in PAGES for c in commands(page)]
+POD = {"POD_NAME": "pod", "POD_ZONE": "us-west4-a", "POD_ACCELERATOR": "v5litepod-16"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page):
+    for file, anchor in links(page):
+        target = page.parent / file if file else page
+        assert target.exists(), f"{file} of {page}"
+        assert not anchor or anchor in anchors(target), f"{file}#{anchor} of {page}"
+
+
+def test_a_broken_link_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A title, with marks\n\n[a](b.md#c) and ![d](e.png), [f](https://g.org)\n")
+    assert links(page) == [("b.md", "c"), ("e.png", "")]
+    assert anchors(page) == {"a-title-with-marks"}
+
+
+def test_every_page_can_be_reached():
+    reached, todo = set(), [PAGES[0]]
+    while todo:
+        page = todo.pop()
+        if page not in reached:
+            reached.add(page)
+            files = [(page.parent / file).resolve() for file, _ in links(page) if file]
+            todo += [file for file in files if file.suffix == ".md"]
+    assert set(PAGES) <= reached
+
+
+def script(name):
+    """The module of a script."""
+    sys.path.insert(0, str(ROOT))
+    spec = importlib.util.spec_from_file_location(pathlib.Path(name).stem, ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parse_main(arguments):
+    """Parse the flags of dualpath_jax.main, those of the configuration included."""
+    values, argv = flags.FlagValues(), ["main", *arguments]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    for flag in flags.FLAGS.flags_by_module_dict()[dualpath_jax.main.__name__]:
+        if flag.name != "config":
+            flags.DEFINE_flag(copy.deepcopy(flag), values)
+    rest = values(argv)
+    assert rest == ["main"], f"not a flag: {rest[1:]}"
+    assert values["config"].value is not None, "there is no --config"
+
+
+def parse_absl(name, arguments):
+    """Parse the flags of a script that uses absl; apart, as names of flags are the same."""
+    code = (
+        f"import {name} as m, sys; from absl import flags; assert len(flags.FLAGS(sys.argv)) == 1"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    subprocess.run(command, check=True, cwd=ROOT / "scripts", env=os.environ, timeout=100)
+
+
+def parse_command(command):
+    """Raises what it finds wrong with a command; runs nothing but dry runs."""
+    words = shlex.split(command, comments=True)
+    if words[0] == "bash":
+        words = words[1:]
+    if words[0] == "scripts/rerun.sh":
+        return parse_command(shlex.join(words[1:]))
+    if words[0] == "scripts/tpu_pod.sh":
+        words.insert(2, "--dry_run")
+        return subprocess.run(
+            ["bash", *words], check=True, cwd=ROOT, env=os.environ | POD, capture_output=True
+        )
+    if words[0] == "pip":
+        assert words[1] == "install"
+        files = [after for word, after in zip(words, words[1:], strict=False) if word == "-r"]
+        assert all((ROOT / file).exists() for file in files), files
+        return None
+    assert words[0] == "python", f"unknown program {words[0]}"
+    if words[1:3] == ["-m", "pytest"]:
+        tests = [word for word in words[3:] if word.startswith("tests")]
+        assert all((ROOT / test).exists() for test in tests), tests
+        return None
+    if words[1:3] == ["-m", "dualpath_jax.main"]:
+        return parse_main(words[3:])
+    if words[1] == "scripts/compile_tpu.py":
+        return parse_absl("compile_tpu", words[2:])
+    return script(words[1]).parser().parse_args([word for word in words[2:] if word != "..."])
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda value: value[:90])
+def test_commands_parse(page, command):
+    parse_command(command)
+
+
+def test_there_are_commands():
+    names = {page for page, _ in COMMANDS}
+    assert {"README.md", "docs/data/hmdb51.md", "docs/tpu_pod.md", "docs/benchmarks.md"} <= names
+    assert len(COMMANDS) > 50
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python -m dualpath_jax.main --config=configs/demo.py --config.seeed=1",
+        "python -m dualpath_jax.main --config=configs/nothing.py",
+        "python -m dualpath_jax.main --config=configs/demo.py --mode=test",
+        "python -m dualpath_jax.main --config=configs/demo.py runs/demo",
+        "python scripts/prepare_dataset.py --dataset=k401 --videos=V --out=O",
+        "python scripts/nothing.py",
+        "python -m pytest tests/test_nothing.py",
+        "pip install -r requirements-nothing.txt",
+        "scripts/tpu_pod.sh creat --spot",
+        "scripts/rerun.sh python -m dualpath_jax.main --confg=configs/demo.py",
+    ],
+)
+def test_wrong_commands_do_not_parse(command):
+    with pytest.raises((Exception, SystemExit)):
+        parse_command(command)
+
+
+def constants():
+    """The constant texts of the package, those of f-strings apart from their values."""
+    found = []
+    for path in (ROOT / "dualpath_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("\0".join(p.value for p in node.values if isinstance(p, ast.Constant)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return [" ".join(text.split()) for text in found]
+
+
+def unknown_parts(messages, texts):
+    parts = {part for parts in messages.values() for part in parts}
+    return {part for part in parts if not any(part in text for text in texts)}
+
+
+def test_the_program_can_say_every_message_of_troubleshooting():
+    messages, texts = table_messages(ROOT / "docs" / "troubleshooting.md"), constants()
+    assert len(messages) > 40
+    assert unknown_parts(messages, texts) == set()
+    assert unknown_parts({"x": ["config.data.dir is not sett"]}, texts)
+
+
+@pytest.fixture
+def tables():
+    """The tables that the examples add to, as they were."""
+    from dualpath_jax.data import datasets
+    from dualpath_jax.models import tuning
+
+    before = [(table, dict(table)) for table in (datasets.DATASETS, tuning.METHODS)]
+    yield
+    for table, content in before:
+        table.clear()
+        table.update(content)
+
+
+def run_example(name):
+    """The names that an example of docs/extending.md leaves behind."""
+    parts, names = example(EXTENDING, name), {"__name__": "example"}
+    assert len(parts) == 2
+    for part in parts:
+        exec(compile(part, f"{EXTENDING.name}, {name}", "exec"), names)
+    return names
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tables")
+def test_extending_a_data_set(tmp_path, monkeypatch, demo_backbone):
+    monkeypatch.chdir(tmp_path)
+    lines = []
+    for number in range(12):
+        split = "validation" if number > 7 else "train"
+        write_video(tmp_path / "videos" / f"{number}.mp4", 20)
+        lines.append(f"{split} {number}.mp4 {['three balls', 'four clubs'][number % 2]}\n")
+    (tmp_path / "juggling.txt").write_text("".join(lines))
+    (tmp_path / "backbone.safetensors").symlink_to(demo_backbone)
+    names = run_example("data set")
+    assert names["listing"].class_names == ["four clubs", "three balls"]
+    assert {split: len(v) for split, v in names["listing"].splits.items()} == {
+        "train": 8,
+        "validation": 4,
+    }
+    assert (tmp_path / "run" / "results.json").exists()
+    (tmp_path / "juggling.txt").write_text("train a.mp4 four clubs\ntraining b.mp4 four clubs\n")
+    with pytest.raises(ValueError, match=r"'training b.mp4 four clubs' is not `<train\|valid"):
+        names["datasets"].list_videos("juggling", "videos", "juggling.txt")
+
+
+@pytest.mark.usefixtures("tables")
+def test_extending_a_method():
+    import jax
+
+    names = run_example("method")
+    flatten, tuning = names["params_lib"].flatten, names["tuning"]
+    before, after = flatten(names["trainable"]), flatten(names["after"].trainable)
+    assert set(after) == {
+        *("adapters/scale", "adapters/shift", "head/output/kernel", "head/output/bias")
+    }
+    assert before["adapters/scale"].shape == (3, 48)  # [L, D]
+    assert all((jax.device_get(before[n]) != jax.device_get(after[n])).any() for n in after)
+    assert all(path.startswith("backbone/") for path in flatten(names["frozen"]))
+    assert float(names["metrics"]["loss"]) > 0
+    with pytest.raises(ValueError, match="no rule of method 'scale_shift' says whether"):
+        tuning.trains("scale_shift")("gate/kernel")
