@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["stablehlo", "saved_model"],
         choices=["stablehlo", "saved_model"],
-        help="what to write (both)",
+        help="what to write (stablehlo saved_model)",
     )
     return made
 
