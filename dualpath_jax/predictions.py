@@ -49,15 +49,13 @@ def local_rows(array: jax.Array) -> np.ndarray:
 
 
 class PredictionWriter:
-    """Writes this process's rows as they come; the file has its name only after `close`.
+    """Collects this process's rows, some 200 bytes for each video; `close` writes them.
 
     Args:
       workdir: of the run.
       header: first line of the file, see the module.
       ids: names of the split's videos.
 
-    Raises:
-      OSError: the file cannot be written, here or later.
     """
 
     def __init__(self, workdir: str, header: dict[str, Any], ids: Sequence[str]):
@@ -65,10 +63,7 @@ class PredictionWriter:
         self._share = f"-of-{jax.process_count():05}"
         self._path = self._folder / f"{jax.process_index():05}{self._share}.jsonl"
         self._temporary = self._path.with_suffix(".tmp")
-        with cloud.reaching(workdir):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._file = self._temporary.open("w")
-            self._file.write(json.dumps(header) + "\n")
+        self._lines = [json.dumps(header)]
 
     def add(
         self,
@@ -85,12 +80,17 @@ class PredictionWriter:
                 "classes": classes[i].tolist(),
                 "probabilities": [round(float(p), 6) for p in probabilities[i]],
             }
-            self._file.write(json.dumps(row) + "\n")
+            self._lines.append(json.dumps(row))
 
     def close(self) -> None:
-        """Give the file its name; process 0 removes those of another number of processes."""
+        """Write the file; process 0 removes those of another number of processes.
+
+        Raises:
+          OSError: it cannot be written.
+        """
         with cloud.reaching(str(self._path)):
-            self._file.close()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._temporary.write_text("\n".join(self._lines) + "\n")  # whole: gs:// has no append
             self._temporary.replace(self._path)
             if jax.process_index() == 0:
                 for path in self._folder.glob("*"):
@@ -99,8 +99,6 @@ class PredictionWriter:
 
     def discard(self) -> None:
         """Remove what was written, after an error."""
-        with contextlib.suppress(OSError):  # of a full disk: it tries to write the rest
-            self._file.close()
         with contextlib.suppress(OSError):
             self._temporary.unlink(missing_ok=True)
 
