@@ -1,7 +1,7 @@
 """Multi-view evaluation: every video counts once, whatever the batch and the number of devices.
 
-Public: `Scores`, `eval_step_sums`, `view_inputs`, `view_logits`, `evaluate`, `evaluate_run`,
-`evaluate_and_write`, `write_mean`.
+Public: `Scores`, `eval_step_sums`, `view_inputs`, `view_logits`, `make_eval_step`,
+`out_shardings`, `evaluate`, `evaluate_run`, `evaluate_and_write`, `write_mean`.
 """
 
 import dataclasses
@@ -20,9 +20,10 @@ from dualpath_jax.bar import Bar
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
+from dualpath_jax.predictions import PredictionWriter, local_rows, top_predictions
 from dualpath_jax.progress import format_scores
 from dualpath_jax.run import Batch, Run
-from dualpath_jax.sharding import on_every_device, shard_batch
+from dualpath_jax.sharding import on_every_device, rows, shard_batch, using
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +48,9 @@ def eval_step_sums(logits: jax.Array, label: jax.Array, mask: jax.Array) -> dict
       `top1`, `top5`: number of real videos whose label is (among the five) most probable, by the
       probabilities averaged over views; `class_correct`, `class_count`: [classes]. All int32.
     """
-    probabilities = jax.nn.softmax(logits, axis=-1).mean(axis=1)
-    classes = probabilities.shape[-1]
+    classes = logits.shape[-1]
     real = mask > 0
-    _, best = jax.lax.top_k(probabilities, min(5, classes))
+    _, best = top_predictions(logits)
     hit = (best == label[:, None]) & real[:, None]
     one_hot = jax.nn.one_hot(label, classes, dtype=jnp.int32)
     return {
@@ -92,14 +92,24 @@ def evaluate(
     )
 
 
-def make_eval_step(model: Any, config: Any) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
-    """The pure evaluation (trainable, frozen, batch with views) -> sums, to be jitted."""
+def make_eval_step(
+    model: Any, config: Any
+) -> Callable[[Any, Any, Batch], tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]]:
+    """The pure evaluation (trainable, frozen, batch with views) -> (sums, rows), to be jitted.
+
+    `sums` are those of `eval_step_sums`; `rows`, one for each video, of `top_predictions`.
+    """
 
     def eval_step(trainable, frozen, batch):
         logits = view_logits(model, config, params_lib.merge(trainable, frozen), batch)
-        return eval_step_sums(logits, batch["label"], batch["mask"])
+        return eval_step_sums(logits, batch["label"], batch["mask"]), top_predictions(logits)
 
     return eval_step
+
+
+def out_shardings(mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+    """Of what the evaluation gives: rows stay where their videos are, sums alone cross devices."""
+    return on_every_device(mesh), rows(mesh)
 
 
 def view_inputs(config: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
@@ -115,10 +125,12 @@ def view_logits(model: Any, config: Any, params: Any, batch: Batch) -> jax.Array
     return logits.reshape(*batch["spatial"].shape[:2], -1)
 
 
-def evaluate_run(run: Run, dataset: VideoDataset) -> Scores:
-    """Scores of `run.state` on every video of `dataset`."""
+def evaluate_run(
+    run: Run, dataset: VideoDataset, predictions: PredictionWriter | None = None
+) -> Scores:
+    """Scores of `run.state` on every video of `dataset`; each one's row goes to `predictions`."""
     config = run.config
-    eval_step = jax.jit(make_eval_step(run.model, config), out_shardings=on_every_device(run.mesh))
+    eval_step = jax.jit(make_eval_step(run.model, config), out_shardings=out_shardings(run.mesh))
     batches = pipeline.eval_batches(
         dataset,
         config.data,
@@ -131,7 +143,12 @@ def evaluate_run(run: Run, dataset: VideoDataset) -> Scores:
     )
 
     def step(batch: Batch) -> dict[str, jax.Array]:
-        return eval_step(run.state.trainable, run.frozen, shard_batch(batch, run.mesh))
+        with using(run.mesh):
+            sums, top = eval_step(run.state.trainable, run.frozen, shard_batch(batch, run.mesh))
+        if predictions is not None:
+            probabilities, classes = map(local_rows, top)
+            predictions.add(batch["example_id"], batch["label"], classes, probabilities)
+        return sums
 
     first = jax.process_index() == 0
     with Bar(len(dataset), "evaluate", "videos", shown=first) as bar:
@@ -139,21 +156,41 @@ def evaluate_run(run: Run, dataset: VideoDataset) -> Scores:
 
 
 def evaluate_and_write(run: Run, dataset: VideoDataset) -> dict[str, Any]:
-    """Score the run on `dataset`, print the scores, write results.json and return what it holds."""
-    scores = evaluate_run(run, dataset)
+    """Score the run on `dataset`, print the scores, write results.json and return what it holds.
+
+    What it said of each video is written to predictions/, see `predictions`.
+    """
+    header = {
+        "step": int(run.state.step),
+        "split": run.config.eval.split,
+        "views": views_of(run.config),
+        "class_names": list(run.class_names),
+    }
+    predictions = PredictionWriter(run.workdir, header, dataset.ids)
+    try:
+        scores = evaluate_run(run, dataset, predictions)
+        predictions.close()
+    except BaseException:
+        predictions.discard()
+        raise
     results = write_results(run, scores)
     print(f"{run.config.eval.split}  {format_scores(scores)}  views {results['views']}")
     print(f"wrote {run.workdir}/results.json", flush=True)
     return results
 
 
+def views_of(config: Any) -> str:
+    """Frames x clips x crops, as the paper counts."""
+    views = (config.data.num_frames, config.eval.temporal_views, config.eval.spatial_crops)
+    return "x".join(map(str, views))
+
+
 def write_results(run: Run, scores: Scores) -> dict[str, Any]:
     """Write `results.json` into the workdir (atomically) and return what it holds."""
     config = run.config
-    views = (config.data.num_frames, config.eval.temporal_views, config.eval.spatial_crops)
     results = {
         **dataclasses.asdict(scores),
-        "views": "x".join(map(str, views)),  # frames x clips x crops, as the paper counts
+        "views": views_of(config),
         "total_params": run.total_params,
         "trainable_params": run.trainable_params,
         "step": int(run.state.step),

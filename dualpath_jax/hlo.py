@@ -75,15 +75,18 @@ class Program:
         if entry is None:
             raise ValueError("the text of the program has no ENTRY computation")
         self._times: collections.Counter[str] = collections.Counter()
+        self._fused: collections.Counter[str] = collections.Counter()
         self._count(entry, 1)
 
     def _count(self, name: str, times: int) -> None:
-        """Note how often each computation runs; those inside a fusion are part of it."""
+        """Note how often each computation runs; those inside a fusion are part of it, and apart."""
         self._times[name] += times
         for instruction in self._computations.get(name, ()):
             if instruction.op == "while":
                 trips = self._trips(instruction)
                 self._count(instruction.called("body"), times * trips)
+            elif instruction.op == "fusion":
+                self._fused[instruction.called("calls")] += times
             elif instruction.op in ("call", "async-start"):
                 if called := instruction.called("to_apply") or instruction.called("calls"):
                     self._count(called, times)
@@ -157,9 +160,9 @@ class Program:
         return total + max(0, written)
 
     def collectives(self) -> list[Collective]:
-        """Traffic between chips, by kind and dtype."""
+        """Traffic between chips, by kind and dtype; a TPU has some of it inside fusions."""
         found: dict[tuple[str, str], list[int]] = {}
-        for name, times in self._times.items():
+        for name, times in (self._times + self._fused).items():
             for one in self._computations.get(name, ()):
                 kind = one.op.removesuffix("-start")
                 if kind not in _COLLECTIVES or not times:

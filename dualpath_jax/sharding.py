@@ -1,13 +1,14 @@
 """How arrays lie on the devices of a run.
 
 Public: `make_mesh`, `check_settings`, `on_every_device`, `rows`, `shard_batch`, `spread`,
-`whole`, `averaged`, `AXES`.
+`using`, `whole`, `averaged`, `AXES`.
 
 The mesh has two axes. Each device computes its own rows of the batch, along both axes together.
 Along `fsdp` (fully sharded data parallel), frozen weights and the optimizer's state are divided as
 well: a block's weights are gathered when it is computed. What trains is whole on each device.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -81,21 +82,24 @@ def shard_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
 def spread(tree: Any, mesh: Mesh) -> Any:
     """Tree of shardings for frozen weights or the optimizer's state: large leaves over `fsdp`.
 
-    A leaf is divided along its longest axis that can be; never along the first of several, the
-    blocks that a loop runs over.
+    Those of blocks, which a loop gathers one after the other: [L, ..., ...], divided along the
+    longest axis that can be, but the first.
     """
 
     def sharding(leaf: Any) -> NamedSharding:
         fsdp, shape = mesh.shape["fsdp"], leaf.shape
-        if fsdp == 1 or math.prod(shape) < _SMALL:
-            return on_every_device(mesh)
-        axes = [i for i in range(min(1, len(shape) - 1), len(shape)) if shape[i] % fsdp == 0]
-        if not axes:
+        axes = [i for i in range(1, len(shape)) if shape[i] % fsdp == 0]
+        if fsdp == 1 or len(shape) != 3 or math.prod(shape) < _SMALL or not axes:
             return on_every_device(mesh)
         longest = max(axes, key=lambda i: shape[i])
         return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
 
     return jax.tree.map(sharding, tree)
+
+
+def using(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """In it, what is compiled gathers the weights that `fsdp` divides, see `layers.gathered`."""
+    return contextlib.nullcontext() if mesh.shape["fsdp"] == 1 else jax.set_mesh(mesh)
 
 
 def whole(tree: Any, mesh: Mesh) -> Any:

@@ -135,7 +135,13 @@ def compile_steps(
     sharding.check_settings(config, mesh.size)
     clips = {"train": per_chip_batch, "eval": videos * views}
     makers = {"train": _train_program, "eval": _eval_program}
-    return [_report(step, clips[step], chip, *makers[step](config, mesh)) for step in steps]
+    reports = []
+    for step in steps:
+        jitted, arguments, macs = makers[step](config, mesh)
+        with sharding.using(mesh):
+            lowered = jitted.lower(*arguments)
+        reports.append(_report(step, clips[step], chip, lowered, macs))
+    return reports
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
@@ -197,7 +203,7 @@ def _eval_program(config: Any, mesh: Any) -> tuple[Callable, tuple[Any, ...], in
     """(jitted function, its arguments, multiply-accumulates on a chip)."""
     model, _, state, frozen = _abstract_run(config, mesh)
     step = evaluate.make_eval_step(model.model, config)
-    jitted = jax.jit(step, out_shardings=sharding.on_every_device(mesh))
+    jitted = jax.jit(step, out_shardings=evaluate.out_shardings(mesh))
     views = config.eval.temporal_views * config.eval.spatial_crops
     batch = _batch(config, mesh, (config.eval.batch_size, views))
     arguments = (state.trainable, frozen, batch)
@@ -205,9 +211,8 @@ def _eval_program(config: Any, mesh: Any) -> tuple[Callable, tuple[Any, ...], in
 
 
 def _report(
-    step: str, clips: int, chip: Chip, jitted: Callable, arguments: tuple[Any, ...], macs: int
+    step: str, clips: int, chip: Chip, lowered: jax.stages.Lowered, macs: int
 ) -> StepReport:
-    lowered = jitted.lower(*arguments)
     start = time.monotonic()
     try:
         compiled = lowered.compile()

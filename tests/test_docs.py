@@ -66,7 +66,7 @@ def parse_main(arguments):
             flags.DEFINE_flag(copy.deepcopy(flag), values)
     rest = values(argv)
     assert rest == ["main"], f"not a flag: {rest[1:]}"
-    assert values["config"].value.seed is not None  # it is read when it is asked for a key
+    assert values["config"].value.seed is not None  # reads the file
 
 
 def parse_absl(name, arguments):

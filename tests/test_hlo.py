@@ -14,11 +14,17 @@ TEXT = """HloModule jit_step
   ROOT %part = f32[1,4]{1,0} dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,4}
 }
 
+%together (q: f32[1,4]) -> f32[2,4] {
+  %q = f32[1,4]{1,0} parameter(0)
+  ROOT %g = f32[2,4]{1,0} all-gather(%q), dimensions={0}
+}
+
 %body (b: (s32[], f32[3,4], f32[1,4])) -> (s32[], f32[3,4], f32[1,4]) {
   %b = (s32[], f32[3,4], f32[1,4]) parameter(0)
   %i = s32[] get-tuple-element(%b), index=0
   %w = f32[3,4]{1,0} get-tuple-element(%b), index=1
   %slice = f32[1,4]{1,0} fusion(%w, %i), kind=kLoop, calls=%inside
+  %all = f32[2,4]{1,0} fusion(%slice), kind=kCustom, calls=%together
   %sum = f32[1,4]{1,0} all-reduce(%slice), replica_groups={}, to_apply=%add
   ROOT %t = (s32[], f32[3,4], f32[1,4]) tuple(%i, %w, %sum)
 }
@@ -43,16 +49,18 @@ ENTRY %main (x: (s32[], f32[3,4], f32[1,4]), y: bf16[8]) -> bf16[8] {
 def test_loops_count_as_often_as_they_run():
     program = hlo.Program(TEXT)
     assert program.collectives() == [
+        hlo.Collective("all-gather", "f32", times=3, bytes=96),
         hlo.Collective("all-reduce", "bf16", times=1, bytes=16),
         hlo.Collective("all-reduce", "f32", times=3, bytes=48),
     ]
 
 
 def test_bytes_accessed():
-    # Each of 3 rounds: the slice's 16 bytes, the index' 4, 16 written; 16 + 16 in the all-reduce.
+    # Each of 3 rounds: the slice's 16 bytes, the index' 4, 16 written; 16 + 16 in the all-reduce;
+    # 16 read and 32 written by the fusion that gathers.
     # Outside: 16 read by the copy, whose result is in VMEM; 16 written by the all-reduce.
-    assert hlo.Program(TEXT).bytes_accessed() == 3 * (16 + 4 + 16 + 32) + 16 + 16
-    assert hlo.Program(TEXT.replace("constant(3)", "constant(1)")).bytes_accessed() == 68 + 32
+    assert hlo.Program(TEXT).bytes_accessed() == 3 * (16 + 4 + 16 + 32 + 48) + 16 + 16
+    assert hlo.Program(TEXT.replace("constant(3)", "constant(1)")).bytes_accessed() == 116 + 32
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.Program("HloModule x")
 

@@ -195,6 +195,17 @@ def init_stacked(init: Callable[[jax.Array], Any], rng: jax.Array, length: int) 
     return jax.vmap(init)(jax.random.split(rng, length))
 
 
+def gathered(params: Any) -> Any:
+    """Parameters of a block, whole on each device where a mesh axis `fsdp` divides them.
+
+    Without it XLA may divide the computation as the weights are, and send activations round.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+        return params
+    everywhere = jax.sharding.PartitionSpec()
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, everywhere), params)
+
+
 def loop_blocks(
     body: Callable[[jax.Array, Any], jax.Array],
     h: jax.Array,

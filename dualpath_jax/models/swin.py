@@ -390,7 +390,7 @@ class Swin(nn.Module):
                 bound = [layers.bind_sites(sites, site_params, _at(rngs, 0)), layers.no_sites()]
             for i in (0, 1):
                 block = self._block(stage, (rows, columns), shifted=i == 1)
-                h = block.apply({"params": _at(blocks, i)}, h, bound[i])
+                h = block.apply({"params": layers.gathered(_at(blocks, i))}, h, bound[i])
             return h
 
         pairs = (

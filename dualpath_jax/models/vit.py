@@ -317,7 +317,7 @@ class ViT(nn.Module):
         def body(h, layer, class_only=False):
             block, site_params, rng = layer
             bound = layers.bind_sites(sites, site_params, rng)
-            return self._block().apply({"params": block}, h, bound, class_only)
+            return self._block().apply({"params": layers.gathered(block)}, h, bound, class_only)
 
         layer_params = jax.tree.map(lambda leaf: leaf[blocks], (self.blocks, site_params, rngs))
         if not class_only or not (sites is None or sites.token_wise):
