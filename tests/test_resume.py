@@ -246,14 +246,16 @@ def poison(monkeypatch, steps):
         return ({**b, "step": first + i} for i, b in enumerate(batches(*args, **kwargs)))
 
     def poisoned(batch, mesh):
-        step = batch.pop("step")
-        return {**shard(batch, mesh), "poison": np.float32(np.nan if step in steps else 0)}
+        value = np.nan if batch.pop("step") in steps else 0
+        return shard(batch | {"poison": np.full(len(batch["label"]), value, np.float32)}, mesh)
 
     inputs = train.preprocess.model_inputs
 
     def add(batch, data, dtype):
         spatial, temporal = inputs(batch, data, dtype)
-        return spatial + batch["poison"] if "poison" in batch else spatial, temporal
+        if "poison" in batch:
+            spatial += batch["poison"][:, None, None, None, None]
+        return spatial, temporal
 
     monkeypatch.setattr(pipeline, "train_batches", numbered)
     monkeypatch.setattr(train, "shard_batch", poisoned)
