@@ -62,7 +62,7 @@ def test_what_is_missing_is_named(run, tmp_path):
     with pytest.raises(ValueError, match="no checkpoints in .*nowhere: pass the --workdir"):
         trained.load(str(tmp_path / "nowhere"))
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ValueError, match="no finished checkpoint in .*begun"):
+    with pytest.raises(ValueError, match="no checkpoint yet in .*begun"):
         trained.load(str(tmp_path / "begun"))
     with pytest.raises(FileNotFoundError, match="other.safetensors"):
         trained.load(run.workdir, backbone=str(tmp_path / "other.safetensors"))
