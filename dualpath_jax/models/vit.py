@@ -138,15 +138,19 @@ MODELS = {
 }
 
 
+def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Of queries [M, Q, K, d], keys [M, N, K, d]: float32 [M, K, Q, N], rows of keys sum to 1."""
+    logits = jnp.einsum("mqkd,mnkd->mkqn", q, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(logits * q.shape[-1] ** -0.5)
+
+
 def attend_once(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Attention of one query: q [M, 1, K, d]; k, v [M, N, K, d] -> [M, 1, K, d].
 
     As `jax.nn.dot_product_attention`, of which XLA's CPU compiler refuses this case's gradient in
     bfloat16 (jax 0.10.2: "Dot with multiple contracting dimensions is not implemented").
     """
-    logits = jnp.einsum("mqkd,mnkd->mkqn", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5).astype(q.dtype)
-    return jnp.einsum("mkqn,mnkd->mqkd", weights, v)
+    return jnp.einsum("mkqn,mnkd->mqkd", attention_weights(q, k).astype(q.dtype), v)
 
 
 class Attention(nn.Module):
@@ -333,7 +337,8 @@ class ViT(nn.Module):
         """Of block `index`, which h [M, N, D] enters: two of [M, N, K, D/K]."""
         block, params = jax.tree.map(lambda leaf: leaf[index], (self.blocks, site_params))
         bound = layers.bind_sites(sites, params, None)
-        return self._block().apply({"params": block}, h, bound, method=Block.queries_and_keys)
+        variables = {"params": layers.gathered(block)}
+        return self._block().apply(variables, h, bound, method=Block.queries_and_keys)
 
     def attention(
         self, h: jax.Array, sites: Sites | None = None, site_params: Any = None, first: int = 0
@@ -371,12 +376,6 @@ class ViT(nn.Module):
         """The frozen backbone: images [M, H, W, 3] -> (tokens [M, N, D], features [M, e])."""
         h = self.encode(self.embed(images))
         return h, self.pool(h)
-
-
-def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Of queries and keys [M, N, K, D/K]: float32 [M, K, N, N], each row of keys sums to 1."""
-    logits = jnp.einsum("mqkd,mpkd->mkqp", q, k, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(logits * q.shape[-1] ** -0.5)
 
 
 def resize_positions(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
