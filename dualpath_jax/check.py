@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from configs import base
@@ -75,12 +74,11 @@ def check(config: ConfigDict) -> None:
     is set and has no effect.
     """
     start = time.monotonic()
-    sharding.check_settings(config, jax.device_count())
     small = copy.deepcopy(config)
     small.data.batch_size = small.eval.batch_size = 2
     small.optimizer.accumulation_steps = min(2, config.optimizer.accumulation_steps)
     log = ReadLog(small)
-    sharding.check_settings(log, num_devices=1)
+    sharding.check_settings(ReadLog(config, log.seen), jax.device_count())
     videos = synthetic.synthetic_split(log.data, num_videos=2)
     model = run.outline(log, len(videos.class_names))
     print(params_lib.parameter_table(model.params, model.mask))
@@ -89,10 +87,7 @@ def check(config: ConfigDict) -> None:
     train.make_plan(log, num_steps, steps_per_epoch)
     schedule = run.make_schedule(log.optimizer, num_steps, steps_per_epoch)
     optimizer = run.make_optimizer(log.optimizer, schedule, model.mask)
-    trainable, frozen = params_lib.split(model.params, model.mask)
-    count = jax.ShapeDtypeStruct((), jnp.int32)
-    opt_state = jax.eval_shape(optimizer.init, model.params)
-    state = run.TrainState(count, trainable, opt_state, count)
+    state, frozen = run.abstract_state(model, optimizer)
     framesets = tuning.takes_framesets(log.model.method)
     train_batches = run.train_batches_of(log.data)
     batch = next(train_batches(videos, log.data, log.seed, 0, num_steps, framesets=framesets))

@@ -1,7 +1,7 @@
 """Multi-view evaluation: every video counts once, whatever the batch and the number of devices.
 
 Public: `Scores`, `eval_step_sums`, `view_inputs`, `view_logits`, `make_eval_step`,
-`out_shardings`, `evaluate`, `evaluate_run`, `evaluate_and_write`, `write_mean`.
+`jit_eval_step`, `out_shardings`, `evaluate`, `evaluate_run`, `evaluate_and_write`, `write_mean`.
 """
 
 import dataclasses
@@ -112,6 +112,11 @@ def out_shardings(mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
     return on_every_device(mesh), rows(mesh)
 
 
+def jit_eval_step(model: Any, config: Any, mesh: jax.sharding.Mesh) -> Callable:
+    """`make_eval_step`, jitted."""
+    return jax.jit(make_eval_step(model, config), out_shardings=out_shardings(mesh))
+
+
 def view_inputs(config: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
     """`spatial` and `temporal` of a batch with views, as the model takes them: [B V, ...]."""
     inputs = [key for key in ("spatial", "temporal") if key in batch]
@@ -130,7 +135,7 @@ def evaluate_run(
 ) -> Scores:
     """Scores of `run.state` on every video of `dataset`; each one's row goes to `predictions`."""
     config = run.config
-    eval_step = jax.jit(make_eval_step(run.model, config), out_shardings=out_shardings(run.mesh))
+    eval_step = jit_eval_step(run.model, config, run.mesh)
     batches = pipeline.eval_batches(
         dataset,
         config.data,

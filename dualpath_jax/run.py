@@ -1,7 +1,8 @@
 """A run: configuration, data and weights checked and brought together, before any video is read.
 
 Public: `Run`, `TrainState`, `build_run`, `divide`, `Outline`, `outline`, `abstract_inputs`,
-`check_workdir`, `check_inputs`, `open_data`, `train_batches_of`, `state_shardings`.
+`check_workdir`, `check_inputs`, `open_data`, `train_batches_of`, `state_shardings`,
+`abstract_state`.
 """
 
 import copy
@@ -238,6 +239,16 @@ def outline(config: Any, num_classes: int) -> Outline:
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     mask = params_lib.trainable_mask(params, tuning.trains(config.model.method))
     return Outline(model, params, mask)
+
+
+def abstract_state(
+    model: Outline, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Any]:
+    """A run's state and its frozen weights, both float32, without values."""
+    trainable, frozen = params_lib.split(model.params, model.mask)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    opt_state = jax.eval_shape(optimizer.init, model.params)
+    return TrainState(count, trainable, opt_state, count), frozen
 
 
 def count_train_steps(config: Any, steps_per_epoch: float) -> int:

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from dualpath_jax import efficiency, evaluate, hlo, run, sharding, train
-from dualpath_jax import params as params_lib
 from dualpath_jax.data import datasets
 from dualpath_jax.models import tuning
 
@@ -155,13 +154,10 @@ def _abstract_run(config: Any, mesh: Any) -> tuple[run.Outline, Any, run.TrainSt
     num_classes = datasets.NUM_CLASSES.get(config.data.source, datasets.UNKNOWN_CLASSES)
     model = run.outline(config, num_classes)
     dtype = tuning.compute_dtype(config)
-    trainable, frozen = params_lib.split(model.params, model.mask)
-    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), frozen)
     schedule = run.make_schedule(config.optimizer, 1000, 100.0)
     optimizer = run.make_optimizer(config.optimizer, schedule, model.mask)
-    opt_state = jax.eval_shape(optimizer.init, model.params)
-    count = jax.ShapeDtypeStruct((), jnp.int32)
-    state = run.TrainState(count, trainable, opt_state, count)
+    state, frozen = run.abstract_state(model, optimizer)
+    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), frozen)
     state = _placed(state, run.state_shardings(state, mesh))
     return model, optimizer, state, _placed(frozen, sharding.spread(frozen, mesh))
 
@@ -187,12 +183,7 @@ def _batch(config: Any, mesh: Any, lead: tuple[int, ...]) -> dict[str, jax.Shape
 def _train_program(config: Any, mesh: Any) -> tuple[Callable, tuple[Any, ...], int]:
     """(jitted function, its arguments, multiply-accumulates on a chip)."""
     model, optimizer, state, frozen = _abstract_run(config, mesh)
-    everywhere = sharding.on_every_device(mesh)
-    jitted = jax.jit(
-        train.make_train_step(model.model, config, optimizer, mesh),
-        donate_argnums=0,
-        out_shardings=(run.state_shardings(state, mesh), everywhere),
-    )
+    jitted = train.jit_train_step(model.model, config, optimizer, mesh, state)
     alone = train.make_train_step(model.model, config, optimizer)
     batch = _batch(config, mesh, (config.data.batch_size,))
     macs = efficiency.count_macs(alone, state, frozen, batch) // mesh.size
@@ -203,7 +194,7 @@ def _eval_program(config: Any, mesh: Any) -> tuple[Callable, tuple[Any, ...], in
     """(jitted function, its arguments, multiply-accumulates on a chip)."""
     model, _, state, frozen = _abstract_run(config, mesh)
     step = evaluate.make_eval_step(model.model, config)
-    jitted = jax.jit(step, out_shardings=evaluate.out_shardings(mesh))
+    jitted = evaluate.jit_eval_step(model.model, config, mesh)
     views = config.eval.temporal_views * config.eval.spatial_crops
     batch = _batch(config, mesh, (config.eval.batch_size, views))
     arguments = (state.trainable, frozen, batch)

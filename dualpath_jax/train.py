@@ -1,6 +1,6 @@
 """Training: the step and the loop.
 
-Public: `make_train_step`, `Plan`, `make_plan`, `train`, `restore_for_eval`.
+Public: `make_train_step`, `jit_train_step`, `Plan`, `make_plan`, `train`, `restore_for_eval`.
 """
 
 import dataclasses
@@ -92,6 +92,21 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def jit_train_step(
+    model: Any,
+    config: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+) -> Callable:
+    """`make_train_step`, jitted: a new state takes the place of the old and lies as it does."""
+    return jax.jit(
+        make_train_step(model, config, optimizer, mesh),
+        donate_argnums=0,
+        out_shardings=(state_shardings(state, mesh), on_every_device(mesh)),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,11 +207,7 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
         text = config.to_json_best_effort(indent=2) + "\n"
         write_whole(epath.Path(run.workdir) / "config.json", text)
     reporter = Reporter(run.workdir, plan.num_steps, config.data.batch_size)
-    train_step = jax.jit(
-        make_train_step(run.model, config, run.optimizer, run.mesh),
-        donate_argnums=0,
-        out_shardings=(state_shardings(run.state, run.mesh), on_every_device(run.mesh)),
-    )
+    train_step = jit_train_step(run.model, config, run.optimizer, run.mesh, run.state)
     broken = BrokenVideos(dataset.ids, config.data.max_broken_videos)
     batches = train_batches_of(config.data)(
         dataset,
@@ -212,11 +223,14 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
     max_skipped = config.optimizer.max_skipped_steps
     reporter.resume(first_step)
     reporter.start(first_step)
+
+    def save(step: int, scores: dict[str, float] | None) -> None:
+        state = sharding.whole(run.state, run.mesh)
+        checkpoints.save(step, state, run.metadata(), scores, reporter.flush())
+
     if first_step and plan.evaluates(first_step) and not checkpoints.has_scores(first_step):
         # Told to stop there, it had no time to.
-        scores = evaluate_now(run, eval_dataset, reporter, first_step)
-        state = sharding.whole(run.state, run.mesh)
-        checkpoints.save(first_step, state, run.metadata(), scores, reporter.flush())
+        save(first_step, evaluate_now(run, eval_dataset, reporter, first_step))
     pending = None  # metrics of the step before: read while the next one computes
     last_save = time.monotonic()
     with Watch() as watch:
@@ -246,8 +260,7 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
             if plan.evaluates(done) and not stops:
                 scores = evaluate_now(run, eval_dataset, reporter, done)
             if saves:
-                state = sharding.whole(run.state, run.mesh)
-                checkpoints.save(done, state, run.metadata(), scores, reporter.flush())
+                save(done, scores)
                 last_save = time.monotonic()
             if stops and done < plan.num_steps:
                 checkpoints.close()
