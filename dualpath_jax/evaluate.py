@@ -1,6 +1,6 @@
 """Multi-view evaluation: every video counts once, whatever the batch and the number of devices.
 
-Public: `Scores`, `eval_step_sums`, `view_inputs`, `view_logits`, `make_eval_step`,
+Public: `Scores`, `eval_step_sums`, `clip_logits`, `flat_views`, `view_logits`, `make_eval_step`,
 `jit_eval_step`, `out_shardings`, `evaluate`, `evaluate_run`, `evaluate_and_write`, `write_mean`.
 """
 
@@ -117,16 +117,21 @@ def jit_eval_step(model: Any, config: Any, mesh: jax.sharding.Mesh) -> Callable:
     return jax.jit(make_eval_step(model, config), out_shardings=out_shardings(mesh))
 
 
-def view_inputs(config: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-    """`spatial` and `temporal` of a batch with views, as the model takes them: [B V, ...]."""
+def clip_logits(model: Any, config: Any, params: Any, clips: Batch) -> jax.Array:
+    """Logits [B, classes] float32 of uint8 clips, one view of each video."""
+    dtype = tuning.compute_dtype(config)
+    return model.apply({"params": params}, *preprocess.model_inputs(clips, config.data, dtype))
+
+
+def flat_views(batch: Batch) -> Batch:
+    """The clips of a batch with views, without them: [B, V, ...] -> [B V, ...]."""
     inputs = [key for key in ("spatial", "temporal") if key in batch]
-    flat = {key: batch[key].reshape(-1, *batch[key].shape[2:]) for key in inputs}
-    return preprocess.model_inputs(flat, config.data, tuning.compute_dtype(config))
+    return {key: batch[key].reshape(-1, *batch[key].shape[2:]) for key in inputs}
 
 
 def view_logits(model: Any, config: Any, params: Any, batch: Batch) -> jax.Array:
     """Logits [B, V, classes] float32 of every view of a batch, see `pipeline.eval_batches`."""
-    logits = model.apply({"params": params}, *view_inputs(config, batch))
+    logits = clip_logits(model, config, params, flat_views(batch))
     return logits.reshape(*batch["spatial"].shape[:2], -1)
 
 

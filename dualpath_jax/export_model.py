@@ -20,21 +20,18 @@ import jax
 import numpy as np
 from etils import epath
 
+from dualpath_jax import evaluate, run, trained
 from dualpath_jax import params as params_lib
-from dualpath_jax import preprocess, run, trained
-from dualpath_jax.models import tuning
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def serving(model: trained.Trained) -> Callable[..., jax.Array]:
     """(spatial) or (spatial, temporal) -> logits, see the module."""
-    config, dtype = model.config, tuning.compute_dtype(model.config)
 
     def logits(*views: jax.Array) -> jax.Array:
-        batch = dict(zip(("spatial", "temporal"), views, strict=False))
-        inputs = preprocess.model_inputs(batch, config.data, dtype)
-        return model.module.apply({"params": model.params}, *inputs)
+        clips = dict(zip(("spatial", "temporal"), views, strict=False))
+        return evaluate.clip_logits(model.module, model.config, model.params, clips)
 
     return logits
 

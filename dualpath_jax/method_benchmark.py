@@ -16,10 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from dualpath_jax import efficiency, preprocess, run
+from dualpath_jax import efficiency, evaluate, run
 from dualpath_jax import params as params_lib
 from dualpath_jax.data import synthetic
-from dualpath_jax.models import tuning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +66,13 @@ def _forward(config: Any, batch_size: int) -> Callable[[], None]:
         for key, shape in zip(("spatial", "temporal"), run.clip_shapes(config), strict=True)
         if shape is not None
     }
-    dtype = tuning.compute_dtype(config)
     device = jax.devices()[0]
     trainable, frozen = jax.device_put((made.state.trainable, made.frozen), device)
 
     @jax.jit
     def forward(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
-        inputs = preprocess.model_inputs(batch, config.data, dtype)
-        return made.model.apply({"params": params_lib.merge(trainable, frozen)}, *inputs)
+        params = params_lib.merge(trainable, frozen)
+        return evaluate.clip_logits(made.model, config, params, batch)
 
     return lambda: jax.block_until_ready(forward(trainable, frozen, batch))
 

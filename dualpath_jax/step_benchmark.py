@@ -26,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from dualpath_jax import efficiency, preprocess, run, sharding, train
+from dualpath_jax import efficiency, evaluate, run, sharding, train
 from dualpath_jax import params as params_lib
 from dualpath_jax.data import synthetic
-from dualpath_jax.models import dualpath, tuning
+from dualpath_jax.models import dualpath
 from dualpath_jax.torch_dualpath import TorchDualPath
 
 NUM_CLASSES = 174
@@ -86,14 +86,14 @@ def make_run(setting: Setting) -> tuple[run.Run, dict[str, np.ndarray]]:
 
 def jax_side(made: run.Run, batch: dict[str, np.ndarray]) -> Side:
     """This package: the real training step, and the model of evaluation on one view."""
-    config, dtype = made.config, tuning.compute_dtype(made.config)
+    config = made.config
     step = jax.jit(train.make_train_step(made.model, config, made.optimizer), donate_argnums=0)
     placed = sharding.shard_batch(batch, made.mesh)
 
     @jax.jit
     def forward(trainable, frozen, batch):
-        inputs = preprocess.model_inputs(batch, config.data, dtype)
-        return made.model.apply({"params": params_lib.merge(trainable, frozen)}, *inputs)
+        params = params_lib.merge(trainable, frozen)
+        return evaluate.clip_logits(made.model, config, params, batch)
 
     state = jax.tree.map(jnp.copy, made.state)
 

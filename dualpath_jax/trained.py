@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from dualpath_jax import adapter_file, convert, evaluate
+from dualpath_jax import adapter_file, convert, evaluate, preprocess
 from dualpath_jax import params as params_lib
 from dualpath_jax import run as run_lib
 from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint
@@ -125,7 +125,9 @@ class Trained:
     @functools.cached_property
     def _features(self) -> Any:
         def features(params: Any, batch: Any) -> dict[str, jax.Array]:
-            spatial, temporal = evaluate.view_inputs(self.config, batch)
+            dtype = tuning.compute_dtype(self.config)
+            clips = evaluate.flat_views(batch)
+            spatial, temporal = preprocess.model_inputs(clips, self.config.data, dtype)
             apply = functools.partial(self.module.apply, {"params": params})
             found = {"logits": apply(spatial, temporal)}
             if self.module.spatial_path:
