@@ -1,6 +1,7 @@
 """What the command lines share: parsers, absl's flags, errors for the user.
 
-Public: `new_parser`, `run`, `user_errors`. Light: JAX is imported where it is used.
+Public: `new_parser`, `add_model`, `load_model`, `run`, `user_errors`. Light: JAX is imported where
+it is used.
 """
 
 import argparse
@@ -17,6 +18,30 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options that name a trained model, see `load_model`."""
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", help="of a training run, local or gs://")
+    model.add_argument("--adapter", help="file of scripts/export_adapter.py, instead")
+    parser.add_argument(
+        "--backbone", help="file of the converted backbone, where it is not where the run had it"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        choices=["latest", "best"],
+        default="latest",
+        help="of a run: the newest, or the best by top-1 during training (latest)",
+    )
+
+
+def load_model(arguments: argparse.Namespace):
+    """The `trained.Trained` that the options of `add_model` name."""
+    from dualpath_jax import trained
+
+    path = arguments.workdir or arguments.adapter
+    return trained.load(path, arguments.backbone, arguments.checkpoint)
 
 
 def run(main: Callable[[list[str]], None]) -> None:

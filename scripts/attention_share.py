@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 import numpy as np  # noqa: E402
 
 from dualpath_jax import bar  # noqa: E402
-from dualpath_jax.command import new_parser  # noqa: E402
+from dualpath_jax.command import new_parser, user_errors  # noqa: E402
 
 COLUMNS = ("area", "without adaptation", "with adaptation", "at most")
 
@@ -86,11 +86,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     bar.be_quiet(args.quiet)
-    try:
+    with user_errors():
         print("\n".join(table(args.workdirs, args.backbone, args.rollout)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

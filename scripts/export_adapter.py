@@ -12,7 +12,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dualpath_jax.command import new_parser  # noqa: E402
+from dualpath_jax.command import new_parser, user_errors  # noqa: E402
 
 
 def export(workdir: str, out: str, which: str) -> str:
@@ -46,11 +46,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    try:
+    with user_errors():
         print(export(args.workdir, args.out, args.checkpoint))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,7 @@ from dualpath_jax import command, environment
 def parser() -> argparse.ArgumentParser:
     made = command.new_parser(__doc__)
     add = made.add_argument
-    model = made.add_mutually_exclusive_group(required=True)
-    model.add_argument("--workdir", help="of a training run, local or gs://")
-    model.add_argument("--adapter", help="file of scripts/export_adapter.py, instead")
-    add("--backbone", help="file of the converted backbone, where it is not where the run had it")
-    add(
-        "--checkpoint",
-        choices=["latest", "best"],
-        default="latest",
-        help="of a run: the newest, or the best by top-1 during training (latest)",
-    )
+    command.add_model(made)
     add("--out", required=True, help="folder to write")
     add("--batch_size", type=int, help="views that the model takes at once (any number)")
     add(
@@ -43,16 +34,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = parser().parse_args()
-    from dualpath_jax import export_model, trained
+    from dualpath_jax import export_model
 
-    try:
-        path = arguments.workdir or arguments.adapter
-        model = trained.load(path, arguments.backbone, arguments.checkpoint)
+    with command.user_errors():
+        model = command.load_model(arguments)
         results = export_model.read_results(arguments.workdir) if arguments.workdir else None
         export_model.export(model, arguments.out, arguments.formats, arguments.batch_size, results)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"wrote {arguments.out}/model_card.md and what it describes")
 
 

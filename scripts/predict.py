@@ -17,23 +17,13 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax import environment
-from dualpath_jax.command import new_parser
+from dualpath_jax import command, environment
 
 
 def parser() -> argparse.ArgumentParser:
-    made = new_parser(__doc__)
+    made = command.new_parser(__doc__)
     add = made.add_argument
-    model = made.add_mutually_exclusive_group(required=True)
-    model.add_argument("--workdir", help="of a training run, local or gs://")
-    model.add_argument("--adapter", help="file of scripts/export_adapter.py, instead")
-    add("--backbone", help="file of the converted backbone, where it is not where the run had it")
-    add(
-        "--checkpoint",
-        choices=["latest", "best"],
-        default="latest",
-        help="of a run: the newest, or the best by top-1 during training (latest)",
-    )
+    command.add_model(made)
     add("videos", nargs="+", help="video files, or folders of them")
     add("--top_k", type=int, default=5, help="classes to name (5)")
     add("--window", type=float, help="length of a window of a long video, seconds (none)")
@@ -46,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = parser().parse_args()
-    from dualpath_jax import predict, trained
+    from dualpath_jax import predict
 
     def show(found: predict.Found) -> None:
         if arguments.json:
@@ -54,12 +44,10 @@ def main() -> None:
         else:
             print(predict.line(found), flush=True)
 
-    try:
+    with command.user_errors():
         videos = predict.find_videos(arguments.videos)
-        path = arguments.workdir or arguments.adapter
-        model = trained.load(path, arguments.backbone, arguments.checkpoint)
         bad = predict.predict_videos(
-            model,
+            command.load_model(arguments),
             videos,
             show,
             top_k=arguments.top_k,
@@ -68,9 +56,6 @@ def main() -> None:
             features=arguments.features,
             progress=sys.stderr.isatty() and not arguments.quiet,
         )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     sys.exit(1 if bad else 0)
 
 

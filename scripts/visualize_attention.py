@@ -13,7 +13,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.command import new_parser  # noqa: E402
+from dualpath_jax.command import new_parser, user_errors  # noqa: E402
 
 
 def middle_view(batch: dict, config) -> dict:
@@ -72,11 +72,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    try:
+    with user_errors():
         bad = draw(parser().parse_args())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     sys.exit(1 if bad else 0)
 
 
