@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import io
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from dualpath_jax import efficiency, evaluate, run
 from dualpath_jax import params as params_lib
 from dualpath_jax.data import synthetic
+from dualpath_jax.turns import take_turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,20 +77,13 @@ def _forward(config: Any, batch_size: int) -> Callable[[], None]:
     return lambda: jax.block_until_ready(forward(trainable, frozen, batch))
 
 
-def _seconds(call: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def largest_batch(make: Callable[[int], Callable[[], None]]) -> tuple[int, float]:
     """(the largest power of two whose `make(size)` runs, views per second there)."""
     size, best = 1, (0, 0.0)
     while True:
         try:
-            call = make(size)
-            call()
-            best = size, size / statistics.median(_seconds(call) for _ in range(5))
+            seconds = take_turns({"largest": make(size)}, 5)["largest"]
+            best = size, size / statistics.median(seconds)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or not best[0]:
                 raise
@@ -108,16 +101,8 @@ def measure(
       rounds: times each is measured.
       tell: told what is being done.
     """
-    calls = {}
-    for method, config in configs.items():
-        tell(f"{method}: compiling")
-        calls[method] = _forward(config, 1)
-        calls[method]()
-    seconds: dict[str, list[float]] = {method: [] for method in calls}
-    for number in range(rounds):
-        tell(f"round {number + 1} of {rounds}")
-        for method in list(calls)[:: 1 if number % 2 == 0 else -1]:
-            seconds[method].append(_seconds(calls[method]))
+    calls = {method: _forward(config, 1) for method, config in configs.items()}
+    seconds = take_turns(calls, rounds, tell)
     calls.clear()
     speeds = {}
     for method, config in configs.items():

@@ -31,6 +31,7 @@ from dualpath_jax import params as params_lib
 from dualpath_jax.data import synthetic
 from dualpath_jax.models import dualpath
 from dualpath_jax.torch_dualpath import TorchDualPath
+from dualpath_jax.turns import take_turns
 
 NUM_CLASSES = 174
 TOLERANCE = 1e-4  # of the logits in float32
@@ -190,25 +191,12 @@ def compare(setting: Setting, rounds: int) -> dict[str, Any]:
         raise RuntimeError(f"PyTorch's logits differ by {difference:.2e}, more than {TOLERANCE}")
     result: dict[str, Any] = {"largest_difference": difference}
     for what, operations in zip(("forward", "train_step"), _operations(setting), strict=True):
-        seconds = _take_turns({n: getattr(side, what) for n, side in sides.items()}, rounds)
+        seconds = take_turns({n: getattr(side, what) for n, side in sides.items()}, rounds)
         pairs = zip(seconds["torch"], seconds["jax"], strict=True)
         result[what] = {name: statistics.median(values) for name, values in seconds.items()}
         result[what]["ratio_vs_torch"] = statistics.median(a / b for a, b in pairs)
         result[what]["gflops"] = operations / 1e9 / result[what]["jax"]
     return result
-
-
-def _take_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, after one that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for call in runs.values():
-        call()
-    for number in range(rounds):
-        for name in list(runs)[:: 1 if number % 2 == 0 else -1]:
-            start = time.perf_counter()
-            runs[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def _operations(setting: Setting) -> tuple[int, int]:
@@ -236,7 +224,7 @@ def matmul_gflops(dtype: str, size: int = 2048, rounds: int = 5) -> float:
         "jax": lambda: product(a, a)[0, 0].item(),  # waits for the result
         "torch": lambda: (b @ b)[0, 0].item(),
     }
-    seconds = _take_turns(runs, rounds)
+    seconds = take_turns(runs, rounds)
     return 2 * size**3 / 1e9 / min(statistics.median(values) for values in seconds.values())
 
 

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from configs import ssv2_vitb  # noqa: E402
-from dualpath_jax import sharding, step_benchmark  # noqa: E402
+from dualpath_jax import sharding, step_benchmark, turns  # noqa: E402
 from dualpath_jax.step_benchmark import Setting  # noqa: E402
 
 TINY = {
@@ -68,7 +68,7 @@ def test_another_model_is_noticed(config, monkeypatch):
 def test_turns_alternate(monkeypatch):
     order = []
     runs = {name: lambda name=name: order.append(name) for name in "ab"}
-    seconds = step_benchmark._take_turns(runs, 3)
+    seconds = turns.take_turns(runs, 3)
     assert order == ["a", "b", *"abbaab"]  # the first of each is not counted
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
