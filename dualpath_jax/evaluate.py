@@ -177,12 +177,8 @@ def evaluate_and_write(run: Run, dataset: VideoDataset) -> dict[str, Any]:
         "class_names": list(run.class_names),
     }
     predictions = PredictionWriter(run.workdir, header, dataset.ids)
-    try:
-        scores = evaluate_run(run, dataset, predictions)
-        predictions.close()
-    except BaseException:
-        predictions.discard()
-        raise
+    scores = evaluate_run(run, dataset, predictions)
+    predictions.close()
     results = write_results(run, scores)
     print(f"{run.config.eval.split}  {format_scores(scores)}  views {results['views']}")
     print(f"wrote {run.workdir}/results.json", flush=True)

@@ -10,7 +10,6 @@ The most probable classes come first, five or as many as there are; probabilitie
 averaged over views.
 """
 
-import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from dualpath_jax import cloud
+from dualpath_jax.progress import write_whole
 
 FOLDER = "predictions"
 BELONGS = ("step", "split", "views")  # what the first line shares with results.json
@@ -55,14 +55,12 @@ class PredictionWriter:
       workdir: of the run.
       header: first line of the file, see the module.
       ids: names of the split's videos.
-
     """
 
     def __init__(self, workdir: str, header: dict[str, Any], ids: Sequence[str]):
         self._folder, self._ids = epath.Path(workdir) / FOLDER, ids
         self._share = f"-of-{jax.process_count():05}"
         self._path = self._folder / f"{jax.process_index():05}{self._share}.jsonl"
-        self._temporary = self._path.with_suffix(".tmp")
         self._lines = [json.dumps(header)]
 
     def add(
@@ -90,17 +88,11 @@ class PredictionWriter:
         """
         with cloud.reaching(str(self._path)):
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._temporary.write_text("\n".join(self._lines) + "\n")  # whole: gs:// has no append
-            self._temporary.replace(self._path)
+            write_whole(self._path, "\n".join(self._lines) + "\n")
             if jax.process_index() == 0:
                 for path in self._folder.glob("*"):
                     if self._share not in path.name:
                         path.unlink(missing_ok=True)
-
-    def discard(self) -> None:
-        """Remove what was written, after an error."""
-        with contextlib.suppress(OSError):
-            self._temporary.unlink(missing_ok=True)
 
 
 def read_predictions(workdir: str, results: dict[str, Any]) -> tuple[list[str], list[dict]]:
