@@ -1,6 +1,16 @@
-"""The demo's configuration on the small set of `conftest.demo_data`."""
+"""The demo's configuration on the small set of `conftest.demo_data`; a tiny ViT for others."""
 
 from configs import demo
+
+# Of `backbone`, with the name "custom".
+TINY_VIT = {
+    "patch_size": 16,
+    "width": 48,
+    "depth": 2,
+    "heads": 2,
+    "mlp_dim": 96,
+    "projection_dim": 32,
+}
 
 
 def small_config(data, backbone):

@@ -276,3 +276,7 @@ def test_changes():
         "data.num_frames": (32, 16),
         "seed": (0, 1),
     }
+    # A key that came after the checkpoint counts as what it is by default.
+    del before["mesh"]
+    assert differing() == {}
+    assert differing(mesh__fsdp=2) == {"mesh.fsdp": (1, 2)}

@@ -2,19 +2,11 @@
 
 import jax
 import pytest
+from small_config import TINY_VIT
 
 from configs import ssv2_vitb, ssv2_vitb_full
 from dualpath_jax import method_benchmark
 from scripts import benchmark_methods
-
-TINY = {
-    "patch_size": 16,
-    "width": 48,
-    "depth": 2,
-    "heads": 2,
-    "mlp_dim": 96,
-    "projection_dim": 32,
-}
 
 
 def tiny(method):
@@ -22,7 +14,7 @@ def tiny(method):
         ssv2_vitb.get_config(), ssv2_vitb_full.get_config(), method
     )
     config.backbone.name = "custom"
-    config.backbone.update(TINY)
+    config.backbone.update(TINY_VIT)
     config.data.image_size = 64
     config.model.dtype = "float32"
     return config

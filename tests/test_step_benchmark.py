@@ -6,6 +6,7 @@ import importlib
 import jax
 import numpy as np
 import pytest
+from small_config import TINY_VIT
 
 torch = pytest.importorskip("torch")
 
@@ -13,22 +14,13 @@ from configs import ssv2_vitb  # noqa: E402
 from dualpath_jax import sharding, step_benchmark, turns  # noqa: E402
 from dualpath_jax.step_benchmark import Setting  # noqa: E402
 
-TINY = {
-    "patch_size": 16,
-    "width": 48,
-    "depth": 2,
-    "heads": 2,
-    "mlp_dim": 96,
-    "projection_dim": 32,
-}
-
 
 @pytest.fixture
 def config():
     """SSv2's recipe, with its adapter before attention, on a tiny backbone; framesets 64 x 64."""
     config = ssv2_vitb.get_config()
     config.backbone.name = "custom"
-    config.backbone.update(TINY)
+    config.backbone.update(TINY_VIT)
     config.data.image_size = 64
     config.model.scan_blocks = False
     return config
