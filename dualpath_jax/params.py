@@ -1,6 +1,6 @@
 """Parameter trees: what trains, what decays, splitting, counting.
 
-Public: `trainable_mask`, `decay_mask`, `split`, `merge`, `flatten`, `count`, `parameter_table`.
+Public: `trainable_mask`, `decay_mask`, `split`, `merge`, `unstack`, `flatten`, `count`, `parameter_table`.
 
 A tree split into trainable and frozen leaves keeps its structure; the holes are
 `optax.MaskedNode`, which has no leaves, as in optax's own masks.
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 Tree = Any
@@ -46,12 +47,30 @@ def split(params: Tree, mask: Tree) -> tuple[Tree, Tree]:
 
 
 def merge(trainable: Tree, frozen: Tree) -> Tree:
-    """Inverse of `split`."""
+    """Inverse of `split`, and of `unstack`."""
 
     def is_hole(node):
         return isinstance(node, optax.MaskedNode)
 
-    return jax.tree.map(lambda t, f: f if is_hole(t) else t, trainable, frozen, is_leaf=is_hole)
+    def fill(ours, theirs):
+        if not is_hole(ours):
+            return ours
+        return jnp.stack(theirs) if isinstance(theirs, tuple) else theirs
+
+    return jax.tree.map(fill, trainable, frozen, is_leaf=is_hole)
+
+
+def unstack(frozen: Tree) -> Tree:
+    """Frozen weights with those of the blocks as tuples of the L blocks' own, where stacked.
+
+    For programs that write the blocks out: they are given each block's weights where they lie and
+    `merge` them inside. From a stack they would copy them out, every time.
+    """
+
+    def of_blocks(path, leaf):
+        return tuple(leaf) if path_name(path).startswith("backbone/blocks") else leaf
+
+    return jax.tree_util.tree_map_with_path(of_blocks, frozen)
 
 
 def count(tree: Tree) -> int:

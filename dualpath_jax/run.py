@@ -295,6 +295,8 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
     # Two arrays: one buffer in two places of a donated state is freed twice.
     step, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
     state = TrainState(step, trainable, optimizer.init(params), skipped)
+    if not config.model.scan_blocks:
+        frozen = params_lib.unstack(frozen)
     bar.tell(params_lib.parameter_table(params, mask))
     return Run(
         config=config,

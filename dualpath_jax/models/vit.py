@@ -1,6 +1,7 @@
 """Vision transformers of CLIP (Radford et al. 2021) and ImageNet-21K (Dosovitskiy et al. 2021).
 
-Public: `ViTConfig`, `MODELS`, `ViT`, `Block`, `resize_positions`, `attention_weights`.
+Public: `ViTConfig`, `MODELS`, `ViT`, `Block`, `resize_positions`, `attend`,
+`attention_weights`.
 
 The sites of tuning methods are in `layers.py`. Axes: M images (frames or framesets, batch
 included), N tokens (class token first), D width, K heads, L blocks, e projected width.
@@ -144,13 +145,46 @@ def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
     return jax.nn.softmax(logits * q.shape[-1] ** -0.5)
 
 
-def attend_once(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention of one query: q [M, 1, K, d]; k, v [M, N, K, d] -> [M, 1, K, d].
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention: q [M, Q, K, d]; k, v [M, N, K, d] -> [M, Q, K, d]; softmax in float32.
 
-    As `jax.nn.dot_product_attention`, of which XLA's CPU compiler refuses this case's gradient in
-    bfloat16 (jax 0.10.2: "Dot with multiple contracting dimensions is not implemented").
+    As `jax.nn.dot_product_attention`, but the backward pass keeps q, k and v alone, and its
+    products are written so that XLA turns round no array of [M, K, Q, N] on a CPU.
     """
-    return jnp.einsum("mkqn,mnkd->mqkd", attention_weights(q, k).astype(q.dtype), v)
+    heads_first = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    return _attend(*heads_first).swapaxes(1, 2)
+
+
+@jax.custom_vjp
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """q [M, K, Q, d], scaled; k, v [M, K, N, d] -> [M, K, Q, d]."""
+    return jnp.einsum("mkqn,mknd->mkqd", _softmax_of_products(q, k).astype(v.dtype), v)
+
+
+def _softmax_of_products(q: jax.Array, k: jax.Array) -> jax.Array:
+    products = jnp.einsum("mkqd,mknd->mkqn", q, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(products)
+
+
+def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+    return _attend(q, k, v), (q, k, v)
+
+
+def _attend_backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
+    """Gradients of q, k and v, in their dtype."""
+    q, k, v = kept
+    weights = _softmax_of_products(q, k)
+    d_weights = jnp.einsum("mkqd,mknd->mkqn", dy, v, preferred_element_type=jnp.float32)
+    mean = (weights * d_weights).sum(axis=-1, keepdims=True)
+    d_products = (weights * (d_weights - mean)).astype(q.dtype)
+    dq = jnp.einsum("mkqn,mknd->mkqd", d_products, k)
+    # The small factor first: [d, Q] x [Q, N], and what comes out is turned round.
+    dk = jnp.einsum("mkqd,mkqn->mkdn", q, d_products).swapaxes(2, 3)
+    dv = jnp.einsum("mkqd,mkqn->mkdn", dy, weights.astype(dy.dtype)).swapaxes(2, 3)
+    return dq, dk, dv
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 class Attention(nn.Module):
@@ -171,10 +205,7 @@ class Attention(nn.Module):
 
     def __call__(self, x: jax.Array, class_only: bool = False) -> jax.Array:
         """x [M, N, D] -> [M, N, D], or what the class token attends to, [M, 1, D]."""
-        if class_only:
-            y = attend_once(*self._project_class(x))
-        else:
-            y = jax.nn.dot_product_attention(*self.project(x))  # float32 softmax, scale (D/K)^-1/2
+        y = attend(*(self._project_class(x) if class_only else self.project(x)))
         return self.out(einops.rearrange(y, "m n k d -> m n (k d)"))
 
     def _project_class(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
