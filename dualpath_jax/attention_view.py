@@ -1,6 +1,6 @@
 """What a model looks at in one clip, drawn: both paths, with and without adaptation (Fig. 4, A1).
 
-Public: `View`, `view_clip`, `draw_grid`, `draw_animation`.
+Public: `View`, `middle_view`, `view_clip`, `draw_grid`, `draw_animation`.
 """
 
 import dataclasses
@@ -54,6 +54,13 @@ class View:
     def plain(self, path: str, size: tuple[int, int]) -> list[np.ndarray]:
         """The path's images at `size` (width, height)."""
         return [pictures.enlarge(image, size) for image in self.images[path]]
+
+
+def middle_view(batch: dict[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
+    """Of clips with all views [B, V, ...], the one in the middle of time and picture [B, ...]."""
+    crops = config.eval.spatial_crops
+    view = config.eval.temporal_views // 2 * crops + crops // 2
+    return {key: batch[key][:, view] for key in ("spatial", "temporal") if key in batch}
 
 
 def view_clip(model: Any, clips: dict[str, np.ndarray], rollout: bool = False) -> View:

@@ -16,13 +16,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 from dualpath_jax.command import new_parser, user_errors  # noqa: E402
 
 
-def middle_view(batch: dict, config) -> dict:
-    """Of clips with all views [1, V, ...], the one in the middle of time and picture [1, ...]."""
-    crops = config.eval.spatial_crops
-    view = config.eval.temporal_views // 2 * crops + crops // 2
-    return {key: batch[key][:, view] for key in ("spatial", "temporal") if key in batch}
-
-
 def new_name(folder: pathlib.Path, video: str, taken: set[str]) -> pathlib.Path:
     """Path without suffix for the pictures of `video`; videos of one name are numbered."""
     stem = name = pathlib.Path(video).stem
@@ -44,7 +37,7 @@ def draw(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for video in args.videos:
         try:
-            clips = middle_view(model.clips(video), model.config)
+            clips = attention_view.middle_view(model.clips(video), model.config)
         except (VideoError, OSError) as error:
             print(f"error: {video}: {error}", file=sys.stderr)
             bad += 1
