@@ -16,7 +16,7 @@ from matplotlib import ticker
 from dualpath_jax.report.figures import Bins
 
 WIDTH, HEIGHT = 400, 220
-LEFT, RIGHT, TOP, BOTTOM = 50, 380, 10, 186  # of the plot
+LEFT, RIGHT, TOP, BOTTOM = 50, 374, 10, 186  # of the plot
 MOST_POINTS = 1000  # of a line; more are thinned out
 
 
@@ -56,9 +56,9 @@ class Chart:
     readout: dict[str, Any]
 
 
-def percent(value: float) -> str:
+def percent(value: float, digits: int = 1) -> str:
     """0.125 -> "12.5%"."""
-    return f"{100 * value:.4g}%"
+    return f"{100 * value:.{digits}f}%"
 
 
 def number(value: float) -> str:
@@ -109,7 +109,7 @@ def line_chart(
         title=title,
         summary=f"{title}: " + "; ".join(_told(line, form) for line in series),
         x_ticks=[(x(tick), f"{tick:,.0f}") for tick in x_values],
-        y_ticks=[(y(tick), form(tick)) for tick in y_ticks],
+        y_ticks=[(y(tick), _label(tick, form)) for tick in y_ticks],
         lines=lines,
         readout={
             "first": [0.0, LEFT],
@@ -118,6 +118,10 @@ def line_chart(
             "series": readout,
         },
     )
+
+
+def _label(value: float, form: Callable[[float], str]) -> str:
+    return f"{100 * value:g}%" if form is percent else form(value)
 
 
 def _told(line: Series, form: Callable[[float], str]) -> str:
@@ -182,7 +186,7 @@ def calibration_chart(bins: Bins) -> dict[str, Any]:
     quarters = [0, 0.25, 0.5, 0.75, 1]
     return {
         "bars": bars,
-        "x_ticks": [(x(tick), percent(tick)) for tick in quarters],
-        "y_ticks": [(y(tick), percent(tick)) for tick in quarters],
+        "x_ticks": [(x(tick), percent(tick, 0)) for tick in quarters],
+        "y_ticks": [(y(tick), percent(tick, 0)) for tick in quarters],
         "diagonal": (x(0), y(0), x(1), y(1)),
     }

@@ -20,7 +20,7 @@ NUM_BINS = 15  # of Guo et al. 2017, whose ECE this is
 
 
 def interval(fraction: float, number: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a fraction of `number` videos, as chance in drawing them gives it."""
+    """Wilson's 95% interval of a fraction of `number` videos: chance in which videos they are."""
     test = stats.binomtest(min(round(fraction * number), number), number)
     found = test.proportion_ci(method="wilson")
     return float(found.low), float(found.high)

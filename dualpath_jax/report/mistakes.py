@@ -9,6 +9,7 @@ import dataclasses
 import io
 from collections.abc import Iterator, Sequence
 
+import einops
 import numpy as np
 import tensorflow as tf
 from PIL import Image
@@ -20,25 +21,28 @@ from dualpath_jax.data.tables import DECODE_ERRORS
 from dualpath_jax.models import tuning
 from dualpath_jax.report.runs import Run
 
-TILES = 4  # pictures side by side, at most
-HEIGHT = 96  # pixels of a picture
+TILES = 4  # pictures side by side
+HEIGHT = 112  # pixels of such a picture
+SMALL_TILES, SMALL_ROWS = 8, 2  # of the frames of framesets, which are small
 _QUALITY = 80  # of the JPEG
 
 
 @dataclasses.dataclass(frozen=True)
 class Strip:
-    """Pictures side by side.
+    """Pictures side by side, in one row or more.
 
     Attributes:
       title: what they are.
       url: "data:image/jpeg;base64,...".
       width, height: pixels.
+      percent: of the room there is, so that pictures are equally large in strips of fewer.
     """
 
     title: str
     url: str
     width: int
     height: int
+    percent: int
 
 
 class _Chosen:
@@ -80,11 +84,12 @@ def strips(
         return {}
     try:
         dataset = VideoDataset(folder, str(run.results.get("split")))
+    except FileNotFoundError:
+        what = f"no pictures of mistakes: no prepared videos in {folder}"
+        run.lacks(f"{what}; --data_dir=DIR tells where they are now", _preparation(run, folder))
+        return {}
     except (ValueError, OSError) as problem:
-        run.lacks(
-            f"no pictures of mistakes: {problem}. Or say where they are now",
-            f"python scripts/report.py --workdir={run.workdir} --data_dir=DIR --out=report.html",
-        )
+        run.lacks(f"no pictures of mistakes: {_line(problem)}")
         return {}
     place = {name: row for row, name in enumerate(dataset.ids)}
     rows = [place[name] for name in ids if name in place]
@@ -106,6 +111,17 @@ def strips(
                 break
             progress.update()
     return found
+
+
+def _preparation(run: Run, folder: str) -> str:
+    """The command that prepares the videos of a run."""
+    source = run.settings.get("data.source", "DATASET")
+    if source == "demo":
+        return run.command("eval")  # renders it anew
+    return (
+        f"python scripts/prepare_dataset.py --dataset={source} --videos=VIDEOS "
+        f"--annotations=ANNOTATIONS --out={folder}"
+    )
 
 
 def _attention(run: Run, videos: _Chosen, backbone: str | None) -> Iterator[list[Strip]]:
@@ -148,36 +164,43 @@ def _paths(view: attention_view.View) -> list[Strip]:
     """Attention of the tuned model over spatial frames, and over the frames of the framesets."""
     apart, found = view.taken_apart(), []
     for path, images in apart.images.items():
-        height, width = images.shape[1:3]
-        over = apart.overlays(path, "with adaptation", (round(HEIGHT * width / height), HEIGHT))
-        found.append(_strip(f"{path} path looks", [over[i] for i in _spread(len(over))]))
+        tiles, rows = (TILES, 1) if path == "spatial" else (SMALL_TILES, SMALL_ROWS)
+        down = HEIGHT * TILES // tiles
+        across = round(down * images.shape[2] / images.shape[1])
+        over = apart.overlays(path, "with adaptation", (across, down))
+        chosen = [over[i] for i in _spread(len(over), tiles * rows)]
+        found.append(_strip(f"where the {path} path looks", chosen, tiles))
     return found
 
 
 def _frames(dataset: VideoDataset, row: int) -> Strip:
     """Frames of a video, evenly spaced."""
-    records = dataset.read_frames(row, _spread(int(dataset.num_frames[row])))
+    records = dataset.read_frames(row, _spread(int(dataset.num_frames[row]), TILES))
     pictures = []
     for record in records:
         jpeg = tf.io.parse_single_example(record, FRAME_FEATURES)["image"].numpy()
         with Image.open(io.BytesIO(jpeg)) as image:
             width = max(1, round(HEIGHT * image.width / image.height))
             pictures.append(np.asarray(image.convert("RGB").resize((width, HEIGHT))))
-    return _strip("frames", pictures)
+    return _strip("frames", pictures, TILES)
 
 
-def _spread(count: int) -> list[int]:
-    """Up to `TILES` of `count` places, evenly spaced, the middles of equal parts."""
-    number = min(count, TILES)
+def _spread(count: int, most: int) -> list[int]:
+    """Up to `most` of `count` places, evenly spaced, the middles of equal parts."""
+    number = min(count, most)
     return [int((k + 0.5) * count / number) for k in range(number)]
 
 
-def _strip(title: str, pictures: Sequence[np.ndarray]) -> Strip:
-    image = Image.fromarray(np.concatenate(pictures, axis=1))
+def _strip(title: str, pictures: Sequence[np.ndarray], tiles: int) -> Strip:
+    """Pictures of one size, `tiles` in a row; what is left over of the last row is not shown."""
+    columns = min(len(pictures), tiles)
+    rows = len(pictures) // columns
+    grid = np.stack(pictures[: rows * columns]).reshape(rows, columns, *pictures[0].shape)
+    image = Image.fromarray(einops.rearrange(grid, "r c h w rgb -> (r h) (c w) rgb"))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
     url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Strip(title, url, image.width, image.height)
+    return Strip(title, url, image.width, image.height, 100 * columns // tiles)
 
 
 def _line(problem: Exception) -> str:

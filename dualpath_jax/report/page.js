@@ -1,7 +1,7 @@
 "use strict";
 // The page without this is complete but for read-outs, sorting and the confusion matrix.
 
-const asPercent = (value) => `${+(100 * value).toPrecision(4)}%`;
+const asPercent = (value) => `${(100 * value).toFixed(1)}%`;
 
 /** Values of a chart at the step nearest to the pointer, or chosen by the arrow keys. */
 function readOut(figure) {
@@ -104,11 +104,15 @@ function confusionMatrix(canvas, data) {
     draw();
   }
 
+  /** A text that fits, by leaving out its middle: names often differ at their ends. */
   function shortened(text, room) {
     if (context.measureText(text).width <= room) return text;
-    let end = text.length;
-    while (end > 1 && context.measureText(`${text.slice(0, end)}…`).width > room) end -= 1;
-    return `${text.slice(0, end)}…`;
+    for (let kept = text.length - 1; kept > 2; kept -= 1) {
+      const tail = Math.floor(kept / 2);
+      const short = `${text.slice(0, kept - tail).trim()}…${text.slice(-tail).trim()}`;
+      if (context.measureText(short).width <= room) return short;
+    }
+    return "…";
   }
 
   function draw() {
@@ -119,7 +123,9 @@ function confusionMatrix(canvas, data) {
     const font = `13px ${getComputedStyle(document.body).fontFamily}`;
     context.font = font;
     const longest = Math.max(...names.map((name) => context.measureText(name).width)) + 12;
-    const gutter = Math.round(clamp(longest, 40, width * 0.3));
+    const room = Math.round(clamp(longest, 40, width * 0.3));
+    const named = (width - room) / shown.across >= 14; // else there is no room for names
+    const gutter = named ? room : 24;
     const side = width - gutter - 1;
     const cell = side / shown.across;
     layout = { left: gutter, top: gutter, side, cell };
@@ -140,25 +146,10 @@ function confusionMatrix(canvas, data) {
     const end = Math.ceil(shown.across) + 1;
     for (let row = first.row; row < Math.min(first.row + end, size); row += 1) {
       for (let column = first.column; column < Math.min(first.column + end, size); column += 1) {
-        const n = count.get(order[row] * size + order[column]);
-        if (!n) continue;
-        const share = n / videos[order[row]];
-        const x = gutter + (column - shown.column) * cell;
-        const y = gutter + (row - shown.row) * cell;
-        const shade = 0.15 + 0.85 * Math.sqrt(share);
-        const kind = row === column ? "--right" : "--wrong";
-        context.fillStyle = `rgba(${colour(kind)}, ${shade})`;
-        const gap = cell > 8 ? 1 : 0;
-        const least = row === column ? 0 : 2.5; // pixels: a single mistake is seen among 400
-        const drawn = Math.max(cell - gap, least);
-        context.fillRect(x, y, drawn, drawn);
-        if (cell >= 24) {
-          context.fillStyle = shade > 0.6 ? colour("--ground") : colour("--text");
-          context.textAlign = "center";
-          context.fillText(String(n), x + cell / 2, y + cell / 2, cell - 4);
-        }
+        if (row !== column) drawCell(row, column, cell, gutter, colour);
       }
     }
+    for (let place = 0; place < size; place += 1) drawCell(place, place, cell, gutter, colour);
     if (chosen) {
       context.strokeStyle = colour("--text");
       context.lineWidth = 2;
@@ -167,15 +158,36 @@ function confusionMatrix(canvas, data) {
       context.strokeRect(x - 1, y - 1, Math.max(cell, 4) + 1, Math.max(cell, 4) + 1);
     }
     context.restore();
-    drawNames(cell, gutter, side, colour("--text"));
+    drawNames(named, cell, gutter, side, colour("--text"));
   }
 
-  function drawNames(cell, gutter, side, colour) {
+  function drawCell(row, column, cell, gutter, colour) {
+    const n = count.get(order[row] * size + order[column]);
+    if (!n) return;
+    const x = gutter + (column - shown.column) * cell;
+    const y = gutter + (row - shown.row) * cell;
+    const shade = 0.15 + 0.85 * Math.sqrt(n / videos[order[row]]);
+    context.fillStyle = `rgba(${colour(row === column ? "--right" : "--wrong")}, ${shade})`;
+    // At least 2 pixels, so that a single mistake is seen among 400 classes.
+    const drawn = Math.max(cell - (cell > 8 ? 1 : 0), 2);
+    context.fillRect(x, y, drawn, drawn);
+    if (cell < 24) return;
+    context.fillStyle = shade > 0.6 ? colour("--ground") : colour("--text");
+    context.textAlign = "center";
+    context.fillText(String(n), x + cell / 2, y + cell / 2, cell - 4);
+  }
+
+  function drawNames(named, cell, gutter, side, colour) {
     context.fillStyle = colour;
-    if (cell < 14) {
+    if (!named) {
       context.textAlign = "left";
-      context.fillText(shortened("label ↓", gutter - 8), 4, gutter + 10);
-      context.fillText("says →", gutter + 4, gutter - 10);
+      context.fillText("taken for →", gutter, gutter / 2);
+      context.save();
+      context.translate(gutter / 2, gutter);
+      context.rotate(-Math.PI / 2);
+      context.textAlign = "right";
+      context.fillText("← label", 0, 0);
+      context.restore();
       return;
     }
     for (let place = 0; place < size; place += 1) {

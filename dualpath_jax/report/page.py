@@ -113,13 +113,12 @@ def _figures(run: Run) -> dict[str, str]:
     if results:
         videos = results["num_videos"]
         for name, key in (("top-1", "top1"), ("top-5", "top5")):
-            found[name] = (
-                f"{percent(results[key])} ({round(results[key] * videos):,} of {videos:,})"
-            )
+            right = round(results[key] * videos)
+            found[name] = f"{percent(results[key], 2)} ({right:,} of {videos:,})"
         if videos:
             low, high = figures.interval(results["top1"], videos)
-            found["top-1, 95% interval"] = f"{percent(round(low, 3))} to {percent(round(high, 3))}"
-        found["mean class accuracy"] = percent(results["mean_class_accuracy"])
+            found["top-1, 95% interval"] = f"{percent(low)} to {percent(high)}"
+        found["mean class accuracy"] = percent(results["mean_class_accuracy"], 2)
     if bins := _calibration(run):
         found["calibration error (ECE)"] = f"{bins.ece:.3f}"
     if results:
@@ -209,12 +208,7 @@ def _of_one(run: Run, mistakes: Sequence[int], strips: dict[str, list[Strip]]) -
             {
                 "id": predictions.ids[row],
                 "label": names[int(predictions.labels[row])],
-                "guesses": [
-                    (names[int(c)], float(p))
-                    for c, p in zip(
-                        predictions.classes[row], predictions.probabilities[row], strict=True
-                    )
-                ],
+                "guesses": _guesses(run, row),
                 "strips": strips.get(predictions.ids[row], []),
             }
             for row in mistakes
@@ -222,6 +216,17 @@ def _of_one(run: Run, mistakes: Sequence[int], strips: dict[str, list[Strip]]) -
         "bins": bins,
         "calibration": charts.calibration_chart(bins),
     }
+
+
+def _guesses(run: Run, row: int) -> list[tuple[str, float]]:
+    """The three most probable classes of a video, and its label where it comes next."""
+    label, names = run.predictions.labels[row], run.class_names
+    both = zip(run.predictions.classes[row], run.predictions.probabilities[row], strict=True)
+    return [
+        (names[int(number)], float(probability))
+        for place, (number, probability) in enumerate(both)
+        if place < 3 or number == label
+    ]
 
 
 def _classes_side_by_side(runs: Sequence[Run]) -> dict[str, Any]:
