@@ -4,6 +4,7 @@ Public: `View`, `middle_view`, `view_clip`, `draw_grid`, `draw_animation`.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -63,18 +64,24 @@ def middle_view(batch: dict[str, np.ndarray], config: Any) -> dict[str, np.ndarr
     return {key: batch[key][:, view] for key in ("spatial", "temporal") if key in batch}
 
 
-def view_clip(model: Any, clips: dict[str, np.ndarray], rollout: bool = False) -> View:
+def view_clip(
+    model: Any,
+    clips: dict[str, np.ndarray],
+    rollout: bool = False,
+    kinds: Sequence[str] = tuple(_KINDS),
+) -> View:
     """The maps of one clip.
 
     Args:
       model: of `trained.load`.
       clips: uint8 "spatial" [1, S, H, W, 3] and "temporal" [1, G, H', W', 3].
       rollout: see `attention.roll_out`.
+      kinds: of the maps, see `View`.
     """
     patch = model.module.config.patch_size
     maps = {}
-    for kind, adapted in _KINDS.items():
-        by_path = attention.class_attention(model, clips, adapted, rollout)
+    for kind in kinds:
+        by_path = attention.class_attention(model, clips, _KINDS[kind], rollout)
         maps[kind] = {path: attention.over_pixels(m, patch)[0] for path, m in by_path.items()}
     return View(
         images={path: clips[path][0] for path in model.module.paths},

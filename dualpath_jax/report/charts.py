@@ -28,7 +28,7 @@ class Series:
       name: for legend and read-out.
       colour: its number among the page's colours.
       points: (step, value), finite, steps not falling.
-      dots: draw the points too.
+      dots: draw the points alone, not a line through them.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Chart:
     Attributes:
       title, summary: the second for those who do not see it.
       x_ticks, y_ticks: (place, label).
-      lines: for each series name, colour, path (SVG) and dots, places (x, y).
+      lines: for each series name, colour, path (SVG) or dots, places (x, y).
       readout: JSON for page.js: the scale, and steps and values of each series.
     """
 
@@ -93,7 +93,7 @@ def line_chart(
         thin = _thinned(line.points)
         places = [(round(x(step), 1), round(y(value), 1)) for step, value in thin]
         dots = places if line.dots or len(places) == 1 else []
-        path = "M" + "L".join(f"{px:g} {py:g}" for px, py in places)
+        path = "" if dots else "M" + "L".join(f"{px:g} {py:g}" for px, py in places)
         lines.append({"name": line.name, "colour": line.colour, "path": path, "dots": dots})
         readout.append(
             {

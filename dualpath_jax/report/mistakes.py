@@ -25,6 +25,7 @@ TILES = 4  # pictures side by side
 HEIGHT = 112  # pixels of such a picture
 SMALL_TILES, SMALL_ROWS = 8, 2  # of the frames of framesets, which are small
 _QUALITY = 80  # of the JPEG
+_KIND = "with adaptation"  # of the maps of attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _attention(run: Run, videos: _Chosen, backbone: str | None) -> Iterator[list
     ):
         clip = attention_view.middle_view(batch, config)
         try:
-            view = attention_view.view_clip(model, clip)
+            view = attention_view.view_clip(model, clip, kinds=[_KIND])
         except ValueError as problem:  # another method, or no class token
             run.lacks(f"no maps of attention: {_line(problem)}")
             return
@@ -167,7 +168,7 @@ def _paths(view: attention_view.View) -> list[Strip]:
         tiles, rows = (TILES, 1) if path == "spatial" else (SMALL_TILES, SMALL_ROWS)
         down = HEIGHT * TILES // tiles
         across = round(down * images.shape[2] / images.shape[1])
-        over = apart.overlays(path, "with adaptation", (across, down))
+        over = apart.overlays(path, _KIND, (across, down))
         chosen = [over[i] for i in _spread(len(over), tiles * rows)]
         found.append(_strip(f"where the {path} path looks", chosen, tiles))
     return found

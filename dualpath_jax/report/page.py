@@ -56,6 +56,7 @@ def render(runs: Sequence[Run], mistakes: Sequence[int], strips: dict[str, list[
         "figures": _figure_rows(runs),
         "charts": [chart for chart in _curves(runs) if chart],
         "size": (charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.RIGHT, charts.TOP, charts.BOTTOM),
+        "parameters": _parameters(runs),
         "settings": _settings(runs),
         "environments": _environments(runs),
     }
@@ -143,6 +144,18 @@ def _figures(run: Run) -> dict[str, str]:
     if results:
         found["SHA-256 of the backbone"] = as_text(results.get("backbone_sha256"))
     return found
+
+
+def _parameters(runs: Sequence[Run]) -> list[tuple[str, dict[str, list[int]]]]:
+    """Tables of parameters, each with the names of the runs that have it."""
+    tables: list[tuple[list[str], dict[str, list[int]]]] = []
+    for run in runs:
+        names = next((names for names, table in tables if table == run.parameters), None)
+        if names is not None:
+            names.append(run.name)
+        elif run.parameters:
+            tables.append(([run.name], run.parameters))
+    return [(", ".join(names), table) for names, table in tables]
 
 
 def _settings(runs: Sequence[Run]) -> dict[str, Any] | None:

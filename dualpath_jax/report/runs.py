@@ -4,7 +4,6 @@ Public: `Run`, `Missing`, `Predictions`, `read_runs`.
 """
 
 import dataclasses
-import math
 import os
 import pathlib
 import shlex
@@ -26,6 +25,7 @@ from dualpath_jax.untrusted import parse_json, read_json, shown
 _PROGRAM = "python -m dualpath_jax.main"
 _LEFT = ("config.json", "metrics.jsonl", "results.json", "environment.json")  # any of these
 _SCORES = ("top1", "top5", "mean_class_accuracy")  # of results.json, in 0..1
+_COUNTS = ("num_videos", "step")  # likewise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,17 @@ def _read(run: Run, name: str, mode: str, what: str) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """A finite number that can be drawn."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and -1e18 < value < 1e18
+
+
+def _is_fraction(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_count(value: Any) -> bool:
+    return _is_number(value) and isinstance(value, int) and value >= 0
 
 
 def _read_metrics(run: Run) -> None:
@@ -197,7 +207,7 @@ def _read_metrics(run: Run) -> None:
         except ValueError:
             bad += 1  # the process died while it wrote this, or the file is damaged
             continue
-        if _is_number(entry.get("step")) and isinstance(entry.get("split"), str):
+        if _is_count(entry.get("step")) and isinstance(entry.get("split"), str):
             entries.append(entry)
         else:
             bad += 1
@@ -206,7 +216,7 @@ def _read_metrics(run: Run) -> None:
     if bad:
         run.lacks(f"{bad} lines of metrics.jsonl cannot be read and are left out")
     total = run.config.get("num_train_steps") or run.environment.get("num_train_steps")
-    run.num_train_steps = total if isinstance(total, int) else None
+    run.num_train_steps = total if _is_count(total) else None
     if not run.training:
         run.lacks("no entries of training in metrics.jsonl: there are no curves", run.command())
         return
@@ -224,10 +234,8 @@ def _read_results(run: Run) -> None:
     results = _read(run, name, "eval", "final figures")
     if not results:
         return
-    wrong = [key for key in _SCORES if not (_is_number(results.get(key)) and results[key] >= 0)]
-    counts = ("num_videos", "step")
-    wrong += [key for key in counts if not isinstance(results.get(key), int) or results[key] < 0]
-    wrong += [key for key in _SCORES if key not in wrong and not results[key] <= 1]
+    wrong = [key for key in _SCORES if not _is_fraction(results.get(key))]
+    wrong += [key for key in _COUNTS if not _is_count(results.get(key))]
     if wrong:
         values = ", ".join(f"{key}={shown(results.get(key))}" for key in wrong)
         run.lacks(f"{name} is damaged ({values})", run.command("eval"))
@@ -314,7 +322,7 @@ def _count_parameters(run: Run) -> None:
     try:
         config = ml_collections.ConfigDict(run.config)
         outline = run_lib.outline(config, len(run.class_names))
-    except (ValueError, KeyError, AttributeError, TypeError) as problem:
+    except (ValueError, KeyError, AttributeError, TypeError, ArithmeticError) as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         run.lacks(f"no table of parameters: config.json does not describe a model ({reason})")
         return
@@ -324,7 +332,7 @@ def _count_parameters(run: Run) -> None:
 def points(entries: list[dict[str, Any]], key: str) -> Iterator[tuple[float, float]]:
     """(step, value) of the entries that have a finite number under `key`."""
     for entry in entries:
-        if _is_number(entry.get(key)) and math.isfinite(entry[key]):
+        if _is_number(entry.get(key)):
             yield float(entry["step"]), float(entry[key])
 
 
