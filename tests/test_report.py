@@ -340,6 +340,7 @@ def test_splits_of_one_run(tmp_path):
     assert [run.name for run in found] == ["split1", "split2", "split3"]
 
 
+@pytest.mark.slow
 def test_pictures_of_a_real_run(config, tmp_path):
     """Untrained, with a checkpoint; what it said is made up: videos and attention are drawn."""
     dataset = VideoDataset(config.data.dir, "test")

@@ -98,10 +98,8 @@ def line_chart(
         readout.append(
             {
                 "name": line.name,
-                "colour": line.colour,
                 "steps": [step for step, _ in thin],
                 "values": [value for _, value in thin],
-                "y": [place for _, place in places],
             }
         )
     x_values = [tick for tick in _ticks(0, steps.max()) if tick <= steps.max()]

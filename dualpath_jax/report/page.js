@@ -20,9 +20,10 @@ function readOut(figure) {
     const step = steps[chosen];
     const told = [];
     for (const line of series) {
-      const at = line.steps.indexOf(step);
-      if (at < 0) continue;
-      const value = line.values[at];
+      const apart = line.steps.map((other) => Math.abs(other - step));
+      const least = Math.min(...apart);
+      if (least > 0.02 * (last[0] - first[0])) continue; // it has nothing here
+      const value = line.values[apart.indexOf(least)];
       const text = percent ? asPercent(value) : String(+value.toPrecision(4));
       told.push(series.length > 1 ? `${line.name} ${text}` : text);
     }
