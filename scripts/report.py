@@ -52,7 +52,7 @@ def make_report(args: argparse.Namespace) -> None:
     html = page.render(found, rows, pictures)
     write_whole(epath.Path(args.out), html)
     missing = sum(len(run.missing) for run in found)
-    told = f", {missing} things are missing and named on it" if missing else ""
+    told = f"; what is missing is named on it ({missing})" if missing else ""
     print(f"wrote {args.out}, {len(html) / 1e6:.1f} MB{told}", flush=True)
 
 

@@ -159,7 +159,7 @@ DAMAGE = {
     ),
     "died while writing": (
         lambda w: (w / "metrics.jsonl").open("a").write('{"step": 16'),
-        "1 lines of metrics.jsonl cannot be read",
+        "lines of metrics.jsonl that cannot be read, and are left out: 1",
     ),
     "no evaluation": (lambda w: (w / "results.json").unlink(), f"no evaluation.*{EVALUATE}"),
     "older evaluation": (
@@ -218,7 +218,7 @@ def test_what_is_missing_is_told_and_the_rest_shown(case, tmp_path, report):
     damage, message = DAMAGE[case]
     damage(workdir)
     status, html, printed = report(f"--workdir={workdir}", "--mistakes=0")
-    assert (status, "missing and named on it" in printed) == (0, True)
+    assert (status, "; what is missing is named on it (" in printed) == (0, True)
     items = re.findall(r"<li>(.*?)</li>", html, flags=re.S)
     items = [unescape(re.sub("<.*?>", "", item)) for item in items]
     assert any(re.search(message, " ".join(item.split())) for item in items), items

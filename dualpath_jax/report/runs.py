@@ -214,7 +214,7 @@ def _read_metrics(run: Run) -> None:
     run.training = [entry for entry in entries if entry["split"] == "train"]
     run.evaluations = [entry for entry in entries if entry["split"] != "train"]
     if bad:
-        run.lacks(f"{bad} lines of metrics.jsonl cannot be read and are left out")
+        run.lacks(f"lines of metrics.jsonl that cannot be read, and are left out: {bad}")
     total = run.config.get("num_train_steps") or run.environment.get("num_train_steps")
     run.num_train_steps = total if _is_count(total) else None
     if not run.training:
