@@ -27,6 +27,7 @@ from dualpath_jax.untrusted import check_size, parse_json, shown
 from dualpath_jax.weight_files import MAX_BYTES
 
 FORMAT = 1
+_REMEDY = "copy it again, or write it again with scripts/export_adapter.py"
 _KEYS = {
     "method": str,
     "backbone_name": str,
@@ -67,10 +68,14 @@ def read_adapter(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             _check_metadata(path, metadata)
             leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path!r} is not a readable safetensors file: {error}") from None
+        raise ValueError(
+            f"{path!r} is not a readable safetensors file: {error}; {_REMEDY}"
+        ) from None
     foreign = {str(leaf.dtype) for leaf in leaves.values()} - {"float32"}
     if foreign:
-        raise ValueError(f"{path!r} has parameters of {', '.join(sorted(foreign))}, not float32")
+        raise ValueError(
+            f"{path!r} has parameters of {', '.join(sorted(foreign))}, not float32; {_REMEDY}"
+        )
     return leaves, metadata
 
 
@@ -82,9 +87,11 @@ def _check_metadata(path: str, metadata: dict[str, Any]) -> None:
         )
     for key, kind in _KEYS.items():
         if not isinstance(metadata.get(key), kind):
-            raise ValueError(f"{path!r} is damaged: its {key} is {shown(metadata.get(key))}")
+            raise ValueError(
+                f"{path!r} is damaged: its {key} is {shown(metadata.get(key))}; {_REMEDY}"
+            )
     if not all(isinstance(name, str) for name in metadata["class_names"]):
-        raise ValueError(f"{path!r} is damaged: its class_names are not all text")
+        raise ValueError(f"{path!r} is damaged: its class_names are not all text; {_REMEDY}")
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
 """What a model looks at in one clip, drawn: both paths, with and without adaptation (Fig. 4, A1).
 
-Public: `View`, `view_clip`, `draw_grid`, `draw_animation`.
+Public: `View`, `middle_view`, `view_clip`, `draw_grid`, `draw_animation`.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,18 +57,31 @@ class View:
         return [pictures.enlarge(image, size) for image in self.images[path]]
 
 
-def view_clip(model: Any, clips: dict[str, np.ndarray], rollout: bool = False) -> View:
+def middle_view(batch: dict[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
+    """Of clips with all views [B, V, ...], the one in the middle of time and picture [B, ...]."""
+    crops = config.eval.spatial_crops
+    view = config.eval.temporal_views // 2 * crops + crops // 2
+    return {key: batch[key][:, view] for key in ("spatial", "temporal") if key in batch}
+
+
+def view_clip(
+    model: Any,
+    clips: dict[str, np.ndarray],
+    rollout: bool = False,
+    kinds: Sequence[str] = tuple(_KINDS),
+) -> View:
     """The maps of one clip.
 
     Args:
       model: of `trained.load`.
       clips: uint8 "spatial" [1, S, H, W, 3] and "temporal" [1, G, H', W', 3].
       rollout: see `attention.roll_out`.
+      kinds: of the maps, see `View`.
     """
     patch = model.module.config.patch_size
     maps = {}
-    for kind, adapted in _KINDS.items():
-        by_path = attention.class_attention(model, clips, adapted, rollout)
+    for kind in kinds:
+        by_path = attention.class_attention(model, clips, _KINDS[kind], rollout)
         maps[kind] = {path: attention.over_pixels(m, patch)[0] for path, m in by_path.items()}
     return View(
         images={path: clips[path][0] for path in model.module.paths},

@@ -37,9 +37,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(arguments: argparse.Namespace):
-    """The `trained.Trained` that the options of `add_model` name."""
+    """The `trained.Trained` that the options of `add_model` name; errors as `trained.load`."""
     from dualpath_jax import trained
 
+    if arguments.adapter and not arguments.adapter.endswith(".safetensors"):
+        raise ValueError(
+            f"--adapter={arguments.adapter!r} is no .safetensors file, which is what "
+            "scripts/export_adapter.py writes; the folder of a run is --workdir"
+        )
     path = arguments.workdir or arguments.adapter
     return trained.load(path, arguments.backbone, arguments.checkpoint)
 

@@ -1,12 +1,25 @@
 """Environment variables that JAX and TensorFlow read when they are imported: `prepare` sets them.
 
-Public: `prepare`, `cache_folder`. What the user has set stays.
+Public: `prepare`, `cache_folder`; `describe`, what a run had: command, versions, devices. What the
+user has set stays.
 """
 
+import collections
+import contextlib
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import platform
+import shlex
+import sys
+from typing import Any
+
+# Packages that decide what a training computes, and how fast.
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow"),
+    *("tensorflow-cpu", "array_record", "ml_collections"),
+)
 
 
 def prepare() -> None:
@@ -32,3 +45,24 @@ def cache_folder() -> pathlib.Path:
         kind += next((line for line in lines if line.startswith(("flags", "Features"))), "")
     digest = hashlib.sha256(kind.encode()).hexdigest()[:12]
     return pathlib.Path(cache) / "dualpath_jax" / f"compiled-{digest}"
+
+
+def describe() -> dict[str, Any]:
+    """What this process runs on, for JSON: `command`, `versions`, `devices` by kind, and so on."""
+    import jax
+
+    import dualpath_jax
+
+    versions = {"dualpath_jax": dualpath_jax.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "versions": versions,
+        "devices": dict(collections.Counter(device.device_kind for device in jax.devices())),
+        "processes": jax.process_count(),
+        "cpu_cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }

@@ -1,6 +1,7 @@
 """Parameter trees: what trains, what decays, splitting, counting.
 
-Public: `trainable_mask`, `decay_mask`, `split`, `merge`, `unstack`, `flatten`, `count`, `parameter_table`.
+Public: `trainable_mask`, `decay_mask`, `split`, `merge`, `unstack`, `flatten`, `count`,
+`parameter_groups`, `parameter_table`.
 
 A tree split into trainable and frozen leaves keeps its structure; the holes are
 `optax.MaskedNode`, which has no leaves, as in optax's own masks.
@@ -78,8 +79,8 @@ def count(tree: Tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def parameter_table(params: Tree, mask: Tree) -> str:
-    """Groups of parameters with their count, and how many train and decay."""
+def parameter_groups(params: Tree, mask: Tree) -> dict[str, list[int]]:
+    """Group of parameters -> [how many, of these trainable, of these decayed]; "total" is last."""
     decays = flatten(decay_mask(params))
     trained = flatten(mask)
     groups: dict[str, list[int]] = {}
@@ -91,9 +92,14 @@ def parameter_table(params: Tree, mask: Tree) -> str:
         row[0] += size
         row[1] += size * trained[path]
         row[2] += size * (trained[path] and decays[path])
+    return groups | {"total": [sum(column) for column in zip(*groups.values(), strict=True)]}
+
+
+def parameter_table(params: Tree, mask: Tree) -> str:
+    """`parameter_groups` for people."""
     rows = [("group", "parameters", "trainable", "decayed")]
-    rows += [(group, *(f"{n:,}" for n in row)) for group, row in groups.items()]
-    rows.append(("total", *(f"{sum(column):,}" for column in zip(*groups.values(), strict=True))))
+    for group, row in parameter_groups(params, mask).items():
+        rows.append((group, *(f"{n:,}" for n in row)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         "  ".join([r[0].ljust(widths[0]), *(r[i].rjust(widths[i]) for i in (1, 2, 3))])

@@ -1,9 +1,10 @@
 """Pictures of attention: heat maps over frames, grids of them as PNG, a clip as GIF.
 
-Public: `enlarge`, `heat`, `Row`, `grid`, `write_png`, `write_gif`.
+Public: `enlarge`, `heat`, `Row`, `grid`, `write_png`, `write_gif`, `new_name`.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -79,3 +80,14 @@ def write_gif(path: str, pictures: Sequence[Image.Image], milliseconds: int = 20
     colours = [picture.convert("P", palette=Image.Palette.ADAPTIVE) for picture in pictures]
     first, *others = colours
     first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
+
+
+def new_name(folder: pathlib.Path, video: str, taken: set[str]) -> pathlib.Path:
+    """Path without suffix for the pictures of `video`; videos of one name are numbered."""
+    stem = name = pathlib.Path(video).stem
+    number = 1
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}"
+    taken.add(name)
+    return folder / name

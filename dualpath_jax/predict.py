@@ -3,22 +3,27 @@
 Public: `Found`, `find_videos`, `predict_videos`, `line`.
 """
 
+import collections
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 
 import numpy as np
 import tqdm
 
-from dualpath_jax import trained, windows
+from dualpath_jax import prediction_view, trained, windows
 from dualpath_jax.bar import Bar
-from dualpath_jax.data import decode
-from dualpath_jax.data.workers import Failure, WorkerPool
+from dualpath_jax.data import decode, pipeline
+from dualpath_jax.data.workers import Failure, WorkerPool, streams
 
 # Files of a folder that are taken for videos.
 VIDEO_SUFFIXES = frozenset(
     (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 )
+
+
+LIMITS = decode.DecodeLimits()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,18 +80,25 @@ def predict_videos(
     window: float | None = None,
     stride: float | None = None,
     features: str | None = None,
+    pictures: str | None = None,
     progress: bool = False,
 ) -> int:
     """Show what `model` says of each video, or of each window; returns how many are bad.
 
-    Videos are decoded in processes that can be killed, windows in this one, frame by frame.
+    All are decoded in processes that can be killed, within `LIMITS`, whose seconds are for a whole
+    video or for a window: whole videos several at a time, windows one after the other. The windows
+    before the place where a video turns out to be bad are shown.
 
     Args:
       top_k: classes of each.
       window, stride: seconds; None: whole videos; half a window.
       features: file .npz to write, with `video` (and `start`, `end`) and for each an entry of
         every array of `Trained.features`.
+      pictures: folder for a picture of each video, see `prediction_view`.
       progress: show how far it is, see `bar`.
+
+    Raises:
+      ValueError: an option makes no sense.
     """
     if top_k < 1:
         raise ValueError(f"--top_k={top_k} must be at least 1")
@@ -94,11 +106,18 @@ def predict_videos(
         raise ValueError(f"--features={features!r} must end with .npz")
     if stride is not None and window is None:
         raise ValueError(f"--stride={stride:g} needs --window")
-    parts = _whole(model, videos) if window is None else _windows(model, videos, window, stride)
+    if window is None:
+        parts = _whole(model, videos)
+    else:
+        stride = window / 2 if stride is None else stride
+        windows.check(window, stride)
+        parts = _windows(model, videos, window, stride)
+    drawn = prediction_view.Pictures(pictures, model.class_names, top_k) if pictures else None
     bad, kept, places = set(), [], []
     with Bar(len(videos), "predict", "videos", shown=progress) as bar:
-        for number, clips, found in parts:
-            bar.reach(number)
+        for part, clips in _with_clips(model, parts):
+            bar.reach(part.number)
+            found = part.found
             if clips is None:
                 bad.add(found.video)
             else:
@@ -108,44 +127,73 @@ def predict_videos(
                 if features:
                     kept.append(arrays)
                     places.append(found)
+                if drawn:
+                    probabilities = trained.mean_probabilities(arrays["logits"])
+                    drawn.add(part.number, found, part.frames, probabilities)
             with tqdm.tqdm.external_write_mode():
                 show(found)
         bar.reach(len(videos))
+    if drawn:
+        drawn.close()
     if features:
         _write_features(features, kept, places)
     return len(bad)
 
 
-_Part = tuple[int, trained.pipeline.Batch | None, Found]  # number of the video, clips, what of it
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A video or a window: the number of its video, its frames (None: bad), what is known of it."""
+
+    number: int
+    frames: trained.Frames | None
+    found: Found
 
 
 def _whole(model: trained.Trained, videos: Sequence[str]) -> Iterator[_Part]:
-    limits = decode.DecodeLimits()
-    arguments = [(video, trained.SHORT_SIDE, trained.QUALITY, limits) for video in videos]
+    arguments = [(video, trained.SHORT_SIDE, trained.QUALITY, LIMITS) for video in videos]
     workers = min(len(videos), os.cpu_count() or 1)
-    with WorkerPool(workers, limits) as pool:
+    with WorkerPool(workers, LIMITS) as pool:
         results = pool.map(decode.video_to_jpegs, arguments)
         for number, (video, result) in enumerate(zip(videos, results, strict=True)):
             if isinstance(result, Failure):
-                yield number, None, Found(video, [], [], note=result.reason)
+                yield _Part(number, None, Found(video, [], [], note=result.reason))
                 continue
             jpegs, facts = result
-            clips = model.clips_of(jpegs, facts.height, facts.width, video)
-            yield number, clips, Found(video, [], [], note=facts.truncated)
+            frames = trained.Frames(jpegs, facts.height, facts.width, video, model.class_names)
+            yield _Part(number, frames, Found(video, [], [], note=facts.truncated))
 
 
 def _windows(
-    model: trained.Trained, videos: Sequence[str], seconds: float, stride: float | None
+    model: trained.Trained, videos: Sequence[str], seconds: float, stride: float
 ) -> Iterator[_Part]:
-    stride = seconds / 2 if stride is None else stride
-    for number, video in enumerate(videos):
-        sizes = (trained.SHORT_SIDE, trained.QUALITY)
-        try:
-            for one in windows.windows(video, seconds, stride, *sizes):
-                clips = model.clips_of(one.jpegs, one.height, one.width, video)
-                yield number, clips, Found(video, [], [], one.start, one.end)
-        except decode.VideoError as error:
-            yield number, None, Found(video, [], [], note=str(error))
+    sizes = (trained.SHORT_SIDE, trained.QUALITY)
+    arguments = [(video, seconds, stride, *sizes) for video in videos]
+    for number, one in streams(windows.windows, arguments, LIMITS):
+        video = videos[number]
+        if isinstance(one, Failure):
+            yield _Part(number, None, Found(video, [], [], note=one.reason))
+            continue
+        frames = trained.Frames(one.jpegs, one.height, one.width, video, model.class_names)
+        yield _Part(number, frames, Found(video, [], [], one.start, one.end, one.note))
+
+
+_AHEAD = 2  # parts whose clips are made while the model is at an earlier one
+
+
+def _with_clips(
+    model: trained.Trained, parts: Iterable[_Part]
+) -> Iterator[tuple[_Part, pipeline.Batch | None]]:
+    """Each part with its clips, in order."""
+    waiting = collections.deque()
+    with futures.ThreadPoolExecutor(1) as executor:
+        for part in parts:
+            made = executor.submit(model.clips_of, part.frames) if part.frames else None
+            waiting.append((part, made))
+            if len(waiting) > _AHEAD:
+                part, made = waiting.popleft()
+                yield part, made and made.result()
+        for part, made in waiting:
+            yield part, made and made.result()
 
 
 def _write_features(

@@ -4,6 +4,7 @@ Public: `make_train_step`, `jit_train_step`, `Plan`, `make_plan`, `train`, `rest
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from dualpath_jax import adapter_file, evaluate, preprocess, sharding
+from dualpath_jax import adapter_file, environment, evaluate, preprocess, sharding
 from dualpath_jax import params as params_lib
 from dualpath_jax.checkpoint import Checkpoints, changes
 from dualpath_jax.data.broken import BrokenVideos
@@ -206,6 +207,9 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
     if jax.process_index() == 0:
         text = config.to_json_best_effort(indent=2) + "\n"
         write_whole(epath.Path(run.workdir) / "config.json", text)
+        start = {"first_step": first_step, "num_train_steps": plan.num_steps}
+        text = json.dumps(environment.describe() | start, indent=2) + "\n"
+        write_whole(epath.Path(run.workdir) / "environment.json", text)
     reporter = Reporter(run.workdir, plan.num_steps, config.data.batch_size)
     train_step = jit_train_step(run.model, config, run.optimizer, run.mesh, run.state)
     broken = BrokenVideos(dataset.ids, config.data.max_broken_videos)

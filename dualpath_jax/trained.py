@@ -1,11 +1,15 @@
 """A trained model from its workdir, and video files as evaluation would see them.
 
-Public: `Trained`, `Prediction`, `load`, `read_trained`; `load` is `dualpath_jax.load`.
+Public: `Trained`, `Prediction`, `Frames`, `mean_probabilities`, `load`, `read_trained`; `load` is
+`dualpath_jax.load`.
 """
 
 import dataclasses
 import functools
+import io
+import json
 import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +19,16 @@ import ml_collections
 import numpy as np
 from etils import epath
 from flax import traverse_util
+from PIL import Image
 
+from configs import base
 from dualpath_jax import adapter_file, convert, evaluate, preprocess
 from dualpath_jax import params as params_lib
 from dualpath_jax import run as run_lib
 from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from dualpath_jax.data import decode, pipeline
 from dualpath_jax.data.records import encode_frame
+from dualpath_jax.data.workers import Failure, WorkerPool
 from dualpath_jax.models import tuning
 
 SHORT_SIDE, QUALITY = 256, 90  # of stored frames, as scripts/prepare_dataset.py has them
@@ -54,6 +61,10 @@ class Frames:
         del video_index
         return [encode_frame(self._jpegs[frame]) for frame in frame_indices]
 
+    def image(self, frame: int) -> Image.Image:
+        """One frame, RGB."""
+        return Image.open(io.BytesIO(self._jpegs[frame])).convert("RGB")
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -70,7 +81,7 @@ class Prediction:
     @classmethod
     def of(cls, logits: np.ndarray, class_names: Sequence[str], top_k: int) -> "Prediction":
         """From logits [V, classes]."""
-        probabilities = np.asarray(jax.nn.softmax(logits, axis=-1)).mean(axis=0)
+        probabilities = mean_probabilities(logits)
         best = np.argsort(-probabilities, kind="stable")[: max(1, top_k)]
         return cls([class_names[i] for i in best], [float(probabilities[i]) for i in best])
 
@@ -91,32 +102,39 @@ class Trained:
     params: Any
     class_names: list[str]
     step: int
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False)
 
     def clips(self, video: str | os.PathLike[str]) -> pipeline.Batch:
         """All views of a video file, as `pipeline.eval_batches` makes them: a batch of one.
 
+        The file is decoded in a process that can be killed, with the limits of
+        `decode.DecodeLimits`. It starts with the first video, and is kept for those to come.
+
         Raises:
-          decode.VideoError: the file cannot be decoded.
+          decode.VideoError: the file cannot be decoded, or hangs or crashes the decoder.
         """
         path = os.fspath(video)
-        jpegs, facts = decode.video_to_jpegs(path, SHORT_SIDE, QUALITY, decode.DecodeLimits())
-        return self.clips_of(jpegs, facts.height, facts.width, path)
+        arguments = (path, SHORT_SIDE, QUALITY, decode.DecodeLimits())
+        with self._lock:
+            (result,) = self._pool.map(decode.video_to_jpegs, [arguments])
+        if isinstance(result, Failure):
+            raise decode.VideoError(f"{path}: {result.reason}")
+        jpegs, facts = result
+        return self.clips_of(Frames(jpegs, facts.height, facts.width, path, self.class_names))
 
-    def clips_of(
-        self, jpegs: Sequence[bytes], height: int, width: int, name: str
-    ) -> pipeline.Batch:
-        """As `clips`, of frames that are decoded already, see `Frames`."""
-        config = self.config
-        return next(
-            pipeline.eval_batches(
-                Frames(jpegs, height, width, name, self.class_names),
-                config.data,
-                config.eval.temporal_views,
-                config.eval.spatial_crops,
-                batch_size=1,
-                framesets=tuning.takes_framesets(config.model.method),
-            )
-        )
+    def clips_of(self, frames: Frames) -> pipeline.Batch:
+        """As `clips`, of frames that are decoded already. Threads may call it at the same time."""
+        return self._make_clips(frames)
+
+    @functools.cached_property
+    def _make_clips(self) -> pipeline.EvalClips:
+        views = (self.config.eval.temporal_views, self.config.eval.spatial_crops)
+        framesets = tuning.takes_framesets(self.config.model.method)
+        return pipeline.EvalClips(self.config.data, *views, framesets)
+
+    @functools.cached_property
+    def _pool(self) -> WorkerPool:
+        return WorkerPool(1, decode.DecodeLimits())
 
     @functools.cached_property
     def _logits(self) -> Any:
@@ -146,7 +164,7 @@ class Trained:
         """The `top_k` most probable classes of a video file, by all views of evaluation.
 
         Raises:
-          decode.VideoError: the file cannot be decoded.
+          decode.VideoError: as `clips`.
         """
         return Prediction.of(self.logits(self.clips(video)), self.class_names, top_k)
 
@@ -155,6 +173,11 @@ class Trained:
         if self.config.model.method != "dualpath":
             return {"logits": self.logits(clips)}
         return {k: np.asarray(v) for k, v in self._features(self.params, arrays(clips)).items()}
+
+
+def mean_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Of logits [V, classes] of the views of a video: [classes] float32 in 0..1."""
+    return np.asarray(jax.nn.softmax(logits, axis=-1)).mean(axis=0)
 
 
 def arrays(clips: pipeline.Batch) -> dict[str, np.ndarray]:
@@ -209,11 +232,12 @@ def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> 
 
     Raises:
       OSError: a file is not there.
-      ValueError: no checkpoint, a damaged one, or another backbone than the run's.
+      ValueError: no checkpoint, a damaged one, parameters that do not belong to the model, or
+        another backbone than the run's.
     """
     path = os.fspath(path)
     leaves, saved = read_trained(path, checkpoint)
-    config = ml_collections.ConfigDict(saved["config"])
+    config = _check(path, leaves, saved)
     file = backbone or config.backbone.checkpoint
     if not file:
         raise ValueError(f"{path} does not say where its backbone is: pass --backbone=FILE")
@@ -231,3 +255,25 @@ def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> 
     params = traverse_util.unflatten_dict(params, sep="/")
     class_names, step = list(saved["class_names"]), saved["step"]
     return Trained(config, module, jax.device_put(params), class_names, step)
+
+
+def _check(path: str, leaves: dict[str, np.ndarray], saved: dict[str, Any]) -> Any:
+    """The config of a trained model; ValueError unless the model that it builds has its leaves."""
+    remedy = "take the file of the run itself, or write it again (scripts/export_adapter.py)"
+    try:
+        config = ml_collections.ConfigDict(json.loads(base.get_config().to_json_best_effort()))
+        with config.ignore_type():
+            config.update(saved["config"])  # what it lacks is younger than it, and as by default
+        outline = run_lib.outline(config, len(saved["class_names"]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its config builds no model ({error}): {remedy}") from None
+    trains = params_lib.flatten(outline.mask)
+    shapes = {n: p.shape for n, p in params_lib.flatten(outline.params).items() if trains[n]}
+    for name in sorted(shapes.keys() | leaves.keys()):
+        has = f"{name} of shape {leaves[name].shape}" if name in leaves else f"no {name}"
+        wants = f"{name} of shape {shapes[name]}" if name in shapes else f"no {name}"
+        if has != wants:
+            raise ValueError(f"{path} has {has}, its config builds {wants}: {remedy}")
+        if not np.isfinite(leaves[name]).all():
+            raise ValueError(f"{path} is damaged: {name} has values that are no numbers: {remedy}")
+    return config

@@ -1,9 +1,10 @@
 """A long video in sliding windows, with the frames of one window in memory.
 
-Public: `Window`, `windows`.
+Public: `Window`, `windows`, `check`.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from dualpath_jax.data import decode
@@ -18,6 +19,7 @@ class Window:
     Attributes:
       start, end: seconds from its beginning, by the frame rate that the file states.
       jpegs: its frames; `height` x `width` pixels each.
+      note: of the last window, what of the video is missing, see `decode.FrameReader`; else "".
     """
 
     start: float
@@ -25,6 +27,14 @@ class Window:
     jpegs: list[bytes]
     height: int
     width: int
+    note: str = ""
+
+
+def check(seconds: float, stride: float) -> None:
+    """ValueError for what is no length of a window or no stride."""
+    for name, value in (("window", seconds), ("stride", stride)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{name}={value:g} must be a number of seconds above 0")
 
 
 def windows(
@@ -34,17 +44,17 @@ def windows(
 
     Args:
       path: a video file.
-      seconds: length of a window; a shorter video is one window.
-      stride: from the beginning of a window to that of the next. What is left at the end after the
-        last whole window is a window of full length that ends there.
+      seconds: length of a window, to the nearest whole number of frames, at least one; a shorter
+        video is one window.
+      stride: from the beginning of a window to that of the next, likewise. What is left at the end
+        after the last whole window is a window of full length that ends there.
       short_side, quality: of the frames, see `decode.video_to_jpegs`.
 
     Raises:
-      ValueError: `seconds` or `stride` is not above 0.
+      ValueError: see `check`.
       decode.VideoError: the file cannot be decoded, or does not state its frame rate.
     """
-    if seconds <= 0 or stride <= 0:
-        raise ValueError(f"--window={seconds:g} and --stride={stride:g} must be above 0 seconds")
+    check(seconds, stride)
     reader = decode.decode_frames(path, EVERYTHING, short_side)
     if not reader.fps:
         raise decode.VideoError("it does not state its frame rate, which windows need")
@@ -54,20 +64,20 @@ def windows(
     first = count = covered = 0  # frame that kept[0] is; frames seen; end of the last window
     shape = (0, 0)
 
-    def window(start: int) -> Window:
+    def window(start: int, note: str = "") -> Window:
         jpegs = kept[start - first : start - first + length]
         end = start + len(jpegs)
-        return Window(start / reader.fps, end / reader.fps, jpegs, *shape)
+        return Window(start / reader.fps, end / reader.fps, jpegs, *shape, note)
 
     due = 0  # beginning of the next window
     for frame in reader:
+        if count == due + length:  # and it is not the last one
+            yield window(due)
+            covered, due = count, due + step
         kept.append(decode.to_jpeg(frame, quality))
         shape, count = frame.shape[:2], count + 1
         if count - first > length:  # the last `length` frames are enough for any window to come
             del kept[: count - first - length]
             first = count - length
-        if count == due + length:
-            yield window(due)
-            covered, due = count, due + step
     if covered < count:
-        yield window(max(0, count - length))
+        yield window(max(0, count - length), reader.truncated)

@@ -2,11 +2,12 @@
 
     python scripts/predict.py --workdir=runs/demo data/demo/raw/videos
     python scripts/predict.py --adapter=mine.safetensors --backbone=clip.safetensors clip.mp4 --json
-    python scripts/predict.py --workdir=runs/demo --window=2 --stride=1 long.mp4
+    python scripts/predict.py --workdir=runs/demo --window=2 --stride=1 --pictures=DIR long.mp4
 
 Each video is sampled, cropped and averaged over views as in evaluation. With --window a video is
-cut into windows, each of them treated as a video, with a line for each. A video that cannot be read
-is reported; the others are done all the same, and the exit status is then 1.
+cut into windows, each of them treated as a video, with a line for each. --pictures draws some
+frames of each video over its most probable classes, or over their probability in time. A video that
+cannot be read is reported; the others are done all the same, and the exit status is then 1.
 """
 
 import argparse
@@ -29,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     add("--window", type=float, help="length of a window of a long video, seconds (none)")
     add("--stride", type=float, help="from one window to the next, seconds (half a window)")
     add("--features", help="file .npz for y_SP, y_TP (of dualpath) and logits of every view")
+    add("--pictures", metavar="DIR", help="folder for a picture of each video, VIDEO.png")
     add("--json", action="store_true", help="print a line of JSON for each video or window")
     add("--quiet", action="store_true", help="no progress; there is none without a terminal")
     return made
@@ -54,6 +56,7 @@ def main() -> None:
             window=arguments.window,
             stride=arguments.stride,
             features=arguments.features,
+            pictures=arguments.pictures,
             progress=sys.stderr.isatty() and not arguments.quiet,
         )
     sys.exit(1 if bad else 0)

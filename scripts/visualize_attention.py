@@ -16,24 +16,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 from dualpath_jax.command import new_parser, user_errors  # noqa: E402
 
 
-def middle_view(batch: dict, config) -> dict:
-    """Of clips with all views [1, V, ...], the one in the middle of time and picture [1, ...]."""
-    crops = config.eval.spatial_crops
-    view = config.eval.temporal_views // 2 * crops + crops // 2
-    return {key: batch[key][:, view] for key in ("spatial", "temporal") if key in batch}
-
-
-def new_name(folder: pathlib.Path, video: str, taken: set[str]) -> pathlib.Path:
-    """Path without suffix for the pictures of `video`; videos of one name are numbered."""
-    stem = name = pathlib.Path(video).stem
-    number = 1
-    while name in taken:
-        number += 1
-        name = f"{stem}-{number}"
-    taken.add(name)
-    return folder / name
-
-
 def draw(args: argparse.Namespace) -> int:
     """Pictures of each video; returns how many could not be read."""
     from dualpath_jax import attention_view, pictures, trained
@@ -44,13 +26,13 @@ def draw(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for video in args.videos:
         try:
-            clips = middle_view(model.clips(video), model.config)
-        except (VideoError, OSError) as error:
-            print(f"error: {video}: {error}", file=sys.stderr)
+            clips = attention_view.middle_view(model.clips(video), model.config)
+        except VideoError as error:
+            print(f"error: {error}", file=sys.stderr)
             bad += 1
             continue
         view = attention_view.view_clip(model, clips, args.rollout)
-        path = new_name(folder, video, taken)
+        path = pictures.new_name(folder, video, taken)
         kind = "rollout" if args.rollout else "last block"
         grid = attention_view.draw_grid(view, f"{path.name}, {kind}")
         pictures.write_png(f"{path}.png", grid)

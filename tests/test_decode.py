@@ -30,7 +30,7 @@ from dualpath_jax.data.decode import (
     decode_frames,
     video_to_jpegs,
 )
-from dualpath_jax.data.workers import Failure, WorkerPool
+from dualpath_jax.data.workers import Failure, WorkerPool, streams
 
 LIMITS = DecodeLimits()
 
@@ -611,9 +611,88 @@ def test_pool_serves_several_maps_and_ends_its_workers():
         os.kill(second, 0)
 
 
-def refuse(connection, limits):
-    """Runs in place of the workers' main."""
-    os._exit(7)
+def acts(*what):
+    """Runs in a worker: an item for each, by `act`."""
+    for one in what:
+        yield act(*one)
+
+
+def test_streams_keep_what_came_before_a_failure():
+    jobs = [
+        [("return", 0), ("return", 1)],
+        [("return", 2), ("kill", signal.SIGSEGV), ("return", 3)],
+        [],
+        [("return", 4), ("sleep", 600)],
+        [("raise", VideoError("no frames"))],
+        [("sleep", 0.6), ("sleep", 0.6), ("sleep", 0.6)],  # together more than the limit, each less
+    ]
+    found = list(streams(acts, jobs, DecodeLimits(seconds=1.0)))
+    assert found == [
+        *((0, 0), (0, 1)),
+        *((1, 2), (1, Failure("the decoding process crashed (signal 11)"))),
+        *((3, 4), (3, Failure("took longer than 1 s"))),
+        (4, Failure("no frames")),
+        *[(5, 0.6)] * 3,
+    ]
+    assert list(streams(acts, [], LIMITS)) == []
+
+
+def touching(folder):
+    """Runs in a worker: a file for each item made."""
+    for number in range(30):
+        (folder / str(number)).touch()
+        yield number
+
+
+def test_streams_are_not_made_ahead(tmp_path):
+    """Four items are asked for at most; they wait until they are taken."""
+    for place, item in streams(touching, [(tmp_path,)], LIMITS):
+        assert place == 0
+        time.sleep(0.1 if item < 5 else 0)
+        assert len(list(tmp_path.iterdir())) <= item + 4
+    assert item == 29
+
+
+OURS = """
+from dualpath_jax.data import decode, workers
+with workers.WorkerPool(2, decode.DecodeLimits()) as pool:
+    print(os.getpid() not in set(pool.map(os.getpid, [()] * 4)))
+"""
+MULTIPROCESSING = """
+import multiprocessing
+process = multiprocessing.get_context("spawn").Process(target=os.getpid)
+process.start()
+process.join()
+print(process.exitcode == 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("file", OURS, ["once", "True"]),
+        ("stdin", OURS, ["once", "True"]),
+        ("-c", OURS, ["once", "True"]),
+        ("file", MULTIPROCESSING, ["once", "once", "False"]),
+        ("stdin", MULTIPROCESSING, ["once", "False"]),
+    ],
+)
+def test_workers_do_not_execute_the_main_module(tmp_path, how, code, said):
+    """It has no guard, and may have no file. What `multiprocessing` starts fails there."""
+    code = f"import os\nprint('once', flush=True)\n{code}"
+    (tmp_path / "main.py").write_text(code)
+    (tmp_path / "empty").touch()
+    with open(tmp_path / ("main.py" if how == "stdin" else "empty")) as stdin:
+        done = subprocess.run(
+            [sys.executable, *{"file": ["main.py"], "stdin": [], "-c": ["-c", code]}[how]],
+            env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])},
+            cwd=tmp_path,
+            stdin=stdin,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.stdout.splitlines() == said, done.stderr
 
 
 def test_workers_import_nothing_heavy():
@@ -627,7 +706,7 @@ def test_workers_import_nothing_heavy():
 
 
 def test_workers_that_never_start(monkeypatch):
-    monkeypatch.setattr(workers, "_worker_main", refuse)
+    monkeypatch.setattr(workers, "START", "import os; os._exit(7)")
     with (
         WorkerPool(1, LIMITS) as pool,
         pytest.raises(ChildProcessError, match="do not start .*exit code 7"),

@@ -1,10 +1,14 @@
 """What is set before JAX is imported, and that the user's own settings stay."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
+
+import dualpath_jax
 from dualpath_jax import environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -46,3 +50,14 @@ def test_a_second_start_compiles_nothing(tmp_path):
     assert counts()[0] == 0
     hits, _ = counts()
     assert hits >= 1
+
+
+def test_what_a_run_had(monkeypatch):
+    command = ["/usr/bin/python3", "-m", "dualpath_jax.main", "--workdir=a b"]
+    monkeypatch.setattr(sys, "orig_argv", command)
+    found = json.loads(json.dumps(environment.describe()))
+    assert found["command"] == "python -m dualpath_jax.main '--workdir=a b'"
+    assert found["versions"]["jax"] == jax.__version__
+    assert found["versions"]["dualpath_jax"] == dualpath_jax.__version__
+    assert found["devices"] == {"cpu": len(jax.devices())}
+    assert (found["processes"], found["xla_flags"]) == (1, os.environ["XLA_FLAGS"])

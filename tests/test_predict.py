@@ -1,5 +1,7 @@
 """A trained model on files: as evaluation sees them, in windows, bad ones among good ones."""
 
+import copy
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -8,10 +10,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-from video_files import write_video
+from PIL import Image
+from video_files import noise_frames, windows_then, write_video
 
 import dualpath_jax as dp
-from dualpath_jax import evaluate, predict, windows
+from dualpath_jax import adapter_file, evaluate, predict, prediction_view, trained, windows
 from dualpath_jax import params as params_lib
 from dualpath_jax import run as run_lib
 from dualpath_jax.checkpoint import Checkpoints
@@ -64,18 +67,27 @@ def test_as_in_evaluation(run, config, video, tmp_path):
     sums = evaluate.eval_step_sums(want, batch["label"], batch["mask"])
     model = dp.load(run.workdir)
     found = model.predict(video)
-    logits = model.logits(model.clips(video))
+    clips = model.clips(video)
+    logits = model.logits(clips)
+    for path in ("spatial", "temporal"):
+        assert np.array_equal(clips[path], batch[path])
     assert logits.shape == (2, 8)
     np.testing.assert_allclose(logits, want[0], rtol=0, atol=1e-5)
     hit = found.class_names[0] == dataset.class_names[dataset.labels[1]]
     assert int(sums["top1"]) == int(hit)
     probabilities = np.asarray(jax.nn.softmax(want[0])).mean(axis=0)
     np.testing.assert_allclose(found.probabilities, -np.sort(-probabilities)[:5], atol=1e-6)
-    assert np.abs(model.logits(next(batches))[0] - logits[0]).max() > 1e-3  # another video
+    other = next(batches)  # another video
+    assert np.abs(model.logits(other)[0] - logits[0]).max() > 1e-3
+    assert not np.array_equal(clips["spatial"], other["spatial"])
     # An adapter file gives the same; without its backbone an error that names it.
     file = str(tmp_path / "mine.safetensors")
     export_adapter.export(run.workdir, file, "latest")
     assert dp.load(file, backbone=config.backbone.checkpoint).predict(video) == found
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    with pytest.raises(decode.VideoError, match="bad.mp4: cannot be opened as a video"):
+        model.predict(tmp_path / "bad.mp4")
+    assert model.predict(video) == found  # all the same
     with pytest.raises(ValueError, match="no checkpoint evaluated during training"):
         dp.load(run.workdir, checkpoint="best")
     with pytest.raises(ValueError, match="no checkpoints in nowhere"):
@@ -119,6 +131,9 @@ def test_command(run, video, tmp_path, monkeypatch, capsys):
         ([folder, "--top_k=0"], "--top_k=0 must be at least 1"),
         ([folder, "--stride=1"], "--stride=1 needs --window"),
         ([folder, "--features=x.txt"], "--features='x.txt' must end with .npz"),
+        ([folder, "--window=nan"], "--window=nan must be a number of seconds above 0"),
+        ([folder, "--window=0"], "--window=0 must be a number of seconds above 0"),
+        ([folder, "--window=1", "--stride=-1"], "--stride=-1 must be a number of seconds above 0"),
     ):
         status, _, err = command(monkeypatch, capsys, "--workdir", run.workdir, *extra)
         assert status == 2
@@ -138,18 +153,145 @@ def test_windows_of_a_long_video(tmp_path):
     assert [(w.start, w.end) for w in windows.windows(path, 9, 4, 256, 90)] == [(0, 4.5)]
     gaps = [(w.start, w.end) for w in windows.windows(path, 1, 2, 256, 90)]
     assert gaps == [(0, 1), (2, 3), (3.5, 4.5)]
-    with pytest.raises(ValueError, match="--window=0 and --stride=1 must be above 0"):
-        list(windows.windows(path, 0, 1, 256, 90))
+    single = list(windows.windows(path, 0.001, 0.001, 256, 90))  # a frame, at least
+    assert [len(w.jpegs) for w in single] == [1] * 45
+    assert [w.jpegs[0] for w in single] == whole
+    for seconds, stride, message in (
+        (0, 1, "--window=0 must be a number of seconds above 0"),
+        (1, -1, "--stride=-1 must be"),
+        (float("nan"), 1, "--window=nan must be"),
+        (float("inf"), 1, "--window=inf must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(windows.windows(path, seconds, stride, 256, 90))
 
 
-def test_windows_command(run, video, monkeypatch, capsys):
+def test_windows_of_a_cut_video(tmp_path):
+    """The last window says what is missing; it ends where the video does."""
+    path = tmp_path / "cut.mp4"
+    options = {"movflags": "frag_keyframe+empty_moov"}
+    write_video(path, noise_frames(40), rate=10, options=options, gop=5)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    found = list(windows.windows(str(path), 1, 1, 256, 90))
+    whole, facts = decode.video_to_jpegs(str(path), 256, 90, decode.DecodeLimits())
+    assert 20 <= len(whole) < 40
+    assert facts.truncated
+    assert [w.note for w in found] == [""] * (len(found) - 1) + [facts.truncated]
+    assert found[-1].jpegs == whole[-10:]
+
+
+def test_windows_command(run, video, tmp_path, monkeypatch, capsys):
     arguments = ("--workdir", run.workdir, video, "--window=1", "--json")
+    arguments += (f"--pictures={tmp_path / 'pictures'}",)
     status, lines, _ = command(monkeypatch, capsys, *arguments)
     found = [json.loads(text) for text in lines]
     assert status == 0
     assert found[0]["start"] == 0
     assert found[0]["end"] == 1
     assert all(one["class_names"] for one in found)
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == [f"{video.stem}.png"]
+    # As one alone: the windows' clips are made while the model is at others.
+    model = dp.load(run.workdir)
+    for one, window in zip(found, windows.windows(str(video), 1, 0.5, 256, 90), strict=True):
+        frames = trained.Frames(window.jpegs, window.height, window.width, "x", model.class_names)
+        logits = model.logits(model.clips_of(frames))
+        alone = trained.Prediction.of(logits, model.class_names, 5)
+        assert (one["class_names"], one["probabilities"]) == (
+            *(alone.class_names, alone.probabilities),
+        )
+
+
+def test_windows_that_hang_or_crash_the_decoder(run, tmp_path, monkeypatch):
+    """The windows before stay, and the next video comes."""
+    names = ("crash.mp4", "hang.mp4", "good.mp4")
+    videos = [write_video(tmp_path / name, 40) for name in names]
+    monkeypatch.setattr(predict.windows, "windows", windows_then)
+    monkeypatch.setattr(predict, "LIMITS", decode.DecodeLimits(seconds=2))
+    shown = []
+    assert predict.predict_videos(dp.load(run.workdir), videos, shown.append, window=1) == 2
+    told = [(pathlib.Path(f.video).name, f.start, bool(f.class_names), f.note) for f in shown]
+    assert told == [
+        *[("crash.mp4", start, True, "") for start in (0, 0.5)],
+        ("crash.mp4", None, False, "the decoding process crashed (signal 11)"),
+        *[("hang.mp4", start, True, "") for start in (0, 0.5)],
+        ("hang.mp4", None, False, "took longer than 2 s"),
+        *[("good.mp4", start / 2, True, "") for start in range(7)],
+    ]
+
+
+def test_adapter_files_that_do_not_fit(run, tmp_path, monkeypatch, capsys):
+    good = str(tmp_path / "good.safetensors")
+    export_adapter.export(run.workdir, good, "latest")
+    leaves, metadata = adapter_file.read_adapter(good)
+    name = "spatial/class_token"
+    other = copy.deepcopy(metadata)
+    other["config"]["model"]["method"] = "linear"
+    nothing = copy.deepcopy(metadata)
+    nothing["config"]["backbone"]["name"] = "resnet"
+    cases = {
+        "lacks": (
+            {k: v for k, v in leaves.items() if k != name},
+            metadata,
+            f"has no {name}, its config builds {name} of shape",
+        ),
+        "shape": (leaves | {name: leaves[name][..., :3]}, metadata, f"has {name} of shape"),
+        "values": (leaves | {name: leaves[name] * np.nan}, metadata, f"damaged: {name} has values"),
+        "more": (leaves | {"x/y": leaves[name]}, metadata, "its config builds no x/y"),
+        "method": (leaves, other, "its config builds no classifier/hidden/bias"),
+        "config": (leaves, nothing, "its config builds no model (.*resnet"),
+    }
+    for case, (changed, described, message) in cases.items():
+        file = str(tmp_path / f"{case}.safetensors")
+        adapter_file.write_adapter(file, changed, described)
+        with pytest.raises(ValueError, match=message.replace("(", r"\(", 1)) as error:
+            dp.load(file)
+        assert str(error.value).startswith(file)
+        assert "scripts/export_adapter.py" in str(error.value)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(pathlib.Path(good).read_bytes()[:-100])
+    foreign = run.config.backbone.checkpoint
+    for file, message in (
+        (cut, f"'{cut}' is not a readable safetensors file"),
+        (foreign, f"'{foreign}' is not an adapter file of this package"),
+        (run.workdir, f"--adapter='{run.workdir}' is no .safetensors file"),
+        (tmp_path / "no.safetensors", f"no adapter file '{tmp_path / 'no.safetensors'}'"),
+    ):
+        status, _, err = command(monkeypatch, capsys, "--adapter", file, cut)
+        assert status == 2
+        assert f"error: {message}" in err
+        assert "scripts/export_adapter.py" in err or "no adapter file" in err
+    # What a config lacks is as it was before the key was there.
+    del metadata["config"]["data"]["max_broken_videos"]
+    adapter_file.write_adapter(good, leaves, metadata)
+    assert dp.load(good).step == 3
+
+
+def test_pictures(tmp_path):
+    """Each video has one; a time line of any length is drawn from a bounded number of windows."""
+    jpegs = [decode.to_jpeg(np.full((48, 64, 3), 8 * i, np.uint8), 90) for i in range(9)]
+    frames = trained.Frames(jpegs, 48, 64, "x", ["a", "$b", "c"])
+    drawn = prediction_view.Pictures(str(tmp_path), frames.class_names, top_k=2)
+    found = predict.Found("some/x.mp4", [], [], note="the rest of the file is missing")
+    drawn.add(0, found, frames, np.array([0.2, 0.7, 0.1]))
+    drawn.add(1, found, frames, np.array([0.2, 0.7, 0.1]))
+    windows_seen = 5 * prediction_view.POINTS
+    for i in range(windows_seen):
+        window = dataclasses.replace(found, start=float(i), end=i + 2.0)
+        drawn.add(2, window, frames, np.array([0.3, 0.6, 0.1]) if i else np.array([0, 0.1, 0.9]))
+    kept = [time for time, _ in drawn._points.items]
+    assert prediction_view.POINTS < len(kept) <= 2 * prediction_view.POINTS
+    assert set(np.diff(kept)) == {4.0}
+    assert kept[0] == 1
+    assert windows_seen - kept[-1] < 4
+    assert len(drawn._frames.items) <= 8 * prediction_view.FRAMES
+    best = drawn._best(np.array([row for _, row in drawn._points.items]).max(axis=0))
+    assert best.tolist() == [2, 1]  # by the peak
+    drawn.close()
+    sizes = {}
+    for path in tmp_path.iterdir():
+        with Image.open(path) as picture:
+            sizes[path.name] = picture.size
+    assert sizes == dict.fromkeys(("x.png", "x-2.png", "x-3.png"), (990, 528))
 
 
 def test_find_videos(tmp_path):

@@ -49,6 +49,9 @@ def test_twenty_steps_move_what_trains_and_nothing_else(config, tmp_path):
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert {"learning_rate", "clips_per_second", "data_wait", "gradient_norm"} <= lines[0].keys()
     assert list(tmp_path.glob("events.out.tfevents.*"))
+    start = json.loads((tmp_path / "environment.json").read_text())
+    assert (start["first_step"], start["num_train_steps"]) == (0, 20)
+    assert start["devices"] == {"cpu": 8}
 
 
 def test_no_optimizer_slot_for_a_frozen_leaf(config, tmp_path):

@@ -1,9 +1,13 @@
 """Small video files for the tests."""
 
 import os
+import signal
+import time
 
 import av
 import numpy as np
+
+from dualpath_jax import windows
 
 
 def grey_frames(num_frames: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
@@ -40,3 +44,13 @@ def noise_frames(num_frames: int, height: int = 48, width: int = 64) -> list[np.
     """Frames that take many bytes: uint8 [H, W, 3] each."""
     rng = np.random.default_rng(0)
     return list(rng.integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8))
+
+
+def windows_then(path: str, *arguments):
+    """Runs in a worker: two windows, then what the file's name says."""
+    for number, window in enumerate(windows.windows(path, *arguments)):
+        if number == 2 and os.path.basename(path) == "crash.mp4":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if number == 2 and os.path.basename(path) == "hang.mp4":
+            time.sleep(600)
+        yield window

@@ -1,7 +1,7 @@
 """What a clip is, and how its stored records become the model's inputs. TensorFlow ops.
 
 Public: `ClipFormat`, `clip_format`, `make_element`, `compose`, `fill_colour`, `decode_clips`,
-`undecodable`.
+`clip_function`, `undecodable`.
 
 An element is what the pipeline's generators yield for one clip: its raw records, what was drawn for
 it, and its label. A clip is cut, scaled, warped (RandAugment's geometry), mirrored and erased, then
@@ -9,7 +9,7 @@ tiled.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -183,6 +183,19 @@ def _assemble(
     return compose(spatial, others, element, clip, fill)
 
 
+def _signature(clip: ClipFormat) -> dict[str, tf.TensorSpec]:
+    """Of the elements of `make_element`."""
+    return {
+        "records": tf.TensorSpec([clip.num_frames], tf.string),
+        "box": tf.TensorSpec([4], tf.int32),
+        "decode_ratio": tf.TensorSpec([], tf.int32),
+        "flip": tf.TensorSpec([], tf.bool),
+        "label": tf.TensorSpec([], tf.int32),
+        "mask": tf.TensorSpec([], tf.float32),
+        "example_id": tf.TensorSpec([], tf.int64),
+    }
+
+
 def decode_clips(
     elements: Iterator[dict[str, Any]],
     clip: ClipFormat,
@@ -199,15 +212,7 @@ def decode_clips(
       problems: gets what `elements` raises, of which TensorFlow passes on the text only.
       training: do the elements have what `data` says of RandAugment and erasing?
     """
-    signature = {
-        "records": tf.TensorSpec([clip.num_frames], tf.string),
-        "box": tf.TensorSpec([4], tf.int32),
-        "decode_ratio": tf.TensorSpec([], tf.int32),
-        "flip": tf.TensorSpec([], tf.bool),
-        "label": tf.TensorSpec([], tf.int32),
-        "mask": tf.TensorSpec([], tf.float32),
-        "example_id": tf.TensorSpec([], tf.int64),
-    }
+    signature = _signature(clip)
     if training and data.randaugment_layers:
         signature["ops"] = tf.TensorSpec([data.randaugment_layers], tf.int32)
         signature["op_values"] = tf.TensorSpec([data.randaugment_layers], tf.float32)
@@ -228,6 +233,18 @@ def decode_clips(
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,
     )
+
+
+def clip_function(clip: ClipFormat, data: Any) -> Callable[[dict[str, Any]], dict[str, tf.Tensor]]:
+    """What `decode_clips` does to an element, as a function: traced once, for any number of clips.
+
+    For clips that come one by one; a tf.data pipeline takes longer to build than to make a clip.
+    """
+
+    def assemble(element: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return _assemble(element, clip, fill_colour(data))
+
+    return tf.function(assemble, input_signature=[_signature(clip)])
 
 
 def undecodable(element: dict[str, Any], clip: ClipFormat, data: Any) -> str:

@@ -1,7 +1,7 @@
 """tf.data pipeline: stored videos to uint8 batches of spatial frames and framesets.
 
-Public: `train_batches`, `eval_batches`, `num_eval_steps`; what is drawn for them: `TrainingClips`,
-`eval_elements`.
+Public: `train_batches`, `eval_batches`, `num_eval_steps`, `EvalClips`; what is drawn for them:
+`TrainingClips`, `eval_elements`.
 
 Python enters once: a generator yields the raw records of one clip with its crop; parsing, decoding
 and resizing are TF ops (`clips`). Everything random is drawn by the generator from (seed, epoch,
@@ -31,6 +31,7 @@ from dualpath_jax.data.broken import BrokenVideos
 from dualpath_jax.data.clips import (
     ClipFormat,
     clip_format,
+    clip_function,
     decode_clips,
     make_element,
     undecodable,
@@ -119,19 +120,31 @@ def eval_elements(
         for place in range(step * batch_size, (step + 1) * batch_size)[rows]:
             real = place < len(dataset)
             example = place if real else 0
-            for view in range(temporal_views):
-                frames = sampling.sample_frames(
-                    clip.sampling,
-                    int(dataset.num_frames[example]),
-                    clip.num_frames,
-                    clip.sampling_interval,
-                    view=view,
-                    num_views=temporal_views,
-                )
-                for k in range(spatial_crops):
-                    height, width = int(dataset.heights[example]), int(dataset.widths[example])
-                    crop = augment.view_crop(height, width, k, spatial_crops)
-                    yield make_element(dataset, clip, example, frames, crop, real)
+            yield from _view_elements(dataset, clip, temporal_views, spatial_crops, example, real)
+
+
+def _view_elements(
+    dataset: VideoDataset,
+    clip: ClipFormat,
+    temporal_views: int,
+    spatial_crops: int,
+    example: int,
+    real: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """An element for every view of a video."""
+    height, width = int(dataset.heights[example]), int(dataset.widths[example])
+    for view in range(temporal_views):
+        frames = sampling.sample_frames(
+            clip.sampling,
+            int(dataset.num_frames[example]),
+            clip.num_frames,
+            clip.sampling_interval,
+            view=view,
+            num_views=temporal_views,
+        )
+        for k in range(spatial_crops):
+            crop = augment.view_crop(height, width, k, spatial_crops)
+            yield make_element(dataset, clip, example, frames, crop, real)
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
@@ -249,3 +262,31 @@ def eval_batches(
             raise
 
     return batches()
+
+
+class EvalClips:
+    """Makes videos, one by one as they come, into the batches that `eval_batches` has of them.
+
+    Args:
+      data: `config.data`.
+      temporal_views, spatial_crops: V is their product.
+      framesets: see `clip_format`.
+    """
+
+    def __init__(self, data: Any, temporal_views: int, spatial_crops: int, framesets: bool = True):
+        self._clip = clip_format(data, framesets)
+        self._views = (temporal_views, spatial_crops)
+        self._make = clip_function(self._clip, data)
+
+    def __call__(self, video: VideoDataset) -> Batch:
+        """A batch of one: the first video of `video`. Threads may call it at the same time.
+
+        Raises:
+          UnreadableVideo: its frames are not there or cannot be decoded.
+        """
+        try:
+            views = [self._make(e) for e in _view_elements(video, self._clip, *self._views, 0)]
+        except DECODE_ERRORS as problem:
+            raise UnreadableVideo(f"video {video.ids[0]!r} cannot be decoded: {problem}") from None
+        batch = {key: np.stack([view[key] for view in views])[None] for key in views[0]}
+        return batch | {key: batch[key][:, 0] for key in ("label", "mask", "example_id")}

@@ -1,6 +1,10 @@
-"""Worker processes that survive bad files: `WorkerPool`, `Failure`."""
+"""Worker processes that survive bad files.
+
+Public: `WorkerPool`, `streams`, `Failure`; `START` and `serve` are the processes' beginning.
+"""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import multiprocessing
@@ -8,7 +12,10 @@ import multiprocessing.connection
 import os
 import pickle
 import signal
-from collections.abc import Callable, Iterable, Iterator
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import av.logging
@@ -18,7 +25,7 @@ from dualpath_jax.data.decode import DecodeLimits, VideoError, describe
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """What `WorkerPool.map` yields in place of a result; `reason` in plain words."""
+    """What `WorkerPool.map` and `streams` yield in place of a result; `reason` in plain words."""
 
     reason: str
 
@@ -29,8 +36,11 @@ class WorkerPool:
     Each worker has its own pipe, so one that dies at any moment, even while it sends a result,
     cannot garble or block the others. (pebble's workers share one pipe and its lock: when one is
     killed while it sends a large result, as the kernel does for lack of memory, the pool waits for
-    ever; measured with 5.2.3.) Workers are spawned, never forked: the parent may run TensorFlow or
-    JAX threads. Use as a context manager, in a program whose main module is guarded.
+    ever; measured with 5.2.3.) Workers are programs of their own, not forked: the parent may run
+    TensorFlow or JAX threads. Nor does `multiprocessing` start them, which would execute the user's
+    main module in each: that needs a guard in it, and a file, which standard input is not.
+
+    The workers end with the `with` block, with the pool, or with the parent.
 
     Args:
       num_workers: processes at most; they start when there is work for them.
@@ -42,21 +52,21 @@ class WorkerPool:
         self._limits = limits
         self._workers: list[_Worker] = []
         self._failed_starts = 0
+        weakref.finalize(self, _stop_all, self._workers)
 
     def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, *_) -> None:
-        for worker in self._workers:
-            worker.stop()
-        self._workers.clear()
+        _stop_all(self._workers)
 
     def map(self, function: Callable, arguments: Iterable[tuple]) -> Iterator[Any]:
         """Yields `function(*args)` for each of `arguments`, in order; a `Failure` where it failed.
 
         At most 4 x num_workers results wait in memory, fewer where they have more than
         `_WAITING_BYTES` x num_workers: the others wait in their processes. Function, arguments and
-        results must be picklable.
+        results must be picklable, and the function importable: not of the main module. The results
+        of one call must all be taken before the next.
 
         Raises:
           ChildProcessError: worker processes do not start at all.
@@ -132,15 +142,80 @@ _WAITING_BYTES = 64 * 2**20
 _READY = ...  # first message of a worker; Ellipsis stays itself when pickled
 
 
+def streams(
+    function: Callable, arguments: Sequence[tuple], limits: DecodeLimits
+) -> Iterator[tuple[int, Any]]:
+    """Runs a generator function in a killable process, for each of `arguments` in order.
+
+    One process does them all, at most four items ahead of what is taken here; `limits.seconds` are
+    for each item. A new one takes the place of one that dies.
+
+    Yields:
+      (place in `arguments`, item); where the generator fails, its good items and then a `Failure`.
+
+    Raises:
+      ChildProcessError: worker processes do not start at all.
+    """
+    place = 0  # whose items are taken
+    asked = collections.deque()  # the places of the pulls under way
+
+    def pulls() -> Iterator[tuple]:
+        for of in range(len(arguments)):
+            begin = True
+            while place == of:
+                asked.append(of)
+                yield function, arguments[of], begin
+                begin = False
+
+    with WorkerPool(1, limits) as pool:
+        for item in pool.map(_pull, pulls()):
+            if asked.popleft() != place:
+                continue  # asked for before the end was known
+            if item is not _End:
+                yield place, item
+            if item is _End or isinstance(item, Failure):
+                place += 1
+
+
+class _End:
+    """Stands for the end of a generator; a class stays itself when pickled."""
+
+
+_stream: Iterator[Any] = iter(())  # in a worker: the generator that it is at
+
+
+def _pull(function: Callable, arguments: tuple, begin: bool) -> Any:
+    """Runs in a worker: the next item of the generator, `_End` when there is none.
+
+    A worker that did not begin it, since the one that did has died, has none.
+    """
+    global _stream
+    if begin:
+        _stream = function(*arguments)
+    return next(_stream, _End)
+
+
+# What a worker executes; its arguments are the number of its pipe and the parent's `sys.path`.
+START = (
+    "import sys; sys.path[:] = sys.argv[2:]; "
+    "from dualpath_jax.data import workers; workers.serve(int(sys.argv[1]))"
+)
+
+
 class _Worker:
     """One process, our end of its pipe, and the `tasks` it has not answered yet, in order."""
 
     def __init__(self, limits: DecodeLimits):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_worker_main, args=(theirs, limits), daemon=True)
-        self.process.start()
+        self.connection, theirs = multiprocessing.Pipe()
+        paths = [os.path.abspath(path) for path in sys.path]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", START, str(theirs.fileno()), *paths],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+        )
         theirs.close()  # so that the worker's death is an end of file here
+        with contextlib.suppress(OSError):  # it has died, as will be seen
+            self.connection.send(limits)
         self.tasks = collections.deque()
         self.ready = False
 
@@ -155,30 +230,37 @@ class _Worker:
 
     def stop(self, grace: float = 0.0) -> int:
         """Ends the process (by force after `grace` seconds); returns its exit code."""
-        self.process.join(grace)
-        self.process.kill()
-        self.process.join()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(grace)
+        self._process.kill()
         self.connection.close()
-        return self.process.exitcode
+        return self._process.wait()
 
 
-def _worker_main(connection, limits: DecodeLimits) -> None:
+def _stop_all(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.stop()
+    workers.clear()
+
+
+def serve(pipe: int) -> None:
+    """What a worker does, until its parent closes the other end of `pipe`, a file descriptor."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     # The kernel's alarm keeps the time: it ends the process wherever it hangs, parent or none.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     av.logging.set_level(av.logging.PANIC)
-    _limit_memory(limits.memory_mb)
-    connection.send(_READY)
-    while True:
-        try:
+    connection = multiprocessing.connection.Connection(pipe)
+    with contextlib.suppress(EOFError, OSError):  # the parent has gone or is done
+        limits = connection.recv()
+        _limit_memory(limits.memory_mb)
+        connection.send(_READY)
+        while True:
             function, arguments = connection.recv()
-        except (EOFError, OSError):
-            return  # the parent has gone or is done
-        signal.setitimer(signal.ITIMER_REAL, limits.seconds)
-        answer = _answer(function, arguments, limits)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.send_bytes(answer)
+            signal.setitimer(signal.ITIMER_REAL, limits.seconds)
+            answer = _answer(function, arguments, limits)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            connection.send_bytes(answer)
 
 
 def _answer(function: Callable, arguments: tuple, limits: DecodeLimits) -> bytes:

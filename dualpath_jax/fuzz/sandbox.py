@@ -15,6 +15,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
+from dualpath_jax.data import workers
+
 ACCEPTED, REFUSED, FINDING = "accepted", "refused", "finding"
 NAMED_ERRORS = (ValueError, OSError)  # what command.user_errors and the scripts show in one line
 _BARE_ERRORS = (UnicodeError, json.JSONDecodeError)  # ValueErrors that name no file
@@ -134,6 +136,8 @@ class Watch:
     def _note(self, event: str, arguments: tuple) -> None:
         if not self._on:
             return
+        if event == "subprocess.Popen" and arguments[1][1:3] == ["-c", workers.START]:
+            return  # a decoding process, which is what shall meet the file
         if event in _CODE_RUNS:
             self._seen.append(f"{event} {arguments!r}"[:500])
         elif event == "open" and isinstance(arguments[0], str | bytes):

@@ -1,0 +1,80 @@
+"""A training run as one HTML page: curves, figures, confusions, mistakes, calibration, settings.
+
+    python scripts/report.py --workdir=runs/demo --out=report.html
+    python scripts/report.py --workdir runs/demo runs/demo1 --out=comparison.html
+
+The page is one file that loads nothing. What the run does not have yet is named on it, with the
+command that makes it. Several runs are compared: curves in one chart, figures side by side, and the
+settings that differ.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
+
+from dualpath_jax import bar, command, environment
+
+
+def check_out(out: str) -> None:
+    """ValueError, before any work, where the page cannot be written."""
+    path = pathlib.Path(out)
+    if path.is_dir():
+        raise ValueError(f"--out={out} is a folder; name a file in it, such as {path}/report.html")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out={out}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--out={out}: {path.parent} cannot be written; choose another folder")
+
+
+def make_report(args: argparse.Namespace) -> None:
+    """Read, draw, write."""
+    if args.mistakes < 0:
+        raise ValueError(f"--mistakes={args.mistakes} must be at least 0")
+    check_out(args.out)
+    from absl import logging
+    from etils import epath
+
+    from dualpath_jax.progress import write_whole
+    from dualpath_jax.report import figures, mistakes, page, runs
+
+    logging.set_verbosity(logging.ERROR)  # orbax warns of what is meant so: it only reads
+    found = runs.read_runs(args.workdir)
+    rows, pictures = [], {}
+    predictions = found[0].predictions
+    if len(found) == 1 and predictions is not None:
+        confidence = predictions.probabilities[:, 0]
+        rows = figures.confident_mistakes(confidence, predictions.correct, args.mistakes)
+        ids = [predictions.ids[row] for row in rows]
+        pictures = mistakes.strips(found[0], ids, args.data_dir, args.backbone)
+    html = page.render(found, rows, pictures)
+    write_whole(epath.Path(args.out), html)
+    missing = sum(len(run.missing) for run in found)
+    told = f"; what is missing is named on it ({missing})" if missing else ""
+    print(f"wrote {args.out}, {len(html) / 1e6:.1f} MB{told}", flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = command.new_parser(__doc__)
+    add = made.add_argument
+    add("--workdir", nargs="+", required=True, help="of a run; of several runs to compare them")
+    add("--out", required=True, metavar="FILE", help="the page, such as report.html")
+    add("--mistakes", type=int, default=12, help="most confident mistakes to show (12)")
+    add("--data_dir", help="prepared data, if not where the run had them; for pictures")
+    add("--backbone", help="converted backbone, if not where the run had it; for attention")
+    bar.add_quiet(made)
+    return made
+
+
+def main() -> None:
+    args = parser().parse_args()
+    bar.be_quiet(args.quiet)
+    with command.user_errors():
+        make_report(args)
+
+
+if __name__ == "__main__":
+    environment.prepare()
+    main()
