@@ -1,6 +1,7 @@
 """Training and evaluation steps compiled for a TPU slice, on a machine without one.
 
-Public: `Chip`, `CHIPS`, `describe`, `compile_steps`, `StepReport`, `largest_batch`, `markdown`.
+Public: `Chip`, `CHIPS`, `describe`, `compile_steps`, `StepReport`, `largest_batch`, `markdown`,
+`Fit`, `fits`, `fits_markdown`.
 
 The programs are those of a run: the same functions, shardings and donations. libtpu compiles for a
 described slice (`jax.experimental.topologies`) and tells what a program needs; nothing is run.
@@ -8,10 +9,11 @@ described slice (`jax.experimental.topologies`) and tells what a program needs; 
 
 import copy
 import dataclasses
+import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -269,6 +271,60 @@ def largest_batch(
     if size > 1 and size % 2 == 0 and reports(3 * size // 2) is not None:
         size = 3 * size // 2
     return size, fits[size]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What fits a device by the line through the memory of two compiled batches: an estimate.
+
+    Attributes:
+      memory: 10^9 bytes that the device has.
+      clips: per device, the largest power of two that fits; 0: not one.
+      accumulation_steps: by batch size, on one device.
+    """
+
+    memory: float
+    clips: int
+    accumulation_steps: dict[int, int]
+
+
+USABLE = 0.92  # of a device's memory; the rest is the runtime's, and fragments
+
+
+def fits(
+    small: StepReport, large: StepReport, memories: Sequence[float], batches: Sequence[int]
+) -> list[Fit]:
+    """For devices with `memories`, 10^9 bytes, and batches of powers of two.
+
+    Raises:
+      ValueError: a batch is not a power of two.
+    """
+    for batch in batches:
+        if batch < 1 or batch & (batch - 1):
+            raise ValueError(f"a batch of {batch} is not a power of two")
+    slope = (large.total - small.total) / (large.per_chip_batch - small.per_chip_batch)
+    fixed = small.total - slope * small.per_chip_batch
+    rows = []
+    for memory in memories:
+        room = (USABLE * memory * 1e9 - fixed) / slope
+        clips = 2 ** math.floor(math.log2(room)) if room >= 1 else 0
+        steps = {batch: max(1, batch // clips) for batch in batches} if clips else {}
+        rows.append(Fit(memory, clips, steps))
+    return rows
+
+
+def fits_markdown(rows: Sequence[Fit], batches: Sequence[int]) -> str:
+    """A table for people."""
+    heads = [f"`accumulation_steps` for {batch}" for batch in batches]
+    lines = [
+        "| ".join(["", "memory of a device, GB ", "clips per device ", *(f"{h} " for h in heads)])
+        + "|",
+        "|" + "---|" * (2 + len(batches)),
+    ]
+    for row in rows:
+        steps = [str(row.accumulation_steps.get(batch, "none fits")) for batch in batches]
+        lines.append(f"| {row.memory:g} | {row.clips} | {' | '.join(steps)} |")
+    return "\n".join(lines)
 
 
 def markdown(topology: str, reports: list[StepReport]) -> str:

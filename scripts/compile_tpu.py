@@ -3,10 +3,13 @@
     pip install -r requirements.txt -r requirements-tpu.txt
     python scripts/compile_tpu.py --config=configs/ssv2_vitb.py --topology=v5e:4x4
     python scripts/compile_tpu.py --config=configs/ssv2_vitl.py --topology=v5e:2x2 --max_batch
+    python scripts/compile_tpu.py --config=configs/ssv2_vitb.py --topology=v5e:2x2 --fits=16,24,80
 
 Prints what a chip needs and does: memory, operations, bytes, traffic between chips, and an estimate
-of the clips per second. Any key of the configuration can be set as in training, such as
---config.model.remat=full or --config.mesh.fsdp=4. Data and weights are not needed.
+of the clips per second. --fits is a table of how many clips devices of so much memory hold, and
+how many accumulation steps make batches of 64 and 128 of them. Any key of the configuration can be
+set as in training, such as --config.model.remat=full or --config.mesh.fsdp=4. Data and weights are
+not needed.
 """
 
 import dataclasses
@@ -31,15 +34,37 @@ PER_CHIP_BATCH = flags.DEFINE_integer(
 MAX_BATCH = flags.DEFINE_bool(
     "max_batch", False, "Look for the most clips on a chip that fit, from --per_chip_batch on."
 )
+FITS = flags.DEFINE_list(
+    "fits",
+    None,
+    "Memories, GB: what fits each, by compiling --per_chip_batch and twice as many clips.",
+)
 STEPS = flags.DEFINE_multi_enum(
     "step", ["train", "eval"], ["train", "eval"], "What to compile (both); repeat for several."
 )
 JSON = flags.DEFINE_bool("json", False, "Print JSON instead of Markdown.")
 
+BATCHES = (64, 128)  # of the recipes
+
 
 def tell(line: str) -> None:
     """Progress, apart from the result."""
     print(line, file=sys.stderr, flush=True)
+
+
+def fits(config, topology: str, clips: int, memories: list[float]) -> None:
+    """Print what fits devices with `memories`."""
+    from dualpath_jax import tpu_compile
+
+    reports = []
+    for size in (clips, 2 * clips):
+        reports += tpu_compile.compile_steps(config, topology, size, ("train",))
+        tell(f"{size} clips on a chip need {reports[-1].total / 1e9:.2f} GB")
+    rows = tpu_compile.fits(*reports, memories, BATCHES)
+    if JSON.value:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    else:
+        print(tpu_compile.fits_markdown(rows, BATCHES))
 
 
 def main(argv: list[str]) -> None:
@@ -49,6 +74,9 @@ def main(argv: list[str]) -> None:
 
     config, topology, batch = CONFIG.value, TOPOLOGY.value, PER_CHIP_BATCH.value
     try:
+        if FITS.value:
+            fits(config, topology, batch, [float(memory) for memory in FITS.value])
+            return
         if MAX_BATCH.value:
             _, reports = tpu_compile.largest_batch(config, topology, batch, tell)
         else:

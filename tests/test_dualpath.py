@@ -190,24 +190,32 @@ def test_class_only_changes_no_result():
     assert tokens.shape[1] == TINY.num_tokens
 
 
-def test_attention_of_one_query():
-    """With its gradient in bfloat16, under the flag of `environment`; JAX's own has none there."""
+@pytest.mark.parametrize("queries", [1, 5])
+def test_attention_and_its_gradient(queries):
+    """As JAX's own; in bfloat16, of one query, that has no gradient under `environment`'s flag."""
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 3, 8)), jnp.float32) for n in (1, 5, 5))
-    want = jax.nn.dot_product_attention(q, k, v)
-    np.testing.assert_allclose(vit.attend_once(q, k, v), want, rtol=0, atol=1e-6)
+    shapes = (queries, 5, 5, queries)
+    *arrays, dy = (jnp.asarray(rng.normal(size=(2, n, 3, 8)), jnp.float32) for n in shapes)
 
-    def gradient(attend):
+    def gradient(attend, arrays):
         def loss(q, k, v):
-            return attend(q, k, v).astype(jnp.float32).sum()
+            return (attend(q, k, v).astype(jnp.float32) * dy).sum()
 
-        arrays = [x.astype(jnp.bfloat16) for x in (q, k, v)]
         options = {"xla_cpu_experimental_ynn_fusion_type": ""}
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)), compiler_options=options)(*arrays)
+        grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), compiler_options=options)
+        return np.concatenate([np.asarray(x, np.float32).ravel() for x in grad(*arrays)])
 
-    assert np.isclose(gradient(vit.attend_once)[2].astype(jnp.float32).sum(), 48, rtol=1e-2)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="multiple contracting dimensions"):
-        gradient(jax.nn.dot_product_attention)
+    theirs = jax.nn.dot_product_attention
+    np.testing.assert_allclose(vit.attend(*arrays), theirs(*arrays), rtol=0, atol=1e-6)
+    want = gradient(theirs, arrays)
+    np.testing.assert_allclose(gradient(vit.attend, arrays), want, rtol=0, atol=2e-6)
+    scaled = gradient(lambda q, k, v: vit.attend(2 * q, k, v), arrays)
+    assert np.abs(scaled - want).max() > 0.1
+    rounded = [x.astype(jnp.bfloat16) for x in arrays]
+    np.testing.assert_allclose(gradient(vit.attend, rounded), want, rtol=0, atol=0.05)
+    if queries == 1:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="multiple contracting dimensions"):
+            gradient(theirs, rounded)
 
 
 def test_temporal_path_starts_as_the_identity():
