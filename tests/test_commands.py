@@ -25,6 +25,7 @@ pytestmark = pytest.mark.xdist_group("commands")  # which share one folder and o
 DOCUMENTED = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
 _DEMO = "python -m dualpath_jax.main --config=configs/demo.py --workdir=runs/demo"
 _PREPARE = "python scripts/prepare_dataset.py --dataset=folder --videos=VIDEOS --out=data/mine"
+_MINE = "python -m dualpath_jax.main --config=configs/folder_vitb.py --config.data.dir=data/mine"
 _LABELS = "--annotations=data/demo/raw/labels"
 _LISTS = {"VIDEOS": "data/demo/raw/videos", "--annotations=ANNOTATIONS": _LABELS}
 _SMALL = (
@@ -108,10 +109,10 @@ RUN = {
         r"\| temporal \| seed 0 \|", replaced={" runs/demo1 runs/demo2": ""}, after=_DEMO
     ),
     "python scripts/report.py --workdir runs/demo runs/demo1 --out=runs/compared.html": How(
-        makes="runs/compared.html", replaced={"runs/demo1": "runs/demo"}, after=_DEMO
+        makes="runs/compared.html", replaced={"runs/demo1": "runs/folder_vitb"}, after=_MINE
     ),
     "python -m dualpath_jax.main --config=configs/ssv2_vitb.py --mode=check": How("12,617,134"),
-    "python -m dualpath_jax.main --config=configs/folder_vitb.py --config.data.dir=data/mine": How(
+    _MINE: How(
         "step 2/2 .*\nvalidation  top-1 ",
         more=f"{_SMALL} {_DEMO_BACKBONE} --config.model.method=linear",
         after=_PREPARE,
