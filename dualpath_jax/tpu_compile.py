@@ -71,6 +71,11 @@ def describe(topology: str) -> tuple[Chip, list[Any]]:
     try:
         return chip, topologies.get_topology_desc(topology, "tpu", **chip.options).devices
     except (RuntimeError, NotImplementedError) as error:
+        if "lockfile" in str(error):
+            raise ValueError(
+                "another process uses libtpu: wait for its end, or let several use it by "
+                "ALLOW_MULTIPLE_LIBTPU_LOAD=1"
+            ) from error
         if "libtpu" in str(error) or "Unknown" in str(error) or "not found" in str(error):
             raise ValueError(
                 "libtpu is not installed: pip install -r requirements-tpu.txt"
