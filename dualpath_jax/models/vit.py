@@ -141,8 +141,7 @@ MODELS = {
 
 def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
     """Of queries [M, Q, K, d], keys [M, N, K, d]: float32 [M, K, Q, N], rows of keys sum to 1."""
-    logits = jnp.einsum("mqkd,mnkd->mkqn", q, k, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(logits * q.shape[-1] ** -0.5)
+    return _softmax_of_products(*_heads_first(q, k))
 
 
 @jax.custom_vjp
@@ -166,10 +165,8 @@ def _heads_first(*arrays: jax.Array) -> list[jax.Array]:
 
 def _softmax_of_products(q: jax.Array, k: jax.Array) -> jax.Array:
     """[M, K, Q, d], [M, K, N, d] -> [M, K, Q, N] float32."""
-    products = jnp.einsum(
-        "mkqd,mknd->mkqn", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32
-    )
-    return jax.nn.softmax(products)
+    products = jnp.einsum("mkqd,mknd->mkqn", q, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(products * q.shape[-1] ** -0.5)
 
 
 def _attend_backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
