@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from configs import base
 from dualpath_jax import evaluate, run, sharding, train
 from dualpath_jax import params as params_lib
+from dualpath_jax.config_values import flat
 from dualpath_jax.data import pipeline, synthetic
 from dualpath_jax.models import tuning
 
@@ -41,18 +42,6 @@ class ReadLog:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._config)
-
-
-def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    values: dict[str, Any] = {}
-    for name in config:
-        value = config[name]
-        if isinstance(value, ConfigDict):
-            values |= flat(value, f"{prefix}{name}.")
-        else:
-            values[prefix + name] = value
-    return values
 
 
 def check_all_read(config: ConfigDict, seen: set[str]) -> None:

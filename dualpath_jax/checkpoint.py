@@ -24,8 +24,8 @@ from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint._src.checkpointers import async_checkpointer
 from orbax.checkpoint._src.futures import future, signaling_client
 
-from configs import base
 from dualpath_jax import params as params_lib
+from dualpath_jax.config_values import flat, with_defaults
 
 _MAX_BYTES = 32 * 2**30  # of the arrays of a checkpoint; ViT-L, fully tuned, has 4 GB
 METRIC = "top1"  # by which the best checkpoint is the best
@@ -330,25 +330,13 @@ class Checkpoints:
 def changes(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ and that matter for what is learnt: (saved, current) by dotted key.
 
-    Both are configurations as nested dicts, as `metadata()["config"]` of a run. A key that `saved`
-    lacks is younger than it: what had no name yet was as its default says.
+    Both are configurations as nested dicts, as `metadata()["config"]` of a run.
     """
-    defaults = json.loads(base.get_config().to_json_best_effort())
-    old, new = _flat(defaults) | _flat(saved), _flat(json.loads(json.dumps(current)))
+    old, new = (flat(with_defaults(config)) for config in (saved, json.loads(json.dumps(current))))
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return {
         key: (old.get(key), new.get(key)) for key in differing if not key.startswith(SAFE_CHANGES)
     }
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            values |= _flat(value, f"{prefix}{name}.")
-        else:
-            values[prefix + name] = value
-    return values
 
 
 def _on_any_host(flag: bool) -> bool:

@@ -7,7 +7,6 @@ Public: `Trained`, `Prediction`, `Frames`, `mean_probabilities`, `load`, `read_t
 import dataclasses
 import functools
 import io
-import json
 import os
 import threading
 from collections.abc import Sequence
@@ -15,17 +14,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from etils import epath
 from flax import traverse_util
 from PIL import Image
 
-from configs import base
 from dualpath_jax import adapter_file, convert, evaluate, preprocess
 from dualpath_jax import params as params_lib
 from dualpath_jax import run as run_lib
 from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from dualpath_jax.config_values import with_defaults
 from dualpath_jax.data import decode, pipeline
 from dualpath_jax.data.records import encode_frame
 from dualpath_jax.data.workers import Failure, WorkerPool
@@ -123,7 +121,10 @@ class Trained:
         return self.clips_of(Frames(jpegs, facts.height, facts.width, path, self.class_names))
 
     def clips_of(self, frames: Frames) -> pipeline.Batch:
-        """As `clips`, of frames that are decoded already. Threads may call it at the same time."""
+        """As `clips`, of frames that are decoded already; or of a data set of one prepared video.
+
+        Threads may call it at the same time.
+        """
         return self._make_clips(frames)
 
     @functools.cached_property
@@ -261,9 +262,7 @@ def _check(path: str, leaves: dict[str, np.ndarray], saved: dict[str, Any]) -> A
     """The config of a trained model; ValueError unless the model that it builds has its leaves."""
     remedy = "take the file of the run itself, or write it again (scripts/export_adapter.py)"
     try:
-        config = ml_collections.ConfigDict(json.loads(base.get_config().to_json_best_effort()))
-        with config.ignore_type():
-            config.update(saved["config"])  # what it lacks is younger than it, and as by default
+        config = with_defaults(saved["config"])
         outline = run_lib.outline(config, len(saved["class_names"]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its config builds no model ({error}): {remedy}") from None

@@ -200,6 +200,10 @@ DAMAGE = {
         lambda w: (w / "environment.json").unlink(),
         r"no environment.json.*--config=configs/CONFIG.py --workdir=",
     ),
+    "settings of nonsense": (
+        lambda w: (w / "config.json").write_text('{"seed": {"a.b": 1}}'),
+        "config.json is no configuration",
+    ),
     "settings of no model": (
         lambda w: edit(w / "config.json", '"name": "custom"', '"name": "ViT-X"'),
         "config.json does not describe a model .*ViT-X",
@@ -236,6 +240,26 @@ def test_nothing_but_a_config(tmp_path, report):
     assert status == 0
     assert "There are no entries in metrics.jsonl yet." in html
     assert '<td class="name">dualpath</td>' in html  # what the settings tell
+
+
+def test_a_run_from_before_a_setting(tmp_path, report):
+    """It counts as its default: in comparisons, and for the table of parameters."""
+    pages = []
+    for name in ("new", "old"):
+        path = write_run(tmp_path / name) / "config.json"
+        config = json.loads(path.read_text())
+        config["data"].pop("dir"), config["backbone"].pop("checkpoint")  # these differ
+        if name == "old":
+            config["model"].pop("remat"), config.pop("mesh")
+        path.write_text(json.dumps(config))
+        pages.append(report(f"--workdir={path.parent}", "--mistakes=0")[1])
+    assert not [html for html in pages if "no table of parameters" in html]
+    html = report("--workdir", tmp_path / "new", tmp_path / "old", "--mistakes=0")[1]
+    assert "remat" not in html
+    # Twin: another value is one.
+    edit(tmp_path / "new" / "config.json", '"remat": "cheap"', '"remat": "full"')
+    html = report("--workdir", tmp_path / "new", tmp_path / "old", "--mistakes=0")[1]
+    assert "model.remat" in html
 
 
 def test_pictures_that_cannot_be_had(tmp_path, report):

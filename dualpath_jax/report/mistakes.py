@@ -15,10 +15,8 @@ import tensorflow as tf
 from PIL import Image
 
 from dualpath_jax import attention_view, bar, trained
-from dualpath_jax.data import pipeline
 from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
 from dualpath_jax.data.tables import DECODE_ERRORS
-from dualpath_jax.models import tuning
 from dualpath_jax.report.runs import Run
 
 TILES = 4  # pictures side by side
@@ -46,24 +44,22 @@ class Strip:
     percent: int
 
 
-class _Chosen:
-    """Some videos of a data set [m rows] in the place of the whole, for `pipeline.eval_batches`."""
+class _One:
+    """One video of a data set in the place of the whole, for `pipeline.EvalClips`."""
 
-    def __init__(self, dataset: VideoDataset, rows: Sequence[int]):
-        self._dataset, self._rows = dataset, list(rows)
-        self.class_names = dataset.class_names
-        self.ids = [dataset.ids[row] for row in rows]
-        self.labels = dataset.labels[self._rows]
-        self.num_frames = dataset.num_frames[self._rows]
-        self.heights = dataset.heights[self._rows]
-        self.widths = dataset.widths[self._rows]
+    def __init__(self, dataset: VideoDataset, row: int):
+        self._dataset, self._row = dataset, row
+        self.class_names, self.ids = dataset.class_names, [dataset.ids[row]]
+        for name in ("labels", "num_frames", "heights", "widths"):
+            setattr(self, name, getattr(dataset, name)[row : row + 1])
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return 1
 
     def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
         """See `VideoDataset.read_frames`."""
-        return self._dataset.read_frames(self._rows[video_index], frame_indices)
+        del video_index
+        return self._dataset.read_frames(self._row, frame_indices)
 
 
 def strips(
@@ -102,7 +98,7 @@ def strips(
         )
     found: dict[str, list[Strip]] = {}
     with bar.Bar(len(rows), "pictures of mistakes", "videos") as progress:
-        maps = _attention(run, _Chosen(dataset, rows), backbone) if rows else iter(())
+        maps = _attention(run, dataset, rows, backbone) if rows else iter(())
         for row in rows:
             name = dataset.ids[row]
             try:
@@ -125,7 +121,9 @@ def _preparation(run: Run, folder: str) -> str:
     )
 
 
-def _attention(run: Run, videos: _Chosen, backbone: str | None) -> Iterator[list[Strip]]:
+def _attention(
+    run: Run, dataset: VideoDataset, rows: Sequence[int], backbone: str | None
+) -> Iterator[list[Strip]]:
     """For each video the strips of the paths; ends early where the model cannot show them."""
     try:
         model = _model(run, backbone)
@@ -135,13 +133,8 @@ def _attention(run: Run, videos: _Chosen, backbone: str | None) -> Iterator[list
             f"python scripts/report.py --workdir={run.workdir} --backbone=FILE --out=report.html",
         )
         return
-    config = model.config
-    views = (config.eval.temporal_views, config.eval.spatial_crops)
-    framesets = tuning.takes_framesets(config.model.method)
-    for batch in pipeline.eval_batches(
-        videos, config.data, *views, batch_size=1, framesets=framesets
-    ):
-        clip = attention_view.middle_view(batch, config)
+    for row in rows:
+        clip = attention_view.middle_view(model.clips_of(_One(dataset, row)), model.config)
         try:
             view = attention_view.view_clip(model, clip, kinds=[_KIND])
         except ValueError as problem:  # another method, or no class token

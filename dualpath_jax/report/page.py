@@ -15,6 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from configs import base
+from dualpath_jax.config_values import flat
 from dualpath_jax.report import charts, figures
 from dualpath_jax.report.charts import Series, line_chart, number, percent
 from dualpath_jax.report.mistakes import Strip
@@ -161,21 +162,21 @@ def _parameters(runs: Sequence[Run]) -> list[tuple[str, dict[str, list[int]]]]:
 def _settings(runs: Sequence[Run]) -> dict[str, Any] | None:
     """One run against configs/base.py, several against each other."""
     known = [run for run in runs if run.config]
-    defaults = traverse_util.flatten_dict(base.get_config().to_dict(), sep=".")
     if not known:
         return None
     if len(runs) == 1:
-        names, columns = ["configs/base.py", runs[0].name], [defaults, runs[0].settings]
-    else:  # a key that a run lacks is younger than it
-        names, columns = [run.name for run in known], [defaults | run.settings for run in known]
+        names = ["configs/base.py", runs[0].name]
+        columns = [flat(base.get_config()), runs[0].settings]
+    else:
+        names, columns = [run.name for run in known], [run.settings for run in known]
     return {"names": names, "rows": figures.differences(columns)}
 
 
 def _environments(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    flat = [traverse_util.flatten_dict(run.environment, sep=", ") for run in runs]
-    keys = list(dict.fromkeys(key for one in flat for key in one))
+    facts = [traverse_util.flatten_dict(run.environment, sep=", ") for run in runs]
+    keys = list(dict.fromkeys(key for one in facts for key in one))
     return [
-        (key.replace("_", " "), [as_text(one[key]) if key in one else "–" for one in flat])
+        (key.replace("_", " "), [as_text(one[key]) if key in one else "–" for one in facts])
         for key in keys
     ]
 

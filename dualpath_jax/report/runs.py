@@ -13,11 +13,11 @@ from typing import Any
 import ml_collections
 import numpy as np
 from etils import epath
-from flax import traverse_util
 
 from dualpath_jax import params as params_lib
 from dualpath_jax import run as run_lib
 from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from dualpath_jax.config_values import flat, with_defaults
 from dualpath_jax.data import tables
 from dualpath_jax.predictions import read_predictions
 from dualpath_jax.untrusted import parse_json, read_json, shown
@@ -65,7 +65,7 @@ class Run:
     Attributes:
       workdir: its folder.
       name: short, different for each run of a report.
-      config: of config.json, nested.
+      config: of config.json, nested, with defaults for keys that are younger; {} if not known.
       training, evaluations: entries of metrics.jsonl: of steps, and of evaluations on the way.
       results: of results.json.
       environment: of environment.json.
@@ -91,7 +91,7 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The configuration by dotted key."""
-        return traverse_util.flatten_dict(self.config, sep=".")
+        return flat(self.config)
 
     def command(self, mode: str = "train") -> str:
         """The command line that trains or evaluates this run; CONFIG where it is not known."""
@@ -153,7 +153,7 @@ def _is_workdir(path: pathlib.Path) -> bool:
 def _read_run(workdir: str, name: str) -> Run:
     run = Run(workdir, name)
     run.environment = _read(run, "environment.json", "train", "versions, devices and command")
-    run.config = _read(run, "config.json", "train", "settings")
+    run.config = _config(run)
     _read_metrics(run)
     _read_results(run)
     if run.results:
@@ -182,6 +182,17 @@ def _read(run: Run, name: str, mode: str, what: str) -> dict[str, Any]:
     except (ValueError, OSError) as problem:
         run.lacks(f"{name} cannot be read: {problem}", run.command(mode))
     return {}
+
+
+def _config(run: Run) -> dict[str, Any]:
+    """`Run.config`."""
+    saved = _read(run, "config.json", "train", "settings")
+    try:
+        return with_defaults(saved).to_dict() if saved else {}
+    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        reason = " ".join(str(problem).split())
+        run.lacks(f"config.json is no configuration ({reason})", run.command("train"))
+        return {}
 
 
 def _is_number(value: Any) -> bool:

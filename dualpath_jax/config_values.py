@@ -1,0 +1,42 @@
+"""Values of configurations, of those too that older versions of this package wrote.
+
+Public: `flat`, `with_defaults`.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    values: dict[str, Any] = {}
+    for name in config:
+        value = config[name]
+        if isinstance(value, Mapping | ConfigDict):
+            values |= flat(value, f"{prefix}{name}.")
+        else:
+            values[prefix + name] = value
+    return values
+
+
+def with_defaults(saved: Mapping[str, Any]) -> ConfigDict:
+    """The configuration that a run saved; a key that it lacks is younger, and as by default.
+
+    Args:
+      saved: nested, of the values that JSON has, as in config.json and in checkpoints.
+
+    Returns:
+      All keys of configs/base.py and those of `saved`; lists where JSON has no tuples.
+
+    Raises:
+      AttributeError, KeyError, TypeError, ValueError: `saved` is no configuration.
+    """
+    config = ConfigDict(json.loads(base.get_config().to_json_best_effort()))
+    with config.ignore_type():
+        config.update(saved)
+    return config
