@@ -3,7 +3,6 @@
 python tests/several_processes.py WHAT ADDRESS NUM_PROCESSES PROCESS_ID FOLDER DATA BACKBONE
 """
 
-import contextlib
 import itertools
 import json
 import pathlib
@@ -17,6 +16,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from compiling_once import compiling_once  # noqa: E402
 from small_config import small_config  # noqa: E402
 
 from dualpath_jax import distributed, evaluate, sharding, train  # noqa: E402
@@ -133,23 +133,6 @@ def timed(config, folder, me):
 
 
 WHAT = {f.__name__: f for f in (apart, straight, stopped, damaged, skipped, timed)}
-
-
-@contextlib.contextmanager
-def compiling_once():
-    """The runs differ in nothing that is compiled: they share their steps."""
-    made = {}
-
-    def once(make):
-        def shared(model, config, *rest):
-            return made.setdefault(make, make(model, config, *rest))
-
-        return shared
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_train_step", once(train.make_train_step))
-        patch.setattr(evaluate, "make_eval_step", once(evaluate.make_eval_step))
-        yield
 
 
 def main():

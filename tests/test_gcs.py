@@ -122,7 +122,7 @@ def small_config(root):
     config.data.batch_size = config.eval.batch_size = 8
     config.eval.split = "train"
     config.backbone.checkpoint = f"{root}/{BACKBONE}"
-    config.model.scan_blocks = True
+    config.model.scan_blocks, config.model.temporal_path = True, False
     config.log_every_steps = 1
     config.num_train_steps = 4
     config.eval.every_epochs = 4  # two steps

@@ -64,6 +64,8 @@ def test_train_then_evaluate(demo_data, demo_backbone, tmp_path):
         f"--config.backbone.checkpoint={demo_backbone}",
         "--config.num_train_steps=4",
         "--config.log_every_steps=2",
+        "--config.data.image_size=32",
+        "--config.model.scan_blocks=True",
     ]
     result = run(*args)
     assert result.returncode == 0, result.stderr
@@ -114,6 +116,8 @@ def test_all_splits_of_hmdb51(demo_backbone, tmp_path):
         "--config.eval.batch_size=8",
         f"--config.backbone.checkpoint={demo_backbone}",
         "--config.num_train_steps=2",
+        "--config.model.scan_blocks=True",
+        "--config.model.temporal_path=False",
     ]
     result = run(*args, "--config.data.split=all")
     assert result.returncode == 0, result.stderr

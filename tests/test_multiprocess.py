@@ -227,6 +227,7 @@ def main_of(config, workdir, number):
         command.append(f"--config.{key}={config[key.split('.')[0]][key.split('.')[1]]}")
     command += [
         f"--workdir={workdir}",
+        "--config.model.temporal_path=False",
         "--config.num_train_steps=4000",
         "--config.checkpoint.every_steps=5",
         f"--num_processes={number}",

@@ -111,7 +111,8 @@ def test_two_steps_of_training(prepared, demo_backbone, tmp_path):
     out, _, _ = prepared
     config = folder_vitb.get_config()
     config.data.dir = out
-    config.data.image_size = 64
+    config.data.image_size = 32
+    config.model.scan_blocks = True
     config.data.batch_size = config.eval.batch_size = 8
     config.data.num_spatial_frames = 2
     config.backbone.name, config.backbone.checkpoint = "custom", str(demo_backbone)

@@ -69,6 +69,7 @@ def test_memory_falls():
     for remat in layers.REMAT:
         config = small("ssv2_vitb", remat, scan=True)
         config.backbone.depth = 8
+        config.model.temporal_path = False  # compiles sooner
         loss, arguments = loss_of(config)
         compiled = jax.jit(jax.grad(loss)).lower(*arguments).compile()
         sizes.append(compiled.memory_analysis().temp_size_in_bytes)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from small_config import small_config
 from test_train import build, leaves, run_all
 
 from dualpath_jax import adapter_file, progress, same_run, train
@@ -28,13 +30,28 @@ def same(a, b):
     return [name for name in a if not np.array_equal(a[name], b[name])] == []
 
 
-@pytest.fixture
-def straight(config, tmp_path):
-    """A run of six steps without interruption, saved at 2, 4 and 6."""
+def six_steps(config):
+    """Saved at 2, 4 and 6."""
     config.num_train_steps = 6
     config.checkpoint.every_steps = 2
     config.log_every_steps = 1
-    return run_all(config, tmp_path / "straight")
+    return config
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(demo_data, demo_backbone, tmp_path_factory):
+    """Six steps: the run and its folder."""
+    folder = tmp_path_factory.mktemp("straight")
+    return run_all(six_steps(small_config(demo_data, demo_backbone)), folder), folder
+
+
+@pytest.fixture
+def straight(uninterrupted, config, tmp_path):
+    """The run of six steps without interruption, in `tmp_path`; `config` becomes its own."""
+    six_steps(config)
+    run, folder = uninterrupted
+    shutil.copytree(folder, tmp_path / "straight")
+    return run
 
 
 class Killed(BaseException):
@@ -62,13 +79,16 @@ def die(config, workdir, monkeypatch, deadline):
 
 
 def test_dying_anywhere_changes_nothing(config, straight, tmp_path, monkeypatch):
-    """Dead after steps 1 to 5, with and without a checkpoint: metrics and state bit for bit."""
-    for deadline in (1, 3, 4, 5):
-        workdir = tmp_path / str(deadline)
-        die(config, workdir, monkeypatch, deadline)
-        resumed = run_all(config, workdir)
-        assert same(resumed.state, straight.state), deadline
-        assert same_run.entries(workdir) == same_run.entries(tmp_path / "straight"), deadline
+    """Dead again and again, with and without a checkpoint: metrics and state bit for bit.
+
+    In the second step, with nothing saved; in the fourth, the fifth (just saved) and after it.
+    """
+    for deadline in (1, 3, 2, 1):
+        die(config, tmp_path / "killed", monkeypatch, deadline)
+    assert Checkpoints(str(tmp_path / "killed"), read_only=True).latest_step() > 0
+    resumed = run_all(config, tmp_path / "killed")
+    assert same(resumed.state, straight.state)
+    assert same_run.entries(tmp_path / "killed") == same_run.entries(tmp_path / "straight")
     # Twin: other data is not the same.
     config.seed = 1
     assert not same(run_all(config, tmp_path / "other").state, straight.state)
@@ -87,11 +107,10 @@ def test_augmented_accumulated_and_at_the_edge_of_an_epoch(config, tmp_path, mon
     config.num_train_steps = 6
     config.checkpoint.every_steps = config.log_every_steps = 1
     straight = run_all(config, tmp_path / "straight")
-    for deadline in (2, 3, 5):
-        workdir = tmp_path / str(deadline)
-        die(config, workdir, monkeypatch, deadline)
-        assert same(run_all(config, workdir).state, straight.state), deadline
-        assert same_run.entries(workdir) == same_run.entries(tmp_path / "straight")
+    for deadline in (2, 1, 2):  # in the third, fourth and sixth step
+        die(config, tmp_path / "killed", monkeypatch, deadline)
+    assert same(run_all(config, tmp_path / "killed").state, straight.state)
+    assert same_run.entries(tmp_path / "killed") == same_run.entries(tmp_path / "straight")
     # Twin: augmentation matters for what is learnt.
     config.data.flip = False
     assert not same(run_all(config, tmp_path / "other").state, straight.state)
@@ -366,6 +385,7 @@ def test_processes(config, straight, tmp_path):
         f"--config.backbone.checkpoint={config.backbone.checkpoint}",
         "--config.eval.batch_size=8",
         "--config.model.scan_blocks=True",
+        "--config.model.temporal_path=False",
         "--config.num_train_steps=4000",
         "--config.checkpoint.every_steps=5",
         "--config.log_every_steps=5",

@@ -1,0 +1,45 @@
+"""Runs that differ in nothing that is compiled share their programs, so that tests end sooner."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dualpath_jax import evaluate, train
+from dualpath_jax import run as run_lib
+
+_made = {}
+
+
+def _key(model, config):
+    """What programs follow from; where a run lies and when it saves is not part of it."""
+    config = config.copy_and_resolve_references()
+    for name in ("checkpoint", "eval", "init_from", "log_every_steps", "profile", "resume_changed"):
+        del config[name]
+    return model, config.to_json_best_effort(sort_keys=True)
+
+
+@contextlib.contextmanager
+def compiling_once():
+    """Inside, training and evaluation steps and fresh parameters are made once a configuration."""
+
+    def once(make):
+        def shared(model, config, *rest):
+            key = make.__name__, *_key(model, config)
+            if key not in _made:
+                _made[key] = make(model, config, *rest)
+            return _made[key]
+
+        return shared
+
+    init = once(run_lib.init_params)
+
+    def fresh(model, config, backbone):
+        return jax.tree.map(jnp.copy, init(model, config, backbone))  # a run donates its own
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_train_step", once(train.make_train_step))
+        patch.setattr(evaluate, "make_eval_step", once(evaluate.make_eval_step))
+        patch.setattr(run_lib, "init_params", fresh)
+        yield
