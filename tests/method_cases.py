@@ -1,6 +1,6 @@
 """Every method at tiny size, for test_methods.py and test_method_equations.py.
 
-Public: `TINY`, `CASES`, `tiny_config`, `started`, `random`, `perturbed`, `clips`, `apply`, `QUICK`.
+Public: `TINY`, `CASES`, `tiny_config`, `started`, `random`, `perturbed`, `clips`, `apply`, `EXACT`.
 """
 
 import functools
@@ -16,8 +16,8 @@ from dualpath_jax.models import tuning, vit
 TINY = vit.ViTConfig("tiny", 32, 8, 48, 3, 4, 96, 24)
 FRAMES, CLASSES = 4, 5
 
-# For programs that run once: LLVM takes most of the time of a test otherwise.
-QUICK = {"xla_backend_optimization_level": 0}
+# For programs that agree to the bit: what conftest.py turns off fuses so that they do.
+EXACT = {"xla_cpu_use_fusion_emitters": True}
 
 # Name of the case -> method and its keys under config.model.
 CASES = {
@@ -78,7 +78,8 @@ def backbone():
 def started(config):
     """(model, its parameters as a run starts with them)."""
     model = tuning.build_model(config, TINY, CLASSES)
-    return model, run.init_params(model, config, backbone())
+    scanned = model.clone(scan_blocks=True)  # compiles sooner
+    return model, run.init_params(scanned, config, backbone())
 
 
 def random(config, shape=TINY):
@@ -108,4 +109,4 @@ def apply(model, params, *args, method=None):
     def run(params, *args):
         return model.apply({"params": params}, *args, method=method)
 
-    return jax.jit(run, compiler_options=QUICK)(params, *args)
+    return jax.jit(run)(params, *args)

@@ -21,7 +21,6 @@ from concurrent import futures
 import pytest
 from documents import PAGES, ROOT, commands
 
-pytestmark = pytest.mark.xdist_group("commands")  # which share one folder and one training
 DOCUMENTED = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
 _DEMO = "python -m dualpath_jax.main --config=configs/demo.py --workdir=runs/demo"
 _PREPARE = "python scripts/prepare_dataset.py --dataset=folder --videos=VIDEOS --out=data/mine"

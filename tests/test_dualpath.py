@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from method_cases import EXACT
 
 from dualpath_jax import params as params_lib
 from dualpath_jax.models import backbones, tuning, vit
@@ -34,11 +35,22 @@ def perturbed(params, scale=0.3):
     return jax.tree.map(lambda x: x + scale * rng.normal(size=x.shape).astype(x.dtype), params)
 
 
-def init(model, framesets=1):
-    """Parameters with a backbone that is nowhere trivial, adapters as initialised."""
+@functools.cache
+def _init(model, framesets):
     params = dict(jax.jit(model.init)(jax.random.key(0), *tiny_inputs(framesets))["params"])
     params["backbone"] = perturbed(params["backbone"])
     return model.start_from_backbone(params)
+
+
+def init(model, framesets=1):
+    """Parameters with a backbone that is nowhere trivial, adapters as initialised."""
+    params = _init(model.clone(scan_blocks=True), framesets)  # compiles sooner
+    return jax.tree.map(jnp.asarray, params)  # the dictionaries are the test's own
+
+
+def apply(model, params, *args, method=None):
+    """`model.apply`, compiled."""
+    return jax.jit(functools.partial(model.apply, method=method))({"params": params}, *args)
 
 
 # Trainable parameters, PAPER.md's table. (backbone, classes, fifth adapter, options) -> count.
@@ -119,9 +131,9 @@ def test_adapter_initialisation():
     assert not np.array_equal(params["down"]["kernel"][0], params["down"]["kernel"][1])
 
 
-def frozen_and_adapted(model, params, path):
-    """Tokens after the blocks of the frozen backbone and of `path`, by two separate programs."""
-    h = np.random.default_rng(2).normal(size=(6, TINY.num_tokens, 48)).astype(np.float32)
+@functools.cache
+def _programs(model, path):
+    """The frozen backbone's blocks and those of `path`."""
 
     def frozen(model, h):
         return model.backbone.encode(h)
@@ -130,11 +142,15 @@ def frozen_and_adapted(model, params, path):
         sites = {"spatial": model.spatial_sites, "temporal": model.temporal_sites}[path]
         return model.backbone.encode(h, sites, getattr(model, path)["adapters"])
 
-    run = [
-        jax.jit(lambda h, f=f: model.apply({"params": params}, h, method=f))
-        for f in (frozen, adapted)
-    ]
-    return h, *(np.asarray(f(h)) for f in run)
+    methods = (functools.partial(model.apply, method=f) for f in (frozen, adapted))
+    return [jax.jit(f, compiler_options=EXACT) for f in methods]
+
+
+def frozen_and_adapted(model, params, path):
+    """Tokens after the blocks of the frozen backbone and of `path`, by two separate programs."""
+    h = np.random.default_rng(2).normal(size=(6, TINY.num_tokens, 48)).astype(np.float32)
+
+    return h, *(np.asarray(run({"params": params}, h)) for run in _programs(model, path))
 
 
 @pytest.mark.parametrize("scan_blocks", [False, True])
@@ -155,15 +171,15 @@ def test_spatial_features_start_as_clips(class_only):
     model = tiny_model(class_only=class_only)
     params = init(model)
     spatial, _ = tiny_inputs()
-    y_sp = model.apply({"params": params}, spatial, method=DualPath.spatial_features)
+    y_sp = apply(model, params, spatial, method=DualPath.spatial_features)
 
     def features(backbone, images):
         return backbone.pool(backbone.encode(backbone.embed(images), class_only=class_only))
 
-    images, variables = spatial.reshape(-1, 32, 32, 3), {"params": params["backbone"]}
-    clip = vit.ViT(TINY).apply(variables, images, method=features)
+    images = spatial.reshape(-1, 32, 32, 3)
+    clip = apply(vit.ViT(TINY), params["backbone"], images, method=features)
     assert np.array_equal(y_sp, clip.reshape(2, 3, -1).mean(axis=1))
-    whole = vit.ViT(TINY).apply(variables, images)[1]  # what CLIP itself computes
+    whole = apply(vit.ViT(TINY), params["backbone"], images)[1]  # what CLIP itself computes
     np.testing.assert_allclose(clip, whole, rtol=0, atol=1e-5)
 
 
@@ -290,8 +306,7 @@ def test_scanned_and_unrolled_agree():
     spatial, temporal = tiny_inputs()
     params = perturbed(init(tiny_model()), 0.1)
     outputs = [
-        tiny_model(scan_blocks=scan).apply({"params": params}, spatial, temporal)
-        for scan in (False, True)
+        apply(tiny_model(scan_blocks=scan), params, spatial, temporal) for scan in (False, True)
     ]
     np.testing.assert_allclose(*outputs, atol=1e-5)
     assert outputs[0].shape == (2, 5)
@@ -306,8 +321,9 @@ def test_without_a_path_its_input_does_not_matter():
     ):
         model = tiny_model(**{option: False})
         params = perturbed(init(model), 0.1)
-        same = model.apply({"params": params}, spatial, temporal)
-        assert np.array_equal(same, model.apply({"params": params}, *moved))
+        run = jax.jit(model.apply)
+        same = run({"params": params}, spatial, temporal)
+        assert np.array_equal(same, run({"params": params}, *moved))
     with pytest.raises(ValueError, match="both False"):
         init(tiny_model(spatial_path=False, temporal_path=False))
 
@@ -392,10 +408,12 @@ class Doubling(Sites):
 
 def test_sites_are_called_where_they_say():
     h = np.random.default_rng(0).normal(size=(1, 17, 48)).astype(np.float32)
-    params = vit.ViT(TINY).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    model = vit.ViT(TINY)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     # Zero the value and MLP outputs: what is left is what the sites do.
-    params = jax.tree.map(jnp.zeros_like, params)
-    out = vit.ViT(TINY).apply(params, h, Doubling(parent=None), method=vit.ViT.encode)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
+    method = functools.partial(vit.ViT.encode, sites=Doubling(parent=None))
+    out = apply(model, params, h, method=method)
     expected = h
     for _ in range(TINY.depth):
         expected = 2 * (expected + 1)
@@ -423,11 +441,8 @@ def test_adapter_options():
 def test_dropout_differs_between_blocks_and_calls():
     model = tiny_model().clone(adapter=Adapter(16, dropout=0.5, parent=None))
     params = perturbed(init(model), 0.1)
-    spatial, temporal = tiny_inputs()
-    calls = [
-        model.apply({"params": params}, spatial, temporal, jax.random.key(seed))
-        for seed in (0, 0, 1)
-    ]
+    run = jax.jit(model.apply)
+    calls = [run({"params": params}, *tiny_inputs(), jax.random.key(s)) for s in (0, 0, 1)]
     assert np.array_equal(calls[0], calls[1])
     assert not np.array_equal(calls[0], calls[2])
 

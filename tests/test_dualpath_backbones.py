@@ -1,13 +1,15 @@
 """DualPath on backbones other than CLIP's: Swin, and a ViT without projection."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_dualpath import perturbed
+from method_cases import EXACT
+from test_dualpath import apply, perturbed
 
 from dualpath_jax import convert, train, weight_files
 from dualpath_jax import params as params_lib
@@ -41,10 +43,17 @@ def tiny_inputs():
     return (rng.normal(size=(2, n, 32, 32, 3)).astype(np.float32) for n in (3, 2))
 
 
-def init(model):
+@functools.cache
+def _init(model):
     params = dict(jax.jit(model.init)(jax.random.key(0), *tiny_inputs())["params"])
     params["backbone"] = perturbed(params["backbone"])
     return model.start_from_backbone(params)
+
+
+def init(model):
+    """Parameters with a backbone that is nowhere trivial, adapters as initialised."""
+    params = _init(model.clone(scan_blocks=True))  # compiles sooner
+    return jax.tree.map(jnp.asarray, params)  # the dictionaries are the test's own
 
 
 def test_parameters_on_swin():
@@ -84,9 +93,9 @@ def test_parameters_on_swin():
     assert down.shape == (4, 24, 16)
 
 
-def frozen_and_adapted(model, params, path):
-    """Maps after all stages of the frozen backbone and of `path`, by two separate programs."""
-    h = np.random.default_rng(2).normal(size=(2, 8, 8, 24)).astype(np.float32)
+@functools.cache
+def _programs(model, path):
+    """The frozen backbone's stages and those of `path`."""
 
     def frozen(model, h):
         return model.backbone.encode(h)
@@ -95,11 +104,14 @@ def frozen_and_adapted(model, params, path):
         sites = {"spatial": model.spatial_sites, "temporal": model.temporal_sites}[path]
         return model.backbone.encode(h, sites, getattr(model, path)["adapters"])
 
-    run = [
-        jax.jit(lambda h, f=f: model.apply({"params": params}, h, method=f))
-        for f in (frozen, adapted)
-    ]
-    return h, *(np.asarray(f(h)) for f in run)
+    methods = (functools.partial(model.apply, method=f) for f in (frozen, adapted))
+    return [jax.jit(f, compiler_options=EXACT) for f in methods]
+
+
+def frozen_and_adapted(model, params, path):
+    """Maps after all stages of the frozen backbone and of `path`, by two separate programs."""
+    h = np.random.default_rng(2).normal(size=(2, 8, 8, 24)).astype(np.float32)
+    return h, *(np.asarray(run({"params": params}, h)) for run in _programs(model, path))
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -137,7 +149,7 @@ def test_temporal_path_starts_as_the_identity_where_it_is_adapted(shifted):
             h = backbone.merge[stage](h) if stage == 0 else h
         return h
 
-    reference = model.apply({"params": params}, h, method=expected)
+    reference = apply(model, params, h, method=expected)
     np.testing.assert_allclose(adapted, reference, atol=1e-4)  # values are of order 10
 
 
@@ -163,7 +175,8 @@ def test_sites_are_called_in_the_blocks_that_they_say(shifted, times):
         lambda leaf: jnp.zeros(leaf.shape), params
     )  # what is left is what the sites do
     sites = Counting(shifted_windows=shifted, parent=None)
-    out = model.apply(params, h, sites, method="encode")
+    method = functools.partial(swin.Swin.encode, sites=sites)
+    out = apply(model, params["params"], h, method=method)
     expected = h
     for _ in range(times):
         expected = 2 * (expected + 1)
@@ -228,9 +241,9 @@ def test_features_start_as_the_backbones():
         model = tiny_model(config)
         params = init(model)
         spatial, _ = tiny_inputs()
-        y_sp = model.apply({"params": params}, spatial, method=DualPath.spatial_features)
+        y_sp = apply(model, params, spatial, method=DualPath.spatial_features)
         backbone = backbones.build_backbone(config)
-        _, features = backbone.apply({"params": params["backbone"]}, spatial.reshape(-1, 32, 32, 3))
+        _, features = apply(backbone, params["backbone"], spatial.reshape(-1, 32, 32, 3))
         assert features.shape == (6, config.feature_dim)
         np.testing.assert_allclose(y_sp, features.reshape(2, 3, -1).mean(axis=1), atol=1e-5)
 

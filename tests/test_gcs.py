@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from compiling_once import compiling_once
 from fake_gcs import FakeGcs
 from test_records import NUM_FRAMES, write
 
@@ -136,9 +137,10 @@ def do(config, workdir):
     run_lib.check_workdir(workdir)
     run_lib.check_inputs(config)
     dataset, eval_dataset = run_lib.open_data(config)
-    run = run_lib.build_run(config, workdir, dataset)
-    train.train(run, dataset, eval_dataset)
-    return evaluate.evaluate_and_write(run, eval_dataset)
+    with compiling_once():
+        run = run_lib.build_run(config, workdir, dataset)
+        train.train(run, dataset, eval_dataset)
+        return evaluate.evaluate_and_write(run, eval_dataset)
 
 
 def learnt(text):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from method_cases import CASES, CLASSES, FRAMES, QUICK, TINY, clips, random, started, tiny_config
+from method_cases import CASES, CLASSES, EXACT, FRAMES, TINY, clips, random, started, tiny_config
 
 from configs import base
 from dualpath_jax import params as params_lib
@@ -83,7 +83,7 @@ def one_step(config, model, params):
     trainable, frozen = params_lib.split(params, mask)
     step = train.make_train_step(model, config, optimizer)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(trainable, frozen, batch):
         slots = optimizer.init(params_lib.merge(trainable, frozen))
         zero = jnp.zeros((), jnp.int32)
@@ -175,7 +175,7 @@ def test_starts_as_the_frozen_backbone(case):
     for config.model.scan_blocks in (False, True):
         model = tuning.build_model(config, TINY, CLASSES)
 
-        @functools.partial(jax.jit, static_argnums=1)
+        @functools.partial(jax.jit, static_argnums=1, compiler_options=EXACT)
         def run(params, method, model=model):
             return model.apply({"params": params}, frames, method=method)
 
@@ -201,11 +201,14 @@ def test_temporal_path_of_dualpath_at_the_start():
             )
             return backbone.pool(backbone.encode(h, class_only=True) if blocks else h)
 
-        return jax.jit(lambda x: model.apply({"params": params}, x, method=run))(framesets)
+        return exact(model, params, run)
 
     def temporal(model, params):
-        method = type(model).temporal_features
-        return jax.jit(lambda x: model.apply({"params": params}, x, method=method))(framesets)
+        return exact(model, params, type(model).temporal_features)
+
+    def exact(model, params, method):
+        run = functools.partial(model.apply, method=method)
+        return jax.jit(run, compiler_options=EXACT)({"params": params}, framesets)
 
     for skip in (False, True):
         config.model.serial_skip, config.model.temporal_position = skip, "clip"
@@ -338,9 +341,7 @@ def test_randomness_is_driven_by_its_key(case, off):
 
     def logits(*seeds, **options):
         model = tuning.build_model(tiny_config(case, **options), TINY, CLASSES)
-        run = functools.partial(jax.jit, compiler_options=QUICK)(
-            lambda rng: model.apply({"params": params}, *inputs, rng)
-        )
+        run = jax.jit(lambda rng: model.apply({"params": params}, *inputs, rng))
         return [np.asarray(run(None if seed is None else jax.random.key(seed))) for seed in seeds]
 
     first, again, other, still = logits(0, 0, 1, None)

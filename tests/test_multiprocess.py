@@ -19,7 +19,7 @@ from dualpath_jax.data import order
 from dualpath_jax.preemption import EXIT_CODE
 from scripts import export_adapter
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4  # relative; sums over devices are taken in another order
 TESTS = pathlib.Path(__file__).parent
 # `main`, with less patience, so that the test is quicker.
@@ -43,7 +43,9 @@ class Job:
         environment = {
             **os.environ,
             "PYTHONPATH": f"{ROOT}:{TESTS}",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(
+                "device_count=8", f"device_count={devices}"
+            ),
         }
         folder.mkdir(parents=True, exist_ok=True)
         self._logs = [folder / f"log{i}.txt" for i in range(number)]

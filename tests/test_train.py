@@ -112,9 +112,7 @@ def test_accumulation_equals_one_batch(config, tmp_path):
     losses = [float(metrics["loss"]) for _, metrics in results]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     # Twin: half of the batch gives other gradients.
-    half = {
-        key: np.tile(value[:8], (2,) + (1,) * (value.ndim - 1)) for key, value in batch.items()
-    }
+    half = {key: np.tile(value[:8], (2,) + (1,) * (value.ndim - 1)) for key, value in batch.items()}
     other, _ = step(state, run.frozen, sharding.shard_batch(half, run.mesh))
     name = "classifier/output/bias"
     assert np.abs(leaves(other.trainable)[name] - one[name]).max() > 1e-3
