@@ -65,6 +65,8 @@ def test_train_then_evaluate(demo_data, demo_backbone, tmp_path):
         "--config.num_train_steps=4",
         "--config.log_every_steps=2",
         "--config.data.image_size=32",
+        "--config.data.batch_size=8",
+        "--config.eval.batch_size=8",
         "--config.model.scan_blocks=True",
     ]
     result = run(*args)

@@ -90,8 +90,18 @@ def test_dying_anywhere_changes_nothing(config, straight, tmp_path, monkeypatch)
     assert same(resumed.state, straight.state)
     assert same_run.entries(tmp_path / "killed") == same_run.entries(tmp_path / "straight")
     # Twin: other data is not the same.
-    config.seed = 1
+    other_batches(monkeypatch, lambda dataset, data, seed: (dataset, data, seed + 1))
     assert not same(run_all(config, tmp_path / "other").state, straight.state)
+
+
+def other_batches(monkeypatch, change):
+    """Training reads what `change` makes of (dataset, data, seed)."""
+    batches = pipeline.train_batches
+
+    def changed(*args, **kwargs):
+        return batches(*change(*args[:3]), *args[3:], **kwargs)
+
+    monkeypatch.setattr(pipeline, "train_batches", changed)
 
 
 @pytest.mark.slow
@@ -112,7 +122,9 @@ def test_augmented_accumulated_and_at_the_edge_of_an_epoch(config, tmp_path, mon
     assert same(run_all(config, tmp_path / "killed").state, straight.state)
     assert same_run.entries(tmp_path / "killed") == same_run.entries(tmp_path / "straight")
     # Twin: augmentation matters for what is learnt.
-    config.data.flip = False
+    plain = config.data.copy_and_resolve_references()
+    plain.flip = False
+    other_batches(monkeypatch, lambda dataset, data, seed: (dataset, plain, seed))
     assert not same(run_all(config, tmp_path / "other").state, straight.state)
 
 
@@ -211,7 +223,7 @@ def test_the_signal():
 
 def test_told_to_stop_when_an_evaluation_is_due(config, tmp_path, monkeypatch):
     """It is made up for at the next start, and the checkpoint gets its scores."""
-    config.num_train_steps = 12
+    config.num_train_steps = 8
     config.eval.every_epochs = 1
     run_all(config, tmp_path / "straight")
     with monkeypatch.context() as patch:
@@ -310,7 +322,7 @@ def test_skipped_steps_are_counted_across_interruptions(config, tmp_path, monkey
 
 
 def test_best_checkpoint(config, tmp_path):
-    config.num_train_steps = 15
+    config.num_train_steps = 11
     config.eval.every_epochs = 1
     config.checkpoint.keep = 1
     run_all(config, tmp_path)
