@@ -1,6 +1,6 @@
 """Speed and memory of DualPath's forward pass and training step, beside PyTorch and the limit.
 
-Public: `Setting`, `compare`, `peak_memory`, `matmul_gflops`; the command line is
+Public: `Setting`, `compare`, `compile_seconds`, `peak_memory`, `matmul_gflops`; the command line is
 scripts/benchmark_step.py.
 
 Both frameworks get the same weights and the same clips, and their logits are compared before
@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.experimental.compilation_cache import compilation_cache
 
 from dualpath_jax import efficiency, evaluate, run, sharding, train
 from dualpath_jax import params as params_lib
@@ -226,6 +227,24 @@ def matmul_gflops(dtype: str, size: int = 2048, rounds: int = 5) -> float:
     }
     seconds = take_turns(runs, rounds)
     return 2 * size**3 / 1e9 / min(statistics.median(values) for values in seconds.values())
+
+
+def compile_seconds(setting: Setting) -> float:
+    """To compile our training step, from its lowered form; nothing kept from before is used."""
+    made, batch = make_run(setting)
+    step = train.make_train_step(made.model, made.config, made.optimizer)
+    arguments = made.state, made.frozen, sharding.shard_batch(batch, made.mesh)
+    lowered = jax.jit(step, donate_argnums=0).lower(*arguments)
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        start = time.perf_counter()
+        lowered.compile()
+        return time.perf_counter() - start
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
+        compilation_cache.reset_cache()
 
 
 def peak_memory(setting: Setting, side: str) -> float:

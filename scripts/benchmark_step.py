@@ -46,11 +46,13 @@ def measure(config, dtypes: list[str], batch_size: int, rounds: int) -> dict:
     for dtype in dtypes:
         print(f"{dtype} ...", file=sys.stderr, flush=True)
         setting = step_benchmark.Setting(config, dtype, batch_size)
+        seconds = step_benchmark.compile_seconds(setting)
         limit = step_benchmark.matmul_gflops(dtype)
         compared = step_benchmark.compare(setting, rounds)
         if step_benchmark.torch_device() == "cpu":
             sides = step_benchmark.SIDES
             compared["step_mib"] = {s: step_benchmark.peak_memory(setting, s) for s in sides}
+        compared["compile_seconds"] = seconds
         result["matmul_limit_gflops"][dtype] = limit
         result["dtypes"][dtype] = compared
         for what in ("forward", "train_step"):
@@ -81,7 +83,9 @@ def markdown(result: dict) -> str:
         ours, theirs = (compared["step_mib"][side] for side in ("jax", "torch"))
         lines.append(f"| {dtype} | {ours:.0f} | {theirs:.0f} |")
     limits = (f"{d} {g:.0f} GFLOP/s" for d, g in result["matmul_limit_gflops"].items())
-    return "\n".join([*lines, "", f"Matrix product: {', '.join(limits)}."])
+    compiled = (f"{d} {c['compile_seconds']:.1f} s" for d, c in result["dtypes"].items())
+    lines += ["", f"Our training step is compiled in: {', '.join(compiled)}."]
+    return "\n".join([*lines, f"Matrix product: {', '.join(limits)}."])
 
 
 def main() -> None:

@@ -91,3 +91,12 @@ def test_script(config, monkeypatch):
     assert "| forward, float32 | " in table
     assert "| training step, float32 | " in table
     assert "| float32 | 12 | 12 |" in table
+    assert "Our training step is compiled in: float32 " in table
+
+
+def test_compiling_leaves_the_cache_in_use(config):
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    before = [getattr(jax.config, name) for name in names]
+    assert step_benchmark.compile_seconds(Setting(config, "float32", 1)) > 0
+    assert [getattr(jax.config, name) for name in names] == before
+    assert before[1]
