@@ -13,7 +13,7 @@ _made = {}
 
 
 def _key(model, config):
-    """What programs follow from; where a run lies and when it saves is not part of it."""
+    """What programs follow from; when a run saves and evaluates is not part of it."""
     config = config.copy_and_resolve_references()
     for name in ("checkpoint", "eval", "init_from", "log_every_steps", "profile", "resume_changed"):
         del config[name]
