@@ -86,10 +86,14 @@ def make_run(setting: Setting) -> tuple[run.Run, dict[str, np.ndarray]]:
     return made, batch
 
 
+def _jitted_step(made: run.Run) -> Callable:
+    step = train.make_train_step(made.model, made.config, made.optimizer)
+    return jax.jit(step, donate_argnums=0)
+
+
 def jax_side(made: run.Run, batch: dict[str, np.ndarray]) -> Side:
     """This package: the real training step, and the model of evaluation on one view."""
-    config = made.config
-    step = jax.jit(train.make_train_step(made.model, config, made.optimizer), donate_argnums=0)
+    config, step = made.config, _jitted_step(made)
     placed = sharding.shard_batch(batch, made.mesh)
 
     @jax.jit
@@ -232,9 +236,8 @@ def matmul_gflops(dtype: str, size: int = 2048, rounds: int = 5) -> float:
 def compile_seconds(setting: Setting) -> float:
     """To compile our training step, from its lowered form; nothing kept from before is used."""
     made, batch = make_run(setting)
-    step = train.make_train_step(made.model, made.config, made.optimizer)
     arguments = made.state, made.frozen, sharding.shard_batch(batch, made.mesh)
-    lowered = jax.jit(step, donate_argnums=0).lower(*arguments)
+    lowered = _jitted_step(made).lower(*arguments)
     kept = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()

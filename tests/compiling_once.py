@@ -24,22 +24,24 @@ def _key(model, config):
 def compiling_once():
     """Inside, training and evaluation steps and fresh parameters are made once a configuration."""
 
-    def once(make):
+    def once(module, name):
+        make = getattr(module, name)
+
         def shared(model, config, *rest):
-            key = make.__name__, *_key(model, config)
+            key = name, *_key(model, config)
             if key not in _made:
                 _made[key] = make(model, config, *rest)
             return _made[key]
 
         return shared
 
-    init = once(run_lib.init_params)
+    init = once(run_lib, "init_params")
 
     def fresh(model, config, backbone):
         return jax.tree.map(jnp.copy, init(model, config, backbone))  # a run donates its own
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_train_step", once(train.make_train_step))
-        patch.setattr(evaluate, "make_eval_step", once(evaluate.make_eval_step))
+        patch.setattr(train, "make_train_step", once(train, "make_train_step"))
+        patch.setattr(evaluate, "make_eval_step", once(evaluate, "make_eval_step"))
         patch.setattr(run_lib, "init_params", fresh)
         yield

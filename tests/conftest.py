@@ -10,8 +10,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        # A training step of test_methods.py compiles in 3 s of CPU time; with the first alone in
-        # 8, with neither in 19.
+        # A training step of test_methods.py compiles in 3 s of CPU time by both; by the level
+        # alone in 8, by neither in 19.
         "--xla_backend_optimization_level=0",
         "--xla_cpu_use_fusion_emitters=false",
     ]

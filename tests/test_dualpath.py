@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from method_cases import EXACT
+from method_cases import EXACT, apply
 
 from dualpath_jax import params as params_lib
 from dualpath_jax.models import backbones, tuning, vit
@@ -46,11 +46,6 @@ def init(model, framesets=1):
     """Parameters with a backbone that is nowhere trivial, adapters as initialised."""
     params = _init(model.clone(scan_blocks=True), framesets)  # compiles sooner
     return jax.tree.map(jnp.asarray, params)  # the dictionaries are the test's own
-
-
-def apply(model, params, *args, method=None):
-    """`model.apply`, compiled."""
-    return jax.jit(functools.partial(model.apply, method=method))({"params": params}, *args)
 
 
 # Trainable parameters, PAPER.md's table. (backbone, classes, fifth adapter, options) -> count.
@@ -132,7 +127,7 @@ def test_adapter_initialisation():
 
 
 @functools.cache
-def _programs(model, path):
+def programs(model, path):
     """The frozen backbone's blocks and those of `path`."""
 
     def frozen(model, h):
@@ -149,8 +144,7 @@ def _programs(model, path):
 def frozen_and_adapted(model, params, path):
     """Tokens after the blocks of the frozen backbone and of `path`, by two separate programs."""
     h = np.random.default_rng(2).normal(size=(6, TINY.num_tokens, 48)).astype(np.float32)
-
-    return h, *(np.asarray(run({"params": params}, h)) for run in _programs(model, path))
+    return h, *(np.asarray(run({"params": params}, h)) for run in programs(model, path))
 
 
 @pytest.mark.parametrize("scan_blocks", [False, True])

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from method_cases import EXACT
-from test_dualpath import apply, perturbed
+from method_cases import apply
+from test_dualpath import perturbed, programs
 
 from dualpath_jax import convert, train, weight_files
 from dualpath_jax import params as params_lib
@@ -93,25 +93,10 @@ def test_parameters_on_swin():
     assert down.shape == (4, 24, 16)
 
 
-@functools.cache
-def _programs(model, path):
-    """The frozen backbone's stages and those of `path`."""
-
-    def frozen(model, h):
-        return model.backbone.encode(h)
-
-    def adapted(model, h):
-        sites = {"spatial": model.spatial_sites, "temporal": model.temporal_sites}[path]
-        return model.backbone.encode(h, sites, getattr(model, path)["adapters"])
-
-    methods = (functools.partial(model.apply, method=f) for f in (frozen, adapted))
-    return [jax.jit(f, compiler_options=EXACT) for f in methods]
-
-
 def frozen_and_adapted(model, params, path):
     """Maps after all stages of the frozen backbone and of `path`, by two separate programs."""
     h = np.random.default_rng(2).normal(size=(2, 8, 8, 24)).astype(np.float32)
-    return h, *(np.asarray(run({"params": params}, h)) for run in _programs(model, path))
+    return h, *(np.asarray(run({"params": params}, h)) for run in programs(model, path))
 
 
 @pytest.mark.parametrize("shifted", [False, True])

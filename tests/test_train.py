@@ -26,8 +26,8 @@ def build(config, workdir):
 
 
 def run_all(config, workdir):
+    run, dataset = build(config, workdir)
     with compiling_once():
-        run, dataset = build(config, workdir)
         train.train(run, dataset, VideoDataset(config.data.dir, "test"))
     return run
 
