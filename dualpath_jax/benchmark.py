@@ -24,13 +24,12 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
+from dualpath_jax.cores import CAN_CHOOSE_CORES, num_cores
 from dualpath_jax.data import jpeg_frames, pipeline, records, sampling
 from dualpath_jax.data.annotations import Listing, Video
 from dualpath_jax.data.broken import BrokenVideos
-from dualpath_jax.data.clips import ClipFormat, clip_format, compose, fill_colour
+from dualpath_jax.data.clips import ClipFormat, clip_format, compose, fill_colour, map_clips
 from dualpath_jax.data.prepare import prepare
-
-_CAN_CHOOSE_CORES = hasattr(os, "sched_getaffinity")  # Linux
 
 # Row of the video table, frames int64 [T], and what was drawn (`clips.make_element`, no records).
 Clip = tuple[int, np.ndarray, dict[str, tf.Tensor]]
@@ -43,11 +42,6 @@ def prepare_files(paths: Sequence[str], out: str) -> records.VideoDataset:
     with contextlib.redirect_stdout(sys.stderr):
         prepare(listing, os.sep, out, num_workers=num_cores(), progress=False)
     return records.VideoDataset(out, "train")
-
-
-def num_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if _CAN_CHOOSE_CORES else os.cpu_count() or 1
 
 
 class Videos:
@@ -111,8 +105,7 @@ def load_jpeg(videos: Videos, data: Any, training: bool, clips: Sequence[Clip]) 
         return tf.add_n([tf.shape(image)[0] for image in images])  # so that all are decoded
 
     decoded = tf.data.Dataset.from_tensor_slices(np.stack(jpegs))
-    decoded = decoded.map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    for batch in decoded.batch(data.batch_size).prefetch(data.prefetch):
+    for batch in map_clips(decoded, decode).batch(data.batch_size).prefetch(data.prefetch):
         yield len(batch)
 
 
@@ -369,7 +362,7 @@ def stage_costs(prepared: str, data: Any, training: bool, num_batches: int) -> d
 
 
 def _use_one_core() -> None:
-    if _CAN_CHOOSE_CORES:
+    if CAN_CHOOSE_CORES:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 

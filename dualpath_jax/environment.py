@@ -15,6 +15,8 @@ import shlex
 import sys
 from typing import Any
 
+from dualpath_jax.cores import num_cores
+
 # Packages that decide what a training computes, and how fast.
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow"),
@@ -62,7 +64,7 @@ def describe() -> dict[str, Any]:
         "versions": versions,
         "devices": dict(collections.Counter(device.device_kind for device in jax.devices())),
         "processes": jax.process_count(),
-        "cpu_cores": os.cpu_count(),
+        "cpu_cores": num_cores(),
         "platform": platform.platform(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }

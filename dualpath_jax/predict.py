@@ -14,6 +14,7 @@ import tqdm
 
 from dualpath_jax import prediction_view, trained, windows
 from dualpath_jax.bar import Bar
+from dualpath_jax.cores import num_cores
 from dualpath_jax.data import decode, pipeline
 from dualpath_jax.data.workers import Failure, WorkerPool, streams
 
@@ -151,7 +152,7 @@ class _Part:
 
 def _whole(model: trained.Trained, videos: Sequence[str]) -> Iterator[_Part]:
     arguments = [(video, trained.SHORT_SIDE, trained.QUALITY, LIMITS) for video in videos]
-    workers = min(len(videos), os.cpu_count() or 1)
+    workers = min(len(videos), num_cores())
     with WorkerPool(workers, LIMITS) as pool:
         results = pool.map(decode.video_to_jpegs, arguments)
         for number, (video, result) in enumerate(zip(videos, results, strict=True)):

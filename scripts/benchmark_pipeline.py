@@ -70,6 +70,7 @@ def benchmark_data(frames: int, batch_size: int):
 
 def measure(arguments: argparse.Namespace, folder: str) -> dict:
     from dualpath_jax import benchmark
+    from dualpath_jax.cores import num_cores
 
     loaders = list(benchmark.LOADERS)
     if importlib.util.find_spec("decord") is None:
@@ -91,7 +92,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict:
     lengths = benchmark.compare_lengths(dataset, data, LENGTHS, *how_often)
     return {
         "videos": len(dataset),
-        "cores": benchmark.num_cores(),
+        "cores": num_cores(),
         "cases": cases,
         "lengths": {"frames": arguments.frames[0]} | lengths,
     }

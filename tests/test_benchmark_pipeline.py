@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from video_files import write_video
 
-from dualpath_jax import benchmark
+from dualpath_jax import benchmark, cores
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.clips import clip_format
 from dualpath_jax.data.decode import DecodeLimits, decode_frames
@@ -178,7 +178,7 @@ def test_script(files, prepared, scripts, monkeypatch, capsys):
         videos=files, prepared=prepared, frames=[4], rounds=2, batches=2, batch_size=2
     )
     result = script.measure(arguments, prepared)
-    assert (result["videos"], result["cores"]) == (3, benchmark.num_cores())
+    assert (result["videos"], result["cores"]) == (3, cores.num_cores())
     assert [(case["frames"], case["mode"]) for case in result["cases"]] == [(4, m) for m in MODES]
     for case in result["cases"]:
         assert {name: len(speeds) for name, speeds in case["rounds"].items()} == dict.fromkeys(

@@ -268,6 +268,16 @@ def test_views_differ(config):
     assert not np.array_equal(batch["temporal"][:, 0], batch["temporal"][:, 1])
 
 
+def test_no_stream_has_an_autotuner():
+    """What ends a stream would wait for its thread, up to a minute."""
+    numbers = tf.data.Dataset.range(20)
+    stream = clips.map_clips(numbers, lambda number: number + 1).batch(5).prefetch(2)
+    assert stream.options().autotune.enabled is False
+    assert np.concatenate(list(stream.as_numpy_iterator())).tolist() == list(range(1, 21))
+    # Twin: TensorFlow's own default is to have one.
+    assert numbers.map(lambda number: number + 1).options().autotune.enabled is not False
+
+
 def test_bad_values_are_named(config):
     config.data.sampling = "sparse"
     with pytest.raises(ValueError, match="'sparse'"):

@@ -8,6 +8,7 @@ from typing import TextIO
 import tqdm
 
 from dualpath_jax import bar
+from dualpath_jax.cores import num_cores
 from dualpath_jax.data import ledger
 from dualpath_jax.data.annotations import Listing
 from dualpath_jax.data.decode import DecodeLimits, check_video
@@ -56,7 +57,7 @@ def check(
     stored = {name: [] for name in listing.stored()}
     bad = []
     shown = bar.Bar(len(videos), "check", "videos", shown=progress)
-    pool = WorkerPool(num_workers or os.cpu_count() or 1, limits)
+    pool = WorkerPool(num_workers or num_cores(), limits)
     with _opened(bad_videos) as file, shown, pool:
         results = pool.map(check_video, arguments)
         for (split, video), result in zip(videos, results, strict=True):

@@ -1,7 +1,7 @@
 """What a clip is, and how its stored records become the model's inputs. TensorFlow ops.
 
 Public: `ClipFormat`, `clip_format`, `make_element`, `compose`, `fill_colour`, `decode_clips`,
-`clip_function`, `undecodable`.
+`map_clips`, `clip_function`, `undecodable`.
 
 An element is what the pipeline's generators yield for one clip: its raw records, what was drawn for
 it, and its label. A clip is cut, scaled, warped (RandAugment's geometry), mirrored and erased, then
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from dualpath_jax.cores import num_cores
 from dualpath_jax.data import augment, jpeg_frames, randaugment, sampling
 from dualpath_jax.data.framesets import FramesetShape, tile_framesets
 from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset
@@ -228,11 +229,19 @@ def decode_clips(
             raise
 
     clips = tf.data.Dataset.from_generator(generate, output_signature=signature)
-    return clips.map(
-        lambda element: _assemble(element, clip, fill_colour(data)),
-        num_parallel_calls=tf.data.AUTOTUNE,
-        deterministic=True,
-    )
+    return map_clips(clips, lambda element: _assemble(element, clip, fill_colour(data)))
+
+
+def map_clips(clips: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dataset:
+    """`clips` through `function`, in order, as many at a time as there are cores.
+
+    Without tf.data's autotuner: its thread wakes up ever more rarely, once a minute at last, and
+    what ends a stream waits for that (TensorFlow 2.21: 1.2 s after an evaluation of 1.3 s).
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    mapped = clips.map(function, num_parallel_calls=num_cores(), deterministic=True)
+    return mapped.with_options(options)
 
 
 def clip_function(clip: ClipFormat, data: Any) -> Callable[[dict[str, Any]], dict[str, tf.Tensor]]:

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import json
 import multiprocessing
-import os
 import pathlib
 from collections.abc import Iterator
 
@@ -22,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from dualpath_jax.bar import Bar
+from dualpath_jax.cores import num_cores
 
 # Something-Something-v2's kind of templates; a pair of opposite actions stands together.
 CLASSES = (
@@ -282,7 +282,7 @@ def render_demo(out: str, sizes: dict[str, int] | None = None, progress: bool = 
     labels.mkdir(exist_ok=True)
     context = multiprocessing.get_context("spawn")  # the parent may hold threads of JAX
     with (
-        concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool,
+        concurrent.futures.ProcessPoolExecutor(num_cores(), mp_context=context) as pool,
         Bar(sum(sizes.values()), "render", "videos", shown=progress) as shown,
     ):
         jobs, first = [], 0

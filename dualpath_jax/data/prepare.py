@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 
 from dualpath_jax.bar import Bar
+from dualpath_jax.cores import num_cores
 from dualpath_jax.data import ledger, records
 from dualpath_jax.data.datasets import Listing, Video
 from dualpath_jax.data.decode import DecodeLimits, video_to_jpegs
@@ -96,7 +97,7 @@ def prepare(
             total = sum(len(shard.videos) for shard in shards)
             done = total - sum(len(shard.videos) for shard in todo)
             shown = Bar(total, "prepare", "videos", done, progress)
-            with shown, WorkerPool(num_workers or os.cpu_count() or 1, limits) as pool:
+            with shown, WorkerPool(num_workers or num_cores(), limits) as pool:
                 results = pool.map(video_to_jpegs, arguments)
                 for shard in todo:
                     _store_shard(shard, results, out_dir, shown)
