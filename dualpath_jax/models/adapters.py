@@ -39,6 +39,7 @@ class Adapter(nn.Module):
         # Kaiming normal N(0, 2/fan_in), not truncated as `he_normal` is.
         kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
         y = nn.Dense(self.bottleneck, kernel_init=kaiming, dtype=self.dtype, name="down")(y)
+        y = keep(y, "down")
         y = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(gelu(y))
         zeros = nn.initializers.zeros
         y = nn.Dense(x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="up")(y)
