@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from dualpath_jax import demo, distributed, evaluate, lock, train
+from dualpath_jax import demo, distributed, environment, evaluate, lock, train
 from dualpath_jax import run as run_lib
 
 
@@ -18,6 +18,7 @@ def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
       ValueError, OSError, FloatingPointError: what the user can mend, with the remedy.
       Preempted: told to stop; the state is saved.
     """
+    environment.compute_where_called()
     with _claimed(workdir):
         if config.data.source == "demo" and not config.data.synthetic:
             with lock.one_at_a_time(config.data.dir):

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from jax.experimental.compilation_cache import compilation_cache
 
-from dualpath_jax import efficiency, evaluate, run, sharding, train
+from dualpath_jax import efficiency, environment, evaluate, run, sharding, train
 from dualpath_jax import params as params_lib
 from dualpath_jax.data import synthetic
 from dualpath_jax.models import dualpath
@@ -71,6 +71,7 @@ def make_run(setting: Setting) -> tuple[run.Run, dict[str, np.ndarray]]:
     config.data.erasing_probability, config.num_train_steps = 0.0, 1000
     videos = synthetic.synthetic_split(config.data, setting.batch_size)
     videos.class_names = [str(i) for i in range(NUM_CLASSES)]
+    environment.compute_where_called()  # as a run does
     with contextlib.redirect_stdout(io.StringIO()):  # the table of parameters
         made = run.build_run(config, "", videos)
     rng = np.random.default_rng(0)
@@ -194,6 +195,7 @@ def compare(setting: Setting, rounds: int) -> dict[str, Any]:
     difference = float(np.abs(ours - theirs).max())
     if setting.dtype == "float32" and difference > TOLERANCE:
         raise RuntimeError(f"PyTorch's logits differ by {difference:.2e}, more than {TOLERANCE}")
+    environment.keep_memory()  # as a run does after its first step
     result: dict[str, Any] = {"largest_difference": difference}
     for what, operations in zip(("forward", "train_step"), _operations(setting), strict=True):
         seconds = take_turns({n: getattr(side, what) for n, side in sides.items()}, rounds)

@@ -250,6 +250,7 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
             reporter.step_done(done)
             if step == first_step:
                 reporter.first_step_done(done, metrics)
+                environment.keep_memory()
             stops = watch.should_stop(done)
             timed = plan.save_seconds is not None and plan.logs(done)
             saves = stops or plan.saves(done, elapsed(last_save) if timed else 0.0)

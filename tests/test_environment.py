@@ -3,10 +3,12 @@
 import json
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 
 import jax
+import pytest
 
 import dualpath_jax
 from dualpath_jax import environment
@@ -50,6 +52,37 @@ def test_a_second_start_compiles_nothing(tmp_path):
     assert counts()[0] == 0
     hits, _ = counts()
     assert hits >= 1
+
+
+FAULTS = """
+import os, resource, sys
+from dualpath_jax import environment
+environment.compute_where_called()
+import jax
+step = jax.jit(lambda x: (x @ x.T).sum())
+x = jax.numpy.ones((4096, 16))
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    float(step(x))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(min(faults() for _ in range(5)))
+environment.keep_memory()
+print(min(faults() for _ in range(5)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+@pytest.mark.parametrize("chosen", [{}, {"MALLOC_CHECK_": "0"}])
+def test_memory_of_a_step_is_kept(chosen):
+    """64 MiB, which the next step finds again; twin: as the user has it, it faults in anew."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    variables = {**kept, **chosen, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
+    before, after = map(int, done.stdout.split())
+    huge = 32  # pages of 2 MiB, where the system gives them unasked
+    assert before >= huge
+    assert after >= huge if chosen else after < huge
 
 
 def test_what_a_run_had(monkeypatch):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dualpath_jax.models import layers
 from dualpath_jax.models.layers import Sites, gelu, keep
 
 
@@ -23,6 +24,7 @@ class Adapter(nn.Module):
       dropout: rate after the activation; active when a "dropout" rng is given.
       layer_norm: normalise the input by a LayerNorm of its own.
       skip: add the input to the output.
+      for_cpu: see `layers.dense`.
     """
 
     bottleneck: int = 128
@@ -30,19 +32,23 @@ class Adapter(nn.Module):
     dropout: float = 0.0
     layer_norm: bool = False
     skip: bool = False
+    for_cpu: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> [..., D]."""
+
+        def dense(features: int, **options: Any) -> nn.Dense:
+            return layers.dense(features, self.dtype, self.for_cpu, **options)
+
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="ln")(x) if self.layer_norm else x
         # Kaiming normal N(0, 2/fan_in), not truncated as `he_normal` is.
         kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-        y = nn.Dense(self.bottleneck, kernel_init=kaiming, dtype=self.dtype, name="down")(y)
-        y = keep(y, "down")
+        y = keep(dense(self.bottleneck, kernel_init=kaiming, name="down")(y), "down")
         y = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(gelu(y))
         zeros = nn.initializers.zeros
-        y = nn.Dense(x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="up")(y)
+        y = dense(x.shape[-1], kernel_init=zeros, name="up")(y)
         y = y * self.scale
         return x + y if self.skip else y
 

@@ -1,7 +1,7 @@
 """What the backbones share: the transformer block and its named sites for tuning methods.
 
-Public: `Sites`, `Block`, `Mlp`, `ACTIVATIONS`, `gelu`, `quick_gelu`, `REMAT`, `keep`. The rest is
-for the modules of the backbones.
+Public: `Sites`, `Block`, `Mlp`, `dense`, `product`, `ACTIVATIONS`, `gelu`, `quick_gelu`, `REMAT`,
+`keep`. The rest is for the modules of the backbones.
 
 The file knows no tuning method. A method fills the sites of a block (see `Sites`); an empty site
 does nothing. Axes: M images (frames or framesets, batch included), N tokens, D width, L blocks.
@@ -134,18 +134,60 @@ class Sites(nn.Module):
         return h
 
 
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., I] @ kernel [I, O], with gradients in the forms that XLA computes fastest on a CPU.
+
+    A product with a transposed factor takes up to twice as long where that is the larger one. Then
+    the barriers make XLA turn round the smaller one, and what comes out.
+    """
+    return x @ kernel
+
+
+def _product_forward(x: Any, kernel: Any) -> tuple[jax.Array, Any]:
+    kept = x.value if kernel.perturbed else None  # a frozen kernel needs no gradient
+    return product(x.value, kernel.value), (kept, kernel.value)
+
+
+def _product_backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    x, kernel = kept
+    d_rows = dy.reshape(-1, dy.shape[-1])
+    barrier = jax.lax.optimization_barrier
+    if len(d_rows) < min(kernel.shape):
+        dx = barrier(kernel @ barrier(d_rows.T)).T
+    else:
+        dx = d_rows @ kernel.T
+    d_kernel = None
+    if x is not None:
+        rows = x.reshape(-1, x.shape[-1])
+        tall = kernel.shape[0] > kernel.shape[1]
+        d_kernel = barrier(d_rows.T @ rows).T if tall else rows.T @ d_rows
+    return dx.reshape(*dy.shape[:-1], -1), d_kernel
+
+
+product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
+
+
+def dense(features: int, dtype: Any, for_cpu: bool = False, **options: Any) -> nn.Dense:
+    """`nn.Dense`, computed by `product` if `for_cpu`."""
+    if for_cpu:  # Dense contracts the last axis of x with the first of the kernel
+        options["dot_general"] = lambda x, kernel, *_, **__: product(x, kernel)
+    return nn.Dense(features, dtype=dtype, **options)
+
+
 class Mlp(nn.Module):
     """Linear, activation, Linear."""
 
     hidden: int
     activation: str
+    for_cpu: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = keep(nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(x), "hidden")
+        y = keep(dense(self.hidden, self.dtype, self.for_cpu, name="hidden")(x), "hidden")
         y = ACTIVATIONS[self.activation](y)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="output")(y)
+        return dense(x.shape[-1], self.dtype, self.for_cpu, name="output")(y)
 
 
 class Block(nn.Module):

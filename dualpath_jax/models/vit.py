@@ -190,7 +190,7 @@ attend.defvjp(lambda *qkv: (attend(*qkv), qkv), _attend_backward)
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values.
 
-    `for_cpu` chooses `attend` over JAX's own attention, see there.
+    `for_cpu` chooses `attend` over JAX's own attention and `layers.product`, see there.
     """
 
     width: int
@@ -199,8 +199,8 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.qkv = nn.Dense(3 * self.width, dtype=self.dtype)
-        self.out = nn.Dense(self.width, dtype=self.dtype)
+        self.qkv = layers.dense(3 * self.width, self.dtype, self.for_cpu)
+        self.out = layers.dense(self.width, self.dtype, self.for_cpu)
 
     def project(self, x: jax.Array) -> jax.Array:
         """x [M, N, D] -> queries, keys and values [3, M, N, K, D/K]."""
@@ -240,7 +240,7 @@ class Block(layers.Block):
         self.ln_1 = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype)
         self.attention = Attention(config.width, config.heads, self.for_cpu, dtype=self.dtype)
         self.ln_2 = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype)
-        self.mlp = Mlp(config.mlp_dim, config.activation, dtype=self.dtype)
+        self.mlp = Mlp(config.mlp_dim, config.activation, self.for_cpu, dtype=self.dtype)
 
     def queries_and_keys(self, h: jax.Array, sites: Sites) -> tuple[jax.Array, jax.Array]:
         """Of the attention in a block that h [M, N, D] enters: two of [M, N, K, D/K]."""
