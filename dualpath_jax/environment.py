@@ -24,6 +24,9 @@ PACKAGES = (
     *("tensorflow-cpu", "array_record", "ml_collections"),
 )
 
+# Of glibc's malloc.h, for mallopt.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
 
 def prepare() -> None:
     """Quiet TensorFlow, measured XLA flags, and compiled programs kept for the next start."""
@@ -62,10 +65,6 @@ def keep_memory() -> None:
     glibc.mallopt(_M_MMAP_MAX, 0)
     glibc.mallopt(_M_TRIM_THRESHOLD, -1)  # as an unsigned number: never
     glibc.malloc_trim(0)
-
-
-# Of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def cache_folder() -> pathlib.Path:
