@@ -1,7 +1,7 @@
-"""What JAX, TensorFlow and glibc are told: `prepare` before they are imported, then `keep_memory`.
+"""What JAX, TensorFlow and glibc are told, and what a run had. What the user has set stays.
 
-Public: those; `cache_folder`; `describe`, what a run had: command, versions, devices. What the user
-has set stays.
+Public: `prepare`, before JAX and TensorFlow are imported; `compute_where_called`, before JAX makes
+its first array, and `keep_memory`, after the first step; `cache_folder`; `describe`.
 """
 
 import collections

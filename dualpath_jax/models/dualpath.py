@@ -139,8 +139,7 @@ class DualPath(nn.Module):
                 f"table, and {self.config.name} has none: use 'sincos3d'"
             )
         self.backbone = build_backbone(self.config, self.dtype, self.scan_blocks, self.remat)
-        for_cpu = not self.scan_blocks
-        adapter = self.adapter.clone(for_cpu=for_cpu, dtype=self.dtype, parent=None)
+        adapter = self.adapter.clone(for_cpu=not self.scan_blocks, dtype=self.dtype, parent=None)
         shifted = self.adapt_shifted_windows
         self.spatial_sites = ParallelAdapters(adapter, shifted_windows=shifted, parent=None)
         self.temporal_sites = SerialAdapters(
