@@ -12,7 +12,7 @@ from PIL import Image
 
 from configs import base
 from dualpath_jax.data import jpeg_frames, pipeline
-from dualpath_jax.data.records import encode_frame
+from dualpath_jax.data.records import FRAME_FEATURES, encode_frame
 
 # From faces to textures that fill the frame, which suffer most.
 NAMES = ("astronaut", "chelsea", "coffee", "rocket", "coins", "grass", "gravel", "brick")
@@ -63,7 +63,11 @@ def differences(videos, image_size, monkeypatch):
     reduced = framesets(videos, image_size)
     with monkeypatch.context() as patch:
         decode = jpeg_frames.decode
-        patch.setattr(jpeg_frames, "decode", lambda jpegs, box, _: decode(jpegs, box, 1))
+
+        def whole(jpegs, box, _, size):
+            return decode(jpegs, box, 1, size)
+
+        patch.setattr(jpeg_frames, "decode", whole)
         full = framesets(videos, image_size)
     return np.abs(reduced - full).mean(axis=(1, 2, 3))
 
@@ -85,8 +89,8 @@ def test_a_smaller_margin_is_seen(monkeypatch):
 def test_a_shifted_box_is_seen(monkeypatch):
     decode = jpeg_frames.decode
 
-    def shifted(jpegs, box, ratio):
-        return decode(jpegs, box - ([4, 4, 0, 0] if ratio > 1 else 0), ratio)
+    def shifted(jpegs, box, ratio, size):
+        return decode(jpegs, box - ([4, 4, 0, 0] if ratio > 1 else 0), ratio, size)
 
     snap = jpeg_frames.snap
     monkeypatch.setattr(jpeg_frames, "snap", lambda box, _: np.maximum(snap(box, 4), 4))
@@ -121,6 +125,24 @@ def test_resize_is_near_the_bicubic_of_clip(side, size):
         plain.append(np.abs(tf.image.resize(np.asarray(cut), (size, size)) - bicubic).mean())
     assert np.mean(ours) <= 2.5
     assert (np.mean(plain) > 1.2 * np.mean(ours)) == (side > 1.15 * size)
+
+
+@pytest.mark.parametrize("size", [224, 56])  # bilinear, the mean over areas
+def test_frames_keep_their_places_in_groups(size):
+    """Twin: each frame is another one, so that a place that is wrong shows."""
+    stills = photographs()
+    raw = [record for i in (0, 2, 5, 6, 1, 3, 4) for record in stills.read_frames(i, [0])]
+    jpegs = tf.unstack(tf.io.parse_example(raw, FRAME_FEATURES)["image"])
+    assert len(jpegs) % jpeg_frames.GROUP  # the last group is a smaller one
+    box = tf.constant([8, 16, 200, 230])
+    together = jpeg_frames.decode(jpegs, box, 1, size).numpy().astype(int)
+    assert together.shape == (7, size, size, 3)
+    for i, jpeg in enumerate(jpegs):
+        cut = tf.io.decode_jpeg(jpeg, 3, dct_method="INTEGER_ACCURATE")[None, 8:208, 16:246]
+        alone = jpeg_frames.resize(cut, size)[0].numpy()
+        distances = np.abs(together - alone).mean(axis=(1, 2, 3))
+        assert distances[i] < 0.1
+        assert np.delete(distances, i).min() > 10
 
 
 def test_mirror():

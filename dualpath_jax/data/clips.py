@@ -170,8 +170,7 @@ def _assemble(
     chosen = sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
 
     def read(indices: np.ndarray, ratio: int, size: int) -> tf.Tensor:
-        frames = jpeg_frames.decode([jpegs[i] for i in indices], element["box"], ratio)
-        return jpeg_frames.resize(frames, size)
+        return jpeg_frames.decode([jpegs[i] for i in indices], element["box"], ratio, size)
 
     spatial, others = read(chosen, 1, clip.image_size), None
     if clip.framesets is not None:

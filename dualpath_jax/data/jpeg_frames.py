@@ -3,6 +3,8 @@
 Public: `decode_ratio`, `snap`, `decode`, `resize`, `mirror`, `erase`, `RATIOS`.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import tensorflow as tf
 
@@ -15,6 +17,8 @@ MARGIN = 1.8
 # the mean over areas is nearer than a triangle filter to the bicubic one that CLIP was trained with
 # (256 to 56 pixels, frames of Kinetics: 1.3 / 255 on average against 1.8) and 2.6 times faster.
 PLAIN_SHRINKING = 1.15
+# Frames that are decoded and scaled at a time, which a core's cache holds: 5% of a clip's time.
+GROUP = 4
 
 
 def decode_ratio(side: int, frame_size: int) -> int:
@@ -37,28 +41,36 @@ def snap(box: np.ndarray, ratio: int) -> np.ndarray:
     return np.concatenate([start, end - start]).astype(np.int32)
 
 
-def decode(jpegs: list[tf.Tensor], box: tf.Tensor, ratio: int) -> tf.Tensor:
-    """Frames cut at `box`, reduced by libjpeg.
+def decode(jpegs: list[tf.Tensor], box: tf.Tensor, ratio: int, size: int) -> tf.Tensor:
+    """Frames cut at `box`, reduced by libjpeg, and scaled to squares as by `resize`.
 
     Args:
       jpegs: n scalars.
       box: int32 [4]: top, left, height and width in pixels of the stored frames, multiples of
         `ratio`.
       ratio: 1, 2 or 4.
+      size: side of the result.
 
     Returns:
-      uint8 [n, height / ratio, width / ratio, 3].
+      uint8 [n, size, size, 3].
     """
     window = box // ratio  # libjpeg crops after reducing
-    # Written out: a map_fn over the frames costs as much again as decoding small ones.
-    return tf.stack(
-        [
-            tf.image.decode_and_crop_jpeg(
-                jpeg, window, channels=3, ratio=ratio, dct_method="INTEGER_ACCURATE"
-            )
-            for jpeg in jpegs
-        ]
-    )
+
+    def scaled(method: str) -> tf.Tensor:
+        done: list[tf.Tensor] = []
+        for few in _groups(jpegs):
+            with tf.control_dependencies(done[-1:]):
+                # Written out: a map_fn over the frames costs as much again as decoding small ones.
+                frames = [
+                    tf.image.decode_and_crop_jpeg(
+                        jpeg, window, channels=3, ratio=ratio, dct_method="INTEGER_ACCURATE"
+                    )
+                    for jpeg in few
+                ]
+                done.append(_scale(tf.stack(frames), size, method))
+        return tf.concat(done, 0)
+
+    return _by_shrinking(window[2:], size, scaled)
 
 
 def resize(frames: tf.Tensor, size: int) -> tf.Tensor:
@@ -71,13 +83,29 @@ def resize(frames: tf.Tensor, size: int) -> tf.Tensor:
     Returns:
       uint8 [n, size, size, 3].
     """
-    shrinks_little = tf.reduce_max(tf.shape(frames)[1:3]) <= int(PLAIN_SHRINKING * size)
-    resized = tf.cond(
-        shrinks_little,
-        lambda: tf.image.resize(frames, (size, size)),
-        lambda: tf.image.resize(frames, (size, size), method="area"),
-    )
-    return tf.ensure_shape(tf.cast(tf.round(resized), tf.uint8), [frames.shape[0], size, size, 3])
+
+    def scaled(method: str) -> tf.Tensor:
+        return tf.concat([_scale(few, size, method) for few in _groups(frames)], 0)
+
+    return _by_shrinking(tf.shape(frames)[1:3], size, scaled)
+
+
+def _groups(frames: Sequence[tf.Tensor] | tf.Tensor) -> list[Sequence[tf.Tensor] | tf.Tensor]:
+    """n frames, `GROUP` at a time."""
+    return [frames[k : k + GROUP] for k in range(0, len(frames), GROUP)]
+
+
+def _by_shrinking(sides: tf.Tensor, size: int, scaled: Callable[[str], tf.Tensor]) -> tf.Tensor:
+    """`scaled` by the method that suits frames with `sides` (int32 [2], pixels)."""
+    shrinks_little = tf.reduce_max(sides) <= int(PLAIN_SHRINKING * size)
+    return tf.cond(shrinks_little, lambda: scaled("bilinear"), lambda: scaled("area"))
+
+
+def _scale(frames: tf.Tensor, size: int, method: str) -> tf.Tensor:
+    """uint8 [n, h, w, 3] -> uint8 [n, size, size, 3]."""
+    # From float32 it is as exact as from uint8, and bilinear scaling takes half the time.
+    resized = tf.image.resize(tf.cast(frames, tf.float32), (size, size), method=method)
+    return tf.cast(tf.round(resized), tf.uint8)
 
 
 def mirror(images: tf.Tensor) -> tf.Tensor:

@@ -155,23 +155,33 @@ def lookup_tables(frames: tf.Tensor, ops: tf.Tensor, values: tf.Tensor) -> tf.Te
     """
     identity = tf.tile(tf.range(256)[None], [3, 1])
 
+    def drawn(*names: str) -> tf.Tensor:
+        return tf.reduce_any([tf.reduce_any(ops == OPS.index(name)) for name in names])
+
+    def histogram() -> tf.Tensor:
+        pixels = tf.transpose(tf.reshape(tf.cast(frames, tf.int32), [-1, 3]))
+        return tf.math.bincount(pixels, minlength=256, maxlength=256, axis=-1)
+
     def composed() -> tf.Tensor:
         table = identity
-        pixels = tf.transpose(tf.reshape(tf.cast(frames, tf.int32), [-1, 3]))
-        counts = tf.math.bincount(pixels, minlength=256, maxlength=256, axis=-1)
-        for op, value in zip(
-            tf.unstack(ops, ops.shape[0]), tf.unstack(values, ops.shape[0]), strict=True
-        ):
-            seen = tf.stack(  # the histogram after the operations before
+        asked = drawn("auto_contrast", "equalize")  # nine tenths of the work
+        counts = tf.cond(asked, histogram, lambda: tf.zeros([3, 256], tf.int32))
+
+        def seen() -> tf.Tensor:  # the histogram after the operations before
+            return tf.stack(
                 [
                     tf.math.unsorted_segment_sum(counts[c], table[c], num_segments=256)
                     for c in range(3)
                 ]
             )
+
+        for op, value in zip(
+            tf.unstack(ops, ops.shape[0]), tf.unstack(values, ops.shape[0]), strict=True
+        ):
             bits = tf.cast(value, tf.int32)
             steps = {
-                OPS.index("auto_contrast"): functools.partial(_auto_contrast, seen),
-                OPS.index("equalize"): functools.partial(_equalize, seen),
+                OPS.index("auto_contrast"): lambda: _auto_contrast(seen()),
+                OPS.index("equalize"): lambda: _equalize(seen()),
                 OPS.index("invert"): lambda: 255 - identity,
                 OPS.index("posterize"): functools.partial(_posterize, identity, bits),
             }
@@ -183,8 +193,7 @@ def lookup_tables(frames: tf.Tensor, ops: tf.Tensor, values: tf.Tensor) -> tf.Te
             table = tf.gather(step, table, axis=1, batch_dims=1)
         return table
 
-    needed = tf.reduce_any((ops > 0) & (ops <= len(TABLES)))
-    return tf.cast(tf.cond(needed, composed, lambda: identity), tf.uint8)
+    return tf.cast(tf.cond(drawn(*TABLES), composed, lambda: identity), tf.uint8)
 
 
 def _posterize(levels: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:

@@ -149,7 +149,12 @@ class VideoDataset:
         shard = int(np.searchsorted(self._shard_ends, first, side="right"))
         start = self._shard_ends[shard - 1] if shard else 0
         try:
-            return self._reader(shard).read((first - start + frames).tolist())
+            reader, places = self._reader(shard), (first - start + frames).tolist()
+            if np.all(np.diff(frames) == 1) and not self._shard_paths[shard].startswith("gs://"):
+                # One by one, as the system reads ahead: half the CPU time of threads that wait
+                # for each other, and no slower where the file is not in memory.
+                return [reader.read([place])[0] for place in places]
+            return reader.read(places)  # by several threads
         except RuntimeError as error:
             _check_reached(self._shard_paths[shard], error)
             raise UnreadableVideo(
