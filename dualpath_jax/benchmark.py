@@ -398,7 +398,7 @@ def _stage_of(event: str) -> str | None:
     # What the generator does in Python is inside its PyFunc, and the iterator is round everything.
     if operation in ("IteratorGetNext", "MakeIterator", "RandomIndexShuffle"):
         return None
-    if operation.endswith("Dataset") or not hasattr(tf.raw_ops, operation):  # or no operation
+    if "Dataset" in operation or not hasattr(tf.raw_ops, operation):  # or no operation
         return None
     return "flip, tile, erase"
 
