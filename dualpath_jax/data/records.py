@@ -34,7 +34,7 @@ tf.config.set_visible_devices([], "GPU")  # accelerators belong to JAX
 FRAME_FEATURES = {"image": tf.io.FixedLenFeature((), tf.string)}
 
 _WRITER_OPTIONS = "group_size:1,uncompressed"  # one record per read; JPEG does not compress
-_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access in one thread
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access
 
 
 @dataclasses.dataclass(frozen=True)
