@@ -232,14 +232,16 @@ def decode_clips(
 
 
 def map_clips(clips: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dataset:
-    """`clips` through `function`, in order, as many at a time as there are cores.
+    """`clips` through `function`, in order, twice as many at a time as there are cores.
 
+    With one for each core, a core stands idle while the others' clips, done or not, wait for one
+    before them.
     Without tf.data's autotuner: its thread wakes up ever more rarely, once a minute at last, and
     what ends a stream waits for that (TensorFlow 2.21: 1.2 s after an evaluation of 1.3 s).
     """
     options = tf.data.Options()
     options.autotune.enabled = False
-    mapped = clips.map(function, num_parallel_calls=num_cores(), deterministic=True)
+    mapped = clips.map(function, num_parallel_calls=2 * num_cores(), deterministic=True)
     return mapped.with_options(options)
 
 

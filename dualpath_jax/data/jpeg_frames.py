@@ -17,8 +17,7 @@ MARGIN = 1.8
 # the mean over areas is nearer than a triangle filter to the bicubic one that CLIP was trained with
 # (256 to 56 pixels, frames of Kinetics: 1.3 / 255 on average against 1.8) and 2.6 times faster.
 PLAIN_SHRINKING = 1.15
-# Frames that are decoded, one after the other, and then scaled: a core's cache holds them, which
-# takes 5 to 8% off a clip's time.
+# Frames that are decoded and scaled at a time, which a core's cache holds: 5% of a clip's time.
 GROUP = 4
 
 
@@ -59,20 +58,16 @@ def decode(jpegs: list[tf.Tensor], box: tf.Tensor, ratio: int, size: int) -> tf.
 
     def scaled(method: str) -> tf.Tensor:
         done: list[tf.Tensor] = []
-        previous: list[tf.Tensor] = []
         for few in _groups(jpegs):
-            frames = []
-            # Written out: a map_fn over the frames costs as much again as decoding small ones.
-            for jpeg in few:
-                with tf.control_dependencies(previous):
-                    frames.append(
-                        tf.image.decode_and_crop_jpeg(
-                            jpeg, window, channels=3, ratio=ratio, dct_method="INTEGER_ACCURATE"
-                        )
+            with tf.control_dependencies(done[-1:]):
+                # Written out: a map_fn over the frames costs as much again as decoding small ones.
+                frames = [
+                    tf.image.decode_and_crop_jpeg(
+                        jpeg, window, channels=3, ratio=ratio, dct_method="INTEGER_ACCURATE"
                     )
-                previous = frames[-1:]
-            done.append(_scale(tf.stack(frames), size, method))
-            previous = done[-1:]
+                    for jpeg in few
+                ]
+                done.append(_scale(tf.stack(frames), size, method))
         return tf.concat(done, 0)
 
     return _by_shrinking(window[2:], size, scaled)
