@@ -234,8 +234,7 @@ def decode_clips(
 def map_clips(clips: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dataset:
     """`clips` through `function`, in order, twice as many at a time as there are cores.
 
-    With one for each core, a core stands idle while the others' clips, done or not, wait for one
-    before them.
+    With one for each core, cores stand idle while their clips, done, wait for one before them.
     Without tf.data's autotuner: its thread wakes up ever more rarely, once a minute at last, and
     what ends a stream waits for that (TensorFlow 2.21: 1.2 s after an evaluation of 1.3 s).
     """
