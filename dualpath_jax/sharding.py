@@ -114,7 +114,7 @@ def averaged(compute: Callable, mesh: Mesh, dtype: str) -> Callable:
 
     What comes out is reduced once, after all of it is computed: XLA alone would do it leaf by leaf
     inside the loop over blocks, once for each accumulation step, and in the dtype of the model.
-    (Along `fsdp` XLA does.)
+    (Along `fsdp` XLA does, where that axis divides something.)
 
     Args:
       compute: (trainable, frozen, batch, rng) -> (metrics, gradients), means over the batch.
@@ -134,11 +134,13 @@ def averaged(compute: Callable, mesh: Mesh, dtype: str) -> Callable:
         return metrics, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients)
 
     everywhere = PartitionSpec()
+    # All axes where one divides nothing: what has partitioning of its own then needs none.
+    axes = {"data"} if mesh.shape["fsdp"] > 1 else set(AXES)
     return jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(everywhere, everywhere, PartitionSpec("data"), everywhere),
         out_specs=everywhere,
-        axis_names={"data"},
+        axis_names=axes,
         check_vma=False,  # else each gradient is summed where it arises
     )

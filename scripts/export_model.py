@@ -8,8 +8,11 @@ OUT/class_names.json and OUT/model_card.md, which says what goes in and what com
 """
 
 import argparse
+import os
 import pathlib
 import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # traced there, the program fits every platform
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from dualpath_jax.models.adapters import Adapter, Classifier, ParallelAdapters, SerialAdapters
 from dualpath_jax.models.backbones import BackboneConfig, build_backbone
-from dualpath_jax.models.layers import Sites
+from dualpath_jax.models.layers import Sites, written_for_cpu
 from dualpath_jax.models.vit import resize_positions
 
 TEMPORAL_POSITIONS = ("sincos3d", "sincos3d+clip", "clip", "learned")
@@ -139,7 +139,8 @@ class DualPath(nn.Module):
                 f"table, and {self.config.name} has none: use 'sincos3d'"
             )
         self.backbone = build_backbone(self.config, self.dtype, self.scan_blocks, self.remat)
-        adapter = self.adapter.clone(for_cpu=not self.scan_blocks, dtype=self.dtype, parent=None)
+        for_cpu = written_for_cpu(self.scan_blocks)
+        adapter = self.adapter.clone(for_cpu=for_cpu, dtype=self.dtype, parent=None)
         shifted = self.adapt_shifted_windows
         self.spatial_sites = ParallelAdapters(adapter, shifted_windows=shifted, parent=None)
         self.temporal_sites = SerialAdapters(

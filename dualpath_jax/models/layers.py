@@ -1,7 +1,7 @@
 """What the backbones share: the transformer block and its named sites for tuning methods.
 
 Public: `Sites`, `Block`, `Mlp`, `dense`, `product`, `ACTIVATIONS`, `gelu`, `quick_gelu`, `REMAT`,
-`keep`. The rest is for the modules of the backbones.
+`keep`, `written_for_cpu`. The rest is for the modules of the backbones.
 
 The file knows no tuning method. A method fills the sites of a block (see `Sites`); an empty site
 does nothing. Axes: M images (frames or framesets, batch included), N tokens, D width, L blocks.
@@ -33,17 +33,23 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 # A frozen matrix product needs no kept input. "cheap" keeps the outputs of the large ones that
 # something else reads; it repeats softmax, activations, norms, attention's output and adapters.
 _KEPT = ("qkv", "hidden", "branch")
-# Where blocks are written out, for CPUs, it also keeps the residual stream after attention and the
+# Where blocks are written out on a CPU, it also keeps the residual stream after attention and the
 # adapters' first products: a step of 16 frames takes 4% less CPU time and 9% more memory (B/16).
 _KEPT_ON_CPU = (*_KEPT, "middle", "down")
 REMAT = ("none", "cheap", "full")
+
+
+def written_for_cpu(scan_blocks: bool) -> bool:
+    """Whether to compute in the forms that are fastest on a CPU, where blocks are written out."""
+    return not scan_blocks and jax.default_backend() == "cpu"
 
 
 def _policy(remat: str, scan: bool) -> Any:
     """What `jax.checkpoint` keeps under a name of `REMAT` other than "none"."""
     if remat == "full":
         return jax.checkpoint_policies.nothing_saveable
-    return jax.checkpoint_policies.save_only_these_names(*(_KEPT if scan else _KEPT_ON_CPU))
+    names = _KEPT_ON_CPU if written_for_cpu(scan) else _KEPT
+    return jax.checkpoint_policies.save_only_these_names(*names)
 
 
 def keep(x: jax.Array, name: str) -> jax.Array:

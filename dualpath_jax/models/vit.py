@@ -1,6 +1,6 @@
 """Vision transformers of CLIP (Radford et al. 2021) and ImageNet-21K (Dosovitskiy et al. 2021).
 
-Public: `ViTConfig`, `MODELS`, `ViT`, `Block`, `resize_positions`, `attend`,
+Public: `ViTConfig`, `MODELS`, `ViT`, `Block`, `resize_positions`, `attend`, `flash_attend`,
 `attention_weights`.
 
 The sites of tuning methods are in `layers.py`. Axes: M images (frames or framesets, batch
@@ -8,6 +8,7 @@ included), N tokens (class token first), D width, K heads, L blocks, e projected
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -149,8 +150,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Attention: q [M, Q, K, d]; k, v [M, N, K, d] -> [M, Q, K, d]; softmax in float32.
 
     As `jax.nn.dot_product_attention`, but the backward pass keeps q, k and v alone, and its
-    products are written so that XLA turns round no array of [M, K, Q, N] on a CPU, where a training
-    step is a tenth faster. A TPU's step needs 0.372 GB for a clip with it, 0.350 without (v5e:4x4).
+    products are written so that XLA turns round no array of [M, K, Q, N]: a training step is a
+    tenth faster on a CPU and on a GPU. A TPU's step needs 0.372 GB for a clip with it, 0.350
+    without (v5e:4x4).
     Of one query in bfloat16 JAX's own has no gradient on a CPU (jax 0.10.2: "Dot with multiple
     contracting dimensions is not implemented").
     """
@@ -187,10 +189,53 @@ def _attend_backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
 attend.defvjp(lambda *qkv: (attend(*qkv), qkv), _attend_backward)
 
 
+@functools.cache
+def has_flash_attention() -> bool:
+    """Whether JAX computes on NVIDIA GPUs for which cuDNN has a fused attention (since Ampere)."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return False
+    return float(device.compute_capability) >= 8.0
+
+
+def flash_fits(x: jax.Array) -> bool:
+    """Whether queries, keys and values like x [..., N, K, d] are for `flash_attend`."""
+    divided = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
+    long = x.shape[-3] >= 64  # of 8 tokens it takes five times as long as XLA's (H200)
+    half = x.dtype in (jnp.bfloat16, jnp.float16)
+    return long and half and not divided and has_flash_attention()
+
+
+@jax.custom_vjp
+def flash_attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`attend` by cuDNN on a GPU, which keeps no array of [M, K, N, N]; bfloat16 or float16.
+
+    q, k, v [M, N, K, d] -> [M, N, K, d]. With a backward pass JAX takes even N alone (jax 0.10.2),
+    so that odd ones get a key more there, which no query attends to.
+    """
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def _flash_attend_even(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    num_images, num_tokens = q.shape[:2]
+    if num_tokens % 2 == 0:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    lengths = jnp.full(num_images, num_tokens, jnp.int32)
+    y = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
+    return y[:, :num_tokens]
+
+
+flash_attend.defvjp(
+    lambda *qkv: jax.vjp(_flash_attend_even, *qkv), lambda backward, dy: backward(dy)
+)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values.
 
-    `for_cpu` chooses `attend` over JAX's own attention and `layers.product`, see there.
+    `for_cpu` chooses `attend` over JAX's own attention and `layers.product`, see there. On a GPU
+    attention is `flash_attend` where that fits, and `attend` elsewhere.
     """
 
     width: int
@@ -211,10 +256,14 @@ class Attention(nn.Module):
         """x [M, N, D] -> [M, N, D], or what the class token attends to, [M, 1, D]."""
         if class_only:
             y = attend(*self._project_class(x))
-        elif self.for_cpu:
-            y = attend(*self.project(x))
         else:
-            y = jax.nn.dot_product_attention(*self.project(x))  # float32 softmax, scale (D/K)^-1/2
+            q, k, v = self.project(x)
+            if flash_fits(q):
+                y = flash_attend(q, k, v)
+            elif self.for_cpu or jax.default_backend() == "gpu":
+                y = attend(q, k, v)
+            else:
+                y = jax.nn.dot_product_attention(q, k, v)  # float32 softmax, scale (D/K)^-1/2
         return self.out(einops.rearrange(y, "m n k d -> m n (k d)"))
 
     def _project_class(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -256,8 +305,8 @@ class ViT(nn.Module):
       config: its shape.
       dtype: dtype of the computation; parameters keep the dtype they are given in.
       scan_blocks: loop over the blocks in the compiled program (small program, for accelerators)
-        instead of writing them out, the form for CPUs (see also `attend`). Parameters are the
-        same, stacked [L, ...].
+        instead of writing them out, the form for CPUs (see `layers.written_for_cpu`). Parameters
+        are the same, stacked [L, ...].
       remat: what blocks keep for the backward pass, a name of `layers.REMAT`.
     """
 
@@ -292,7 +341,8 @@ class ViT(nn.Module):
             )
 
     def _block(self) -> Block:
-        return Block(self.config, not self.scan_blocks, dtype=self.dtype, parent=None)
+        for_cpu = layers.written_for_cpu(self.scan_blocks)
+        return Block(self.config, for_cpu, dtype=self.dtype, parent=None)
 
     def _init_blocks(self, rng: jax.Array) -> Any:
         def init(rng):
