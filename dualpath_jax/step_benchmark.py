@@ -5,7 +5,8 @@ scripts/benchmark_step.py.
 
 Both frameworks get the same weights and the same clips, and their logits are compared before
 anything is timed. They take turns in one process; ratios are medians over rounds of what was
-measured in the same round.
+measured in the same round. On a GPU, float32 is what JAX makes of it there, products in TF32, in
+both; the logits are compared in full float32.
 """
 
 import concurrent.futures
@@ -18,7 +19,7 @@ import multiprocessing
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -135,9 +136,29 @@ def torch_device() -> str:
     return "cuda"
 
 
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """In it, GPUs compute products of float32 in float32 instead of TF32, in both frameworks."""
+    if torch_device() == "cpu":
+        yield
+        return
+    _use_tf32(False)
+    try:
+        with jax.default_matmul_precision("highest"):
+            yield
+    finally:
+        _use_tf32(True)
+
+
+def _use_tf32(use: bool) -> None:
+    """Of PyTorch on a GPU."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = use
+
+
 def torch_side(made: run.Run, batch: dict[str, np.ndarray]) -> Side:
     """PyTorch: AdamW on what trains, autocast where the computation is bfloat16."""
     device = torch_device()
+    _use_tf32(True)  # as JAX does
     config = made.config
     model, trained = (torch_model(made).to(device) for _ in range(2))
     dtype = _TORCH_DTYPES[config.model.dtype]
@@ -191,7 +212,8 @@ def compare(setting: Setting, rounds: int) -> dict[str, Any]:
     """
     made, batch = make_run(setting)
     sides = {name: make(made, batch) for name, make in SIDES.items()}
-    ours, theirs = (side.forward() for side in sides.values())
+    with full_precision():
+        ours, theirs = (side.forward() for side in sides.values())
     difference = float(np.abs(ours - theirs).max())
     if setting.dtype == "float32" and difference > TOLERANCE:
         raise RuntimeError(f"PyTorch's logits differ by {difference:.2e}, more than {TOLERANCE}")
@@ -222,10 +244,16 @@ def _operations(setting: Setting) -> tuple[int, int]:
     return tuple(2 * setting.batch_size * count for count in counts)
 
 
-def matmul_gflops(dtype: str, size: int = 2048, rounds: int = 5) -> float:
-    """10^9 operations per second of a square matrix product: the faster framework's median."""
-    a = jnp.ones((size, size), dtype)
-    b = torch.ones((size, size), dtype=_TORCH_DTYPES[dtype], device=torch_device())
+def matmul_gflops(dtype: str, size: int | None = None, rounds: int = 5) -> float:
+    """10^9 operations per second of a square matrix product: the faster framework's median.
+
+    `size`: its side; None: 2048 on a CPU, 8192 on a GPU.
+    """
+    device = torch_device()
+    size = size or (2048 if device == "cpu" else 8192)
+    _use_tf32(True)
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    b = torch.randn((size, size), device=device).to(_TORCH_DTYPES[dtype])
     product = jax.jit(jnp.matmul)
     runs = {
         "jax": lambda: product(a, a)[0, 0].item(),  # waits for the result
@@ -253,10 +281,13 @@ def compile_seconds(setting: Setting) -> float:
 
 
 def peak_memory(setting: Setting, side: str) -> float:
-    """MiB of host memory that a training step needs above what lies there between steps (Linux).
+    """MiB that a training step needs above what lies in memory between steps.
 
-    Of one framework, a name of `SIDES`, in a process of its own.
+    Of one framework, a name of `SIDES`. On a CPU what the process takes (Linux), in a process of
+    its own; on a GPU what XLA's compiled step asks for, or PyTorch's allocator has given out.
     """
+    if torch_device() != "cpu":
+        return {"jax": _xla_memory, "torch": _torch_memory}[side](setting)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
         return pool.submit(_peak_memory, setting, side).result()
@@ -273,6 +304,26 @@ def _peak_memory(setting: Setting, side: str) -> float:
     before = _status("VmRSS")
     step()
     return (_status("VmHWM") - before) / 1024
+
+
+def _xla_memory(setting: Setting) -> float:
+    made, batch = make_run(setting)
+    lowered = _jitted_step(made).lower(
+        made.state, made.frozen, sharding.shard_batch(batch, made.mesh)
+    )
+    asked = lowered.compile().memory_analysis()
+    new = asked.output_size_in_bytes - asked.alias_size_in_bytes
+    return (asked.temp_size_in_bytes + new) / 2**20
+
+
+def _torch_memory(setting: Setting) -> float:
+    step = torch_side(*make_run(setting)).train_step
+    for _ in range(2):
+        step()  # makes the optimizer's state
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _status(key: str) -> int:
