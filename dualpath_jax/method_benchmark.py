@@ -8,6 +8,7 @@ Latency is that of one view; throughput, on an accelerator, that of the largest 
 import contextlib
 import dataclasses
 import io
+import math
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,8 @@ from dualpath_jax import efficiency, evaluate, run
 from dualpath_jax import params as params_lib
 from dualpath_jax.data import synthetic
 from dualpath_jax.turns import take_turns
+
+_PROBES = 16, 32  # batches whose memory is asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,42 +56,63 @@ def method_config(dualpath: Any, baseline: Any, method: str) -> Any:
     return config
 
 
-def _forward(config: Any, batch_size: int) -> Callable[[], None]:
-    """The model of evaluation with random weights on random clips; each call waits for the end."""
-    config = config.copy_and_resolve_references()
-    config.data.batch_size = config.eval.batch_size = jax.device_count()
-    videos = synthetic.synthetic_split(config.data, 1)
-    with contextlib.redirect_stdout(io.StringIO()):  # the table of parameters
-        made = run.build_run(config, "", videos)
-    rng = np.random.default_rng(0)
-    batch = {
-        key: jax.device_put(rng.integers(0, 256, (batch_size, *shape[1:]), dtype=np.uint8))
-        for key, shape in zip(("spatial", "temporal"), run.clip_shapes(config), strict=True)
-        if shape is not None
-    }
-    device = jax.devices()[0]
-    trainable, frozen = jax.device_put((made.state.trainable, made.frozen), device)
+class Forward:
+    """The model of evaluation with random weights, on random clips that are made on the device."""
 
-    @jax.jit
-    def forward(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
-        params = params_lib.merge(trainable, frozen)
-        return evaluate.clip_logits(made.model, config, params, batch)
+    def __init__(self, config: Any):
+        config = config.copy_and_resolve_references()
+        config.data.batch_size = config.eval.batch_size = jax.device_count()
+        videos = synthetic.synthetic_split(config.data, 1)
+        with contextlib.redirect_stdout(io.StringIO()):  # the table of parameters
+            made = run.build_run(config, "", videos)
+        names = ("spatial", "temporal")
+        shapes = dict(zip(names, run.clip_shapes(config), strict=True))
+        self._shapes = {k: shape[1:] for k, shape in shapes.items() if shape is not None}
+        self._params = jax.device_put((made.state.trainable, made.frozen), jax.devices()[0])
+        self._logits = jax.jit(
+            lambda trainable, frozen, batch: evaluate.clip_logits(
+                made.model, config, params_lib.merge(trainable, frozen), batch
+            )
+        )
 
-    return lambda: jax.block_until_ready(forward(trainable, frozen, batch))
+    def _compiled(self, batch_size: int) -> Any:
+        batch = {
+            key: jax.ShapeDtypeStruct((batch_size, *shape), np.uint8)
+            for key, shape in self._shapes.items()
+        }
+        return self._logits.lower(*self._params, batch).compile()
+
+    def memory(self, batch_size: int) -> int:
+        """Bytes of device memory that the compiled program asks for, arguments included."""
+        asked = self._compiled(batch_size).memory_analysis()
+        return asked.temp_size_in_bytes + asked.argument_size_in_bytes + asked.output_size_in_bytes
+
+    def on(self, batch_size: int) -> Callable[[], None]:
+        """Each call computes a batch and waits for the end."""
+        compiled = self._compiled(batch_size)
+        batch = {
+            key: jax.random.randint(jax.random.key(0), (batch_size, *shape), 0, 256, np.uint8)
+            for key, shape in self._shapes.items()
+        }
+        return lambda: jax.block_until_ready(compiled(*self._params, batch))
 
 
-def largest_batch(make: Callable[[int], Callable[[], None]]) -> tuple[int, float]:
-    """(the largest power of two whose `make(size)` runs, views per second there)."""
-    size, best = 1, (0, 0.0)
+def largest_batch(forward: Forward, memory: int) -> tuple[int, float]:
+    """(the largest power of two that runs in `memory` bytes, views per second there).
+
+    Where to begin is told by the line through the memory of two compiled batches.
+    """
+    few, more = (forward.memory(size) for size in _PROBES)
+    each = max(1, (more - few) // (_PROBES[1] - _PROBES[0]))
+    size = 2 ** max(0, math.floor(math.log2(max(1, (memory - few) / each + _PROBES[0]))))
     while True:
         try:
-            seconds = take_turns({"largest": make(size)}, 5)["largest"]
-            best = size, size / statistics.median(seconds)
+            seconds = take_turns({"largest": forward.on(size)}, 5)["largest"]
+            return size, size / statistics.median(seconds)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or not best[0]:
+            if "RESOURCE_EXHAUSTED" not in str(error) or size == 1:
                 raise
-            return best
-        size *= 2
+            size //= 2
 
 
 def measure(
@@ -101,9 +125,8 @@ def measure(
       rounds: times each is measured.
       tell: told what is being done.
     """
-    calls = {method: _forward(config, 1) for method, config in configs.items()}
-    seconds = take_turns(calls, rounds, tell)
-    calls.clear()
+    forwards = {method: Forward(config) for method, config in configs.items()}
+    seconds = take_turns({m: forward.on(1) for m, forward in forwards.items()}, rounds, tell)
     speeds = {}
     for method, config in configs.items():
         counted = efficiency.measure(config)
@@ -117,7 +140,8 @@ def measure(
         )
         if jax.default_backend() != "cpu":
             tell(f"{method}: largest batch")
-            size, throughput = largest_batch(lambda size, config=config: _forward(config, size))
+            memory = jax.devices()[0].memory_stats()["bytes_limit"]
+            size, throughput = largest_batch(forwards.pop(method), memory)
             speeds[method] = dataclasses.replace(
                 speeds[method], throughput=throughput, batch_size=size
             )

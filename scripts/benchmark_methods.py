@@ -52,7 +52,7 @@ def markdown(speeds: dict) -> str:
         views = f"{one.throughput:.1f} ({one.batch_size})" if one.batch_size else "not measured"
         lines.append(
             f"| `{method}` | {one.num_frames} | {one.trainable_params:,} | {one.gmacs:.1f} "
-            f"| {1000 * one.latency:.0f} | {one.relative:.2f} | {views} |"
+            f"| {1000 * one.latency:.3g} | {one.relative:.2f} | {views} |"
         )
     return "\n".join(lines)
 

@@ -35,21 +35,37 @@ def test_rows():
     assert "not measured" in table
 
 
-def test_largest_batch():
-    made = []
+class Fake:
+    """100 bytes for a view and 50 for the weights; more than 1000 are not there."""
 
-    def make(size):
-        made.append(size)
-        if size > 4:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    def __init__(self, asked=100, error="RESOURCE_EXHAUSTED: out of memory"):
+        self.asked, self.error, self.tried = asked, error, []
+
+    def memory(self, size):
+        return 50 + self.asked * size
+
+    def on(self, size):
+        self.tried.append(size)
+        if 50 + 100 * size > 1000:
+            raise jax.errors.JaxRuntimeError(self.error)
         return lambda: None
 
-    size, throughput = method_benchmark.largest_batch(make)
-    assert (size, made) == (4, [1, 2, 4, 8])
+
+def test_largest_batch():
+    forward = Fake()
+    size, throughput = method_benchmark.largest_batch(forward, 1000)
+    assert (size, forward.tried) == (8, [8])
     assert throughput > 0
-
-    def broken(size):
-        raise jax.errors.JaxRuntimeError("INTERNAL: no")
-
+    optimist = Fake(asked=20)  # the program needs more than its compiler says
+    assert method_benchmark.largest_batch(optimist, 1000)[0] == 8
+    assert optimist.tried == [32, 16, 8]
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        method_benchmark.largest_batch(broken)
+        method_benchmark.largest_batch(Fake(20, "INTERNAL: no"), 1000)
+
+
+def test_memory_of_a_batch():
+    """Twice the views, twice what is not weights."""
+    forward = method_benchmark.Forward(tiny("linear"))
+    one, two, three = (forward.memory(size) for size in (8, 16, 24))
+    assert three - two == pytest.approx(two - one, rel=0.1)
+    assert two - one > 8 * 8 * 64 * 64 * 3  # at least the views themselves
