@@ -109,12 +109,17 @@ def whole(tree: Any, mesh: Mesh) -> Any:
     return jax.jit(lambda x: x, out_shardings=on_every_device(mesh))(tree)
 
 
+def _platform(mesh: Mesh) -> str:
+    """ "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
 def averaged(compute: Callable, mesh: Mesh, dtype: str) -> Callable:
     """`compute`, each device on its own rows, and the mean of the results over devices.
 
     What comes out is reduced once, after all of it is computed: XLA alone would do it leaf by leaf
     inside the loop over blocks, once for each accumulation step, and in the dtype of the model.
-    (Along `fsdp` XLA does, where that axis divides something.)
+    (Along `fsdp` XLA does.)
 
     Args:
       compute: (trainable, frozen, batch, rng) -> (metrics, gradients), means over the batch.
@@ -124,7 +129,11 @@ def averaged(compute: Callable, mesh: Mesh, dtype: str) -> Callable:
     """
 
     # XLA's CPU compiler aborts on a sum of bfloat16 between devices (jax 0.10.2).
-    on_the_way = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else dtype
+    on_the_way = jnp.float32 if _platform(mesh) == "cpu" else dtype
+    # Where `fsdp` divides nothing, GPUs take it as well: no operation is left to be divided by XLA,
+    # as JAX's for cuDNN would have to be. A TPU's step needs 0.353 GB for a clip so, 0.350 without
+    # (v5e:4x4), and reads 6% less.
+    axes = set(AXES) if _platform(mesh) == "gpu" and mesh.shape["fsdp"] == 1 else {"data"}
 
     def local(trainable, frozen, batch, rng):
         rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))  # other rows, other dropout
@@ -134,8 +143,6 @@ def averaged(compute: Callable, mesh: Mesh, dtype: str) -> Callable:
         return metrics, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients)
 
     everywhere = PartitionSpec()
-    # All axes where one divides nothing: what has partitioning of its own then needs none.
-    axes = {"data"} if mesh.shape["fsdp"] > 1 else set(AXES)
     return jax.shard_map(
         local,
         mesh=mesh,
