@@ -149,16 +149,13 @@ def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Attention: q [M, Q, K, d]; k, v [M, N, K, d] -> [M, Q, K, d]; softmax in float32.
 
-    As `jax.nn.dot_product_attention`, but the backward pass keeps q, k and v alone, and its
-    products are written so that XLA turns round no array of [M, K, Q, N]: a training step is a
-    tenth faster on a CPU and on a GPU. A TPU's step needs 0.372 GB for a clip with it, 0.350
-    without (v5e:4x4).
+    As `jax.nn.dot_product_attention`, but the products of the backward pass are written so that
+    XLA turns round no array of [M, K, Q, N]: a training step is a tenth faster on a CPU and on a
+    GPU. A TPU's step needs 0.372 GB for a clip with it, 0.350 without (v5e:4x4).
     Of one query in bfloat16 JAX's own has no gradient on a CPU (jax 0.10.2: "Dot with multiple
     contracting dimensions is not implemented").
     """
-    q, k, v = _heads_first(q, k, v)
-    y = jnp.einsum("mkqn,mknd->mkqd", _softmax_of_products(q, k).astype(v.dtype), v)
-    return y.swapaxes(1, 2)
+    return _attend_forward(q, k, v)[0]
 
 
 def _heads_first(*arrays: jax.Array) -> list[jax.Array]:
@@ -171,10 +168,17 @@ def _softmax_of_products(q: jax.Array, k: jax.Array) -> jax.Array:
     return jax.nn.softmax(products * q.shape[-1] ** -0.5)
 
 
+def _attend_forward(*qkv: jax.Array) -> tuple[jax.Array, Any]:
+    q, k, v = _heads_first(*qkv)
+    weights = layers.keep(_softmax_of_products(q, k), "weights")
+    y = jnp.einsum("mkqn,mknd->mkqd", weights.astype(v.dtype), v)
+    return y.swapaxes(1, 2), (*qkv, weights)
+
+
 def _attend_backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
     """Gradients of q, k and v, in their dtype."""
-    q, k, v, dy = _heads_first(*kept, dy)
-    weights = _softmax_of_products(q, k)
+    *qkv, weights = kept
+    q, k, v, dy = _heads_first(*qkv, dy)
     d_weights = jnp.einsum("mkqd,mknd->mkqn", dy, v)
     mean = (weights * d_weights).sum(axis=-1, keepdims=True)
     d_products = (weights * (d_weights - mean)).astype(q.dtype)
@@ -186,7 +190,7 @@ def _attend_backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(_heads_first(dq, dk, dv))
 
 
-attend.defvjp(lambda *qkv: (attend(*qkv), qkv), _attend_backward)
+attend.defvjp(_attend_forward, _attend_backward)
 
 
 @functools.cache
