@@ -1,6 +1,7 @@
 """Speed of the forward pass of each method, as the paper's Table A3 gives it.
 
-Public: `MethodSpeed`, `method_config`, `measure`; the command line is scripts/benchmark_methods.py.
+Public: `MethodSpeed`, `method_config`, `Forward`, `largest_batch`, `measure`; the command line is
+scripts/benchmark_methods.py.
 
 Latency is that of one view; throughput, on an accelerator, that of the largest batch that fits.
 """
@@ -65,13 +66,14 @@ class Forward:
         videos = synthetic.synthetic_split(config.data, 1)
         with contextlib.redirect_stdout(io.StringIO()):  # the table of parameters
             made = run.build_run(config, "", videos)
+        model = made.model  # of `made` nothing else is held, such as the optimizer's state
         names = ("spatial", "temporal")
         shapes = dict(zip(names, run.clip_shapes(config), strict=True))
         self._shapes = {k: shape[1:] for k, shape in shapes.items() if shape is not None}
         self._params = jax.device_put((made.state.trainable, made.frozen), jax.devices()[0])
         self._logits = jax.jit(
             lambda trainable, frozen, batch: evaluate.clip_logits(
-                made.model, config, params_lib.merge(trainable, frozen), batch
+                model, config, params_lib.merge(trainable, frozen), batch
             )
         )
 
@@ -125,8 +127,9 @@ def measure(
       rounds: times each is measured.
       tell: told what is being done.
     """
-    forwards = {method: Forward(config) for method, config in configs.items()}
-    seconds = take_turns({m: forward.on(1) for m, forward in forwards.items()}, rounds, tell)
+    calls = {method: Forward(config).on(1) for method, config in configs.items()}
+    seconds = take_turns(calls, rounds, tell)
+    calls.clear()  # and what they hold on the device
     speeds = {}
     for method, config in configs.items():
         counted = efficiency.measure(config)
@@ -141,7 +144,7 @@ def measure(
         if jax.default_backend() != "cpu":
             tell(f"{method}: largest batch")
             memory = jax.devices()[0].memory_stats()["bytes_limit"]
-            size, throughput = largest_batch(forwards.pop(method), memory)
+            size, throughput = largest_batch(Forward(config), memory)
             speeds[method] = dataclasses.replace(
                 speeds[method], throughput=throughput, batch_size=size
             )

@@ -140,6 +140,7 @@ NOT_RUN = {
         *(f"python scripts/prepare_dataset.py --dataset={name} *" for name in ("k400", "hmdb51")),
         "python scripts/prepare_dataset.py --dataset=diving48 *",
         *(f"python -m dualpath_jax.main --config=configs/{n}_vitb.py" for n in ("k400", "ssv2")),
+        "python -m dualpath_jax.main --config=configs/ssv2_vitb.py --config.data.source=folder *",
         "python -m dualpath_jax.main --config=configs/diving48_vitb.py",
         "python -m dualpath_jax.main --config=configs/hmdb51_vitb.py --config.data.split=all",
     ],
@@ -155,7 +156,7 @@ NOT_RUN = {
 LONG = {
     "python scripts/show_batch.py --config=configs/folder_vitb.py *": ("show_batch", "show_batch"),
     "python scripts/benchmark_pipeline.py *": ("benchmark_pipeline", "benchmark_pipeline"),
-    "python scripts/benchmark_step.py": ("step_benchmark", "step_benchmark"),
+    "python scripts/benchmark_step.py*": ("step_benchmark", "step_benchmark"),
     "python scripts/benchmark_methods.py": ("method_benchmark", "method_benchmark"),
     "python scripts/fuzz.py *": ("fuzz", "scripts/fuzz.py"),
     "python -m dualpath_jax.main *synthetic=True *": ("synthetic", "--config.data.synthetic=True"),
