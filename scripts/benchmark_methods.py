@@ -49,10 +49,11 @@ def markdown(speeds: dict) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for method, one in speeds.items():
+        digits = 0 if one.latency > 0.1 else 2  # a GPU's are a few ms
         views = f"{one.throughput:.1f} ({one.batch_size})" if one.batch_size else "not measured"
         lines.append(
             f"| `{method}` | {one.num_frames} | {one.trainable_params:,} | {one.gmacs:.1f} "
-            f"| {1000 * one.latency:.3g} | {one.relative:.2f} | {views} |"
+            f"| {1000 * one.latency:.{digits}f} | {one.relative:.2f} | {views} |"
         )
     return "\n".join(lines)
 

@@ -75,7 +75,7 @@ def markdown(result: dict) -> str:
             row, fraction = compared[what], result[what]["fraction_of_matmul_limit"][dtype]
             name = f"{what.replace('_', ' ')}, {dtype}".replace("train step", "training step")
             lines.append(
-                f"| {name} | {row['jax']:.3g} | {row['torch']:.3g} | {row['ratio_vs_torch']:.2f} "
+                f"| {name} | {row['jax']:#.3g} | {row['torch']:#.3g} | {row['ratio_vs_torch']:.2f} "
                 f"| {fraction:.2f} |"
             )
     lines += ["", "| memory of a training step, MiB | ours | PyTorch |", "|---|---|---|"]
