@@ -9,7 +9,6 @@ Latency is that of one view; throughput, on an accelerator, that of the largest 
 import contextlib
 import dataclasses
 import io
-import math
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dualpath_jax import efficiency, evaluate, run
+from dualpath_jax import efficiency, evaluate, run, tpu_compile
 from dualpath_jax import params as params_lib
 from dualpath_jax.data import synthetic
 from dualpath_jax.turns import take_turns
@@ -104,9 +103,8 @@ def largest_batch(forward: Forward, memory: int) -> tuple[int, float]:
 
     Where to begin is told by the line through the memory of two compiled batches.
     """
-    few, more = (forward.memory(size) for size in _PROBES)
-    each = max(1, (more - few) // (_PROBES[1] - _PROBES[0]))
-    size = 2 ** max(0, math.floor(math.log2(max(1, (memory - few) / each + _PROBES[0]))))
+    compiled = {size: forward.memory(size) for size in _PROBES}
+    size = max(1, tpu_compile.largest_power_of_two(compiled, memory))
     while True:
         try:
             seconds = take_turns({"largest": forward.on(size)}, 5)["largest"]

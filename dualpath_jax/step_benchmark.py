@@ -93,6 +93,11 @@ def _jitted_step(made: run.Run) -> Callable:
     return jax.jit(step, donate_argnums=0)
 
 
+def _lowered_step(setting: Setting) -> jax.stages.Lowered:
+    made, batch = make_run(setting)
+    return _jitted_step(made).lower(made.state, made.frozen, sharding.shard_batch(batch, made.mesh))
+
+
 def jax_side(made: run.Run, batch: dict[str, np.ndarray]) -> Side:
     """This package: the real training step, and the model of evaluation on one view."""
     config, step = made.config, _jitted_step(made)
@@ -265,9 +270,7 @@ def matmul_gflops(dtype: str, size: int | None = None, rounds: int = 5) -> float
 
 def compile_seconds(setting: Setting) -> float:
     """To compile our training step, from its lowered form; nothing kept from before is used."""
-    made, batch = make_run(setting)
-    arguments = made.state, made.frozen, sharding.shard_batch(batch, made.mesh)
-    lowered = _jitted_step(made).lower(*arguments)
+    lowered = _lowered_step(setting)
     kept = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
@@ -307,11 +310,7 @@ def _peak_memory(setting: Setting, side: str) -> float:
 
 
 def _xla_memory(setting: Setting) -> float:
-    made, batch = make_run(setting)
-    lowered = _jitted_step(made).lower(
-        made.state, made.frozen, sharding.shard_batch(batch, made.mesh)
-    )
-    asked = lowered.compile().memory_analysis()
+    asked = _lowered_step(setting).compile().memory_analysis()
     new = asked.output_size_in_bytes - asked.alias_size_in_bytes
     return (asked.temp_size_in_bytes + new) / 2**20
 

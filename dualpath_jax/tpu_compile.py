@@ -293,6 +293,14 @@ class Fit:
     accumulation_steps: dict[int, int]
 
 
+def largest_power_of_two(compiled: dict[int, int], memory: float) -> int:
+    """The batch that fits `memory` bytes by the line through two batches' bytes; 0: not one."""
+    (few, least), (many, most) = compiled.items()
+    slope = (most - least) / (many - few)
+    room = few + (memory - least) / slope
+    return 2 ** math.floor(math.log2(room)) if room >= 1 else 0
+
+
 USABLE = 0.92  # of a device's memory; the rest is the runtime's, and fragments
 
 
@@ -307,12 +315,10 @@ def fits(
     for batch in batches:
         if batch < 1 or batch & (batch - 1):
             raise ValueError(f"a batch of {batch} is not a power of two")
-    slope = (large.total - small.total) / (large.per_chip_batch - small.per_chip_batch)
-    fixed = small.total - slope * small.per_chip_batch
+    compiled = {report.per_chip_batch: report.total for report in (small, large)}
     rows = []
     for memory in memories:
-        room = (USABLE * memory * 1e9 - fixed) / slope
-        clips = 2 ** math.floor(math.log2(room)) if room >= 1 else 0
+        clips = largest_power_of_two(compiled, USABLE * memory * 1e9)
         steps = {batch: max(1, batch // clips) for batch in batches} if clips else {}
         rows.append(Fit(memory, clips, steps))
     return rows

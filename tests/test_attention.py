@@ -10,6 +10,7 @@ from configs import demo as demo_config
 from dualpath_jax import attention
 from dualpath_jax.data import demo, demo_masks, framesets, pipeline
 from dualpath_jax.data.records import VideoDataset
+from dualpath_jax.models import attend as attend_module
 from dualpath_jax.models import vit
 from dualpath_jax.models.adapters import Adapter
 from dualpath_jax.models.dualpath import DualPath
@@ -112,7 +113,7 @@ def test_attention_times_values_is_the_blocks_own_output():
     layer = vit.Attention(48, 4)
     own = layer.apply({"params": block["attention"]}, x)
     q, k, v = layer.apply({"params": block["attention"]}, x, method=vit.Attention.project)
-    weights = np.asarray(vit.attention_weights(q, k))
+    weights = np.asarray(attend_module.attention_weights(q, k))
     out = block["attention"]["out"]
 
     def output(weights):

@@ -10,7 +10,7 @@ import pytest
 from method_cases import EXACT, apply
 
 from dualpath_jax import params as params_lib
-from dualpath_jax.models import backbones, layers, tuning, vit
+from dualpath_jax.models import attend, backbones, layers, tuning, vit
 from dualpath_jax.models.adapters import Adapter, ParallelAdapters, SerialAdapters
 from dualpath_jax.models.dualpath import DualPath, sincos3d
 from dualpath_jax.models.layers import Sites
@@ -209,22 +209,22 @@ def test_attention_and_its_gradient(queries):
     shapes = (queries, 5, 5, queries)
     *arrays, dy = (jnp.asarray(rng.normal(size=(2, n, 3, 8)), jnp.float32) for n in shapes)
 
-    def gradient(attend, arrays):
+    def gradient(function, arrays):
         def loss(q, k, v):
-            return (attend(q, k, v).astype(jnp.float32) * dy).sum()
+            return (function(q, k, v).astype(jnp.float32) * dy).sum()
 
         options = {"xla_cpu_experimental_ynn_fusion_type": ""}
         grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), compiler_options=options)
         return np.concatenate([np.asarray(x, np.float32).ravel() for x in grad(*arrays)])
 
     theirs = jax.nn.dot_product_attention
-    np.testing.assert_allclose(vit.attend(*arrays), theirs(*arrays), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(attend.attend(*arrays), theirs(*arrays), rtol=0, atol=1e-6)
     want = gradient(theirs, arrays)
-    np.testing.assert_allclose(gradient(vit.attend, arrays), want, rtol=0, atol=2e-6)
-    scaled = gradient(lambda q, k, v: vit.attend(2 * q, k, v), arrays)
+    np.testing.assert_allclose(gradient(attend.attend, arrays), want, rtol=0, atol=2e-6)
+    scaled = gradient(lambda q, k, v: attend.attend(2 * q, k, v), arrays)
     assert np.abs(scaled - want).max() > 0.1
     rounded = [x.astype(jnp.bfloat16) for x in arrays]
-    np.testing.assert_allclose(gradient(vit.attend, rounded), want, rtol=0, atol=0.05)
+    np.testing.assert_allclose(gradient(attend.attend, rounded), want, rtol=0, atol=0.05)
     if queries == 1:
         with pytest.raises(jax.errors.JaxRuntimeError, match="multiple contracting dimensions"):
             gradient(theirs, rounded)

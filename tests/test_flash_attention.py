@@ -9,7 +9,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from dualpath_jax import sharding
-from dualpath_jax.models import vit
+from dualpath_jax.models import attend, vit
 
 HEADS, WIDTH = 3, 24
 on_any_device = jax.nn.dot_product_attention
@@ -35,19 +35,21 @@ def arrays(num_tokens):
     return [jnp.asarray(rng.normal(size=(2, num_tokens, HEADS, 8)), jnp.float32) for _ in range(4)]
 
 
-def gradients(attend, q, k, v, dy):
+def gradients(function, q, k, v, dy):
     """Of q, k and v, one after the other."""
-    gradient = jax.grad(lambda *qkv: (attend(*qkv) * dy).sum(), argnums=(0, 1, 2))
+    gradient = jax.grad(lambda *qkv: (function(*qkv) * dy).sum(), argnums=(0, 1, 2))
     return np.concatenate([np.ravel(x) for x in gradient(q, k, v)])
 
 
 @pytest.mark.parametrize(("num_tokens", "with_backward"), [(5, 6), (6, 6)])
 def test_same_as_plain_attention(num_tokens, with_backward, asked):
     q, k, v, dy = arrays(num_tokens)
-    np.testing.assert_allclose(vit.flash_attend(q, k, v), on_any_device(q, k, v), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        attend.flash_attend(q, k, v), on_any_device(q, k, v), rtol=0, atol=1e-6
+    )
     assert asked == [num_tokens]
     want = gradients(on_any_device, q, k, v, dy)
-    np.testing.assert_allclose(gradients(vit.flash_attend, q, k, v, dy), want, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(gradients(attend.flash_attend, q, k, v, dy), want, rtol=0, atol=2e-6)
     assert asked == [num_tokens, with_backward]
 
 
@@ -57,7 +59,7 @@ def test_the_key_more_counts_where_it_is_not_hidden(monkeypatch):
         jax.nn, "dot_product_attention", lambda q, k, v, **_: on_any_device(q, k, v)
     )
     q, k, v, dy = arrays(5)
-    difference = gradients(vit.flash_attend, q, k, v, dy) - gradients(on_any_device, q, k, v, dy)
+    difference = gradients(attend.flash_attend, q, k, v, dy) - gradients(on_any_device, q, k, v, dy)
     assert np.abs(difference).max() > 0.1
 
 
@@ -69,15 +71,15 @@ def with_cudnn(monkeypatch):
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
 
 
-def lowered(attend, num_tokens):
+def lowered(function, num_tokens):
     """The program for a GPU of the gradient, as text."""
     x = jax.ShapeDtypeStruct((2, num_tokens, HEADS, 8), jnp.bfloat16)
-    loss = jax.grad(lambda q, k, v: attend(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    loss = jax.grad(lambda q, k, v: function(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     return jax.jit(loss).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_jax_takes_197_tokens(with_cudnn):
-    program = lowered(vit.flash_attend, 197)
+    program = lowered(attend.flash_attend, 197)
     assert program.count("@__cudnn$fmhaSoftmax(") == 1
     assert program.count("@__cudnn$fmhaSoftmaxBackward(") == 1
     assert "2x198x3x8xbf16" in program
@@ -108,9 +110,9 @@ def test_which_devices_have_it(platform, version, capability, there, monkeypatch
         compute_capability=capability,
     )
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    vit.has_flash_attention.cache_clear()
-    assert vit.has_flash_attention() == there
-    vit.has_flash_attention.cache_clear()
+    attend.has_flash_attention.cache_clear()
+    assert attend.has_flash_attention() == there
+    attend.has_flash_attention.cache_clear()
 
 
 @pytest.mark.parametrize("for_cpu", [False, True])
@@ -131,8 +133,8 @@ def test_when_it_is_taken(dtype, num_tokens, class_only, taken, for_cpu, monkeyp
         used.append(q.shape[1])
         return v
 
-    monkeypatch.setattr(vit, "has_flash_attention", lambda: True)
-    monkeypatch.setattr(vit, "flash_attend", recorder)
+    monkeypatch.setattr(attend, "has_flash_attention", lambda: True)
+    monkeypatch.setattr(attend, "flash_attend", recorder)
     attention = vit.Attention(WIDTH, HEADS, for_cpu, dtype=dtype)
     x = jnp.ones((1, num_tokens, WIDTH), dtype)
     params = attention.init(jax.random.key(0), x)
@@ -142,8 +144,8 @@ def test_when_it_is_taken(dtype, num_tokens, class_only, taken, for_cpu, monkeyp
 
 
 def test_not_where_fsdp_divides(monkeypatch):
-    monkeypatch.setattr(vit, "has_flash_attention", lambda: True)
+    monkeypatch.setattr(attend, "has_flash_attention", lambda: True)
     x = jnp.ones((1, 65, HEADS, 8), jnp.bfloat16)
-    assert vit.flash_fits(x)
+    assert attend.flash_fits(x)
     with sharding.using(sharding.make_mesh(fsdp=2)):
-        assert not vit.flash_fits(x)
+        assert not attend.flash_fits(x)

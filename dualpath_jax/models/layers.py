@@ -250,12 +250,17 @@ def init_stacked(init: Callable[[jax.Array], Any], rng: jax.Array, length: int) 
     return jax.vmap(init)(jax.random.split(rng, length))
 
 
+def divided_by_fsdp() -> bool:
+    """Whether, where this is traced, a mesh axis `fsdp` divides the frozen weights."""
+    return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
+
+
 def gathered(params: Any) -> Any:
     """Parameters of a block, whole on each device where a mesh axis `fsdp` divides them.
 
     Without it XLA may divide the computation as the weights are, and send activations round.
     """
-    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+    if not divided_by_fsdp():
         return params
     everywhere = jax.sharding.PartitionSpec()
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, everywhere), params)
