@@ -10,7 +10,7 @@ import pytest
 from method_cases import EXACT, apply
 
 from dualpath_jax import params as params_lib
-from dualpath_jax.models import attend, backbones, layers, tuning, vit
+from dualpath_jax.models import attend, backbones, tuning, vit
 from dualpath_jax.models.adapters import Adapter, ParallelAdapters, SerialAdapters
 from dualpath_jax.models.dualpath import DualPath, sincos3d
 from dualpath_jax.models.layers import Sites
@@ -228,29 +228,6 @@ def test_attention_and_its_gradient(queries):
     if queries == 1:
         with pytest.raises(jax.errors.JaxRuntimeError, match="multiple contracting dimensions"):
             gradient(theirs, rounded)
-
-
-@pytest.mark.parametrize("rows", [3, 20])
-@pytest.mark.parametrize("shape", [(16, 8), (8, 16)])
-def test_product_and_its_gradients(rows, shape):
-    """As of x @ kernel; few rows and a tall kernel have forms of their own, so that both differ."""
-    rng = np.random.default_rng(0)
-    x, kernel, dy = (
-        jnp.asarray(rng.normal(size=size), jnp.float32)
-        for size in ((2, rows, shape[0]), shape, (2, rows, shape[1]))
-    )
-
-    def gradients(product, x, kernel):
-        return jax.grad(lambda *arrays: (product(*arrays) * dy).sum(), argnums=(0, 1))(x, kernel)
-
-    np.testing.assert_array_equal(layers.product(x, kernel), x @ kernel)
-    want = gradients(jnp.matmul, x, kernel)
-    for ours, theirs in zip(gradients(layers.product, x, kernel), want, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
-    assert abs(gradients(layers.product, x, 2 * kernel)[0] - want[0]).max() > 1
-    traced = str(jax.make_jaxpr(functools.partial(gradients, layers.product))(x, kernel))
-    turned = 2 * (2 * rows < min(shape)) + (shape[0] > shape[1])
-    assert traced.count("optimization_barrier") == turned
 
 
 def test_temporal_path_starts_as_the_identity():

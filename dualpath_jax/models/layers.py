@@ -1,6 +1,6 @@
 """What the backbones share: the transformer block and its named sites for tuning methods.
 
-Public: `Sites`, `Block`, `Mlp`, `dense`, `product`, `ACTIVATIONS`, `gelu`, `quick_gelu`, `REMAT`,
+Public: `Sites`, `Block`, `Mlp`, `dense`, `norm`, `ACTIVATIONS`, `gelu`, `quick_gelu`, `REMAT`,
 `keep`, `written_for_cpu`. The rest is for the modules of the backbones.
 
 The file knows no tuning method. A method fills the sites of a block (see `Sites`); an empty site
@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from dualpath_jax.models import cpu_forms
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -34,9 +36,9 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 # something else reads; it repeats softmax, activations, norms, attention's output and adapters.
 _KEPT = ("qkv", "hidden", "branch")
 # Where blocks are written out on a CPU, it also keeps the residual stream after attention and the
-# adapters' first products: a step of 16 frames takes 4% less CPU time and 9% more memory (B/16).
-# And attention's weights: 1% less time, and no more memory at the peak.
-_KEPT_ON_CPU = (*_KEPT, "middle", "down", "weights")
+# adapters' first products, what attention's backward pass reads, and instead of `qkv` its parts,
+# heads first.
+_KEPT_ON_CPU = (*_KEPT, "heads", "middle", "down", "weights")
 REMAT = ("none", "cheap", "full")
 
 
@@ -57,6 +59,8 @@ def keep(x: jax.Array, name: str) -> jax.Array:
     """x, named so that `remat="cheap"` keeps it for the backward pass."""
     if name not in _KEPT_ON_CPU:
         raise ValueError(f"{name!r} is not kept: known are {', '.join(_KEPT_ON_CPU)}")
+    if name not in _KEPT:  # A reshape before it would have XLA compute what is kept twice.
+        return checkpoint_name(x, name)
     # As a matrix: TPUs store the last two axes in tiles, and pad the 197 tokens of an image.
     rows = checkpoint_name(x.reshape(-1, x.shape[-1]), name)
     return rows.reshape(x.shape)
@@ -141,45 +145,14 @@ class Sites(nn.Module):
         return h
 
 
-@jax.custom_vjp
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., I] @ kernel [I, O], with gradients in the forms that XLA computes fastest on a CPU.
-
-    A product with a transposed factor takes up to twice as long where that is the larger one. Then
-    the barriers make XLA turn round the smaller one, and what comes out.
-    """
-    return x @ kernel
-
-
-def _product_forward(x: Any, kernel: Any) -> tuple[jax.Array, Any]:
-    kept = x.value if kernel.perturbed else None  # a frozen kernel needs no gradient
-    return product(x.value, kernel.value), (kept, kernel.value)
-
-
-def _product_backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    x, kernel = kept
-    d_rows = dy.reshape(-1, dy.shape[-1])
-    barrier = jax.lax.optimization_barrier
-    if len(d_rows) < min(kernel.shape):
-        dx = barrier(kernel @ barrier(d_rows.T)).T
-    else:
-        dx = d_rows @ kernel.T
-    d_kernel = None
-    if x is not None:
-        rows = x.reshape(-1, x.shape[-1])
-        tall = kernel.shape[0] > kernel.shape[1]
-        d_kernel = barrier(d_rows.T @ rows).T if tall else rows.T @ d_rows
-    return dx.reshape(*dy.shape[:-1], -1), d_kernel
-
-
-product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
-
-
 def dense(features: int, dtype: Any, for_cpu: bool = False, **options: Any) -> nn.Dense:
-    """`nn.Dense`, computed by `product` if `for_cpu`."""
-    if for_cpu:  # Dense contracts the last axis of x with the first of the kernel
-        options["dot_general"] = lambda x, kernel, *_, **__: product(x, kernel)
-    return nn.Dense(features, dtype=dtype, **options)
+    """`nn.Dense`, computed as `cpu_forms.Dense` if `for_cpu`."""
+    return (cpu_forms.Dense if for_cpu else nn.Dense)(features, dtype=dtype, **options)
+
+
+def norm(epsilon: float, dtype: Any, for_cpu: bool = False) -> nn.LayerNorm:
+    """`nn.LayerNorm`, computed as `cpu_forms.LayerNorm` if `for_cpu`."""
+    return (cpu_forms.LayerNorm if for_cpu else nn.LayerNorm)(epsilon, dtype=dtype)
 
 
 class Mlp(nn.Module):
@@ -284,9 +257,19 @@ def loop_blocks(
     if scan:
         return jax.lax.scan(lambda h, layer: (body(h, layer), None), h, layers)[0]
     # Not scan(unroll=True): that still copies what the backward pass needs into stacked arrays.
-    for i in range(jax.tree.leaves(layers)[0].shape[0]):
-        h = body(h, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
+    for layer in unstacked(layers):
+        h = body(h, layer)
     return h
+
+
+def unstacked(layers: Any) -> list[Any]:
+    """The trees of the L layers in a tree with leaves [L, ...].
+
+    By splits: the gradient of one is a concatenation, that of leaf[i] a sum of L padded arrays.
+    """
+    leaves, structure = jax.tree.flatten(layers)
+    parts = [[part[0] for part in jnp.split(leaf, len(leaf))] for leaf in leaves]
+    return [jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True)]
 
 
 def resize_grid(table: jax.Array, size: tuple[int, int]) -> jax.Array:

@@ -142,7 +142,7 @@ MODELS = {
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values.
 
-    `for_cpu` chooses `attend.attend` over JAX's own attention and `layers.product`, see there. On
+    `for_cpu` chooses `attend.attend` over JAX's own attention and `cpu_forms.Dense`, see there. On
     a GPU attention is `attend.flash_attend` where that fits, and `attend.attend` elsewhere.
     """
 
@@ -155,10 +155,13 @@ class Attention(nn.Module):
         self.qkv = layers.dense(3 * self.width, self.dtype, self.for_cpu)
         self.out = layers.dense(self.width, self.dtype, self.for_cpu)
 
-    def project(self, x: jax.Array) -> jax.Array:
-        """x [M, N, D] -> queries, keys and values [3, M, N, K, D/K]."""
-        qkv = layers.keep(self.qkv(x), "qkv")
-        return einops.rearrange(qkv, "m n (three k d) -> three m n k d", three=3, k=self.heads)
+    def project(self, x: jax.Array) -> list[jax.Array]:
+        """x [M, N, D] -> queries, keys and values, each [M, N, K, D/K]."""
+        qkv = self.qkv(x)
+        if not self.for_cpu:  # there `attend` keeps them as it needs them
+            qkv = layers.keep(qkv, "qkv")
+        # A split: its gradient is one concatenation, which slices' is not.
+        return [x.reshape(*x.shape[:2], self.heads, -1) for x in jnp.split(qkv, 3, axis=-1)]
 
     def __call__(self, x: jax.Array, class_only: bool = False) -> jax.Array:
         """x [M, N, D] -> [M, N, D], or what the class token attends to, [M, 1, D]."""
@@ -194,9 +197,9 @@ class Block(layers.Block):
 
     def setup(self):
         config = self.config
-        self.ln_1 = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype)
+        self.ln_1 = layers.norm(config.eps, self.dtype, self.for_cpu)
         self.attention = Attention(config.width, config.heads, self.for_cpu, dtype=self.dtype)
-        self.ln_2 = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype)
+        self.ln_2 = layers.norm(config.eps, self.dtype, self.for_cpu)
         self.mlp = Mlp(config.mlp_dim, config.activation, self.for_cpu, dtype=self.dtype)
 
     def queries_and_keys(self, h: jax.Array, sites: Sites) -> tuple[jax.Array, jax.Array]:
