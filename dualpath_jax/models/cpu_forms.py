@@ -103,20 +103,21 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
 
     float32 in and out; `epsilon` is added to the variance.
     """
-    mean, factor = _mean_and_factor(x, epsilon)
-    return (x - mean) * (factor * scale) + bias
+    return _normalise(x, scale, bias, epsilon)[0]
 
 
-def _mean_and_factor(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """Of rows: [..., D] -> mean and inverse standard deviation, [..., 1]."""
+def _normalise(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of `layer_norm`: the result, and the rows' mean and inverse standard deviation [..., 1]."""
     mean, mean_of_squares = (row_sum(y) / x.shape[-1] for y in (x, x * x))
     variance = jnp.maximum(0, mean_of_squares - mean * mean)
-    return mean, jax.lax.rsqrt(variance + epsilon)
+    factor = jax.lax.rsqrt(variance + epsilon)
+    return (x - mean) * (factor * scale) + bias, mean, factor
 
 
 def _layer_norm_forward(x: Any, scale: Any, bias: Any, epsilon: float) -> tuple[jax.Array, Any]:
-    mean, factor = _mean_and_factor(x.value, epsilon)
-    y = (x.value - mean) * (factor * scale.value) + bias.value
+    y, mean, factor = _normalise(x.value, scale.value, bias.value, epsilon)
     return y, (x.value, scale.value, mean, factor, _if_trained(scale), _if_trained(bias))
 
 
