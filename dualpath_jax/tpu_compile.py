@@ -91,8 +91,9 @@ class StepReport:
       step: "train" or "eval".
       per_chip_batch: clips (views, in evaluation) on a chip.
       compile_seconds: on this machine.
-      arguments, temporaries, total: bytes of the chip's memory; the total leaves out results that
-        take the place of arguments.
+      arguments, temporaries: bytes of the chip's memory that each are given.
+      peak: bytes of it at the fullest moment, arguments included. It decides whether a step fits:
+        temporaries are given more than is needed at once.
       flops: two for each multiply-accumulate of matrix products and convolutions that are executed.
       bytes_accessed: of the chip's memory, see `hlo.Program.bytes_accessed`.
       collectives: traffic between chips.
@@ -105,7 +106,7 @@ class StepReport:
     compile_seconds: float
     arguments: int
     temporaries: int
-    total: int
+    peak: int
     flops: int
     bytes_accessed: int
     collectives: list[hlo.Collective]
@@ -231,10 +232,7 @@ def _report(
         compile_seconds=seconds,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        total=memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
         flops=2 * macs,
         bytes_accessed=bytes_accessed,
         collectives=program.collectives(),
@@ -265,7 +263,7 @@ def largest_batch(
                 fits[size] = None
                 tell(str(error))
             else:
-                tell(f"{size} clips on a chip fit: {fits[size][0].total / 1e9:.2f} GB")
+                tell(f"{size} clips on a chip fit: {fits[size][0].peak / 1e9:.2f} GB")
         return fits[size]
 
     size = start
@@ -315,7 +313,7 @@ def fits(
     for batch in batches:
         if batch < 1 or batch & (batch - 1):
             raise ValueError(f"a batch of {batch} is not a power of two")
-    compiled = {report.per_chip_batch: report.total for report in (small, large)}
+    compiled = {report.per_chip_batch: report.peak for report in (small, large)}
     rows = []
     for memory in memories:
         clips = largest_power_of_two(compiled, USABLE * memory * 1e9)
@@ -348,7 +346,7 @@ def markdown(topology: str, reports: list[StepReport]) -> str:
     for one in reports:
         traffic = ", ".join(f"{c.bytes / 1e6:.2f} {c.kind} {c.dtype}" for c in one.collectives)
         lines.append(
-            f"| {topology} | {one.step} | {one.per_chip_batch} | {one.total / 1e9:.2f} | "
+            f"| {topology} | {one.step} | {one.per_chip_batch} | {one.peak / 1e9:.2f} | "
             f"{one.temporaries / one.per_chip_batch / 1e9:.3f} | {one.flops / 1e12:.2f} | "
             f"{one.bytes_accessed / 1e9:.1f} | {traffic or 'none'} | {one.compile_seconds:.0f} s | "
             f"{one.clips_per_second:.0f} |"

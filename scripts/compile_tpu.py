@@ -59,7 +59,7 @@ def fits(config, topology: str, clips: int, memories: list[float]) -> None:
     reports = []
     for size in (clips, 2 * clips):
         reports += tpu_compile.compile_steps(config, topology, size, ("train",))
-        tell(f"{size} clips on a chip need {reports[-1].total / 1e9:.2f} GB")
+        tell(f"{size} clips on a chip need {reports[-1].peak / 1e9:.2f} GB")
     rows = tpu_compile.fits(*reports, memories, BATCHES)
     if JSON.value:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
