@@ -1,12 +1,13 @@
 """Speed and memory of DualPath's forward pass and training step, beside PyTorch and the limit.
 
-Public: `Setting`, `compare`, `compile_seconds`, `peak_memory`, `matmul_gflops`; the command line is
-scripts/benchmark_step.py.
+Public: `Setting`, `compare`, `largest_difference`, `compile_seconds`, `peak_memory`,
+`matmul_gflops`; the command line is scripts/benchmark_step.py.
 
 Both frameworks get the same weights and the same clips, and their logits are compared before
-anything is timed. They take turns in one process; ratios are medians over rounds of what was
-measured in the same round. On a GPU, float32 is what JAX makes of it there, products in TF32, in
-both; the logits are compared in full float32.
+anything is timed. They take turns, each in a process of its own, as it is used: in one, PyTorch
+would find the memory that ours keeps between steps, and threads of both would be in each other's
+way. Ratios are medians over rounds of what was measured in the same round. On a GPU, float32 is
+what JAX makes of it there, products in TF32, in both; the logits are compared in full float32.
 """
 
 import concurrent.futures
@@ -215,22 +216,64 @@ def compare(setting: Setting, rounds: int) -> dict[str, Any]:
     Raises:
       RuntimeError: the logits differ by more than `TOLERANCE` in float32.
     """
-    made, batch = make_run(setting)
-    sides = {name: make(made, batch) for name, make in SIDES.items()}
-    with full_precision():
-        ours, theirs = (side.forward() for side in sides.values())
-    difference = float(np.abs(ours - theirs).max())
-    if setting.dtype == "float32" and difference > TOLERANCE:
-        raise RuntimeError(f"PyTorch's logits differ by {difference:.2e}, more than {TOLERANCE}")
-    environment.keep_memory()  # as a run does after its first step
-    result: dict[str, Any] = {"largest_difference": difference}
-    for what, operations in zip(("forward", "train_step"), _operations(setting), strict=True):
-        seconds = take_turns({n: getattr(side, what) for n, side in sides.items()}, rounds)
-        pairs = zip(seconds["torch"], seconds["jax"], strict=True)
-        result[what] = {name: statistics.median(values) for name, values in seconds.items()}
-        result[what]["ratio_vs_torch"] = statistics.median(a / b for a, b in pairs)
-        result[what]["gflops"] = operations / 1e9 / result[what]["jax"]
+    with contextlib.ExitStack() as stack:
+        processes = {name: stack.enter_context(_process(_start, setting, name)) for name in SIDES}
+        logits = [process.submit(_logits).result() for process in processes.values()]
+        result: dict[str, Any] = {"largest_difference": largest_difference(setting.dtype, *logits)}
+        for process in processes.values():
+            process.submit(_settle).result()
+        for what, operations in zip(("forward", "train_step"), _operations(setting), strict=True):
+            calls = {
+                name: lambda process=process, what=what: process.submit(_run, what).result()
+                for name, process in processes.items()
+            }
+            seconds = take_turns(calls, rounds)
+            pairs = zip(seconds["torch"], seconds["jax"], strict=True)
+            result[what] = {name: statistics.median(values) for name, values in seconds.items()}
+            result[what]["ratio_vs_torch"] = statistics.median(a / b for a, b in pairs)
+            result[what]["gflops"] = operations / 1e9 / result[what]["jax"]
     return result
+
+
+def largest_difference(dtype: str, ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Of logits computed in `dtype`; raises RuntimeError as `compare` does."""
+    difference = float(np.abs(ours - theirs).max())
+    if dtype == "float32" and difference > TOLERANCE:
+        raise RuntimeError(f"PyTorch's logits differ by {difference:.2e}, more than {TOLERANCE}")
+    return difference
+
+
+def _process(start: Callable | None = None, *arguments: Any) -> concurrent.futures.Executor:
+    """One more process, which calls `start` with `arguments` first."""
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(1, context, start, arguments)
+
+
+# What follows runs in a process of `compare`, which has one framework.
+
+
+def _start(setting: Setting, name: str) -> None:
+    global _name, _side
+    _name, _side = name, SIDES[name](*make_run(setting))
+
+
+def _logits() -> np.ndarray:
+    with full_precision():
+        return _side.forward()
+
+
+def _settle() -> None:
+    """Two steps, which compile and take memory, and what a run of ours does after each of them."""
+    _side.train_step()
+    if _name == "jax":
+        environment.keep_memory()
+    _side.train_step()
+    if _name == "jax":
+        environment.use_huge_pages()
+
+
+def _run(what: str) -> None:
+    getattr(_side, what)()
 
 
 def _operations(setting: Setting) -> tuple[int, int]:
@@ -291,9 +334,8 @@ def peak_memory(setting: Setting, side: str) -> float:
     """
     if torch_device() != "cpu":
         return {"jax": _xla_memory, "torch": _torch_memory}[side](setting)
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(_peak_memory, setting, side).result()
+    with _process() as process:
+        return process.submit(_peak_memory, setting, side).result()
 
 
 def _peak_memory(setting: Setting, side: str) -> float:

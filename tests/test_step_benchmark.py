@@ -52,9 +52,14 @@ def test_another_model_is_noticed(config, monkeypatch):
             del adapters["before"]
         return model
 
+    made, batch = step_benchmark.make_run(Setting(config, "float32", 2))
+    ours = step_benchmark.jax_side(made, batch).forward()
+    right = step_benchmark.torch_side(made, batch).forward()
+    assert 0 < step_benchmark.largest_difference("float32", ours, right) < step_benchmark.TOLERANCE
     monkeypatch.setattr(step_benchmark, "torch_model", forgetful)
+    wrong = step_benchmark.torch_side(made, batch).forward()
     with pytest.raises(RuntimeError, match="PyTorch's logits differ by"):
-        step_benchmark.compare(Setting(config, "float32", 2), rounds=1)
+        step_benchmark.largest_difference("float32", ours, wrong)
 
 
 def test_turns_alternate(monkeypatch):
@@ -79,6 +84,7 @@ def test_limit_is_measured():
 
 
 def test_script(config, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # of the processes that are timed: one device
     script = importlib.import_module("scripts.benchmark_step")
     monkeypatch.setattr(step_benchmark, "peak_memory", lambda setting, side: 12.4)
     monkeypatch.setattr(step_benchmark, "matmul_gflops", lambda dtype: 100.0)
