@@ -263,13 +263,10 @@ def _logits() -> np.ndarray:
 
 
 def _settle() -> None:
-    """Two steps, which compile and take memory, and what a run of ours does after each of them."""
+    """One step, which compiles, and what a run of ours does after its first."""
     _side.train_step()
     if _name == "jax":
         environment.keep_memory()
-    _side.train_step()
-    if _name == "jax":
-        environment.use_huge_pages()
 
 
 def _run(what: str) -> None:
