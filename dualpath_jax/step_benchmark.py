@@ -220,8 +220,6 @@ def compare(setting: Setting, rounds: int) -> dict[str, Any]:
         processes = {name: stack.enter_context(_process(_start, setting, name)) for name in SIDES}
         logits = [process.submit(_logits).result() for process in processes.values()]
         result: dict[str, Any] = {"largest_difference": largest_difference(setting.dtype, *logits)}
-        for process in processes.values():
-            process.submit(_settle).result()
         for what, operations in zip(("forward", "train_step"), _operations(setting), strict=True):
             calls = {
                 name: lambda process=process, what=what: process.submit(_run, what).result()
@@ -253,20 +251,17 @@ def _process(start: Callable | None = None, *arguments: Any) -> concurrent.futur
 
 
 def _start(setting: Setting, name: str) -> None:
-    global _name, _side
-    _name, _side = name, SIDES[name](*make_run(setting))
+    """One step, which compiles, and what a run of ours does after its first."""
+    global _side
+    _side = SIDES[name](*make_run(setting))
+    _side.train_step()
+    if name == "jax":
+        environment.keep_memory()
 
 
 def _logits() -> np.ndarray:
     with full_precision():
         return _side.forward()
-
-
-def _settle() -> None:
-    """One step, which compiles, and what a run of ours does after its first."""
-    _side.train_step()
-    if _name == "jax":
-        environment.keep_memory()
 
 
 def _run(what: str) -> None:
