@@ -11,7 +11,7 @@ import tensorflow as tf
 from PIL import Image
 
 from configs import base
-from dualpath_jax.data import jpeg_frames, pipeline
+from dualpath_jax.data import clips, jpeg_frames, pipeline
 from dualpath_jax.data.records import FRAME_FEATURES, encode_frame
 
 # From faces to textures that fill the frame, which suffer most.
@@ -54,8 +54,11 @@ def framesets(videos, image_size, epochs=3):
     data = base.get_config().data
     data.num_frames, data.num_spatial_frames, data.grid = 4, 1, (2, 2)
     data.sampling, data.image_size, data.batch_size = "segments", image_size, len(videos)
+    clips._traced.cache_clear()  # tests put other functions into it
     batches = pipeline.train_batches(videos, data, seed=0, first_step=0, num_steps=epochs)
-    return np.concatenate([batch["temporal"][:, 0] for batch in batches]).astype(int)
+    made = np.concatenate([batch["temporal"][:, 0] for batch in batches]).astype(int)
+    clips._traced.cache_clear()
+    return made
 
 
 def differences(videos, image_size, monkeypatch):

@@ -9,6 +9,7 @@ tiled.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -183,9 +184,9 @@ def _assemble(
     return compose(spatial, others, element, clip, fill)
 
 
-def _signature(clip: ClipFormat) -> dict[str, tf.TensorSpec]:
-    """Of the elements of `make_element`."""
-    return {
+def _signature(clip: ClipFormat, layers: int, erasing: bool) -> dict[str, tf.TensorSpec]:
+    """Of the elements of `make_element`, with what RandAugment (`layers`) and erasing drew."""
+    signature = {
         "records": tf.TensorSpec([clip.num_frames], tf.string),
         "box": tf.TensorSpec([4], tf.int32),
         "decode_ratio": tf.TensorSpec([], tf.int32),
@@ -194,6 +195,26 @@ def _signature(clip: ClipFormat) -> dict[str, tf.TensorSpec]:
         "mask": tf.TensorSpec([], tf.float32),
         "example_id": tf.TensorSpec([], tf.int64),
     }
+    if layers:
+        signature["ops"] = tf.TensorSpec([layers], tf.int32)
+        signature["op_values"] = tf.TensorSpec([layers], tf.float32)
+        signature["matrix"] = tf.TensorSpec([3, 3], tf.float32)
+    if erasing:
+        signature["erase"] = tf.TensorSpec([4], tf.int32)
+    return signature
+
+
+@functools.cache
+def _traced(
+    clip: ClipFormat, fill: tuple[float, ...], layers: int, erasing: bool
+) -> Callable[[dict[str, Any]], dict[str, tf.Tensor]]:
+    """`_assemble` as a graph, built once for all passes over a data set and all clips."""
+
+    def assemble(element: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return _assemble(element, clip, np.array(fill, np.float32))
+
+    signature = [_signature(clip, layers, erasing)]
+    return tf.function(assemble, input_signature=signature, autograph=False)
 
 
 def decode_clips(
@@ -212,13 +233,8 @@ def decode_clips(
       problems: gets what `elements` raises, of which TensorFlow passes on the text only.
       training: do the elements have what `data` says of RandAugment and erasing?
     """
-    signature = _signature(clip)
-    if training and data.randaugment_layers:
-        signature["ops"] = tf.TensorSpec([data.randaugment_layers], tf.int32)
-        signature["op_values"] = tf.TensorSpec([data.randaugment_layers], tf.float32)
-        signature["matrix"] = tf.TensorSpec([3, 3], tf.float32)
-    if training and data.erasing_probability:
-        signature["erase"] = tf.TensorSpec([4], tf.int32)
+    layers = data.randaugment_layers if training else 0
+    erasing = training and data.erasing_probability > 0
 
     def generate():
         try:
@@ -227,8 +243,9 @@ def decode_clips(
             problems.append(problem)
             raise
 
+    signature = _signature(clip, layers, erasing)
     clips = tf.data.Dataset.from_generator(generate, output_signature=signature)
-    return map_clips(clips, lambda element: _assemble(element, clip, fill_colour(data)))
+    return map_clips(clips, _traced(clip, tuple(fill_colour(data)), layers, erasing))
 
 
 def map_clips(clips: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dataset:
@@ -236,24 +253,22 @@ def map_clips(clips: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.D
 
     With one for each core, cores stand idle while their clips, done, wait for one before them.
     Without tf.data's autotuner: its thread wakes up ever more rarely, once a minute at last, and
-    what ends a stream waits for that (TensorFlow 2.21: 1.2 s after an evaluation of 1.3 s).
+    what ends a stream waits for that (TensorFlow 2.21: 1.2 s after an evaluation of 1.3 s). Without
+    AutoGraph, which takes as long to rewrite `function` as TensorFlow to trace it.
     """
     options = tf.data.Options()
     options.autotune.enabled = False
+    function = tf.autograph.experimental.do_not_convert(function)
     mapped = clips.map(function, num_parallel_calls=2 * num_cores(), deterministic=True)
     return mapped.with_options(options)
 
 
 def clip_function(clip: ClipFormat, data: Any) -> Callable[[dict[str, Any]], dict[str, tf.Tensor]]:
-    """What `decode_clips` does to an element, as a function: traced once, for any number of clips.
+    """What `decode_clips` does to an element, as a function.
 
     For clips that come one by one; a tf.data pipeline takes longer to build than to make a clip.
     """
-
-    def assemble(element: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return _assemble(element, clip, fill_colour(data))
-
-    return tf.function(assemble, input_signature=[_signature(clip)])
+    return _traced(clip, tuple(fill_colour(data)), layers=0, erasing=False)
 
 
 def undecodable(element: dict[str, Any], clip: ClipFormat, data: Any) -> str:

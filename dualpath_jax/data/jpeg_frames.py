@@ -58,7 +58,7 @@ def decode(jpegs: list[tf.Tensor], box: tf.Tensor, ratio: int, size: int) -> tf.
 
     def scaled(method: str) -> tf.Tensor:
         done: list[tf.Tensor] = []
-        for few in _groups(jpegs):
+        for few in _groups(jpegs, len(jpegs)):
             with tf.control_dependencies(done[-1:]):
                 # Written out: a map_fn over the frames costs as much again as decoding small ones.
                 frames = [
@@ -85,14 +85,17 @@ def resize(frames: tf.Tensor, size: int) -> tf.Tensor:
     """
 
     def scaled(method: str) -> tf.Tensor:
-        return tf.concat([_scale(few, size, method) for few in _groups(frames)], 0)
+        groups = _groups(frames, frames.shape[0])
+        return tf.concat([_scale(few, size, method) for few in groups], 0)
 
     return _by_shrinking(tf.shape(frames)[1:3], size, scaled)
 
 
-def _groups(frames: Sequence[tf.Tensor] | tf.Tensor) -> list[Sequence[tf.Tensor] | tf.Tensor]:
-    """n frames, `GROUP` at a time."""
-    return [frames[k : k + GROUP] for k in range(0, len(frames), GROUP)]
+def _groups(
+    frames: Sequence[tf.Tensor] | tf.Tensor, count: int
+) -> list[Sequence[tf.Tensor] | tf.Tensor]:
+    """`count` frames, `GROUP` at a time."""
+    return [frames[k : k + GROUP] for k in range(0, count, GROUP)]
 
 
 def _by_shrinking(sides: tf.Tensor, size: int, scaled: Callable[[str], tf.Tensor]) -> tf.Tensor:

@@ -242,14 +242,12 @@ def eval_batches(
 
     def batches() -> Iterator[Batch]:
         problems: list[Exception] = []
-        first = {key: lambda x: x[0] for key in ("label", "mask", "example_id")}
         stream = decode_clips(elements(), clip, data, problems).batch(views)
-        stream = stream.map(lambda e: {k: first[k](v) if k in first else v for k, v in e.items()})
         stream = stream.batch(rows.stop - rows.start, drop_remainder=True)
         count = 0
         try:
             for batch in stream.prefetch(data.prefetch).as_numpy_iterator():
-                yield batch
+                yield _of_videos(batch)
                 count += 1
         except DECODE_ERRORS:
             if problems:
@@ -262,6 +260,11 @@ def eval_batches(
             raise
 
     return batches()
+
+
+def _of_videos(batch: Batch) -> Batch:
+    """A batch of views: what they have in common, [B, V], becomes the video's, [B]."""
+    return batch | {key: batch[key][:, 0] for key in ("label", "mask", "example_id")}
 
 
 class EvalClips:
@@ -289,4 +292,4 @@ class EvalClips:
         except DECODE_ERRORS as problem:
             raise UnreadableVideo(f"video {video.ids[0]!r} cannot be decoded: {problem}") from None
         batch = {key: np.stack([view[key] for view in views])[None] for key in views[0]}
-        return batch | {key: batch[key][:, 0] for key in ("label", "mask", "example_id")}
+        return _of_videos(batch)

@@ -118,7 +118,7 @@ def warp(frames: tf.Tensor, matrix: tf.Tensor, fill: np.ndarray) -> tf.Tensor:
     )
 
 
-@tf.function(jit_compile=True)  # five times faster than ImageProjectiveTransformV3
+@tf.function(jit_compile=True, autograph=False)  # five times faster than ImageProjectiveTransformV3
 def _moved(frames: tf.Tensor, matrix: tf.Tensor, fill: tf.Tensor) -> tf.Tensor:
     count, height, width, channels = frames.shape
     # Pixel centres lie half a pixel from the corner that the map counts from.
