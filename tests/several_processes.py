@@ -1,6 +1,7 @@
 """One of the processes that test_multiprocess.py starts: what it does, one thing after the other.
 
-python tests/several_processes.py WHAT ADDRESS NUM_PROCESSES PROCESS_ID FOLDER DATA BACKBONE
+PYTHONPATH=.:tests python tests/several_processes.py \\
+  WHAT ADDRESS NUM_PROCESSES PROCESS_ID FOLDER DATA BACKBONE
 """
 
 import itertools
@@ -12,18 +13,14 @@ import types
 
 import numpy as np
 import pytest
+from compiling_once import compiling_once
+from small_config import small_config
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from compiling_once import compiling_once  # noqa: E402
-from small_config import small_config  # noqa: E402
-
-from dualpath_jax import distributed, evaluate, sharding, train  # noqa: E402
-from dualpath_jax import run as run_lib  # noqa: E402
-from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint  # noqa: E402
-from dualpath_jax.data.records import VideoDataset  # noqa: E402
-from dualpath_jax.preemption import Preempted, Watch  # noqa: E402
+from dualpath_jax import distributed, evaluate, sharding, train
+from dualpath_jax import run as run_lib
+from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from dualpath_jax.data.records import VideoDataset
+from dualpath_jax.preemption import Preempted, Watch
 
 
 def six_steps(data, backbone):

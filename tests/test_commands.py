@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import fnmatch
 import io
-import os
 import re
 import runpy
 import shlex
@@ -20,6 +19,7 @@ from concurrent import futures
 
 import pytest
 from documents import PAGES, ROOT, commands
+from processes import environment
 
 DOCUMENTED = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
 _DEMO = "python -m dualpath_jax.main --config=configs/demo.py --workdir=runs/demo"
@@ -230,7 +230,7 @@ class Place:
         done = subprocess.run(
             words,
             cwd=self.folder,
-            env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},  # of conftest.py
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -2,11 +2,11 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
+from processes import ROOT, environment
 from video_files import write_video
 
 from configs import hmdb51_vitb
@@ -14,13 +14,10 @@ from dualpath_jax.data.datasets import list_videos
 from dualpath_jax.data.prepare import prepare
 from dualpath_jax.run import divide
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-
 
 def run(*args, cwd=ROOT):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "dualpath_jax.main", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment())
 
 
 def test_the_owners_command_names_what_is_missing(tmp_path):

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -13,7 +12,8 @@ import time
 
 import numpy as np
 import pytest
-from several_processes import ROOT, run_all, six_steps
+from processes import ROOT, environment
+from several_processes import run_all, six_steps
 
 from dualpath_jax.data import order
 from dualpath_jax.preemption import EXIT_CODE
@@ -40,20 +40,17 @@ class Job:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}:{TESTS}",
-            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(
-                "device_count=8", f"device_count={devices}"
-            ),
-        }
         folder.mkdir(parents=True, exist_ok=True)
         self._logs = [folder / f"log{i}.txt" for i in range(number)]
         self.processes = []
         for i, log in enumerate(self._logs):
             with log.open("w") as file, log.with_suffix(".err").open("w") as errors:
                 process = subprocess.Popen(
-                    command(address, i), stdout=file, stderr=errors, cwd=ROOT, env=environment
+                    command(address, i),
+                    stdout=file,
+                    stderr=errors,
+                    cwd=ROOT,
+                    env=environment(devices),
                 )
             self.processes.append(process)
 

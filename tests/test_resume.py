@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from processes import ROOT, environment
 from small_config import small_config
 from test_train import build, leaves, run_all
 
@@ -20,8 +20,6 @@ from dualpath_jax.checkpoint import Checkpoints
 from dualpath_jax.data import pipeline
 from dualpath_jax.preemption import EXIT_CODE, Preempted, Watch
 from scripts import export_adapter
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def same(a, b):
@@ -413,12 +411,11 @@ def test_processes(config, straight, tmp_path):
         "--config.checkpoint.every_steps=5",
         "--config.log_every_steps=5",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def start():
         pipe = subprocess.PIPE
         return subprocess.Popen(
-            command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment
+            command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment()
         )
 
     def steps():
@@ -441,7 +438,7 @@ def test_processes(config, straight, tmp_path):
     while max(steps()) == before:
         time.sleep(0.05)
         assert process.poll() is None, process.communicate()[1]
-    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
     assert second.returncode == 2
     assert f"--workdir={workdir} is in use by process {process.pid}" in second.stderr
     process.send_signal(signal.SIGTERM)

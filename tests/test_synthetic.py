@@ -1,19 +1,17 @@
 """`data.synthetic`: batches of the pipeline's shapes without its work; a run without any file."""
 
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from processes import ROOT, environment
 
 from configs import demo
 from dualpath_jax import run as run_lib
 from dualpath_jax.data import augment, pipeline, synthetic
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = [
     f"--config={ROOT}/configs/demo.py",
     "--config.data.source=ssv2",
@@ -85,9 +83,10 @@ def test_no_frame_is_read_for_a_step(data):
 
 @pytest.mark.slow
 def test_a_run_without_files(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "dualpath_jax.main", *TINY, "--config.data.synthetic=True"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment()
+    )
     assert result.returncode == 0, result.stderr
     assert "random custom weights; the device is timed, scores mean nothing" in result.stdout
     assert "step 2/2  loss " in result.stdout
