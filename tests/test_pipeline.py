@@ -278,6 +278,21 @@ def test_no_stream_has_an_autotuner():
     assert numbers.map(lambda number: number + 1).options().autotune.enabled is not False
 
 
+def test_a_graph_is_built_once(config, monkeypatch):
+    """For all passes over data of one format, training without augmentation and testing alike."""
+    built, assemble = [], clips._assemble
+    monkeypatch.setattr(clips, "_assemble", lambda *args: built.append(1) or assemble(*args))
+    clips._traced.cache_clear()
+    dataset = VideoDataset(config.data.dir, "train")
+    for _ in range(2):
+        next(pipeline.train_batches(dataset, config.data, 0, 0, 1))
+        next(pipeline.eval_batches(dataset, config.data, 1, 1, 8))
+    assert len(built) == 1
+    config.data.image_size = 64  # twin: another format
+    next(pipeline.eval_batches(dataset, config.data, 1, 1, 8))
+    assert len(built) == 2
+
+
 def test_bad_values_are_named(config):
     config.data.sampling = "sparse"
     with pytest.raises(ValueError, match="'sparse'"):
