@@ -1,7 +1,7 @@
 """One of the processes that test_multiprocess.py starts: what it does, one thing after the other.
 
-PYTHONPATH=.:tests python tests/several_processes.py \\
-  WHAT ADDRESS NUM_PROCESSES PROCESS_ID FOLDER DATA BACKBONE
+With PYTHONPATH=. from the repository's root:
+python tests/several_processes.py WHAT ADDRESS NUM_PROCESSES PROCESS_ID FOLDER DATA BACKBONE
 """
 
 import itertools

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import io
+import os
 import re
 import runpy
 import shlex
@@ -19,7 +20,7 @@ from concurrent import futures
 
 import pytest
 from documents import PAGES, ROOT, commands
-from processes import environment
+from processes import xla_flags
 
 DOCUMENTED = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
 _DEMO = "python -m dualpath_jax.main --config=configs/demo.py --workdir=runs/demo"
@@ -230,7 +231,7 @@ class Place:
         done = subprocess.run(
             words,
             cwd=self.folder,
-            env=environment(),
+            env={**os.environ, "XLA_FLAGS": xla_flags()},  # compiled as other tests are
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

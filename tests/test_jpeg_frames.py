@@ -19,6 +19,12 @@ NAMES = ("astronaut", "chelsea", "coffee", "rocket", "coins", "grass", "gravel",
 CLIPS = os.environ.get("DUALPATH_TEST_VIDEOS")
 
 
+@pytest.fixture(autouse=True)
+def no_graph_is_kept(monkeypatch):
+    """Tests put other functions into the graph of a clip."""
+    monkeypatch.setattr(clips, "_traced", clips._traced.__wrapped__)
+
+
 class Stills:
     """Stands in for `VideoDataset`: each video is one picture, stored as frames are."""
 
@@ -54,11 +60,8 @@ def framesets(videos, image_size, epochs=3):
     data = base.get_config().data
     data.num_frames, data.num_spatial_frames, data.grid = 4, 1, (2, 2)
     data.sampling, data.image_size, data.batch_size = "segments", image_size, len(videos)
-    clips._traced.cache_clear()  # tests put other functions into it
     batches = pipeline.train_batches(videos, data, seed=0, first_step=0, num_steps=epochs)
-    made = np.concatenate([batch["temporal"][:, 0] for batch in batches]).astype(int)
-    clips._traced.cache_clear()
-    return made
+    return np.concatenate([batch["temporal"][:, 0] for batch in batches]).astype(int)
 
 
 def differences(videos, image_size, monkeypatch):

@@ -6,7 +6,7 @@ import importlib
 import jax
 import numpy as np
 import pytest
-from processes import environment
+from processes import xla_flags
 from small_config import TINY_VIT
 
 torch = pytest.importorskip("torch")
@@ -85,8 +85,7 @@ def test_limit_is_measured():
 
 
 def test_script(config, monkeypatch):
-    for key, value in environment().items():  # of the processes that are timed
-        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("XLA_FLAGS", xla_flags())  # of the processes that are timed
     script = importlib.import_module("scripts.benchmark_step")
     monkeypatch.setattr(step_benchmark, "peak_memory", lambda setting, side: 12.4)
     monkeypatch.setattr(step_benchmark, "matmul_gflops", lambda dtype: 100.0)
