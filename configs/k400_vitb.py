@@ -4,7 +4,7 @@
 
 Trainable parameters: 10,363,024 of 96,555,664 (measured; paper: 10M).
 Top-1 / top-5 at 32x3x1 views: 85.4 / 97.1 (paper; not reproduced).
-GMACs per video: 555 plain, 516 executed (measured).
+GMACs per video: 555 plain, 509 executed (measured).
 GFLOPs per video: 710 (paper).
 """
 

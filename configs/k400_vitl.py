@@ -4,7 +4,7 @@
 
 Trainable parameters: 27,029,648 of 330,995,856 (measured; paper: 27M).
 Top-1 / top-5 at 32x3x1 views: 87.7 / 97.8 (paper; not reproduced).
-GMACs per video: 2527 plain, 2439 executed (measured).
+GMACs per video: 2527 plain, 2423 executed (measured).
 GFLOPs per video: 1868 (paper).
 """
 

@@ -7,7 +7,7 @@ name of `ABLATIONS`, as `--config=configs/ssv2_vitb.py:without_ta`.
 
 Trainable parameters: 12,617,134 of 98,809,774 (measured; paper: 13M).
 Top-1 at T x 1 x 3 views: 69.6 / 70.3 / 71.2 for T = 16 / 32 / 48 (paper; not reproduced).
-GMACs per video: 501 / 558 / 614 plain, 466 / 519 / 572 executed (measured).
+GMACs per video: 501 / 558 / 614 plain, 460 / 512 / 564 executed (measured).
 GFLOPs per video: 642 / 716 / 791 (paper).
 """
 

@@ -4,7 +4,7 @@
 
 Trainable parameters: 8,417,454 of 94,610,094 (measured; paper: 8M).
 Top-1 / top-5 at 8x1x3 views: 51.3 / 70.6 (paper; not reproduced).
-GMACs per video: 427 plain, 398 executed (measured).
+GMACs per video: 427 plain, 392 executed (measured).
 GFLOPs per video: 544 (paper).
 """
 

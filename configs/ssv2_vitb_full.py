@@ -4,7 +4,7 @@
 
 Trainable parameters: 85,933,230 of 86,326,446 (measured; paper: 86M).
 Top-1 / top-5 at 8x1x3 views: 44.0 / 77.0 (paper; not reproduced).
-GMACs per video: 422 plain, 392 executed (measured).
+GMACs per video: 422 plain, 387 executed (measured).
 GFLOPs per video: 419 (paper).
 """
 

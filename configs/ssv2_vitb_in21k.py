@@ -4,7 +4,7 @@
 
 Trainable parameters: 13,317,294 of 99,115,950 (measured; paper: 13M).
 Top-1 at 16x1x3 views: 64.7 (paper; not reproduced).
-GMACs per video: 501 plain, 466 executed (measured).
+GMACs per video: 501 plain, 460 executed (measured).
 GFLOPs per video: 642 (paper).
 """
 

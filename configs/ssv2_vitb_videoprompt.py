@@ -4,7 +4,7 @@
 
 Trainable parameters: 7,252,398 of 93,445,038 (measured; paper: 6M).
 Top-1 / top-5 at 8x1x3 views: 31.0 / 60.3 (paper; not reproduced).
-GMACs per video: 422 plain, 393 executed (measured).
+GMACs per video: 422 plain, 388 executed (measured).
 GFLOPs per video: 537 (paper).
 """
 

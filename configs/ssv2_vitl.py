@@ -7,7 +7,7 @@ Frames T by argument: `--config=configs/ssv2_vitl.py:16` (default), `:32`, `:48`
 Trainable parameters: 33,174,958 of 337,141,166 (measured; paper: 33M).
 Top-1 / top-5 at T x 1 x 3 views: 70.2 / 92.7, 71.4 / 93.4, 72.2 / 93.7 for T = 16, 32, 48
 (paper; not reproduced).
-GMACs per video: 2280 / 2537 / 2795 plain, 2200 / 2449 / 2697 executed (measured).
+GMACs per video: 2280 / 2537 / 2795 plain, 2185 / 2433 / 2680 executed (measured).
 GFLOPs per video: 1713 / 1932 / 2151 (paper).
 """
 

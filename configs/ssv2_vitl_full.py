@@ -4,7 +4,7 @@
 
 Trainable parameters: 303,358,126 of 304,144,558 (measured; paper: 303M).
 Top-1 / top-5 at 8x1x3 views: 48.7 / 77.5 (paper; not reproduced).
-GMACs per video: 1944 plain, 1877 executed (measured).
+GMACs per video: 1944 plain, 1864 executed (measured).
 GFLOPs per video: 1941 (paper).
 """
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
 _COMPUTATION = re.compile(r"^(ENTRY )?%([^ ]+) .*\{$")
@@ -25,6 +26,8 @@ _FREE = {  # they move nothing themselves
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("call", "after-all", "iota", "partition-id", "replica-id", "opt-barrier"),
 }
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_FREE_CALL = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,16 @@ class _Instruction:
     def called(self, key: str) -> str | None:
         match = re.search(rf"\b{key}=%([^ ,()]+)", self.rest)
         return match and match[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """An instruction that reads a fusion's parameter: as which operand, bytes of its result."""
+
+    op: str
+    operand: int
+    result: int
+    updated: int  # bytes that a dynamic-update-slice writes
 
 
 class Program:
@@ -121,8 +134,17 @@ class Program:
             total += times * sum(self._bytes(one, shapes) for one in instructions)
         return total
 
+    def cycles(self) -> int:
+        """Of a TPU's chip, as its compiler expects of each instruction; 0: it does not say."""
+        total = 0
+        for name, times in self._times.items():
+            for one in self._computations.get(name, ()):
+                if match := _CYCLES.search(one.rest):
+                    total += times * int(match[1])
+        return total
+
     def _bytes(self, one: _Instruction, shapes: dict[str, str]) -> int:
-        if one.op in _FREE or one.op.endswith("-done"):
+        if one.op in _FREE or one.op.endswith("-done") or _FREE_CALL.search(one.rest):
             return 0
         operands = [shapes.get(name, "") for name in one.operands]
         if one.op in ("dynamic-slice", "slice", "gather"):
@@ -132,32 +154,44 @@ class Program:
         if one.op in ("copy-start", "slice-start"):  # (to, from, ...) and ((from), to, ...)
             arrays = _ARRAY.findall(one.shape)
             to, source = arrays[:2] if one.op == "copy-start" else arrays[1::-1]
-            part = _elements(to[1]) * _bits(to[0]) // 8
+            part = _array_bytes(*to)
             return sum(part for array in (to, source) if "S(" not in array[2])
         if one.op == "fusion":
             return self._fusion_bytes(one, operands)
         return size(one.shape) + sum(map(size, operands))
 
     def _fusion_bytes(self, fusion: _Instruction, operands: list[str]) -> int:
-        inside = self._computations[fusion.called("calls")]
-        uses = collections.defaultdict(list)
-        for instruction in inside:
-            for operand in instruction.operands:
-                uses[operand].append(instruction)
         total, written = 0, size(fusion.shape)
-        shapes = {instruction.name: instruction.shape for instruction in inside}
-        for parameter in (i for i in inside if i.op == "parameter"):
-            outer = operands[int(re.match(r"\d+", parameter.rest)[0])]
-            readers = uses[parameter.name]
-            updates = [r for r in readers if r.op == "dynamic-update-slice"]
-            if updates and all(r.operands[0] == parameter.name for r in updates):
-                part = sum(size(shapes[r.operands[1]]) for r in updates)
+        for index, outer in enumerate(operands):
+            readers = list(self._readers(fusion.called("calls"), index))
+            updates = [r for r in readers if r.op == "dynamic-update-slice" and r.operand == 0]
+            if updates and len(updates) == len(readers):
+                part = sum(r.updated for r in updates)
                 written -= max(0, size(outer) - part)  # in place
             elif readers and all(r.op in ("dynamic-slice", "slice") for r in readers):
-                total += min(size(outer), sum(size(r.shape, anywhere=True) for r in readers))
+                total += min(size(outer), sum(r.result for r in readers))
             else:
                 total += size(outer)
         return total + max(0, written)
+
+    def _readers(self, computation: str, index: int) -> Iterator["_Reader"]:
+        """Who reads a fusion's parameter, also in the fusions inside it."""
+        inside = self._computations[computation]
+        shapes = {one.name: one.shape for one in inside}
+        names = {
+            one.name
+            for one in inside
+            if one.op == "parameter" and int(re.match(r"\d+", one.rest)[0]) == index
+        }
+        for one in inside:
+            for operand in (i for i, name in enumerate(one.operands) if name in names):
+                if one.op == "bitcast":  # the same bytes by another name; stands before its readers
+                    names.add(one.name)
+                elif one.op == "fusion":
+                    yield from self._readers(one.called("calls"), operand)
+                else:
+                    update = shapes[one.operands[1]] if one.op == "dynamic-update-slice" else ""
+                    yield _Reader(one.op, operand, size(one.shape, anywhere=True), size(update))
 
     def collectives(self) -> list[Collective]:
         """Traffic between chips, by kind and dtype; a TPU has some of it inside fusions."""
@@ -182,10 +216,21 @@ class Program:
 def size(shape: str, anywhere: bool = False) -> int:
     """Bytes of a shape's text, a tuple's together; not of arrays in VMEM unless `anywhere`."""
     return sum(
-        _elements(sizes) * _bits(dtype) // 8
-        for dtype, sizes, layout in _ARRAY.findall(shape)
-        if anywhere or "S(" not in layout
+        _array_bytes(*array) for array in _ARRAY.findall(shape) if anywhere or "S(" not in array[2]
     )
+
+
+def _array_bytes(dtype: str, sizes: str, layout: str) -> int:
+    """In memory: in a TPU's the innermost axes fill whole tiles, as of {1,0:T(8,128)}."""
+    order, _, rest = layout.partition(":")
+    tile = re.match(r"T\(([0-9,]+)\)", rest)
+    if not tile or not sizes:
+        return _elements(sizes) * _bits(dtype) // 8
+    sides = sizes.split(",")
+    sides = [int(sides[int(axis)]) for axis in reversed(order.split(","))]  # outermost first
+    tile = [*[1] * len(sides), *map(int, tile[1].split(","))][-len(sides) :]
+    elements = math.prod(-(-n // side) * side for n, side in zip(sides, tile, strict=True))
+    return elements * _bits(dtype) // 8
 
 
 def _elements(sizes: str) -> int:

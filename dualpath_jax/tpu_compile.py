@@ -96,6 +96,8 @@ class StepReport:
         temporaries are given more than is needed at once.
       flops: two for each multiply-accumulate of matrix products and convolutions that are executed.
       bytes_accessed: of the chip's memory, see `hlo.Program.bytes_accessed`.
+      cycles: of the chip, the compiler's own estimates for each instruction, added; each branch of
+        what is drawn (RandAugment's operations) counts. To compare programs for one kind of chip.
       collectives: traffic between chips.
       clips_per_second: roofline estimate for one chip: the longer of `flops` at the chip's peak and
         `bytes_accessed` at its bandwidth.
@@ -109,6 +111,7 @@ class StepReport:
     peak: int
     flops: int
     bytes_accessed: int
+    cycles: int
     collectives: list[hlo.Collective]
     clips_per_second: float
 
@@ -235,6 +238,7 @@ def _report(
         peak=memory.peak_memory_in_bytes,
         flops=2 * macs,
         bytes_accessed=bytes_accessed,
+        cycles=program.cycles(),
         collectives=program.collectives(),
         clips_per_second=clips / time_needed,
     )
@@ -340,15 +344,16 @@ def markdown(topology: str, reports: list[StepReport]) -> str:
     """A table for people; GB are 10^9 bytes."""
     lines = [
         "| slice | step | clips per chip | memory per chip, GB | temporaries per clip, GB | "
-        "TFLOP | GB accessed | between chips, MB | compiled in | clips/s per chip, estimate |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "TFLOP | GB accessed | cycles, 10^6 | between chips, MB | compiled in | "
+        "clips/s per chip, estimate |",
+        "|" + "---|" * 11,
     ]
     for one in reports:
         traffic = ", ".join(f"{c.bytes / 1e6:.2f} {c.kind} {c.dtype}" for c in one.collectives)
         lines.append(
             f"| {topology} | {one.step} | {one.per_chip_batch} | {one.peak / 1e9:.2f} | "
             f"{one.temporaries / one.per_chip_batch / 1e9:.3f} | {one.flops / 1e12:.2f} | "
-            f"{one.bytes_accessed / 1e9:.1f} | {traffic or 'none'} | {one.compile_seconds:.0f} s | "
-            f"{one.clips_per_second:.0f} |"
+            f"{one.bytes_accessed / 1e9:.1f} | {one.cycles / 1e6:.0f} | "
+            f"{traffic or 'none'} | {one.compile_seconds:.0f} s | {one.clips_per_second:.0f} |"
         )
     return "\n".join(lines)

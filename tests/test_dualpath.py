@@ -202,32 +202,52 @@ def test_class_only_changes_no_result():
     assert tokens.shape[1] == TINY.num_tokens
 
 
-@pytest.mark.parametrize("queries", [1, 5])
-def test_attention_and_its_gradient(queries):
-    """As JAX's own; in bfloat16, of one query, that has no gradient under `environment`'s flag."""
+def gradients(function, arrays, dy):
+    """Of sum(function(arrays) dy), one after the other, as `environment` has it compiled."""
+
+    def loss(*arrays):
+        return (function(*arrays).astype(jnp.float32) * dy).sum()
+
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    grad = jax.jit(jax.grad(loss, argnums=range(len(arrays))), compiler_options=options)
+    return np.concatenate([np.asarray(x, np.float32).ravel() for x in grad(*arrays)])
+
+
+def test_attention_and_its_gradient():
+    """As JAX's own."""
     rng = np.random.default_rng(0)
-    shapes = (queries, 5, 5, queries)
-    *arrays, dy = (jnp.asarray(rng.normal(size=(2, n, 3, 8)), jnp.float32) for n in shapes)
-
-    def gradient(function, arrays):
-        def loss(q, k, v):
-            return (function(q, k, v).astype(jnp.float32) * dy).sum()
-
-        options = {"xla_cpu_experimental_ynn_fusion_type": ""}
-        grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), compiler_options=options)
-        return np.concatenate([np.asarray(x, np.float32).ravel() for x in grad(*arrays)])
-
+    *arrays, dy = (jnp.asarray(rng.normal(size=(2, 5, 3, 8)), jnp.float32) for _ in range(4))
     theirs = jax.nn.dot_product_attention
     np.testing.assert_allclose(attend.attend(*arrays), theirs(*arrays), rtol=0, atol=1e-6)
-    want = gradient(theirs, arrays)
-    np.testing.assert_allclose(gradient(attend.attend, arrays), want, rtol=0, atol=2e-6)
-    scaled = gradient(lambda q, k, v: attend.attend(2 * q, k, v), arrays)
+    want = gradients(theirs, arrays, dy)
+    np.testing.assert_allclose(gradients(attend.attend, arrays, dy), want, rtol=0, atol=2e-6)
+    scaled = gradients(lambda q, k, v: attend.attend(2 * q, k, v), arrays, dy)
     assert np.abs(scaled - want).max() > 0.1
     rounded = [x.astype(jnp.bfloat16) for x in arrays]
-    np.testing.assert_allclose(gradient(attend.attend, rounded), want, rtol=0, atol=0.05)
-    if queries == 1:
-        with pytest.raises(jax.errors.JaxRuntimeError, match="multiple contracting dimensions"):
-            gradient(theirs, rounded)
+    np.testing.assert_allclose(gradients(attend.attend, rounded, dy), want, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("num_images", [1, 3])
+def test_attention_of_one_query_and_its_gradient(num_images):
+    """As that to projected keys and values, whose bias changes nothing for keys."""
+    rng = np.random.default_rng(0)
+    shapes = (num_images, 3, 8), (num_images, 5, 24), (24, 3, 8), (24, 3, 8), (3, 8)
+    q, x, *weights = arrays = [jnp.asarray(rng.normal(size=n) / 2, jnp.float32) for n in shapes]
+    dy = rng.normal(size=q.shape)
+
+    def plain(q, x, key_kernel, value_kernel, value_bias, key_bias=0.7):
+        k = jnp.einsum("mnw,wkd->mnkd", x, key_kernel) + key_bias
+        v = jnp.einsum("mnw,wkd->mnkd", x, value_kernel) + value_bias
+        return jax.nn.dot_product_attention(q[:, None], k, v)[:, 0]
+
+    y = attend.attend_one(*arrays)
+    np.testing.assert_allclose(y, plain(*arrays), rtol=0, atol=1e-6)
+    want = gradients(plain, arrays, dy)
+    np.testing.assert_allclose(gradients(attend.attend_one, arrays, dy), want, rtol=0, atol=5e-6)
+    rounded = [array.astype(jnp.bfloat16) for array in arrays]
+    np.testing.assert_allclose(gradients(attend.attend_one, rounded, dy), want, rtol=0, atol=0.1)
+    swapped = attend.attend_one(q, x, weights[1], weights[0], weights[2])
+    assert np.abs(swapped - y).max() > 0.1
 
 
 def test_temporal_path_starts_as_the_identity():

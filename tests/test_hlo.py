@@ -65,6 +65,64 @@ def test_bytes_accessed():
         hlo.Program("HloModule x")
 
 
+FUSED = """HloModule jit_step
+
+%deepest (d0: f32[5,8], d1: s32[]) -> f32[1,8] {
+  %d0 = f32[5,8]{1,0} parameter(0)
+  %d1 = s32[] parameter(1)
+  %same = f32[5,8]{1,0} bitcast(%d0)
+  ROOT %part = f32[1,8]{1,0} dynamic-slice(%same, %d1, %d1), dynamic_slice_sizes={1,8}
+}
+
+%inside (p0: f32[5,8], p1: s32[], p2: f32[5,8]) -> f32[5,8] {
+  %p0 = f32[5,8]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = f32[5,8]{1,0} parameter(2)
+  %row = f32[1,8]{1,0} fusion(%p0, %p1), kind=kLoop, calls=%deepest
+  ROOT %kept = f32[5,8]{1,0} dynamic-update-slice(%p2, %row, %p1, %p1)
+}
+
+ENTRY %main (x: f32[5,8], i: s32[]) -> f32[5,8] {
+  %x = f32[5,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %room = f32[5,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %y = f32[5,8]{1,0} fusion(%x, %i, %room), calls=%inside, c={"estimated_cycles":"70"}
+}
+"""
+
+
+def test_bytes_of_fusions_in_fusions():
+    """A row of 32 bytes is read in the innermost, and one written; the index has 4."""
+    assert hlo.Program(FUSED).bytes_accessed() == 32 + 32 + 4
+    whole = FUSED.replace(
+        "ROOT %part = f32[1,8]{1,0} dynamic-slice(", "ROOT %part = f32[1,8] sort("
+    )
+    assert hlo.Program(whole).bytes_accessed() == 160 + 32 + 4
+    other = FUSED.replace("AllocateBuffer", "Other")
+    assert hlo.Program(other).bytes_accessed() == 32 + 32 + 4 + 160
+
+
+def test_cycles():
+    assert hlo.Program(FUSED).cycles() == 70
+    assert hlo.Program(TEXT).cycles() == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("f32[64,197]{1,0}", 4 * 64 * 197),
+        ("f32[64,197]{1,0:T(8,128)}", 4 * 64 * 256),
+        ("f32[3,197,64]{1,2,0:T(8,128)}", 4 * 3 * 64 * 256),
+        ("f32[3,197,64]{2,1,0:T(8,128)}", 4 * 3 * 200 * 128),
+        ("bf16[768]{0:T(1024)(128)(2,1)}", 2 * 1024),
+        ("f32[]{:T(128)}", 4),
+        ("(f32[8]{0}, f32[64,197]{1,0:T(8,128)S(1)})", 32),
+    ],
+)
+def test_arrays_fill_whole_tiles(shape, size):
+    assert hlo.size(shape) == size
+
+
 def test_near_to_what_the_compiler_counts():
     """Where there is no loop; a loop it counts once."""
 

@@ -81,10 +81,10 @@ def test_memory_falls():
     ("name", "remat", "class_only", "ratio"),
     [
         ("ssv2_vitb", "none", False, 2.085),
-        ("ssv2_vitb", "none", True, 1.938),
-        ("ssv2_vitb", "cheap", True, 2.069),
-        ("ssv2_vitb", "full", True, 2.593),
-        ("ssv2_vitl", "cheap", True, 2.132),
+        ("ssv2_vitb", "none", True, 1.914),
+        ("ssv2_vitb", "cheap", True, 2.045),
+        ("ssv2_vitb", "full", True, 2.569),
+        ("ssv2_vitl", "cheap", True, 2.120),
     ],
 )
 def test_work_of_a_step(name, remat, class_only, ratio):

@@ -8,7 +8,7 @@ from dualpath_jax.tpu_compile import StepReport, fits, fits_markdown
 def report(clips):
     """A step with 1 GB, and 0.5 GB for each clip."""
     peak = int(1e9 + 0.5e9 * clips)
-    return StepReport("train", clips, 0.0, 0, 2 * peak, peak, 0, 0, [], 1.0)
+    return StepReport("train", clips, 0.0, 0, 2 * peak, peak, 0, 0, 0, [], 1.0)
 
 
 def test_fits():

@@ -61,7 +61,8 @@ def keep(x: jax.Array, name: str) -> jax.Array:
         raise ValueError(f"{name!r} is not kept: known are {', '.join(_KEPT_ON_CPU)}")
     if name not in _KEPT:  # A reshape before it would have XLA compute what is kept twice.
         return checkpoint_name(x, name)
-    # As a matrix: TPUs store the last two axes in tiles, and pad the 197 tokens of an image.
+    # As a matrix: TPUs store the last two axes in tiles, and pad the 197 tokens of an image. What
+    # is not computed as one is copied to other tiles on its way.
     rows = checkpoint_name(x.reshape(-1, x.shape[-1]), name)
     return rows.reshape(x.shape)
 
@@ -156,7 +157,7 @@ def norm(epsilon: float, dtype: Any, for_cpu: bool = False) -> nn.LayerNorm:
 
 
 class Mlp(nn.Module):
-    """Linear, activation, Linear."""
+    """Linear, activation, Linear; all rows as one matrix, see `keep`."""
 
     hidden: int
     activation: str
@@ -165,9 +166,10 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = keep(dense(self.hidden, self.dtype, self.for_cpu, name="hidden")(x), "hidden")
+        rows = x.reshape(-1, x.shape[-1])
+        y = keep(dense(self.hidden, self.dtype, self.for_cpu, name="hidden")(rows), "hidden")
         y = ACTIVATIONS[self.activation](y)
-        return dense(x.shape[-1], self.dtype, self.for_cpu, name="output")(y)
+        return dense(x.shape[-1], self.dtype, self.for_cpu, name="output")(y).reshape(x.shape)
 
 
 class Block(nn.Module):

@@ -157,16 +157,16 @@ class Attention(nn.Module):
 
     def project(self, x: jax.Array) -> list[jax.Array]:
         """x [M, N, D] -> queries, keys and values, each [M, N, K, D/K]."""
-        qkv = self.qkv(x)
+        qkv = self.qkv(x.reshape(-1, x.shape[-1]))
         if not self.for_cpu:  # there `attend` keeps them as it needs them
             qkv = layers.keep(qkv, "qkv")
         # A split: its gradient is one concatenation, which slices' is not.
-        return [x.reshape(*x.shape[:2], self.heads, -1) for x in jnp.split(qkv, 3, axis=-1)]
+        return [y.reshape(*x.shape[:2], self.heads, -1) for y in jnp.split(qkv, 3, axis=-1)]
 
     def __call__(self, x: jax.Array, class_only: bool = False) -> jax.Array:
         """x [M, N, D] -> [M, N, D], or what the class token attends to, [M, 1, D]."""
         if class_only:
-            y = attend.attend(*self._project_class(x))
+            y = self._attend_class(x)
         else:
             q, k, v = self.project(x)
             if attend.flash_fits(q):
@@ -177,15 +177,15 @@ class Attention(nn.Module):
                 y = jax.nn.dot_product_attention(q, k, v)  # float32 softmax, scale (D/K)^-1/2
         return self.out(einops.rearrange(y, "m n k d -> m n (k d)"))
 
-    def _project_class(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [M, N, D] -> query of the class token [M, 1, K, D/K], keys, values [M, N, K, D/K]."""
+    def _attend_class(self, x: jax.Array) -> jax.Array:
+        """x [M, N, D] -> what the class token attends to, [M, 1, K, D/K]."""
         qkv = self.qkv.variables["params"]
         kernel, bias = (qkv[name].astype(self.dtype) for name in ("kernel", "bias"))
-        q = x[:, :1] @ kernel[:, : self.width] + bias[: self.width]
-        kv = x @ kernel[:, self.width :] + bias[self.width :]
-        q = einops.rearrange(q, "m n (k d) -> m n k d", k=self.heads)
-        k, v = einops.rearrange(kv, "m n (two k d) -> two m n k d", two=2, k=self.heads)
-        return q, k, v
+        q = x[:, 0] @ kernel[:, : self.width] + bias[: self.width]
+        q = einops.rearrange(q, "m (k d) -> m k d", k=self.heads)
+        kernel = einops.rearrange(kernel, "w (three k d) -> three w k d", three=3, k=self.heads)
+        bias = einops.rearrange(bias, "(three k d) -> three k d", three=3, k=self.heads)
+        return attend.attend_one(q, x, kernel[1], kernel[2], bias[2])[:, None]
 
 
 class Block(layers.Block):
