@@ -134,7 +134,7 @@ def get_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000  # and at evaluations and the end
-    config.checkpoint.every_minutes = placeholder(float)  # or so long after the last; by the logs
+    config.checkpoint.every_minutes = 15.0  # or so long after the last; looked at when logged
     config.checkpoint.keep = 3  # newest ones kept, beside the best by top-1
 
     config.profile = ConfigDict()

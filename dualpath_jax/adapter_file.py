@@ -4,7 +4,8 @@ Public: `write_adapter`, `read_adapter`, `start_from`.
 
     tensors    every trainable parameter by its path ("spatial/class_token"), float32
     metadata   "dualpath_jax": JSON with format (1), method, backbone_name, backbone_sha256,
-               class_names, config, version and step
+               class_names, config, version and step, and frame_format unless the run is of an
+               older version
 """
 
 import contextlib
@@ -47,7 +48,10 @@ def write_adapter(path: str, leaves: dict[str, np.ndarray], metadata: dict[str, 
       leaves: trainable parameters by path.
       metadata: with method, backbone_name, backbone_sha256, class_names, config, version and step.
     """
-    text = json.dumps({"format": FORMAT} | {key: metadata[key] for key in _KEYS})
+    kept = {key: metadata[key] for key in _KEYS}
+    if "frame_format" in metadata:
+        kept["frame_format"] = metadata["frame_format"]
+    text = json.dumps({"format": FORMAT} | kept)
     temporary = epath.Path(f"{path}.incomplete")
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
     with cloud.reaching(path):
@@ -90,6 +94,10 @@ def _check_metadata(path: str, metadata: dict[str, Any]) -> None:
             raise ValueError(
                 f"{path!r} is damaged: its {key} is {shown(metadata.get(key))}; {_REMEDY}"
             )
+    if not isinstance(metadata.get("frame_format", {}), dict):
+        raise ValueError(
+            f"{path!r} is damaged: its frame_format is {shown(metadata['frame_format'])}; {_REMEDY}"
+        )
     if not all(isinstance(name, str) for name in metadata["class_names"]):
         raise ValueError(f"{path!r} is damaged: its class_names are not all text; {_REMEDY}")
 

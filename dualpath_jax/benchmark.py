@@ -324,7 +324,9 @@ def _write_cut(dataset: records.VideoDataset, out: str, length: int) -> records.
             )
         )
     writer.commit()
-    records.write_tables(out, dataset.class_names, {"train": rows}, {"train": [len(rows) * length]})
+    lengths = {"train": [len(rows) * length]}
+    names, frame_format = dataset.class_names, dataset.frame_format
+    records.write_tables(out, names, {"train": rows}, lengths, frame_format)
     return records.VideoDataset(out, "train")
 
 

@@ -56,6 +56,10 @@ def check_all_read(config: ConfigDict, seen: set[str]) -> None:
         )
 
 
+# Read with values at hand alone.
+_OF_A_RUN = {"init_from", "resume_changed", "eval.checkpoint"}
+
+
 def check(config: ConfigDict) -> None:
     """Build everything that `config` names without values, and run its pipeline on two clips.
 
@@ -93,6 +97,9 @@ def check(config: ConfigDict) -> None:
     jax.eval_shape(evaluate.make_eval_step(model.model, log), new.trainable, frozen, batch)
     source = f"{log.data.dir} ({log.data.source}), {log.data.train_split} and {log.eval.split}"
     print(f"data: {source}; weights: {log.backbone.checkpoint}; neither was looked at")
+    log.seen |= _OF_A_RUN
+    if config.num_train_steps is not None:
+        log.seen.add("num_epochs")  # the recipe's, which it takes the place of
     check_all_read(config, log.seen)
     print(f"configuration holds together ({time.monotonic() - start:.1f} s)", flush=True)
 

@@ -26,6 +26,7 @@ from orbax.checkpoint._src.futures import future, signaling_client
 
 from dualpath_jax import params as params_lib
 from dualpath_jax.config_values import flat, with_defaults
+from dualpath_jax.progress import write_whole
 
 _MAX_BYTES = 32 * 2**30  # of the arrays of a checkpoint; ViT-L, fully tuned, has 4 GB
 METRIC = "top1"  # by which the best checkpoint is the best
@@ -143,13 +144,11 @@ class Checkpoints:
         step: int,
         state: Any,
         metadata: dict[str, Any],
-        scores: dict[str, float] | None = None,
         reported: bool = True,
     ) -> None:
-        """Write `state` (any pytree of arrays) in the background.
+        """Write `state` (any pytree of arrays) in the background, unless `step` is there already.
 
-        Where `step` is there already, only to add `scores`, those of an evaluation of it, with
-        `METRIC`. A checkpoint that cannot be written is given up with a warning, here or, where it
+        A checkpoint that cannot be written is given up with a warning, here or, where it
         shows later, in the next call; so is one whose steps are not `reported`: a run that resumed
         there would never report them.
         """
@@ -157,21 +156,38 @@ class Checkpoints:
         if self._lost:
             self._clean_up()  # again: its threads may have written on
         if step in self._manager.all_steps():
-            if scores is None or self.has_scores(step):
-                return
-            self._manager.delete(step)
+            return
         self._saving, self._lost = step, False
         if _on_any_host(not reported):
             self._give_up(OSError("the metrics of its steps are not on disk"))
             return
         leaves = params_lib.flatten(state)
-        self._note_scores(step, scores)
-        metadata = {**metadata, "scores": scores, "leaves": _digests(leaves)}
+        metadata = {**metadata, "scores": None, "leaves": _digests(leaves)}
         metadata["sha256"] = _digest_json(metadata)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves), metadata=ocp.args.JsonSave(metadata)
         )
         self._attempt(lambda: self._manager.save(step, args=args))
+
+    def add_scores(self, step: int, scores: dict[str, float]) -> None:
+        """Note the first scores of an evaluation, `METRIC` among them, in the checkpoint of `step`.
+
+        Where it is not there nothing is done; a warning where its metadata cannot be written.
+        """
+        self.wait()
+        if step not in self._manager.all_steps() or self.has_scores(step):
+            return
+        problem = None
+        try:
+            saved = self.read_metadata(step) | {"scores": scores}
+            saved["sha256"] = _digest_json(saved)
+            if jax.process_index() == 0:  # the file of orbax's JsonCheckpointHandler
+                write_whole(self.directory / str(step) / "metadata/metadata", json.dumps(saved))
+        except (DamagedCheckpoint, OSError) as error:
+            problem = error
+            logging.warning("the scores of step %d are not kept: %s", step, _one_line(error))
+        if not _on_any_host(problem is not None):
+            self._note_scores(step, scores)
 
     def wait(self) -> None:
         """Return when everything saved so far is on disk, or has been given up."""

@@ -1,7 +1,7 @@
 """What the command lines share: parsers, absl's flags, errors for the user.
 
-Public: `new_parser`, `add_model`, `load_model`, `run`, `user_errors`. Light: JAX is imported where
-it is used.
+Public: `new_parser`, `positive`, `add_model`, `load_model`, `run`, `user_errors`. Light: JAX is
+imported where it is used.
 """
 
 import argparse
@@ -18,6 +18,19 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def positive(kind: type):
+    """An argparse type: a number above 0."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{value} is not positive")
+        return value
+
+    number.__name__ = {int: "whole number", float: "number"}[kind]  # for argparse's errors
+    return number
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -62,13 +75,13 @@ def run(main: Callable[[list[str]], None]) -> None:
 def user_errors():
     """Report what the user can mend as one line, without a traceback (-v=1 shows it)."""
     from dualpath_jax import distributed  # imports JAX
-    from dualpath_jax.preemption import EXIT_CODE, Preempted
+    from dualpath_jax.preemption import Preempted
 
     try:
         yield
     except Preempted as stop:
         print(f"{distributed.label()}{stop}; the same command goes on from there", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+        sys.exit(stop.exit_code)
     except (ValueError, OSError, FloatingPointError) as error:
         if distributed.another_failed(error):
             raise

@@ -35,6 +35,8 @@ def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
             else:
                 train.restore_for_eval(run)
             results.append(evaluate.evaluate_and_write(run, eval_dataset))
+            if training:
+                train.keep_scores(run, results[-1])
         if len(results) > 1:
             evaluate.write_mean(workdir, results)
 

@@ -24,9 +24,6 @@ VIDEO_SUFFIXES = frozenset(
 )
 
 
-LIMITS = decode.DecodeLimits()
-
-
 @dataclasses.dataclass(frozen=True)
 class Found:
     """What was found out about a video, or a window of one.
@@ -83,10 +80,11 @@ def predict_videos(
     features: str | None = None,
     pictures: str | None = None,
     progress: bool = False,
+    limits: decode.DecodeLimits | None = None,
 ) -> int:
     """Show what `model` says of each video, or of each window; returns how many are bad.
 
-    All are decoded in processes that can be killed, within `LIMITS`, whose seconds are for a whole
+    All are decoded in processes that can be killed, within `limits`, whose seconds are for a whole
     video or for a window: whole videos several at a time, windows one after the other. The windows
     before the place where a video turns out to be bad are shown.
 
@@ -97,6 +95,7 @@ def predict_videos(
         every array of `Trained.features`.
       pictures: folder for a picture of each video, see `prediction_view`.
       progress: show how far it is, see `bar`.
+      limits: what one video may cost; None: the usual ones.
 
     Raises:
       ValueError: an option makes no sense.
@@ -107,12 +106,13 @@ def predict_videos(
         raise ValueError(f"--features={features!r} must end with .npz")
     if stride is not None and window is None:
         raise ValueError(f"--stride={stride:g} needs --window")
+    limits = limits or decode.DecodeLimits()
     if window is None:
-        parts = _whole(model, videos)
+        parts = _whole(model, videos, limits)
     else:
         stride = window / 2 if stride is None else stride
         windows.check(window, stride)
-        parts = _windows(model, videos, window, stride)
+        parts = _windows(model, videos, window, stride, limits)
     drawn = prediction_view.Pictures(pictures, model.class_names, top_k) if pictures else None
     bad, kept, places = set(), [], []
     with Bar(len(videos), "predict", "videos", shown=progress) as bar:
@@ -150,10 +150,14 @@ class _Part:
     found: Found
 
 
-def _whole(model: trained.Trained, videos: Sequence[str]) -> Iterator[_Part]:
-    arguments = [(video, trained.SHORT_SIDE, trained.QUALITY, LIMITS) for video in videos]
+def _whole(
+    model: trained.Trained, videos: Sequence[str], limits: decode.DecodeLimits
+) -> Iterator[_Part]:
+    stored = model.frame_format
+    sizes = (stored.short_side, stored.quality)
+    arguments = [(video, *sizes, limits, stored.fps) for video in videos]
     workers = min(len(videos), num_cores())
-    with WorkerPool(workers, LIMITS) as pool:
+    with WorkerPool(workers, limits) as pool:
         results = pool.map(decode.video_to_jpegs, arguments)
         for number, (video, result) in enumerate(zip(videos, results, strict=True)):
             if isinstance(result, Failure):
@@ -165,11 +169,14 @@ def _whole(model: trained.Trained, videos: Sequence[str]) -> Iterator[_Part]:
 
 
 def _windows(
-    model: trained.Trained, videos: Sequence[str], seconds: float, stride: float
+    model: trained.Trained,
+    videos: Sequence[str],
+    seconds: float,
+    stride: float,
+    limits: decode.DecodeLimits,
 ) -> Iterator[_Part]:
-    sizes = (trained.SHORT_SIDE, trained.QUALITY)
-    arguments = [(video, seconds, stride, *sizes) for video in videos]
-    for number, one in streams(windows.windows, arguments, LIMITS):
+    arguments = [(video, seconds, stride, model.frame_format) for video in videos]
+    for number, one in streams(windows.windows, arguments, limits):
         video = videos[number]
         if isinstance(one, Failure):
             yield _Part(number, None, Found(video, [], [], note=one.reason))

@@ -1,6 +1,6 @@
-"""Being told to stop: a machine that is taken away sends SIGTERM first.
+"""Being told to stop: a machine that is taken away sends SIGTERM first, Ctrl-C is SIGINT.
 
-Public: `EXIT_CODE`, `Preempted`, `Watch`, `leave`.
+Public: `EXIT_CODE`, `Preempted`, `Interrupted`, `Watch`, `leave`.
 """
 
 import os
@@ -16,6 +16,14 @@ EXIT_CODE = 75  # sysexits.h's EX_TEMPFAIL: run the same command again
 class Preempted(Exception):
     """The run was told to stop, and has saved where it is."""
 
+    exit_code = EXIT_CODE
+
+
+class Interrupted(Preempted):
+    """By Ctrl-C: it is not meant to be started again."""
+
+    exit_code = 128 + signal.SIGINT  # as a shell has it
+
 
 def leave(*_) -> None:
     """A handler of SIGTERM for when there is nothing to save: ends the process at once."""
@@ -24,29 +32,39 @@ def leave(*_) -> None:
 
 
 class Watch:
-    """Notes SIGTERM while it is entered; all hosts hear of it at one step.
+    """Notes SIGTERM and SIGINT while it is entered; all hosts hear of it at one step.
 
-    Alone, a second SIGTERM ends the process at once. With several processes JAX's preemption
-    service takes the signal, on any of them and however often, and agrees on the step.
+    Alone, a second signal ends the process at once. With several processes JAX's preemption service
+    takes SIGTERM, on any of them and however often, and agrees on the step; SIGINT ends them.
+
+    Attributes:
+      told_by: what to raise when the state is saved.
     """
 
     def __init__(self):
+        self.told_by = Preempted
         self._told = False
-        self._before = None
+        self._before = {}
 
     def __enter__(self) -> "Watch":
         # Signals are the main thread's; with several processes JAX's service has its own handler.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _note(self, *_) -> None:
+    def _note(self, number: int, frame: object) -> None:
+        del frame
         self._told = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            self.told_by = Interrupted
+            os.write(2, b"\nsaving after this step; once more ends the process at once\n")
 
     def should_stop(self, step: int) -> bool:
         """Is `step` the one to stop after? To be asked on every host, for every step."""

@@ -38,14 +38,19 @@ class Reporter:
         self._unwritten: list[str] = []  # lines of metrics.jsonl
         self._bar: bar.Bar | None = None
 
-    def resume(self, step: int) -> None:
-        """Drop the entries of metrics.jsonl after `step`, whose steps will be done again."""
+    def resume(self, step: int, evaluated: bool) -> None:
+        """Drop the entries of metrics.jsonl for what will be done again.
+
+        That is all after `step`, and the evaluation of `step` unless it is `evaluated`.
+        """
         if not self._writes or not self._path.exists():
             return
         kept = []
         for line in self._path.read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # the process died while it wrote this
-                if json.loads(line)["step"] <= step:
+                entry = json.loads(line)
+                lost = entry["step"] == step and entry["split"] != "train" and not evaluated
+                if entry["step"] <= step and not lost:
                     kept.append(line + "\n")
         write_whole(self._path, "".join(kept))
 

@@ -21,6 +21,7 @@ import dualpath_jax
 from dualpath_jax import bar, cloud, convert, sharding
 from dualpath_jax import params as params_lib
 from dualpath_jax.data import clips, hmdb51, pipeline, synthetic
+from dualpath_jax.data.decode import FrameFormat
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import backbones, tuning
 
@@ -53,6 +54,7 @@ class Run:
     model: Any
     mesh: jax.sharding.Mesh
     class_names: list[str]
+    frame_format: FrameFormat
     backbone: convert.BackboneInfo
     state: TrainState
     frozen: Any
@@ -70,6 +72,7 @@ class Run:
             "backbone_name": self.backbone.name,
             "backbone_sha256": self.backbone.sha256,
             "class_names": list(self.class_names),
+            "frame_format": dataclasses.asdict(self.frame_format),
             "config": json.loads(self.config.to_json_best_effort()),
             "version": dualpath_jax.__version__,
         }
@@ -304,6 +307,7 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
         model=model,
         mesh=mesh,
         class_names=dataset.class_names,
+        frame_format=dataset.frame_format,
         backbone=info,
         state=jax.device_put(state, state_shardings(state, mesh)),
         frozen=jax.device_put(frozen, sharding.spread(frozen, mesh)),

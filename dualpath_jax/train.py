@@ -23,7 +23,7 @@ from dualpath_jax.checkpoint import Checkpoints, changes
 from dualpath_jax.data.broken import BrokenVideos
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
-from dualpath_jax.preemption import Preempted, Watch
+from dualpath_jax.preemption import Watch
 from dualpath_jax.progress import Reporter, write_whole
 from dualpath_jax.run import Batch, Run, TrainState, state_shardings, train_batches_of
 from dualpath_jax.sharding import on_every_device, shard_batch
@@ -117,7 +117,7 @@ class Plan:
     num_steps: int
     log_every: int
     save_every: int
-    save_seconds: float | None  # and when so much time has gone by since the last checkpoint
+    save_seconds: float  # and when so much time has gone by since the last checkpoint
     keep: int
     eval_every: int  # 0: only at the end
     profile_first: int  # counted from the start of the process
@@ -130,7 +130,7 @@ class Plan:
         """`seconds`: since the last checkpoint."""
         if done == self.num_steps or done % self.save_every == 0 or self.evaluates(done):
             return True
-        return self.save_seconds is not None and seconds >= self.save_seconds
+        return seconds >= self.save_seconds
 
     def evaluates(self, done: int) -> bool:
         return self.eval_every > 0 and done % self.eval_every == 0 and done < self.num_steps
@@ -151,14 +151,14 @@ def make_plan(config: Any, num_train_steps: int, steps_per_epoch: float) -> Plan
         if value < least:
             raise ValueError(f"{key}={value} must be at least {least}")
     minutes = config.checkpoint.every_minutes
-    if minutes is not None and minutes <= 0:
+    if minutes <= 0:
         raise ValueError(f"checkpoint.every_minutes={minutes} must be above 0")
     eval_every = config.eval.every_epochs * steps_per_epoch
     return Plan(
         num_steps=num_train_steps,
         log_every=config.log_every_steps,
         save_every=config.checkpoint.every_steps,
-        save_seconds=None if minutes is None else 60 * minutes,
+        save_seconds=60 * minutes,
         keep=config.checkpoint.keep,
         eval_every=max(1, round(eval_every)) if eval_every else 0,
         profile_first=config.profile.first_step,
@@ -194,7 +194,7 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
     """Train to `run.num_train_steps`, resuming from the workdir's last checkpoint.
 
     Raises:
-      Preempted: told to stop (SIGTERM); the state is saved.
+      Preempted: told to stop (SIGTERM, SIGINT); the state is saved.
       FloatingPointError: loss or gradient is not finite.
       OSError: the last checkpoint could not be written.
     """
@@ -225,16 +225,12 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
         broken=broken,
     )
     max_skipped = config.optimizer.max_skipped_steps
-    reporter.resume(first_step)
+    reporter.resume(first_step, checkpoints.has_scores(first_step))
     reporter.start(first_step)
 
-    def save(step: int, scores: dict[str, float] | None) -> None:
-        state = sharding.whole(run.state, run.mesh)
-        checkpoints.save(step, state, run.metadata(), scores, reporter.flush())
-
     if first_step and plan.evaluates(first_step) and not checkpoints.has_scores(first_step):
-        # Told to stop there, it had no time to.
-        save(first_step, evaluate_now(run, eval_dataset, reporter, first_step))
+        # Told to stop there, or ended while it was evaluated.
+        checkpoints.add_scores(first_step, evaluate_now(run, eval_dataset, reporter, first_step))
     pending = None  # metrics of the step before: read while the next one computes
     last_save = time.monotonic()
     with Watch() as watch:
@@ -252,8 +248,7 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
                 reporter.first_step_done(done, metrics)
                 environment.keep_memory()
             stops = watch.should_stop(done)
-            timed = plan.save_seconds is not None and plan.logs(done)
-            saves = stops or plan.saves(done, elapsed(last_save) if timed else 0.0)
+            saves = stops or plan.saves(done, elapsed(last_save) if plan.logs(done) else 0.0)
             if saves or plan.logs(done):
                 values = {key: float(value) for key, value in jax.device_get(metrics).items()}
                 check_finite(done, values, max_skipped, checkpoints)
@@ -261,16 +256,17 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
             if plan.logs(done):
                 values["learning_rate"] = float(run.schedule(step))
                 reporter.progress(done, values | {"broken_videos": len(broken.videos)})
-            scores = None
-            if plan.evaluates(done) and not stops:
-                scores = evaluate_now(run, eval_dataset, reporter, done)
             if saves:
-                save(done, scores)
+                state = sharding.whole(run.state, run.mesh)
+                checkpoints.save(done, state, run.metadata(), reporter.flush())
                 last_save = time.monotonic()
+            if plan.evaluates(done) and not stops:
+                checkpoints.wait()  # it is on disk, whatever becomes of the evaluation
+                checkpoints.add_scores(done, evaluate_now(run, eval_dataset, reporter, done))
             if stops and done < plan.num_steps:
                 checkpoints.close()
                 reporter.close()
-                raise Preempted(f"told to stop; saved {checkpoints.path(done)}")
+                raise watch.told_by(f"told to stop; saved {checkpoints.path(done)}")
     checkpoints.close()
     reporter.close()
 
@@ -282,6 +278,14 @@ def evaluate_now(
     scores = evaluate.evaluate_run(run, dataset)
     reporter.scores(done, run.config.eval.split, scores)
     return dataclasses.asdict(scores)
+
+
+def keep_scores(run: Run, results: dict[str, Any]) -> None:
+    """Note what `evaluate_and_write` says of a finished training in its checkpoint."""
+    names = (field.name for field in dataclasses.fields(evaluate.Scores))
+    checkpoints = Checkpoints(run.workdir, run.config.checkpoint.keep)
+    checkpoints.add_scores(results["step"], {name: results[name] for name in names})
+    checkpoints.close()
 
 
 def elapsed(since: float) -> float:
@@ -299,13 +303,20 @@ def resume(run: Run, checkpoints: Checkpoints, which: str = "latest") -> int:
       Its step; 0 where there is none.
 
     Raises:
-      ValueError: it was trained with another configuration, and `config.resume_changed` is off.
+      ValueError: none was evaluated, of which to take the best; or it was trained with another
+        configuration, and `config.resume_changed` is off.
     """
     restored = checkpoints.restore_newest(run.state, run.metadata())
-    if which == "best" and (best := checkpoints.best_step()) is not None:
-        restored = best, checkpoints.restore(best, run.state, run.metadata())
     if restored is None:
         return 0
+    if which == "best":
+        best = checkpoints.best_step()
+        if best is None:
+            raise ValueError(
+                f"eval.checkpoint=best: no checkpoint in {run.workdir} was evaluated by a training "
+                "(eval.every_epochs, or its end): take the latest"
+            )
+        restored = best, checkpoints.restore(best, run.state, run.metadata())
     step, state = restored
     where = checkpoints.path(step)
     differing = changes(checkpoints.read_metadata(step)["config"], run.metadata()["config"])
@@ -326,13 +337,20 @@ def restore_for_eval(run: Run) -> None:
     if which not in ("latest", "best"):
         raise ValueError(f"unknown eval.checkpoint={which!r}: known are latest, best")
     checkpoints = Checkpoints(run.workdir)
-    if not resume(run, checkpoints, which):
-        if not run.config.init_from:
+    file = run.config.init_from
+    if step := resume(run, checkpoints, which):
+        if file and file != checkpoints.read_metadata(step)["config"].get("init_from"):
             raise ValueError(
-                f"no checkpoint in {run.workdir}/checkpoints: train first, --mode=train, or pass "
-                "--config.init_from=FILE"
+                f"which one is meant: config.init_from={file!r}, or the run in {run.workdir}, "
+                "which did not start from it? Leave init_from out, or pass another --workdir"
             )
-        adapter_file.start_from(run, run.config.init_from)
+    elif file:
+        adapter_file.start_from(run, file)
+    else:
+        raise ValueError(
+            f"no checkpoint in {run.workdir}/checkpoints: train first, --mode=train, or pass "
+            "--config.init_from=FILE"
+        )
     checkpoints.close()
 
 

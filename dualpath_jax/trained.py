@@ -24,12 +24,10 @@ from dualpath_jax import params as params_lib
 from dualpath_jax import run as run_lib
 from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from dualpath_jax.config_values import with_defaults
-from dualpath_jax.data import decode, pipeline
+from dualpath_jax.data import decode, pipeline, tables
 from dualpath_jax.data.records import encode_frame
 from dualpath_jax.data.workers import Failure, WorkerPool
 from dualpath_jax.models import tuning
-
-SHORT_SIDE, QUALITY = 256, 90  # of stored frames, as scripts/prepare_dataset.py has them
 
 
 class Frames:
@@ -93,6 +91,7 @@ class Trained:
       module, params: `module.apply({"params": params}, spatial, temporal)` -> logits.
       class_names: one per class.
       step: number of updates it was trained for.
+      frame_format: of the frames that it was trained on.
     """
 
     config: Any
@@ -100,6 +99,7 @@ class Trained:
     params: Any
     class_names: list[str]
     step: int
+    frame_format: decode.FrameFormat = decode.FrameFormat()
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False)
 
     def clips(self, video: str | os.PathLike[str]) -> pipeline.Batch:
@@ -112,7 +112,9 @@ class Trained:
           decode.VideoError: the file cannot be decoded, or hangs or crashes the decoder.
         """
         path = os.fspath(video)
-        arguments = (path, SHORT_SIDE, QUALITY, decode.DecodeLimits())
+        stored = self.frame_format
+        limits = decode.DecodeLimits()
+        arguments = (path, stored.short_side, stored.quality, limits, stored.fps)
         with self._lock:
             (result,) = self._pool.map(decode.video_to_jpegs, [arguments])
         if isinstance(result, Failure):
@@ -255,7 +257,9 @@ def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> 
     params |= {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
     params = traverse_util.unflatten_dict(params, sep="/")
     class_names, step = list(saved["class_names"]), saved["step"]
-    return Trained(config, module, jax.device_put(params), class_names, step)
+    stored = saved.get("frame_format")  # files of older versions do not say
+    frames = decode.FrameFormat() if stored is None else tables.frame_format(stored, path)
+    return Trained(config, module, jax.device_put(params), class_names, step, frames)
 
 
 def _check(path: str, leaves: dict[str, np.ndarray], saved: dict[str, Any]) -> Any:

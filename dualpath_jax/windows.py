@@ -38,7 +38,7 @@ def check(seconds: float, stride: float) -> None:
 
 
 def windows(
-    path: str, seconds: float, stride: float, short_side: int, quality: int
+    path: str, seconds: float, stride: float, frame_format: decode.FrameFormat
 ) -> Iterator[Window]:
     """Windows of a video, decoded as they are needed.
 
@@ -48,14 +48,14 @@ def windows(
         video is one window.
       stride: from the beginning of a window to that of the next, likewise. What is left at the end
         after the last whole window is a window of full length that ends there.
-      short_side, quality: of the frames, see `decode.video_to_jpegs`.
+      frame_format: of the frames.
 
     Raises:
       ValueError: see `check`.
       decode.VideoError: the file cannot be decoded, or does not state its frame rate.
     """
     check(seconds, stride)
-    reader = decode.decode_frames(path, EVERYTHING, short_side)
+    reader = decode.decode_frames(path, EVERYTHING, frame_format.short_side, frame_format.fps)
     if not reader.fps:
         raise decode.VideoError("it does not state its frame rate, which windows need")
     length = max(1, round(seconds * reader.fps))
@@ -74,7 +74,7 @@ def windows(
         if count == due + length:  # and it is not the last one
             yield window(due)
             covered, due = count, due + step
-        kept.append(decode.to_jpeg(frame, quality))
+        kept.append(decode.to_jpeg(frame, frame_format.quality))
         shape, count = frame.shape[:2], count + 1
         if count - first > length:  # the last `length` frames are enough for any window to come
             del kept[: count - first - length]

@@ -19,6 +19,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
 from dualpath_jax import command, environment
+from dualpath_jax.data.decode import DecodeLimits
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,6 +32,13 @@ def parser() -> argparse.ArgumentParser:
     add("--stride", type=float, help="from one window to the next, seconds (half a window)")
     add("--features", help="file .npz for y_SP, y_TP (of dualpath) and logits of every view")
     add("--pictures", metavar="DIR", help="folder for a picture of each video, VIDEO.png")
+    limits, positive = DecodeLimits(), command.positive
+    for name, default, what in (
+        ("seconds", limits.seconds, "seconds of decoding a video, or a window of one"),
+        ("frames", limits.max_frames, "frames of a whole video"),
+    ):
+        help_ = f"most {what} ({default:,})"
+        add(f"--max_{name}", type=positive(type(default)), default=default, help=help_)
     add("--json", action="store_true", help="print a line of JSON for each video or window")
     add("--quiet", action="store_true", help="no progress; there is none without a terminal")
     return made
@@ -57,6 +65,7 @@ def main() -> None:
             stride=arguments.stride,
             features=arguments.features,
             pictures=arguments.pictures,
+            limits=DecodeLimits(seconds=arguments.max_seconds, max_frames=arguments.max_frames),
             progress=sys.stderr.isatty() and not arguments.quiet,
         )
     sys.exit(1 if bad else 0)

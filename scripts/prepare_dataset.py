@@ -20,7 +20,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
 from dualpath_jax import bar  # noqa: E402
-from dualpath_jax.command import new_parser  # noqa: E402
+from dualpath_jax.command import new_parser, positive  # noqa: E402
 from dualpath_jax.data.check_videos import check  # noqa: E402
 from dualpath_jax.data.datasets import DATASETS, list_videos  # noqa: E402
 from dualpath_jax.data.decode import DecodeLimits  # noqa: E402
@@ -36,10 +36,10 @@ def parser() -> argparse.ArgumentParser:
     add("--out", metavar="OUT", help="folder to write; not touched with --check")
     add("--check", action="store_true", help="decode everything, store nothing")
     add("--bad_videos", metavar="FILE", help="with --check: list them there, not on the terminal")
-    add("--short_side", type=_positive(int), default=256, help="pixels of the shorter side (256)")
-    add("--quality", type=_positive(int), default=90, help="JPEG quality, 1 to 95 (90)")
-    add("--fps", type=_positive(float), help="frames per second to store of faster videos (all)")
-    add("--num_workers", type=_positive(int), help="decoding processes (one per core)")
+    add("--short_side", type=positive(int), default=256, help="pixels of the shorter side (256)")
+    add("--quality", type=positive(int), default=90, help="JPEG quality, 1 to 95 (90)")
+    add("--fps", type=positive(float), help="frames per second to store of faster videos (all)")
+    add("--num_workers", type=positive(int), help="decoding processes (one per core)")
     add("--max_missing", type=float, default=0.1, help="part of a split that may be missing (0.1)")
     add(
         "--validation_fraction",
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         ("frames", limits.max_frames, "frames to store"),
     ):
         help_ = f"most {what} for one video ({default:,})"
-        add(f"--max_{name}", type=_positive(type(default)), default=default, help=help_)
+        add(f"--max_{name}", type=positive(type(default)), default=default, help=help_)
     bar.add_quiet(made)
     return made
 
@@ -66,19 +66,6 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.bad_videos and not arguments.check:
         parser().error("--bad_videos goes with --check; otherwise OUT/bad_videos.jsonl is the list")
     return arguments
-
-
-def _positive(kind: type):
-    """An argparse type: a number above 0."""
-
-    def number(text: str) -> float:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{value} is not positive")
-        return value
-
-    number.__name__ = {int: "whole number", float: "number"}[kind]  # for argparse's errors
-    return number
 
 
 def main() -> None:

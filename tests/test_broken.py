@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from dualpath_jax.data import order, pipeline
+from dualpath_jax.data import order, pipeline, records
 from dualpath_jax.data.broken import BrokenVideos
 from dualpath_jax.data.records import (
     ShardWriter,
@@ -130,6 +130,26 @@ def test_nothing_can_be_read(config, demo_data, tmp_path):
     dataset = damaged(demo_data, tmp_path / "data", range(40), "no image")
     with pytest.raises(ValueError, match="no video of the split can be read"):
         batches(dataset, config.data)
+
+
+def test_a_shard_that_cannot_be_opened_is_no_broken_video(config, demo_data, tmp_path):
+    """The run ends at once, and says which file; none of its videos is left out."""
+    shutil.copytree(demo_data, tmp_path / "data")
+    dataset = VideoDataset(str(tmp_path / "data"), "train")
+    for path in (tmp_path / "data" / "frames").glob("frames-train.array_record*"):
+        path.unlink()
+    with pytest.raises(OSError, match="cannot open .*frames-train.array_record.*open.. failed"):
+        batches(dataset, config.data)
+
+
+def test_as_many_files_may_be_open_as_there_are_shards(tmp_path, monkeypatch):
+    limits = [(256, 100_000), (4096, 100_000), (256, 700)]
+    wanted = []
+    monkeypatch.setattr(records.resource, "setrlimit", lambda _, pair: wanted.append(pair))
+    for pair in limits:
+        monkeypatch.setattr(records.resource, "getrlimit", lambda _, pair=pair: pair)
+        records._allow_open_files(1270)
+    assert wanted == [(3052, 100_000), (700, 700)]
 
 
 @pytest.mark.parametrize("how", ["flipped byte", "no image"])

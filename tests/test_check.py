@@ -95,6 +95,15 @@ def test_a_key_without_effect(name, key, value):
         check.check(config)
 
 
+def test_keys_of_a_run_have_an_effect(capsys):
+    """Though nothing reads them here; `num_epochs` is the recipe's."""
+    config = load("hmdb51_vitb_linear")
+    config.num_train_steps, config.init_from = 1000, "a.safetensors"
+    config.eval.checkpoint, config.resume_changed = "best", True
+    check.check(config)
+    assert "configuration holds together" in capsys.readouterr().out
+
+
 def test_a_wrong_value():
     config = load("demo")
     config.log_every_steps = 0

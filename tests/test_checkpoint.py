@@ -35,7 +35,9 @@ def state_of(step):
 
 
 def save(checkpoints, step, top1=None):
-    checkpoints.save(step, state_of(step), METADATA, None if top1 is None else {"top1": top1})
+    checkpoints.save(step, state_of(step), METADATA)
+    if top1 is not None:
+        checkpoints.add_scores(step, {"top1": top1})
 
 
 def restored(workdir):
@@ -70,8 +72,28 @@ def test_newest_and_best_are_kept(tmp_path):
     again = Checkpoints(str(tmp_path), keep=2)
     assert (again.best_step(), again.latest_step()) == (1, 5)
     save(again, 6, 0.6)
+    save(again, 7)  # with it goes what was the best before
     again.close()
-    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [5, 6]
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [6, 7]
+
+
+def test_scores_are_added_to_a_checkpoint(two, tmp_path, monkeypatch, caplog):
+    """The first ones stay; where the disk is full there is a warning, and the checkpoint stays."""
+    logging.use_absl_handler()
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.add_scores(7, {"top1": 0.9})  # there is none
+    checkpoints.add_scores(4, {"top1": 0.5})
+    checkpoints.add_scores(4, {"top1": 0.1})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_whole", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        checkpoints.add_scores(5, {"top1": 0.9})
+    assert "the scores of step 5 are not kept: OSError: full" in caplog.text
+    checkpoints.close()
+    again = Checkpoints(str(tmp_path), read_only=True)
+    assert [again.has_scores(step) for step in (4, 5, 7)] == [True, False, False]
+    assert again.read_metadata(4)["scores"] == {"top1": 0.5}
+    assert equals(restored(tmp_path)[1], 5)
 
 
 def test_a_step_is_saved_once(two, tmp_path):
@@ -182,12 +204,12 @@ def test_a_disk_that_is_really_full(tmp_path, mount, caplog):
         if mount and not disk.mounted:
             pytest.skip("no right to mount")
         checkpoints = Checkpoints(str(disk.folder), keep=1)
-        checkpoints.save(1, state(1), METADATA, {"top1": 0.5})
-        checkpoints.wait()
+        checkpoints.save(1, state(1), METADATA)
+        checkpoints.add_scores(1, {"top1": 0.5})
         with disk.full(os.getpid()):
             for step in (2, 3):
-                checkpoints.save(step, state(step), METADATA, {"top1": 0.9})
-                checkpoints.wait()
+                checkpoints.save(step, state(step), METADATA)
+                checkpoints.add_scores(step, {"top1": 0.9})
                 assert (checkpoints.latest_step(), checkpoints.best_step()) == (1, 1)
                 assert "1" in folders()
         assert "step 2 could not be written" in caplog.text

@@ -10,6 +10,7 @@ from processes import ROOT, environment
 from video_files import write_video
 
 from configs import hmdb51_vitb
+from dualpath_jax.checkpoint import Checkpoints
 from dualpath_jax.data.datasets import list_videos
 from dualpath_jax.data.prepare import prepare
 from dualpath_jax.run import divide
@@ -71,6 +72,7 @@ def test_train_then_evaluate(demo_data, demo_backbone, tmp_path):
     assert "classifier/hidden" in result.stdout  # the table of parameters
     assert "step 4/4  loss " in result.stdout
     first = json.loads((tmp_path / "results.json").read_text())
+    assert Checkpoints(str(tmp_path), read_only=True).best_step() == 4
     assert first["num_videos"] == 21
     assert json.loads((tmp_path / "config.json").read_text())["num_train_steps"] == 4
     again = run(*args, "--mode=eval")

@@ -25,6 +25,9 @@ from scripts import export_adapter
 SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "predict.py"
 
 
+FORMAT = decode.FrameFormat()
+
+
 @pytest.fixture
 def run(config, tmp_path):
     """A run with one checkpoint, whose trained parameters are nowhere those of the start."""
@@ -144,16 +147,16 @@ def test_windows_of_a_long_video(tmp_path):
     path = str(tmp_path / "long.mp4")
     frames = [np.full((32, 48, 3), 5 * i, np.uint8) for i in range(45)]
     write_video(path, frames, rate=10)
-    found = list(windows.windows(path, 2.0, 1.0, 256, 90))
+    found = list(windows.windows(path, 2.0, 1.0, FORMAT))
     assert [(w.start, w.end) for w in found] == [(0, 2), (1, 3), (2, 4), (2.5, 4.5)]
     assert [len(w.jpegs) for w in found] == [20] * 4
     whole, _ = decode.video_to_jpegs(path, 256, 90, decode.DecodeLimits())
     assert [w.jpegs for w in found] == [whole[s : s + 20] for s in (0, 10, 20, 25)]
     assert found[0].jpegs != found[1].jpegs
-    assert [(w.start, w.end) for w in windows.windows(path, 9, 4, 256, 90)] == [(0, 4.5)]
-    gaps = [(w.start, w.end) for w in windows.windows(path, 1, 2, 256, 90)]
+    assert [(w.start, w.end) for w in windows.windows(path, 9, 4, FORMAT)] == [(0, 4.5)]
+    gaps = [(w.start, w.end) for w in windows.windows(path, 1, 2, FORMAT)]
     assert gaps == [(0, 1), (2, 3), (3.5, 4.5)]
-    single = list(windows.windows(path, 0.001, 0.001, 256, 90))  # a frame, at least
+    single = list(windows.windows(path, 0.001, 0.001, FORMAT))  # a frame, at least
     assert [len(w.jpegs) for w in single] == [1] * 45
     assert [w.jpegs[0] for w in single] == whole
     for seconds, stride, message in (
@@ -163,7 +166,37 @@ def test_windows_of_a_long_video(tmp_path):
         (float("inf"), 1, "--window=inf must be"),
     ):
         with pytest.raises(ValueError, match=message):
-            list(windows.windows(path, seconds, stride, 256, 90))
+            list(windows.windows(path, seconds, stride, FORMAT))
+
+
+def test_frames_are_those_that_it_was_trained_on(run, config, tmp_path):
+    """Of data that was prepared with `--fps` and `--short_side`; the adapter file says so too."""
+    path = str(tmp_path / "fast.mp4")
+    write_video(path, [np.full((64, 96, 3), 3 * i, np.uint8) for i in range(60)], rate=30)
+    run = dataclasses.replace(run, frame_format=decode.FrameFormat(48, 70, 10.0))
+    assert run.metadata()["frame_format"] == {"short_side": 48, "quality": 70, "fps": 10.0}
+    checkpoints = Checkpoints(run.workdir)
+    checkpoints.save(4, run.state, run.metadata())
+    checkpoints.close()
+    file = str(tmp_path / "a.safetensors")
+    export_adapter.export(run.workdir, file, "latest")
+    jpegs, facts = decode.video_to_jpegs(path, 48, 70, decode.DecodeLimits(), 10.0)
+    assert (len(jpegs), facts.height) == (20, 48)
+    backbone = config.backbone.checkpoint
+    for model in (dp.load(run.workdir), dp.load(file, backbone=backbone)):
+        assert model.frame_format == run.frame_format
+        frames = trained.Frames(jpegs, facts.height, facts.width, "x", model.class_names)
+        want, clips = model.clips_of(frames), model.clips(path)
+        np.testing.assert_array_equal(clips["spatial"], want["spatial"])
+        usual = dataclasses.replace(model, frame_format=FORMAT).clips(path)
+        assert not np.array_equal(usual["spatial"], want["spatial"])
+        for window in (None, 2.0):
+            found = []
+            predict.predict_videos(model, [path], found.append, window=window)
+            said = trained.Prediction.of(model.logits(want), model.class_names, 5)
+            assert [one.probabilities for one in found] == [said.probabilities]
+    (window,) = windows.windows(path, 2.0, 1.0, run.frame_format)
+    assert window.jpegs == jpegs
 
 
 def test_windows_of_a_cut_video(tmp_path):
@@ -172,7 +205,7 @@ def test_windows_of_a_cut_video(tmp_path):
     options = {"movflags": "frag_keyframe+empty_moov"}
     write_video(path, noise_frames(40), rate=10, options=options, gop=5)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    found = list(windows.windows(str(path), 1, 1, 256, 90))
+    found = list(windows.windows(str(path), 1, 1, FORMAT))
     whole, facts = decode.video_to_jpegs(str(path), 256, 90, decode.DecodeLimits())
     assert 20 <= len(whole) < 40
     assert facts.truncated
@@ -192,7 +225,7 @@ def test_windows_command(run, video, tmp_path, monkeypatch, capsys):
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == [f"{video.stem}.png"]
     # As one alone: the windows' clips are made while the model is at others.
     model = dp.load(run.workdir)
-    for one, window in zip(found, windows.windows(str(video), 1, 0.5, 256, 90), strict=True):
+    for one, window in zip(found, windows.windows(str(video), 1, 0.5, FORMAT), strict=True):
         frames = trained.Frames(window.jpegs, window.height, window.width, "x", model.class_names)
         logits = model.logits(model.clips_of(frames))
         alone = trained.Prediction.of(logits, model.class_names, 5)
@@ -206,9 +239,9 @@ def test_windows_that_hang_or_crash_the_decoder(run, tmp_path, monkeypatch):
     names = ("crash.mp4", "hang.mp4", "good.mp4")
     videos = [write_video(tmp_path / name, 40) for name in names]
     monkeypatch.setattr(predict.windows, "windows", windows_then)
-    monkeypatch.setattr(predict, "LIMITS", decode.DecodeLimits(seconds=2))
-    shown = []
-    assert predict.predict_videos(dp.load(run.workdir), videos, shown.append, window=1) == 2
+    shown, limits = [], decode.DecodeLimits(seconds=2)
+    model = dp.load(run.workdir)
+    assert predict.predict_videos(model, videos, shown.append, window=1, limits=limits) == 2
     told = [(pathlib.Path(f.video).name, f.start, bool(f.class_names), f.note) for f in shown]
     assert told == [
         *[("crash.mp4", start, True, "") for start in (0, 0.5)],

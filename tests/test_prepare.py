@@ -165,6 +165,23 @@ def test_same_bytes_with_other_workers_and_after_an_error(videos, tmp_path, monk
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_videos_in_another_place_are_the_same(videos, tmp_path):
+    """By id and label; a shard that is left is stored from there."""
+    out = tmp_path / "out"
+    run(videos, out)
+    whole = contents(out)
+    os.remove(out / "dataset_info.json")
+    os.remove(out / "prepare" / "validation-00000-of-00001.json")
+    listing = listing_of(videos)
+    for number, video in enumerate(listing.splits["validation"]):
+        (videos / f"of {number}").mkdir()
+        (videos / video.path).rename(videos / f"of {number}" / video.path)
+        video = dataclasses.replace(video, path=f"of {number}/{video.path}")
+        listing.splits["validation"][number] = video
+    prepare(listing, str(videos), str(out), **OPTIONS)
+    assert contents(out) == whole
+
+
 def test_other_settings_or_listing(videos, tmp_path):
     out = tmp_path / "out"
     run(videos, out)
@@ -220,6 +237,7 @@ def test_thinned(videos, tmp_path):
     assert counts["total"].num_frames == 2 + 3 + 4 + 1 + 1
     train = VideoDataset(str(out), "train")
     np.testing.assert_array_equal(train.fps, [5, 5, 5])
+    assert train.frame_format.fps == 5
     np.testing.assert_array_equal(train.num_frames, [2, 3, 4])
     np.testing.assert_allclose(brightness(train, 2), [10 + 12 * i for i in (0, 2, 4, 6)], atol=3)
     with pytest.raises(ValueError, match="other settings.*: fps was 5.0, is None"):

@@ -1,6 +1,7 @@
 """Storage: TFDS reads it, our reader finds the right frames."""
 
 import io
+import json
 import os
 
 import numpy as np
@@ -9,7 +10,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from dualpath_jax.data import records
+from dualpath_jax.data import decode, records
 from dualpath_jax.data.records import FRAME_FEATURES, VideoDataset, VideoRow
 
 NUM_FRAMES = [3, 1, 5, 2]  # per video; shards hold videos 0, 1 | none | 2, 3
@@ -41,7 +42,8 @@ def write(out, class_names=NAMES, table=None):
                 writer.write(records.encode_frame(jpeg(video, frame)))
         writer.commit()
     table = {"train": rows() if table is None else table, "test": []}
-    records.write_tables(str(out), class_names, table, {"train": [4, 0, 7], "test": [0]})
+    lengths = {"train": [4, 0, 7], "test": [0]}
+    records.write_tables(str(out), class_names, table, lengths, decode.FrameFormat(fps=10.0))
     return str(out)
 
 
@@ -55,6 +57,7 @@ def test_table(out):
     assert len(dataset) == 4
     assert dataset.ids == IDS
     assert dataset.class_names == NAMES
+    assert dataset.frame_format == decode.FrameFormat(256, 90, 10.0)
     for array, dtype, expected in [
         (dataset.labels, np.int32, [3, 2, 1, 0]),
         (dataset.first_frame, np.int64, [0, 3, 4, 9]),
@@ -63,6 +66,29 @@ def test_table(out):
     ]:
         assert array.dtype == dtype
         np.testing.assert_array_equal(array, expected)
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"short_side": 0, "quality": 90, "fps": None}, "short_side is 0"),
+        ({"short_side": True, "quality": 90, "fps": None}, "short_side is True"),
+        ({"short_side": 9, "quality": 96, "fps": None}, "quality is 96"),
+        ({"short_side": 9, "quality": 90, "fps": "5"}, "fps is '5'"),
+        ({"short_side": 9, "quality": 90, "fps": float("inf")}, "fps is inf"),
+        ({}, "quality is None"),
+    ],
+)
+def test_frame_formats_that_cannot_be(out, stored, message):
+    with open(os.path.join(out, "frame_format.json"), "w") as file:
+        json.dump(stored, file)
+    with pytest.raises(ValueError, match=f"frame_format.json is damaged: {message}"):
+        VideoDataset(out, "train")
+
+
+def test_older_data_sets_do_not_say_how_frames_are_stored(out):
+    os.remove(os.path.join(out, "frame_format.json"))
+    assert VideoDataset(out, "train").frame_format == decode.FrameFormat(256, 90, None)
 
 
 def test_read_frames(out):

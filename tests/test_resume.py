@@ -250,6 +250,41 @@ def test_told_to_stop_when_an_evaluation_is_due(config, tmp_path, monkeypatch):
     assert same_run.entries(tmp_path / "stopped") == same_run.entries(tmp_path / "straight")
 
 
+@pytest.mark.parametrize("where", ["evaluate_run", "add_scores"])
+def test_ended_by_an_evaluation(where, config, tmp_path, monkeypatch):
+    """Or after it, before its scores are in the checkpoint: that is there, and training goes on."""
+    config.num_train_steps = 8
+    config.eval.every_epochs = 1
+    run_all(config, tmp_path / "straight")
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.evaluate if where == "evaluate_run" else Checkpoints, where, die)
+        with pytest.raises(Killed):
+            run_all(config, tmp_path / "ended")
+    ended = Checkpoints(str(tmp_path / "ended"), read_only=True)
+    assert (ended.latest_step(), ended.has_scores(5)) == (5, False)
+    run_all(config, tmp_path / "ended")
+    assert same_run.entries(tmp_path / "ended") == same_run.entries(tmp_path / "straight")
+    assert Checkpoints(str(tmp_path / "ended"), read_only=True).has_scores(5)
+
+
+def test_ctrl_c(capfd):
+    """Noted as SIGTERM is, but no scheduler is to start the command again."""
+    before = signal.getsignal(signal.SIGINT)
+    with Watch() as watch:
+        assert watch.told_by is Preempted
+        os.kill(os.getpid(), signal.SIGINT)
+        assert watch.should_stop(1)
+        assert issubclass(watch.told_by, Preempted)
+        assert watch.told_by.exit_code == 130 != EXIT_CODE
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # the second one
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "once more ends the process at once" in capfd.readouterr().err
+
+
 def test_told_to_stop_outside_of_the_loop():
     program = (
         "import os, signal; from dualpath_jax import preemption; "
@@ -343,6 +378,9 @@ def test_best_checkpoint(config, tmp_path):
     run, _ = build(config, tmp_path)
     train.restore_for_eval(run)
     assert int(run.state.step) == checkpoints.best_step()
+    at_the_end = dict.fromkeys(("top1", "top5", "mean_class_accuracy", "num_videos"), 2.0)
+    train.keep_scores(run, at_the_end | {"step": 11, "split": "test"})
+    assert Checkpoints(str(tmp_path), read_only=True).best_step() == 11
     config.eval.checkpoint = "worst"
     with pytest.raises(ValueError, match="'worst': known are latest, best"):
         train.restore_for_eval(run)
@@ -367,10 +405,17 @@ def test_exported_parameters_start_another_run(config, straight, tmp_path, capsy
     assert fresh == {"classifier/output/kernel", "classifier/output/bias"}
     assert all(np.array_equal(after[n], trained[n]) for n in after.keys() - fresh)
     assert "starting afresh: classifier/output/" in capsys.readouterr().out
-    # Evaluation of the file alone.
+    # Evaluation of the file alone; with a run that did not start from it, which of the two?
     run, _ = build(config, tmp_path / "nothing")
     train.restore_for_eval(run)
     assert same(run.state.trainable, straight.state.trainable)
+    run, _ = build(config, tmp_path / "straight")
+    with pytest.raises(ValueError, match="which one is meant: config.init_from="):
+        train.restore_for_eval(run)
+    config.init_from, config.eval.checkpoint = None, "best"
+    run, _ = build(config, tmp_path / "straight")
+    with pytest.raises(ValueError, match="no checkpoint in .* was evaluated by a training"):
+        train.restore_for_eval(run)
 
 
 def test_exported_parameters_know_what_they_belong_to(config, straight, tmp_path):

@@ -272,7 +272,7 @@ def test_plan():
     plan = train.make_plan(config, num_train_steps=11, steps_per_epoch=1.6)
     assert not any(plan.evaluates(step) for step in steps)
     assert [step for step in steps if plan.saves(step)] == [5, 10, 11]
-    assert not plan.saves(4, seconds=1e9)
+    assert [plan.saves(4, seconds) for seconds in (899.0, 900.0)] == [False, True]
     config.checkpoint.every_minutes = 2.0
     plan = train.make_plan(config, num_train_steps=11, steps_per_epoch=1.6)
     assert [plan.saves(4, seconds) for seconds in (0.0, 119.0, 120.0)] == [False, False, True]

@@ -58,6 +58,21 @@ class DecodeLimits:
 
 
 @dataclasses.dataclass(frozen=True)
+class FrameFormat:
+    """How frames are stored, and so what a model was trained on.
+
+    Attributes:
+      short_side: pixels of the shorter side; None: that of the video. Smaller videos keep theirs.
+      quality: of the JPEG frames, 1..95.
+      fps: frames per second that are kept of videos that have more; None: all.
+    """
+
+    short_side: int | None = 256
+    quality: int = 90
+    fps: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class VideoFacts:
     """What is known of a decoded video.
 
@@ -131,7 +146,7 @@ class FrameReader:
                     break
                 if count == self._limits.max_frames:
                     raise VideoError(
-                        f"more than {self._limits.max_frames} frames (--fps keeps fewer)"
+                        f"more than {self._limits.max_frames} frames (--max_frames allows more)"
                     )
                 yield image
                 count += 1

@@ -19,7 +19,7 @@ from dualpath_jax.bar import Bar
 from dualpath_jax.cores import num_cores
 from dualpath_jax.data import ledger, records
 from dualpath_jax.data.datasets import Listing, Video
-from dualpath_jax.data.decode import DecodeLimits, video_to_jpegs
+from dualpath_jax.data.decode import DecodeLimits, FrameFormat, video_to_jpegs
 from dualpath_jax.data.ledger import Counts
 from dualpath_jax.data.workers import Failure, WorkerPool
 
@@ -103,7 +103,7 @@ def prepare(
                     _store_shard(shard, results, out_dir, shown)
                     if shard is todo[0]:
                         _note_short_disk(out_dir, shards)
-            return _finish(listing, shards, out_dir)
+            return _finish(listing, shards, out_dir, FrameFormat(short_side, quality, fps))
 
 
 def _settings(
@@ -116,7 +116,7 @@ def _settings(
 ) -> dict:
     """What decides the content of OUT, as JSON."""
     settings = {
-        "format": 1,
+        "format": 2,
         "short_side": short_side,
         "quality": quality,
         "fps": fps and float(fps),
@@ -126,7 +126,8 @@ def _settings(
     settings |= {f"limits.{name}": value for name, value in dataclasses.asdict(limits).items()}
     for split, videos in listing.splits.items():
         settings[f"{split}.videos"] = len(videos)
-        settings[f"{split}.list"] = _digest([dataclasses.astuple(video) for video in videos])
+        # Not their paths: a folder may move, and a file come late.
+        settings[f"{split}.list"] = _digest([(video.id, video.label) for video in videos])
     return settings
 
 
@@ -220,7 +221,9 @@ def _store_shard(shard: _Shard, results: Iterator, out_dir: str, shown: Bar) -> 
     records.write_atomically(shard.sidecar(out_dir), sidecar)
 
 
-def _finish(listing: Listing, shards: list[_Shard], out_dir: str) -> dict[str, Counts]:
+def _finish(
+    listing: Listing, shards: list[_Shard], out_dir: str, frame_format: FrameFormat
+) -> dict[str, Counts]:
     """Writes tables and ledger from the sidecars, unless they are there; prints the summary."""
     stored = {name: [] for name in listing.stored()}
     frame_shards = {name: [] for name in listing.stored()}
@@ -247,7 +250,8 @@ def _finish(listing: Listing, shards: list[_Shard], out_dir: str) -> dict[str, C
                 ids = {video.id for video in videos}
                 rows = _rows(stored[listing.stored_in(split)])
                 tables[split] = [row for row in rows if row.id in ids]
-            records.write_tables(out_dir, listing.class_names, tables, frame_shards)
+            names = listing.class_names
+            records.write_tables(out_dir, names, tables, frame_shards, frame_format)
     ledger.print_counts(counts)
     if not counts["total"].stored:
         raise ValueError(

@@ -5,6 +5,7 @@ Public: `VideoDataset`, `UnreadableVideo`, `FRAME_FEATURES`; for writing `VideoR
 
     OUT/                       TFDS data set "videos": one record per video (`VideoRow`)
     OUT/class_names.json       the class names, exactly
+    OUT/frame_format.json      the fields of `decode.FrameFormat`
     OUT/frames/                TFDS data set "frames": one JPEG per record, split names as in OUT,
                                or one split "all" where the splits of OUT share videos
 
@@ -18,6 +19,7 @@ import dataclasses
 import errno
 import json
 import os
+import resource
 import tempfile
 from collections.abc import Sequence
 
@@ -27,6 +29,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from dualpath_jax.data import tables
 from dualpath_jax.data.annotations import SHARED
+from dualpath_jax.data.decode import FrameFormat
 
 tf.config.set_visible_devices([], "GPU")  # accelerators belong to JAX
 
@@ -77,6 +80,7 @@ class VideoDataset:
       fps: float32 [n], 0.0 where unknown.
       heights, widths: int64 [n], pixels of the stored frames.
       class_names: list of str, one per class.
+      frame_format: how the frames are stored.
 
     Args:
       data_dir: what `scripts/prepare_dataset.py` wrote, local or gs://.
@@ -93,11 +97,13 @@ class VideoDataset:
         splits = tables.read_splits(data_dir)
         if split not in splits:
             raise ValueError(
-                f"no videos of split {split!r} in {data_dir}: it has {', '.join(splits)}. "
-                "Its bad_videos.jsonl may tell why; otherwise check the annotations and run "
+                f"no videos of split {split!r} in {data_dir}: it has {', '.join(splits)}; choose "
+                "by --config.data.train_split and --config.eval.split. If it should have them, its "
+                "bad_videos.jsonl may tell why; otherwise check the annotations and run "
                 "scripts/prepare_dataset.py with another --out"
             )
         self.class_names = tables.read_class_names(data_dir)
+        self.frame_format = tables.read_frame_format(data_dir)
         frames = tables.read_splits(os.path.join(data_dir, "frames"))
         stored_in = split if split in frames else SHARED
         if not sum(frames.get(stored_in, [])):
@@ -120,6 +126,7 @@ class VideoDataset:
             for shard in range(len(lengths))
         ]
         self._readers: dict[int, ArrayRecordReader] = {}
+        _allow_open_files(len(lengths))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -241,6 +248,7 @@ def write_tables(
     class_names: Sequence[str],
     rows: dict[str, list[VideoRow]],
     frame_shards: dict[str, list[int]],
+    frame_format: FrameFormat,
 ) -> None:
     """Writes the video tables and the metadata of both TFDS data sets, dataset_info.json last.
 
@@ -250,6 +258,7 @@ def write_tables(
       rows: split -> rows in the order of their frames. A split without rows is left out.
       frame_shards: split, or "all" -> number of records of each frame shard; one of 0 needs no
         file, and a split without records is left out.
+      frame_format: how the frames are stored.
     """
     import tensorflow_datasets as tfds
 
@@ -260,6 +269,8 @@ def write_tables(
                 writer.write(encode_row(row))
     names = json.dumps(list(class_names), indent=1)
     write_atomically(os.path.join(out_dir, "class_names.json"), names)
+    stored = json.dumps(dataclasses.asdict(frame_format), indent=1)
+    write_atomically(os.path.join(out_dir, "frame_format.json"), stored)
     frame_features = {"image": tfds.features.Image(encoding_format="jpeg")}
     lengths = {split: counts for split, counts in frame_shards.items() if sum(counts)}
     _write_metadata(os.path.join(out_dir, "frames"), "frames", frame_features, lengths)
@@ -366,7 +377,19 @@ def _write_metadata(
             os.replace(os.path.join(temporary, file), os.path.join(data_dir, file))
 
 
+def _allow_open_files(num_shards: int) -> None:
+    """Each shard of a data set stays open: allow so many files, for two of them and all else."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * num_shards + 512
+    if soft < wanted and soft != resource.RLIM_INFINITY:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):  # macOS has a limit that it does not tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
 def _check_reached(path: str, error: RuntimeError) -> None:
-    """OSError if array_record's `error` is of the way to Cloud Storage and not of the records."""
+    """OSError if array_record's `error` is of the way to the file and not of the records."""
     if path.startswith("gs://") and path in str(error):
         raise OSError(f"cannot read from Cloud Storage: {error}") from None
+    if "open() failed" in str(error):
+        raise OSError(f"cannot open {path}: {error}") from None

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dualpath_jax.data import augment, pipeline
 from dualpath_jax.data.datasets import NUM_CLASSES, UNKNOWN_CLASSES
+from dualpath_jax.data.decode import FrameFormat
 from dualpath_jax.data.records import encode_frame
 
 
@@ -35,6 +36,7 @@ class SyntheticVideos:
         width: int = 340,
     ):
         self.class_names = list(class_names)
+        self.frame_format = FrameFormat()
         self.ids = [str(i) for i in range(num_videos)]
         self.labels = np.arange(num_videos, dtype=np.int32) % len(self.class_names)
         self.num_frames = np.full(num_videos, num_frames, np.int64)

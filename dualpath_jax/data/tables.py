@@ -1,11 +1,13 @@
 """What prepared videos say of themselves, checked.
 
-Public: `read_splits`, `read_class_names`, `read_table`, `DECODE_ERRORS`.
+Public: `read_splits`, `read_class_names`, `read_frame_format`, `frame_format`, `read_table`,
+`DECODE_ERRORS`.
 
 Prepared data may come from others, or from a disk that fails. What is read here is relied on
 afterwards without another look. Everything raises ValueError for what cannot be so.
 """
 
+import math
 import os
 from typing import Any
 
@@ -14,6 +16,7 @@ import tensorflow as tf
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
+from dualpath_jax.data.decode import FrameFormat
 from dualpath_jax.untrusted import read_json, shown
 
 _REMEDY = "check the disk and prepare the data set again with another --out"
@@ -72,6 +75,28 @@ def read_class_names(data_dir: str) -> list[str]:
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} is damaged: it must be a list of names; {_REMEDY}")
     return names
+
+
+def read_frame_format(data_dir: str) -> FrameFormat:
+    """How the frames are stored; of a data set that does not say so, as is usual."""
+    path = os.path.join(data_dir, "frame_format.json")
+    if not epath.Path(path).exists():
+        return FrameFormat()
+    return frame_format(read_json(path, dict), path)
+
+
+def frame_format(values: dict[str, Any], where: str) -> FrameFormat:
+    """The fields of a `FrameFormat`, checked; `where` they stand is for messages."""
+    side, quality, fps = (values.get(key) for key in ("short_side", "quality", "fps"))
+    sound = {
+        "short_side": side is None or type(side) is int and 1 <= side <= _MAX_SIDE,
+        "quality": type(quality) is int and 1 <= quality <= 95,
+        "fps": fps is None or type(fps) in (int, float) and 0 < fps < math.inf,
+    }
+    for name, good in sound.items():
+        if not good:
+            raise ValueError(f"{where} is damaged: {name} is {shown(values.get(name))}; {_REMEDY}")
+    return FrameFormat(side, quality, fps and float(fps))
 
 
 def read_table(path: str, num_videos: int, num_classes: int, shards: list[int]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 
 from configs import base
-from dualpath_jax.data import augment, clips, records, sampling
+from dualpath_jax.data import augment, clips, decode, records, sampling
 from dualpath_jax.data.records import VideoDataset, VideoRow
 from dualpath_jax.data.tables import DECODE_ERRORS
 from dualpath_jax.fuzz.mutate import mutate_bytes, mutate_json
@@ -145,7 +145,8 @@ def _write(out: pathlib.Path) -> None:
                 for frame in range(_NUM_FRAMES[video]):
                     jpeg = _jpeg(10 * video + frame, progressive=video == 2)
                     writer.write(records.encode_frame(jpeg))
-    records.write_tables(str(out), ["a", "b"], {"train": rows}, {"train": [4, 7]})
+    lengths = {"train": [4, 7]}
+    records.write_tables(str(out), ["a", "b"], {"train": rows}, lengths, decode.FrameFormat())
 
 
 def _mutate_example(rng: random.Random, payload: bytes) -> bytes:
