@@ -114,10 +114,11 @@ def _local(path: str) -> Iterator[str]:
         yield str(local)
 
 
-def start_from(run: run_lib.Run, path: str) -> None:
+def start_from(run: run_lib.Run, path: str) -> dict[str, Any]:
     """Take the trained parameters of an adapter file as the start of `run`, at step 0.
 
-    Where the file was trained on other classes, the layer that names them starts afresh.
+    Where the file was trained on other classes, the layer that names them starts afresh. Returns
+    the file's metadata.
 
     Raises:
       ValueError: the file belongs to another method or backbone, or has other parameters.
@@ -157,6 +158,7 @@ def start_from(run: run_lib.Run, path: str) -> None:
     trainable = jax.tree.unflatten(jax.tree.structure(run.state.trainable), new)
     run.state = run.state.replace(trainable=trainable)
     print(f"started from {path}, trained for {metadata['step']} steps", flush=True)
+    return metadata
 
 
 def _class_leaves(run: run_lib.Run) -> set[str]:

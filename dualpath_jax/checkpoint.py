@@ -169,13 +169,15 @@ class Checkpoints:
         )
         self._attempt(lambda: self._manager.save(step, args=args))
 
-    def add_scores(self, step: int, scores: dict[str, float]) -> None:
+    def add_scores(self, step: int, scores: dict[str, float], reported: bool = True) -> None:
         """Note the first scores of an evaluation, `METRIC` among them, in the checkpoint of `step`.
 
-        Where it is not there nothing is done; a warning where its metadata cannot be written.
+        Where it is not there nothing is done, nor unless they are `reported`, as in `save`; a
+        warning where its metadata cannot be written.
         """
         self.wait()
-        if step not in self._manager.all_steps() or self.has_scores(step):
+        there = step in self._manager.all_steps() and not self.has_scores(step)
+        if _on_any_host(not (there and reported)):
             return
         problem = None
         try:
@@ -199,7 +201,10 @@ class Checkpoints:
         except Exception as error:  # of many kinds: the disk is full, the folder is gone, ...
             logging.debug("%s", traceback.format_exc())
             self._clean_up()
-            self._give_up(error)
+            if self._saving in self._manager.all_steps():
+                logging.warning("an old checkpoint could not be deleted: %s", _one_line(error))
+            else:
+                self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         self._scores.pop(self._saving, None)

@@ -1,10 +1,13 @@
 """Several processes that do one run together, one on each host: how they start and end.
 
-Public: `start`, `ending_together`, `another_failed`, `is_first`, `label`, `check_shared`.
+Public: `start`, `ending_together`, `another_failed`, `is_first`, `label`, `check_same`,
+`check_shared`.
 """
 
 import contextlib
 import faulthandler
+import hashlib
+import json
 import os
 import random
 import re
@@ -13,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -68,8 +71,20 @@ def start(
         raise ValueError(
             f"cannot start several processes: {str(error).rstrip('.')}{remedy}"
         ) from None
+    if "JAX_LOCAL_DEVICE_IDS" not in os.environ and _alone_on_host():
+        # Under Slurm and Open MPI JAX shows each process one GPU, that of its number on the host.
+        jax.config.update("jax_cuda_visible_devices", "all")
+        jax.config.update("jax_rocm_visible_devices", "all")
     if jax.process_count() > 1:
         _meet()
+
+
+def _alone_on_host() -> bool:
+    """Is this the only process on its host, by what Open MPI or Slurm say? False without them."""
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in os.environ:
+        return os.environ["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
+    tasks, nodes = (os.environ.get(f"SLURM_{name}") for name in ("NTASKS", "STEP_NUM_NODES"))
+    return tasks is not None and tasks == nodes
 
 
 def _meet() -> None:
@@ -85,6 +100,26 @@ def _meet() -> None:
     hosts = [bytes(row).decode().strip() for row in names.reshape(-1, 64)]
     where = ", ".join(f"{i} on {host}" for i, host in enumerate(hosts))
     print(f"{len(hosts)} processes, {jax.device_count()} devices: {where}", flush=True)
+
+
+def check_same(facts: dict[str, Any]) -> None:
+    """OSError where not all processes have the same facts, JSON by what they are of.
+
+    Each would go its own way with them, and all would wait for each other.
+    """
+    if jax.process_count() == 1:
+        return
+    texts = (json.dumps(value, sort_keys=True) for value in facts.values())
+    own = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
+    rows = multihost_utils.process_allgather(np.frombuffer(own, np.uint8))
+    rows = rows.reshape(jax.process_count(), len(facts), -1)
+    for name, column in zip(facts, rows.swapaxes(0, 1), strict=True):
+        others = [str(i) for i, digest in enumerate(column) if np.any(digest != column[0])]
+        if others:
+            raise OSError(
+                f"{name}: process {', '.join(others)} has others than process 0; give all hosts "
+                "the same (on each host's own disk: copy the data set again)"
+            )
 
 
 def is_first() -> bool:
@@ -123,7 +158,8 @@ def ending_together() -> Iterator[None]:
 
 def another_failed(error: BaseException) -> bool:
     """Does `error` only say that another process is gone?"""
-    if not jax.distributed.is_initialized() or isinstance(error, SystemExit):
+    # Cloud Storage is "unavailable" as well, by an OSError.
+    if not jax.distributed.is_initialized() or isinstance(error, SystemExit | OSError):
         return False
     return bool(GONE.search(str(error)))
 

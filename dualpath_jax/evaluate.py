@@ -140,7 +140,8 @@ def evaluate_run(
 ) -> Scores:
     """Scores of `run.state` on every video of `dataset`; each one's row goes to `predictions`."""
     config = run.config
-    eval_step = jit_eval_step(run.model, config, run.mesh)
+    if run.eval_step is None:  # compiled once for all evaluations of a run
+        run.eval_step = jit_eval_step(run.model, config, run.mesh)
     batches = pipeline.eval_batches(
         dataset,
         config.data,
@@ -154,7 +155,7 @@ def evaluate_run(
 
     def step(batch: Batch) -> dict[str, jax.Array]:
         with using(run.mesh):
-            sums, top = eval_step(run.state.trainable, run.frozen, shard_batch(batch, run.mesh))
+            sums, top = run.eval_step(run.state.trainable, run.frozen, shard_batch(batch, run.mesh))
         if predictions is not None:
             probabilities, classes = map(local_rows, top)
             predictions.add(batch["example_id"], batch["label"], classes, probabilities)

@@ -29,6 +29,8 @@ def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
             if distributed.is_first():
                 run_lib.check_workdir(folder)
             dataset, eval_dataset = run_lib.open_data(part)
+            splits = {"training videos": dataset, "evaluation videos": eval_dataset}
+            distributed.check_same({name: run_lib.facts(one) for name, one in splits.items()})
             run = run_lib.build_run(part, folder, dataset)
             if training:
                 train.train(run, dataset, eval_dataset)

@@ -64,6 +64,8 @@ class Run:
     steps_per_epoch: float
     total_params: int
     trainable_params: int
+    num_videos: int  # to train on
+    eval_step: Any = None  # jitted, from the first evaluation on
 
     def metadata(self) -> dict[str, Any]:
         """What a checkpoint of this run belongs to."""
@@ -73,6 +75,7 @@ class Run:
             "backbone_sha256": self.backbone.sha256,
             "class_names": list(self.class_names),
             "frame_format": dataclasses.asdict(self.frame_format),
+            "num_videos": self.num_videos,
             "config": json.loads(self.config.to_json_best_effort()),
             "version": dualpath_jax.__version__,
         }
@@ -163,6 +166,21 @@ def open_data(config: Any) -> tuple[VideoDataset, VideoDataset]:
         return tuple(synthetic.synthetic_split(config.data, size) for size in sizes)
     splits = (config.data.train_split, config.eval.split)
     return tuple(VideoDataset(config.data.dir, split) for split in splits)
+
+
+def check_views(config: Any) -> None:
+    """ValueError for views that no evaluation can have."""
+    clips, crops = config.eval.temporal_views, config.eval.spatial_crops
+    if clips < 1:
+        raise ValueError(f"eval.temporal_views={clips} must be 1 or more")
+    if crops not in (1, 3):
+        raise ValueError(f"eval.spatial_crops={crops} must be 1 or 3")
+
+
+def facts(dataset: VideoDataset) -> list[Any]:
+    """What decides which videos are seen when, and what is learnt of them, for JSON."""
+    numbers = (dataset.labels.tolist(), dataset.num_frames.tolist())
+    return [list(dataset.ids), *numbers, list(dataset.class_names)]
 
 
 def train_batches_of(data: Any) -> Callable:
@@ -280,6 +298,7 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
     """Check the configuration against data and backbone; build model and state. Reads no video."""
     mesh = sharding.make_mesh(config.mesh.fsdp)
     sharding.check_settings(config, mesh.size)
+    check_views(config)
     predicate = tuning.trains(config.model.method)
     clip_shapes(config)
     backbone, shape = None, backbone_shape(config)
@@ -317,4 +336,5 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
         steps_per_epoch=steps_per_epoch,
         total_params=params_lib.count(params),
         trainable_params=params_lib.count(trainable),
+        num_videos=len(dataset),
     )

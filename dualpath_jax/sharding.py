@@ -48,6 +48,11 @@ def check_settings(config: Any, num_devices: int) -> None:
         )
     if config.mesh.fsdp < 1:
         raise ValueError(f"mesh.fsdp={config.mesh.fsdp} must be at least 1")
+    if config.mesh.fsdp > 1 and not config.model.scan_blocks:
+        raise ValueError(
+            f"mesh.fsdp={config.mesh.fsdp} divides the weights that model.scan_blocks=True loops "
+            "over, and nothing where it is False: set it"
+        )
     accumulation_steps = config.optimizer.accumulation_steps
     for key, size, parts in (
         ("data.batch_size", config.data.batch_size, accumulation_steps),

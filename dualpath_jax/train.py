@@ -6,7 +6,7 @@ Public: `make_train_step`, `jit_train_step`, `Plan`, `make_plan`, `train`, `rest
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from dualpath_jax import adapter_file, environment, evaluate, preprocess, sharding
 from dualpath_jax import params as params_lib
-from dualpath_jax.checkpoint import Checkpoints, changes
+from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint, changes
 from dualpath_jax.data.broken import BrokenVideos
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
@@ -230,7 +230,8 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
 
     if first_step and plan.evaluates(first_step) and not checkpoints.has_scores(first_step):
         # Told to stop there, or ended while it was evaluated.
-        checkpoints.add_scores(first_step, evaluate_now(run, eval_dataset, reporter, first_step))
+        scores = evaluate_now(run, eval_dataset, reporter, first_step)
+        checkpoints.add_scores(first_step, scores, reporter.flush())
     pending = None  # metrics of the step before: read while the next one computes
     last_save = time.monotonic()
     with Watch() as watch:
@@ -262,7 +263,8 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
                 last_save = time.monotonic()
             if plan.evaluates(done) and not stops:
                 checkpoints.wait()  # it is on disk, whatever becomes of the evaluation
-                checkpoints.add_scores(done, evaluate_now(run, eval_dataset, reporter, done))
+                scores = evaluate_now(run, eval_dataset, reporter, done)
+                checkpoints.add_scores(done, scores, reporter.flush())
             if stops and done < plan.num_steps:
                 checkpoints.close()
                 reporter.close()
@@ -296,62 +298,107 @@ def elapsed(since: float) -> float:
     return float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
 
 
-def resume(run: Run, checkpoints: Checkpoints, which: str = "latest") -> int:
-    """Load the latest whole checkpoint, or the best, into `run.state`.
+def resume(run: Run, checkpoints: Checkpoints) -> int:
+    """Load the latest whole checkpoint into `run.state`.
 
     Returns:
       Its step; 0 where there is none.
 
     Raises:
-      ValueError: none was evaluated, of which to take the best; or it was trained with another
-        configuration, and `config.resume_changed` is off.
+      ValueError: it was trained with other settings or data, and `config.resume_changed` is off.
     """
     restored = checkpoints.restore_newest(run.state, run.metadata())
     if restored is None:
         return 0
-    if which == "best":
-        best = checkpoints.best_step()
-        if best is None:
-            raise ValueError(
-                f"eval.checkpoint=best: no checkpoint in {run.workdir} was evaluated by a training "
-                "(eval.every_epochs, or its end): take the latest"
-            )
-        restored = best, checkpoints.restore(best, run.state, run.metadata())
     step, state = restored
-    where = checkpoints.path(step)
-    differing = changes(checkpoints.read_metadata(step)["config"], run.metadata()["config"])
-    listed = "".join(f"\n  {key}: {old} -> {new}" for key, (old, new) in differing.items())
-    if differing and not run.config.resume_changed:
-        raise ValueError(
-            f"checkpoint {where} was trained with other settings:{listed}\nUse those, or another "
-            "--workdir; or go on with the new ones by --config.resume_changed=True"
-        )
+    saved, where = checkpoints.read_metadata(step), checkpoints.path(step)
+    differing = changes(saved["config"], run.metadata()["config"])
+    differing |= data_changes(run, saved, ("frame_format", "num_videos"))
+    tell_changes(run, differing, where, "resumed from")
     run.state = state
-    print(f"resumed from {where}" + (f" with other settings:{listed}" if listed else ""))
     return step
 
 
 def restore_for_eval(run: Run) -> None:
-    """Load the checkpoint that `config.eval.checkpoint` names, or else `config.init_from`."""
-    which = run.config.eval.checkpoint
+    """Load the checkpoint that `config.eval.checkpoint` names, or else `config.init_from`.
+
+    Nothing of the workdir is changed: a training may be going on there.
+
+    Raises:
+      ValueError: there is no such checkpoint, a damaged one, or one that was trained with other
+        settings, and `config.resume_changed` is off.
+    """
+    which, file = run.config.eval.checkpoint, run.config.init_from
     if which not in ("latest", "best"):
         raise ValueError(f"unknown eval.checkpoint={which!r}: known are latest, best")
-    checkpoints = Checkpoints(run.workdir)
-    file = run.config.init_from
-    if step := resume(run, checkpoints, which):
-        if file and file != checkpoints.read_metadata(step)["config"].get("init_from"):
+    checkpoints = None
+    if (epath.Path(run.workdir) / "checkpoints").exists():
+        checkpoints = Checkpoints(run.workdir, read_only=True)
+    if checkpoints and checkpoints.latest_step() is not None:
+        step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
+        if step is None:
+            raise ValueError(
+                f"eval.checkpoint=best: no checkpoint in {run.workdir} was evaluated by a training "
+                "(eval.every_epochs, or its end): take the latest"
+            )
+        try:
+            state = checkpoints.restore(step, run.state, run.metadata())
+            saved = checkpoints.read_metadata(step)
+        except DamagedCheckpoint as damage:
+            raise ValueError(f"{damage}; a training in {run.workdir} sets it aside") from None
+        if file and file != saved["config"].get("init_from"):
             raise ValueError(
                 f"which one is meant: config.init_from={file!r}, or the run in {run.workdir}, "
                 "which did not start from it? Leave init_from out, or pass another --workdir"
             )
+        differing = changes(saved["config"], run.metadata()["config"])
+        where = checkpoints.path(step)
+        run.state = state
     elif file:
-        adapter_file.start_from(run, file)
+        saved, where = adapter_file.start_from(run, file), file
+        differing = changes(saved["config"], run.metadata()["config"])
+        differing = {k: v for k, v in differing.items() if k.startswith(SEEN_BY_THE_MODEL)}
     else:
         raise ValueError(
             f"no checkpoint in {run.workdir}/checkpoints: train first, --mode=train, or pass "
             "--config.init_from=FILE"
         )
-    checkpoints.close()
+    tell_changes(run, differing | data_changes(run, saved, ("frame_format",)), where, "evaluating")
+
+
+# Of the settings, what decides how videos become the model's inputs and these logits.
+SEEN_BY_THE_MODEL = (
+    "model.",
+    *("data.num_frames", "data.num_spatial_frames", "data.sampling", "data.grid"),
+    *("data.frame_scale", "data.image_size", "data.mean", "data.std"),
+)
+
+
+def data_changes(
+    run: Run, saved: dict[str, Any], keys: Sequence[str]
+) -> dict[str, tuple[Any, Any]]:
+    """As `changes`, of the metadata that tell of the data set; older states do not have them."""
+    now = run.metadata()
+    return {
+        f"{key} of the data set": (saved[key], now[key])
+        for key in keys
+        if saved.get(key, now[key]) != now[key]
+    }
+
+
+def tell_changes(run: Run, differing: dict[str, tuple[Any, Any]], where: str, doing: str) -> None:
+    """Print where a state comes from, and what is otherwise now.
+
+    Raises:
+      ValueError: something is, and `config.resume_changed` is off.
+    """
+    listed = "".join(f"\n  {key}: {old} -> {new}" for key, (old, new) in differing.items())
+    if differing and not run.config.resume_changed:
+        raise ValueError(
+            f"{where} was trained with other settings:{listed}\nUse those, or another --workdir; "
+            "or go on with the new ones by --config.resume_changed=True"
+        )
+    print(f"{doing} {where}" + (f" with other settings:{listed}" if listed else ""), flush=True)
 
 
 def profile(plan: Plan, workdir: str, steps_done: int, num_steps: int) -> None:

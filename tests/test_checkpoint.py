@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from orbax.checkpoint._src.path.deleter import StandardCheckpointDeleter
 
 from configs import base
 from dualpath_jax import checkpoint, full_disk
@@ -137,6 +138,29 @@ def test_damage_is_never_taken_for_a_checkpoint(two, tmp_path, damage):
         assert (workdir / "damaged_checkpoints" / "5-0").exists() == (step == 4)
         assert (workdir / "checkpoints" / "5").exists() == (step == 5)
     assert needed <= set(names)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted(tmp_path, monkeypatch, caplog):
+    """Is no loss of the new one."""
+    logging.use_absl_handler()
+    checkpoints = Checkpoints(str(tmp_path), keep=1)
+    save(checkpoints, 1)
+    checkpoints.wait()
+
+    def fail(*_):
+        raise OSError("busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StandardCheckpointDeleter, "delete_steps", fail)
+        save(checkpoints, 2)
+        checkpoints.wait()
+    assert "an old checkpoint could not be deleted: OSError: busy" in caplog.text
+    assert "could not be written" not in caplog.text
+    save(checkpoints, 3)
+    checkpoints.close()
+    step, state = restored(tmp_path)
+    assert step == 3
+    assert equals(state, 3)
 
 
 def test_damaged_values_are_noticed(two, tmp_path, monkeypatch):

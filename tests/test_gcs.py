@@ -183,6 +183,7 @@ def test_a_run_in_gs_is_the_run_on_disk(gcs, tmp_path, capsys):
     dataset, _ = run_lib.open_data(remote_config)
     run = run_lib.build_run(remote_config, "gs://bucket/runs/two", dataset)
     train.restore_for_eval(run)
+    assert "evaluating gs://bucket/a.safetensors\n" in capsys.readouterr().out
     assert evaluate.evaluate_run(run, dataset).top1 == remote["top1"]
 
 

@@ -1,5 +1,6 @@
 """Interruptions: what a run does when it is killed, told to stop, or started differently."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -312,6 +313,39 @@ def test_changed_settings(config, straight, tmp_path, capsys):
     assert int(run_all(config, workdir).state.step) == 8
 
 
+def test_changed_data(config, straight, tmp_path):
+    """Prepared otherwise, or with other videos; an evaluation does not see those to train on."""
+    workdir = tmp_path / "straight"
+    run, _ = build(config, workdir)
+    run.frame_format = dataclasses.replace(run.frame_format, fps=10.0)
+    with pytest.raises(ValueError, match="frame_format of the data set: .*'fps': None.*'fps': 10"):
+        train.restore_for_eval(run)
+    run, _ = build(config, workdir)
+    run.num_videos += 1
+    train.restore_for_eval(run)
+    checkpoints = Checkpoints(str(workdir))
+    with pytest.raises(ValueError, match="num_videos of the data set: 40 -> 41"):
+        train.resume(run, checkpoints)
+    run.num_videos -= 1
+    assert train.resume(run, checkpoints) == 6
+
+
+def test_evaluation_leaves_a_workdir_as_it_is(config, straight, tmp_path):
+    """Also what another program is writing there, and what is damaged."""
+    workdir = tmp_path / "straight"
+    writing = workdir / "checkpoints" / "8.orbax-checkpoint-tmp"
+    writing.mkdir()
+    run, _ = build(config, workdir)
+    train.restore_for_eval(run)
+    assert same(run.state, straight.state)
+    for path in (workdir / "checkpoints" / "6" / "metadata").iterdir():
+        path.write_bytes(b"{}")
+    with pytest.raises(ValueError, match="checkpoints/6 cannot be read.*sets it aside"):
+        train.restore_for_eval(run)
+    assert writing.exists()
+    assert not (workdir / "damaged_checkpoints").exists()
+
+
 def poison(monkeypatch, steps):
     """The batches of these steps (counted from 0) make loss and gradient NaN."""
     batches, shard = pipeline.train_batches, train.shard_batch
@@ -412,6 +446,11 @@ def test_exported_parameters_start_another_run(config, straight, tmp_path, capsy
     run, _ = build(config, tmp_path / "straight")
     with pytest.raises(ValueError, match="which one is meant: config.init_from="):
         train.restore_for_eval(run)
+    config.data.grid = (2, 2)
+    run, _ = build(config, tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"trained with other settings:\n  data.grid: .* -> "):
+        train.restore_for_eval(run)
+    config.data.grid = (4, 4)
     config.init_from, config.eval.checkpoint = None, "best"
     run, _ = build(config, tmp_path / "straight")
     with pytest.raises(ValueError, match="no checkpoint in .* was evaluated by a training"):

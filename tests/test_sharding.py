@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from small_config import small_config
 
+from configs import base
 from dualpath_jax import hlo, sharding, train
 from dualpath_jax import params as params_lib
 from dualpath_jax import run as run_lib
@@ -118,5 +119,9 @@ def test_what_is_divided():
         "classifier": (),
         "step": (),
     }
+    config = base.get_config()
+    config.mesh.fsdp, config.model.scan_blocks = 4, False
+    with pytest.raises(ValueError, match="mesh.fsdp=4 divides the weights that model.scan_blocks"):
+        sharding.check_settings(config, 8)
     with pytest.raises(ValueError, match=r"mesh.fsdp=3 must divide .* 8: use one of \[1, 2, 4, 8]"):
         sharding.make_mesh(3)

@@ -118,6 +118,33 @@ def test_accumulation_equals_one_batch(config, tmp_path):
     assert np.abs(leaves(other.trainable)[name] - one[name]).max() > 1e-3
 
 
+def test_evaluations_share_one_program(config, tmp_path, monkeypatch):
+    made, make = [], evaluate.jit_eval_step
+    monkeypatch.setattr(evaluate, "jit_eval_step", lambda *args: made.append(1) or make(*args))
+    run, dataset = build(config, tmp_path)
+    scores = [evaluate.evaluate_run(run, dataset) for _ in range(2)]
+    assert scores[0] == scores[1]
+    assert made == [1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("eval.spatial_crops", 2, "eval.spatial_crops=2 must be 1 or 3"),
+        ("eval.temporal_views", 0, "eval.temporal_views=0 must be 1 or more"),
+        ("data.sampling_interval", 0, "data.sampling_interval=0 must be 1 or more"),
+        ("model.adapter_bottleneck", 0, "model.adapter_bottleneck=0 must be 1 or more"),
+        ("model.adapter_dropout", 1.0, r"model.adapter_dropout=1.0 must be in \[0, 1\)"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_before_training(
+    key, value, message, config, tmp_path
+):
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=message):
+        build(config, tmp_path)
+
+
 def test_a_finished_run_only_evaluates(config, tmp_path, capsys):
     run_all(config, tmp_path)
     again = run_all(config, tmp_path)

@@ -59,7 +59,7 @@ def random_resized_crop(
         box_width, box_height = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
             break
-    else:  # nothing fitted (a very long frame): the centred square
+    else:  # nothing fitted (a very long frame): a square of the short side
         box_width = box_height = min(height, width)
     top = int(rng.integers(height - box_height + 1))
     left = int(rng.integers(width - box_width + 1))

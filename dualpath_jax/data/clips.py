@@ -57,6 +57,8 @@ def clip_format(data: Any, framesets: bool = True) -> ClipFormat:
         raise ValueError(f"unknown data.sampling {data.sampling!r}: known are {known}")
     if data.sampling == "dense" and data.sampling_interval is None:
         sampling.default_interval(data.num_frames)
+    if data.sampling_interval is not None and data.sampling_interval < 1:
+        raise ValueError(f"data.sampling_interval={data.sampling_interval} must be 1 or more")
     return ClipFormat(
         num_frames=data.num_frames,
         image_size=data.image_size,

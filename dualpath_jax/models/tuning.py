@@ -69,6 +69,8 @@ def _check_rate(key: str, value: float) -> None:
 
 def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> DualPath:
     data, model = config.data, config.model
+    _check_at_least_one("model.adapter_bottleneck", model.adapter_bottleneck)
+    _check_rate("model.adapter_dropout", model.adapter_dropout)
     adapter = Adapter(
         bottleneck=model.adapter_bottleneck,
         scale=model.adapter_scale,
