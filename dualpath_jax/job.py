@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from dualpath_jax import demo, distributed, environment, evaluate, lock, train
+from dualpath_jax import demo, distributed, environment, evaluate, lock, restore, train
 from dualpath_jax import run as run_lib
 
 
@@ -35,7 +35,7 @@ def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
             if training:
                 train.train(run, dataset, eval_dataset)
             else:
-                train.restore_for_eval(run)
+                restore.for_evaluation(run)
             results.append(evaluate.evaluate_and_write(run, eval_dataset))
             if training:
                 train.keep_scores(run, results[-1])

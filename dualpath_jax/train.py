@@ -1,12 +1,12 @@
 """Training: the step and the loop.
 
-Public: `make_train_step`, `jit_train_step`, `Plan`, `make_plan`, `train`, `restore_for_eval`.
+Public: `make_train_step`, `jit_train_step`, `Plan`, `make_plan`, `train`, `keep_scores`.
 """
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,9 +17,9 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from dualpath_jax import adapter_file, environment, evaluate, preprocess, sharding
+from dualpath_jax import adapter_file, environment, evaluate, preprocess, restore, sharding
 from dualpath_jax import params as params_lib
-from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint, changes
+from dualpath_jax.checkpoint import Checkpoints
 from dualpath_jax.data.broken import BrokenVideos
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
@@ -201,7 +201,7 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
     config = run.config
     plan = make_plan(config, run.num_train_steps, run.steps_per_epoch)
     checkpoints = Checkpoints(run.workdir, plan.keep)
-    first_step = resume(run, checkpoints)
+    first_step = restore.for_training(run, checkpoints)
     if not first_step and config.init_from:
         adapter_file.start_from(run, config.init_from)
     if jax.process_index() == 0:
@@ -296,109 +296,6 @@ def elapsed(since: float) -> float:
     if jax.process_count() == 1:
         return seconds
     return float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
-
-
-def resume(run: Run, checkpoints: Checkpoints) -> int:
-    """Load the latest whole checkpoint into `run.state`.
-
-    Returns:
-      Its step; 0 where there is none.
-
-    Raises:
-      ValueError: it was trained with other settings or data, and `config.resume_changed` is off.
-    """
-    restored = checkpoints.restore_newest(run.state, run.metadata())
-    if restored is None:
-        return 0
-    step, state = restored
-    saved, where = checkpoints.read_metadata(step), checkpoints.path(step)
-    differing = changes(saved["config"], run.metadata()["config"])
-    differing |= data_changes(run, saved, ("frame_format", "num_videos"))
-    tell_changes(run, differing, where, "resumed from")
-    run.state = state
-    return step
-
-
-def restore_for_eval(run: Run) -> None:
-    """Load the checkpoint that `config.eval.checkpoint` names, or else `config.init_from`.
-
-    Nothing of the workdir is changed: a training may be going on there.
-
-    Raises:
-      ValueError: there is no such checkpoint, a damaged one, or one that was trained with other
-        settings, and `config.resume_changed` is off.
-    """
-    which, file = run.config.eval.checkpoint, run.config.init_from
-    if which not in ("latest", "best"):
-        raise ValueError(f"unknown eval.checkpoint={which!r}: known are latest, best")
-    checkpoints = None
-    if (epath.Path(run.workdir) / "checkpoints").exists():
-        checkpoints = Checkpoints(run.workdir, read_only=True)
-    if checkpoints and checkpoints.latest_step() is not None:
-        step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
-        if step is None:
-            raise ValueError(
-                f"eval.checkpoint=best: no checkpoint in {run.workdir} was evaluated by a training "
-                "(eval.every_epochs, or its end): take the latest"
-            )
-        try:
-            state = checkpoints.restore(step, run.state, run.metadata())
-            saved = checkpoints.read_metadata(step)
-        except DamagedCheckpoint as damage:
-            raise ValueError(f"{damage}; a training in {run.workdir} sets it aside") from None
-        if file and file != saved["config"].get("init_from"):
-            raise ValueError(
-                f"which one is meant: config.init_from={file!r}, or the run in {run.workdir}, "
-                "which did not start from it? Leave init_from out, or pass another --workdir"
-            )
-        differing = changes(saved["config"], run.metadata()["config"])
-        where = checkpoints.path(step)
-        run.state = state
-    elif file:
-        saved, where = adapter_file.start_from(run, file), file
-        differing = changes(saved["config"], run.metadata()["config"])
-        differing = {k: v for k, v in differing.items() if k.startswith(SEEN_BY_THE_MODEL)}
-    else:
-        raise ValueError(
-            f"no checkpoint in {run.workdir}/checkpoints: train first, --mode=train, or pass "
-            "--config.init_from=FILE"
-        )
-    tell_changes(run, differing | data_changes(run, saved, ("frame_format",)), where, "evaluating")
-
-
-# Of the settings, what decides how videos become the model's inputs and these logits.
-SEEN_BY_THE_MODEL = (
-    "model.",
-    *("data.num_frames", "data.num_spatial_frames", "data.sampling", "data.grid"),
-    *("data.frame_scale", "data.image_size", "data.mean", "data.std"),
-)
-
-
-def data_changes(
-    run: Run, saved: dict[str, Any], keys: Sequence[str]
-) -> dict[str, tuple[Any, Any]]:
-    """As `changes`, of the metadata that tell of the data set; older states do not have them."""
-    now = run.metadata()
-    return {
-        f"{key} of the data set": (saved[key], now[key])
-        for key in keys
-        if saved.get(key, now[key]) != now[key]
-    }
-
-
-def tell_changes(run: Run, differing: dict[str, tuple[Any, Any]], where: str, doing: str) -> None:
-    """Print where a state comes from, and what is otherwise now.
-
-    Raises:
-      ValueError: something is, and `config.resume_changed` is off.
-    """
-    listed = "".join(f"\n  {key}: {old} -> {new}" for key, (old, new) in differing.items())
-    if differing and not run.config.resume_changed:
-        raise ValueError(
-            f"{where} was trained with other settings:{listed}\nUse those, or another --workdir; "
-            "or go on with the new ones by --config.resume_changed=True"
-        )
-    print(f"{doing} {where}" + (f" with other settings:{listed}" if listed else ""), flush=True)
 
 
 def profile(plan: Plan, workdir: str, steps_done: int, num_steps: int) -> None:

@@ -12,7 +12,7 @@ from fake_gcs import FakeGcs
 from test_records import NUM_FRAMES, write
 
 from configs import demo
-from dualpath_jax import cloud, convert, evaluate, train
+from dualpath_jax import cloud, convert, evaluate, restore, train
 from dualpath_jax import demo as demo_lib
 from dualpath_jax import run as run_lib
 from dualpath_jax.data.records import UnreadableVideo, VideoDataset
@@ -182,7 +182,7 @@ def test_a_run_in_gs_is_the_run_on_disk(gcs, tmp_path, capsys):
     remote_config.init_from = "gs://bucket/a.safetensors"
     dataset, _ = run_lib.open_data(remote_config)
     run = run_lib.build_run(remote_config, "gs://bucket/runs/two", dataset)
-    train.restore_for_eval(run)
+    restore.for_evaluation(run)
     assert "evaluating gs://bucket/a.safetensors\n" in capsys.readouterr().out
     assert evaluate.evaluate_run(run, dataset).top1 == remote["top1"]
 

@@ -15,7 +15,7 @@ from processes import ROOT, environment
 from small_config import small_config
 from test_train import build, leaves, run_all
 
-from dualpath_jax import adapter_file, progress, same_run, train
+from dualpath_jax import adapter_file, progress, restore, same_run, train
 from dualpath_jax import run as run_lib
 from dualpath_jax.checkpoint import Checkpoints
 from dualpath_jax.data import pipeline
@@ -319,15 +319,15 @@ def test_changed_data(config, straight, tmp_path):
     run, _ = build(config, workdir)
     run.frame_format = dataclasses.replace(run.frame_format, fps=10.0)
     with pytest.raises(ValueError, match="frame_format of the data set: .*'fps': None.*'fps': 10"):
-        train.restore_for_eval(run)
+        restore.for_evaluation(run)
     run, _ = build(config, workdir)
     run.num_videos += 1
-    train.restore_for_eval(run)
+    restore.for_evaluation(run)
     checkpoints = Checkpoints(str(workdir))
     with pytest.raises(ValueError, match="num_videos of the data set: 40 -> 41"):
-        train.resume(run, checkpoints)
+        restore.for_training(run, checkpoints)
     run.num_videos -= 1
-    assert train.resume(run, checkpoints) == 6
+    assert restore.for_training(run, checkpoints) == 6
 
 
 def test_evaluation_leaves_a_workdir_as_it_is(config, straight, tmp_path):
@@ -336,12 +336,12 @@ def test_evaluation_leaves_a_workdir_as_it_is(config, straight, tmp_path):
     writing = workdir / "checkpoints" / "8.orbax-checkpoint-tmp"
     writing.mkdir()
     run, _ = build(config, workdir)
-    train.restore_for_eval(run)
+    restore.for_evaluation(run)
     assert same(run.state, straight.state)
     for path in (workdir / "checkpoints" / "6" / "metadata").iterdir():
         path.write_bytes(b"{}")
     with pytest.raises(ValueError, match="checkpoints/6 cannot be read.*sets it aside"):
-        train.restore_for_eval(run)
+        restore.for_evaluation(run)
     assert writing.exists()
     assert not (workdir / "damaged_checkpoints").exists()
 
@@ -410,14 +410,14 @@ def test_best_checkpoint(config, tmp_path):
     assert checkpoints.best_step() == max(scores, key=scores.get)
     config.eval.checkpoint = "best"
     run, _ = build(config, tmp_path)
-    train.restore_for_eval(run)
+    restore.for_evaluation(run)
     assert int(run.state.step) == checkpoints.best_step()
     at_the_end = dict.fromkeys(("top1", "top5", "mean_class_accuracy", "num_videos"), 2.0)
     train.keep_scores(run, at_the_end | {"step": 11, "split": "test"})
     assert Checkpoints(str(tmp_path), read_only=True).best_step() == 11
     config.eval.checkpoint = "worst"
     with pytest.raises(ValueError, match="'worst': known are latest, best"):
-        train.restore_for_eval(run)
+        restore.for_evaluation(run)
 
 
 def test_exported_parameters_start_another_run(config, straight, tmp_path, capsys):
@@ -441,20 +441,20 @@ def test_exported_parameters_start_another_run(config, straight, tmp_path, capsy
     assert "starting afresh: classifier/output/" in capsys.readouterr().out
     # Evaluation of the file alone; with a run that did not start from it, which of the two?
     run, _ = build(config, tmp_path / "nothing")
-    train.restore_for_eval(run)
+    restore.for_evaluation(run)
     assert same(run.state.trainable, straight.state.trainable)
     run, _ = build(config, tmp_path / "straight")
     with pytest.raises(ValueError, match="which one is meant: config.init_from="):
-        train.restore_for_eval(run)
+        restore.for_evaluation(run)
     config.data.grid = (2, 2)
     run, _ = build(config, tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"trained with other settings:\n  data.grid: .* -> "):
-        train.restore_for_eval(run)
+        restore.for_evaluation(run)
     config.data.grid = (4, 4)
     config.init_from, config.eval.checkpoint = None, "best"
     run, _ = build(config, tmp_path / "straight")
     with pytest.raises(ValueError, match="no checkpoint in .* was evaluated by a training"):
-        train.restore_for_eval(run)
+        restore.for_evaluation(run)
 
 
 def test_exported_parameters_know_what_they_belong_to(config, straight, tmp_path):

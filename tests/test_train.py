@@ -11,7 +11,7 @@ import pytest
 from compiling_once import compiling_once
 
 from configs import base
-from dualpath_jax import evaluate, sharding, train
+from dualpath_jax import evaluate, restore, sharding, train
 from dualpath_jax import params as params_lib
 from dualpath_jax import run as run_lib
 from dualpath_jax.checkpoint import Checkpoints
@@ -167,7 +167,7 @@ def test_results(config, tmp_path):
     assert {"top5", "mean_class_accuracy"} <= results.keys()
     # Evaluation alone, from the checkpoint, gives the same.
     other, _ = build(config, tmp_path)
-    train.restore_for_eval(other)
+    restore.for_evaluation(other)
     scores = evaluate.evaluate_run(other, VideoDataset(config.data.dir, "test"))
     assert scores.top1 == results["top1"]
 
@@ -221,13 +221,13 @@ def test_checkpoints_know_what_they_belong_to(config, tmp_path):
     config.model.adapter_bottleneck = 32
     other, _ = build(config, tmp_path)
     with pytest.raises(ValueError, match="config.json"):
-        train.restore_for_eval(other)
+        restore.for_evaluation(other)
 
 
 def test_evaluation_without_a_checkpoint(config, tmp_path):
     run, _ = build(config, tmp_path)
     with pytest.raises(ValueError, match="no checkpoint"):
-        train.restore_for_eval(run)
+        restore.for_evaluation(run)
 
 
 @pytest.mark.parametrize(

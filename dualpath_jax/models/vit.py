@@ -144,11 +144,16 @@ class Attention(nn.Module):
 
     `for_cpu` chooses `attend.attend` over JAX's own attention and `cpu_forms.Dense`, see there. On
     a GPU attention is `attend.flash_attend` where that fits, and `attend.attend` elsewhere.
+
+    `training` changes no result: all images' queries, keys and values are then split as one matrix,
+    as `layers.keep` has them. By a TPU's compiler (v5e) a training step has 6% fewer cycles so, and
+    an evaluation a third more.
     """
 
     width: int
     heads: int
     for_cpu: bool = False
+    training: bool = False
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -157,7 +162,7 @@ class Attention(nn.Module):
 
     def project(self, x: jax.Array) -> list[jax.Array]:
         """x [M, N, D] -> queries, keys and values, each [M, N, K, D/K]."""
-        qkv = self.qkv(x.reshape(-1, x.shape[-1]))
+        qkv = self.qkv(x.reshape(-1, x.shape[-1]) if self.training else x)
         if not self.for_cpu:  # there `attend` keeps them as it needs them
             qkv = layers.keep(qkv, "qkv")
         # A split: its gradient is one concatenation, which slices' is not.
@@ -193,12 +198,14 @@ class Block(layers.Block):
 
     config: ViTConfig
     for_cpu: bool = False
+    training: bool = False
     dtype: Any = jnp.float32
 
     def setup(self):
         config = self.config
+        forms = {"for_cpu": self.for_cpu, "training": self.training, "dtype": self.dtype}
         self.ln_1 = layers.norm(config.eps, self.dtype, self.for_cpu)
-        self.attention = Attention(config.width, config.heads, self.for_cpu, dtype=self.dtype)
+        self.attention = Attention(config.width, config.heads, **forms)
         self.ln_2 = layers.norm(config.eps, self.dtype, self.for_cpu)
         self.mlp = Mlp(config.mlp_dim, config.activation, self.for_cpu, dtype=self.dtype)
 
@@ -251,9 +258,9 @@ class ViT(nn.Module):
                 "projection", embedding, (config.width, config.projection_dim)
             )
 
-    def _block(self) -> Block:
+    def _block(self, training: bool = False) -> Block:
         for_cpu = layers.written_for_cpu(self.scan_blocks)
-        return Block(self.config, for_cpu, dtype=self.dtype, parent=None)
+        return Block(self.config, for_cpu, training, dtype=self.dtype, parent=None)
 
     def _init_blocks(self, rng: jax.Array) -> Any:
         def init(rng):
@@ -312,19 +319,20 @@ class ViT(nn.Module):
           h: tokens that enter the first block.
           sites: what a tuning method does inside each block; None for the frozen backbone.
           site_params: its parameters, stacked [L, ...].
-          dropout_rng: switches on the method's dropout.
+          dropout_rng: switches on the method's dropout; None unless in training.
           class_only: return the class token alone, [M, 1, D], where the sites allow it: the last
             block does not compute the others.
           blocks: which blocks to run, of 0 ... L - 1.
         """
-        rngs = None
-        if dropout_rng is not None:
+        rngs, training = None, dropout_rng is not None
+        if training:
             rngs = jax.random.split(dropout_rng, self.config.depth)
 
         def body(h, layer, class_only=False):
             block, site_params, rng = layer
             bound = layers.bind_sites(sites, site_params, rng)
-            return self._block().apply({"params": layers.gathered(block)}, h, bound, class_only)
+            block_params = {"params": layers.gathered(block)}
+            return self._block(training).apply(block_params, h, bound, class_only)
 
         layer_params = jax.tree.map(lambda leaf: leaf[blocks], (self.blocks, site_params, rngs))
         if not class_only or not (sites is None or sites.token_wise):
