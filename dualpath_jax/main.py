@@ -7,8 +7,8 @@
 --config.seed=1. Every key stands in configs/base.py with its default and a comment. -v=1 shows what
 is logged, and the traceback of an error.
 
-Exit status: 0 done; 2 an error that you can mend; 75 told to stop (SIGTERM) and saved: the same
-command goes on. docs/troubleshooting.md has what errors mean.
+Exit status: 0 done; 2 an error that you can mend; 75 told to stop (SIGTERM; 130 by Ctrl-C) and
+saved: the same command goes on. docs/troubleshooting.md has what errors mean.
 """
 
 import os
