@@ -151,7 +151,7 @@ NOT_RUN = {
         "python scripts/compile_tpu.py *",
     ],
     SLOW: ["python scripts/compare_methods.py --out=runs/compare"],
-    SAME: ["python -m dualpath_jax.main --config=configs/k400_vitb.py --mode=check"],
+    SAME: ["python -m dualpath_jax.main --config=configs/diving48_vitb.py --mode=check"],
 }
 # "It takes long": by pattern, the test that executes the program on less, and what names it there.
 LONG = {
