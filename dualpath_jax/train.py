@@ -3,10 +3,11 @@
 Public: `make_train_step`, `jit_train_step`, `Plan`, `make_plan`, `train`, `keep_scores`.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -234,9 +235,9 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
         checkpoints.add_scores(first_step, scores, reporter.flush())
     pending = None  # metrics of the step before: read while the next one computes
     last_save = time.monotonic()
-    with Watch() as watch:
+    with Watch() as watch, profiling(plan, run.workdir) as profile:
         for step in range(first_step, plan.num_steps):
-            profile(plan, run.workdir, step - first_step, plan.num_steps - first_step)
+            profile(step - first_step)
             with reporter.waiting_for_data():
                 batch = shard_batch(next(batches), run.mesh)
             run.state, metrics = train_step(run.state, run.frozen, batch)
@@ -298,13 +299,30 @@ def elapsed(since: float) -> float:
     return float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
 
 
-def profile(plan: Plan, workdir: str, steps_done: int, num_steps: int) -> None:
-    """Before a step: start or stop the JAX profiler's trace of the planned steps."""
-    if not plan.profile_steps:
-        return
-    first = plan.profile_first
-    if steps_done == first:
-        jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
-    if first < steps_done == min(first + plan.profile_steps, num_steps - 1):
+@contextlib.contextmanager
+def profiling(plan: Plan, workdir: str) -> Iterator[Callable[[int], None]]:
+    """JAX's profiler over the planned steps, as many of them as there are.
+
+    Gives what is to be called before each step, with how many this process has done.
+    """
+    tracing = False
+
+    def stop() -> None:
+        nonlocal tracing
+        tracing = False
         jax.profiler.stop_trace()
         print(f"profiler trace written to {workdir}/profile", flush=True)
+
+    def before_step(steps_done: int) -> None:
+        nonlocal tracing
+        if plan.profile_steps and steps_done == plan.profile_first:
+            jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
+            tracing = True
+        if tracing and steps_done == plan.profile_first + plan.profile_steps:
+            stop()
+
+    try:
+        yield before_step
+    finally:
+        if tracing:
+            stop()

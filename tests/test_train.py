@@ -270,10 +270,14 @@ def test_missing_inputs_are_named_with_both_commands(config):
     assert "scripts/convert_clip.py --checkpoint=FILE --out=nowhere/weights.safetensors" in message
 
 
-def test_profile_is_written(config, tmp_path):
-    config.profile.first_step, config.profile.num_steps = 1, 2
+@pytest.mark.parametrize(("first", "traces"), [(1, 1), (4, 1), (5, 0)])
+def test_profile_is_written(first, traces, config, tmp_path, capsys):
+    """Also of the last of five steps alone, where two are planned."""
+    config.num_train_steps = 5
+    config.profile.first_step, config.profile.num_steps = first, 2
     run_all(config, tmp_path)
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == traces
+    assert capsys.readouterr().out.count("profiler trace written") == traces
 
 
 def test_evaluation_during_training(config, tmp_path):
