@@ -4,6 +4,7 @@ Public: `Scores`, `eval_step_sums`, `clip_logits`, `flat_views`, `view_logits`, 
 `jit_eval_step`, `out_shardings`, `evaluate`, `evaluate_run`, `evaluate_and_write`, `write_mean`.
 """
 
+import collections
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
@@ -66,16 +67,16 @@ def evaluate(
     batches: Iterator[dict[str, Any]],
     on_batch: Callable[[int], None] = lambda videos: None,
 ) -> Scores:
-    """Scores over `batches`.
+    """Scores over `batches`. The sums of one are waited for when the next one is under way.
 
     Args:
       eval_step: batch -> the sums of `eval_step_sums`, over all hosts.
       batches: one pass over a split, padded with mask 0.
-      on_batch: told the number of videos counted so far, for progress.
+      on_batch: told the number of videos counted so far, after each batch.
     """
     total: dict[str, np.ndarray] = {}
-    for batch in batches:
-        sums = jax.device_get(eval_step(batch))
+    for sums in _one_late(map(eval_step, batches)):
+        sums = jax.device_get(sums)
         total = {
             key: np.asarray(value, np.int64) + total.get(key, 0) for key, value in sums.items()
         }
@@ -90,6 +91,16 @@ def evaluate(
         ),
         num_videos=videos,
     )
+
+
+def _one_late(results: Iterator[Any]) -> Iterator[Any]:
+    """Each result when there is the one after it."""
+    before = collections.deque()
+    for result in results:
+        before.append(result)
+        if len(before) > 1:
+            yield before.popleft()
+    yield from before
 
 
 def make_eval_step(
@@ -153,17 +164,25 @@ def evaluate_run(
         framesets=tuning.takes_framesets(config.model.method),
     )
 
+    waiting = collections.deque()  # of which video, and what was said of it
+
     def step(batch: Batch) -> dict[str, jax.Array]:
         with using(run.mesh):
             sums, top = run.eval_step(run.state.trainable, run.frozen, shard_batch(batch, run.mesh))
-        if predictions is not None:
-            probabilities, classes = map(local_rows, top)
-            predictions.add(batch["example_id"], batch["label"], classes, probabilities)
+        waiting.append((batch["example_id"], batch["label"], top))
         return sums
 
     first = jax.process_index() == 0
     with Bar(len(dataset), "evaluate", "videos", shown=first) as bar:
-        return evaluate(step, batches, bar.reach)
+
+        def on_batch(videos: int) -> None:
+            bar.reach(videos)
+            ids, labels, top = waiting.popleft()
+            if predictions is not None:
+                probabilities, classes = map(local_rows, top)
+                predictions.add(ids, labels, classes, probabilities)
+
+        return evaluate(step, batches, on_batch)
 
 
 def evaluate_and_write(run: Run, dataset: VideoDataset) -> dict[str, Any]:

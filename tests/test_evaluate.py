@@ -37,6 +37,28 @@ def run(labels, batch_size, step=None):
     )
 
 
+def test_the_next_batch_is_under_way_when_one_is_read():
+    order = []
+
+    class Sums(dict):
+        def items(self):
+            order.append("read")
+            return super().items()
+
+    def step(batch):
+        order.append("start")
+        ones = {name: np.ones((), np.int64) for name in ("top1", "top5")}
+        return Sums(ones | {name: np.ones(2) for name in ("class_correct", "class_count")})
+
+    def on_batch(videos):
+        order.append(videos)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_get", lambda sums: sums)
+        evaluate.evaluate(step, iter(range(3)), on_batch)
+    assert order == ["start", "start", "read", 2, "start", "read", 4, "read", 6]
+
+
 @pytest.mark.parametrize("batch_size", [8, 16, 40])
 def test_exact_fraction_with_padding_on_eight_devices(batch_size):
     labels = np.arange(37) % CLASSES
