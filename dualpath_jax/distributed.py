@@ -1,7 +1,7 @@
 """Several processes that do one run together, one on each host: how they start and end.
 
 Public: `start`, `ending_together`, `another_failed`, `is_first`, `label`, `check_same`,
-`check_shared`.
+`check_shared`, `share_compiled_programs`.
 """
 
 import contextlib
@@ -23,8 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dualpath_jax import environment
 from dualpath_jax.preemption import EXIT_CODE
 
 HEARTBEAT_SECONDS = 30  # a process that is silent for so long is dead
@@ -184,6 +186,20 @@ def _leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def share_compiled_programs(workdir: str) -> None:
+    """Keep several processes' compiled programs in the workdir, unless the user chose a folder.
+
+    Process 0 alone writes them, so that the others would find none on hosts of their own and
+    compile at every start. On GPUs they would also wait for process 0, which finds its own: JAX
+    has them share out the tuning of products.
+    """
+    usual = environment.cache_folder()  # its name tells the kind of processor
+    if jax.process_count() > 1 and jax.config.jax_compilation_cache_dir == str(usual):
+        compilation_cache.reset_cache()
+        folder = f"{workdir}/compiled_programs/{usual.name}"
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def check_shared(workdir: str) -> None:

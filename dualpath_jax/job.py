@@ -51,4 +51,5 @@ def _claimed(workdir: str) -> Iterator[None]:
             run_lib.check_workdir(workdir)
             stack.enter_context(lock.claimed(workdir, "--workdir"))
         distributed.check_shared(workdir)
+        distributed.share_compiled_programs(workdir)
         yield

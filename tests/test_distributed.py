@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax._src import xla_bridge
 
-from dualpath_jax import distributed
+from dualpath_jax import distributed, environment
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,22 @@ def test_cloud_storage_that_is_unavailable_is_no_lost_process(monkeypatch):
     assert distributed.another_failed(jax.errors.JaxRuntimeError(message))
     assert not distributed.another_failed(OSError("HTTP response code 503: Service Unavailable"))
     assert not distributed.another_failed(ValueError("no videos"))
+
+
+@pytest.mark.parametrize(
+    ("processes", "chosen", "folder"),
+    [(2, None, "runs/x/compiled_programs/{}"), (1, None, None), (2, "elsewhere", "elsewhere")],
+)
+def test_where_compiled_programs_are_kept(processes, chosen, folder, monkeypatch):
+    """Several processes keep them where all find them."""
+    usual = str(environment.cache_folder())
+    folder = folder and folder.format(environment.cache_folder().name)
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    try:
+        jax.config.update("jax_compilation_cache_dir", chosen or usual)
+        distributed.share_compiled_programs("runs/x")
+        assert jax.config.jax_compilation_cache_dir == (folder or usual)
+    finally:
+        distributed.compilation_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", before)
