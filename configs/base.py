@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
     config.model.train_tokens = True  # class tokens and spatial positions train (sec. 4)
     config.model.adapt_shifted_windows = False  # Swin: adapters in these blocks too (not App. B.1)
     config.model.dtype = "bfloat16"  # of the computation; trainable parameters are float32; ours
-    config.model.scan_blocks = True  # loop over blocks (accelerators) or write them out (CPU)
+    config.model.scan_blocks = placeholder(bool)  # False: write blocks out; None: on a GPU alone
     config.model.remat = "cheap"  # kept for the backward pass: none: all; cheap; full: block inputs
     config.model.class_only = True  # ViT's last block: only what the class token needs; same result
 

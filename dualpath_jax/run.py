@@ -317,7 +317,7 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
     # Two arrays: one buffer in two places of a donated state is freed twice.
     step, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
     state = TrainState(step, trainable, optimizer.init(params), skipped)
-    if not config.model.scan_blocks:
+    if not tuning.loops_blocks(config):
         frozen = params_lib.unstack(frozen)
     bar.tell(params_lib.parameter_table(params, mask))
     return Run(

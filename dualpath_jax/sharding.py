@@ -48,10 +48,10 @@ def check_settings(config: Any, num_devices: int) -> None:
         )
     if config.mesh.fsdp < 1:
         raise ValueError(f"mesh.fsdp={config.mesh.fsdp} must be at least 1")
-    if config.mesh.fsdp > 1 and not config.model.scan_blocks:
+    if config.mesh.fsdp > 1 and config.model.scan_blocks is False:
         raise ValueError(
-            f"mesh.fsdp={config.mesh.fsdp} divides the weights that model.scan_blocks=True loops "
-            "over, and nothing where it is False: set it"
+            f"mesh.fsdp={config.mesh.fsdp} divides the weights that a loop goes over, and nothing "
+            "with model.scan_blocks=False: leave that out"
         )
     accumulation_steps = config.optimizer.accumulation_steps
     for key, size, parts in (

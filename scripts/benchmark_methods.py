@@ -72,7 +72,8 @@ def main() -> None:
             ssv2_vitb.get_config(), ssv2_vitb_full.get_config(), method
         )
         config.model.dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")
-        config.model.scan_blocks = not on_cpu
+        if on_cpu:
+            config.model.scan_blocks = False
         configs[method] = config
     speeds = method_benchmark.measure(
         configs, arguments.rounds, lambda line: print(line, file=sys.stderr, flush=True)

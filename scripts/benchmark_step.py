@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     dtypes = ["float32", "bfloat16"]
     help_ = "of the computation (float32 bfloat16)"
     add("--dtypes", nargs="+", default=dtypes, choices=dtypes, help=help_)
-    help_ = "loop over blocks instead of writing them out; always so on a GPU"
+    help_ = "loop over blocks instead of writing them out; always so on a TPU"
     add("--scan_blocks", action="store_true", help=help_)
     add("--remat", default="cheap", help="config.model.remat (cheap)")
     add("--json", action="store_true", help="print JSON instead of Markdown")
@@ -96,7 +96,7 @@ def main() -> None:
         sys.exit(f"error: no configs/{arguments.config}.py; check --config")
     import jax
 
-    config.model.scan_blocks = arguments.scan_blocks or jax.default_backend() != "cpu"
+    config.model.scan_blocks = arguments.scan_blocks or jax.default_backend() == "tpu"
     config.model.remat = arguments.remat
     result = measure(config, arguments.dtypes, arguments.batch_size, arguments.rounds)
     print(json.dumps(result, indent=1) if arguments.json else markdown(result))

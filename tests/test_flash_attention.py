@@ -9,7 +9,8 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from dualpath_jax import sharding
-from dualpath_jax.models import attend, vit
+from dualpath_jax.models import attend, layers, vit
+from dualpath_jax.models.adapters import Adapter, ParallelAdapters
 
 HEADS, WIDTH = 3, 24
 on_any_device = jax.nn.dot_product_attention
@@ -92,6 +93,78 @@ def test_jax_does_not_take_197_tokens_as_they_are(with_cudnn):
         lowered(lambda *qkv: on_any_device(*qkv, implementation="cudnn"), 197)
 
 
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Models take this machine for one with a GPU, whose attention fits 10 tokens and more."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attend, "flash_fits", lambda x: x.shape[-3] >= 10)
+
+
+def gradient_in_training(scan=False, dtype=jnp.float32):
+    """(Adapters of three blocks, function of them: their gradient by the class token.)"""
+    config = vit.ViTConfig("tiny", 32, 8, WIDTH, 3, HEADS, 48)  # 17 tokens
+    model = vit.ViT(config, dtype, scan, remat="cheap")
+    sites = ParallelAdapters(Adapter(4, dtype=dtype, parent=None), parent=None)
+    h = jax.random.normal(jax.random.key(0), (2, config.num_tokens, WIDTH)).astype(dtype)
+    params = model.init(jax.random.key(1), h[:, :2], method=vit.ViT.encode)
+    adapters = model.apply(params, jax.random.key(2), sites, 1, 2, method=vit.ViT.init_sites)
+    moved = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape), adapters
+    )
+
+    def loss(adapters):
+        options = sites, adapters, jax.random.key(4), True
+        y = model.apply(params, h, *options, method=vit.ViT.encode)
+        return (y.astype(jnp.float32) ** 2).sum()
+
+    return moved, jax.grad(loss)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_training_adds_a_token_once_for_all_blocks(scan, request):
+    adapters, gradient = gradient_in_training(scan)
+    want = gradient(adapters)
+    request.getfixturevalue("on_gpu")
+    asked = request.getfixturevalue("asked")
+    got = gradient_in_training(scan)[1](adapters)
+    assert set(asked) == {18}
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+def test_the_token_more_counts_in_all_blocks_where_it_is_not_hidden(on_gpu, monkeypatch):
+    """Twin of the test before it."""
+    adapters, gradient = gradient_in_training()
+    gradients = []
+    for hidden in (True, False):
+        monkeypatch.setattr(
+            jax.nn,
+            "dot_product_attention",
+            lambda q, k, v, *, implementation, hidden=hidden, **lengths: on_any_device(
+                q, k, v, **lengths if hidden else {}
+            ),
+        )
+        gradients.append(jax.tree.leaves(gradient(adapters)))
+    assert (
+        max(np.abs(a - b).max() / np.abs(a).max() for a, b in zip(*gradients, strict=True)) > 0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("scan", "kept", "times"), [(False, True, 2), (False, False, 4), (True, True, 2)]
+)
+def test_what_it_returns_is_kept_where_blocks_are_written_out(
+    scan, kept, times, on_gpu, with_cudnn, monkeypatch
+):
+    """Two of three blocks have it, and the second its backward pass; or one loop and its own."""
+    if not kept:
+        monkeypatch.setitem(layers._KEPT_WRITTEN_OUT, "gpu", layers._KEPT)
+    adapters, gradient = gradient_in_training(scan, jnp.bfloat16)
+    program = jax.jit(gradient).trace(adapters).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("@__cudnn$fmhaSoftmax(") == times
+    assert program.count("@__cudnn$fmhaSoftmaxBackward(") == 1
+
+
 @pytest.mark.parametrize(
     ("platform", "version", "capability", "there"),
     [
@@ -129,7 +202,7 @@ def test_when_it_is_taken(dtype, num_tokens, class_only, taken, for_cpu, monkeyp
     """In half precision, on many tokens, of all of them."""
     used = []
 
-    def recorder(q, k, v):
+    def recorder(q, k, v, padding):
         used.append(q.shape[1])
         return v
 

@@ -104,5 +104,5 @@ def test_unknown_names():
     config = small("ssv2_vitb", "some", scan=True)
     with pytest.raises(ValueError, match="unknown model.remat='some': known are none, cheap, full"):
         tuning.build_model(config, run.backbone_shape(config), 3)
-    with pytest.raises(ValueError, match="'softmax' is not kept: known are qkv"):
+    with pytest.raises(ValueError, match="'softmax' is not kept: known are attended, branch"):
         layers.keep(np.zeros(3), "softmax")

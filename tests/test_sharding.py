@@ -121,7 +121,7 @@ def test_what_is_divided():
     }
     config = base.get_config()
     config.mesh.fsdp, config.model.scan_blocks = 4, False
-    with pytest.raises(ValueError, match="mesh.fsdp=4 divides the weights that model.scan_blocks"):
+    with pytest.raises(ValueError, match="mesh.fsdp=4 divides the weights that a loop goes over"):
         sharding.check_settings(config, 8)
     with pytest.raises(ValueError, match=r"mesh.fsdp=3 must divide .* 8: use one of \[1, 2, 4, 8]"):
         sharding.make_mesh(3)

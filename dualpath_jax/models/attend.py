@@ -118,26 +118,36 @@ def flash_fits(x: jax.Array) -> bool:
     return long and half and not layers.divided_by_fsdp() and has_flash_attention()
 
 
-@jax.custom_vjp
-def flash_attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def flash_attend(q: jax.Array, k: jax.Array, v: jax.Array, padding: int = 0) -> jax.Array:
     """`attend` by cuDNN on a GPU, which keeps no array of [M, K, N, N]; bfloat16 or float16.
 
-    q, k, v [M, N, K, d] -> [M, N, K, d]. With a backward pass JAX takes even N alone (jax 0.10.2),
-    so that odd ones get a key more there, which no query attends to.
+    q, k, v [M, N, K, d] -> [M, N, K, d]. No query attends to the last `padding` keys. With a
+    backward pass JAX takes even N alone (jax 0.10.2), so that odd ones get a key more there.
     """
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    return _by_cudnn(q, k, v, padding)
 
 
-def _flash_attend_even(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    num_images, num_tokens = q.shape[:2]
-    if num_tokens % 2 == 0:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-    lengths = jnp.full(num_images, num_tokens, jnp.int32)
-    y = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
-    return y[:, :num_tokens]
+def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, padding: int) -> jax.Array:
+    lengths = jnp.full(q.shape[0], q.shape[1] - padding, jnp.int32) if padding else None
+    return jax.nn.dot_product_attention(
+        q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
 
 
-flash_attend.defvjp(
-    lambda *qkv: jax.vjp(_flash_attend_even, *qkv), lambda backward, dy: backward(dy)
-)
+def _flash_attend_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, padding: int
+) -> tuple[jax.Array, Any]:
+    num_tokens = q.shape[1]
+    odd = num_tokens % 2
+
+    def even(*qkv):
+        if odd:
+            qkv = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in qkv)
+        return _by_cudnn(*qkv, padding + odd)[:, :num_tokens]
+
+    y, backward = jax.vjp(even, q, k, v)
+    return y, jax.tree.map(lambda x: layers.keep(x, "attended"), backward)
+
+
+flash_attend.defvjp(_flash_attend_forward, lambda padding, backward, dy: backward(dy))

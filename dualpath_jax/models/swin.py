@@ -274,9 +274,8 @@ class Swin(nn.Module):
 
     def setup(self):
         config = self.config
-        patch = (config.patch_size, config.patch_size)
-        self.patch_embedding = nn.Conv(
-            config.width, patch, strides=patch, padding="VALID", dtype=self.dtype
+        self.patch_embedding = layers.PatchEmbedding(
+            config.width, config.patch_size, dtype=self.dtype
         )
         self.patch_norm = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype)
         self.blocks = [

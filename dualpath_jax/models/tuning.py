@@ -1,6 +1,7 @@
 """Tuning methods: how each is built and which of its parameters train.
 
-Public: `METHODS`, `Method`, `build_model`, `trains`, `takes_framesets`.
+Public: `METHODS`, `Method`, `build_model`, `trains`, `takes_framesets`, `compute_dtype`,
+`loops_blocks`.
 
 To add a method: write its module, add it to `METHODS` with a rule for each of its parameters.
 """
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from dualpath_jax.models.adapters import Adapter
@@ -103,7 +105,7 @@ def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> 
         train_tokens=model.train_tokens,
         adapt_shifted_windows=model.adapt_shifted_windows,
         dtype=compute_dtype(config),
-        scan_blocks=model.scan_blocks,
+        scan_blocks=loops_blocks(config),
         remat=model.remat,
         class_only=model.class_only,
     )
@@ -123,7 +125,7 @@ def _frame_model(
         head=head,
         sites=sites,
         dtype=compute_dtype(config),
-        scan_blocks=config.model.scan_blocks,
+        scan_blocks=loops_blocks(config),
         remat=config.model.remat,
         class_only=config.model.class_only,
         **options,
@@ -274,6 +276,17 @@ def compute_dtype(config: Any) -> Any:
             f"unknown model.dtype {config.model.dtype!r}: known are {', '.join(DTYPES)}"
         )
     return DTYPES[config.model.dtype]
+
+
+def loops_blocks(config: Any) -> bool:
+    """Whether the compiled program loops over a backbone's blocks, by `config.model.scan_blocks`.
+
+    Where that is None they are written out on a GPU: its programs copy what a loop keeps for the
+    backward pass. With `config.mesh.fsdp` they are not, as it divides what a loop goes over.
+    """
+    if config.model.scan_blocks is not None:
+        return config.model.scan_blocks
+    return jax.default_backend() != "gpu" or config.mesh.fsdp > 1
 
 
 def _method(name: str) -> Method:
