@@ -72,8 +72,7 @@ def main() -> None:
             ssv2_vitb.get_config(), ssv2_vitb_full.get_config(), method
         )
         config.model.dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")
-        if on_cpu:
-            config.model.scan_blocks = False
+        config.model.scan_blocks = not on_cpu  # compiles sooner; on an H200 2% slower
         configs[method] = config
     speeds = method_benchmark.measure(
         configs, arguments.rounds, lambda line: print(line, file=sys.stderr, flush=True)
