@@ -256,7 +256,8 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
                 check_finite(done, values, max_skipped, checkpoints)
                 pending = None
             if plan.logs(done):
-                values["learning_rate"] = float(run.schedule(step))
+                taken = step - values.get("skipped_steps", 0)  # as the optimizer counts
+                values["learning_rate"] = float(run.schedule(taken))
                 reporter.progress(done, values | {"broken_videos": len(broken.videos)})
             if saves:
                 state = sharding.whole(run.state, run.mesh)

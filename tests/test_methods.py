@@ -3,6 +3,7 @@
 import functools
 import importlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +17,10 @@ from dualpath_jax import train
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import backbones, swin, tuning
-from dualpath_jax.models.adapters import Adapter
+from dualpath_jax.models.adapters import Adapter, Classifier
 from dualpath_jax.models.aim import AIMSites
+from dualpath_jax.models.frames import AverageClassifier
+from dualpath_jax.models.temporal import TemporalClassifier
 
 
 def layers(prefix, *names, leaves=("kernel", "bias")):
@@ -92,6 +95,23 @@ def one_step(config, model, params):
     new, metrics = run(trainable, frozen, batch)
     trees = (trainable, new.trainable, frozen)
     return *(params_lib.flatten(tree) for tree in trees), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize("head", ["classifier", "average", "temporal", "dense"])
+def test_heads_are_computed_in_float32(head):
+    """Also where products of float32 are made of less unless told; twin: a layer that is not."""
+    module, x = {
+        "classifier": (Classifier(8, 3), jnp.ones((2, 16))),
+        "average": (AverageClassifier(3), jnp.ones((2, 4, 16))),
+        "temporal": (TemporalClassifier(TINY, 3), jnp.ones((2, 4, TINY.width))),
+        "dense": (nn.Dense(3), jnp.ones((2, 16))),
+    }[head]
+    params = jax.eval_shape(module.init, jax.random.key(0), x)
+    gradient = jax.make_jaxpr(jax.grad(lambda params, x: module.apply(params, x).sum()))(params, x)
+    products = str(gradient).count("dot_general[")
+    assert products >= 1
+    full = str(gradient).count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
+    assert full == (0 if head == "dense" else products)
 
 
 def test_every_method_has_a_case():

@@ -111,8 +111,9 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, 2e] float32 -> logits [B, classes] float32."""
-        x = gelu(nn.Dense(self.hidden, name="hidden")(x))
-        return nn.Dense(self.num_classes, name="output")(x)
+        with layers.full_precision():
+            x = gelu(nn.Dense(self.hidden, name="hidden")(x))
+            return nn.Dense(self.num_classes, name="output")(x)
 
 
 class DepthwiseConv(nn.Module):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dualpath_jax.models import layers
 from dualpath_jax.models.adapters import DepthwiseConv
 from dualpath_jax.models.frames import FrameModel, patch_grid
 from dualpath_jax.models.layers import ACTIVATIONS
@@ -134,7 +135,8 @@ class Decoder(nn.Module):
             x = block(x, h, rngs[i])
         x = nn.LayerNorm(epsilon=1e-5, name="ln")(x[:, 0].astype(jnp.float32))
         x = nn.Dropout(self.dropout)(x, deterministic=dropout_rng is None, rng=rngs[-1])
-        return nn.Dense(self.num_classes, name="output")(x)
+        with layers.full_precision():
+            return nn.Dense(self.num_classes, name="output")(x)
 
 
 class EVL(FrameModel):

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dualpath_jax.models import layers
 from dualpath_jax.models.backbones import BackboneConfig, build_backbone
 from dualpath_jax.models.layers import Sites
 
@@ -41,7 +42,8 @@ class AverageClassifier(nn.Module):
         """x [B, T, D] float32 -> logits [B, classes] float32."""
         x = x.mean(axis=1)
         x = nn.Dropout(self.dropout)(x, deterministic=dropout_rng is None, rng=dropout_rng)
-        return nn.Dense(self.num_classes, name="output")(x)
+        with layers.full_precision():
+            return nn.Dense(self.num_classes, name="output")(x)
 
 
 class FrameModel(nn.Module):

@@ -151,6 +151,11 @@ class Sites(nn.Module):
         return h
 
 
+def full_precision() -> Any:
+    """A context in which float32 products are float32: else TPUs take bfloat16, GPUs TF32."""
+    return jax.default_matmul_precision("highest")
+
+
 def dense(features: int, dtype: Any, for_cpu: bool = False, **options: Any) -> nn.Dense:
     """`nn.Dense`, computed as `cpu_forms.Dense` if `for_cpu`."""
     return (cpu_forms.Dense if for_cpu else nn.Dense)(features, dtype=dtype, **options)

@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dualpath_jax.models import layers
 from dualpath_jax.models.backbones import BackboneConfig
-from dualpath_jax.models.layers import no_sites
 from dualpath_jax.models.vit import Block, ViTConfig
 
 
@@ -56,5 +56,7 @@ class TemporalClassifier(nn.Module):
             prompts = self.param("prompts", normal, (self.num_prompts, x.shape[-1]))
             prompts = jnp.broadcast_to(prompts, (x.shape[0], *prompts.shape))
             x = jnp.concatenate([prompts, x], axis=1)
-        x = Block(block_config(self.config, x.shape[-1]), name="block")(x, no_sites())
-        return nn.Dense(self.num_classes, name="output")(x[:, self.num_prompts :].mean(axis=1))
+        with layers.full_precision():
+            block = Block(block_config(self.config, x.shape[-1]), name="block")
+            x = block(x, layers.no_sites())[:, self.num_prompts :].mean(axis=1)
+            return nn.Dense(self.num_classes, name="output")(x)
