@@ -4,7 +4,8 @@
 
 A run that was stopped goes on with the same command. Videos that cannot be used are listed with the
 reason in OUT/bad_videos.jsonl, those stored in part in OUT/truncated_videos.jsonl; the last lines
-printed say how many were listed, found and stored.
+printed say how many were listed, found and stored. Where files were missing and are there now, or
+limits were too tight, the same command with --retry_bad decodes the bad videos again.
 
 With --check every video is decoded and nothing stored: bad and truncated videos are printed, a line
 of JSON each, and the last lines say what would be stored and how many bytes it would take.
@@ -40,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
     add("--quality", type=positive(int), default=90, help="JPEG quality, 1 to 95 (90)")
     add("--fps", type=positive(float), help="frames per second to store of faster videos (all)")
     add("--num_workers", type=positive(int), help="decoding processes (one per core)")
+    help_ = "decode the bad videos of an earlier run again; limits may be others"
+    add("--retry_bad", action="store_true", help=help_)
     add("--max_missing", type=float, default=0.1, help="part of a split that may be missing (0.1)")
     add(
         "--validation_fraction",
@@ -65,6 +68,8 @@ def parse_arguments() -> argparse.Namespace:
         parser().error("--out is missing (or --check, which stores nothing)")
     if arguments.bad_videos and not arguments.check:
         parser().error("--bad_videos goes with --check; otherwise OUT/bad_videos.jsonl is the list")
+    if arguments.retry_bad and arguments.check:
+        parser().error("--retry_bad goes without --check, which decodes every video anyway")
     return arguments
 
 
@@ -100,6 +105,7 @@ def main() -> None:
             sys.exit(1 if counts["total"].bad else 0)
         from dualpath_jax.data.prepare import prepare  # imports TensorFlow
 
+        options["retry_bad"] = arguments.retry_bad
         prepare(listing, arguments.videos, arguments.out, **options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

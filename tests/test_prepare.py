@@ -136,14 +136,14 @@ def test_same_bytes_with_other_workers_and_after_an_error(videos, tmp_path, monk
     out = tmp_path / "stopped"
     store, stored = prepare_module._store_shard, []
 
-    def fail_in_second_shard(shard, results, out_dir, bar):
+    def fail_in_second_shard(shard, outcomes, out_dir):
         if stored:
-            results = iter([next(results)])  # then StopIteration, amid the shard
+            outcomes = iter([next(outcomes)])  # and no more, amid the shard
         stored.append(shard)
-        store(shard, results, out_dir, bar)
+        store(shard, outcomes, out_dir)
 
     monkeypatch.setattr(prepare_module, "_store_shard", fail_in_second_shard)
-    with pytest.raises(StopIteration):
+    with pytest.raises(ValueError, match="shorter"):
         run(videos, out)
     assert sorted(os.listdir(out / "prepare")) == [
         "lock",
@@ -163,6 +163,62 @@ def test_same_bytes_with_other_workers_and_after_an_error(videos, tmp_path, monk
     run(videos, out)
     assert stored == [("train", 1), ("train", 2), ("validation", 0)]
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_bad_videos_are_tried_again_when_asked(videos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(videos, out)
+    before = contents(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_store_shard", None)
+        run(videos, out, retry_bad=True)  # they still are bad
+        assert contents(out) == before
+        for name in ("clip 1.mp4", "clip 3.mp4"):
+            (videos / name).write_bytes((videos / "clip 4.mp4").read_bytes())
+        run(videos, out)
+        assert contents(out) == before
+    rewritten, decoded = [], []
+    store, outcome = prepare_module._store_shard, prepare_module._outcome
+    monkeypatch.setattr(
+        prepare_module,
+        "_store_shard",
+        lambda s, *rest: (rewritten.append(s.index), store(s, *rest)),
+    )
+    monkeypatch.setattr(
+        prepare_module, "_outcome", lambda v, result: (decoded.append(v.id), outcome(v, result))[1]
+    )
+    longer = DecodeLimits(seconds=50.0)
+    with pytest.raises(ValueError, match=r"limits.seconds was 60.0, is 50.0"):
+        run(videos, out, limits=longer)
+    counts = run(videos, out, retry_bad=True, limits=longer)
+    assert (counts["total"].stored, counts["total"].bad) == (7, 0)
+    assert (rewritten, decoded) == ([0, 1], ["clip 1.mp4", "clip 3.mp4"])
+    assert ledger_of(out) == []
+    (out / "missing_videos.txt").unlink()
+    run(videos, tmp_path / "fresh", limits=longer)
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_a_run_that_ends_while_bad_videos_are_tried_again(videos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(videos, out)
+    (videos / "clip 1.mp4").write_bytes((videos / "clip 4.mp4").read_bytes())
+    write = prepare_module.records.write_atomically
+
+    def end_before_the_sidecar(path, text):
+        if "-of-" in os.path.basename(path):
+            raise KeyboardInterrupt
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module.records, "write_atomically", end_before_the_sidecar)
+        with pytest.raises(KeyboardInterrupt):
+            run(videos, out, retry_bad=True)
+    with pytest.raises(FileNotFoundError, match="no prepared videos"):
+        VideoDataset(str(out), "train")
+    run(videos, out)
+    run(videos, tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
 
 
 def test_videos_in_another_place_are_the_same(videos, tmp_path):
@@ -496,6 +552,7 @@ def test_command_line(videos, tmp_path):
     [
         ([], "--out is missing"),
         (["--out=x", "--bad_videos=x"], "--bad_videos goes with --check"),
+        (["--check", "--retry_bad"], "--retry_bad goes without --check"),
         (["--out=x", "--fps=0"], "argument --fps: 0.0 is not positive"),
         (["--out=x", "--fps=nan"], "argument --fps: nan is not positive"),
         (["--out=x", "--quality=high"], "argument --quality: invalid whole number value: 'high'"),

@@ -1,7 +1,7 @@
 """Turns listed videos into prepared ones: `prepare`. See `records` for what it writes.
 Work is cut into shards of consecutive videos. A shard is finished when its JSON sidecar is there;
 it holds what was stored and what was bad. An interrupted run goes on after its last finished shard,
-and a finished one only prints its summary again.
+and a finished one only prints its summary again, unless bad videos are to be tried once more.
 """
 
 import contextlib
@@ -9,11 +9,15 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
+
+from array_record.python.array_record_module import ArrayRecordReader
 
 from dualpath_jax.bar import Bar
 from dualpath_jax.cores import num_cores
@@ -22,6 +26,9 @@ from dualpath_jax.data.datasets import Listing, Video
 from dualpath_jax.data.decode import DecodeLimits, FrameFormat, video_to_jpegs
 from dualpath_jax.data.ledger import Counts
 from dualpath_jax.data.workers import Failure, WorkerPool
+
+# What became of a video: the records of its frames and its entry in the sidecar, or why not.
+_Outcome: TypeAlias = tuple[Iterable[bytes], dict] | Failure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +58,7 @@ def prepare(
     num_workers: int | None = None,
     limits: DecodeLimits | None = None,
     max_missing: float = 0.1,
+    retry_bad: bool = False,
     progress: bool = True,
 ) -> dict[str, Counts]:
     """Decodes every listed video once and stores it; goes on where an earlier run was stopped.
@@ -66,6 +74,7 @@ def prepare(
       num_workers: decoding processes, by default one per core.
       limits: what one video may cost.
       max_missing: part of a split's videos, 0..1, whose files may be missing.
+      retry_bad: decode what was bad in an earlier run again, whose limits may have been others.
       progress: show how far it is, see `bar`.
 
     Returns:
@@ -83,25 +92,34 @@ def prepare(
     settings = _settings(listing, short_side, quality, fps, videos_per_shard, limits)
     shards = _cut(listing, videos_per_shard)
     with _claimed(out_dir):
-        _check_same(out_dir, settings)
-        todo = [shard for shard in shards if not os.path.exists(shard.sidecar(out_dir))]
+        _check_same(out_dir, settings, retry_bad)
+        todo = []  # (shard, its videos that are to be decoded)
+        for shard in shards:
+            if not os.path.exists(shard.sidecar(out_dir)):
+                todo.append((shard, shard.videos))
+            elif retry_bad and (bad := _bad_videos(shard, out_dir)):
+                todo.append((shard, bad))
         with _full_disk_explained(out_dir, shards):
             if todo:
                 _refuse_missing(listing, videos_dir, out_dir, max_missing)
             records.write_atomically(_settings_path(out_dir), json.dumps(settings, indent=1))
             arguments = (
                 (os.path.join(videos_dir, video.path), short_side, quality, limits, fps)
-                for shard in todo
-                for video in shard.videos
+                for _, videos in todo
+                for video in videos
             )
             total = sum(len(shard.videos) for shard in shards)
-            done = total - sum(len(shard.videos) for shard in todo)
+            done = total - sum(len(videos) for _, videos in todo)
             shown = Bar(total, "prepare", "videos", done, progress)
             with shown, WorkerPool(num_workers or num_cores(), limits) as pool:
-                results = pool.map(video_to_jpegs, arguments)
-                for shard in todo:
-                    _store_shard(shard, results, out_dir, shown)
-                    if shard is todo[0]:
+                results = _counted(pool.map(video_to_jpegs, arguments), shown)
+                for i, (shard, _) in enumerate(todo):
+                    if not os.path.exists(shard.sidecar(out_dir)):
+                        _store_shard(shard, _decoded(shard, results), out_dir)
+                    elif outcomes := _retried(shard, results, out_dir):
+                        _mark_unfinished(shard, out_dir)
+                        _store_shard(shard, outcomes, out_dir)
+                    if i == 0:
                         _note_short_disk(out_dir, shards)
             return _finish(listing, shards, out_dir, FrameFormat(short_side, quality, fps))
 
@@ -172,13 +190,15 @@ def _settings_path(out_dir: str) -> str:
     return os.path.join(out_dir, "prepare", "settings.json")
 
 
-def _check_same(out_dir: str, new: dict) -> None:
+def _check_same(out_dir: str, new: dict, with_any_limits: bool) -> None:
     """ValueError that tells the changes if OUT was prepared with other settings."""
     if not os.path.exists(_settings_path(out_dir)):
         return
     with open(_settings_path(out_dir), encoding="utf-8") as file:
         old = json.load(file)
     names = [name for name in old | new if old.get(name) != new.get(name)]
+    if with_any_limits:
+        names = [name for name in names if not name.startswith("limits.")]
     if names:
         changes = ", ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in names)
         raise ValueError(
@@ -201,22 +221,79 @@ def _refuse_missing(listing: Listing, videos_dir: str, out_dir: str, max_missing
         print(f"note: {message}", file=sys.stderr)
 
 
-def _store_shard(shard: _Shard, results: Iterator, out_dir: str, shown: Bar) -> None:
+def _counted(results: Iterator, shown: Bar) -> Iterator:
+    for result in results:
+        yield result
+        shown.update()
+
+
+def _bad_videos(shard: _Shard, out_dir: str) -> list[Video]:
+    """Of a finished shard."""
+    bad = {entry["id"] for entry in _read_sidecar(shard, out_dir)["bad"]}
+    return [video for video in shard.videos if video.id in bad]
+
+
+def _decoded(shard: _Shard, results: Iterator) -> Iterator[_Outcome]:
+    """Of each video of a shard, from the results of `video_to_jpegs`."""
+    # The videos first: when they are done, no result of the next shard is taken.
+    return (_outcome(*pair) for pair in zip(shard.videos, results, strict=False))
+
+
+def _outcome(video: Video, result: Any) -> _Outcome:
+    if isinstance(result, Failure):
+        return result
+    jpegs, facts = result
+    return map(records.encode_frame, jpegs), ledger.stored_entry(video, facts)
+
+
+def _retried(shard: _Shard, results: Iterator, out_dir: str) -> Iterator[_Outcome] | None:
+    """Of each video of a finished shard, the bad ones decoded again; None: they all still are."""
+    anew = []
+    for _ in _bad_videos(shard, out_dir):
+        anew.append(next(results))
+        if not isinstance(anew[-1], Failure):
+            return _joined(shard, itertools.chain(anew, results), out_dir)
+    return None
+
+
+def _joined(shard: _Shard, results: Iterator, out_dir: str) -> Iterator[_Outcome]:
+    """As `_decoded`, but what the shard has stored is read from it."""
+    entries = _read_sidecar(shard, out_dir)["stored"]
+    reader = ArrayRecordReader(shard.frames(out_dir)) if entries else None
+    stored, first = {}, 0
+    for entry in entries:
+        stored[entry["id"]] = entry, range(first, first + entry["num_frames"])
+        first += entry["num_frames"]
+
+    def outcome(video):
+        if video.id not in stored:
+            return _outcome(video, next(results))
+        entry, frames = stored[video.id]
+        return reader.read(list(frames)), entry
+
+    return map(outcome, shard.videos)
+
+
+def _mark_unfinished(shard: _Shard, out_dir: str) -> None:
+    """Before its frames change: a run that ends meanwhile decodes the shard anew."""
+    for path in (os.path.join(out_dir, "dataset_info.json"), shard.sidecar(out_dir)):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+
+
+def _store_shard(shard: _Shard, outcomes: Iterator[_Outcome], out_dir: str) -> None:
     """Writes the frames of a shard and then, as the mark that it is finished, its sidecar."""
     stored, bad, writer = [], [], None
     with contextlib.ExitStack() as stack:  # commits the frames, or discards them on an exception
-        for video in shard.videos:
-            result = next(results)
-            if isinstance(result, Failure):
-                bad.append(ledger.bad_entry(shard.split, video, result))
-            else:
-                jpegs, facts = result
-                path = shard.frames(out_dir)
-                writer = writer or stack.enter_context(records.ShardWriter(path))
-                for jpeg in jpegs:
-                    writer.write(records.encode_frame(jpeg))
-                stored.append(ledger.stored_entry(video, facts))
-            shown.update()
+        for video, outcome in zip(shard.videos, outcomes, strict=True):
+            if isinstance(outcome, Failure):
+                bad.append(ledger.bad_entry(shard.split, video, outcome))
+                continue
+            frames, entry = outcome
+            writer = writer or stack.enter_context(records.ShardWriter(shard.frames(out_dir)))
+            for frame in frames:
+                writer.write(frame)
+            stored.append(entry)
     sidecar = json.dumps({"stored": stored, "bad": bad})
     records.write_atomically(shard.sidecar(out_dir), sidecar)
 
