@@ -58,7 +58,7 @@ def traffic(compiled):
 def test_a_step_is_the_same_on_any_mesh(config, dataset):
     one, metrics, compiled, _ = step_on(config, dataset, 1)
     assert not traffic(compiled)
-    for devices, fsdp, parts in ((4, 2, 1), (2, 1, 2)):
+    for devices, fsdp, parts in ((4, 2, 1), (2, 2, 1), (2, 1, 2)):
         config.mesh.fsdp, config.optimizer.accumulation_steps = fsdp, parts
         other, others, compiled, run = step_on(config, dataset, devices)
         for name, leaf in one.items():
@@ -99,6 +99,16 @@ def test_gradients_in_bfloat16(platform, axes, config, monkeypatch):
     config.optimizer.reduce_dtype = "float16"
     with pytest.raises(ValueError, match="reduce_dtype='float16': known are float32, bfloat16"):
         sharding.check_settings(config, 2)
+
+
+@pytest.mark.parametrize(("fsdp", "sums"), [(1, True), (2, False)])
+def test_no_sum_where_one_device_has_all_rows(fsdp, sums):
+    """Of one number, a GPU's compiler refuses it (`mesh.fsdp` of all devices)."""
+    mesh = sharding.make_mesh(fsdp, jax.devices()[:2])
+    averaged = sharding.averaged(lambda w, *_: ({"loss": w}, {"w": w}), mesh, "float32")
+    with sharding.using(mesh):
+        program = jax.make_jaxpr(averaged)(1.0, 1.0, jnp.arange(4.0), jax.random.key(0))
+    assert ("psum" in str(program)) == sums
 
 
 def test_what_is_divided():
