@@ -195,6 +195,8 @@ class Place:
     def __init__(self, folder, demo_data):
         self.folder = folder
         self._results: dict[str, futures.Future] = {}
+        # Compiled as other tests are. Taken here: a thread would read it while pytest changes it.
+        self._environment = {**os.environ, "XLA_FLAGS": xla_flags()}
         for name in ("configs", "dualpath_jax", "scripts"):
             (folder / name).symlink_to(ROOT / name)
         shutil.copytree(demo_data, folder / "data" / "demo")
@@ -231,7 +233,7 @@ class Place:
         done = subprocess.run(
             words,
             cwd=self.folder,
-            env={**os.environ, "XLA_FLAGS": xla_flags()},  # compiled as other tests are
+            env=self._environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
