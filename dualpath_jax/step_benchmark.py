@@ -32,7 +32,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from dualpath_jax import efficiency, environment, evaluate, run, sharding, train
 from dualpath_jax import params as params_lib
 from dualpath_jax.data import synthetic
-from dualpath_jax.models import dualpath
+from dualpath_jax.models import dualpath, layers
 from dualpath_jax.torch_dualpath import TorchDualPath
 from dualpath_jax.turns import take_turns
 
@@ -150,7 +150,7 @@ def full_precision() -> Iterator[None]:
         return
     _use_tf32(False)
     try:
-        with jax.default_matmul_precision("highest"):
+        with layers.full_precision():
             yield
     finally:
         _use_tf32(True)

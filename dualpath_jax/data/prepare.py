@@ -113,10 +113,10 @@ def prepare(
             shown = Bar(total, "prepare", "videos", done, progress)
             with shown, WorkerPool(num_workers or num_cores(), limits) as pool:
                 results = _counted(pool.map(video_to_jpegs, arguments), shown)
-                for i, (shard, _) in enumerate(todo):
+                for i, (shard, videos) in enumerate(todo):
                     if not os.path.exists(shard.sidecar(out_dir)):
                         _store_shard(shard, _decoded(shard, results), out_dir)
-                    elif outcomes := _retried(shard, results, out_dir):
+                    elif outcomes := _retried(shard, len(videos), results, out_dir):
                         _mark_unfinished(shard, out_dir)
                         _store_shard(shard, outcomes, out_dir)
                     if i == 0:
@@ -223,8 +223,8 @@ def _refuse_missing(listing: Listing, videos_dir: str, out_dir: str, max_missing
 
 def _counted(results: Iterator, shown: Bar) -> Iterator:
     for result in results:
-        yield result
         shown.update()
+        yield result
 
 
 def _bad_videos(shard: _Shard, out_dir: str) -> list[Video]:
@@ -246,10 +246,12 @@ def _outcome(video: Video, result: Any) -> _Outcome:
     return map(records.encode_frame, jpegs), ledger.stored_entry(video, facts)
 
 
-def _retried(shard: _Shard, results: Iterator, out_dir: str) -> Iterator[_Outcome] | None:
+def _retried(
+    shard: _Shard, num_bad: int, results: Iterator, out_dir: str
+) -> Iterator[_Outcome] | None:
     """Of each video of a finished shard, the bad ones decoded again; None: they all still are."""
     anew = []
-    for _ in _bad_videos(shard, out_dir):
+    for _ in range(num_bad):
         anew.append(next(results))
         if not isinstance(anew[-1], Failure):
             return _joined(shard, itertools.chain(anew, results), out_dir)
@@ -260,16 +262,14 @@ def _joined(shard: _Shard, results: Iterator, out_dir: str) -> Iterator[_Outcome
     """As `_decoded`, but what the shard has stored is read from it."""
     entries = _read_sidecar(shard, out_dir)["stored"]
     reader = ArrayRecordReader(shard.frames(out_dir)) if entries else None
-    stored, first = {}, 0
-    for entry in entries:
-        stored[entry["id"]] = entry, range(first, first + entry["num_frames"])
-        first += entry["num_frames"]
+    pairs = zip(_rows(entries), entries, strict=True)
+    stored = {row.id: (row, entry) for row, entry in pairs}
 
     def outcome(video):
         if video.id not in stored:
             return _outcome(video, next(results))
-        entry, frames = stored[video.id]
-        return reader.read(list(frames)), entry
+        row, entry = stored[video.id]
+        return reader.read(list(range(row.first_frame, row.first_frame + row.num_frames))), entry
 
     return map(outcome, shard.videos)
 

@@ -111,10 +111,10 @@ def has_flash_attention() -> bool:
     return float(device.compute_capability) >= 8.0
 
 
-def flash_fits(x: jax.Array) -> bool:
-    """Whether queries, keys and values like x [..., N, K, d] are for `flash_attend`."""
-    long = x.shape[-3] >= 64  # of 8 tokens it takes five times as long as XLA's (H200)
-    half = x.dtype in (jnp.bfloat16, jnp.float16)
+def flash_fits(num_tokens: int, dtype: Any) -> bool:
+    """Whether queries, keys and values of N tokens and such a dtype are for `flash_attend`."""
+    long = num_tokens >= 64  # of 8 tokens it takes five times as long as XLA's (H200)
+    half = dtype in (jnp.bfloat16, jnp.float16)
     return long and half and not layers.divided_by_fsdp() and has_flash_attention()
 
 

@@ -165,18 +165,17 @@ class Attention(nn.Module):
 
     def project(self, x: jax.Array) -> list[jax.Array]:
         """x [M, N, D] -> queries, keys and values, each [M, N, K, D/K]."""
-        if jax.default_backend() == "gpu" and not self.is_initializing():
-            return self._project_apart(x)
-        qkv = self.qkv(x.reshape(-1, x.shape[-1]) if self.training else x)
-        if not self.for_cpu:  # there `attend` keeps them as it needs them
-            qkv = layers.keep(qkv, "qkv")
-        # A split: its gradient is one concatenation, which slices' is not.
-        return [y.reshape(*x.shape[:2], self.heads, -1) for y in jnp.split(qkv, 3, axis=-1)]
-
-    def _project_apart(self, x: jax.Array) -> list[jax.Array]:
-        """`project` in three products, as cuDNN reads each from an array of its own."""
         rows = x.reshape(-1, x.shape[-1])
-        parts = (layers.keep(rows @ kernel + bias, "qkv") for kernel, bias in self._qkv_weights())
+        if jax.default_backend() == "gpu" and not self.is_initializing():
+            # Three products, as cuDNN reads each from an array of its own.
+            weights = self._qkv_weights()
+            parts = [layers.keep(rows @ kernel + bias, "qkv") for kernel, bias in weights]
+        else:
+            qkv = self.qkv(rows if self.training else x)
+            if not self.for_cpu:  # there `attend` keeps them as it needs them
+                qkv = layers.keep(qkv, "qkv")
+            # A split: its gradient is one concatenation, which slices' is not.
+            parts = jnp.split(qkv, 3, axis=-1)
         return [y.reshape(*x.shape[:2], self.heads, -1) for y in parts]
 
     def _qkv_weights(self) -> list[tuple[jax.Array, jax.Array]]:
@@ -191,7 +190,7 @@ class Attention(nn.Module):
             y = self._attend_class(x)
         else:
             q, k, v = self.project(x)
-            if attend.flash_fits(q):
+            if attend.flash_fits(q.shape[1], q.dtype):
                 y = attend.flash_attend(q, k, v, self.padding)
             elif self.for_cpu or jax.default_backend() == "gpu":
                 y = attend.attend(q, k, v)
@@ -341,7 +340,8 @@ class ViT(nn.Module):
             rngs = jax.random.split(dropout_rng, self.config.depth)
         token_wise = sites is None or sites.token_wise
         # One token more for all blocks, rather than one more of what each block's attention reads.
-        padding = h.shape[1] % 2 if training and token_wise and self._flash_fits(h) else 0
+        flash = attend.flash_fits(h.shape[1], h.dtype)
+        padding = h.shape[1] % 2 if training and token_wise and flash else 0
 
         def body(h, layer, class_only=False):
             block, site_params, rng = layer
@@ -360,11 +360,6 @@ class ViT(nn.Module):
         first = jax.tree.map(lambda leaf: leaf[:-1], layer_params)
         last = jax.tree.map(lambda leaf: leaf[-1], layer_params)
         return body(loop(h, first), last, class_only=True)
-
-    def _flash_fits(self, h: jax.Array) -> bool:
-        heads = self.config.heads
-        shape = (*h.shape[:2], heads, self.config.width // heads)
-        return attend.flash_fits(jax.ShapeDtypeStruct(shape, h.dtype))
 
     def queries_and_keys(
         self, h: jax.Array, index: int, sites: Sites | None = None, site_params: Any = None
