@@ -54,6 +54,7 @@ def main() -> None:
         else:
             print(predict.line(found), flush=True)
 
+    sys.stdout.reconfigure(errors="surrogateescape")  # file names may hold any bytes
     with command.user_errors():
         videos = predict.find_videos(arguments.videos)
         bad = predict.predict_videos(

@@ -17,7 +17,6 @@ import argparse
 import pathlib
 import sys
 
-# Worker processes import this file again: keep its imports light and its main guarded.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
 from dualpath_jax import bar  # noqa: E402

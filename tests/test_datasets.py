@@ -93,6 +93,8 @@ def test_ssv2_test_split(videos, tmp_path):
     )
     listing = list_videos("ssv2", str(videos), annotations)
     assert listing.splits["test"] == [Video("7", "7.webm", 0), Video("8", "8.webm", 1)]
+    null = write_ssv2(tmp_path / "a", test=[entry("7", None), entry("8", None)])
+    assert list_videos("ssv2", str(videos), null).splits == listing.splits
     assert len(listing.notices) == 1  # the number of classes
     full = write_ssv2(tmp_path / "b", test=[entry("9", "Moving [something] up")])
     assert list_videos("ssv2", str(videos), full).splits["test"] == [Video("9", "9.webm", 1)]
@@ -204,6 +206,8 @@ def test_csv_file(videos, tmp_path):
     ]
     split = list_videos("csv", str(videos), str(path), 0.5).splits
     assert {name: len(found) for name, found in split.items()} == {"train": 3, "validation": 2}
+    path.write_text("[x]/1.mp4,run\n")
+    assert list_videos("csv", str(videos), str(path), 0.0).splits["train"][0].id == "[x]/1.mp4"
 
 
 def test_csv_numbers_and_kinetics_lists(videos, tmp_path):
@@ -228,6 +232,11 @@ def test_csv_folder(videos, tmp_path, validation):
         "test": ["1.mp4"],
     }
     assert listing.notices == ["1 videos are in several splits, such as '1.mp4'"]
+    other = {"validation.csv": "val.csv", "val.csv": "validation.csv"}[validation]
+    (tmp_path / "lists" / other).write_text("4.mp4,b\n")
+    with pytest.raises(ValueError, match=r"val.csv and another list of .* 'validation'; keep one"):
+        list_videos("csv", str(videos), str(tmp_path / "lists"))
+    (tmp_path / "lists" / other).unlink()
     (tmp_path / "lists" / "test.csv").write_text("9.mp4,c\n")
     with pytest.raises(ValueError, match="'9.mp4' of split 'test' has label 'c'"):
         list_videos("csv", str(videos), str(tmp_path / "lists"))
@@ -243,6 +252,8 @@ def test_csv_folder(videos, tmp_path, validation):
         ("a.mp4,01\n", "label '01' is written with leading zeros"),
         ("path,label\n", "has no videos"),
         ("label,youtube_id,time_start\n", "list.csv is no list of .*looks like Kinetics, --data"),
+        ("video,label\na.mp4,0\nb.mp4,1\n", "'video' has label 'label', .*headings must be"),
+        ("a.mp4 0\nb, c.mp4 1\n", "video 'b' has label 'c.mp4 1', where others have whole numbers"),
         ('[{"vid_name": "a"}]\n', "is no list of `path,label`; it looks like Diving48"),
         ("", "has no videos"),
     ],

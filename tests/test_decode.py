@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import wave
 
 import av
@@ -409,6 +410,20 @@ def test_garbage_in_the_middle(tmp_path):
     assert 5 <= len(frames) < 20
 
 
+def test_a_lost_packet_of_a_transport_stream(tmp_path):
+    """Damages a frame, and the rest of the file stays."""
+    path = pathlib.Path(write_video(tmp_path / "a.ts", noise_frames(20), "mpeg2video", 25, gop=1))
+    data = path.read_bytes()
+    middle = len(data) // 188 // 2 * 188
+    path.write_bytes(data[:middle] + data[middle + 188 :])
+    with av.open(str(path)) as container:
+        corrupt = [packet.is_corrupt for packet in container.demux(video=0)]
+    assert sum(corrupt) == 1
+    assert not any(corrupt[-2:])  # the last frame's, which test_cut_file... has, and the end
+    frames, reader = read(str(path))
+    assert (len(frames), reader.truncated) == (20, "")
+
+
 @pytest.mark.parametrize(
     ("codec", "good"), [("libx264", [4, 5, 6, 7]), ("libvpx-vp9", [4, 5, 6, 7])]
 )
@@ -609,6 +624,34 @@ def test_pool_serves_several_maps_and_ends_its_workers():
         assert second != first
     with pytest.raises(ProcessLookupError):
         os.kill(second, 0)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_an_interrupted_map_left_is_not_taken_for_the_next(late):
+    """As after Ctrl-C in a notebook, which keeps the call's frames: nothing closes them."""
+    with WorkerPool(1, LIMITS) as pool:
+        interrupted = pool.map(act, [("return", 0), ("sleep", 0.2), ("return", "old")])
+        assert next(interrupted) == 0
+        if late:  # the answers are there already
+            time.sleep(0.5)
+        assert list(pool.map(act, [("return", 1), ("return", 2)])) == [1, 2]
+        assert list(pool.map(act, [("return", 3)])) == [3]
+
+
+def test_interrupted_while_a_task_is_sent():
+    with WorkerPool(1, LIMITS) as pool:
+        assert list(pool.map(act, [("return", 0)])) == [0]
+        (worker,) = pool._workers
+        send = worker.connection.send
+
+        def interrupt(task):
+            send(task)
+            raise KeyboardInterrupt
+
+        worker.connection = types.SimpleNamespace(send=interrupt, close=worker.connection.close)
+        with pytest.raises(KeyboardInterrupt):
+            list(pool.map(act, [("return", "old")]))
+        assert list(pool.map(act, [("return", 1)])) == [1]
 
 
 def acts(*what):

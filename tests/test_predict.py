@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import json
 import pathlib
 import runpy
@@ -15,6 +16,7 @@ from video_files import noise_frames, windows_then, write_video
 
 import dualpath_jax as dp
 from dualpath_jax import adapter_file, evaluate, predict, prediction_view, trained, windows
+from dualpath_jax import command as command_lib
 from dualpath_jax import params as params_lib
 from dualpath_jax import run as run_lib
 from dualpath_jax.checkpoint import Checkpoints
@@ -141,6 +143,27 @@ def test_command(run, video, tmp_path, monkeypatch, capsys):
         status, _, err = command(monkeypatch, capsys, "--workdir", run.workdir, *extra)
         assert status == 2
         assert f"error: {message}" in err
+
+
+@pytest.mark.parametrize("json_", [True, False])
+def test_a_name_that_is_not_utf8_stops_nothing(json_, monkeypatch):
+    def one_of_two_is_strange(model, videos, show, **_):
+        for name in ("a_Turn\udce9.mp4", "b.mp4"):
+            show(predict.Found(name, ["run"], [0.5]))
+        return 0
+
+    monkeypatch.setattr(predict, "predict_videos", one_of_two_is_strange)
+    monkeypatch.setattr(predict, "find_videos", list)
+    monkeypatch.setattr(command_lib, "load_model", lambda arguments: None)
+    monkeypatch.setattr(sys, "argv", ["predict.py", "--workdir=x", "y", *(["--json"] * json_)])
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "utf-8", errors="strict"))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert end.value.code == 0
+    lines = printed.getvalue().splitlines()
+    assert (b"\\udce9" if json_ else b"a_Turn\xe9.mp4") in lines[0]
+    assert b"b.mp4" in lines[1]
 
 
 def test_windows_of_a_long_video(tmp_path):

@@ -194,8 +194,44 @@ def test_bad_videos_are_tried_again_when_asked(videos, tmp_path, monkeypatch):
     assert (counts["total"].stored, counts["total"].bad) == (7, 0)
     assert (rewritten, decoded) == ([0, 1], ["clip 1.mp4", "clip 3.mp4"])
     assert ledger_of(out) == []
-    (out / "missing_videos.txt").unlink()
     run(videos, tmp_path / "fresh", limits=longer)
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_reasons_of_videos_that_stay_bad_are_those_of_the_last_try(videos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(videos, out)
+    assert "clip 3.mp4" in (out / "missing_videos.txt").read_text()
+    (videos / "clip 3.mp4").write_bytes(b"no video")
+    monkeypatch.setattr(prepare_module, "_store_shard", None)  # no frames are written
+    assert run(videos, out, retry_bad=True)["total"].found == 7
+    assert ledger_of(out)[1]["reason"].startswith("cannot be opened as a video")
+    assert not (out / "missing_videos.txt").exists()
+    monkeypatch.undo()
+    run(videos, tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_a_copy_without_what_preparing_goes_on_by(videos, tmp_path):
+    """Its frames would be replaced and its tables stay."""
+    out = tmp_path / "out"
+    run(videos, out)
+    for path in (out / "prepare").iterdir():
+        path.unlink()
+    before = contents(out)
+    with pytest.raises(ValueError, match="without the folder `prepare`.* choose another --out"):
+        run(videos, out, retry_bad=True)
+    assert contents(out) == before
+
+
+def test_a_shard_that_is_stored_again_makes_the_tables_anew(videos, tmp_path):
+    out = tmp_path / "out"
+    run(videos, out)
+    (out / "prepare" / "train-00000-of-00003.json").unlink()
+    (videos / "clip 1.mp4").write_bytes((videos / "clip 4.mp4").read_bytes())
+    run(videos, out)
+    assert VideoDataset(str(out), "train").ids == [f"clip {i}.mp4" for i in (0, 1, 2, 4)]
+    run(videos, tmp_path / "fresh")
     assert contents(out) == contents(tmp_path / "fresh")
 
 
@@ -244,7 +280,7 @@ def test_other_settings_or_listing(videos, tmp_path):
     before = contents(out)
     with pytest.raises(ValueError, match=r"other settings.*: quality was 90, is 80\. .*--out"):
         run(videos, out, quality=80)
-    with pytest.raises(ValueError, match="limits.max_pixels was .* is 100"):
+    with pytest.raises(ValueError, match=r"limits.max_pixels was .* is 100\. Pass .*--retry_bad"):
         run(videos, out, limits=DecodeLimits(max_pixels=100))
     with open(videos.parent / "lists" / "train.csv", "a") as file:
         file.write("new.mp4,up\n")
@@ -300,6 +336,8 @@ def test_thinned(videos, tmp_path):
         run(videos, out)
     with pytest.raises(ValueError, match="fps is -1; it must be above 0"):
         run(videos, out, fps=-1)
+    with pytest.raises(ValueError, match=r"short_side is 100000; it must be in 1\.\.65,500"):
+        run(videos, tmp_path / "out", short_side=100_000)
     with pytest.raises(ValueError, match=r"quality is 96; it must be in 1\.\.95"):
         run(videos, out, quality=96)
 

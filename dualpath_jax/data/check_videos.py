@@ -44,7 +44,7 @@ def check(
       ValueError: none of the listed videos is there.
       OSError: `bad_videos` cannot be written.
     """
-    ledger.check_options(quality, fps, max_missing)
+    ledger.check_options(short_side, quality, fps, max_missing)
     limits = limits or DecodeLimits()
     missing = ledger.find_missing(listing, videos_dir)
     for message, refused in ledger.missing_in_splits(listing, videos_dir, missing, max_missing):

@@ -20,8 +20,8 @@ def read_csv(videos_dir: str, annotations: str | None, validation_fraction: floa
     """Lines `path,label`: a file, or a folder of train.csv, validation.csv (or val.csv), test.csv.
 
     The label is what follows the last comma (Kinetics' lists, "path 12" without any comma, are read
-    too); fields may be quoted; a first line `path,label` is skipped. When all labels are whole
-    numbers, they are the class indices; otherwise classes are the sorted names.
+    too); fields may be quoted; a first line `path,label` is skipped. Labels are class indices, or
+    all of them names, whose classes are in sorted order.
     """
     del videos_dir
     annotations = require(annotations, os.path.exists, "a CSV file or a folder with train.csv")
@@ -30,7 +30,12 @@ def read_csv(videos_dir: str, annotations: str | None, validation_fraction: floa
         for name, split in SPLIT_NAMES.items():
             path = os.path.join(annotations, name + ".csv")
             if os.path.exists(path):
-                rows.setdefault(split, _read_rows(path))
+                if split in rows:
+                    raise ValueError(
+                        f"{annotations!r} has {name}.csv and another list of the same split, "
+                        f"{split!r}; keep one of them"
+                    )
+                rows[split] = _read_rows(path)
         if "train" not in rows:
             raise ValueError(
                 f"there is no train.csv in {annotations!r}{looks_like(annotations, 'csv')}"
@@ -58,7 +63,8 @@ def _read_rows(path: str) -> list[tuple[str, str]]:
                 fields = line.strip().rsplit(None, 1)
             if not fields or (number == 1 and [f.strip() for f in fields] == ["path", "label"]):
                 continue
-            if number == 1 and ("youtube_id" in fields or line[0] in "[{"):
+            json = line.startswith(("[{", '{"')) or line.strip() in ("[", "{")
+            if number == 1 and ("youtube_id" in fields or json):
                 raise ValueError(f"{path} is no list of `path,label`{looks_like(path, 'csv')}")
             video, label = ",".join(fields[:-1]).strip(), fields[-1].strip()
             if not video or not label:
@@ -79,7 +85,14 @@ def _classes_of(rows: dict[str, list[tuple[str, str]]]) -> list[str]:
                     f"video {shown(path)} of split {split!r} has label {shown(label)}, "
                     "which no video of train.csv has"
                 )
-    if not all(label.isdecimal() for label in known):
+    names = [pair for pair in rows["train"] if not pair[1].isdecimal()]
+    if names and len(names) < len(rows["train"]):
+        raise ValueError(
+            f"video {shown(names[0][0])} has label {shown(names[0][1])}, where others have whole "
+            "numbers: write numbers alone, or names alone. A first line with headings must be "
+            "`path,label`"
+        )
+    if names:
         return sorted(known)
     digits = len(str(_MAX_CLASSES))
     if large := [n for n in known if len(n) > digits or int(n) >= _MAX_CLASSES]:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 NOT_FOUND = "file not found"
+MAX_SIDE = 65_500  # pixels, of a JPEG
 
 # Demuxers that make "videos" of text, play lists and still pictures ("png_pipe" and such besides).
 NOT_VIDEO = frozenset(
@@ -163,23 +164,31 @@ class FrameReader:
     def _decoded(self) -> Iterator[av.VideoFrame]:
         """The stream's frames. Packets that fail before the first frame are passed over."""
         self._bad_start = self._cut = ""
-        started = False
-        for packet in self._container.demux(self._stream):
-            if packet.is_corrupt and started:  # the file ends here, amid a frame
-                self._cut = "the rest of the file is missing"
-                yield from self._stream.codec_context.decode(None)  # those the decoder held back
-                return
+        self._started = False
+        for packet in self._packets():
             try:
                 frames = packet.decode()
             except MemoryError:
                 raise
             except (av.FFmpegError, ValueError) as problem:
-                if started:
+                if self._started:
                     raise
                 self._bad_start = self._bad_start or describe(problem)
                 continue
-            started = started or bool(frames)
+            self._started = self._started or bool(frames)
             yield from frames
+
+    def _packets(self) -> Iterator[av.Packet]:
+        """The stream's, the last one empty, without the frame that the file ends amid."""
+        last = None
+        for packet in self._container.demux(self._stream):
+            if last is not None and packet.size:  # something was lost in its middle
+                yield last
+            elif last is not None:
+                self._cut = "the rest of the file is missing"
+            last = packet if packet.is_corrupt and self._started else None
+            if last is None:
+                yield packet
 
     def _shown(self, frame: av.VideoFrame) -> float:
         """For how many seconds a frame is shown."""

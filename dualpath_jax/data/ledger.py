@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 
 from dualpath_jax.data.annotations import Listing, Video
-from dualpath_jax.data.decode import NOT_FOUND, VideoFacts
+from dualpath_jax.data.decode import MAX_SIDE, NOT_FOUND, VideoFacts
 from dualpath_jax.data.workers import Failure
 
 
@@ -129,7 +129,9 @@ def missing_in_splits(
         yield message, refused
 
 
-def check_options(quality: int, fps: float | None, max_missing: float) -> None:
+def check_options(short_side: int, quality: int, fps: float | None, max_missing: float) -> None:
+    if not 1 <= short_side <= MAX_SIDE:
+        raise ValueError(f"short_side is {short_side}; it must be in 1..{MAX_SIDE:,}, as in a JPEG")
     if not 1 <= quality <= 95:
         raise ValueError(f"quality is {quality}; it must be in 1..95")
     if fps is not None and not fps > 0:

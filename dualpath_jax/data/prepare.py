@@ -87,7 +87,7 @@ def prepare(
         stored.
       OSError: the disk is full; finished shards are kept.
     """
-    ledger.check_options(quality, fps, max_missing)
+    ledger.check_options(short_side, quality, fps, max_missing)
     limits = limits or DecodeLimits()
     settings = _settings(listing, short_side, quality, fps, videos_per_shard, limits)
     shards = _cut(listing, videos_per_shard)
@@ -115,8 +115,10 @@ def prepare(
                 results = _counted(pool.map(video_to_jpegs, arguments), shown)
                 for i, (shard, videos) in enumerate(todo):
                     if not os.path.exists(shard.sidecar(out_dir)):
-                        _store_shard(shard, _decoded(shard, results), out_dir)
-                    elif outcomes := _retried(shard, len(videos), results, out_dir):
+                        outcomes = _decoded(shard, results)
+                    else:
+                        outcomes = _retried(shard, videos, results, out_dir)
+                    if outcomes:
                         _mark_unfinished(shard, out_dir)
                         _store_shard(shard, outcomes, out_dir)
                     if i == 0:
@@ -193,6 +195,11 @@ def _settings_path(out_dir: str) -> str:
 def _check_same(out_dir: str, new: dict, with_any_limits: bool) -> None:
     """ValueError that tells the changes if OUT was prepared with other settings."""
     if not os.path.exists(_settings_path(out_dir)):
+        if os.path.exists(os.path.join(out_dir, "dataset_info.json")):
+            raise ValueError(
+                f"{out_dir!r} is a prepared data set, without the folder `prepare` by which it was "
+                "made (a copy, perhaps): choose another --out, or delete this one"
+            )
         return
     with open(_settings_path(out_dir), encoding="utf-8") as file:
         old = json.load(file)
@@ -201,18 +208,22 @@ def _check_same(out_dir: str, new: dict, with_any_limits: bool) -> None:
         names = [name for name in names if not name.startswith("limits.")]
     if names:
         changes = ", ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in names)
+        remedy = "Choose another --out, or delete this one"
+        if all(name.startswith("limits.") for name in names):
+            remedy = "Pass the limits that it has, or --retry_bad to try its bad videos with these"
         raise ValueError(
             f"{out_dir!r} was prepared with other settings or another list of videos: {changes}. "
-            "Choose another --out, or delete this one"
+            f"{remedy}"
         )
 
 
 def _refuse_missing(listing: Listing, videos_dir: str, out_dir: str, max_missing: float) -> None:
     """Tells and lists which files are not there; ValueError if all, or too many of a split."""
+    path = os.path.join(out_dir, "missing_videos.txt")
     missing = ledger.find_missing(listing, videos_dir)
     if not missing:
+        _remove(path)  # of an earlier run
         return
-    path = os.path.join(out_dir, "missing_videos.txt")
     records.write_atomically(path, "".join(name + "\n" for name in sorted(missing)))
     for message, refused in ledger.missing_in_splits(listing, videos_dir, missing, max_missing):
         message += f" (all missing ones are in {path})"
@@ -247,15 +258,28 @@ def _outcome(video: Video, result: Any) -> _Outcome:
 
 
 def _retried(
-    shard: _Shard, num_bad: int, results: Iterator, out_dir: str
+    shard: _Shard, bad: list[Video], results: Iterator, out_dir: str
 ) -> Iterator[_Outcome] | None:
     """Of each video of a finished shard, the bad ones decoded again; None: they all still are."""
-    anew = []
-    for _ in range(num_bad):
-        anew.append(next(results))
-        if not isinstance(anew[-1], Failure):
-            return _joined(shard, itertools.chain(anew, results), out_dir)
+    failures = []
+    for _ in bad:
+        result = next(results)
+        if not isinstance(result, Failure):
+            return _joined(shard, itertools.chain(failures, [result], results), out_dir)
+        failures.append(result)
+    _note_reasons(shard, bad, failures, out_dir)
     return None
+
+
+def _note_reasons(shard: _Shard, bad: list[Video], failures: list[Failure], out_dir: str) -> None:
+    """Why the bad videos of a finished shard are bad now; its frames stay."""
+    sidecar = _read_sidecar(shard, out_dir)
+    pairs = zip(bad, failures, strict=True)
+    entries = [ledger.bad_entry(shard.split, *pair) for pair in pairs]
+    if entries != sidecar["bad"]:
+        _remove(os.path.join(out_dir, "dataset_info.json"))  # `_finish` writes the lists anew
+        text = json.dumps(sidecar | {"bad": entries})
+        records.write_atomically(shard.sidecar(out_dir), text)
 
 
 def _joined(shard: _Shard, results: Iterator, out_dir: str) -> Iterator[_Outcome]:
@@ -276,9 +300,13 @@ def _joined(shard: _Shard, results: Iterator, out_dir: str) -> Iterator[_Outcome
 
 def _mark_unfinished(shard: _Shard, out_dir: str) -> None:
     """Before its frames change: a run that ends meanwhile decodes the shard anew."""
-    for path in (os.path.join(out_dir, "dataset_info.json"), shard.sidecar(out_dir)):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path)
+    _remove(os.path.join(out_dir, "dataset_info.json"))
+    _remove(shard.sidecar(out_dir))
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
 
 
 def _store_shard(shard: _Shard, outcomes: Iterator[_Outcome], out_dir: str) -> None:

@@ -25,10 +25,12 @@ def read_ssv2(videos_dir: str, annotations: str | None, validation_fraction: flo
         videos, unanswered = [], 0
         for entry in read_json(path, list):
             id_ = field(entry, "id", path, "ssv2")
-            template = entry.get("template", answers.get(id_) if split == "test" else None)
+            template = entry.get("template")
             if template is None and split == "test":
-                unanswered += 1
-                continue
+                template = answers.get(id_)
+                if template is None:
+                    unanswered += 1
+                    continue
             name = f"{id_}.mp4" if f"{id_}.mp4" in files else f"{id_}.webm"
             if f"{id_}.webm" in files:
                 name = f"{id_}.webm"

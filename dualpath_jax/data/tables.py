@@ -16,11 +16,10 @@ import tensorflow as tf
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
-from dualpath_jax.data.decode import FrameFormat
+from dualpath_jax.data.decode import MAX_SIDE, FrameFormat
 from dualpath_jax.untrusted import read_json, shown
 
 _REMEDY = "check the disk and prepare the data set again with another --out"
-_MAX_SIDE = 65_500  # pixels, of a JPEG
 _MAX_RECORDS = 2**40  # of a shard; so that sums stay within an int64
 # What TensorFlow raises for a record that it cannot decode: the second where its message quotes the
 # record's bytes, and Python cannot make text of them.
@@ -89,7 +88,7 @@ def frame_format(values: dict[str, Any], where: str) -> FrameFormat:
     """The fields of a `FrameFormat`, checked; `where` they stand is for messages."""
     side, quality, fps = (values.get(key) for key in ("short_side", "quality", "fps"))
     sound = {
-        "short_side": side is None or type(side) is int and 1 <= side <= _MAX_SIDE,
+        "short_side": side is None or type(side) is int and 1 <= side <= MAX_SIDE,
         "quality": type(quality) is int and 1 <= quality <= 95,
         "fps": fps is None or type(fps) in (int, float) and 0 < fps < math.inf,
     }
@@ -129,8 +128,8 @@ def read_table(path: str, num_videos: int, num_classes: int, shards: list[int]) 
     sound = {
         "label": (table["label"] >= 0) & (table["label"] < num_classes),
         "frames": inside,
-        "height": (table["height"] >= 1) & (table["height"] <= _MAX_SIDE),
-        "width": (table["width"] >= 1) & (table["width"] <= _MAX_SIDE),
+        "height": (table["height"] >= 1) & (table["height"] <= MAX_SIDE),
+        "width": (table["width"] >= 1) & (table["width"] <= MAX_SIDE),
         "fps": np.isfinite(table["fps"]) & (table["fps"] >= 0),
     }
     for name, good in sound.items():

@@ -65,12 +65,15 @@ class WorkerPool:
 
         At most 4 x num_workers results wait in memory, fewer where they have more than
         `_WAITING_BYTES` x num_workers: the others wait in their processes. Function, arguments and
-        results must be picklable, and the function importable: not of the main module. The results
-        of one call must all be taken before the next.
+        results must be picklable, and the function importable: not of the main module. What a call
+        leaves under way, since it was interrupted, ends when the next one begins.
 
         Raises:
           ChildProcessError: worker processes do not start at all.
         """
+        for worker in [w for w in self._workers if w.tasks]:  # its answers are not of this call
+            self._workers.remove(worker)
+            worker.stop()
         todo = enumerate(arguments)
         waiting = []  # the next task, and tasks taken back from dead workers
         done = {}  # finished ahead of their turn: (result, bytes it took)
@@ -221,11 +224,12 @@ class _Worker:
 
     def give(self, function: Callable, index: int, arguments: tuple) -> bool:
         """Sends a task; False if the worker has died."""
+        self.tasks.append((index, arguments))  # first: an interrupted call leaves its traces
         try:
             self.connection.send((function, arguments))
         except OSError:
+            self.tasks.pop()
             return False
-        self.tasks.append((index, arguments))
         return True
 
     def stop(self, grace: float = 0.0) -> int:
