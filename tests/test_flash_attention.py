@@ -2,6 +2,7 @@
 
 import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from dualpath_jax import sharding
 from dualpath_jax.models import attend, layers, vit
 from dualpath_jax.models.adapters import Adapter, ParallelAdapters
+from dualpath_jax.models.layers import Sites
 
 HEADS, WIDTH = 3, 24
 on_any_device = jax.nn.dot_product_attention
@@ -148,6 +150,45 @@ def test_the_token_more_counts_in_all_blocks_where_it_is_not_hidden(on_gpu, monk
     assert (
         max(np.abs(a - b).max() / np.abs(a).max() for a, b in zip(*gradients, strict=True)) > 0.01
     )
+
+
+class OverFrames(Sites):
+    """Attention over the frames of a token, as in AIM, through the block's own."""
+
+    token_wise = True
+    padding = 0
+
+    @nn.compact
+    def tokens(self, h, block):
+        scale = self.param("scale", nn.initializers.ones, (WIDTH,))
+        x = block.ln_1(h).swapaxes(0, 1) * scale  # [N, frames, D]
+        return h + block.attention(x, padding=self.padding).swapaxes(0, 1)
+
+
+class OverFramesWithoutTheLast(OverFrames):
+    padding = 1
+
+
+def over_frames(sites):
+    """Output in training for twelve frames, on which attention fits `on_gpu`."""
+    config = vit.ViTConfig("tiny", 32, 8, WIDTH, 3, HEADS, 48)
+    model = vit.ViT(config)
+    h = jax.random.normal(jax.random.key(0), (12, config.num_tokens, WIDTH))
+    params = model.init(jax.random.key(1), h[:, :2], method=vit.ViT.encode)
+    filled = sites(parent=None)
+    scales = {"scale": jnp.ones((3, WIDTH))}
+    options = filled, scales, jax.random.key(4), True
+    return model.apply(params, h, *options, method=vit.ViT.encode)
+
+
+def test_the_token_more_is_none_of_the_frames(request):
+    want = over_frames(OverFrames)
+    request.getfixturevalue("on_gpu")
+    asked = request.getfixturevalue("asked")
+    np.testing.assert_allclose(over_frames(OverFrames), want, rtol=0, atol=1e-5)
+    assert set(asked) == {12, 18}
+    # Twin: the last frame taken for what is none.
+    assert np.abs(over_frames(OverFramesWithoutTheLast) - want).max() > 0.01
 
 
 @pytest.mark.parametrize(

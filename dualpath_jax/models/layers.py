@@ -110,8 +110,9 @@ class Sites(nn.Module):
     tokens are in the order of the map, row by row.
 
     Attributes:
-      token_wise: every site after attention acts on each token by itself, and the class token is
-        the first; then the last block need not compute the other tokens.
+      token_wise: every site acts on each token by itself, and the class token is the first; then
+        the last block need not compute the other tokens, and a training step on a GPU may have one
+        more, which is none.
       shifted_windows: in Swin, fill the sites of the shifted-window blocks too, not only those of
         the window blocks. Without effect in backbones that have no windows.
     """
@@ -233,11 +234,15 @@ class Block(nn.Module):
             y = self.attention(attended, class_only=True)
             h, x = h[:, :1], x[:, :1]
         else:
-            y = self.attention(attended)
+            y = self.attend(attended)
         z = keep(h + (sites.after_attention(y) + sites.beside_attention(x)), "middle")
         x = self.ln_2(z)
         h = z + (sites.after_mlp(self.mlp(x)) + sites.beside_mlp(x))
         return sites.output(h)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Attention over the tokens of the block: x [M, N, D] -> [M, N, D]."""
+        return self.attention(x)
 
     def attention_input(self, h: jax.Array, sites: Sites) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The block's tokens h [M, N, D], LN(h), and what attention reads: each [M, N, D]."""

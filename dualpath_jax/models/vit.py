@@ -148,15 +148,12 @@ class Attention(nn.Module):
     `training` changes no result: all images' queries, keys and values are then split as one matrix,
     as `layers.keep` has them. By a TPU's compiler (v5e) a training step has 6% fewer cycles so, and
     an evaluation a third more.
-
-    The last `padding` tokens are none: with `flash_attend` nothing attends to them.
     """
 
     width: int
     heads: int
     for_cpu: bool = False
     training: bool = False
-    padding: int = 0
     dtype: Any = jnp.float32
 
     def setup(self):
@@ -184,14 +181,17 @@ class Attention(nn.Module):
         kernel, bias = (qkv[name].astype(self.dtype) for name in ("kernel", "bias"))
         return list(zip(jnp.split(kernel, 3, axis=-1), jnp.split(bias, 3), strict=True))
 
-    def __call__(self, x: jax.Array, class_only: bool = False) -> jax.Array:
-        """x [M, N, D] -> [M, N, D], or what the class token attends to, [M, 1, D]."""
+    def __call__(self, x: jax.Array, class_only: bool = False, padding: int = 0) -> jax.Array:
+        """x [M, N, D] -> [M, N, D], or what the class token attends to, [M, 1, D].
+
+        The last `padding` tokens are none: with `flash_attend` nothing attends to them.
+        """
         if class_only:
             y = self._attend_class(x)
         else:
             q, k, v = self.project(x)
             if attend.flash_fits(q.shape[1], q.dtype):
-                y = attend.flash_attend(q, k, v, self.padding)
+                y = attend.flash_attend(q, k, v, padding)
             elif self.for_cpu or jax.default_backend() == "gpu":
                 y = attend.attend(q, k, v)
             else:
@@ -211,7 +211,7 @@ class Attention(nn.Module):
 
 
 class Block(layers.Block):
-    """A block of this backbone."""
+    """A block of this backbone. The last `padding` of its tokens are none."""
 
     config: ViTConfig
     for_cpu: bool = False
@@ -220,11 +220,14 @@ class Block(layers.Block):
     dtype: Any = jnp.float32
 
     def setup(self):
-        config, forms = self.config, (self.for_cpu, self.training, self.padding)
+        config, forms = self.config, (self.for_cpu, self.training)
         self.ln_1 = layers.norm(config.eps, self.dtype, self.for_cpu)
         self.attention = Attention(config.width, config.heads, *forms, dtype=self.dtype)
         self.ln_2 = layers.norm(config.eps, self.dtype, self.for_cpu)
         self.mlp = Mlp(config.mlp_dim, config.activation, self.for_cpu, dtype=self.dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        return self.attention(x, padding=self.padding)
 
     def queries_and_keys(self, h: jax.Array, sites: Sites) -> tuple[jax.Array, jax.Array]:
         """Of the attention in a block that h [M, N, D] enters: two of [M, N, K, D/K]."""
