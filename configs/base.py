@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
     config.backbone.width = placeholder(int)  # D; Swin, here and below: of the first stage
     config.backbone.depth = placeholder(int)  # ViT: L, number of blocks
     config.backbone.depths = placeholder(tuple)  # Swin: L of each stage
-    config.backbone.heads = placeholder(int)  # K; must fit the weights
+    config.backbone.heads = placeholder(int)  # K; that of the weights
     config.backbone.mlp_dim = placeholder(int)  # width of the MLP's hidden layer
     config.backbone.window_size = placeholder(int)  # Swin: side of a window, tokens
     config.backbone.projection_dim = placeholder(int)  # ViT: e, CLIP's joint space; custom: or none
@@ -115,13 +115,13 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 3e-4  # at the top of the schedule; AdamW, cosine to zero
     config.optimizer.weight_decay = 5e-2  # on kernels only; ours in that
-    config.optimizer.warmup_epochs = 3.0  # linear; ours
+    config.optimizer.warmup_epochs = 3.0  # linear; at most half of the training; ours
     config.optimizer.b1 = 0.9  # AdamW; ours
     config.optimizer.b2 = 0.999  # AdamW; ours
     config.optimizer.clip_norm = placeholder(float)  # largest global gradient norm; None: no limit
     config.optimizer.label_smoothing = 0.0  # ours
     config.optimizer.accumulation_steps = 1  # parts of a batch computed one after the other
-    config.optimizer.reduce_dtype = "float32"  # of gradients between devices; or bfloat16
+    config.optimizer.reduce_dtype = "float32"  # of gradients along mesh axis `data`; or bfloat16
     config.optimizer.max_skipped_steps = 0  # non-finite steps left out; one more stops training
 
     config.eval = ConfigDict()

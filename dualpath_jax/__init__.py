@@ -11,6 +11,10 @@ __version__ = "0.1.0"
 __all__ = ["load"]
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
 def __getattr__(name: str) -> Any:
     """`load`, imported when it is first asked for: decoding workers need no JAX."""
     if name != "load":

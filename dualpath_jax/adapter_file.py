@@ -114,14 +114,15 @@ def _local(path: str) -> Iterator[str]:
         yield str(local)
 
 
-def start_from(run: run_lib.Run, path: str) -> dict[str, Any]:
+def start_from(run: run_lib.Run, path: str, training: bool = True) -> dict[str, Any]:
     """Take the trained parameters of an adapter file as the start of `run`, at step 0.
 
-    Where the file was trained on other classes, the layer that names them starts afresh. Returns
-    the file's metadata.
+    Where the file was trained on other classes, the layer that names them starts afresh, to be
+    trained. Returns the file's metadata.
 
     Raises:
-      ValueError: the file belongs to another method or backbone, or has other parameters.
+      ValueError: the file belongs to another method or backbone, has other parameters, or, where
+        `run` is not trained, other classes.
     """
     leaves, metadata = read_adapter(path)
     own = run.metadata()
@@ -134,6 +135,12 @@ def start_from(run: run_lib.Run, path: str) -> dict[str, Any]:
     target = params_lib.flatten(run.state.trainable)
     fresh = set()
     if metadata["class_names"] != run.class_names:
+        if not training:
+            raise ValueError(
+                f"config.init_from={path!r} was trained on other classes, "
+                f"{len(metadata['class_names'])} of them, than the {len(run.class_names)} of the "
+                "data set, of which it says nothing: train on these, or evaluate on its own data"
+            )
         fresh = _class_leaves(run)
         print(f"init_from: other classes than in {path}; starting afresh: {', '.join(fresh)}")
     for name, leaf in target.items():

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from configs import base
 from dualpath_jax import evaluate, run, sharding, train
 from dualpath_jax import params as params_lib
+from dualpath_jax.config_ranges import check_ranges
 from dualpath_jax.config_values import flat
 from dualpath_jax.data import pipeline, synthetic
 from dualpath_jax.models import tuning
@@ -67,6 +68,7 @@ def check(config: ConfigDict) -> None:
     is set and has no effect.
     """
     start = time.monotonic()
+    check_ranges(config)
     small = copy.deepcopy(config)
     small.data.batch_size = small.eval.batch_size = 2
     small.optimizer.accumulation_steps = min(2, config.optimizer.accumulation_steps)

@@ -55,10 +55,15 @@ BY_A_STEADY_CLOCK = (async_checkpointer, future, signaling_client)
 for _module in BY_A_STEADY_CLOCK:
     _module.time = types.SimpleNamespace(**vars(time) | {"time": time.monotonic})
 
-# Orbax logs the traceback of everything that it raises, once in each of its threads.
-logging.get_absl_logger().addFilter(
-    lambda record: logging.level_debug() or not (record.exc_info and "orbax" in record.pathname)
-)
+
+def _is_news(record: Any) -> bool:
+    """Not what orbax raises, whose traceback each of its threads logs, nor that we only read."""
+    if logging.level_debug() or "orbax" not in record.pathname:
+        return True
+    return not (record.exc_info or "read_only" in str(record.msg) or "read only" in str(record.msg))
+
+
+logging.get_absl_logger().addFilter(_is_news)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,22 +119,33 @@ class Checkpoints:
         )
         self._saving: int | None = None  # the step that is being written
         self._lost = False  # could it not be?
-        self._scores: dict[int, float] = {}  # METRIC of the checkpoints that have it
+        self._scores: dict[int, dict[str, Any]] = {}  # of the checkpoints that have some
         for step in self._manager.all_steps():
             with contextlib.suppress(DamagedCheckpoint):
                 self._note_scores(step, self.read_metadata(step)["scores"])
 
-    def _note_scores(self, step: int, scores: dict[str, float] | None) -> None:
+    def _note_scores(self, step: int, scores: dict[str, Any] | None) -> None:
         if scores is not None:
-            self._scores[step] = scores[METRIC]
+            self._scores[step] = scores
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, None if there is none."""
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """Step of the checkpoint with the highest `METRIC`, None if none was evaluated."""
-        return max(self._scores, key=self._scores.get, default=None)
+        """Step of the checkpoint with the highest `METRIC`, None if none was evaluated.
+
+        Of those evaluated as the newest was, on its split and with its views.
+        """
+        if not self._scores:
+            return None
+        last = self._scores[max(self._scores)]
+        alike = [
+            step
+            for step, scores in self._scores.items()
+            if all(scores.get(key) == last.get(key) for key in ("split", "views"))
+        ]
+        return max(alike, key=lambda step: self._scores[step][METRIC])
 
     def has_scores(self, step: int) -> bool:
         """Was the checkpoint of `step` evaluated?"""
@@ -169,8 +185,10 @@ class Checkpoints:
         )
         self._attempt(lambda: self._manager.save(step, args=args))
 
-    def add_scores(self, step: int, scores: dict[str, float], reported: bool = True) -> None:
-        """Note the first scores of an evaluation, `METRIC` among them, in the checkpoint of `step`.
+    def add_scores(self, step: int, scores: dict[str, Any], reported: bool = True) -> None:
+        """Note the first scores of an evaluation in the checkpoint of `step`.
+
+        They are `METRIC` and others by name, and "split" and "views", see `best_step`.
 
         Where it is not there nothing is done, nor unless they are `reported`, as in `save`; a
         warning where its metadata cannot be written.
@@ -403,6 +421,7 @@ def _check_metadata(saved: dict[str, Any], where: str) -> None:
     try:
         for key in ("method", "backbone_name", "backbone_sha256", "class_names", "scores"):
             saved[key]
+        with_defaults(saved["config"])
         arrays = [(entry["shape"], np.dtype(entry["dtype"])) for entry in saved["leaves"].values()]
         size = sum(math.prod(map(int, shape)) * dtype.itemsize for shape, dtype in arrays)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -1,16 +1,20 @@
 """What the command lines share: parsers, absl's flags, errors for the user.
 
-Public: `new_parser`, `positive`, `add_model`, `load_model`, `run`, `user_errors`. Light: JAX is
+Public: `new_parser`, `positive`, `add_model`, `load_model`, `check_file`, `run`,
+`user_errors`. Light: JAX is
 imported where it is used.
 """
 
 import argparse
+import ast
 import contextlib
+import os
+import pathlib
 import sys
 import traceback
 from collections.abc import Callable
 
-from absl import app, logging
+from absl import app, flags, logging
 
 
 def new_parser(doc: str) -> argparse.ArgumentParser:
@@ -62,13 +66,44 @@ def load_model(arguments: argparse.Namespace):
     return trained.load(path, arguments.backbone, arguments.checkpoint)
 
 
+def check_file(option: str, name: str) -> None:
+    """ValueError, before any work, where the file that an option names cannot be written."""
+    path = pathlib.Path(name)
+    if path.is_dir():
+        raise ValueError(f"{option}={name} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option}={name}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{option}={name}: {path.parent} cannot be written; choose another folder")
+
+
 def run(main: Callable[[list[str]], None]) -> None:
-    """absl's `app.run`, but whoever asked for help did nothing wrong: exit status 0."""
+    """absl's `app.run`; help ends with status 0, what the user can mend as in `user_errors`."""
     asked = any(argument.lstrip("-").startswith("help") for argument in sys.argv[1:])
     try:
-        app.run(main)
+        app.run(main, flags_parser=_parse_flags)
     except SystemExit as end:
         sys.exit(0 if asked and end.code == 1 else end.code)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """What is left of `argv`; a wrong flag or config ends the program with a line and status 2."""
+    try:
+        left = flags.FLAGS(argv)
+        if "config" in flags.FLAGS and flags.FLAGS["config"].present:
+            _ = flags.FLAGS["config"].value.items  # an OSError where there is no such file
+        return left
+    except (AttributeError, KeyError) as error:  # of an override, --config.KEY=VALUE
+        said = str(error.args[0])
+        with contextlib.suppress(SyntaxError, ValueError):
+            said = ast.literal_eval(said)  # an AttributeError quotes the KeyError that it was
+        said = f"the configuration has no {'. '.join(said.splitlines())}"
+    except (flags.Error, OSError) as error:
+        said = str(error)
+        if "get_config() takes 0 positional arguments" in said:
+            said = "--config: this file takes nothing behind a colon"
+    print(f"error: {said}", file=sys.stderr)
+    sys.exit(2)
 
 
 @contextlib.contextmanager

@@ -276,6 +276,9 @@ def load_backbone(
 def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Any, str]:
     """Arrays, metadata and SHA-256 of a backbone file."""
     remedy = f"`python scripts/convert_clip.py --checkpoint=FILE --out={path}`"
+    convert = (
+        f"`python scripts/convert_clip.py --checkpoint={path} --out=NEW` makes one of a checkpoint"
+    )
     with cloud.reaching(path):
         there = epath.Path(path).is_file()
     if not there:
@@ -285,7 +288,7 @@ def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray],
         raise ValueError(f"{path} has {size:,} bytes, more than any backbone: make it by {remedy}")
     data = epath.Path(path).read_bytes()
     if data[8:9] != b"{":
-        raise ValueError(f"{path} is not a converted backbone: convert it first by {remedy}")
+        raise ValueError(f"{path} is not a converted backbone: {convert}")
     try:
         tensors = safetensors.deserialize(data)  # checks header and sizes
     except safetensors.SafetensorError as error:
@@ -294,7 +297,7 @@ def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray],
     text = (header.get("__metadata__") or {}).get(CONVERTED_KEY, "{}")
     meta = parse_json(text, dict, f"the metadata of {path}")
     if meta.get("version") != VERSION or not {"source", "source_sha256"} <= meta.keys():
-        raise ValueError(f"{path} is not a converted backbone: convert it first by {remedy}")
+        raise ValueError(f"{path} is not a converted backbone: {convert}")
     if foreign := {t["dtype"] for _, t in tensors} - set(_DTYPES):
         raise ValueError(f"{path} has the dtypes {some(foreign)}; known are {some(_DTYPES)}")
     if empty := [name for name, t in tensors if not t["data"]]:

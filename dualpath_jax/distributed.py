@@ -104,8 +104,8 @@ def _meet() -> None:
     print(f"{len(hosts)} processes, {jax.device_count()} devices: {where}", flush=True)
 
 
-def check_same(facts: dict[str, Any]) -> None:
-    """OSError where not all processes have the same facts, JSON by what they are of.
+def check_same(facts: dict[str, Any], remedy: str) -> None:
+    """OSError with the remedy where not all processes have the same facts, JSON by their names.
 
     Each would go its own way with them, and all would wait for each other.
     """
@@ -120,7 +120,7 @@ def check_same(facts: dict[str, Any]) -> None:
         if others:
             raise OSError(
                 f"{name}: process {', '.join(others)} has others than process 0; give all hosts "
-                "the same (on each host's own disk: copy the data set again)"
+                f"the same ({remedy})"
             )
 
 

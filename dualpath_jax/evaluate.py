@@ -47,12 +47,13 @@ def eval_step_sums(logits: jax.Array, label: jax.Array, mask: jax.Array) -> dict
 
     Returns:
       `top1`, `top5`: number of real videos whose label is (among the five) most probable, by the
-      probabilities averaged over views; `class_correct`, `class_count`: [classes]. All int32.
+      probabilities averaged over views, where those are numbers; `class_correct`, `class_count`:
+      [classes]. All int32.
     """
     classes = logits.shape[-1]
     real = mask > 0
-    _, best = top_predictions(logits)
-    hit = (best == label[:, None]) & real[:, None]
+    probabilities, best = top_predictions(logits)
+    hit = (best == label[:, None]) & real[:, None] & jnp.isfinite(probabilities)
     one_hot = jax.nn.one_hot(label, classes, dtype=jnp.int32)
     return {
         "top1": hit[:, 0].sum(dtype=jnp.int32),
@@ -149,8 +150,11 @@ def view_logits(model: Any, config: Any, params: Any, batch: Batch) -> jax.Array
 def evaluate_run(
     run: Run, dataset: VideoDataset, predictions: PredictionWriter | None = None
 ) -> Scores:
-    """Scores of `run.state` on every video of `dataset`; each one's row goes to `predictions`."""
-    config = run.config
+    """Scores of `run.state` on every video of `dataset`; each one's row goes to `predictions`.
+
+    A batch has `eval.batch_size` videos, or fewer where they are not that many.
+    """
+    config, devices = run.config, run.mesh.size
     if run.eval_step is None:  # compiled once for all evaluations of a run
         run.eval_step = jit_eval_step(run.model, config, run.mesh)
     batches = pipeline.eval_batches(
@@ -158,7 +162,7 @@ def evaluate_run(
         config.data,
         config.eval.temporal_views,
         config.eval.spatial_crops,
-        config.eval.batch_size,
+        min(config.eval.batch_size, -(-len(dataset) // devices) * devices),
         jax.process_index(),
         jax.process_count(),
         framesets=tuning.takes_framesets(config.model.method),

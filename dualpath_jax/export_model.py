@@ -180,8 +180,8 @@ def model_card(
         "## Scores",
         "",
     ]
-    if results is None or "top1" not in results:
-        lines.append("None: the run has not been evaluated.")
+    if results is None or "top1" not in results or results.get("step") != model.step:
+        lines.append("None: at this step the run has not been evaluated.")
     else:
         lines.append(
             f"Top-1 {results['top1']:.4f}, top-5 {results.get('top5', float('nan')):.4f} on "

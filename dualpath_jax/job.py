@@ -1,14 +1,23 @@
 """What the command line starts: training and evaluation in a workdir that nobody else uses.
 
-Public: `train_and_evaluate`.
+Public: `train_and_evaluate`, `settings`.
 """
 
 import contextlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
 from dualpath_jax import demo, distributed, environment, evaluate, lock, restore, train
 from dualpath_jax import run as run_lib
+from dualpath_jax.config_values import flat
+
+_OF_A_HOST = (
+    "data.dir",
+    "data.prefetch",
+    "backbone.checkpoint",
+    "init_from",
+)  # files may lie apart
 
 
 def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
@@ -20,6 +29,9 @@ def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
     """
     environment.compute_where_called()
     with _claimed(workdir):
+        distributed.check_same(
+            {"settings": [settings(config), training]}, "config file, options and --mode"
+        )
         if config.data.source == "demo" and not config.data.synthetic:
             with lock.one_at_a_time(config.data.dir):
                 demo.ensure_demo(config)
@@ -30,7 +42,10 @@ def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
                 run_lib.check_workdir(folder)
             dataset, eval_dataset = run_lib.open_data(part)
             splits = {"training videos": dataset, "evaluation videos": eval_dataset}
-            distributed.check_same({name: run_lib.facts(one) for name, one in splits.items()})
+            distributed.check_same(
+                {name: run_lib.facts(one) for name, one in splits.items()},
+                "on each host's own disk: copy the data set again",
+            )
             run = run_lib.build_run(part, folder, dataset)
             if training:
                 train.train(run, dataset, eval_dataset)
@@ -41,6 +56,12 @@ def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
                 train.keep_scores(run, results[-1])
         if len(results) > 1:
             evaluate.write_mean(workdir, results)
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """Values by dotted key, without those that may differ from host to host."""
+    values = json.loads(json.dumps(flat(config)))
+    return {key: value for key, value in values.items() if key not in _OF_A_HOST}
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ saved: the same command goes on. docs/troubleshooting.md has what errors mean.
 
 import os
 import pathlib
-import signal
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -74,7 +73,7 @@ def main(argv: list[str]) -> None:
     # Imported here, so that --help is quick and decoding workers do not load JAX and TensorFlow.
     from dualpath_jax import preemption
 
-    signal.signal(signal.SIGTERM, preemption.leave)  # the loop has a handler of its own
+    preemption.leave_when_told()  # the loop has a handler of its own
     from dualpath_jax import check, distributed, job, run
 
     with distributed.ending_together(), command.user_errors():

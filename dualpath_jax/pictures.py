@@ -4,11 +4,13 @@ Public: `enlarge`, `heat`, `Row`, `grid`, `write_png`, `write_gif`, `new_name`.
 """
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 
+import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 GAP = 4  # pixels between pictures
 LINE = 16  # pixels for a line of text
@@ -57,11 +59,13 @@ def grid(rows: Sequence[Row]) -> Image.Image:
     """The rows under one another, on white."""
     widths = [sum(picture.shape[1] + GAP for picture in row.pictures) for row in rows]
     heights = [LINE + row.pictures[0].shape[0] + GAP for row in rows]
-    text = max(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(row.title) for row in rows)
+    fonts = os.path.join(matplotlib.get_data_path(), "fonts", "ttf")
+    font = ImageFont.truetype(os.path.join(fonts, "DejaVuSans.ttf"), 10)
+    text = max(font.getlength(row.title) for row in rows)
     canvas = Image.new("RGB", (max(*widths, int(text)) + GAP, sum(heights)), "white")
     draw, top = ImageDraw.Draw(canvas), 0
     for row, height in zip(rows, heights, strict=True):
-        draw.text((GAP, top + 2), row.title, fill="black")
+        draw.text((GAP, top + 2), row.title, fill="black", font=font)
         left = GAP
         for picture in row.pictures:
             canvas.paste(Image.fromarray(picture), (left, top + LINE))

@@ -14,6 +14,7 @@ import tqdm
 
 from dualpath_jax import prediction_view, trained, windows
 from dualpath_jax.bar import Bar
+from dualpath_jax.command import check_file
 from dualpath_jax.cores import num_cores
 from dualpath_jax.data import decode, pipeline
 from dualpath_jax.data.workers import Failure, WorkerPool, streams
@@ -104,6 +105,8 @@ def predict_videos(
         raise ValueError(f"--top_k={top_k} must be at least 1")
     if features and not features.endswith(".npz"):
         raise ValueError(f"--features={features!r} must end with .npz")
+    if features:
+        check_file("--features", features)
     if stride is not None and window is None:
         raise ValueError(f"--stride={stride:g} needs --window")
     limits = limits or decode.DecodeLimits()

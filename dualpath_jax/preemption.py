@@ -1,11 +1,14 @@
 """Being told to stop: a machine that is taken away sends SIGTERM first, Ctrl-C is SIGINT.
 
-Public: `EXIT_CODE`, `Preempted`, `Interrupted`, `Watch`, `leave`.
+Public: `EXIT_CODE`, `Preempted`, `Interrupted`, `Watch`, `leave`, `leave_when_told`.
 """
 
+import collections
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -31,6 +34,33 @@ def leave(*_) -> None:
     os._exit(EXIT_CODE)
 
 
+def leave_when_told() -> None:
+    """Install `leave`, also for while Python waits for a compiled program or for a compiler.
+
+    Python's handlers are called in the main thread when that executes Python again, minutes later
+    perhaps. The number of a signal is written to a pipe at once, which a thread reads: it leaves
+    where `leave` is installed, and ends the process where a signal comes once more that has not
+    been handled meanwhile.
+    """
+    signal.signal(signal.SIGTERM, leave)
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
+    threading.Thread(target=_heed, args=(ours,), daemon=True).start()
+
+
+def _heed(pipe: int) -> None:
+    told = collections.Counter()
+    while numbers := os.read(pipe, 1):
+        number = numbers[0]
+        told[number] += 1
+        if number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is leave:
+                leave()
+            elif told[number] > 1:
+                os._exit(128 + number)  # as a shell has it
+
+
 class Watch:
     """Notes SIGTERM and SIGINT while it is entered; all hosts hear of it at one step.
 
@@ -39,11 +69,12 @@ class Watch:
 
     Attributes:
       told_by: what to raise when the state is saved.
+      told: has a signal come? Of one process alone.
     """
 
     def __init__(self):
         self.told_by = Preempted
-        self._told = False
+        self.told = False
         self._before = {}
 
     def __enter__(self) -> "Watch":
@@ -57,9 +88,22 @@ class Watch:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def nothing_to_save(self) -> Iterator[None]:
+        """SIGTERM does inside what it did before `Watch` was entered."""
+        before = self._before.get(signal.SIGTERM)
+        if before is None or self.told:
+            yield
+            return
+        signal.signal(signal.SIGTERM, before)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if self.told else self._note)
+
     def _note(self, number: int, frame: object) -> None:
         del frame
-        self._told = True
+        self.told = True
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
         if number == signal.SIGINT:
@@ -70,4 +114,4 @@ class Watch:
         """Is `step` the one to stop after? To be asked on every host, for every step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._told
+        return self.told

@@ -1,6 +1,6 @@
 """Progress of a run: lines for people, metrics.jsonl and TensorBoard events for tools.
 
-Public: `Reporter`, `write_whole`, `OF_THE_PROCESS`.
+Public: `Reporter`, `is_evaluation`, `write_whole`, `OF_THE_PROCESS`.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class Reporter:
         for line in self._path.read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # the process died while it wrote this
                 entry = json.loads(line)
-                lost = entry["step"] == step and entry["split"] != "train" and not evaluated
+                lost = entry["step"] == step and is_evaluation(entry) and not evaluated
                 if entry["step"] <= step and not lost:
                     kept.append(line + "\n")
         write_whole(self._path, "".join(kept))
@@ -83,19 +83,20 @@ class Reporter:
 
     def progress(self, step: int, metrics: dict[str, float]) -> None:
         """A progress line and an entry for the steps since the last one."""
-        seconds = time.perf_counter() - self._last_time
-        steps = max(step - self._last_step, 1)  # the first step alone is not timed
-        speed = steps * self._batch_size / seconds
-        wait = self._data_seconds / seconds
-        left = bar.in_hours((self._num_train_steps - step) * seconds / steps)
+        line = (
+            f"step {step}/{self._num_train_steps}  loss {metrics['loss']:.3f}  "
+            f"lr {metrics['learning_rate']:.2e}"
+        )
+        if steps := step - self._last_step:  # the first step alone is not timed
+            seconds = time.perf_counter() - self._last_time
+            speed, wait = steps * self._batch_size / seconds, self._data_seconds / seconds
+            left = bar.in_hours((self._num_train_steps - step) * seconds / steps)
+            line += f"  {speed:.1f} clips/s  data wait {wait:.0%}  ETA {left}"
+            metrics = {**metrics, "clips_per_second": speed, "data_wait": wait}
         if self._writes:
-            bar.tell(
-                f"step {step}/{self._num_train_steps}  loss {metrics['loss']:.3f}  "
-                f"lr {metrics['learning_rate']:.2e}  {speed:.1f} clips/s  data wait {wait:.0%}  "
-                f"ETA {left}"
-            )
+            bar.tell(line)
             self._bar.told()
-        self._write(step, {**metrics, "clips_per_second": speed, "data_wait": wait}, "train")
+        self._write(step, metrics, "train")
         self.start(step)
 
     def scores(self, step: int, split: str, scores: Any) -> None:
@@ -144,6 +145,11 @@ class Reporter:
         if self._events:
             with self._losing_events(self._num_train_steps):
                 self._events.close()
+
+
+def is_evaluation(entry: dict[str, Any]) -> bool:
+    """Is an entry of metrics.jsonl that of an evaluation, maybe of the split that is trained on?"""
+    return "top1" in entry
 
 
 def write_whole(path: epath.Path, text: str) -> None:

@@ -37,6 +37,9 @@ def for_training(run: Run, checkpoints: Checkpoints) -> int:
     differing = changes(saved["config"], run.metadata()["config"])
     differing |= _data_changes(run, saved, ("frame_format", "num_videos"))
     _tell_changes(run, differing, where, "resumed from")
+    file = run.config.init_from
+    if file and file != saved["config"].get("init_from"):
+        print(f"init_from={file} is left out: the run in {run.workdir} has begun", flush=True)
     run.state = state
     return step
 
@@ -77,7 +80,7 @@ def for_evaluation(run: Run) -> None:
         where = checkpoints.path(step)
         run.state = state
     elif file:
-        saved, where = adapter_file.start_from(run, file), file
+        saved, where = adapter_file.start_from(run, file, training=False), file
         differing = changes(saved["config"], run.metadata()["config"])
         differing = {k: v for k, v in differing.items() if k.startswith(_SEEN_BY_THE_MODEL)}
     else:

@@ -20,6 +20,7 @@ from etils import epath
 import dualpath_jax
 from dualpath_jax import bar, cloud, convert, sharding
 from dualpath_jax import params as params_lib
+from dualpath_jax.config_ranges import check_ranges
 from dualpath_jax.data import clips, hmdb51, pipeline, synthetic
 from dualpath_jax.data.decode import FrameFormat
 from dualpath_jax.data.records import VideoDataset
@@ -138,9 +139,12 @@ def check_inputs(config: Any) -> None:
     missing, commands = [], []
     if not _exists(f"{data_dir}/dataset_info.json"):
         missing.append(f"prepared data in {data_dir}")
+        # A folder that is there may be that of the videos, which prepared data are apart from.
+        videos, out = (data_dir, "NEW") if _exists(data_dir) else ("VIDEOS", data_dir)
+        annotations = "" if config.data.source == "folder" else " --annotations=ANNOTATIONS"
         commands.append(
-            f"python scripts/prepare_dataset.py --dataset={config.data.source} --videos=VIDEOS "
-            f"--annotations=ANNOTATIONS --out={data_dir}"
+            f"python scripts/prepare_dataset.py --dataset={config.data.source} --videos={videos}"
+            f"{annotations} --out={out}"
         )
     if not _exists(weights):
         missing.append(f"converted {config.backbone.name} weights in {weights}")
@@ -168,15 +172,6 @@ def open_data(config: Any) -> tuple[VideoDataset, VideoDataset]:
     return tuple(VideoDataset(config.data.dir, split) for split in splits)
 
 
-def check_views(config: Any) -> None:
-    """ValueError for views that no evaluation can have."""
-    clips, crops = config.eval.temporal_views, config.eval.spatial_crops
-    if clips < 1:
-        raise ValueError(f"eval.temporal_views={clips} must be 1 or more")
-    if crops not in (1, 3):
-        raise ValueError(f"eval.spatial_crops={crops} must be 1 or 3")
-
-
 def facts(dataset: VideoDataset) -> list[Any]:
     """What decides which videos are seen when, and what is learnt of them, for JSON."""
     numbers = (dataset.labels.tolist(), dataset.num_frames.tolist())
@@ -189,7 +184,7 @@ def train_batches_of(data: Any) -> Callable:
 
 
 def make_schedule(optimizer: Any, num_train_steps: int, steps_per_epoch: float) -> optax.Schedule:
-    """Linear warm-up, then cosine to zero at the last step."""
+    """Linear warm-up, for half of the steps at most, then cosine to zero at the last step."""
     warmup = min(round(optimizer.warmup_epochs * steps_per_epoch), num_train_steps // 2)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else optimizer.learning_rate,
@@ -273,10 +268,10 @@ def abstract_state(
 
 
 def count_train_steps(config: Any, steps_per_epoch: float) -> int:
-    """`num_train_steps`, or what `num_epochs` come to."""
-    if config.num_train_steps is None:
-        return round(config.num_epochs * steps_per_epoch)
-    return config.num_train_steps
+    """`num_train_steps`, or what `num_epochs` come to: a step at least, unless they are 0."""
+    if config.num_train_steps is not None:
+        return config.num_train_steps
+    return max(round(config.num_epochs * steps_per_epoch), min(1, config.num_epochs))
 
 
 def init_params(model: Any, config: Any, backbone: Any) -> Any:
@@ -296,9 +291,9 @@ def init_params(model: Any, config: Any, backbone: Any) -> Any:
 
 def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
     """Check the configuration against data and backbone; build model and state. Reads no video."""
+    check_ranges(config)
     mesh = sharding.make_mesh(config.mesh.fsdp)
     sharding.check_settings(config, mesh.size)
-    check_views(config)
     predicate = tuning.trains(config.model.method)
     clip_shapes(config)
     backbone, shape = None, backbone_shape(config)
@@ -306,6 +301,11 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
         info = convert.BackboneInfo(shape.name, *["random"] * 3)  # no real run resumes from it
     else:
         backbone, shape, info = convert.load_backbone(config.backbone.checkpoint, shape)
+        if config.backbone.heads not in (None, shape.heads):
+            raise ValueError(
+                f"backbone.heads={config.backbone.heads}, but {config.backbone.checkpoint} has "
+                f"{shape.heads} (scripts/convert_clip.py --heads): leave it out"
+            )
     model = tuning.build_model(config, shape, len(dataset.class_names))
     params = init_params(model, config, backbone)
     mask = params_lib.trainable_mask(params, predicate)

@@ -46,19 +46,22 @@ def check_settings(config: Any, num_devices: int) -> None:
         raise ValueError(
             f"unknown optimizer.reduce_dtype={dtype!r}: known are {', '.join(REDUCE_DTYPES)}"
         )
-    if config.mesh.fsdp < 1:
-        raise ValueError(f"mesh.fsdp={config.mesh.fsdp} must be at least 1")
     if config.mesh.fsdp > 1 and config.model.scan_blocks is False:
         raise ValueError(
             f"mesh.fsdp={config.mesh.fsdp} divides the weights that a loop goes over, and nothing "
             "with model.scan_blocks=False: leave that out"
+        )
+    if config.mesh.fsdp == num_devices > 1 and dtype != "float32":
+        raise ValueError(
+            f"optimizer.reduce_dtype={dtype} is of gradients along the mesh axis `data`, which "
+            f"mesh.fsdp={num_devices} on {num_devices} devices leaves no device: leave it out"
         )
     accumulation_steps = config.optimizer.accumulation_steps
     for key, size, parts in (
         ("data.batch_size", config.data.batch_size, accumulation_steps),
         ("eval.batch_size", config.eval.batch_size, 1),
     ):
-        if size < 1 or parts < 1 or size % (num_devices * parts):
+        if size % (num_devices * parts):
             raise ValueError(
                 f"{key}={size} must be a multiple of {num_devices} devices x "
                 f"{parts} accumulation steps = {num_devices * parts}"

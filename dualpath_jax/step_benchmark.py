@@ -272,6 +272,7 @@ def _operations(setting: Setting) -> tuple[int, int]:
     """Of the plain model on a batch, two per multiply-accumulate: forward; forward and backward."""
     config = setting.config.copy_and_resolve_references()
     config.model.class_only, config.model.remat = False, "none"
+    config.model.dtype = "float32"  # all products are counted so, see `efficiency.measure`
     model = run.outline(config, NUM_CLASSES)
     trainable, frozen = params_lib.split(model.params, model.mask)
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from dualpath_jax import efficiency, evaluate, hlo, run, sharding, train
+from dualpath_jax.config_ranges import check_ranges
 from dualpath_jax.data import datasets
 from dualpath_jax.models import tuning
 
@@ -142,6 +143,7 @@ def compile_steps(
     videos = -(-per_chip_batch // views)
     config.data.batch_size = per_chip_batch * mesh.size
     config.eval.batch_size = videos * mesh.size
+    check_ranges(config)
     sharding.check_settings(config, mesh.size)
     clips = {"train": per_chip_batch, "eval": videos * views}
     makers = {"train": _train_program, "eval": _eval_program}

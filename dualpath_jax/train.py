@@ -138,31 +138,16 @@ class Plan:
 
 
 def make_plan(config: Any, num_train_steps: int, steps_per_epoch: float) -> Plan:
-    """The plan of `config`; ValueError for a number that is too small."""
-    for key, value, least in (
-        ("num_train_steps", num_train_steps, 0),
-        ("log_every_steps", config.log_every_steps, 1),
-        ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
-        ("checkpoint.keep", config.checkpoint.keep, 1),
-        ("eval.every_epochs", config.eval.every_epochs, 0),
-        ("profile.first_step", config.profile.first_step, 0),
-        ("profile.num_steps", config.profile.num_steps, 0),
-        ("optimizer.max_skipped_steps", config.optimizer.max_skipped_steps, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{key}={value} must be at least {least}")
-    minutes = config.checkpoint.every_minutes
-    if minutes <= 0:
-        raise ValueError(f"checkpoint.every_minutes={minutes} must be above 0")
+    """The plan of `config`."""
     eval_every = config.eval.every_epochs * steps_per_epoch
     return Plan(
         num_steps=num_train_steps,
         log_every=config.log_every_steps,
         save_every=config.checkpoint.every_steps,
-        save_seconds=60 * minutes,
+        save_seconds=60 * config.checkpoint.every_minutes,
         keep=config.checkpoint.keep,
         eval_every=max(1, round(eval_every)) if eval_every else 0,
-        profile_first=config.profile.first_step,
+        profile_first=config.profile.first_step if config.profile.num_steps else 0,
         profile_steps=config.profile.num_steps,
     )
 
@@ -265,28 +250,29 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
                 last_save = time.monotonic()
             if plan.evaluates(done) and not stops:
                 checkpoints.wait()  # it is on disk, whatever becomes of the evaluation
-                scores = evaluate_now(run, eval_dataset, reporter, done)
+                with watch.nothing_to_save():
+                    scores = evaluate_now(run, eval_dataset, reporter, done)
                 checkpoints.add_scores(done, scores, reporter.flush())
-            if stops and done < plan.num_steps:
-                checkpoints.close()
-                reporter.close()
-                raise watch.told_by(f"told to stop; saved {checkpoints.path(done)}")
-    checkpoints.close()
-    reporter.close()
+            if stops:
+                break
+        checkpoints.close()
+        reporter.close()
+        if plan.num_steps > first_step and (stops or watch.told):
+            raise watch.told_by(f"told to stop; saved {checkpoints.path(done)}")
 
 
-def evaluate_now(
-    run: Run, dataset: VideoDataset, reporter: Reporter, done: int
-) -> dict[str, float]:
-    """Scores after `done` steps, reported."""
+def evaluate_now(run: Run, dataset: VideoDataset, reporter: Reporter, done: int) -> dict[str, Any]:
+    """Scores after `done` steps, reported, for `Checkpoints.add_scores`."""
     scores = evaluate.evaluate_run(run, dataset)
-    reporter.scores(done, run.config.eval.split, scores)
-    return dataclasses.asdict(scores)
+    split = run.config.eval.split
+    reporter.scores(done, split, scores)
+    of = {"split": split, "views": evaluate.views_of(run.config)}
+    return dataclasses.asdict(scores) | of
 
 
 def keep_scores(run: Run, results: dict[str, Any]) -> None:
     """Note what `evaluate_and_write` says of a finished training in its checkpoint."""
-    names = (field.name for field in dataclasses.fields(evaluate.Scores))
+    names = [field.name for field in dataclasses.fields(evaluate.Scores)] + ["split", "views"]
     checkpoints = Checkpoints(run.workdir, run.config.checkpoint.keep)
     checkpoints.add_scores(results["step"], {name: results[name] for name in names})
     checkpoints.close()

@@ -1,7 +1,7 @@
 """A trained model from its workdir, and video files as evaluation would see them.
 
-Public: `Trained`, `Prediction`, `Frames`, `mean_probabilities`, `load`, `read_trained`; `load` is
-`dualpath_jax.load`.
+Public: `Trained`, `Prediction`, `Frames`, `mean_probabilities`, `load`, `read_trained`,
+`saved_config`; `load` is `dualpath_jax.load`.
 """
 
 import dataclasses
@@ -23,11 +23,15 @@ from dualpath_jax import adapter_file, convert, evaluate, preprocess
 from dualpath_jax import params as params_lib
 from dualpath_jax import run as run_lib
 from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from dualpath_jax.config_ranges import check_ranges
 from dualpath_jax.config_values import with_defaults
 from dualpath_jax.data import decode, pipeline, tables
 from dualpath_jax.data.records import encode_frame
 from dualpath_jax.data.workers import Failure, WorkerPool
 from dualpath_jax.models import tuning
+from dualpath_jax.untrusted import shown
+
+_MAX_POSITIONS = 2**28  # ViT-L's, of 96 frames at 336 pixels, are 57 million
 
 
 class Frames:
@@ -94,9 +98,9 @@ class Trained:
       frame_format: of the frames that it was trained on.
     """
 
-    config: Any
-    module: Any
-    params: Any
+    config: Any = dataclasses.field(repr=False)
+    module: Any = dataclasses.field(repr=False)
+    params: Any = dataclasses.field(repr=False)
     class_names: list[str]
     step: int
     frame_format: decode.FrameFormat = decode.FrameFormat()
@@ -244,7 +248,15 @@ def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> 
     file = backbone or config.backbone.checkpoint
     if not file:
         raise ValueError(f"{path} does not say where its backbone is: pass --backbone=FILE")
-    frozen, shape, info = convert.load_backbone(file, run_lib.backbone_shape(config))
+    try:
+        frozen, shape, info = convert.load_backbone(file, run_lib.backbone_shape(config))
+    except FileNotFoundError as error:
+        if backbone:
+            raise
+        raise FileNotFoundError(
+            f"the backbone of {path} is not at {file}, where the run had it: say where it is now, "
+            "--backbone=FILE or in Python backbone=FILE"
+        ) from error
     if info.sha256 != saved["backbone_sha256"]:
         raise ValueError(
             f"{file} is not the backbone that {path} was trained with (SHA-256 {info.sha256}, "
@@ -262,13 +274,31 @@ def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> 
     return Trained(config, module, jax.device_put(params), class_names, step, frames)
 
 
+def saved_config(saved: dict[str, Any]) -> Any:
+    """The config in the metadata of a checkpoint or an adapter file, which may be a stranger's.
+
+    Raises:
+      ArithmeticError, AttributeError, KeyError, TypeError, ValueError: it is none, or one of a
+        model larger than any.
+    """
+    config = with_defaults(saved["config"])
+    check_ranges(config)
+    if not isinstance(config.backbone.checkpoint, str | None):
+        raise ValueError(f"backbone.checkpoint={shown(config.backbone.checkpoint)} is no path")
+    shape = run_lib.backbone_shape(config)
+    positions = config.data.num_frames * shape.num_tokens * shape.width
+    if positions > _MAX_POSITIONS:
+        raise ValueError(f"its clips have {positions:,} numbers of positions")
+    return config
+
+
 def _check(path: str, leaves: dict[str, np.ndarray], saved: dict[str, Any]) -> Any:
     """The config of a trained model; ValueError unless the model that it builds has its leaves."""
     remedy = "take the file of the run itself, or write it again (scripts/export_adapter.py)"
     try:
-        config = with_defaults(saved["config"])
+        config = saved_config(saved)
         outline = run_lib.outline(config, len(saved["class_names"]))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its config builds no model ({error}): {remedy}") from None
     trains = params_lib.flatten(outline.mask)
     shapes = {n: p.shape for n, p in params_lib.flatten(outline.params).items() if trains[n]}

@@ -152,7 +152,8 @@ def compare(out: pathlib.Path, methods: list[str], steps: int) -> list[dict]:
         )
     configs = {method: method_config(method, best[method], 0, steps) for method in methods}
     if "dualpath" in methods:
-        times = scores.get(f"step time/{steps}", lambda: time_steps(configs, str(out)))
+        key = f"step time/{steps}/{' '.join(configs)}"
+        times = scores.get(key, lambda: time_steps(configs, str(out)))
         for row in rows:
             row["step_time"] = times[row["method"]]
     return rows
@@ -209,7 +210,8 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", str(out.absolute() / "compiled"))
     demo.ensure_demo(demo_config.get_config())
     if args.only_times:
-        configs = {m: method_config(m, LEARNING_RATES[0], 0, args.steps) for m in METHODS}
+        methods = dict.fromkeys(["dualpath", *args.methods])
+        configs = {m: method_config(m, LEARNING_RATES[0], 0, args.steps) for m in methods}
         for method, ratio in time_steps(configs, str(out)).items():
             print(f"{method:12} step time / DualPath's {ratio:.2f}")
         return

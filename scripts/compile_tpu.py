@@ -70,6 +70,9 @@ def fits(config, topology: str, clips: int, memories: list[float]) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    chosen = [f"--{name}" for name in ("fits", "max_batch", "step") if flags.FLAGS[name].present]
+    if len(chosen) > 1:
+        sys.exit(f"error: {' and '.join(chosen)} do not go together: each says what to compile")
     from dualpath_jax import tpu_compile
 
     config, topology, batch = CONFIG.value, TOPOLOGY.value, PER_CHIP_BATCH.value

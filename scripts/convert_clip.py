@@ -42,7 +42,7 @@ def main() -> int:
     try:
         info = convert.convert_clip(**options)
     except (ValueError, OSError) as error:
-        print(f"convert_clip: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     config, published = info["config"], info["published"]
     shape = config.architecture

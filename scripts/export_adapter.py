@@ -12,7 +12,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dualpath_jax.command import new_parser, user_errors  # noqa: E402
+from dualpath_jax.command import check_file, new_parser, user_errors  # noqa: E402
 
 
 def export(workdir: str, out: str, which: str) -> str:
@@ -47,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     with user_errors():
+        if "://" not in args.out:
+            check_file("--out", args.out)
         print(export(args.workdir, args.out, args.checkpoint))
 
 

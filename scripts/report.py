@@ -9,7 +9,6 @@ settings that differ.
 """
 
 import argparse
-import os
 import pathlib
 import sys
 
@@ -18,22 +17,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 from dualpath_jax import bar, command, environment
 
 
-def check_out(out: str) -> None:
-    """ValueError, before any work, where the page cannot be written."""
-    path = pathlib.Path(out)
-    if path.is_dir():
-        raise ValueError(f"--out={out} is a folder; name a file in it, such as {path}/report.html")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out={out}: there is no folder {path.parent}; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--out={out}: {path.parent} cannot be written; choose another folder")
-
-
 def make_report(args: argparse.Namespace) -> None:
     """Read, draw, write."""
     if args.mistakes < 0:
         raise ValueError(f"--mistakes={args.mistakes} must be at least 0")
-    check_out(args.out)
+    command.check_file("--out", args.out)
     from absl import logging
     from etils import epath
 

@@ -4,6 +4,7 @@ import dataclasses
 import operator
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +58,30 @@ def _tree(arrays):
 
 
 # ---------------------------------------------------------------- our stages
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_patches_as_by_a_convolution(bias):
+    """Its parameters and results, on images that are no squares; twin: patches turned round."""
+    images = _images((24, 40))
+    patches = layers.PatchEmbedding(16, 8, bias)
+    convolution = nn.Conv(16, (8, 8), strides=8, padding="VALID", use_bias=bias)
+    params = convolution.init(jax.random.key(0), images)
+    shapes = [
+        jax.tree.map(jnp.shape, m.init(jax.random.key(0), images)) for m in (patches, convolution)
+    ]
+    assert shapes[0] == shapes[1]
+    want = convolution.apply(params, images)
+    assert want.shape == (2, 3, 5, 16)
+    np.testing.assert_allclose(patches.apply(params, images), want, rtol=0, atol=1e-5)
+    gradients = (
+        jax.grad(lambda params, m=m: (m.apply(params, images) ** 2).sum())(params)
+        for m in (patches, convolution)
+    )
+    for got, wanted in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-3)
+    turned = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1) if leaf.ndim == 4 else leaf, params)
+    assert np.abs(patches.apply(turned, images) - want).max() > 0.1
 
 
 def _run_block(block, params, h):

@@ -78,6 +78,25 @@ def test_newest_and_best_are_kept(tmp_path):
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [6, 7]
 
 
+def test_the_best_is_among_those_that_were_evaluated_alike(tmp_path):
+    checkpoints = Checkpoints(str(tmp_path), keep=9)
+    best = []
+    for step, top1, split, views in (
+        (1, 0.9, "validation", "16x1x1"),
+        (2, 0.5, "validation", "16x1x1"),
+        (3, 0.4, "test", "16x1x1"),
+        (4, 0.6, "test", "16x3x1"),
+        (5, 0.5, "test", "16x3x1"),
+        (6, 0.7, "validation", "16x1x1"),
+    ):
+        save(checkpoints, step)
+        checkpoints.add_scores(step, {"top1": top1, "split": split, "views": views})
+        best.append(checkpoints.best_step())
+    checkpoints.close()
+    assert best == [1, 1, 3, 4, 4, 1]
+    assert Checkpoints(str(tmp_path), read_only=True).best_step() == 1
+
+
 def test_scores_are_added_to_a_checkpoint(two, tmp_path, monkeypatch, caplog):
     """The first ones stay; where the disk is full there is a warning, and the checkpoint stays."""
     logging.use_absl_handler()

@@ -5,6 +5,7 @@ import json
 import operator
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 
@@ -619,6 +620,7 @@ def test_load_refuses_other_files(small_file, small_backbone, tmp_path):
         convert.load_backbone(tmp_path / "absent", SMALL)
     torch.save({}, tmp_path / "a.pt")
     for path in (small_file, tmp_path / "a.pt"):
+        command = f"python scripts/convert_clip.py --checkpoint={re.escape(str(path))} --out=NEW"
         with pytest.raises(ValueError, match=f"not a converted backbone: .*{command}"):
             convert.load_backbone(path, SMALL)
     (tmp_path / "cut").write_bytes(small_backbone.read_bytes()[:-1])
@@ -668,4 +670,4 @@ def test_script_reports_errors_in_a_line(tmp_path):
     result = _script(f"--checkpoint={tmp_path / 'absent'}", f"--out={tmp_path / 'out'}")
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr == f"convert_clip: no checkpoint file at {tmp_path / 'absent'}\n"
+    assert result.stderr == f"error: no checkpoint file at {tmp_path / 'absent'}\n"

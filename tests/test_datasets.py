@@ -45,6 +45,17 @@ def test_bad_arguments(videos, tmp_path):
             list_videos(dataset, str(videos))
 
 
+def test_what_cannot_be_learnt_or_evaluated_is_said(tmp_path):
+    """Twin: two classes of two videos."""
+    touch(tmp_path / "one" / "run", "1.mp4")
+    alone, no_other = list_videos("folder", str(tmp_path / "one")).notices
+    assert alone.startswith("there is one class alone, 'run'")
+    assert no_other.startswith("there is the split 'train' alone")
+    for name in ("run", "walk"):
+        touch(tmp_path / "two" / name, "1.mp4", "2.mp4")
+    assert list_videos("folder", str(tmp_path / "two")).notices == []
+
+
 # ----- Something-Something-v2
 
 LABELS = {"Moving something up": "1", "Holding something": "0", "Something falling": "2"}

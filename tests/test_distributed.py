@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from jax._src import xla_bridge
 
-from dualpath_jax import distributed, environment
+from configs import base
+from dualpath_jax import distributed, environment, job
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_one_process_on_a_host_has_all_its_gpus(variables, devices, monkeypatch)
 
 def test_all_must_have_the_same(monkeypatch):
     facts = {"videos": ["a", "b"], "classes": ["x"]}
-    distributed.check_same(facts)  # alone
+    distributed.check_same(facts, "the way")  # alone
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     rows = []
 
@@ -56,15 +57,17 @@ def test_all_must_have_the_same(monkeypatch):
         return np.stack([row] * 3)
 
     monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
-    distributed.check_same(facts)
-    distributed.check_same(facts | {"classes": ["y"]})
+    distributed.check_same(facts, "the way")
+    distributed.check_same(facts | {"classes": ["y"]}, "the way")
     monkeypatch.setattr(
         distributed.multihost_utils,
         "process_allgather",
         lambda row: np.stack([rows[0], rows[0], rows[1]]),
     )
-    with pytest.raises(OSError, match="classes: process 2 has others than process 0; give all"):
-        distributed.check_same(facts)
+    with pytest.raises(
+        OSError, match=r"classes: process 2 has others than process 0; give all .*\(the way\)"
+    ):
+        distributed.check_same(facts, "the way")
 
 
 def test_cloud_storage_that_is_unavailable_is_no_lost_process(monkeypatch):
@@ -92,3 +95,13 @@ def test_where_compiled_programs_are_kept(processes, chosen, folder, monkeypatch
     finally:
         distributed.compilation_cache.reset_cache()
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_hosts_may_differ_in_where_files_lie_and_in_nothing_else():
+    config = base.get_config()
+    before = job.settings(config)
+    for name in ("data.dir", "backbone.checkpoint", "init_from"):
+        config.update_from_flattened_dict({name: "/elsewhere"})
+    assert job.settings(config) == before
+    config.optimizer.learning_rate *= 2
+    assert job.settings(config) != before

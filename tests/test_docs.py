@@ -8,6 +8,7 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from absl import flags
@@ -46,6 +47,13 @@ def test_every_page_can_be_reached():
             files = [(page.parent / file).resolve() for file, _ in links(page) if file]
             todo += [file for file in files if file.suffix == ".md"]
     assert set(PAGES) <= reached
+
+
+def test_an_installation_has_every_package():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
+    folders = [path.parent for path in ROOT.glob("[cd]*/**/__init__.py")]
+    assert sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders) == listed
 
 
 def script(name):

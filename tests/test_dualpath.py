@@ -202,6 +202,19 @@ def test_class_only_changes_no_result():
     assert tokens.shape[1] == TINY.num_tokens
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_backbone_of_one_block(scan):
+    config = vit.ViTConfig("one", 32, 8, 24, 1, 3, 48)
+    model = vit.ViT(config, scan_blocks=scan)
+    h = jax.random.normal(jax.random.key(0), (2, config.num_tokens, 24))
+    params = model.init(jax.random.key(1), h, method=vit.ViT.encode)
+    whole, alone = (
+        model.apply(params, h, class_only=class_only, method=vit.ViT.encode)
+        for class_only in (False, True)
+    )
+    np.testing.assert_allclose(alone, whole[:, :1], rtol=0, atol=1e-5)
+
+
 def gradients(function, arrays, dy):
     """Of sum(function(arrays) dy), one after the other, as `environment` has it compiled."""
 

@@ -10,6 +10,7 @@ import pytest
 
 from configs import base, recipes
 from dualpath_jax import efficiency, run
+from dualpath_jax.models import attend
 
 
 def load(name):
@@ -103,6 +104,19 @@ def test_dualpath_is_as_the_formula(name, classes):
     assert counted.gmacs_per_view < counted.plain_gmacs_per_view
     config.data.num_frames = 48  # the twin: another clip is another count
     assert round(counted.plain_gmacs_per_view * 1e9) != formula(config, classes)
+
+
+def test_cudnns_attention_counts_as_any_other(monkeypatch):
+    """Twin: what is traced for a GPU in half precision has products that nobody counts."""
+    config = load("ssv2_vitb")
+    want = efficiency.measure(config)
+    monkeypatch.setattr(attend, "has_flash_attention", lambda: True)
+    monkeypatch.setattr(attend, "_by_cudnn", lambda q, k, v, padding: v)
+    assert efficiency.measure(config) == want
+    model = run.outline(config, 174)
+    forward = efficiency._forward(model)
+    traced = efficiency.count_macs(forward, model.params, *run.abstract_inputs(config))
+    assert traced < round(want.gmacs_per_view * 1e9)
 
 
 @pytest.mark.parametrize("class_only", [False, True])

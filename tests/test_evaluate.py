@@ -102,6 +102,14 @@ def test_probabilities_are_averaged_not_logits():
     assert int(sums["top1"]) == 1
 
 
+def test_what_is_no_number_is_no_hit():
+    logits = np.full((2, 1, 8), np.nan, np.float32)
+    logits[1] = np.eye(8)[0]
+    sums = evaluate.eval_step_sums(logits, jnp.array([0, 0]), jnp.ones(2))
+    assert (int(sums["top1"]), int(sums["top5"])) == (1, 1)
+    assert sums["class_count"].tolist()[0] == 2
+
+
 def test_fewer_than_five_classes():
     logits = np.array([[[1.0, 0.0]]], np.float32)
     sums = evaluate.eval_step_sums(logits, jnp.array([1]), jnp.ones(1))

@@ -69,13 +69,15 @@ def test_reloaded_without_this_package(model, tmp_path):
 
 
 def test_card(model):
-    card = export_model.model_card(model, ["stablehlo"], 2, {"top1": 0.5, "split": "test"})
+    results = {"top1": 0.5, "split": "test", "step": model.step}
+    card = export_model.model_card(model, ["stablehlo"], 2, results)
     assert "- `spatial`: uint8 [2, 2, 32, 32, 3], RGB, 0..255" in card
     assert "`temporal`: uint8 [2, 1, 32, 32, 3]" in card
     assert "call(spatial, temporal)" in card
     assert "Top-1 0.5000" in card
     assert "saved_model" not in card
-    assert "has not been evaluated" in export_model.model_card(model, [], None, None)
+    for other in (None, results | {"step": model.step + 1}):
+        assert "has not been evaluated" in export_model.model_card(model, [], None, other)
 
 
 def test_bad_input(model, tmp_path, monkeypatch, capsys):

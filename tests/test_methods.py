@@ -14,6 +14,7 @@ from configs import base
 from dualpath_jax import params as params_lib
 from dualpath_jax import run as run_lib
 from dualpath_jax import train
+from dualpath_jax.config_ranges import check_ranges
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import backbones, swin, tuning
@@ -422,7 +423,7 @@ def test_all_methods_see_the_same_clips(config):
         ("aim", "aim.dropout", -0.1, "model.aim.dropout=-0.1"),
         ("evl", "evl.num_blocks", 4, "num_blocks=4 must be between 1 and the 3 blocks of tiny"),
         ("evl", "evl.mlp_dropout", 2.0, "model.evl.mlp_dropout=2.0"),
-        ("vpt", "vpt.num_prompts", 0, "model.vpt.num_prompts=0 must be 1 or more"),
+        ("vpt", "vpt.num_prompts", 0, r"model.vpt.num_prompts=0 must be in \[1, 65536\]"),
         ("videoprompt", "videoprompt.num_prompts", -1, "model.videoprompt.num_prompts=-1"),
         ("adaptformer", "adaptformer.bottleneck", 0, "model.adaptformer.bottleneck=0"),
         ("protuning", "protuning.width", 0, "model.protuning.width=0"),
@@ -430,9 +431,12 @@ def test_all_methods_see_the_same_clips(config):
     ],
 )
 def test_bad_values_are_named(case, key, value, match):
-    config = tiny_config(case, **{key: value})
-    with pytest.raises(ValueError, match=match):
+    def build(config):
+        check_ranges(config)
         tuning.build_model(config, TINY, CLASSES)
+
+    with pytest.raises(ValueError, match=match):
+        build(tiny_config(case, **{key: value}))
 
 
 # Without class token and position table; the methods that need them refuse it.

@@ -135,6 +135,7 @@ def test_command(run, video, tmp_path, monkeypatch, capsys):
         (["nowhere.mp4"], "no video or folder 'nowhere.mp4'"),
         ([folder, "--top_k=0"], "--top_k=0 must be at least 1"),
         ([folder, "--stride=1"], "--stride=1 needs --window"),
+        ([folder, "--features=no/x.npz"], "--features=no/x.npz: there is no folder no; make it"),
         ([folder, "--features=x.txt"], "--features='x.txt' must end with .npz"),
         ([folder, "--window=nan"], "--window=nan must be a number of seconds above 0"),
         ([folder, "--window=0"], "--window=0 must be a number of seconds above 0"),
@@ -296,6 +297,24 @@ def test_adapter_files_that_do_not_fit(run, tmp_path, monkeypatch, capsys):
         "method": (leaves, other, "its config builds no classifier/hidden/bias"),
         "config": (leaves, nothing, "its config builds no model (.*resnet"),
     }
+    for number, (key, value, message) in enumerate(
+        (
+            ("data.num_frames", 2**24, "num_frames=16777216 must be in"),
+            ("data.num_frames", 4096, "its clips have .* numbers of positions"),
+            ("backbone.depth", 4000, "depth=4000 must be in"),
+            ("backbone.heads", 0, "heads=0 must be in"),
+            ("data.frame_scale", 0, "frame_scale=0 must be in"),
+            ("data.frame_scale", "many", "not supported between"),
+            ("backbone.checkpoint", ["x"], "is no path"),
+            ("data", 3, "its config builds no model"),
+        )
+    ):
+        hostile = copy.deepcopy(metadata)
+        *section, name_ = key.split(".")
+        (hostile["config"][section[0]] if section else hostile["config"])[name_] = value
+        if message.startswith("its clips"):
+            hostile["config"]["backbone"]["width"] = 2**14
+        cases[f"hostile{number}"] = (leaves, hostile, message)
     for case, (changed, described, message) in cases.items():
         file = str(tmp_path / f"{case}.safetensors")
         adapter_file.write_adapter(file, changed, described)

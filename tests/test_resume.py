@@ -286,6 +286,66 @@ def test_ctrl_c(capfd):
     assert "once more ends the process at once" in capfd.readouterr().err
 
 
+def test_nothing_to_save():
+    """What SIGTERM did before it does again inside, and not outside."""
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    try:
+        with Watch() as watch:
+            with watch.nothing_to_save():
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert (got, watch.told) == ([signal.SIGTERM], False)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (len(got), watch.told) == (1, True)
+            with watch.nothing_to_save():  # told already: a second one ends the process
+                assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_evaluation_is_ended_at_once(config, tmp_path, monkeypatch):
+    """Its checkpoint is on disk, and what it would have found is made up for."""
+    config.num_train_steps = 8
+    config.eval.every_epochs = 1
+
+    def ended(*_):
+        raise Killed
+
+    before = signal.signal(signal.SIGTERM, ended)  # stands for `leave`, which ends the process
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                train.evaluate, "evaluate_run", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+            )
+            with pytest.raises(Killed):
+                run_all(config, tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    checkpoints = Checkpoints(str(tmp_path), read_only=True)
+    assert (checkpoints.latest_step(), checkpoints.has_scores(5)) == (5, False)
+
+
+def test_told_to_stop_at_the_end(config, straight, tmp_path, monkeypatch):
+    """In the last step, or while it is saved: it is, and the next start only evaluates."""
+    close = Checkpoints.close
+
+    def told_meanwhile(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(self)
+
+    for name, of, instead in (
+        ("step", Watch, ("should_stop", lambda self, step: step == 6)),
+        ("saving", Checkpoints, ("close", told_meanwhile)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(of, *instead)
+            with pytest.raises(Preempted, match="told to stop; saved .*checkpoints/6"):
+                run_all(config, tmp_path / name)
+        resumed = run_all(config, tmp_path / name)
+        assert same(resumed.state, straight.state)
+        assert same_run.entries(tmp_path / name) == same_run.entries(tmp_path / "straight")
+
+
 def test_told_to_stop_outside_of_the_loop():
     program = (
         "import os, signal; from dualpath_jax import preemption; "
@@ -294,6 +354,31 @@ def test_told_to_stop_outside_of_the_loop():
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == EXIT_CODE
     assert "told to stop; the same command goes on" in ended.stderr
+
+
+BUSY = """
+import hashlib, os, signal, sys, threading, time
+from dualpath_jax import preemption
+preemption.leave_when_told()
+if sys.argv[1] == "noted":
+    signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+def tell():
+    for _ in range(2):
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=tell, daemon=True).start()
+hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)  # a minute in C, without Python's lock
+print("done")
+"""
+
+
+@pytest.mark.parametrize(("what", "status"), [("left", EXIT_CODE), ("noted", 128 + signal.SIGTERM)])
+def test_told_to_stop_while_a_program_computes(what, status):
+    """Python's handlers wait for it: `leave` does not, nor does a second signal."""
+    ended = subprocess.run(
+        [sys.executable, "-c", BUSY, what], capture_output=True, text=True, env=environment()
+    )
+    assert (ended.returncode, ended.stdout) == (status, "")
 
 
 def test_changed_settings(config, straight, tmp_path, capsys):
@@ -417,7 +502,8 @@ def test_best_checkpoint(config, tmp_path):
     restore.for_evaluation(run)
     assert int(run.state.step) == checkpoints.best_step()
     at_the_end = dict.fromkeys(("top1", "top5", "mean_class_accuracy", "num_videos"), 2.0)
-    train.keep_scores(run, at_the_end | {"step": 11, "split": "test"})
+    of = {"split": "test", "views": train.evaluate.views_of(config)}
+    train.keep_scores(run, at_the_end | of | {"step": 11})
     assert Checkpoints(str(tmp_path), read_only=True).best_step() == 11
     config.eval.checkpoint = "worst"
     with pytest.raises(ValueError, match="'worst': known are latest, best"):
@@ -447,9 +533,15 @@ def test_exported_parameters_start_another_run(config, straight, tmp_path, capsy
     run, _ = build(config, tmp_path / "nothing")
     restore.for_evaluation(run)
     assert same(run.state.trainable, straight.state.trainable)
+    run.class_names = [*run.class_names[:-1], "Something else"]
+    with pytest.raises(ValueError, match="was trained on other classes, 8 of them, than the 8 of"):
+        restore.for_evaluation(run)
     run, _ = build(config, tmp_path / "straight")
     with pytest.raises(ValueError, match="which one is meant: config.init_from="):
         restore.for_evaluation(run)
+    capsys.readouterr()
+    assert restore.for_training(run, Checkpoints(run.workdir)) == 6  # nor does a training take it
+    assert f"init_from={path} is left out: the run in" in capsys.readouterr().out
     config.data.grid = (2, 2)
     run, _ = build(config, tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"trained with other settings:\n  data.grid: .* -> "):

@@ -127,14 +127,34 @@ def test_evaluations_share_one_program(config, tmp_path, monkeypatch):
     assert made == [1]
 
 
+@pytest.mark.parametrize(("asked", "taken"), [(64, 24), (8, 8)])
+def test_a_batch_has_no_more_than_the_videos(asked, taken, config, tmp_path, monkeypatch):
+    """21 of them, on eight devices."""
+    sizes, batches = [], pipeline.eval_batches
+
+    def batches_of(*args, **kwargs):
+        for batch in batches(*args, **kwargs):
+            sizes.append(len(batch["label"]))
+            yield batch
+
+    monkeypatch.setattr(pipeline, "eval_batches", batches_of)
+    config.eval.batch_size = asked
+    run, _ = build(config, tmp_path)
+    scores = evaluate.evaluate_run(run, VideoDataset(config.data.dir, "test"))
+    assert (scores.num_videos, set(sizes)) == (21, {taken})
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("eval.spatial_crops", 2, "eval.spatial_crops=2 must be 1 or 3"),
-        ("eval.temporal_views", 0, "eval.temporal_views=0 must be 1 or more"),
+        ("eval.temporal_views", 0, r"eval.temporal_views=0 must be in \[1, 1024\]"),
         ("data.sampling_interval", 0, "data.sampling_interval=0 must be 1 or more"),
-        ("model.adapter_bottleneck", 0, "model.adapter_bottleneck=0 must be 1 or more"),
+        ("model.adapter_bottleneck", 0, r"model.adapter_bottleneck=0 must be in \[1, 65536\]"),
         ("model.adapter_dropout", 1.0, r"model.adapter_dropout=1.0 must be in \[0, 1\)"),
+        ("optimizer.clip_norm", 0.0, "optimizer.clip_norm=0.0 must be above 0"),
+        ("optimizer.accumulation_steps", 0, "optimizer.accumulation_steps=0 must be 1 or more"),
+        ("backbone.heads", 4, r"backbone.heads=4, but .* has 2 \(scripts/convert_clip.py --heads"),
     ],
 )
 def test_values_that_make_no_sense_are_refused_before_training(
@@ -309,9 +329,10 @@ def test_plan():
     assert [plan.saves(4, seconds) for seconds in (0.0, 119.0, 120.0)] == [False, False, True]
 
 
-@pytest.mark.parametrize("key", ["log_every_steps", "checkpoint.every_steps", "checkpoint.keep"])
-def test_plan_refuses(key):
+@pytest.mark.parametrize(
+    ("epochs", "steps", "counted"), [(1, None, 1), (4, None, 2), (0, None, 0), (1, 0, 0), (1, 7, 7)]
+)
+def test_a_training_has_a_step_unless_none_is_asked_for(epochs, steps, counted):
     config = base.get_config()
-    config.update_from_flattened_dict({key: 0})
-    with pytest.raises(ValueError, match=f"{key}=0 must be at least 1"):
-        train.make_plan(config, num_train_steps=10, steps_per_epoch=2.0)
+    config.num_epochs, config.num_train_steps = epochs, steps
+    assert run_lib.count_train_steps(config, steps_per_epoch=0.47) == counted

@@ -100,6 +100,36 @@ def test_entries_wait_for_room(tmp_path):
     assert steps == [1, 2, 3, 4]
 
 
+def test_the_first_step_is_not_timed(tmp_path, capsys):
+    """It has its own line; twin: the next one is."""
+    reporter = progress.Reporter(str(tmp_path), num_train_steps=9, batch_size=1)
+    values = {"loss": 0.5, "learning_rate": 0.1}
+    reporter.start(0)
+    reporter.first_step_done(1, values)
+    reporter.progress(1, values)
+    reporter.progress(2, values)
+    reporter.close()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert lines[0] == "step 1/9  loss 0.500  lr 1.00e-01"
+    assert "clips/s" in lines[1]
+    entries = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert ["clips_per_second" in entry for entry in entries] == [False, True]
+
+
+def test_an_evaluation_of_the_split_that_is_trained_on_is_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    entries = [
+        {"step": 3, "split": "train", "loss": 0.5},
+        {"step": 3, "split": "train", "top1": 0.5},
+    ]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    reporter = progress.Reporter(str(tmp_path), num_train_steps=9, batch_size=1)
+    reporter.resume(3, evaluated=True)
+    assert len(path.read_text().splitlines()) == 2
+    reporter.resume(3, evaluated=False)
+    assert list(map(json.loads, path.read_text().splitlines())) == entries[:1]
+
+
 def test_nothing_is_timed_by_a_clock_that_can_be_set():
     looks = re.compile(r"\btime\.time(_ns)?\(|\bdatetime\b")
     for folder in ("dualpath_jax", "scripts"):

@@ -46,7 +46,6 @@ def clip_format(data: Any, framesets: bool = True) -> ClipFormat:
       framesets: spatial frames and framesets (DualPath), or every frame at full size (the other
         methods, for which `num_spatial_frames`, `grid` and `frame_scale` mean nothing).
     """
-    _check_augmentation(data)
     shape, num_spatial = None, data.num_frames
     if framesets:
         shape = FramesetShape(data.num_frames, tuple(data.grid), data.frame_scale, data.image_size)
@@ -55,30 +54,17 @@ def clip_format(data: Any, framesets: bool = True) -> ClipFormat:
     if data.sampling not in sampling.SAMPLINGS:
         known = ", ".join(sampling.SAMPLINGS)
         raise ValueError(f"unknown data.sampling {data.sampling!r}: known are {known}")
-    if data.sampling == "dense" and data.sampling_interval is None:
+    interval = data.sampling_interval if data.sampling == "dense" else None
+    if data.sampling == "dense" and interval is None:
         sampling.default_interval(data.num_frames)
-    if data.sampling_interval is not None and data.sampling_interval < 1:
-        raise ValueError(f"data.sampling_interval={data.sampling_interval} must be 1 or more")
     return ClipFormat(
         num_frames=data.num_frames,
         image_size=data.image_size,
         num_spatial_frames=num_spatial,
         sampling=data.sampling,
-        sampling_interval=data.sampling_interval,
+        sampling_interval=interval,
         framesets=shape,
     )
-
-
-def _check_augmentation(data: Any) -> None:
-    """ValueError for a value out of range."""
-    if data.randaugment_layers < 0:
-        raise ValueError(f"data.randaugment_layers={data.randaugment_layers} must not be negative")
-    if data.randaugment_layers and not 0 <= data.randaugment_magnitude <= randaugment.MAX_MAGNITUDE:
-        raise ValueError(
-            f"data.randaugment_magnitude={data.randaugment_magnitude} must be in 0..10"
-        )
-    if not 0 <= data.erasing_probability <= 1:
-        raise ValueError(f"data.erasing_probability={data.erasing_probability} must be in 0..1")
 
 
 def make_element(

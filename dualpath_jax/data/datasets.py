@@ -69,6 +69,10 @@ def list_videos(
         if dataset != "csv":  # a list may name files anywhere: who writes one means it
             _check_paths(split, videos)
     notices = listing.notices + _odd_classes(dataset, listing.class_names, splits)
+    if list(splits) == ["train"] and validation_fraction:
+        notices.append(
+            "there is the split 'train' alone, and no other to evaluate on (--config.eval.split)"
+        )
     if not listing.share_videos:
         notices += _shared_ids(splits)
     return dataclasses.replace(listing, splits=splits, notices=notices)
@@ -115,6 +119,8 @@ def _odd_classes(dataset: str, class_names: list[str], splits: dict[str, list[Vi
     used = {video.label for videos in splits.values() for video in videos}
     if empty := [name for label, name in enumerate(class_names) if label not in used]:
         notices.append(f"{len(empty)} classes have no video, such as {empty[0]!r}")
+    if len(class_names) == 1:
+        notices.append(f"there is one class alone, {class_names[0]!r}: nothing can be learnt of it")
     published = NUM_CLASSES.get(dataset, len(class_names))
     if len(class_names) != published:
         notices.append(

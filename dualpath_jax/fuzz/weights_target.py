@@ -14,7 +14,7 @@ import random
 import numpy as np
 import safetensors.numpy
 
-from dualpath_jax import adapter_file, convert, weight_layouts
+from dualpath_jax import adapter_file, convert, trained, weight_layouts
 from dualpath_jax.fuzz.mutate import mutate_bytes, mutate_json
 from dualpath_jax.fuzz.sandbox import Case, Target
 from dualpath_jax.models import backbones
@@ -257,7 +257,7 @@ def _pickled(text: str) -> bytes:
 
 
 class Adapters(Target):
-    """`read_adapter` of files of `write_adapter`."""
+    """`read_adapter` of files of `write_adapter`, and `saved_config` of what they say."""
 
     def __init__(self, folder: pathlib.Path):
         leaves = {
@@ -269,7 +269,17 @@ class Adapters(Target):
             "backbone_name": "custom",
             "backbone_sha256": "0" * 64,
             "class_names": ["a", "b", "c"],
-            "config": {"seed": 0, "model": {"method": "dualpath"}},
+            "config": {
+                "seed": 0,
+                "data": {
+                    "num_frames": 16,
+                    "image_size": 32,
+                    "grid": [4, 4],
+                    "crop_scale": [0.1, 1],
+                },
+                "backbone": {"name": "ViT-B/16", "depth": 2, "heads": 12, "checkpoint": "a"},
+                "model": {"method": "dualpath", "adapter_bottleneck": 4},
+            },
             "version": "0",
             "step": 5,
         }
@@ -292,3 +302,7 @@ class Adapters(Target):
         assert all(isinstance(metadata[key], str) for key in ("method", "backbone_sha256"))
         assert all(isinstance(name, str) for name in metadata["class_names"])
         assert isinstance(metadata["step"], int)
+        try:  # as `load`
+            trained.saved_config(metadata)
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(str(error)) from None

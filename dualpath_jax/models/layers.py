@@ -320,7 +320,8 @@ def unstacked(layers: Any) -> list[Any]:
     By splits: the gradient of one is a concatenation, that of leaf[i] a sum of L padded arrays.
     """
     leaves, structure = jax.tree.flatten(layers)
-    parts = [[part[0] for part in jnp.split(leaf, len(leaf))] for leaf in leaves]
+    splits = [jnp.split(leaf, len(leaf)) if len(leaf) else [] for leaf in leaves]
+    parts = [[part[0] for part in split] for split in splits]
     return [jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True)]
 
 

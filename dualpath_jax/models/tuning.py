@@ -59,20 +59,8 @@ def _check_choice(key: str, value: Any, known: tuple[Any, ...]) -> None:
         raise ValueError(f"unknown {key}={value!r}: known are {', '.join(map(str, known))}")
 
 
-def _check_at_least_one(key: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{key}={value} must be 1 or more")
-
-
-def _check_rate(key: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{key}={value} must be in [0, 1)")
-
-
 def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> DualPath:
     data, model = config.data, config.model
-    _check_at_least_one("model.adapter_bottleneck", model.adapter_bottleneck)
-    _check_rate("model.adapter_dropout", model.adapter_dropout)
     adapter = Adapter(
         bottleneck=model.adapter_bottleneck,
         scale=model.adapter_scale,
@@ -100,10 +88,10 @@ def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> 
         adapter=adapter,
         serial_skip=model.serial_skip,
         pre_attention_adapter=model.pre_attention_adapter,
-        pre_attention_residual=model.pre_attention_residual,
+        pre_attention_residual=model.pre_attention_adapter and model.pre_attention_residual,
         temporal_position=model.temporal_position,
         train_tokens=model.train_tokens,
-        adapt_shifted_windows=model.adapt_shifted_windows,
+        adapt_shifted_windows=family_of(backbone) == "swin" and model.adapt_shifted_windows,
         dtype=compute_dtype(config),
         scan_blocks=loops_blocks(config),
         remat=model.remat,
@@ -145,7 +133,6 @@ def _build_average(config: Any, backbone: BackboneConfig, num_classes: int) -> F
 
 def _build_vpt(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     head, prompts = _temporal(backbone, num_classes), config.model.vpt.num_prompts
-    _check_at_least_one("model.vpt.num_prompts", prompts)
     if not config.model.vpt.deep:
         return _frame_model(config, backbone, head, kind=ShallowPrompts, num_prompts=prompts)
     return _frame_model(
@@ -155,14 +142,12 @@ def _build_vpt(config: Any, backbone: BackboneConfig, num_classes: int) -> Frame
 
 def _build_adaptformer(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     options = config.model.adaptformer
-    _check_at_least_one("model.adaptformer.bottleneck", options.bottleneck)
     adapter = Adapter(options.bottleneck, options.scale, dtype=compute_dtype(config), parent=None)
     sites = AdaptFormer(adapter, options.parallel, parent=None)
     return _frame_model(config, backbone, _temporal(backbone, num_classes), sites)
 
 
 def _build_protuning(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
-    _check_at_least_one("model.protuning.width", config.model.protuning.width)
     sites = ProTuning(
         width=config.model.protuning.width,
         class_tokens=int(backbone.has_class_token),
@@ -175,7 +160,6 @@ def _build_protuning(config: Any, backbone: BackboneConfig, num_classes: int) ->
 def _build_st_adapter(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     options = config.model.st_adapter
     _check_choice("model.st_adapter.form", options.form, ("paper", "released"))
-    _check_at_least_one("model.st_adapter.width", options.width)
     kernel_size = tuple(options.kernel_size)
     if len(kernel_size) != 3 or any(size < 1 or size % 2 == 0 for size in kernel_size):
         raise ValueError(
@@ -197,17 +181,13 @@ def _build_st_adapter(config: Any, backbone: BackboneConfig, num_classes: int) -
 
 def _build_videoprompt(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     prompts = config.model.videoprompt.num_prompts
-    _check_at_least_one("model.videoprompt.num_prompts", prompts)
     return _frame_model(config, backbone, _temporal(backbone, num_classes, prompts))
 
 
 def _build_aim(config: Any, backbone: BackboneConfig, num_classes: int) -> AIM:
     options = config.model.aim
     _check_choice("model.aim.num_temporal_adapters", options.num_temporal_adapters, (1, 2))
-    _check_rate("model.aim.drop_path", options.drop_path)
-    _check_rate("model.aim.dropout", options.dropout)
     bottleneck = backbone.width // 4 if options.bottleneck is None else options.bottleneck
-    _check_at_least_one("model.aim.bottleneck", bottleneck)
     sites = AIMSites(
         Adapter(bottleneck, dtype=compute_dtype(config), parent=None),
         num_frames=config.data.num_frames,
@@ -227,8 +207,6 @@ def _build_evl(config: Any, backbone: BackboneConfig, num_classes: int) -> EVL:
             f"model.evl.num_blocks={options.num_blocks} must be between 1 and the {backbone.depth} "
             f"blocks of {backbone.name}"
         )
-    _check_rate("model.evl.mlp_dropout", options.mlp_dropout)
-    _check_rate("model.evl.dropout", options.dropout)
     head = Decoder(
         backbone,
         num_classes,

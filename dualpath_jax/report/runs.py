@@ -20,6 +20,7 @@ from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from dualpath_jax.config_values import flat, with_defaults
 from dualpath_jax.data import tables
 from dualpath_jax.predictions import read_predictions
+from dualpath_jax.progress import is_evaluation
 from dualpath_jax.untrusted import parse_json, read_json, shown
 
 _PROGRAM = "python -m dualpath_jax.main"
@@ -222,8 +223,8 @@ def _read_metrics(run: Run) -> None:
             entries.append(entry)
         else:
             bad += 1
-    run.training = [entry for entry in entries if entry["split"] == "train"]
-    run.evaluations = [entry for entry in entries if entry["split"] != "train"]
+    run.training = [entry for entry in entries if not is_evaluation(entry)]
+    run.evaluations = [entry for entry in entries if is_evaluation(entry)]
     if bad:
         run.lacks(f"lines of metrics.jsonl that cannot be read, and are left out: {bad}")
     total = run.config.get("num_train_steps") or run.environment.get("num_train_steps")
