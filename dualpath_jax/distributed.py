@@ -118,10 +118,7 @@ def check_same(facts: dict[str, Any], remedy: str) -> None:
     for name, column in zip(facts, rows.swapaxes(0, 1), strict=True):
         others = [str(i) for i, digest in enumerate(column) if np.any(digest != column[0])]
         if others:
-            raise OSError(
-                f"{name}: process {', '.join(others)} has others than process 0; give all hosts "
-                f"the same ({remedy})"
-            )
+            raise OSError(f"{name}: process {', '.join(others)} differs from process 0; {remedy}")
 
 
 def is_first() -> bool:

@@ -4,7 +4,6 @@ Public: `train_and_evaluate`, `settings`.
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,9 +28,8 @@ def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
     """
     environment.compute_where_called()
     with _claimed(workdir):
-        distributed.check_same(
-            {"settings": [settings(config), training]}, "config file, options and --mode"
-        )
+        own = settings(config) | {"--mode": training}
+        distributed.check_same(own, "give all hosts the same config file and options")
         if config.data.source == "demo" and not config.data.synthetic:
             with lock.one_at_a_time(config.data.dir):
                 demo.ensure_demo(config)
@@ -44,7 +42,7 @@ def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
             splits = {"training videos": dataset, "evaluation videos": eval_dataset}
             distributed.check_same(
                 {name: run_lib.facts(one) for name, one in splits.items()},
-                "on each host's own disk: copy the data set again",
+                "give all hosts the same (on each host's own disk: copy the data set again)",
             )
             run = run_lib.build_run(part, folder, dataset)
             if training:
@@ -60,8 +58,7 @@ def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
 
 def settings(config: Any) -> dict[str, Any]:
     """Values by dotted key, without those that may differ from host to host."""
-    values = json.loads(json.dumps(flat(config)))
-    return {key: value for key, value in values.items() if key not in _OF_A_HOST}
+    return {key: value for key, value in flat(config).items() if key not in _OF_A_HOST}
 
 
 @contextlib.contextmanager
