@@ -1,8 +1,7 @@
 """What the command lines share: parsers, absl's flags, errors for the user.
 
 Public: `new_parser`, `positive`, `add_model`, `load_model`, `check_file`, `run`,
-`user_errors`. Light: JAX is
-imported where it is used.
+`user_errors`. Light: JAX is imported where it is used.
 """
 
 import argparse

@@ -84,9 +84,8 @@ def measure(config: Any) -> Efficiency:
     """Count what `config` describes, abstractly: no weights, no data, no computation."""
     num_classes = datasets.NUM_CLASSES.get(config.data.source, datasets.UNKNOWN_CLASSES)
     config, macs = copy.deepcopy(config), []
-    config.model.dtype = (
-        "float32"  # else a GPU's attention is cuDNN's, not counted, see `flash_fits`
-    )
+    # A GPU's attention in half precision is cuDNN's (`attend.flash_fits`), which is not counted.
+    config.model.dtype = "float32"
     for class_only in (False, True):
         config.model.class_only = class_only
         model = run.outline(config, num_classes)

@@ -11,12 +11,8 @@ from dualpath_jax import demo, distributed, environment, evaluate, lock, restore
 from dualpath_jax import run as run_lib
 from dualpath_jax.config_values import flat
 
-_OF_A_HOST = (
-    "data.dir",
-    "data.prefetch",
-    "backbone.checkpoint",
-    "init_from",
-)  # files may lie apart
+# What may differ: files lie where they lie on each host, and nothing else waits for batches.
+_OF_A_HOST = ("data.dir", "data.prefetch", "backbone.checkpoint", "init_from")
 
 
 def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
