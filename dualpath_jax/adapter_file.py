@@ -64,6 +64,11 @@ def read_adapter(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     with cloud.reaching(path):
         if not epath.Path(path).exists():
             raise FileNotFoundError(f"no adapter file {path!r}")
+        if epath.Path(path).is_dir():
+            raise ValueError(
+                f"{path!r} is a folder: python scripts/export_adapter.py --workdir={path} --out=F "
+                "makes an adapter file of a run"
+            )
         check_size(path, MAX_BYTES)
     try:
         with _local(path) as local, safe_open(local, "numpy") as file:

@@ -25,6 +25,7 @@ def make_report(args: argparse.Namespace) -> None:
     from absl import logging
     from etils import epath
 
+    from dualpath_jax.data.ledger import in_words
     from dualpath_jax.progress import write_whole
     from dualpath_jax.report import figures, mistakes, page, runs
 
@@ -41,7 +42,7 @@ def make_report(args: argparse.Namespace) -> None:
     write_whole(epath.Path(args.out), html)
     missing = sum(len(run.missing) for run in found)
     told = f"; what is missing is named on it ({missing})" if missing else ""
-    print(f"wrote {args.out}, {len(html) / 1e6:.1f} MB{told}", flush=True)
+    print(f"wrote {args.out}, {in_words(len(html))}{told}", flush=True)
 
 
 def parser() -> argparse.ArgumentParser:

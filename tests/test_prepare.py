@@ -284,7 +284,7 @@ def test_other_settings_or_listing(videos, tmp_path):
         run(videos, out, limits=DecodeLimits(max_pixels=100))
     with open(videos.parent / "lists" / "train.csv", "a") as file:
         file.write("new.mp4,up\n")
-    with pytest.raises(ValueError, match=r"train.videos was 5, is 6, train.list was"):
+    with pytest.raises(ValueError, match=r"train.videos was 5, is 6, train.list is another"):
         run(videos, out)
     assert contents(out) == before
 

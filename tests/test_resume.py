@@ -564,6 +564,8 @@ def test_exported_parameters_know_what_they_belong_to(config, straight, tmp_path
     run, _ = build(config, tmp_path / "next")
     with pytest.raises(ValueError, match="method 'dualpath', this run has 'linear'"):
         adapter_file.start_from(run, path)
+    with pytest.raises(ValueError, match="is a folder: python scripts/export_adapter"):
+        adapter_file.start_from(run, str(tmp_path / "straight"))
     with pytest.raises(FileNotFoundError, match="no adapter file"):
         adapter_file.read_adapter(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="not an adapter file of this package"):

@@ -207,7 +207,7 @@ def _check_same(out_dir: str, new: dict, with_any_limits: bool) -> None:
     if with_any_limits:
         names = [name for name in names if not name.startswith("limits.")]
     if names:
-        changes = ", ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in names)
+        changes = ", ".join(_change(name, old, new) for name in names)
         remedy = "Choose another --out, or delete this one"
         if all(name.startswith("limits.") for name in names):
             remedy = "Pass the limits that it has, or --retry_bad to try its bad videos with these"
@@ -215,6 +215,12 @@ def _check_same(out_dir: str, new: dict, with_any_limits: bool) -> None:
             f"{out_dir!r} was prepared with other settings or another list of videos: {changes}. "
             f"{remedy}"
         )
+
+
+def _change(name: str, old: dict, new: dict) -> str:
+    if name == "classes" or name.endswith(".list"):
+        return f"{name} is another"  # of its values there are digests alone
+    return f"{name} was {old.get(name)}, is {new.get(name)}"
 
 
 def _refuse_missing(listing: Listing, videos_dir: str, out_dir: str, max_missing: float) -> None:
