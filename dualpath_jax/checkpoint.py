@@ -25,7 +25,7 @@ from orbax.checkpoint._src.checkpointers import async_checkpointer
 from orbax.checkpoint._src.futures import future, signaling_client
 
 from dualpath_jax import params as params_lib
-from dualpath_jax.config_values import flat, with_defaults
+from dualpath_jax.config_values import flat, views_of, with_defaults
 from dualpath_jax.progress import write_whole
 
 _MAX_BYTES = 32 * 2**30  # of the arrays of a checkpoint; ViT-L, fully tuned, has 4 GB
@@ -122,11 +122,9 @@ class Checkpoints:
         self._scores: dict[int, dict[str, Any]] = {}  # of the checkpoints that have some
         for step in self._manager.all_steps():
             with contextlib.suppress(DamagedCheckpoint):
-                self._note_scores(step, self.read_metadata(step)["scores"])
-
-    def _note_scores(self, step: int, scores: dict[str, Any] | None) -> None:
-        if scores is not None:
-            self._scores[step] = scores
+                saved = self.read_metadata(step)
+                if saved["scores"] is not None:
+                    self._scores[step] = _evaluated_as(saved["config"]) | saved["scores"]
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, None if there is none."""
@@ -207,7 +205,7 @@ class Checkpoints:
             problem = error
             logging.warning("the scores of step %d are not kept: %s", step, _one_line(error))
         if not _on_any_host(problem is not None):
-            self._note_scores(step, scores)
+            self._scores[step] = scores
 
     def wait(self) -> None:
         """Return when everything saved so far is on disk, or has been given up."""
@@ -376,6 +374,12 @@ def changes(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[A
     return {
         key: (old.get(key), new.get(key)) for key in differing if not key.startswith(SAFE_CHANGES)
     }
+
+
+def _evaluated_as(config: dict[str, Any]) -> dict[str, str]:
+    """Split and views of scores that do not say so, as those of older versions do not."""
+    config = with_defaults(config)
+    return {"split": config.eval.split, "views": views_of(config)}
 
 
 def _on_any_host(flag: bool) -> bool:

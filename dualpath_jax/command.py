@@ -92,7 +92,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
         if "config" in flags.FLAGS and flags.FLAGS["config"].present:
             _ = flags.FLAGS["config"].value.items  # an OSError where there is no such file
         return left
-    except (AttributeError, KeyError) as error:  # of an override, --config.KEY=VALUE
+    except (AttributeError, KeyError) as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        if any(frame.f_code.co_name == "get_config" for frame, _ in frames):
+            raise  # a mistake in the file; else of an override, --config.KEY=VALUE
         said = str(error.args[0])
         with contextlib.suppress(SyntaxError, ValueError):
             said = ast.literal_eval(said)  # an AttributeError quotes the KeyError that it was

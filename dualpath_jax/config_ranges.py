@@ -52,7 +52,7 @@ _RANGES = {
     "data.randaugment_magnitude": _Range(0, 10),
     "data.erasing_probability": _PART,
     "data.std": _POSITIVE,
-    "data.prefetch": _NOT_NEGATIVE,
+    "data.prefetch": _Range(-1),  # by itself
     "data.max_broken_videos": _NOT_NEGATIVE,
     "mesh.fsdp": _COUNT,
     "backbone.patch_size": _SIZE,
@@ -113,6 +113,5 @@ def check_ranges(config: Any) -> None:
     if values["eval.spatial_crops"] not in (1, 3):
         raise ValueError(f"eval.spatial_crops={values['eval.spatial_crops']} must be 1 or 3")
     for key in ("data.crop_scale", "data.crop_ratio"):
-        low, high = values[key]
-        if low > high:
+        if len(values[key]) != 2 or values[key][0] > values[key][1]:
             raise ValueError(f"{key}={values[key]} must be the smallest and the largest")

@@ -1,6 +1,6 @@
 """Values of configurations, of those too that older versions of this package wrote.
 
-Public: `flat`, `with_defaults`.
+Public: `flat`, `views_of`, `with_defaults`.
 """
 
 import json
@@ -22,6 +22,12 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             values[prefix + name] = value
     return values
+
+
+def views_of(config: Any) -> str:
+    """Frames x clips x crops, as the paper counts."""
+    views = (config.data.num_frames, config.eval.temporal_views, config.eval.spatial_crops)
+    return "x".join(map(str, views))
 
 
 def with_defaults(saved: Mapping[str, Any]) -> ConfigDict:

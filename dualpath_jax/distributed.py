@@ -111,14 +111,17 @@ def check_same(facts: dict[str, Any], remedy: str) -> None:
     """
     if jax.process_count() == 1:
         return
-    texts = (json.dumps(value, sort_keys=True) for value in facts.values())
-    own = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
-    rows = multihost_utils.process_allgather(np.frombuffer(own, np.uint8))
-    rows = rows.reshape(jax.process_count(), len(facts), -1)
-    for name, column in zip(facts, rows.swapaxes(0, 1), strict=True):
-        others = [str(i) for i, digest in enumerate(column) if np.any(digest != column[0])]
-        if others:
-            raise OSError(f"{name}: process {', '.join(others)} differs from process 0; {remedy}")
+    # Their names first: rows of different lengths cannot be gathered.
+    for some in ({"what is compared": sorted(facts)}, facts):
+        texts = (json.dumps(some[name], sort_keys=True) for name in sorted(some))
+        own = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
+        rows = multihost_utils.process_allgather(np.frombuffer(own, np.uint8))
+        rows = rows.reshape(jax.process_count(), len(some), -1)
+        for name, column in zip(sorted(some), rows.swapaxes(0, 1), strict=True):
+            others = [str(i) for i, digest in enumerate(column) if np.any(digest != column[0])]
+            if others:
+                other = ", ".join(others)
+                raise OSError(f"{name}: process {other} differs from process 0; {remedy}")
 
 
 def is_first() -> bool:

@@ -19,6 +19,7 @@ from jax.extend import core
 
 from dualpath_jax import params as params_lib
 from dualpath_jax import run
+from dualpath_jax.config_ranges import check_ranges
 from dualpath_jax.data import datasets
 
 
@@ -83,6 +84,7 @@ def _forward(model: run.Outline) -> Callable:
 def measure(config: Any) -> Efficiency:
     """Count what `config` describes, abstractly: no weights, no data, no computation."""
     num_classes = datasets.NUM_CLASSES.get(config.data.source, datasets.UNKNOWN_CLASSES)
+    check_ranges(config)
     config, macs = copy.deepcopy(config), []
     # A GPU's attention in half precision is cuDNN's (`attend.flash_fits`), which is not counted.
     config.model.dtype = "float32"

@@ -18,6 +18,7 @@ from etils import epath
 from dualpath_jax import params as params_lib
 from dualpath_jax import preprocess
 from dualpath_jax.bar import Bar
+from dualpath_jax.config_values import views_of
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
@@ -207,12 +208,6 @@ def evaluate_and_write(run: Run, dataset: VideoDataset) -> dict[str, Any]:
     print(f"{run.config.eval.split}  {format_scores(scores)}  views {results['views']}")
     print(f"wrote {run.workdir}/results.json", flush=True)
     return results
-
-
-def views_of(config: Any) -> str:
-    """Frames x clips x crops, as the paper counts."""
-    views = (config.data.num_frames, config.eval.temporal_views, config.eval.spatial_crops)
-    return "x".join(map(str, views))
 
 
 def write_results(run: Run, scores: Scores) -> dict[str, Any]:

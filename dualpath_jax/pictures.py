@@ -1,6 +1,6 @@
 """Pictures of attention: heat maps over frames, grids of them as PNG, a clip as GIF.
 
-Public: `enlarge`, `heat`, `Row`, `grid`, `write_png`, `write_gif`, `new_name`.
+Public: `enlarge`, `heat`, `Row`, `text_font`, `grid`, `write_png`, `write_gif`, `new_name`.
 """
 
 import dataclasses
@@ -55,12 +55,17 @@ class Row:
     pictures: Sequence[np.ndarray]
 
 
+def text_font(size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib's, which has most of the world's letters; `size` in pixels."""
+    fonts = os.path.join(matplotlib.get_data_path(), "fonts", "ttf")
+    return ImageFont.truetype(os.path.join(fonts, "DejaVuSans.ttf"), size)
+
+
 def grid(rows: Sequence[Row]) -> Image.Image:
     """The rows under one another, on white."""
     widths = [sum(picture.shape[1] + GAP for picture in row.pictures) for row in rows]
     heights = [LINE + row.pictures[0].shape[0] + GAP for row in rows]
-    fonts = os.path.join(matplotlib.get_data_path(), "fonts", "ttf")
-    font = ImageFont.truetype(os.path.join(fonts, "DejaVuSans.ttf"), 10)
+    font = text_font(10)
     text = max(font.getlength(row.title) for row in rows)
     canvas = Image.new("RGB", (max(*widths, int(text)) + GAP, sum(heights)), "white")
     draw, top = ImageDraw.Draw(canvas), 0

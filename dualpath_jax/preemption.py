@@ -39,8 +39,7 @@ def leave_when_told() -> None:
 
     Python's handlers are called in the main thread when that executes Python again, minutes later
     perhaps. The number of a signal is written to a pipe at once, which a thread reads: it leaves
-    where `leave` is installed, and ends the process where a signal comes once more that has not
-    been handled meanwhile.
+    where `leave` is installed, and ends the process when a signal comes for the second time.
     """
     signal.signal(signal.SIGTERM, leave)
     ours, theirs = os.pipe()

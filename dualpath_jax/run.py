@@ -139,8 +139,9 @@ def check_inputs(config: Any) -> None:
     missing, commands = [], []
     if not _exists(f"{data_dir}/dataset_info.json"):
         missing.append(f"prepared data in {data_dir}")
-        # A folder that is there may be that of the videos, which prepared data are apart from.
-        videos, out = (data_dir, "NEW") if _exists(data_dir) else ("VIDEOS", data_dir)
+        # A folder that nobody prepared videos in may be that of the videos.
+        theirs = _exists(data_dir) and not _exists(f"{data_dir}/prepare")
+        videos, out = (data_dir, "NEW") if theirs else ("VIDEOS", data_dir)
         annotations = "" if config.data.source == "folder" else " --annotations=ANNOTATIONS"
         commands.append(
             f"python scripts/prepare_dataset.py --dataset={config.data.source} --videos={videos}"
@@ -304,7 +305,7 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
         if config.backbone.heads not in (None, shape.heads):
             raise ValueError(
                 f"backbone.heads={config.backbone.heads}, but {config.backbone.checkpoint} has "
-                f"{shape.heads} (scripts/convert_clip.py --heads): leave it out"
+                f"{shape.heads} (scripts/convert_clip.py --heads): set it to that"
             )
     model = tuning.build_model(config, shape, len(dataset.class_names))
     params = init_params(model, config, backbone)

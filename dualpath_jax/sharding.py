@@ -51,11 +51,6 @@ def check_settings(config: Any, num_devices: int) -> None:
             f"mesh.fsdp={config.mesh.fsdp} divides the weights that a loop goes over, and nothing "
             "with model.scan_blocks=False: leave that out"
         )
-    if config.mesh.fsdp == num_devices > 1 and dtype != "float32":
-        raise ValueError(
-            f"optimizer.reduce_dtype={dtype} is of gradients along the mesh axis `data`, which "
-            f"mesh.fsdp={num_devices} on {num_devices} devices leaves no device: leave it out"
-        )
     accumulation_steps = config.optimizer.accumulation_steps
     for key, size, parts in (
         ("data.batch_size", config.data.batch_size, accumulation_steps),

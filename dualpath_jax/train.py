@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from dualpath_jax import adapter_file, environment, evaluate, preprocess, restore, sharding
 from dualpath_jax import params as params_lib
 from dualpath_jax.checkpoint import Checkpoints
+from dualpath_jax.config_values import views_of
 from dualpath_jax.data.broken import BrokenVideos
 from dualpath_jax.data.records import VideoDataset
 from dualpath_jax.models import tuning
@@ -250,7 +251,8 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
                 last_save = time.monotonic()
             if plan.evaluates(done) and not stops:
                 checkpoints.wait()  # it is on disk, whatever becomes of the evaluation
-                with watch.nothing_to_save():
+                kept = checkpoints.latest_step() == done  # or had no room there
+                with watch.nothing_to_save() if kept else contextlib.nullcontext():
                     scores = evaluate_now(run, eval_dataset, reporter, done)
                 checkpoints.add_scores(done, scores, reporter.flush())
             if stops:
@@ -266,7 +268,7 @@ def evaluate_now(run: Run, dataset: VideoDataset, reporter: Reporter, done: int)
     scores = evaluate.evaluate_run(run, dataset)
     split = run.config.eval.split
     reporter.scores(done, split, scores)
-    of = {"split": split, "views": evaluate.views_of(run.config)}
+    of = {"split": split, "views": views_of(run.config)}
     return dataclasses.asdict(scores) | of
 
 

@@ -58,6 +58,8 @@ def colour(batch: dict) -> dict:
 
 def draw(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
     """One row per clip: its label, its spatial frames, its framesets if the method takes them."""
+    from dualpath_jax.pictures import text_font
+
     clips = []
     for i in range(len(batch["label"])):
         inputs = [batch[key][i] for key in ("spatial", "temporal") if key in batch]
@@ -68,7 +70,7 @@ def draw(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
         canvas = Image.new("RGB", (width, height), "white")
         name = class_names[batch["label"][i]]
         text = f"video {batch['example_id'][i]}, class {batch['label'][i]}: {name}{drawn(batch, i)}"
-        ImageDraw.Draw(canvas).text((0, 2), text, fill="black")
+        ImageDraw.Draw(canvas).text((0, 2), text, fill="black", font=text_font(10))
         left = 0
         for picture in pictures:
             canvas.paste(Image.fromarray(picture), (left, LINE))
@@ -91,12 +93,14 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from dualpath_jax.config_ranges import check_ranges
     from dualpath_jax.data import pipeline
     from dualpath_jax.data.records import VideoDataset
     from dualpath_jax.models import tuning
 
     try:
         config = load_config(args.config)
+        check_ranges(config)
         dataset = VideoDataset(args.data_dir or config.data.dir, config.data.train_split)
         batches = pipeline.train_batches(
             dataset,

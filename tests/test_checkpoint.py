@@ -97,6 +97,22 @@ def test_the_best_is_among_those_that_were_evaluated_alike(tmp_path):
     assert Checkpoints(str(tmp_path), read_only=True).best_step() == 1
 
 
+def test_scores_of_an_older_version_are_of_what_its_config_says(tmp_path):
+    checkpoints = Checkpoints(str(tmp_path), keep=9)
+    for step, top1 in ((1, 0.9), (2, 0.5)):
+        save(checkpoints, step, top1)
+    checkpoints.close()
+    again = Checkpoints(str(tmp_path), keep=9)
+    save(again, 3)
+    of = {"split": "validation", "views": "32x3x1"}  # the defaults
+    again.add_scores(3, {"top1": 0.7} | of)
+    assert again.best_step() == 1
+    save(again, 4)
+    again.add_scores(4, {"top1": 0.6} | of | {"split": "test"})
+    assert again.best_step() == 4
+    again.close()
+
+
 def test_scores_are_added_to_a_checkpoint(two, tmp_path, monkeypatch, caplog):
     """The first ones stay; where the disk is full there is a warning, and the checkpoint stays."""
     logging.use_absl_handler()

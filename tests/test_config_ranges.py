@@ -30,6 +30,7 @@ def changed(key, value):
         ("data.frame_scale", 0, r"in \[1, 4096\]"),
         ("data.crop_scale", (0.0, 1.0), r"in \(0, 1\]"),
         ("data.crop_scale", (0.9, 0.1), "the smallest and the largest"),
+        ("data.crop_scale", (0.5,), "the smallest and the largest"),
         ("data.randaugment_magnitude", 11.0, r"in \[0, 10\]"),
         ("data.num_frames", 2**24, r"in \[1, 4096\]"),
         ("backbone.heads", 0, r"in \[1, 65536\]"),

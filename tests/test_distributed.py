@@ -59,12 +59,17 @@ def test_all_must_have_the_same(monkeypatch):
     monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
     distributed.check_same(facts, "the way")
     distributed.check_same(facts | {"classes": ["y"]}, "the way")
+    names, videos_and_classes, _, others = rows
+    gathered = {names.size: [names] * 3, others.size: [videos_and_classes] * 2 + [others]}
     monkeypatch.setattr(
-        distributed.multihost_utils,
-        "process_allgather",
-        lambda row: np.stack([rows[0], rows[0], rows[1]]),
+        distributed.multihost_utils, "process_allgather", lambda row: np.stack(gathered[row.size])
     )
     with pytest.raises(OSError, match=r"classes: process 2 differs from process 0; the way"):
+        distributed.check_same(facts, "the way")
+    monkeypatch.setattr(
+        distributed.multihost_utils, "process_allgather", lambda row: np.stack([row, row, row + 1])
+    )
+    with pytest.raises(OSError, match="what is compared: process 2 differs from process 0"):
         distributed.check_same(facts, "the way")
 
 

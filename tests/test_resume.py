@@ -18,6 +18,7 @@ from test_train import build, leaves, run_all
 from dualpath_jax import adapter_file, progress, restore, same_run, train
 from dualpath_jax import run as run_lib
 from dualpath_jax.checkpoint import Checkpoints
+from dualpath_jax.config_values import views_of
 from dualpath_jax.data import pipeline
 from dualpath_jax.preemption import EXIT_CODE, Preempted, Watch
 from scripts import export_adapter
@@ -502,7 +503,7 @@ def test_best_checkpoint(config, tmp_path):
     restore.for_evaluation(run)
     assert int(run.state.step) == checkpoints.best_step()
     at_the_end = dict.fromkeys(("top1", "top5", "mean_class_accuracy", "num_videos"), 2.0)
-    of = {"split": "test", "views": train.evaluate.views_of(config)}
+    of = {"split": "test", "views": views_of(config)}
     train.keep_scores(run, at_the_end | of | {"step": 11})
     assert Checkpoints(str(tmp_path), read_only=True).best_step() == 11
     config.eval.checkpoint = "worst"
