@@ -169,7 +169,9 @@ def test_only_process_0_writes(two, four):
     assert "step 6/6  loss " in (two / "log0.txt").read_text()
     for log in [two / "log1.txt", *(four / f"log{i}.txt" for i in (1, 2, 3))]:
         lines = log.read_text().splitlines()
-        assert [line for line in lines if not line.startswith("[Gloo]")] == []
+        # Gloo's own, of which threads write parts between each other's.
+        own = [line for line in lines if "[Gloo]" not in line and "peer ranks" not in line]
+        assert own == []
     assert len(list((two / "straight").glob("events.out.tfevents.*"))) == 1
 
 
