@@ -25,7 +25,7 @@ from orbax.checkpoint._src.checkpointers import async_checkpointer
 from orbax.checkpoint._src.futures import future, signaling_client
 
 from dualpath_jax import params as params_lib
-from dualpath_jax.config_values import flat, views_of, with_defaults
+from dualpath_jax.config_values import NO_CONFIG, flat, views_of, with_defaults
 from dualpath_jax.progress import write_whole
 
 _MAX_BYTES = 32 * 2**30  # of the arrays of a checkpoint; ViT-L, fully tuned, has 4 GB
@@ -428,7 +428,7 @@ def _check_metadata(saved: dict[str, Any], where: str) -> None:
         with_defaults(saved["config"])
         arrays = [(entry["shape"], np.dtype(entry["dtype"])) for entry in saved["leaves"].values()]
         size = sum(math.prod(map(int, shape)) * dtype.itemsize for shape, dtype in arrays)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except NO_CONFIG as error:
         raise DamagedCheckpoint(f"checkpoint {where} is none of ours: {_one_line(error)}") from None
     if size > _MAX_BYTES or any(int(n) < 0 for shape, _ in arrays for n in shape):
         raise DamagedCheckpoint(f"checkpoint {where} claims {size:,} bytes of parameters")

@@ -52,7 +52,7 @@ _RANGES = {
     "data.randaugment_magnitude": _Range(0, 10),
     "data.erasing_probability": _PART,
     "data.std": _POSITIVE,
-    "data.prefetch": _Range(-1),  # by itself
+    "data.prefetch": _Range(-1),  # -1: as tf.data chooses
     "data.max_broken_videos": _NOT_NEGATIVE,
     "mesh.fsdp": _COUNT,
     "backbone.patch_size": _SIZE,
@@ -74,7 +74,6 @@ _RANGES = {
     "model.aim.bottleneck": _WIDTH,
     "model.aim.drop_path": _RATE,
     "model.aim.dropout": _RATE,
-    "model.evl.num_blocks": _DEPTH,
     "model.evl.mlp_dropout": _RATE,
     "model.evl.dropout": _RATE,
     "optimizer.learning_rate": _POSITIVE,

@@ -1,6 +1,6 @@
 """Values of configurations, of those too that older versions of this package wrote.
 
-Public: `flat`, `views_of`, `with_defaults`.
+Public: `flat`, `views_of`, `with_defaults`, `NO_CONFIG`.
 """
 
 import json
@@ -10,6 +10,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import base
+
+# What is raised where a stranger's values are taken for a configuration, and are none.
+NO_CONFIG = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -40,7 +43,7 @@ def with_defaults(saved: Mapping[str, Any]) -> ConfigDict:
       All keys of configs/base.py and those of `saved`; lists where JSON has no tuples.
 
     Raises:
-      AttributeError, KeyError, TypeError, ValueError: `saved` is no configuration.
+      NO_CONFIG: `saved` is no configuration.
     """
     config = ConfigDict(json.loads(base.get_config().to_json_best_effort()))
     with config.ignore_type():

@@ -24,7 +24,7 @@ from dualpath_jax import params as params_lib
 from dualpath_jax import run as run_lib
 from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from dualpath_jax.config_ranges import check_ranges
-from dualpath_jax.config_values import with_defaults
+from dualpath_jax.config_values import NO_CONFIG, with_defaults
 from dualpath_jax.data import decode, pipeline, tables
 from dualpath_jax.data.records import encode_frame
 from dualpath_jax.data.workers import Failure, WorkerPool
@@ -278,8 +278,7 @@ def saved_config(saved: dict[str, Any]) -> Any:
     """The config in the metadata of a checkpoint or an adapter file, which may be a stranger's.
 
     Raises:
-      ArithmeticError, AttributeError, KeyError, TypeError, ValueError: it is none, or one of a
-        model larger than any.
+      NO_CONFIG: it is none, or one of a model larger than any.
     """
     config = with_defaults(saved["config"])
     check_ranges(config)
@@ -298,7 +297,7 @@ def _check(path: str, leaves: dict[str, np.ndarray], saved: dict[str, Any]) -> A
     try:
         config = saved_config(saved)
         outline = run_lib.outline(config, len(saved["class_names"]))
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except NO_CONFIG as error:
         raise ValueError(f"{path}: its config builds no model ({error}): {remedy}") from None
     trains = params_lib.flatten(outline.mask)
     shapes = {n: p.shape for n, p in params_lib.flatten(outline.params).items() if trains[n]}

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors.numpy
 
 from dualpath_jax import adapter_file, convert, trained, weight_layouts
+from dualpath_jax.config_values import NO_CONFIG
 from dualpath_jax.fuzz.mutate import mutate_bytes, mutate_json
 from dualpath_jax.fuzz.sandbox import Case, Target
 from dualpath_jax.models import backbones
@@ -304,5 +305,5 @@ class Adapters(Target):
         assert isinstance(metadata["step"], int)
         try:  # as `load`
             trained.saved_config(metadata)
-        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except NO_CONFIG as error:
             raise ValueError(str(error)) from None

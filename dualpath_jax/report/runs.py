@@ -17,7 +17,7 @@ from etils import epath
 from dualpath_jax import params as params_lib
 from dualpath_jax import run as run_lib
 from dualpath_jax.checkpoint import Checkpoints, DamagedCheckpoint
-from dualpath_jax.config_values import flat, with_defaults
+from dualpath_jax.config_values import NO_CONFIG, flat, with_defaults
 from dualpath_jax.data import tables
 from dualpath_jax.predictions import read_predictions
 from dualpath_jax.progress import is_evaluation
@@ -334,7 +334,7 @@ def _count_parameters(run: Run) -> None:
     try:
         config = ml_collections.ConfigDict(run.config)
         outline = run_lib.outline(config, len(run.class_names))
-    except (ValueError, KeyError, AttributeError, TypeError, ArithmeticError) as problem:
+    except NO_CONFIG as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         run.lacks(f"no table of parameters: config.json does not describe a model ({reason})")
         return
