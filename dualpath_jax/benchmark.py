@@ -29,6 +29,7 @@ from dualpath_jax.data import jpeg_frames, pipeline, records, sampling
 from dualpath_jax.data.annotations import Listing, Video
 from dualpath_jax.data.broken import BrokenVideos
 from dualpath_jax.data.clips import ClipFormat, clip_format, compose, fill_colour, map_clips
+from dualpath_jax.data.decode import ANY_TAGS
 from dualpath_jax.data.prepare import prepare
 
 # Row of the video table, frames int64 [T], and what was drawn (`clips.make_element`, no records).
@@ -131,7 +132,7 @@ def decode_pyav(path: str, frames: np.ndarray) -> np.ndarray:
     Frames are told by their time stamps, as if the frame rate were constant.
     """
     wanted, found = set(frames.tolist()), {}
-    with av.open(path, metadata_errors="replace") as container:
+    with av.open(path, **ANY_TAGS) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_type = "NONE"  # the cores are busy with other clips
         ticks = 1 / (stream.average_rate * stream.time_base)  # per frame

@@ -143,6 +143,7 @@ def measure(
             tell(f"{method}: largest batch")
             memory = jax.devices()[0].memory_stats()["bytes_limit"]
             size, throughput = largest_batch(Forward(config), memory)
+            tell(f"{method}: {throughput:.1f} views/s of {size}")
             speeds[method] = dataclasses.replace(
                 speeds[method], throughput=throughput, batch_size=size
             )

@@ -6,21 +6,23 @@ Public: `Setting`, `compare`, `largest_difference`, `compile_seconds`, `peak_mem
 Both frameworks get the same weights and the same clips, and their logits are compared before
 anything is timed. They take turns, each in a process of its own, as it is used: in one, PyTorch
 would find the memory that ours keeps between steps, and threads of both would be in each other's
-way. Ratios are medians over rounds of what was measured in the same round. On a GPU, float32 is
-what JAX makes of it there, products in TF32, in both; the logits are compared in full float32.
+way. Ratios are medians over rounds of what was measured in the same round. On a GPU each measures
+several calls in a row, as in a training, and float32 is what JAX makes of it there, products in
+TF32, in both; the logits are compared in full float32.
 """
 
 import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import io
 import multiprocessing
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -49,19 +51,32 @@ class Setting:
       config: of a run with `model.method` "dualpath" on a CLIP ViT.
       dtype: "float32" or "bfloat16", of the computation; what trains is float32.
       batch_size: B clips.
+      calls: of forward pass or step in a row, for which is waited at the end alone.
     """
 
     config: Any
     dtype: str
     batch_size: int
+    calls: int = 1
 
 
 @dataclasses.dataclass
 class Side:
-    """One framework, ready to run; each call waits for its result."""
+    """One framework, ready to run: each waits for the last result of so many calls and gives it."""
 
-    forward: Callable[[], np.ndarray]  # logits [B, classes] float32
-    train_step: Callable[[], float]  # loss
+    forward: Callable[..., np.ndarray]  # (calls=1) -> logits [B, classes] float32
+    train_step: Callable[..., float]  # (calls=1) -> loss
+
+
+def _in_a_row(call: Callable[[], Any], fetch: Callable[[Any], Any]) -> Callable[..., Any]:
+    """`call` once or several times, then `fetch` of what the last gave."""
+
+    def run(calls: int = 1) -> Any:
+        for _ in range(calls):
+            result = call()
+        return fetch(result)
+
+    return run
 
 
 def make_run(setting: Setting) -> tuple[run.Run, dict[str, np.ndarray]]:
@@ -111,12 +126,15 @@ def jax_side(made: run.Run, batch: dict[str, np.ndarray]) -> Side:
 
     state = jax.tree.map(jnp.copy, made.state)
 
-    def train_step() -> float:
+    def train_step() -> jax.Array:
         nonlocal state
         state, metrics = step(state, made.frozen, placed)
-        return float(metrics["loss"])
+        return metrics["loss"]
 
-    return Side(lambda: np.asarray(forward(made.state.trainable, made.frozen, placed)), train_step)
+    return Side(
+        _in_a_row(lambda: forward(made.state.trainable, made.frozen, placed), np.asarray),
+        _in_a_row(train_step, float),
+    )
 
 
 def torch_model(made: run.Run) -> TorchDualPath:
@@ -161,8 +179,11 @@ def _use_tf32(use: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = use
 
 
-def torch_side(made: run.Run, batch: dict[str, np.ndarray]) -> Side:
-    """PyTorch: AdamW on what trains, autocast where the computation is bfloat16."""
+def torch_side(made: run.Run, batch: dict[str, np.ndarray], compiled: bool = False) -> Side:
+    """PyTorch: AdamW on what trains, autocast where the computation is bfloat16.
+
+    `compiled`: by `torch.compile`, each model whole.
+    """
     device = torch_device()
     _use_tf32(True)  # as JAX does
     config = made.config
@@ -170,6 +191,8 @@ def torch_side(made: run.Run, batch: dict[str, np.ndarray]) -> Side:
     dtype = _TORCH_DTYPES[config.model.dtype]
     trainable = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, weight_decay=config.optimizer.weight_decay)
+    if compiled:
+        model, trained = torch.compile(model), torch.compile(trained)
     placed = {k: torch.tensor(v, device=device) for k, v in batch.items()}
     label = placed["label"].long()
     mean, std = (
@@ -182,53 +205,81 @@ def torch_side(made: run.Run, batch: dict[str, np.ndarray]) -> Side:
         with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
             return model(*images).float()
 
-    def forward() -> np.ndarray:
+    def forward() -> torch.Tensor:
         with torch.no_grad():
-            return run_model(model).cpu().numpy()
+            return run_model(model)
 
-    def train_step() -> float:
+    def train_step() -> torch.Tensor:
         optimizer.zero_grad()
         smoothing = config.optimizer.label_smoothing
         logits = run_model(trained)
         loss = torch.nn.functional.cross_entropy(logits, label, label_smoothing=smoothing)
         loss.backward()
         optimizer.step()
-        return loss.item()
+        return loss.detach()
 
-    return Side(forward, train_step)
+    return Side(
+        _in_a_row(forward, lambda logits: logits.cpu().numpy()),
+        _in_a_row(train_step, lambda loss: loss.item()),
+    )
 
 
 SIDES: dict[str, Callable[[run.Run, dict[str, np.ndarray]], Side]] = {
     "jax": jax_side,
     "torch": torch_side,
+    "torch_compiled": functools.partial(torch_side, compiled=True),
 }
+USUAL_SIDES = ("jax", "torch")
 
 
-def compare(setting: Setting, rounds: int) -> dict[str, Any]:
-    """Both frameworks in turn.
+def compare(
+    setting: Setting,
+    rounds: int,
+    sides: Sequence[str] = USUAL_SIDES,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Frameworks in turn.
+
+    Args:
+      setting: what is measured.
+      rounds: times each is measured.
+      sides: names of `SIDES`, "jax" among them.
+      tell: told what is being done.
 
     Returns:
-      {"largest_difference": of the logits; "forward" and "train_step": {"jax", "torch": median
-      seconds; "ratio_vs_torch": PyTorch's seconds over ours, the median of the rounds';
-      "gflops": 10^9 operations of a plain forward pass, or of that and its backward pass, two for
-      each multiply-accumulate, over our seconds}}.
+      {"largest_difference": of the logits; "forward" and "train_step": {by name of `sides`: median
+      seconds of a call; for each but "jax", "ratio_vs_torch" or "ratio_vs_torch_compiled": its
+      seconds over ours, the median of the rounds'; "gflops": 10^9 operations of a plain forward
+      pass, or of that and its backward pass, two for each multiply-accumulate, over our seconds}}.
 
     Raises:
       RuntimeError: the logits differ by more than `TOLERANCE` in float32.
     """
     with contextlib.ExitStack() as stack:
-        processes = {name: stack.enter_context(_process(_start, setting, name)) for name in SIDES}
-        logits = [process.submit(_logits).result() for process in processes.values()]
-        result: dict[str, Any] = {"largest_difference": largest_difference(setting.dtype, *logits)}
+        processes = {name: stack.enter_context(_process(_start, setting, name)) for name in sides}
+        logits = {}
+        for name, process in processes.items():
+            tell(f"{name}: compiling")
+            logits[name] = process.submit(_logits, setting.dtype).result()
+        ours, others = logits.pop("jax"), logits
+        differences = (largest_difference(setting.dtype, ours, x) for x in others.values())
+        result: dict[str, Any] = {"largest_difference": max(differences, default=0.0)}
         for what, operations in zip(("forward", "train_step"), _operations(setting), strict=True):
-            calls = {
-                name: lambda process=process, what=what: process.submit(_run, what).result()
+            runs = {
+                name: lambda process=process, what=what: process.submit(
+                    _run, what, setting.calls
+                ).result()
                 for name, process in processes.items()
             }
-            seconds = take_turns(calls, rounds)
-            pairs = zip(seconds["torch"], seconds["jax"], strict=True)
+            told = functools.partial(lambda what, line: tell(f"{what}: {line}"), what)
+            seconds = {
+                name: [value / setting.calls for value in values]
+                for name, values in take_turns(runs, rounds, told).items()
+            }
             result[what] = {name: statistics.median(values) for name, values in seconds.items()}
-            result[what]["ratio_vs_torch"] = statistics.median(a / b for a, b in pairs)
+            for name in others:
+                pairs = zip(seconds[name], seconds["jax"], strict=True)
+                result[what][f"ratio_vs_{name}"] = statistics.median(a / b for a, b in pairs)
             result[what]["gflops"] = operations / 1e9 / result[what]["jax"]
     return result
 
@@ -259,13 +310,13 @@ def _start(setting: Setting, name: str) -> None:
         environment.keep_memory()
 
 
-def _logits() -> np.ndarray:
-    with full_precision():
+def _logits(dtype: str) -> np.ndarray:
+    with full_precision() if dtype == "float32" else contextlib.nullcontext():
         return _side.forward()
 
 
-def _run(what: str) -> None:
-    getattr(_side, what)()
+def _run(what: str, calls: int) -> None:
+    getattr(_side, what)(calls)
 
 
 def _operations(setting: Setting) -> tuple[int, int]:
@@ -296,12 +347,14 @@ def matmul_gflops(dtype: str, size: int | None = None, rounds: int = 5) -> float
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     b = torch.randn((size, size), device=device).to(_TORCH_DTYPES[dtype])
     product = jax.jit(jnp.matmul)
+    calls = 1 if device == "cpu" else 20
     runs = {
-        "jax": lambda: product(a, a)[0, 0].item(),  # waits for the result
-        "torch": lambda: (b @ b)[0, 0].item(),
+        "jax": _in_a_row(lambda: product(a, a), lambda y: y[0, 0].item()),  # waits for the result
+        "torch": _in_a_row(lambda: b @ b, lambda y: y[0, 0].item()),
     }
-    seconds = take_turns(runs, rounds)
-    return 2 * size**3 / 1e9 / min(statistics.median(values) for values in seconds.values())
+    seconds = take_turns({name: lambda run=run: run(calls) for name, run in runs.items()}, rounds)
+    fastest = min(statistics.median(values) for values in seconds.values()) / calls
+    return 2 * size**3 / 1e9 / fastest
 
 
 def compile_seconds(setting: Setting) -> float:
@@ -326,7 +379,7 @@ def peak_memory(setting: Setting, side: str) -> float:
     its own; on a GPU what XLA's compiled step asks for, or PyTorch's allocator has given out.
     """
     if torch_device() != "cpu":
-        return {"jax": _xla_memory, "torch": _torch_memory}[side](setting)
+        return _xla_memory(setting) if side == "jax" else _torch_memory(setting, side)
     with _process() as process:
         return process.submit(_peak_memory, setting, side).result()
 
@@ -350,8 +403,8 @@ def _xla_memory(setting: Setting) -> float:
     return (asked.temp_size_in_bytes + new) / 2**20
 
 
-def _torch_memory(setting: Setting) -> float:
-    step = torch_side(*make_run(setting)).train_step
+def _torch_memory(setting: Setting, side: str) -> float:
+    step = SIDES[side](*make_run(setting)).train_step
     for _ in range(2):
         step()  # makes the optimizer's state
     before = torch.cuda.memory_allocated()

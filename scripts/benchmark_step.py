@@ -8,7 +8,8 @@ The same model with the same weights in PyTorch (dualpath_jax/torch_dualpath.py)
 the same logits, takes turns with ours: forward pass and training step, float32 and bfloat16, and
 the memory that a step needs. No data and no weights are needed. The limit is a product of two
 square matrices in the faster framework. On a GPU take more clips, as --batch_size=32; float32 is
-computed there in TF32, as JAX does unless told, by both.
+computed there in TF32, as JAX does unless told, by both. --torch_compile measures PyTorch's model
+compiled by torch.compile as well.
 """
 
 import argparse
@@ -24,6 +25,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 from dualpath_jax import environment
 from dualpath_jax.command import new_parser
 
+_PEERS = {"torch": "", "torch_compiled": ", torch.compile"}  # and how a table calls them
+
 
 def parser() -> argparse.ArgumentParser:
     made = new_parser(__doc__)
@@ -31,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
     add("--config", default="ssv2_vitb", help="of dualpath, as in configs/ (ssv2_vitb)")
     add("--batch_size", type=int, default=1, help="clips (1)")
     add("--rounds", type=int, default=5, help="times each is measured (5)")
+    help_ = "forward passes or steps in a row of a measurement (10 on a GPU, else 1)"
+    add("--calls", type=int, help=help_)
+    add("--torch_compile", action="store_true", help="PyTorch by torch.compile as well")
     dtypes = ["float32", "bfloat16"]
     help_ = "of the computation (float32 bfloat16)"
     add("--dtypes", nargs="+", default=dtypes, choices=dtypes, help=help_)
@@ -41,24 +47,31 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def measure(config, dtypes: list[str], batch_size: int, rounds: int) -> dict:
-    """By what is measured, with the ratios of each dtype."""
+def measure(settings: list, rounds: int, sides: list[str]) -> dict:
+    """By what is measured, with the ratios of each dtype; a `step_benchmark.Setting` for each."""
     from dualpath_jax import step_benchmark
 
     result: dict = {"forward": {}, "train_step": {}, "matmul_limit_gflops": {}, "dtypes": {}}
-    for dtype in dtypes:
-        print(f"{dtype} ...", file=sys.stderr, flush=True)
-        setting = step_benchmark.Setting(config, dtype, batch_size)
+    for setting in settings:
+        dtype = setting.dtype
+
+        def tell(line: str, dtype: str = dtype) -> None:
+            print(f"{dtype}: {line}", file=sys.stderr, flush=True)
+
+        tell("compiling")
         seconds = step_benchmark.compile_seconds(setting)
+        tell("matrix product")
         limit = step_benchmark.matmul_gflops(dtype)
-        compared = step_benchmark.compare(setting, rounds)
-        sides = step_benchmark.SIDES
+        compared = step_benchmark.compare(setting, rounds, sides, tell)
+        tell("memory")
         compared["step_mib"] = {s: step_benchmark.peak_memory(setting, s) for s in sides}
         compared["compile_seconds"] = seconds
         result["matmul_limit_gflops"][dtype] = limit
         result["dtypes"][dtype] = compared
         for what in ("forward", "train_step"):
-            result[what][f"ratio_vs_torch_{dtype}"] = compared[what]["ratio_vs_torch"]
+            for side in sides[1:]:
+                name = f"ratio_vs_{side}"
+                result[what][f"{name}_{dtype}"] = compared[what][name]
             fraction = compared[what]["gflops"] / limit
             result[what].setdefault("fraction_of_matmul_limit", {})[dtype] = fraction
     return result
@@ -74,14 +87,16 @@ def markdown(result: dict) -> str:
         for what in ("forward", "train_step"):
             row, fraction = compared[what], result[what]["fraction_of_matmul_limit"][dtype]
             name = f"{what.replace('_', ' ')}, {dtype}".replace("train step", "training step")
-            lines.append(
-                f"| {name} | {row['jax']:#.3g} | {row['torch']:#.3g} | {row['ratio_vs_torch']:.2f} "
-                f"| {fraction:.2f} |"
-            )
+            for side in [side for side in _PEERS if side in row]:
+                lines.append(
+                    f"| {name}{_PEERS[side]} | {row['jax']:#.3g} | {row[side]:#.3g} "
+                    f"| {row[f'ratio_vs_{side}']:.2f} | {fraction:.2f} |"
+                )
     lines += ["", "| memory of a training step, MiB | ours | PyTorch |", "|---|---|---|"]
     for dtype, compared in result["dtypes"].items():
-        ours, theirs = (compared["step_mib"][side] for side in ("jax", "torch"))
-        lines.append(f"| {dtype} | {ours:.0f} | {theirs:.0f} |")
+        memory = compared["step_mib"]
+        for side in [side for side in _PEERS if side in memory]:
+            lines.append(f"| {dtype}{_PEERS[side]} | {memory['jax']:.0f} | {memory[side]:.0f} |")
     limits = (f"{d} {g:.0f} GFLOP/s" for d, g in result["matmul_limit_gflops"].items())
     compiled = (f"{d} {c['compile_seconds']:.1f} s" for d, c in result["dtypes"].items())
     lines += ["", f"Our training step is compiled in: {', '.join(compiled)}."]
@@ -96,9 +111,17 @@ def main() -> None:
         sys.exit(f"error: no configs/{arguments.config}.py; check --config")
     import jax
 
+    from dualpath_jax import step_benchmark
+
     config.model.scan_blocks = arguments.scan_blocks or jax.default_backend() == "tpu"
     config.model.remat = arguments.remat
-    result = measure(config, arguments.dtypes, arguments.batch_size, arguments.rounds)
+    calls = arguments.calls or (10 if jax.default_backend() == "gpu" else 1)
+    settings = [
+        step_benchmark.Setting(config, dtype, arguments.batch_size, calls)
+        for dtype in arguments.dtypes
+    ]
+    sides = [*step_benchmark.USUAL_SIDES, *["torch_compiled"] * arguments.torch_compile]
+    result = measure(settings, arguments.rounds, sides)
     print(json.dumps(result, indent=1) if arguments.json else markdown(result))
 
 

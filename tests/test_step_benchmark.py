@@ -1,6 +1,5 @@
 """The model in PyTorch gives the same logits and loss; what is timed, and how."""
 
-import argparse
 import importlib
 
 import jax
@@ -36,7 +35,8 @@ def one_device(monkeypatch):
 
 def test_pytorch_is_the_same_model(config):
     made, batch = step_benchmark.make_run(Setting(config, "float32", 2))
-    ours, theirs = (make(made, batch) for make in step_benchmark.SIDES.values())
+    sides = (step_benchmark.SIDES[name] for name in step_benchmark.USUAL_SIDES)
+    ours, theirs = (make(made, batch) for make in sides)
     assert ours.forward().shape == (2, 174)
     assert np.abs(ours.forward() - theirs.forward()).max() <= step_benchmark.TOLERANCE
     assert abs(ours.train_step() - theirs.train_step()) <= 1e-4
@@ -61,6 +61,36 @@ def test_another_model_is_noticed(config, monkeypatch):
     wrong = step_benchmark.torch_side(made, batch).forward()
     with pytest.raises(RuntimeError, match="PyTorch's logits differ by"):
         step_benchmark.largest_difference("float32", ours, wrong)
+
+
+def test_compiled_pytorch_is_measured_too(config, monkeypatch):
+    """Both of its models, the one that trains as well, and it has a row of its own."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    made, batch = step_benchmark.make_run(Setting(config, "float32", 2))
+    step_benchmark.SIDES["torch"](made, batch)
+    assert not compiled  # twin
+    side = step_benchmark.SIDES["torch_compiled"](made, batch)
+    assert [type(model).__name__ for model in compiled] == ["TorchDualPath"] * 2
+    assert np.isfinite(side.train_step())
+    row = {"jax": 1.0, "torch": 2.0, "ratio_vs_torch": 2.0}
+    row |= {"torch_compiled": 1.5, "ratio_vs_torch_compiled": 1.5}
+    compared = {"forward": row, "train_step": row, "compile_seconds": 3.0}
+    compared["step_mib"] = {"jax": 1.0, "torch": 2.0, "torch_compiled": 3.0}
+    fraction = {"fraction_of_matmul_limit": {"float32": 0.5}}
+    result = {"forward": fraction, "train_step": fraction, "dtypes": {"float32": compared}}
+    script = importlib.import_module("scripts.benchmark_step")
+    table = script.markdown({**result, "matmul_limit_gflops": {"float32": 100.0}})
+    assert "| training step, float32 | 1.00 | 2.00 | 2.00 | 0.50 |" in table
+    assert "| training step, float32, torch.compile | 1.00 | 1.50 | 1.50 | 0.50 |" in table
+    assert "| float32, torch.compile | 1 | 3 |" in table
+
+
+def test_several_calls_give_the_last_result(config):
+    made, batch = step_benchmark.make_run(Setting(config, "float32", 2))
+    ours, again = (step_benchmark.jax_side(made, batch) for _ in range(2))
+    losses = [ours.train_step() for _ in range(3)]
+    assert again.train_step(3) == losses[2] != losses[0]
 
 
 def test_turns_alternate(monkeypatch):
@@ -89,8 +119,8 @@ def test_script(config, monkeypatch):
     script = importlib.import_module("scripts.benchmark_step")
     monkeypatch.setattr(step_benchmark, "peak_memory", lambda setting, side: 12.4)
     monkeypatch.setattr(step_benchmark, "matmul_gflops", lambda dtype: 100.0)
-    arguments = argparse.Namespace(dtypes=["float32"], batch_size=1, rounds=1)
-    result = script.measure(config, arguments.dtypes, arguments.batch_size, arguments.rounds)
+    settings = [Setting(config, "float32", 1)]
+    result = script.measure(settings, 1, list(step_benchmark.USUAL_SIDES))
     assert list(result["forward"]) == ["ratio_vs_torch_float32", "fraction_of_matmul_limit"]
     assert list(result["train_step"]) == list(result["forward"])
     assert result["matmul_limit_gflops"] == {"float32": 100.0}

@@ -25,6 +25,9 @@ NOT_VIDEO = frozenset(
     {"concat", "dash", "hls", "image2", "imf", "lrc", "sdp", "srt", "tty", "webvtt"}
 )
 
+# For `av.open`: tags that are no UTF-8 are no error. PyAV from 19 on takes any and has no such
+# argument.
+ANY_TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 # Matrices (AVColorSpace) that swscale cannot convert by, and what stands in for them. Constant
 # luminance BT.2020 is near to the other one; YCgCo and reserved numbers are taken as untagged.
@@ -360,8 +363,8 @@ def _open(path: str):
         # "file:" and the white list: "a:b.mp4" is no URL, and a play list opens no connection.
         container = av.open(
             "file:" + path,
-            metadata_errors="replace",
             container_options={"protocol_whitelist": "file"},
+            **ANY_TAGS,
         )
     except MemoryError:
         raise
