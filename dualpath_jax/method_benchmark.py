@@ -127,6 +127,8 @@ def measure(
     """
     calls = {method: Forward(config).on(1) for method, config in configs.items()}
     seconds = take_turns(calls, rounds, tell)
+    for method, values in seconds.items():
+        tell(f"{method}: {1000 * statistics.median(values):.2f} ms for one view")
     calls.clear()  # and what they hold on the device
     speeds = {}
     for method, config in configs.items():

@@ -25,6 +25,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+with contextlib.suppress(ImportError):
+    # Of PyTorch's builds for GPUs. First imported after TensorFlow, as PyTorch's optimizers do, it
+    # ends the process (Triton 3.7, TensorFlow 2.21).
+    import triton  # noqa: F401
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -4,8 +4,12 @@ XLA optimises little, so that programs compile sooner: the README's other comman
 run.
 """
 
+import contextlib
 import gc
 import os
+
+with contextlib.suppress(ImportError):  # before TensorFlow, see dualpath_jax/step_benchmark.py
+    import triton  # noqa: F401
 
 os.environ["XLA_FLAGS"] = " ".join(
     [
