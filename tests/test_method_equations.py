@@ -133,11 +133,12 @@ def cross_attention(q, k, before, after):
     return out
 
 
-def test_temporal_cross_attention_against_loops():
+@pytest.mark.parametrize("for_cpu", [False, True])
+def test_temporal_cross_attention_against_loops(for_cpu):
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 1, 3, 17, 2, 4)).astype(np.float32)
     tables = {n: rng.normal(size=(49, 6)).astype(np.float32) for n in ("before", "after")}
-    module = TemporalCrossAttention(6)
+    module = TemporalCrossAttention(6, for_cpu)
     ours = apply(module, tables, q, k)
     assert distance(ours, cross_attention(q, k, **tables)) < 1e-5
     assert distance(ours, cross_attention(q, k, tables["after"], tables["before"])) > 1e-2

@@ -22,7 +22,7 @@ from dualpath_jax.models.backbones import FAMILIES, BackboneConfig, family_of
 from dualpath_jax.models.dualpath import DualPath
 from dualpath_jax.models.evl import EVL, Decoder
 from dualpath_jax.models.frames import AverageClassifier, FrameModel
-from dualpath_jax.models.layers import Sites, check_remat
+from dualpath_jax.models.layers import Sites, check_remat, written_for_cpu
 from dualpath_jax.models.prompts import DeepPrompts, ShallowPrompts
 from dualpath_jax.models.protuning import ProTuning
 from dualpath_jax.models.st_adapter import STAdapter
@@ -212,6 +212,7 @@ def _build_evl(config: Any, backbone: BackboneConfig, num_classes: int) -> EVL:
         num_classes,
         mlp_dropout=options.mlp_dropout,
         dropout=options.dropout,
+        for_cpu=written_for_cpu(loops_blocks(config)),
         dtype=compute_dtype(config),
         parent=None,
     )
