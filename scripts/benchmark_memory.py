@@ -15,7 +15,7 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.command import new_parser  # noqa: E402
+from dualpath_jax.command import new_parser, positive  # noqa: E402
 
 WARM_UP = 2.0  # minutes
 ALLOWED = 0.05
@@ -29,8 +29,8 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--prepared", help="folder that scripts/prepare_dataset.py wrote")
     add("--split", default="train", help="split of --prepared (train)")
     add("--mode", default="training", choices=["training", "test"], help="which batches (training)")
-    add("--frames", type=int, default=16, help="frames per clip (16)")
-    add("--batch_size", type=int, default=16, help="clips per batch (16)")
+    add("--frames", type=positive(int), default=16, help="frames per clip (16)")
+    add("--batch_size", type=positive(int), default=16, help="clips per batch (16)")
     add("--minutes", type=float, default=30, help="how long to read (30)")
     add("--interval", type=float, default=5, help="seconds between samples (5)")
     add("--warm_up", type=float, default=WARM_UP, help=f"minutes not judged ({WARM_UP:g})")

@@ -17,7 +17,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
 from dualpath_jax import environment
-from dualpath_jax.command import new_parser
+from dualpath_jax.command import new_parser, positive
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         choices=list(tuning.METHODS),
         help="which; dualpath is always among them (all)",
     )
-    made.add_argument("--rounds", type=int, default=3, help="times each is measured (3)")
+    made.add_argument("--rounds", type=positive(int), default=3, help="times each is measured (3)")
     made.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],

@@ -21,7 +21,7 @@ import tempfile
 # The process that measures the stages imports this file again: its main is guarded.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.command import new_parser  # noqa: E402
+from dualpath_jax.command import new_parser, positive  # noqa: E402
 
 LENGTHS = (300, 60)
 
@@ -31,18 +31,23 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--videos", nargs="+", required=True, help="folder of video files, or the files")
     add("--prepared", help="folder for the prepared videos, to be kept for another run")
-    add("--frames", type=int, nargs="+", default=[16, 48], help="frames per clip (16 48)")
-    add("--rounds", type=int, default=5, help="times each loader is measured (5)")
-    add("--batches", type=int, default=5, help="batches per measurement, the first untimed (5)")
-    add("--batch_size", type=int, default=32, help="clips per batch (32)")
+    add("--frames", type=positive(int), nargs="+", default=[16, 48], help="frames per clip (16 48)")
+    add("--rounds", type=positive(int), default=5, help="times each loader is measured (5)")
+    add(
+        "--batches",
+        type=positive(int),
+        default=5,
+        help="batches per measurement, the first untimed (5)",
+    )
+    add("--batch_size", type=positive(int), default=32, help="clips per batch (32)")
     add("--json", action="store_true", help="print JSON instead of Markdown")
     return made
 
 
 def parse_arguments() -> argparse.Namespace:
     arguments = parser().parse_args()
-    if arguments.batches < 2 or arguments.rounds < 1:
-        parser().error("--batches must be at least 2 and --rounds at least 1")
+    if arguments.batches < 2:
+        parser().error("--batches must be at least 2")
     return arguments
 
 

@@ -15,7 +15,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.command import new_parser  # noqa: E402
+from dualpath_jax.command import new_parser, positive  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,9 +24,9 @@ def parser() -> argparse.ArgumentParser:
     add("--prepared", required=True, help="folder that scripts/prepare_dataset.py wrote")
     add("--split", default="train", help="split of it (train)")
     add("--step", type=int, default=1_000_000, help="the far step (1,000,000)")
-    add("--frames", type=int, default=16, help="frames per clip (16)")
-    add("--batch_size", type=int, default=16, help="clips per batch (16)")
-    add("--rounds", type=int, default=31, help="times each is measured (31)")
+    add("--frames", type=positive(int), default=16, help="frames per clip (16)")
+    add("--batch_size", type=positive(int), default=16, help="clips per batch (16)")
+    add("--rounds", type=positive(int), default=31, help="times each is measured (31)")
     return made
 
 

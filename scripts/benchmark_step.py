@@ -23,7 +23,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
 from dualpath_jax import environment
-from dualpath_jax.command import new_parser
+from dualpath_jax.command import new_parser, positive
 
 _PEERS = {"torch": "", "torch_compiled": ", torch.compile"}  # and how a table calls them
 
@@ -32,10 +32,10 @@ def parser() -> argparse.ArgumentParser:
     made = new_parser(__doc__)
     add = made.add_argument
     add("--config", default="ssv2_vitb", help="of dualpath, as in configs/ (ssv2_vitb)")
-    add("--batch_size", type=int, default=1, help="clips (1)")
-    add("--rounds", type=int, default=5, help="times each is measured (5)")
+    add("--batch_size", type=positive(int), default=1, help="clips (1)")
+    add("--rounds", type=positive(int), default=5, help="times each is measured (5)")
     help_ = "forward passes or steps in a row of a measurement (10 on a GPU, else 1)"
-    add("--calls", type=int, help=help_)
+    add("--calls", type=positive(int), help=help_)
     add("--torch_compile", action="store_true", help="PyTorch by torch.compile as well")
     dtypes = ["float32", "bfloat16"]
     help_ = "of the computation (float32 bfloat16)"

@@ -21,7 +21,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from dualpath_jax import environment
-from dualpath_jax.command import new_parser
+from dualpath_jax.command import new_parser, positive
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
@@ -190,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"which of {', '.join(METHODS)} (all)",
     )
     made.add_argument(
-        "--steps", type=int, default=250, help="steps of 16 clips, equal for all (250)"
+        "--steps", type=positive(int), default=250, help="steps of 16 clips, equal for all (250)"
     )
     made.add_argument("--only_times", action="store_true", help="no training, step times alone")
     return made

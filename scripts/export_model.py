@@ -24,7 +24,11 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     command.add_model(made)
     add("--out", required=True, help="folder to write")
-    add("--batch_size", type=int, help="views that the model takes at once (any number)")
+    add(
+        "--batch_size",
+        type=command.positive(int),
+        help="views that the model takes at once (any number)",
+    )
     add(
         "--formats",
         nargs="+",

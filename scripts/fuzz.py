@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from dualpath_jax import bar  # noqa: E402
-from dualpath_jax.command import new_parser  # noqa: E402
+from dualpath_jax.command import new_parser, positive  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add(
         "--inputs",
-        type=int,
+        type=positive(int),
         default=20_000,
         help="number of inputs of all targets together (20000)",
     )

@@ -8,6 +8,7 @@ executed in this process, as `python SCRIPT` does, so that JAX and TensorFlow ar
 import contextlib
 import dataclasses
 import fnmatch
+import importlib
 import io
 import os
 import re
@@ -274,6 +275,29 @@ def test_command(place, command):
     assert status == 0, output[-2000:]
     assert re.search(RUN[command].says, output), output[-2000:]
     assert not RUN[command].makes or (place.folder / RUN[command].makes).exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "benchmark_memory --videos=. --batch_size=0",
+        "benchmark_methods --rounds=0",
+        "benchmark_pipeline --videos=. --frames 16 0",
+        "benchmark_seek --prepared=. --rounds=0",
+        "benchmark_step --calls=0",
+        "compare_methods --steps=0",
+        "export_model --workdir=. --out=. --batch_size=0",
+        "fuzz --inputs=0",
+    ],
+)
+def test_numbers_of_nothing_are_refused(command, capsys):
+    """Before any work; the twin is the same command with a one."""
+    name, *arguments = command.split()
+    parser = importlib.import_module(f"scripts.{name}").parser()
+    with pytest.raises(SystemExit):
+        parser.parse_args(arguments)
+    assert ": 0 is not positive" in capsys.readouterr().err
+    parser.parse_args([re.sub(r"(^|=)0$", r"\g<1>1", argument) for argument in arguments])
 
 
 def test_a_command_that_fails_is_seen(place, monkeypatch):
