@@ -29,7 +29,8 @@ def test_rows():
     assert speeds["dualpath"].relative == 1.0
     assert speeds["dualpath"].gmacs > speeds["linear"].gmacs > 0
     assert speeds["linear"].trainable_params == 48 * 174 + 174
-    assert told[-1] == "round 2 of 2"
+    assert told[-3] == "round 2 of 2"
+    assert told[-1] == f"linear: {1000 * speeds['linear'].latency:.2f} ms for one view"
     table = benchmark_methods.markdown(speeds)
     assert "| `linear` | 8 | 8,526 |" in table
     assert "not measured" in table
