@@ -127,8 +127,9 @@ def measure(
     """
     calls = {method: Forward(config).on(1) for method, config in configs.items()}
     seconds = take_turns(calls, rounds, tell)
-    for method, values in seconds.items():
-        tell(f"{method}: {1000 * statistics.median(values):.2f} ms for one view")
+    latencies = {method: statistics.median(values) for method, values in seconds.items()}
+    for method, latency in latencies.items():
+        tell(f"{method}: {1000 * latency:.2f} ms for one view")
     calls.clear()  # and what they hold on the device
     speeds = {}
     for method, config in configs.items():
@@ -138,7 +139,7 @@ def measure(
             num_frames=config.data.num_frames,
             trainable_params=counted.trainable_params,
             gmacs=counted.gmacs_per_view,
-            latency=statistics.median(seconds[method]),
+            latency=latencies[method],
             relative=statistics.median(own / base for own, base in pairs),
         )
         if jax.default_backend() != "cpu":

@@ -271,22 +271,32 @@ def compare(
         result: dict[str, Any] = {"largest_difference": max(differences, default=0.0)}
         for what, operations in zip(("forward", "train_step"), _operations(setting), strict=True):
             runs = {
-                name: lambda process=process, what=what: process.submit(
-                    _run, what, setting.calls
+                name: lambda calls, process=process, what=what: process.submit(
+                    _run, what, calls
                 ).result()
                 for name, process in processes.items()
             }
-            told = functools.partial(lambda what, line: tell(f"{what}: {line}"), what)
-            seconds = {
-                name: [value / setting.calls for value in values]
-                for name, values in take_turns(runs, rounds, told).items()
-            }
+            seconds = _seconds_of_a_call(
+                runs, setting.calls, rounds, lambda line, what=what: tell(f"{what}: {line}")
+            )
             result[what] = {name: statistics.median(values) for name, values in seconds.items()}
             for name in others:
                 pairs = zip(seconds[name], seconds["jax"], strict=True)
                 result[what][f"ratio_vs_{name}"] = statistics.median(a / b for a, b in pairs)
             result[what]["gflops"] = operations / 1e9 / result[what]["jax"]
     return result
+
+
+def _seconds_of_a_call(
+    runs: dict[str, Callable[[int], Any]],
+    calls: int,
+    rounds: int,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, list[float]]:
+    """As `take_turns`, where each of `runs` is asked for so many calls in a row."""
+    in_a_row = {name: functools.partial(run, calls) for name, run in runs.items()}
+    seconds = take_turns(in_a_row, rounds, tell)
+    return {name: [value / calls for value in values] for name, values in seconds.items()}
 
 
 def largest_difference(dtype: str, ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -357,9 +367,8 @@ def matmul_gflops(dtype: str, size: int | None = None, rounds: int = 5) -> float
         "jax": _in_a_row(lambda: product(a, a), lambda y: y[0, 0].item()),  # waits for the result
         "torch": _in_a_row(lambda: b @ b, lambda y: y[0, 0].item()),
     }
-    seconds = take_turns({name: lambda run=run: run(calls) for name, run in runs.items()}, rounds)
-    fastest = min(statistics.median(values) for values in seconds.values()) / calls
-    return 2 * size**3 / 1e9 / fastest
+    seconds = _seconds_of_a_call(runs, calls, rounds)
+    return 2 * size**3 / 1e9 / min(statistics.median(values) for values in seconds.values())
 
 
 def compile_seconds(setting: Setting) -> float:

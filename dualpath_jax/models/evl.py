@@ -11,7 +11,6 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dualpath_jax.models import layers
 from dualpath_jax.models.adapters import DepthwiseConv
@@ -23,21 +22,11 @@ from dualpath_jax.models.vit import ViTConfig
 Features = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def relative_index(side: int) -> np.ndarray:
-    """Row of the relative-position table for (query, key) patches of a grid: int [side^2, side^2].
-
-    Row (dr + side - 1) (2 side - 1) + dc + side - 1 for the offset (dr, dc) of query minus key.
-    """
-    rows, columns = np.divmod(np.arange(side * side), side)
-    dr, dc = rows[:, None] - rows, columns[:, None] - columns
-    return (dr + side - 1) * (2 * side - 1) + dc + side - 1
-
-
 def by_offset(weights: jax.Array, side: int) -> jax.Array:
     """Weights of patches as weights of rows of the table: [B, T, N, N] -> [B, T, N, rows].
 
-    N patches of a grid with `side`, (2 side - 1)^2 rows, of which a query has weights for N and
-    zeros for the others.
+    N patches of a grid with `side`, (2 side - 1)^2 rows in the order of `layers.relative_index`, of
+    which a query has weights for N and zeros for the others.
     """
     grid = {"r": side, "c": side, "u": side, "v": side}
     x = einops.rearrange(weights, "b t (r c) (u v) -> b t r u c v", **grid)
@@ -85,7 +74,7 @@ class TemporalCrossAttention(nn.Module):
             table = table.astype(self.dtype)
             if self.for_cpu:
                 return by_offset(weights, side) @ table
-            return jnp.einsum("btqp,qpd->btqd", weights, table[relative_index(side)])
+            return jnp.einsum("btqp,qpd->btqd", weights, table[layers.relative_index(side, side)])
 
         before = jnp.pad(look(q[:, 1:], k[:, :-1], "before"), ((0, 0), (1, 0), (1, 0), (0, 0)))
         after = jnp.pad(look(q[:, :-1], k[:, 1:], "after"), ((0, 0), (0, 1), (1, 0), (0, 0)))

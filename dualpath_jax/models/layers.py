@@ -15,6 +15,7 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from dualpath_jax.models import cpu_forms
@@ -328,3 +329,14 @@ def unstacked(layers: Any) -> list[Any]:
 def resize_grid(table: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Table [rows, columns, D] to (rows, columns) = `size`: bicubic with antialiasing."""
     return jax.image.resize(table, (*size, table.shape[-1]), "bicubic", antialias=True)
+
+
+def relative_index(side: int, table_side: int) -> np.ndarray:
+    """Rows of a table of relative positions: int [side^2, side^2], of (query, key) on a grid.
+
+    Row (dr + table_side - 1) (2 table_side - 1) + dc + table_side - 1 for the offset (dr, dc) of
+    query minus key; the table is for grids of `table_side` >= side.
+    """
+    place = np.stack(np.mgrid[:side, :side], axis=-1).reshape(-1, 2)
+    offset = place[:, None] - place[None] + table_side - 1
+    return offset[..., 0] * (2 * table_side - 1) + offset[..., 1]

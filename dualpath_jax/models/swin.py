@@ -136,13 +136,6 @@ MODELS = {
 }
 
 
-def _relative_index(window: int, table_window: int) -> np.ndarray:
-    """[w w, w w] rows of a table for windows of `table_window` >= w: query minus key, by axis."""
-    place = np.stack(np.mgrid[:window, :window], axis=-1).reshape(-1, 2)
-    offset = place[:, None] - place[None] + table_window - 1
-    return offset[..., 0] * (2 * table_window - 1) + offset[..., 1]
-
-
 def _same_region(size: tuple[int, int], window: int, shift: int) -> np.ndarray:
     """[U, 1, w w, w w] bool: which pairs were neighbours before the cyclic shift of a map."""
     rows, columns = (
@@ -184,7 +177,7 @@ class WindowAttention(nn.Module):
             nn.initializers.truncated_normal(0.02),
             ((2 * self.window_size - 1) ** 2, self.heads),
         )
-        bias = table[_relative_index(window, self.window_size)]
+        bias = table[layers.relative_index(window, self.window_size)]
         bias = einops.rearrange(bias, "query key k -> 1 k query key").astype(self.dtype)
 
         x = einops.rearrange(x, "m (r c) d -> m r c d", r=rows)
