@@ -1,0 +1,72 @@
+"""Files that version 0.1.0 wrote are loaded, evaluated and resumed, see tests/data/version_0.1.0."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+import dualpath_jax
+from dualpath_jax import job
+from dualpath_jax.config_values import with_defaults
+
+FILES = pathlib.Path(__file__).parent / "data" / "version_0.1.0"
+TOLERANCE = 1e-5  # between processors; on one they are equal
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A copy that may be changed, as the current folder: its configs name relative paths."""
+    shutil.copytree(FILES, tmp_path / "files")
+    monkeypatch.chdir(tmp_path / "files")
+    return tmp_path / "files"
+
+
+def read_config():
+    """The configuration that the old run saved, from which tuples have become lists."""
+    return with_defaults(json.loads(pathlib.Path("run/config.json").read_text()))
+
+
+@pytest.mark.parametrize("path", ["run", "adapter.safetensors"])
+def test_logits(files, path):
+    del files
+    model = dualpath_jax.load(path)
+    assert model.step == 4
+    with np.load("batch.npz") as arrays:
+        batch = dict(arrays)
+    want = np.load("logits.npy")
+    for video in range(4):
+        clips = {key: batch[key][video : video + 1] for key in ("spatial", "temporal")}
+        assert np.abs(model.logits(clips) - want[video]).max() <= TOLERANCE
+        assert np.abs(model.logits(clips) - want[video - 1]).max() > TOLERANCE  # of another video
+
+
+def test_evaluated_and_resumed(files):
+    """Step 4 evaluates as it did, and steps 3 and 4 from the checkpoint of step 2 lead there."""
+    old = json.loads(pathlib.Path("run/results.json").read_text())
+    want = dualpath_jax.load("run")
+    config = read_config()
+    job.train_and_evaluate(config, "run", False)
+    assert json.loads(pathlib.Path("run/results.json").read_text()) == old
+
+    shutil.rmtree("run/checkpoints/4")
+    job.train_and_evaluate(config, "run", True)
+    steps = [json.loads(line)["step"] for line in open("run/metrics.jsonl")]
+    assert steps == [1, 2, 3, 4]
+    found = dualpath_jax.load("run")
+    assert found.step == 4
+    difference = max_difference(found.params, want.params)
+    assert difference <= TOLERANCE
+    shutil.copytree(files / "run", files / "longer")
+    config.num_train_steps = 6
+    config.resume_changed = True
+    job.train_and_evaluate(config, "longer", True)
+    assert max_difference(dualpath_jax.load("longer").params, want.params) > TOLERANCE
+
+
+def max_difference(one, other):
+    import jax
+
+    differences = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), one, other)
+    return max(jax.tree.leaves(differences))
