@@ -8,11 +8,11 @@ Top-1, 16x1x1 views, 400 test videos: see the table in README.md (measured).
 Trainable parameters: 264,168 of 742,824 (measured).
 """
 
-from configs import base
+from dualpath_jax.config import schema
 
 
 def get_config():
-    config = base.get_config()
+    config = schema.get_config()
     config.num_train_steps = 1500
     config.log_every_steps = 100
     config.data.source = "demo"

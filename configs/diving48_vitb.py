@@ -7,7 +7,7 @@ Top-1 at 32x1x1 views: 88.7 (paper; not reproduced).
 GMACs per video: 185 plain, 170 executed (measured).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

@@ -5,11 +5,11 @@
 Classes are taken from the data. The recipe is HMDB51's of Table A1, the smallest set of the paper.
 """
 
-from configs import base
+from dualpath_jax.config import schema
 
 
 def get_config():
-    config = base.get_config()
+    config = schema.get_config()
     config.num_epochs = 50  # ours
     config.data.batch_size = 32  # paper: 128 on sets of thousands of videos
     config.data.num_frames = 16

@@ -7,7 +7,7 @@ Top-1: 61.2 (paper; not reproduced).
 GMACs per video: 741 (measured).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

@@ -8,7 +8,7 @@ GMACs per video: 999 plain, 917 executed (measured).
 GFLOPs per video: 612 (paper).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

@@ -7,7 +7,7 @@ Top-1, mean of three splits: 63.7 (paper; not reproduced).
 GMACs per video: 855 plain, 784 executed (measured).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

@@ -7,7 +7,7 @@ Top-1, mean of three splits: 59.4 (paper; not reproduced).
 GMACs per video: 843 plain, 774 executed (measured).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

@@ -7,7 +7,7 @@ Top-1: 70.5 (paper; not reproduced).
 GMACs per video: 999 plain, 917 executed (measured).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

@@ -7,7 +7,7 @@ Top-1, mean of three splits: 63.3 (paper; not reproduced).
 GMACs per video: 860 (measured).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

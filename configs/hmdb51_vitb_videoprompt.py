@@ -7,7 +7,7 @@ Top-1, mean of three splits: 66.4, with the text branch, which is not here (pape
 GMACs per video: 845 plain, 775 executed (measured).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

@@ -8,7 +8,7 @@ GMACs per video: 555 plain, 509 executed (measured).
 GFLOPs per video: 710 (paper).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

@@ -8,7 +8,7 @@ GMACs per video: 1820 (measured).
 GFLOPs per video: 1821 (paper).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

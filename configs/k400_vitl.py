@@ -8,7 +8,7 @@ GMACs per video: 2527 plain, 2423 executed (measured).
 GFLOPs per video: 1868 (paper).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

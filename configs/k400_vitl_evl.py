@@ -8,7 +8,7 @@ GMACs per video: 8395 (measured).
 GFLOPs per video: 8088 (paper).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

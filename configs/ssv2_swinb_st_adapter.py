@@ -8,7 +8,7 @@ GMACs per video: 428 (measured).
 GFLOPs per video: 385 (paper).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

@@ -11,7 +11,7 @@ GMACs per video: 501 / 558 / 614 plain, 460 / 512 / 564 executed (measured).
 GFLOPs per video: 642 / 716 / 791 (paper).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 # Overrides, and the paper's top-1 (not reproduced).
 ABLATIONS = {

@@ -8,7 +8,7 @@ GMACs per video: 427 plain, 392 executed (measured).
 GFLOPs per video: 544 (paper).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

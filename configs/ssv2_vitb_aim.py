@@ -7,7 +7,7 @@ Top-1: see AIM's own paper (arXiv 2302.03024).
 GMACs per video: 623 plain, 586 executed (measured).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

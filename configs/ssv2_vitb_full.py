@@ -8,7 +8,7 @@ GMACs per video: 422 plain, 387 executed (measured).
 GFLOPs per video: 419 (paper).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

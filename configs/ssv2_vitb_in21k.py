@@ -8,7 +8,7 @@ GMACs per video: 501 plain, 460 executed (measured).
 GFLOPs per video: 642 (paper).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

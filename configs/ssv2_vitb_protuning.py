@@ -8,7 +8,7 @@ GMACs per video: 430 (measured).
 GFLOPs per video: 538 (paper).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

@@ -11,7 +11,7 @@ GMACs per video: 2280 / 2537 / 2795 plain, 2185 / 2433 / 2680 executed (measured
 GFLOPs per video: 1713 / 1932 / 2151 (paper).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config(num_frames: str = "16"):

@@ -8,7 +8,7 @@ GMACs per video: 1944 plain, 1864 executed (measured).
 GFLOPs per video: 1941 (paper).
 """
 
-from configs import recipes
+from dualpath_jax.config import recipes
 
 
 def get_config():

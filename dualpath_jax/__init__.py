@@ -19,6 +19,6 @@ def __getattr__(name: str) -> Any:
     """`load`, imported when it is first asked for: decoding workers need no JAX."""
     if name != "load":
         raise AttributeError(f"module 'dualpath_jax' has no attribute {name!r}")
-    from dualpath_jax.trained import load
+    from dualpath_jax.inference.trained_model import load
 
     return load

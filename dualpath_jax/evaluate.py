@@ -15,17 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dualpath_jax import params as params_lib
-from dualpath_jax import preprocess
-from dualpath_jax.bar import Bar
-from dualpath_jax.config_values import views_of
+from dualpath_jax.config.values import views_of
 from dualpath_jax.data import pipeline
-from dualpath_jax.data.records import VideoDataset
-from dualpath_jax.models import tuning
-from dualpath_jax.predictions import PredictionWriter, local_rows, top_predictions
-from dualpath_jax.progress import format_scores
-from dualpath_jax.run import Batch, Run
-from dualpath_jax.sharding import on_every_device, rows, shard_batch, using
+from dualpath_jax.data.video_dataset import VideoDataset
+from dualpath_jax.models import param_tree
+from dualpath_jax.models import registry as method_registry
+from dualpath_jax.models.forward import view_logits
+from dualpath_jax.models.preprocess import Batch
+from dualpath_jax.runtime.progress_bar import Bar
+from dualpath_jax.training.experiment import Run
+from dualpath_jax.training.metrics_logger import format_scores
+from dualpath_jax.training.predictions import PredictionWriter, local_rows, top_predictions
+from dualpath_jax.training.sharding import on_every_device, rows, shard_batch, using
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ def make_eval_step(
     """
 
     def eval_step(trainable, frozen, batch):
-        logits = view_logits(model, config, params_lib.merge(trainable, frozen), batch)
+        logits = view_logits(model, config, param_tree.merge(trainable, frozen), batch)
         return eval_step_sums(logits, batch["label"], batch["mask"]), top_predictions(logits)
 
     return eval_step
@@ -128,24 +129,6 @@ def out_shardings(mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
 def jit_eval_step(model: Any, config: Any, mesh: jax.sharding.Mesh) -> Callable:
     """`make_eval_step`, jitted."""
     return jax.jit(make_eval_step(model, config), out_shardings=out_shardings(mesh))
-
-
-def clip_logits(model: Any, config: Any, params: Any, clips: Batch) -> jax.Array:
-    """Logits [B, classes] float32 of uint8 clips, one view of each video."""
-    dtype = tuning.compute_dtype(config)
-    return model.apply({"params": params}, *preprocess.model_inputs(clips, config.data, dtype))
-
-
-def flat_views(batch: Batch) -> Batch:
-    """The clips of a batch with views, without them: [B, V, ...] -> [B V, ...]."""
-    inputs = [key for key in ("spatial", "temporal") if key in batch]
-    return {key: batch[key].reshape(-1, *batch[key].shape[2:]) for key in inputs}
-
-
-def view_logits(model: Any, config: Any, params: Any, batch: Batch) -> jax.Array:
-    """Logits [B, V, classes] float32 of every view of a batch, see `pipeline.eval_batches`."""
-    logits = clip_logits(model, config, params, flat_views(batch))
-    return logits.reshape(*batch["spatial"].shape[:2], -1)
 
 
 def evaluate_run(
@@ -166,7 +149,7 @@ def evaluate_run(
         min(config.eval.batch_size, -(-len(dataset) // devices) * devices),
         jax.process_index(),
         jax.process_count(),
-        framesets=tuning.takes_framesets(config.model.method),
+        framesets=method_registry.takes_framesets(config.model.method),
     )
 
     waiting = collections.deque()  # of which video, and what was said of it

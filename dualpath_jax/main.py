@@ -4,7 +4,7 @@
     python -m dualpath_jax.main --config=configs/folder_vitb.py --config.data.dir=data/mine
 
 --config.KEY=VALUE sets any key of the configuration, such as --config.data.batch_size=32 or
---config.seed=1. Every key stands in configs/base.py with its default and a comment. -v=1 shows what
+--config.seed=1. Every key stands in dualpath_jax/config/schema.py with its default and a comment. -v=1 shows what
 is logged, and the traceback of an error.
 
 Exit status: 0 done; 2 an error that you can mend; 75 told to stop (SIGTERM; 130 by Ctrl-C) and
@@ -17,7 +17,8 @@ import pathlib
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dualpath_jax import bar, command, environment
+from dualpath_jax import cli
+from dualpath_jax.runtime import environment, progress_bar
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configuration, see configs/.")
 WORKDIR = flags.DEFINE_string(
@@ -67,24 +68,26 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save otherwise
-    bar.be_quiet(QUIET.value)
+    progress_bar.be_quiet(QUIET.value)
     config = CONFIG.value
     workdir = WORKDIR.value or default_workdir(config)
     # Imported here, so that --help is quick and decoding workers do not load JAX and TensorFlow.
-    from dualpath_jax import preemption
+    from dualpath_jax.runtime import preemption
 
     preemption.leave_when_told()  # the loop has a handler of its own
-    from dualpath_jax import check, distributed, job, run
+    from dualpath_jax import check_config, launch
+    from dualpath_jax.runtime import distributed
+    from dualpath_jax.training.inputs import divide
 
-    with distributed.ending_together(), command.user_errors():
+    with distributed.ending_together(), cli.user_errors():
         if MODE.value == "check":
-            check.check(run.divide(config, workdir)[0][0])  # the others differ in names alone
+            check_config.check(divide(config, workdir)[0][0])  # the others differ in names alone
             return
         distributed.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-        job.train_and_evaluate(config, workdir, MODE.value == "train")
+        launch.train_and_evaluate(config, workdir, MODE.value == "train")
 
 
 if __name__ == "__main__":
     environment.prepare()
     flags.mark_flag_as_required("config")
-    command.run(main)
+    cli.run(main)

@@ -11,105 +11,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from dualpath_jax import adapter_file, environment, evaluate, preprocess, restore, sharding
-from dualpath_jax import params as params_lib
-from dualpath_jax.checkpoint import Checkpoints
-from dualpath_jax.config_values import views_of
-from dualpath_jax.data.broken import BrokenVideos
-from dualpath_jax.data.records import VideoDataset
-from dualpath_jax.models import tuning
-from dualpath_jax.preemption import Watch
-from dualpath_jax.progress import Reporter, write_whole
-from dualpath_jax.run import Batch, Run, TrainState, state_shardings, train_batches_of
-from dualpath_jax.sharding import on_every_device, shard_batch
-
-
-def make_train_step(
-    model: Any,
-    config: Any,
-    optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh | None = None,
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The pure update (state, frozen, batch) -> (state, metrics), to be jitted.
-
-    Over the devices of `mesh`, if given, the rows of the batch are divided and the gradients
-    averaged, in `optimizer.reduce_dtype`.
-    """
-    parts = config.optimizer.accumulation_steps
-    dtype = tuning.compute_dtype(config)
-
-    def loss_fn(trainable, frozen, batch, rng):
-        logits = model.apply(
-            {"params": params_lib.merge(trainable, frozen)},
-            *preprocess.model_inputs(batch, config.data, dtype),
-            rng,
-        )
-        target = jax.nn.one_hot(batch["label"], logits.shape[-1])
-        target = optax.smooth_labels(target, config.optimizer.label_smoothing)
-        loss = optax.softmax_cross_entropy(logits, target).mean()
-        return loss, (logits.argmax(-1) == batch["label"]).mean()
-
-    def grads_of(trainable, frozen, batch, rng):
-        (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            trainable, frozen, batch, rng
-        )
-        return {"loss": loss, "accuracy": accuracy}, grads
-
-    def accumulated(trainable, frozen, batch, rng):
-        # Strided parts, so that each device keeps its own rows: [B, ...] -> [parts, B/parts, ...].
-        batch = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
-        )
-
-        def body(total, part):
-            index, part = part
-            new = grads_of(trainable, frozen, part, jax.random.fold_in(rng, index))
-            return jax.tree.map(lambda a, b: a + b / parts, total, new), None
-
-        zeros = jax.tree.map(jnp.zeros_like, ({"loss": 0.0, "accuracy": 0.0}, trainable))
-        return jax.lax.scan(body, zeros, (jnp.arange(parts), batch))[0]
-
-    compute = grads_of if parts == 1 else accumulated
-    if mesh is not None and mesh.size > 1:
-        compute = sharding.averaged(compute, mesh, config.optimizer.reduce_dtype)
-
-    def train_step(state, frozen, batch):
-        rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        metrics, grads = compute(state.trainable, frozen, batch, rng)
-        metrics["gradient_norm"] = optax.global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        new = TrainState(state.step + 1, trainable, opt_state, state.skipped)
-        if config.optimizer.max_skipped_steps:
-            ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-            stay = state.replace(step=state.step + 1, skipped=state.skipped + 1)
-            new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, stay)
-            metrics["skipped_steps"] = new.skipped
-        return new, metrics
-
-    return train_step
-
-
-def jit_train_step(
-    model: Any,
-    config: Any,
-    optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
-    state: TrainState,
-) -> Callable:
-    """`make_train_step`, jitted: a new state takes the place of the old and lies as it does."""
-    return jax.jit(
-        make_train_step(model, config, optimizer, mesh),
-        donate_argnums=0,
-        out_shardings=(state_shardings(state, mesh), on_every_device(mesh)),
-    )
+from dualpath_jax import evaluate
+from dualpath_jax.config.values import views_of
+from dualpath_jax.data.unreadable_videos import BrokenVideos
+from dualpath_jax.data.video_dataset import VideoDataset
+from dualpath_jax.models import registry as method_registry
+from dualpath_jax.runtime import environment
+from dualpath_jax.runtime.preemption import Watch
+from dualpath_jax.training import adapter_file, restore, sharding
+from dualpath_jax.training.checkpoint import Checkpoints
+from dualpath_jax.training.experiment import Run
+from dualpath_jax.training.inputs import train_batches_of
+from dualpath_jax.training.metrics_logger import Reporter, write_whole
+from dualpath_jax.training.sharding import shard_batch
+from dualpath_jax.training.step import jit_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +128,7 @@ def train(run: Run, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
         run.num_train_steps,
         jax.process_index(),
         jax.process_count(),
-        framesets=tuning.takes_framesets(config.model.method),
+        framesets=method_registry.takes_framesets(config.model.method),
         broken=broken,
     )
     max_skipped = config.optimizer.max_skipped_steps

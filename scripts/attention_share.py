@@ -17,37 +17,40 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 
 import numpy as np  # noqa: E402
 
-from dualpath_jax import bar  # noqa: E402
-from dualpath_jax.command import new_parser, user_errors  # noqa: E402
+from dualpath_jax.cli import new_parser, user_errors  # noqa: E402
+from dualpath_jax.runtime import progress_bar  # noqa: E402
 
 COLUMNS = ("area", "without adaptation", "with adaptation", "at most")
 
 
 def shares(model, rollout: bool) -> dict[str, np.ndarray]:
     """path -> the `COLUMNS`, means over the videos of the evaluated split."""
-    from dualpath_jax import attention
-    from dualpath_jax.data import demo_masks, pipeline
-    from dualpath_jax.data.records import VideoDataset
+    from dualpath_jax.analysis import attention_maps
+    from dualpath_jax.data import pipeline
+    from dualpath_jax.data.video_dataset import VideoDataset
+    from dualpath_jax.demo import object_masks
 
     config, patch = model.config, model.module.config.patch_size
     dataset = VideoDataset(config.data.dir, config.eval.split)
-    sources = dataset, demo_masks.ObjectMasks(dataset, config.eval.split)
+    sources = dataset, object_masks.ObjectMasks(dataset, config.eval.split)
     settings = (config.data, config.eval.temporal_views, config.eval.spatial_crops)
     batches = [
         pipeline.eval_batches(source, *settings, config.eval.batch_size) for source in sources
     ]
     found: dict[str, list] = {path: [] for path in model.module.paths}
-    shown = bar.Bar(len(dataset), f"seed {config.seed}", "videos")
+    shown = progress_bar.Bar(len(dataset), f"seed {config.seed}", "videos")
     for videos, objects in zip(*batches, strict=True):
         real = videos["mask"] > 0
         clips, masks = (
             {p: b[p][real].reshape(-1, *b[p].shape[2:]) for p in found} for b in (videos, objects)
         )
-        maps = [attention.class_attention(model, clips, kind, rollout) for kind in (False, True)]
+        maps = [
+            attention_maps.class_attention(model, clips, kind, rollout) for kind in (False, True)
+        ]
         for path in found:
-            covered = attention.cover(masks[path][..., 0] / 255, patch)
+            covered = attention_maps.cover(masks[path][..., 0] / 255, patch)
             area, most = covered.mean(axis=(1, 2, 3)), covered.max(axis=(2, 3)).mean(axis=1)
-            columns = [attention.mean_share(m[path], covered) for m in maps]
+            columns = [attention_maps.mean_share(m[path], covered) for m in maps]
             found[path].append([area, *columns, most])
         shown.update(int(real.sum()))
     shown.close()
@@ -56,12 +59,12 @@ def shares(model, rollout: bool) -> dict[str, np.ndarray]:
 
 def table(workdirs: list[str], backbone: str | None, rollout: bool) -> list[str]:
     """The lines of the table."""
-    from dualpath_jax import trained
+    from dualpath_jax.inference import trained_model
 
     lines = [f"| path | run | {' | '.join(COLUMNS)} |", "|---|---|---|---|---|---|"]
     runs = {}
     for workdir in workdirs:
-        model = trained.load(workdir, backbone=backbone)
+        model = trained_model.load(workdir, backbone=backbone)
         runs[f"seed {model.config.seed}"] = shares(model, rollout)
     for path in dict.fromkeys(path for run in runs.values() for path in run):
         rows = {name: run[path] for name, run in runs.items() if path in run}
@@ -79,13 +82,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--rollout", action="store_true", help="through all blocks, instead of the last one alone"
     )
-    bar.add_quiet(made)
+    progress_bar.add_quiet(made)
     return made
 
 
 def main() -> None:
     args = parser().parse_args()
-    bar.be_quiet(args.quiet)
+    progress_bar.be_quiet(args.quiet)
     with user_errors():
         print("\n".join(table(args.workdirs, args.backbone, args.rollout)))
 

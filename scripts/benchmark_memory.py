@@ -15,7 +15,7 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.command import new_parser, positive  # noqa: E402
+from dualpath_jax.cli import new_parser, positive  # noqa: E402
 
 WARM_UP = 2.0  # minutes
 ALLOWED = 0.05
@@ -42,8 +42,8 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from benchmark_pipeline import benchmark_data, video_files
 
-    from dualpath_jax import benchmark
-    from dualpath_jax.data.records import VideoDataset
+    from dualpath_jax.data.video_dataset import VideoDataset
+    from scripts.benchmarks import pipeline
 
     def report(minutes: float, mib: float, clips: int) -> None:
         print(f"{minutes:6.2f} min  {mib:8.1f} MiB  {clips} clips", flush=True)
@@ -54,12 +54,12 @@ def main() -> None:
             if arguments.prepared:
                 dataset = VideoDataset(arguments.prepared, arguments.split)
             else:
-                dataset = benchmark.prepare_files(video_files(arguments.videos), folder)
-            samples = benchmark.watch_memory(
+                dataset = pipeline.prepare_files(video_files(arguments.videos), folder)
+            samples = pipeline.watch_memory(
                 *(dataset, data, arguments.mode == "training"),
                 *(arguments.minutes, arguments.interval, report),
             )
-            median, deviation = benchmark.flatness(samples, arguments.warm_up)
+            median, deviation = pipeline.flatness(samples, arguments.warm_up)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
     flat = deviation <= ALLOWED

@@ -16,19 +16,19 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax import environment
-from dualpath_jax.command import new_parser, positive
+from dualpath_jax.cli import new_parser, positive
+from dualpath_jax.runtime import environment
 
 
 def parser() -> argparse.ArgumentParser:
-    from dualpath_jax.models import tuning
+    from dualpath_jax.models import registry as method_registry
 
     made = new_parser(__doc__)
     made.add_argument(
         "--methods",
         nargs="+",
-        default=list(tuning.METHODS),
-        choices=list(tuning.METHODS),
+        default=list(method_registry.METHODS),
+        choices=list(method_registry.METHODS),
         help="which; dualpath is always among them (all)",
     )
     made.add_argument("--rounds", type=positive(int), default=3, help="times each is measured (3)")
@@ -63,18 +63,16 @@ def main() -> None:
     import jax
 
     from configs import ssv2_vitb, ssv2_vitb_full
-    from dualpath_jax import method_benchmark
+    from scripts.benchmarks import methods
 
     on_cpu = jax.default_backend() == "cpu"
     configs = {}
     for method in dict.fromkeys(["dualpath", *arguments.methods]):
-        config = method_benchmark.method_config(
-            ssv2_vitb.get_config(), ssv2_vitb_full.get_config(), method
-        )
+        config = methods.method_config(ssv2_vitb.get_config(), ssv2_vitb_full.get_config(), method)
         config.model.dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")
         config.model.scan_blocks = not on_cpu  # compiles sooner; on an H200 2% slower
         configs[method] = config
-    speeds = method_benchmark.measure(
+    speeds = methods.measure(
         configs, arguments.rounds, lambda line: print(line, file=sys.stderr, flush=True)
     )
     if arguments.json:

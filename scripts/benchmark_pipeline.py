@@ -21,7 +21,7 @@ import tempfile
 # The process that measures the stages imports this file again: its main is guarded.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.command import new_parser, positive  # noqa: E402
+from dualpath_jax.cli import new_parser, positive  # noqa: E402
 
 LENGTHS = (300, 60)
 
@@ -66,7 +66,7 @@ def video_files(names: list[str]) -> list[str]:
 
 def benchmark_data(frames: int, batch_size: int):
     """`config.data` of Kinetics-400's recipe for clips of so many frames."""
-    from configs import recipes
+    from dualpath_jax.config import recipes
 
     data = recipes.k400().data
     data.num_frames, data.batch_size = frames, batch_size
@@ -74,14 +74,14 @@ def benchmark_data(frames: int, batch_size: int):
 
 
 def measure(arguments: argparse.Namespace, folder: str) -> dict:
-    from dualpath_jax import benchmark
-    from dualpath_jax.cores import num_cores
+    from dualpath_jax.runtime.cpu_count import num_cores
+    from scripts.benchmarks import pipeline
 
-    loaders = list(benchmark.LOADERS)
+    loaders = list(pipeline.LOADERS)
     if importlib.util.find_spec("decord") is None:
         print("decord is not installed: pip install -r requirements-bench.txt", file=sys.stderr)
         loaders.remove("decord")
-    dataset = benchmark.prepare_files(video_files(arguments.videos), folder)
+    dataset = pipeline.prepare_files(video_files(arguments.videos), folder)
     how_often = arguments.batches, arguments.rounds
     cases = []
     for frames in arguments.frames:
@@ -89,12 +89,12 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict:
         for training in (True, False):
             case = {"frames": frames, "mode": "training" if training else "test"}
             print(f"{frames} frames, {case['mode']} ...", file=sys.stderr, flush=True)
-            case |= benchmark.compare(dataset, data, training, *how_often, loaders)
-            case["stages"] = benchmark.stage_costs(folder, data, training, arguments.batches)
+            case |= pipeline.compare(dataset, data, training, *how_often, loaders)
+            case["stages"] = pipeline.stage_costs(folder, data, training, arguments.batches)
             cases.append(case)
     data = benchmark_data(arguments.frames[0], arguments.batch_size)
     print(f"videos of {LENGTHS[0]} and {LENGTHS[1]} frames ...", file=sys.stderr, flush=True)
-    lengths = benchmark.compare_lengths(dataset, data, LENGTHS, *how_often)
+    lengths = pipeline.compare_lengths(dataset, data, LENGTHS, *how_often)
     return {
         "videos": len(dataset),
         "cores": num_cores(),

@@ -15,7 +15,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.command import new_parser, positive  # noqa: E402
+from dualpath_jax.cli import new_parser, positive  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,7 +58,7 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from benchmark_pipeline import benchmark_data
 
-    from dualpath_jax.data.records import VideoDataset
+    from dualpath_jax.data.video_dataset import VideoDataset
 
     try:
         dataset = VideoDataset(arguments.prepared, arguments.split)

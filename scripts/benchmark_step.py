@@ -4,7 +4,7 @@
     python scripts/benchmark_step.py
     python scripts/benchmark_step.py --config=k400_vitb --batch_size=4 --json
 
-The same model with the same weights in PyTorch (dualpath_jax/torch_dualpath.py), checked to give
+The same model with the same weights in PyTorch (scripts/benchmarks/torch_dualpath.py), checked to give
 the same logits, takes turns with ours: forward pass and training step, float32 and bfloat16, and
 the memory that a step needs. No data and no weights are needed. The limit is a product of two
 square matrices in the faster framework. On a GPU take more clips, as --batch_size=32; float32 is
@@ -22,8 +22,8 @@ import sys
 # Processes that measure memory import this file again: its main is guarded.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax import environment
-from dualpath_jax.command import new_parser, positive
+from dualpath_jax.cli import new_parser, positive
+from dualpath_jax.runtime import environment
 
 _PEERS = {"torch": "", "torch_compiled": ", torch.compile"}  # and how a table calls them
 
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(settings: list, rounds: int, sides: list[str]) -> dict:
     """By what is measured, with the ratios of each dtype; a `step_benchmark.Setting` for each."""
-    from dualpath_jax import step_benchmark
+    from scripts.benchmarks import train_step
 
     result: dict = {"forward": {}, "train_step": {}, "matmul_limit_gflops": {}, "dtypes": {}}
     for setting in settings:
@@ -59,12 +59,12 @@ def measure(settings: list, rounds: int, sides: list[str]) -> dict:
             print(f"{dtype}: {line}", file=sys.stderr, flush=True)
 
         tell("compiling")
-        seconds = step_benchmark.compile_seconds(setting)
+        seconds = train_step.compile_seconds(setting)
         tell("matrix product")
-        limit = step_benchmark.matmul_gflops(dtype)
-        compared = step_benchmark.compare(setting, rounds, sides, tell)
+        limit = train_step.matmul_gflops(dtype)
+        compared = train_step.compare(setting, rounds, sides, tell)
         tell("memory")
-        compared["step_mib"] = {s: step_benchmark.peak_memory(setting, s) for s in sides}
+        compared["step_mib"] = {s: train_step.peak_memory(setting, s) for s in sides}
         compared["compile_seconds"] = seconds
         result["matmul_limit_gflops"][dtype] = limit
         result["dtypes"][dtype] = compared
@@ -111,16 +111,15 @@ def main() -> None:
         sys.exit(f"error: no configs/{arguments.config}.py; check --config")
     import jax
 
-    from dualpath_jax import step_benchmark
+    from scripts.benchmarks import train_step
 
     config.model.scan_blocks = arguments.scan_blocks or jax.default_backend() == "tpu"
     config.model.remat = arguments.remat
     calls = arguments.calls or (10 if jax.default_backend() == "gpu" else 1)
     settings = [
-        step_benchmark.Setting(config, dtype, arguments.batch_size, calls)
-        for dtype in arguments.dtypes
+        train_step.Setting(config, dtype, arguments.batch_size, calls) for dtype in arguments.dtypes
     ]
-    sides = [*step_benchmark.USUAL_SIDES, *["torch_compiled"] * arguments.torch_compile]
+    sides = [*train_step.USUAL_SIDES, *["torch_compiled"] * arguments.torch_compile]
     result = measure(settings, arguments.rounds, sides)
     print(json.dumps(result, indent=1) if arguments.json else markdown(result))
 

@@ -19,7 +19,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.command import new_parser  # noqa: E402
+from dualpath_jax.cli import new_parser  # noqa: E402
 
 FAULTS_PER_MINUTE = 4  # about, on two idle cores
 
@@ -54,8 +54,8 @@ def main() -> int:
 
 def torture(arguments: argparse.Namespace, folder: pathlib.Path) -> int:
     """Both runs and their comparison; exit status."""
-    from dualpath_jax import chaos, full_disk, same_run
-    from dualpath_jax.trial import Chaos, Trial
+    from tests.chaos import chaos, full_disk, same_run
+    from tests.chaos.trial import Chaos, Trial
 
     begin = time.monotonic()
     count = arguments.faults or round(FAULTS_PER_MINUTE * arguments.minutes)

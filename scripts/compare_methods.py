@@ -20,8 +20,8 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dualpath_jax import environment
-from dualpath_jax.command import new_parser, positive
+from dualpath_jax.cli import new_parser, positive
+from dualpath_jax.runtime import environment
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
@@ -55,12 +55,13 @@ def method_config(method: str, learning_rate: float, seed: int, steps: int):
 
 def build(config, workdir: str):
     """(run, training split); what is printed goes to the workdir's log."""
-    from dualpath_jax import run as run_lib
-    from dualpath_jax.data.records import VideoDataset
+    from dualpath_jax.data.video_dataset import VideoDataset
+    from dualpath_jax.training import experiment
+    from dualpath_jax.training.inputs import check_workdir
 
-    run_lib.check_workdir(workdir)
+    check_workdir(workdir)
     dataset = VideoDataset(config.data.dir, config.data.train_split)
-    return run_lib.build_run(config, workdir, dataset), dataset
+    return experiment.build_run(config, workdir, dataset), dataset
 
 
 def score(config, workdir: str, split: str) -> dict:
@@ -68,7 +69,7 @@ def score(config, workdir: str, split: str) -> dict:
     import jax
 
     from dualpath_jax import evaluate, train
-    from dualpath_jax.data.records import VideoDataset
+    from dualpath_jax.data.video_dataset import VideoDataset
 
     os.makedirs(workdir, exist_ok=True)
     with open(f"{workdir}/log.txt", "a") as log, contextlib.redirect_stdout(log):
@@ -83,17 +84,18 @@ def time_steps(configs: dict, out: str, rounds: int = 9, steps: int = 4) -> dict
     """Median over rounds of a method's step time over that of `dualpath` in the same round."""
     import jax
 
-    from dualpath_jax import sharding, train
     from dualpath_jax.data import pipeline
-    from dualpath_jax.models import tuning
+    from dualpath_jax.models import registry as method_registry
+    from dualpath_jax.training import sharding
+    from dualpath_jax.training.step import make_train_step
 
     ready = {}
     for method, config in configs.items():
         with open(os.devnull, "w") as log, contextlib.redirect_stdout(log):
             run, dataset = build(config, f"{out}/timing")
-        framesets = tuning.takes_framesets(method)
+        framesets = method_registry.takes_framesets(method)
         batch = next(pipeline.train_batches(dataset, config.data, 0, 0, 1, framesets=framesets))
-        step = jax.jit(train.make_train_step(run.model, config, run.optimizer), donate_argnums=0)
+        step = jax.jit(make_train_step(run.model, config, run.optimizer), donate_argnums=0)
         batch = sharding.shard_batch(batch, run.mesh)
         ready[method] = [step, step(run.state, run.frozen, batch)[0], run.frozen, batch]
     times: dict[str, list[float]] = {method: [] for method in ready}
@@ -202,13 +204,13 @@ def main() -> None:
     from absl import logging
 
     from configs import demo as demo_config
-    from dualpath_jax import demo
+    from dualpath_jax.demo import setup
 
     logging.set_verbosity(logging.ERROR)
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(out.absolute() / "compiled"))
-    demo.ensure_demo(demo_config.get_config())
+    setup.ensure_demo(demo_config.get_config())
     if args.only_times:
         methods = dict.fromkeys(["dualpath", *args.methods])
         configs = {m: method_config(m, LEARNING_RATES[0], 0, args.steps) for m in methods}

@@ -24,7 +24,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # the TPU is described, not there
 from absl import app, flags
 from ml_collections import config_flags
 
-from dualpath_jax import command, environment
+from dualpath_jax import cli
+from dualpath_jax.runtime import environment
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configuration, see configs/.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: kind and chips, as v5e:4x4.")
@@ -54,17 +55,17 @@ def tell(line: str) -> None:
 
 def fits(config, topology: str, clips: int, memories: list[float]) -> None:
     """Print what fits devices with `memories`."""
-    from dualpath_jax import tpu_compile
+    from scripts.benchmarks import tpu_aot
 
     reports = []
     for size in (clips, 2 * clips):
-        reports += tpu_compile.compile_steps(config, topology, size, ("train",))
+        reports += tpu_aot.compile_steps(config, topology, size, ("train",))
         tell(f"{size} clips on a chip need {reports[-1].peak / 1e9:.2f} GB")
-    rows = tpu_compile.fits(*reports, memories, BATCHES)
+    rows = tpu_aot.fits(*reports, memories, BATCHES)
     if JSON.value:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
-        print(tpu_compile.fits_markdown(rows, BATCHES))
+        print(tpu_aot.fits_markdown(rows, BATCHES))
 
 
 def main(argv: list[str]) -> None:
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
     chosen = [f"--{name}" for name in ("fits", "max_batch", "step") if flags.FLAGS[name].present]
     if len(chosen) > 1:
         sys.exit(f"error: {' and '.join(chosen)} do not go together: each says what to compile")
-    from dualpath_jax import tpu_compile
+    from scripts.benchmarks import tpu_aot
 
     config, topology, batch = CONFIG.value, TOPOLOGY.value, PER_CHIP_BATCH.value
     try:
@@ -81,10 +82,10 @@ def main(argv: list[str]) -> None:
             fits(config, topology, batch, [float(memory) for memory in FITS.value])
             return
         if MAX_BATCH.value:
-            _, reports = tpu_compile.largest_batch(config, topology, batch, tell)
+            _, reports = tpu_aot.largest_batch(config, topology, batch, tell)
         else:
-            reports = tpu_compile.compile_steps(config, topology, batch, tuple(STEPS.value))
-    except tpu_compile.TooLarge as error:
+            reports = tpu_aot.compile_steps(config, topology, batch, tuple(STEPS.value))
+    except tpu_aot.TooLarge as error:
         sys.exit(f"error: {error}: lower --per_chip_batch, or look for it by --max_batch")
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -92,10 +93,10 @@ def main(argv: list[str]) -> None:
         named = [dataclasses.asdict(one) for one in reports]
         print(json.dumps({"topology": TOPOLOGY.value, "steps": named}, indent=1))
     else:
-        print(tpu_compile.markdown(TOPOLOGY.value, reports))
+        print(tpu_aot.markdown(TOPOLOGY.value, reports))
 
 
 if __name__ == "__main__":
     environment.prepare()
     flags.mark_flags_as_required(["config", "topology"])
-    command.run(main)
+    cli.run(main)

@@ -13,8 +13,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # runs uninstalled
 
-from dualpath_jax import bar, convert  # noqa: E402
-from dualpath_jax.command import new_parser  # noqa: E402
+from dualpath_jax.cli import new_parser  # noqa: E402
+from dualpath_jax.runtime import progress_bar  # noqa: E402
+from dualpath_jax.weights import convert  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,13 +33,13 @@ def parser() -> argparse.ArgumentParser:
         help="of the MLPs, where neither the checkpoint nor a config beside it says",
     )
     made.add_argument("--heads", type=int, help="attention heads of a ViT; default: width / 64")
-    bar.add_quiet(made)
+    progress_bar.add_quiet(made)
     return made
 
 
 def main() -> int:
     options = vars(parser().parse_args())
-    bar.be_quiet(options.pop("quiet"))
+    progress_bar.be_quiet(options.pop("quiet"))
     try:
         info = convert.convert_clip(**options)
     except (ValueError, OSError) as error:

@@ -16,8 +16,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dualpath_jax import bar, efficiency
-from dualpath_jax.command import new_parser
+from dualpath_jax.analysis import efficiency
+from dualpath_jax.cli import new_parser
+from dualpath_jax.runtime import progress_bar
 
 
 def load(name: str):
@@ -126,16 +127,16 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--figure", metavar="FILE", help="PNG or SVG of Fig. 1 to write, instead of printing"
     )
-    bar.add_quiet(made)
+    progress_bar.add_quiet(made)
     return made
 
 
 def main() -> None:
     args = parser().parse_args()
-    bar.be_quiet(args.quiet)
+    progress_bar.be_quiet(args.quiet)
     names = args.config or list(efficiency.PAPER)
     try:
-        rows = [row(name) for name in bar.over(names, "count", "configurations")]
+        rows = [row(name) for name in progress_bar.over(names, "count", "configurations")]
         if args.figure:
             figure(rows, args.figure)
             return

@@ -12,16 +12,17 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dualpath_jax.command import check_file, new_parser, user_errors  # noqa: E402
+from dualpath_jax.cli import check_file, new_parser, user_errors  # noqa: E402
 
 
 def export(workdir: str, out: str, which: str) -> str:
     """Write the file; returns what to print."""
     from etils import epath
 
-    from dualpath_jax import adapter_file, trained
+    from dualpath_jax.inference import trained_model
+    from dualpath_jax.training import adapter_file
 
-    leaves, metadata = trained.read_trained(workdir, which)
+    leaves, metadata = trained_model.read_trained(workdir, which)
     adapter_file.write_adapter(out, leaves, metadata)
     count = sum(leaf.size for leaf in leaves.values())
     size = epath.Path(out).stat().length

@@ -16,17 +16,18 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # traced there, the program fits every plat
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax import command, environment
+from dualpath_jax import cli
+from dualpath_jax.runtime import environment
 
 
 def parser() -> argparse.ArgumentParser:
-    made = command.new_parser(__doc__)
+    made = cli.new_parser(__doc__)
     add = made.add_argument
-    command.add_model(made)
+    cli.add_model(made)
     add("--out", required=True, help="folder to write")
     add(
         "--batch_size",
-        type=command.positive(int),
+        type=cli.positive(int),
         help="views that the model takes at once (any number)",
     )
     add(
@@ -41,12 +42,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = parser().parse_args()
-    from dualpath_jax import export_model
+    from dualpath_jax.inference import export
 
-    with command.user_errors():
-        model = command.load_model(arguments)
-        results = export_model.read_results(arguments.workdir) if arguments.workdir else None
-        export_model.export(model, arguments.out, arguments.formats, arguments.batch_size, results)
+    with cli.user_errors():
+        model = cli.load_model(arguments)
+        results = export.read_results(arguments.workdir) if arguments.workdir else None
+        export.export(model, arguments.out, arguments.formats, arguments.batch_size, results)
     print(f"wrote {arguments.out}/model_card.md and what it describes")
 
 

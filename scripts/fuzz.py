@@ -21,8 +21,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from dualpath_jax import bar  # noqa: E402
-from dualpath_jax.command import new_parser, positive  # noqa: E402
+from dualpath_jax.cli import new_parser, positive  # noqa: E402
+from dualpath_jax.runtime import progress_bar  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,14 +38,14 @@ def parser() -> argparse.ArgumentParser:
     add("--targets", nargs="+", metavar="NAME", help="these alone (all)")
     add("--only", type=int, metavar="NUMBER", help="one input of one target, as a finding names it")
     add("--findings", default="runs/fuzz", metavar="DIR", help="where findings go (runs/fuzz)")
-    bar.add_quiet(made)
+    progress_bar.add_quiet(made)
     return made
 
 
 def fuzz(arguments: argparse.Namespace) -> bool:
     """Prints the table; is all well?"""
-    from dualpath_jax.fuzz import harness
-    from dualpath_jax.fuzz.targets import SHARES, TARGETS
+    from tests.fuzz import harness
+    from tests.fuzz.targets import SHARES, TARGETS
 
     names = arguments.targets or list(TARGETS)
     if unknown := [name for name in names if name not in TARGETS]:
@@ -72,7 +72,7 @@ def fuzz(arguments: argparse.Namespace) -> bool:
 
 def main() -> None:
     arguments = parser().parse_args()
-    bar.be_quiet(arguments.quiet)
+    progress_bar.be_quiet(arguments.quiet)
     try:
         sys.exit(0 if fuzz(arguments) else 1)
     except (ValueError, OSError) as error:

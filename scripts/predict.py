@@ -18,21 +18,22 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax import command, environment
-from dualpath_jax.data.decode import DecodeLimits
+from dualpath_jax import cli
+from dualpath_jax.data.preparation.video_decoder import DecodeLimits
+from dualpath_jax.runtime import environment
 
 
 def parser() -> argparse.ArgumentParser:
-    made = command.new_parser(__doc__)
+    made = cli.new_parser(__doc__)
     add = made.add_argument
-    command.add_model(made)
+    cli.add_model(made)
     add("videos", nargs="+", help="video files, or folders of them")
     add("--top_k", type=int, default=5, help="classes to name (5)")
     add("--window", type=float, help="length of a window of a long video, seconds (none)")
     add("--stride", type=float, help="from one window to the next, seconds (half a window)")
     add("--features", help="file .npz for y_SP, y_TP (of dualpath) and logits of every view")
     add("--pictures", metavar="DIR", help="folder for a picture of each video, VIDEO.png")
-    limits, positive = DecodeLimits(), command.positive
+    limits, positive = DecodeLimits(), cli.positive
     for name, default, what in (
         ("seconds", limits.seconds, "seconds of decoding a video, or a window of one"),
         ("frames", limits.max_frames, "frames of a whole video"),
@@ -46,19 +47,19 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = parser().parse_args()
-    from dualpath_jax import predict
+    from dualpath_jax.inference import predict_files
 
-    def show(found: predict.Found) -> None:
+    def show(found: predict_files.Found) -> None:
         if arguments.json:
             print(json.dumps(dataclasses.asdict(found)), flush=True)
         else:
-            print(predict.line(found), flush=True)
+            print(predict_files.line(found), flush=True)
 
     sys.stdout.reconfigure(errors="surrogateescape")  # file names may hold any bytes
-    with command.user_errors():
-        videos = predict.find_videos(arguments.videos)
-        bad = predict.predict_videos(
-            command.load_model(arguments),
+    with cli.user_errors():
+        videos = predict_files.find_videos(arguments.videos)
+        bad = predict_files.predict_videos(
+            cli.load_model(arguments),
             videos,
             show,
             top_k=arguments.top_k,

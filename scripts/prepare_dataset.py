@@ -19,11 +19,11 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax import bar  # noqa: E402
-from dualpath_jax.command import new_parser, positive  # noqa: E402
-from dualpath_jax.data.check_videos import check  # noqa: E402
-from dualpath_jax.data.datasets import DATASETS, list_videos  # noqa: E402
-from dualpath_jax.data.decode import DecodeLimits  # noqa: E402
+from dualpath_jax.cli import new_parser, positive  # noqa: E402
+from dualpath_jax.data.datasets.registry import DATASETS, list_videos  # noqa: E402
+from dualpath_jax.data.preparation.dry_run import check  # noqa: E402
+from dualpath_jax.data.preparation.video_decoder import DecodeLimits  # noqa: E402
+from dualpath_jax.runtime import progress_bar  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         help_ = f"most {what} for one video ({default:,})"
         add(f"--max_{name}", type=positive(type(default)), default=default, help=help_)
-    bar.add_quiet(made)
+    progress_bar.add_quiet(made)
     return made
 
 
@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    bar.be_quiet(arguments.quiet)
+    progress_bar.be_quiet(arguments.quiet)
     sys.stdout.reconfigure(errors="surrogateescape")  # file names may hold any bytes
     try:
         listing = list_videos(
@@ -102,7 +102,7 @@ def main() -> None:
             options["bad_videos"] = arguments.bad_videos
             counts = check(listing, arguments.videos, **options)
             sys.exit(1 if counts["total"].bad else 0)
-        from dualpath_jax.data.prepare import prepare  # imports TensorFlow
+        from dualpath_jax.data.preparation.prepare import prepare  # imports TensorFlow
 
         options["retry_bad"] = arguments.retry_bad
         prepare(listing, arguments.videos, arguments.out, **options)

@@ -1,6 +1,6 @@
 """Pretrains the demo's backbone, a tiny CLIP-shaped ViT, on photographs with painted objects.
 
-    python scripts/pretrain_demo_backbone.py --out=dualpath_jax/assets/demo_backbone.safetensors
+    python scripts/pretrain_demo_backbone.py --out=dualpath_jax/demo/demo_backbone.safetensors
 
 An image is a crop of a photograph (the demo's training photographs; those of the test videos are
 never seen) with one to eight copies of one object. The class token's projected feature learns, by
@@ -27,20 +27,20 @@ import numpy as np
 import optax
 import safetensors.numpy
 
-from dualpath_jax.command import new_parser
-from dualpath_jax.data import demo
-from dualpath_jax.models.vit import ViT, ViTConfig
+from dualpath_jax.cli import new_parser
+from dualpath_jax.demo import render
+from dualpath_jax.models.backbones.vit import ViT, ViTConfig
 
 MAX_OBJECTS = 8
 
 
 def make_image(photos: list, size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """One image, uint8 [size, size, 3], its object's coverage [size, size] and the labels."""
-    photo, shape = rng.integers(len(photos)), rng.integers(len(demo.SHAPES))
-    colour = rng.integers(len(demo.COLOURS))
+    photo, shape = rng.integers(len(photos)), rng.integers(len(render.SHAPES))
+    colour = rng.integers(len(render.COLOURS))
     count = 1 if rng.random() < 0.4 else rng.integers(1, MAX_OBJECTS + 1)
     still = np.ones(1)
-    image = demo.crop_photo(photos[photo], size, rng)
+    image = render.crop_photo(photos[photo], size, rng)
     target = np.zeros(
         (size, size, 4), np.float32
     )  # covered, then x, y and log radius of its object
@@ -50,11 +50,11 @@ def make_image(photos: list, size: int, rng: np.random.Generator) -> dict[str, n
     pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
     for _ in range(count):
         x, y = rng.uniform(0.05, 0.95, 2)
-        track = demo.Track(x * still, y * still, radius * still, still)
-        rgb = list(demo.COLOURS.values())[colour]
-        image = demo.paint(image, track, demo.SHAPES[shape], rgb)[0]
-        distance = demo.shape_distance(
-            demo.SHAPES[shape], (pixels[None] - x) / radius, (pixels[:, None] - y) / radius
+        track = render.Track(x * still, y * still, radius * still, still)
+        rgb = list(render.COLOURS.values())[colour]
+        image = render.paint(image, track, render.SHAPES[shape], rgb)[0]
+        distance = render.shape_distance(
+            render.SHAPES[shape], (pixels[None] - x) / radius, (pixels[:, None] - y) / radius
         )
         target[distance < 1] = (1, x, y, np.log(radius))
         places.append((x, y))
@@ -72,14 +72,14 @@ def make_batch(args: tuple[int, int, int, int]) -> dict[str, np.ndarray]:
     """Batch number `step` of `batch_size` images; a function of its arguments alone."""
     seed, step, batch_size, size = args
     rng = np.random.default_rng([seed, step])
-    photos = [demo.load_photo(name) for name in demo.PHOTOS["train"]]  # cached
+    photos = [render.load_photo(name) for name in render.PHOTOS["train"]]  # cached
     images = [make_image(photos, size, rng) for _ in range(batch_size)]
     return {key: np.stack([image[key] for image in images]) for key in images[0]}
 
 
 HEADS = {
-    "shape": len(demo.SHAPES),
-    "colour": len(demo.COLOURS),
+    "shape": len(render.SHAPES),
+    "colour": len(render.COLOURS),
     "count": MAX_OBJECTS,
 }
 
@@ -98,7 +98,7 @@ class Pretraining(nn.Module):
 
 def losses(model: Pretraining, params: dict, batch: dict) -> tuple[jax.Array, dict]:
     """Sum of all losses, and what they stand at."""
-    mean, std = jnp.asarray(demo.MEAN), jnp.asarray(demo.STD)
+    mean, std = jnp.asarray(render.MEAN), jnp.asarray(render.STD)
     images = (batch["image"].astype(jnp.float32) / 255 - mean) / std
     logits, centre, dense = model.apply({"params": params}, images)
     total, metrics = 0.0, {}
@@ -216,7 +216,11 @@ def main() -> None:
                     flush=True,
                 )
     arguments = {key: value for key, value in vars(args).items() if key != "out"}
-    pretraining = {"arguments": arguments, "photos": demo.PHOTOS["train"], "last_250_steps": recent}
+    pretraining = {
+        "arguments": arguments,
+        "photos": render.PHOTOS["train"],
+        "last_250_steps": recent,
+    }
     metadata = {
         "activation": config.activation,
         "heads": str(config.heads),

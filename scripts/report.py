@@ -14,30 +14,31 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax import bar, command, environment
+from dualpath_jax import cli
+from dualpath_jax.runtime import environment, progress_bar
 
 
 def make_report(args: argparse.Namespace) -> None:
     """Read, draw, write."""
     if args.mistakes < 0:
         raise ValueError(f"--mistakes={args.mistakes} must be at least 0")
-    command.check_file("--out", args.out)
+    cli.check_file("--out", args.out)
     from absl import logging
     from etils import epath
 
-    from dualpath_jax.data.ledger import in_words
-    from dualpath_jax.progress import write_whole
-    from dualpath_jax.report import figures, mistakes, page, runs
+    from dualpath_jax.data.preparation.summary import in_words
+    from dualpath_jax.report import mistake_images, page, run_reader, statistics
+    from dualpath_jax.training.metrics_logger import write_whole
 
     logging.set_verbosity(logging.ERROR)  # orbax warns of what is meant so: it only reads
-    found = runs.read_runs(args.workdir)
+    found = run_reader.read_runs(args.workdir)
     rows, pictures = [], {}
     predictions = found[0].predictions
     if len(found) == 1 and predictions is not None:
         confidence = predictions.probabilities[:, 0]
-        rows = figures.confident_mistakes(confidence, predictions.correct, args.mistakes)
+        rows = statistics.confident_mistakes(confidence, predictions.correct, args.mistakes)
         ids = [predictions.ids[row] for row in rows]
-        pictures = mistakes.strips(found[0], ids, args.data_dir, args.backbone)
+        pictures = mistake_images.strips(found[0], ids, args.data_dir, args.backbone)
     html = page.render(found, rows, pictures)
     write_whole(epath.Path(args.out), html)
     missing = sum(len(run.missing) for run in found)
@@ -46,21 +47,21 @@ def make_report(args: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = command.new_parser(__doc__)
+    made = cli.new_parser(__doc__)
     add = made.add_argument
     add("--workdir", nargs="+", required=True, help="of a run; of several runs to compare them")
     add("--out", required=True, metavar="FILE", help="the page, such as report.html")
     add("--mistakes", type=int, default=12, help="most confident mistakes to show (12)")
     add("--data_dir", help="prepared data, if not where the run had them; for pictures")
     add("--backbone", help="converted backbone, if not where the run had it; for attention")
-    bar.add_quiet(made)
+    progress_bar.add_quiet(made)
     return made
 
 
 def main() -> None:
     args = parser().parse_args()
-    bar.be_quiet(args.quiet)
-    with command.user_errors():
+    progress_bar.be_quiet(args.quiet)
+    with cli.user_errors():
         make_report(args)
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 import numpy as np  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
-from dualpath_jax.command import new_parser  # noqa: E402
+from dualpath_jax.cli import new_parser  # noqa: E402
 
 GAP = 8  # pixels between pictures
 LINE = 16  # pixels for a line of text
@@ -37,7 +37,7 @@ def load_config(name: str):
 
 def drawn(batch: dict, i: int) -> str:
     """The operations of RandAugment for clip `i`, as text; empty without."""
-    from dualpath_jax.data.randaugment import OPS
+    from dualpath_jax.data.randaugment_ops import OPS
 
     pairs = zip(batch["ops"][i], batch["op_values"][i], strict=True) if "ops" in batch else ()
     return "".join(f"; {OPS[op]}" + (f" {value:.3g}" if value else "") for op, value in pairs if op)
@@ -45,7 +45,7 @@ def drawn(batch: dict, i: int) -> str:
 
 def colour(batch: dict) -> dict:
     """`batch` with its images after the operations that the device does."""
-    from dualpath_jax import preprocess
+    from dualpath_jax.models import preprocess
 
     if "ops" not in batch:
         return batch
@@ -58,7 +58,7 @@ def colour(batch: dict) -> dict:
 
 def draw(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
     """One row per clip: its label, its spatial frames, its framesets if the method takes them."""
-    from dualpath_jax.pictures import text_font
+    from dualpath_jax.analysis.image_grid import text_font
 
     clips = []
     for i in range(len(batch["label"])):
@@ -93,10 +93,10 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from dualpath_jax.config_ranges import check_ranges
+    from dualpath_jax.config.ranges import check_ranges
     from dualpath_jax.data import pipeline
-    from dualpath_jax.data.records import VideoDataset
-    from dualpath_jax.models import tuning
+    from dualpath_jax.data.video_dataset import VideoDataset
+    from dualpath_jax.models import registry as method_registry
 
     try:
         config = load_config(args.config)
@@ -108,7 +108,7 @@ def main() -> None:
             config.seed,
             args.step,
             args.step + 1,
-            framesets=tuning.takes_framesets(config.model.method),
+            framesets=method_registry.takes_framesets(config.model.method),
         )
         batch = {key: value[: args.clips] for key, value in next(batches).items()}
         draw(colour(batch), dataset.class_names, args.zoom).save(args.out)

@@ -13,30 +13,31 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.command import new_parser, user_errors  # noqa: E402
+from dualpath_jax.cli import new_parser, user_errors  # noqa: E402
 
 
 def draw(args: argparse.Namespace) -> int:
     """Pictures of each video; returns how many could not be read."""
-    from dualpath_jax import attention_view, pictures, trained
-    from dualpath_jax.data.decode import VideoError
+    from dualpath_jax.analysis import attention_figures, image_grid
+    from dualpath_jax.data.preparation.video_decoder import VideoError
+    from dualpath_jax.inference import trained_model
 
-    model = trained.load(args.workdir, backbone=args.backbone)
+    model = trained_model.load(args.workdir, backbone=args.backbone)
     folder, taken, bad = pathlib.Path(args.out), set(), 0
     folder.mkdir(parents=True, exist_ok=True)
     for video in args.videos:
         try:
-            clips = attention_view.middle_view(model.clips(video), model.config)
+            clips = attention_figures.middle_view(model.clips(video), model.config)
         except VideoError as error:
             print(f"error: {error}", file=sys.stderr)
             bad += 1
             continue
-        view = attention_view.view_clip(model, clips, args.rollout)
-        path = pictures.new_name(folder, video, taken)
+        view = attention_figures.view_clip(model, clips, args.rollout)
+        path = image_grid.new_name(folder, video, taken)
         kind = "rollout" if args.rollout else "last block"
-        grid = attention_view.draw_grid(view, f"{path.name}, {kind}")
-        pictures.write_png(f"{path}.png", grid)
-        pictures.write_gif(f"{path}.gif", attention_view.draw_animation(view))
+        grid = attention_figures.draw_grid(view, f"{path.name}, {kind}")
+        image_grid.write_png(f"{path}.png", grid)
+        image_grid.write_gif(f"{path}.gif", attention_figures.draw_animation(view))
         print(f"wrote {path}.png and {path.name}.gif", flush=True)
     return bad
 

@@ -8,7 +8,7 @@ import contextlib
 import gc
 import os
 
-with contextlib.suppress(ImportError):  # before TensorFlow, see dualpath_jax/step_benchmark.py
+with contextlib.suppress(ImportError):  # before TensorFlow, see scripts/benchmarks/train_step.py
     import triton  # noqa: F401
 
 os.environ["XLA_FLAGS"] = " ".join(
@@ -61,13 +61,15 @@ def verbosity():
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory):
     """A small demo set, rendered and prepared: 40 training, 8 validation and 21 test videos."""
-    from dualpath_jax.data import datasets, demo, prepare
+    from dualpath_jax.data.datasets import registry as dataset_registry
+    from dualpath_jax.data.preparation import prepare
+    from dualpath_jax.demo import render
 
     folder = tmp_path_factory.mktemp("demo")
     sizes = {"train": 40, "validation": 8, "test": 21}
-    demo.render_demo(folder / "raw", sizes, progress=False)
+    render.render_demo(folder / "raw", sizes, progress=False)
     videos, labels = str(folder / "raw" / "videos"), str(folder / "raw" / "labels")
-    listing = datasets.list_videos("ssv2", videos, labels)
+    listing = dataset_registry.list_videos("ssv2", videos, labels)
     prepare.prepare(listing, videos, str(folder / "prepared"), progress=False)
     return folder / "prepared"
 
@@ -75,15 +77,16 @@ def demo_data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def demo_backbone(tmp_path_factory):
     """The packaged backbone, converted."""
-    from dualpath_jax import convert, demo
+    from dualpath_jax.demo import setup
+    from dualpath_jax.weights import convert
 
     path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
-    convert.convert_clip(demo.BACKBONE, path)
+    convert.convert_clip(setup.BACKBONE, path)
     return path
 
 
 @pytest.fixture
 def config(demo_data, demo_backbone):
-    from small_config import small_config
+    from tests.helpers.small_config import small_config
 
     return small_config(demo_data, demo_backbone)

@@ -12,11 +12,11 @@ import tomllib
 
 import pytest
 from absl import flags
-from documents import PAGES, ROOT, anchors, commands, example, links, table_messages
 from ml_collections import config_flags
-from video_files import write_video
 
 import dualpath_jax.main
+from tests.helpers.documents import PAGES, ROOT, anchors, commands, example, links, table_messages
+from tests.helpers.video_files import write_video
 
 EXTENDING = ROOT / "docs" / "extending.md"
 COMMANDS = [(str(page.relative_to(ROOT)), c) for page in PAGES for c in commands(page)]
@@ -173,10 +173,12 @@ def test_the_program_can_say_every_message_of_troubleshooting():
 @pytest.fixture
 def tables():
     """The tables that the examples add to, as they were."""
-    from dualpath_jax.data import datasets
-    from dualpath_jax.models import tuning
+    from dualpath_jax.data.datasets import registry as dataset_registry
+    from dualpath_jax.models import registry as method_registry
 
-    before = [(table, dict(table)) for table in (datasets.DATASETS, tuning.METHODS)]
+    before = [
+        (table, dict(table)) for table in (dataset_registry.DATASETS, method_registry.METHODS)
+    ]
     yield
     for table, content in before:
         table.clear()

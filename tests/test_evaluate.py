@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualpath_jax import evaluate, sharding
+from dualpath_jax import evaluate
+from dualpath_jax.training import sharding
 
 CLASSES = 7
 

@@ -6,14 +6,14 @@ import subprocess
 import sys
 
 import pytest
-from processes import ROOT, environment
-from video_files import write_video
 
 from configs import hmdb51_vitb
-from dualpath_jax.checkpoint import Checkpoints
-from dualpath_jax.data.datasets import list_videos
-from dualpath_jax.data.prepare import prepare
-from dualpath_jax.run import divide
+from dualpath_jax.data.datasets.registry import list_videos
+from dualpath_jax.data.preparation.prepare import prepare
+from dualpath_jax.training.checkpoint import Checkpoints
+from dualpath_jax.training.inputs import divide
+from tests.helpers.processes import ROOT, environment
+from tests.helpers.video_files import write_video
 
 
 def run(*args, cwd=ROOT):

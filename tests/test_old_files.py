@@ -1,17 +1,17 @@
-"""Files that version 0.1.0 wrote are loaded, evaluated and resumed, see tests/data/version_0.1.0."""
+"""Loads, evaluates and resumes the files of version 0.1.0, see tests/data/version_0.1.0."""
 
 import json
-import pathlib
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import dualpath_jax
-from dualpath_jax import job
-from dualpath_jax.config_values import with_defaults
+from dualpath_jax import launch
+from dualpath_jax.config.values import with_defaults
 
-FILES = pathlib.Path(__file__).parent / "data" / "version_0.1.0"
+FILES = Path(__file__).parent / "data" / "version_0.1.0"
 TOLERANCE = 1e-5  # between processors; on one they are equal
 
 
@@ -25,7 +25,7 @@ def files(tmp_path, monkeypatch):
 
 def read_config():
     """The configuration that the old run saved, from which tuples have become lists."""
-    return with_defaults(json.loads(pathlib.Path("run/config.json").read_text()))
+    return with_defaults(json.loads(Path("run/config.json").read_text()))
 
 
 @pytest.mark.parametrize("path", ["run", "adapter.safetensors"])
@@ -44,15 +44,17 @@ def test_logits(files, path):
 
 def test_evaluated_and_resumed(files):
     """Step 4 evaluates as it did, and steps 3 and 4 from the checkpoint of step 2 lead there."""
-    old = json.loads(pathlib.Path("run/results.json").read_text())
+    old = json.loads(Path("run/results.json").read_text())
     want = dualpath_jax.load("run")
     config = read_config()
-    job.train_and_evaluate(config, "run", False)
-    assert json.loads(pathlib.Path("run/results.json").read_text()) == old
+    launch.train_and_evaluate(config, "run", False)
+    assert json.loads(Path("run/results.json").read_text()) == old
 
     shutil.rmtree("run/checkpoints/4")
-    job.train_and_evaluate(config, "run", True)
-    steps = [json.loads(line)["step"] for line in open("run/metrics.jsonl")]
+    launch.train_and_evaluate(config, "run", True)
+    steps = [
+        json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == [1, 2, 3, 4]
     found = dualpath_jax.load("run")
     assert found.step == 4
@@ -61,7 +63,7 @@ def test_evaluated_and_resumed(files):
     shutil.copytree(files / "run", files / "longer")
     config.num_train_steps = 6
     config.resume_changed = True
-    job.train_and_evaluate(config, "longer", True)
+    launch.train_and_evaluate(config, "longer", True)
     assert max_difference(dualpath_jax.load("longer").params, want.params) > TOLERANCE
 
 

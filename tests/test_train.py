@@ -8,21 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling_once import compiling_once
 
-from configs import base
-from dualpath_jax import evaluate, restore, sharding, train
-from dualpath_jax import params as params_lib
-from dualpath_jax import run as run_lib
-from dualpath_jax.checkpoint import Checkpoints
+from dualpath_jax import evaluate, train
+from dualpath_jax.config import schema
 from dualpath_jax.data import pipeline
-from dualpath_jax.data.records import VideoDataset
+from dualpath_jax.data.video_dataset import VideoDataset
+from dualpath_jax.models import param_tree
+from dualpath_jax.training import experiment, restore, sharding
+from dualpath_jax.training.checkpoint import Checkpoints
+from dualpath_jax.training.inputs import check_inputs
+from dualpath_jax.training.optimizer import count_train_steps, make_schedule
+from dualpath_jax.training.step import make_train_step
+from tests.helpers.compiling_once import compiling_once
 
 
 def build(config, workdir):
     dataset = VideoDataset(config.data.dir, "train")
     with compiling_once():
-        return run_lib.build_run(config, str(workdir), dataset), dataset
+        return experiment.build_run(config, str(workdir), dataset), dataset
 
 
 def run_all(config, workdir):
@@ -33,7 +36,7 @@ def run_all(config, workdir):
 
 
 def leaves(tree):
-    return {name: np.asarray(leaf) for name, leaf in params_lib.flatten(tree).items()}
+    return {name: np.asarray(leaf) for name, leaf in param_tree.flatten(tree).items()}
 
 
 def test_twenty_steps_move_what_trains_and_nothing_else(config, tmp_path):
@@ -59,13 +62,13 @@ def test_twenty_steps_move_what_trains_and_nothing_else(config, tmp_path):
 
 def test_no_optimizer_slot_for_a_frozen_leaf(config, tmp_path):
     run, _ = build(config, tmp_path)
-    slots = [n for n in params_lib.flatten(run.state.opt_state) if "/mu/" in n or "/nu/" in n]
+    slots = [n for n in param_tree.flatten(run.state.opt_state) if "/mu/" in n or "/nu/" in n]
     trainable = leaves(run.state.trainable)
     assert len(slots) == 2 * len(trainable)
     assert not [name for name in slots if "backbone" in name]
     # Twin: an optimizer without the mask has them.
-    params = params_lib.merge(run.state.trainable, run.frozen)
-    assert [n for n in params_lib.flatten(optax.adamw(1e-3).init(params)) if "backbone" in n]
+    params = param_tree.merge(run.state.trainable, run.frozen)
+    assert [n for n in param_tree.flatten(optax.adamw(1e-3).init(params)) if "backbone" in n]
 
 
 def test_weight_decay_is_on_kernels_alone(config, tmp_path):
@@ -76,7 +79,7 @@ def test_weight_decay_is_on_kernels_alone(config, tmp_path):
     trainable = jax.tree.map(jnp.ones_like, run.state.trainable)
     zeros = jax.tree.map(jnp.zeros_like, trainable)
     updates, _ = run.optimizer.update(
-        zeros, run.optimizer.init(params_lib.merge(trainable, run.frozen)), trainable
+        zeros, run.optimizer.init(param_tree.merge(trainable, run.frozen)), trainable
     )
     moved = {name for name, leaf in leaves(updates).items() if np.any(leaf)}
     assert moved == {name for name in leaves(trainable) if name.endswith("/kernel")}
@@ -84,12 +87,12 @@ def test_weight_decay_is_on_kernels_alone(config, tmp_path):
 
 def test_schedule():
     optimizer = dataclasses.make_dataclass("O", ["learning_rate", "warmup_epochs"])(2.0, 3.0)
-    schedule = run_lib.make_schedule(optimizer, 100, 5.0)
+    schedule = make_schedule(optimizer, 100, 5.0)
     values = [float(schedule(step)) for step in (0, 15, 100)]
     assert values == pytest.approx([0.0, 2.0, 0.0], abs=1e-6)
     assert float(schedule(15 + 85 // 2)) == pytest.approx(1.0, abs=0.05)
     # A run shorter than the warm-up still reaches the top.
-    assert float(run_lib.make_schedule(optimizer, 10, 5.0)(5)) == pytest.approx(2.0)
+    assert float(make_schedule(optimizer, 10, 5.0)(5)) == pytest.approx(2.0)
 
 
 def test_accumulation_equals_one_batch(config, tmp_path):
@@ -97,14 +100,14 @@ def test_accumulation_equals_one_batch(config, tmp_path):
     run, dataset = build(config, tmp_path)
     batch = next(pipeline.train_batches(dataset, config.data, 0, 0, 1))
     batch = sharding.shard_batch(batch, run.mesh)
-    params = params_lib.merge(run.state.trainable, run.frozen)
-    mask = params_lib.trainable_mask(params, lambda name: not name.startswith("backbone"))
+    params = param_tree.merge(run.state.trainable, run.frozen)
+    mask = param_tree.trainable_mask(params, lambda name: not name.startswith("backbone"))
     sgd = optax.masked(optax.sgd(1.0), mask)  # so that the parameters show the gradients
     state = run.state.replace(opt_state=sgd.init(params))
     results = []
     for parts in (1, 2):
         config.optimizer.accumulation_steps = parts
-        step = jax.jit(train.make_train_step(run.model, config, sgd, run.mesh))
+        step = jax.jit(make_train_step(run.model, config, sgd, run.mesh))
         results.append(step(state, run.frozen, batch))
     one, two = (leaves(new.trainable) for new, _ in results)
     for name in one:
@@ -181,8 +184,8 @@ def test_results(config, tmp_path):
     assert results["views"] == "16x1x1"
     assert results["step"] == 5
     assert results["dataset"] == config.data.dir
-    assert results["trainable_params"] == params_lib.count(run.state.trainable)
-    assert results["total_params"] - results["trainable_params"] == params_lib.count(run.frozen)
+    assert results["trainable_params"] == param_tree.count(run.state.trainable)
+    assert results["total_params"] - results["trainable_params"] == param_tree.count(run.frozen)
     assert len(results["backbone_sha256"]) == 64
     assert {"top5", "mean_class_accuracy"} <= results.keys()
     # Evaluation alone, from the checkpoint, gives the same.
@@ -283,7 +286,7 @@ def test_frameset_that_does_not_divide_by_the_patch(config, tmp_path):
 def test_missing_inputs_are_named_with_both_commands(config):
     config.data.dir, config.backbone.checkpoint = "nowhere/data", "nowhere/weights.safetensors"
     with pytest.raises(FileNotFoundError) as caught:
-        run_lib.check_inputs(config)
+        check_inputs(config)
     message = str(caught.value)
     assert "scripts/prepare_dataset.py --dataset=ssv2" in message
     assert "--out=nowhere/data" in message
@@ -311,7 +314,7 @@ def test_evaluation_during_training(config, tmp_path):
 
 
 def test_plan():
-    config = base.get_config()
+    config = schema.get_config()
     config.log_every_steps, config.checkpoint.every_steps = 4, 5
     config.eval.every_epochs = 2
     plan = train.make_plan(config, num_train_steps=11, steps_per_epoch=1.6)
@@ -333,6 +336,6 @@ def test_plan():
     ("epochs", "steps", "counted"), [(1, None, 1), (4, None, 2), (0, None, 0), (1, 0, 0), (1, 7, 7)]
 )
 def test_a_training_has_a_step_unless_none_is_asked_for(epochs, steps, counted):
-    config = base.get_config()
+    config = schema.get_config()
     config.num_epochs, config.num_train_steps = epochs, steps
-    assert run_lib.count_train_steps(config, steps_per_epoch=0.47) == counted
+    assert count_train_steps(config, steps_per_epoch=0.47) == counted

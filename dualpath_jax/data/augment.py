@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dualpath_jax.untrusted import read_json
+from dualpath_jax.runtime.safe_read import read_json
 
 # Something-Something-v2's classes of which one is the mirror image of the other.
 SSV2_LABEL_SWAP = (

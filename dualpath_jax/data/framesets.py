@@ -3,53 +3,7 @@
 Public: `FramesetShape`, `tile_framesets`.
 """
 
-import dataclasses
-
 import tensorflow as tf
-
-
-@dataclasses.dataclass(frozen=True)
-class FramesetShape:
-    """How T frames of `image_size` pixels become framesets.
-
-    Attributes:
-      num_frames: T.
-      grid: (w, h), frames across and down.
-      frame_scale: how much each frame is reduced.
-      image_size: side of an unreduced frame, pixels.
-    """
-
-    num_frames: int
-    grid: tuple[int, int]
-    frame_scale: int
-    image_size: int
-
-    def __post_init__(self):
-        across, down = self.grid
-        if self.num_frames % (across * down):
-            raise ValueError(
-                f"num_frames={self.num_frames} is not divisible by the {across * down} frames of a "
-                f"{across}x{down} frameset: choose a multiple of {across * down}"
-            )
-        if self.image_size % self.frame_scale:
-            raise ValueError(
-                f"image_size={self.image_size} is not divisible by frame_scale={self.frame_scale}"
-            )
-
-    @property
-    def num_framesets(self) -> int:
-        """G = T / (w h)."""
-        return self.num_frames // (self.grid[0] * self.grid[1])
-
-    @property
-    def frame_size(self) -> int:
-        """Side of a frame inside the frameset, pixels."""
-        return self.image_size // self.frame_scale
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of a frameset, pixels."""
-        return self.grid[1] * self.frame_size, self.grid[0] * self.frame_size
 
 
 def tile_framesets(frames: tf.Tensor, grid: tuple[int, int]) -> tf.Tensor:

@@ -15,8 +15,8 @@ A batch is a dict of numpy arrays:
   example_id  int64   [B]                 place in the split's video table; -1 for padding
 In evaluation, spatial and temporal have an axis V (views) after B. In training with RandAugment
 (N operations), for what `preprocess.colour` does to both inputs:
-  ops         int32   [B, N]              places in `randaugment.OPS`
-  op_values   float32 [B, N]              see `randaugment.value_of`
+  ops         int32   [B, N]              places in `randaugment_ops.OPS`
+  op_values   float32 [B, N]              see `randaugment_ops.value_of`
   tables      uint8   [B, 3, 256]         what becomes of each level of red, green, blue, before ops
 """
 
@@ -26,18 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from dualpath_jax.data import augment, order, randaugment, sampling
-from dualpath_jax.data.broken import BrokenVideos
-from dualpath_jax.data.clips import (
-    ClipFormat,
-    clip_format,
-    clip_function,
-    decode_clips,
-    make_element,
-    undecodable,
-)
-from dualpath_jax.data.records import UnreadableVideo, VideoDataset
-from dualpath_jax.data.tables import DECODE_ERRORS
+from dualpath_jax.data import augment, frame_sampling, index_sampler, randaugment_ops
+from dualpath_jax.data.clip_assembly import clip_function, decode_clips, make_element, undecodable
+from dualpath_jax.data.clip_spec import ClipFormat, clip_format
+from dualpath_jax.data.dataset_metadata import DECODE_ERRORS
+from dualpath_jax.data.unreadable_videos import BrokenVideos
+from dualpath_jax.data.video_dataset import UnreadableVideo, VideoDataset
 
 Batch = dict[str, np.ndarray]
 
@@ -70,7 +64,7 @@ class TrainingClips:
 
     def of_step(self, step: int, rows: slice) -> Iterator[tuple[int, dict[str, Any]]]:
         """(epoch, element) of each clip."""
-        examples, epochs = order.train_order(
+        examples, epochs = index_sampler.train_order(
             self._seed, step, self._data.batch_size, len(self._dataset)
         )
         for example, epoch in zip(examples[rows], epochs[rows], strict=True):
@@ -78,8 +72,8 @@ class TrainingClips:
 
     def _draw(self, example: int, epoch: int) -> dict[str, Any]:
         dataset, clip, data = self._dataset, self._clip, self._data
-        rng = np.random.default_rng(order.example_seed(self._seed, epoch, example))
-        frames = sampling.sample_frames(
+        rng = np.random.default_rng(index_sampler.example_seed(self._seed, epoch, example))
+        frames = frame_sampling.sample_frames(
             clip.sampling,
             int(dataset.num_frames[example]),
             clip.num_frames,
@@ -98,9 +92,11 @@ class TrainingClips:
         if crop.flip:
             element["label"] = self._mirrored[element["label"]]
         if data.randaugment_layers:
-            ops, values = randaugment.draw(rng, data.randaugment_layers, data.randaugment_magnitude)
+            ops, values = randaugment_ops.draw(
+                rng, data.randaugment_layers, data.randaugment_magnitude
+            )
             element |= {"ops": ops, "op_values": values}
-            element["matrix"] = randaugment.affine(ops, values)
+            element["matrix"] = randaugment_ops.affine(ops, values)
         if data.erasing_probability:
             side = clip.framesets.frame_size if clip.framesets else clip.image_size
             element["erase"] = augment.random_erasing(side, rng, data.erasing_probability)
@@ -134,7 +130,7 @@ def _view_elements(
     """An element for every view of a video."""
     height, width = int(dataset.heights[example]), int(dataset.widths[example])
     for view in range(temporal_views):
-        frames = sampling.sample_frames(
+        frames = frame_sampling.sample_frames(
             clip.sampling,
             int(dataset.num_frames[example]),
             clip.num_frames,

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from dualpath_jax.data import augment, pipeline
-from dualpath_jax.data.datasets import NUM_CLASSES, UNKNOWN_CLASSES
-from dualpath_jax.data.decode import FrameFormat
-from dualpath_jax.data.records import encode_frame
+from dualpath_jax.data.datasets.registry import NUM_CLASSES, UNKNOWN_CLASSES
+from dualpath_jax.data.preparation.shard_writer import encode_frame
+from dualpath_jax.data.preparation.video_decoder import FrameFormat
 
 
 class SyntheticVideos:

@@ -14,12 +14,12 @@ import markupsafe
 import numpy as np
 from flax import traverse_util
 
-from configs import base
-from dualpath_jax.config_values import flat
-from dualpath_jax.report import charts, figures
-from dualpath_jax.report.charts import Series, line_chart, number, percent
-from dualpath_jax.report.mistakes import Strip
-from dualpath_jax.report.runs import Run, as_text, points
+from dualpath_jax.config import schema
+from dualpath_jax.config.values import flat
+from dualpath_jax.report import line_charts, statistics
+from dualpath_jax.report.line_charts import Series, line_chart, number, percent
+from dualpath_jax.report.mistake_images import Strip
+from dualpath_jax.report.run_reader import Run, as_text, points
 
 _FOLDER = pathlib.Path(__file__).parent
 WORST_PAIRS = 20
@@ -56,7 +56,14 @@ def render(runs: Sequence[Run], mistakes: Sequence[int], strips: dict[str, list[
         "missing": [(run, missing) for run in runs for missing in run.missing],
         "figures": _figure_rows(runs),
         "charts": [chart for chart in _curves(runs) if chart],
-        "size": (charts.WIDTH, charts.HEIGHT, charts.LEFT, charts.RIGHT, charts.TOP, charts.BOTTOM),
+        "size": (
+            line_charts.WIDTH,
+            line_charts.HEIGHT,
+            line_charts.LEFT,
+            line_charts.RIGHT,
+            line_charts.TOP,
+            line_charts.BOTTOM,
+        ),
         "parameters": _parameters(runs),
         "settings": _settings(runs),
         "environments": _environments(runs),
@@ -74,7 +81,7 @@ def _own(name: str) -> markupsafe.Markup:
     return markupsafe.Markup((_FOLDER / name).read_text(encoding="utf-8"))
 
 
-def _curves(runs: Sequence[Run]) -> list[charts.Chart | None]:
+def _curves(runs: Sequence[Run]) -> list[line_charts.Chart | None]:
     found = []
     for title, key, form, whole in _CURVES:
         series = []
@@ -97,10 +104,10 @@ def _top1(run: Run) -> list[tuple[float, float]]:
     return sorted(found.items())
 
 
-def _calibration(run: Run) -> figures.Bins | None:
+def _calibration(run: Run) -> statistics.Bins | None:
     if run.predictions is None:
         return None
-    return figures.calibration(run.predictions.probabilities[:, 0], run.predictions.correct)
+    return statistics.calibration(run.predictions.probabilities[:, 0], run.predictions.correct)
 
 
 def _figure_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -118,7 +125,7 @@ def _figures(run: Run) -> dict[str, str]:
             right = round(results[key] * videos)
             found[name] = f"{percent(results[key], 2)} ({right:,} of {videos:,})"
         if videos:
-            low, high = figures.interval(results["top1"], videos)
+            low, high = statistics.interval(results["top1"], videos)
             found["top-1, 95% interval"] = f"{percent(low)} to {percent(high)}"
         found["mean class accuracy"] = percent(results["mean_class_accuracy"], 2)
     if bins := _calibration(run):
@@ -160,16 +167,16 @@ def _parameters(runs: Sequence[Run]) -> list[tuple[str, dict[str, list[int]]]]:
 
 
 def _settings(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """One run against configs/base.py, several against each other."""
+    """One run against dualpath_jax/config/schema.py, several against each other."""
     known = [run for run in runs if run.config]
     if not known:
         return None
     if len(runs) == 1:
-        names = ["configs/base.py", runs[0].name]
-        columns = [flat(base.get_config()), runs[0].settings]
+        names = ["dualpath_jax/config/schema.py", runs[0].name]
+        columns = [flat(schema.get_config()), runs[0].settings]
     else:
         names, columns = [run.name for run in known], [run.settings for run in known]
-    return {"names": names, "rows": figures.differences(columns)}
+    return {"names": names, "rows": statistics.differences(columns)}
 
 
 def _environments(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -186,8 +193,8 @@ def _of_one(run: Run, mistakes: Sequence[int], strips: dict[str, list[Strip]]) -
     predictions, names = run.predictions, run.class_names
     if predictions is None:
         return {"classes": [], "confusion": None, "mistakes": [], "bins": None}
-    matrix = figures.confusion_matrix(predictions.labels, predictions.classes[:, 0], len(names))
-    videos, correct = figures.class_counts(matrix)
+    matrix = statistics.confusion_matrix(predictions.labels, predictions.classes[:, 0], len(names))
+    videos, correct = statistics.class_counts(matrix)
     wrong = matrix - np.diag(np.diag(matrix))
     classes = [
         {
@@ -209,13 +216,13 @@ def _of_one(run: Run, mistakes: Sequence[int], strips: dict[str, list[Strip]]) -
             "videos": videos.tolist(),
             "cells": cells.tolist(),
             "orders": {
-                "similar": figures.similar_order(matrix),
+                "similar": statistics.similar_order(matrix),
                 "data": list(range(len(names))),
             },
         },
         "pairs": [
             {"label": i, "predicted": j, "count": count, "share": count / int(videos[i])}
-            for i, j, count in figures.worst_pairs(matrix, WORST_PAIRS)
+            for i, j, count in statistics.worst_pairs(matrix, WORST_PAIRS)
         ],
         "names": names,
         "mistakes": [
@@ -228,7 +235,7 @@ def _of_one(run: Run, mistakes: Sequence[int], strips: dict[str, list[Strip]]) -
             for row in mistakes
         ],
         "bins": bins,
-        "calibration": charts.calibration_chart(bins),
+        "calibration": line_charts.calibration_chart(bins),
     }
 
 
@@ -251,8 +258,8 @@ def _classes_side_by_side(runs: Sequence[Run]) -> dict[str, Any]:
     columns = []
     for run in known:
         found, names = run.predictions, run.class_names
-        matrix = figures.confusion_matrix(found.labels, found.classes[:, 0], len(names))
-        columns.append(figures.class_counts(matrix))
+        matrix = statistics.confusion_matrix(found.labels, found.classes[:, 0], len(names))
+        columns.append(statistics.class_counts(matrix))
     rows = []
     for i, name in enumerate(known[0].class_names):
         accuracies = [int(ok[i]) / int(n[i]) if n[i] else None for n, ok in columns]

@@ -1,0 +1,175 @@
+"""Prepared videos on disk: a video table and frame records, both readable as TFDS data sets.
+
+Public: `VideoDataset`, `UnreadableVideo`, `FRAME_FEATURES`; for writing `VideoRow`, `ShardWriter`,
+`encode_frame`, `encode_row`, `frame_shard_path`, `write_tables`, `write_atomically`.
+
+    OUT/                       TFDS data set "videos": one record per video (`VideoRow`)
+    OUT/class_names.json       the class names, exactly
+    OUT/frame_format.json      the fields of `decode.FrameFormat`
+    OUT/frames/                TFDS data set "frames": one JPEG per record, split names as in OUT,
+                               or one split "all" where the splits of OUT share videos
+
+The frames of a video are consecutive records, and videos stand in the order of the table. One
+record per frame, uncompressed, makes the cost of a clip follow the frames chosen and not the
+length of the video.
+"""
+
+import contextlib
+import os
+import resource
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+from array_record.python.array_record_module import ArrayRecordReader
+
+from dualpath_jax.data import dataset_metadata
+from dualpath_jax.data.datasets.annotations import SHARED
+
+tf.config.set_visible_devices([], "GPU")  # accelerators belong to JAX
+
+# For tf.io.parse_single_example of the records that `VideoDataset.read_frames` returns.
+FRAME_FEATURES = {"image": tf.io.FixedLenFeature((), tf.string)}
+
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random access
+
+
+class UnreadableVideo(ValueError):
+    """Stored frames of a video that are damaged."""
+
+
+class VideoDataset:
+    """A split of prepared videos: the video table in memory, frames by random access.
+
+    Attributes:
+      ids: list of str [n].
+      labels: int32 [n], class indices.
+      first_frame: int64 [n], index of the first frame record in the split (or in "all").
+      num_frames: int64 [n], at least 1.
+      fps: float32 [n], 0.0 where unknown.
+      heights, widths: int64 [n], pixels of the stored frames.
+      class_names: list of str, one per class.
+      frame_format: how the frames are stored.
+
+    Args:
+      data_dir: what `scripts/prepare_dataset.py` wrote, local or gs://.
+      split: "train", "validation" or "test"; of HMDB51 "train1", "test1", "train2", ...
+
+    Raises:
+      FileNotFoundError: nothing (finished) in `data_dir`.
+      OSError: Cloud Storage does not give it.
+      ValueError: there is no such split, it holds no videos, or what is stored is damaged.
+    """
+
+    def __init__(self, data_dir: str, split: str):
+        data_dir = os.fspath(data_dir)
+        splits = dataset_metadata.read_splits(data_dir)
+        if split not in splits:
+            raise ValueError(
+                f"no videos of split {split!r} in {data_dir}: it has {', '.join(splits)}; choose "
+                "by --config.data.train_split and --config.eval.split. If it should have them, its "
+                "bad_videos.jsonl may tell why; otherwise check the annotations and run "
+                "scripts/prepare_dataset.py with another --out"
+            )
+        self.class_names = dataset_metadata.read_class_names(data_dir)
+        self.frame_format = dataset_metadata.read_frame_format(data_dir)
+        frames = dataset_metadata.read_splits(os.path.join(data_dir, "frames"))
+        stored_in = split if split in frames else SHARED
+        if not sum(frames.get(stored_in, [])):
+            raise ValueError(
+                f"{data_dir} has no frames of split {split!r}; prepare the data set again"
+            )
+        lengths = frames[stored_in]
+        path = _shard_path(data_dir, "videos", split, 0, 1)
+        table = dataset_metadata.read_table(
+            path, sum(splits[split]), len(self.class_names), lengths
+        )
+        self.ids = [id_.decode("utf-8", "surrogateescape") for id_ in table["id"]]
+        self.labels = table["label"].astype(np.int32)
+        self.first_frame = table["first_frame"]
+        self.num_frames = table["num_frames"]
+        self.fps = table["fps"]
+        self.heights = table["height"]
+        self.widths = table["width"]
+        self._shard_ends = np.cumsum(lengths)
+        self._shard_paths = [
+            frame_shard_path(data_dir, stored_in, shard, len(lengths))
+            for shard in range(len(lengths))
+        ]
+        self._readers: dict[int, ArrayRecordReader] = {}
+        _allow_open_files(len(lengths))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
+        """Raw records of some frames of one video; may be called from several threads.
+
+        Args:
+          video_index: row of the table, 0..n-1.
+          frame_indices: int [T], each in 0..num_frames-1, any order, repeats allowed.
+
+        Returns:
+          T serialized tf.train.Example, see `FRAME_FEATURES`.
+
+        Raises:
+          IndexError: a frame that the video does not have.
+          UnreadableVideo: the file is damaged; checksums tell.
+          OSError: Cloud Storage does not give it.
+        """
+        frames = np.asarray(frame_indices, np.int64)
+        count = self.num_frames[video_index]
+        if frames.size and not (frames.min() >= 0 and frames.max() < count):
+            raise IndexError(
+                f"video {self.ids[video_index]!r} has frames 0..{count - 1}, asked for {frames}"
+            )
+        first = self.first_frame[video_index]
+        shard = int(np.searchsorted(self._shard_ends, first, side="right"))
+        start = self._shard_ends[shard - 1] if shard else 0
+        try:
+            reader, places = self._reader(shard), (first - start + frames).tolist()
+            if np.all(np.diff(frames) == 1) and not self._shard_paths[shard].startswith("gs://"):
+                # One by one, as the system reads ahead: half the CPU time of threads that wait
+                # for each other, and no slower where the file is not in memory.
+                return [reader.read([place])[0] for place in places]
+            return reader.read(places)  # by several threads
+        except RuntimeError as error:
+            _check_reached(self._shard_paths[shard], error)
+            raise UnreadableVideo(
+                f"video {self.ids[video_index]!r} in {self._shard_paths[shard]}: {error}"
+            ) from None
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        if shard not in self._readers:
+            reader = ArrayRecordReader(
+                self._shard_paths[shard], options=_READER_OPTIONS, file_reader_buffer_size=32768
+            )
+            self._readers.setdefault(shard, reader)  # another thread may have been faster
+        return self._readers[shard]
+
+
+def frame_shard_path(out_dir: str, split: str, shard: int, num_shards: int) -> str:
+    """Path of a shard of frame records, by TFDS's naming."""
+    return _shard_path(os.path.join(out_dir, "frames"), "frames", split, shard, num_shards)
+
+
+def _shard_path(data_dir: str, name: str, split: str, shard: int, num_shards: int) -> str:
+    return os.path.join(data_dir, f"{name}-{split}.array_record-{shard:05d}-of-{num_shards:05d}")
+
+
+def _allow_open_files(num_shards: int) -> None:
+    """Each shard of a data set stays open: allow so many files, for two of them and all else."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * num_shards + 512
+    if soft < wanted and soft != resource.RLIM_INFINITY:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):  # macOS has a limit that it does not tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def _check_reached(path: str, error: RuntimeError) -> None:
+    """OSError if array_record's `error` is of the way to the file and not of the records."""
+    if path.startswith("gs://") and path in str(error):
+        raise OSError(f"cannot read from Cloud Storage: {error}") from None
+    if "open() failed" in str(error):
+        raise OSError(f"cannot open {path}: {error}") from None

@@ -1,0 +1,34 @@
+"""The embedded demo: its videos are rendered, then go the way of anybody's data.
+
+Public: `ensure_demo`.
+"""
+
+import pathlib
+from typing import Any
+
+from etils import epath
+
+from dualpath_jax.data.datasets import registry as dataset_registry
+from dualpath_jax.data.preparation import prepare
+from dualpath_jax.demo import render
+from dualpath_jax.weights import convert
+
+# Written by scripts/pretrain_demo_backbone.py, in the layout of OpenAI's CLIP checkpoints.
+BACKBONE = pathlib.Path(__file__).parent / "demo_backbone.safetensors"
+
+
+def ensure_demo(config: Any) -> None:
+    """Render, prepare and convert what `config` needs and is not there yet."""
+    if not (epath.Path(config.data.dir) / "dataset_info.json").exists():
+        if "://" in config.data.dir:
+            raise ValueError(
+                f"no prepared demo in config.data.dir={config.data.dir}: it is rendered into a "
+                "local folder; do that and copy it with gcloud storage rsync --recursive"
+            )
+        raw = pathlib.Path(config.data.dir) / "raw"
+        render.render_demo(raw)
+        videos, labels = str(raw / "videos"), str(raw / "labels")
+        listing = dataset_registry.list_videos("ssv2", videos, labels, validation_fraction=0)
+        prepare.prepare(listing, videos, config.data.dir)
+    if not epath.Path(config.backbone.checkpoint).exists():
+        convert.convert_clip(BACKBONE, config.backbone.checkpoint)

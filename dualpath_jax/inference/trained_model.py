@@ -1,0 +1,317 @@
+"""A trained model from its workdir, and video files as evaluation would see them.
+
+Public: `Trained`, `Prediction`, `Frames`, `mean_probabilities`, `load`, `read_trained`,
+`saved_config`; `load` is `dualpath_jax.load`.
+"""
+
+import dataclasses
+import functools
+import io
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from PIL import Image
+
+from dualpath_jax.config.ranges import check_ranges
+from dualpath_jax.config.values import NO_CONFIG, with_defaults
+from dualpath_jax.data import dataset_metadata, pipeline
+from dualpath_jax.data.preparation import video_decoder
+from dualpath_jax.data.preparation.shard_writer import encode_frame
+from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool
+from dualpath_jax.models import abstract, param_tree, preprocess
+from dualpath_jax.models import registry as method_registry
+from dualpath_jax.models.forward import flat_views, view_logits
+from dualpath_jax.runtime.safe_read import shown
+from dualpath_jax.training import adapter_file
+from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
+from dualpath_jax.weights import convert
+
+_MAX_POSITIONS = 2**28  # ViT-L's, of 96 frames at 336 pixels, are 57 million
+
+
+class Frames:
+    """Stands in for `records.VideoDataset`: the frames of one video, of class 0.
+
+    Args:
+      jpegs: files in memory, as `decode.video_to_jpegs` makes them.
+      height, width: of each, pixels.
+      name: of the video, for messages.
+      class_names: of the model.
+    """
+
+    def __init__(
+        self, jpegs: Sequence[bytes], height: int, width: int, name: str, class_names: Sequence[str]
+    ):
+        self._jpegs = jpegs
+        self.class_names, self.ids = list(class_names), [name]
+        self.labels = np.zeros(1, np.int32)
+        self.num_frames = np.array([len(jpegs)])
+        self.heights, self.widths = np.array([height]), np.array([width])
+
+    def __len__(self) -> int:
+        return 1
+
+    def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
+        """Records of some frames; see `VideoDataset.read_frames`."""
+        del video_index
+        return [encode_frame(self._jpegs[frame]) for frame in frame_indices]
+
+    def image(self, frame: int) -> Image.Image:
+        """One frame, RGB."""
+        return Image.open(io.BytesIO(self._jpegs[frame])).convert("RGB")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a model says of a video.
+
+    Attributes:
+      class_names: the most probable first.
+      probabilities: of these, in 0..1, averaged over the views as in evaluation.
+    """
+
+    class_names: list[str]
+    probabilities: list[float]
+
+    @classmethod
+    def of(cls, logits: np.ndarray, class_names: Sequence[str], top_k: int) -> "Prediction":
+        """From logits [V, classes]."""
+        probabilities = mean_probabilities(logits)
+        best = np.argsort(-probabilities, kind="stable")[: max(1, top_k)]
+        return cls([class_names[i] for i in best], [float(probabilities[i]) for i in best])
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained model.
+
+    Attributes:
+      config: of its run.
+      module, params: `module.apply({"params": params}, spatial, temporal)` -> logits.
+      class_names: one per class.
+      step: number of updates it was trained for.
+      frame_format: of the frames that it was trained on.
+    """
+
+    config: Any = dataclasses.field(repr=False)
+    module: Any = dataclasses.field(repr=False)
+    params: Any = dataclasses.field(repr=False)
+    class_names: list[str]
+    step: int
+    frame_format: video_decoder.FrameFormat = video_decoder.FrameFormat()
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False)
+
+    def clips(self, video: str | os.PathLike[str]) -> pipeline.Batch:
+        """All views of a video file, as `pipeline.eval_batches` makes them: a batch of one.
+
+        The file is decoded in a process that can be killed, with the limits of
+        `decode.DecodeLimits`. It starts with the first video, and is kept for those to come.
+
+        Raises:
+          decode.VideoError: the file cannot be decoded, or hangs or crashes the decoder.
+        """
+        path = os.fspath(video)
+        stored = self.frame_format
+        limits = video_decoder.DecodeLimits()
+        arguments = (path, stored.short_side, stored.quality, limits, stored.fps)
+        with self._lock:
+            (result,) = self._pool.map(video_decoder.video_to_jpegs, [arguments])
+        if isinstance(result, Failure):
+            raise video_decoder.VideoError(f"{path}: {result.reason}")
+        jpegs, facts = result
+        return self.clips_of(Frames(jpegs, facts.height, facts.width, path, self.class_names))
+
+    def clips_of(self, frames: Frames) -> pipeline.Batch:
+        """As `clips`, of frames that are decoded already; or of a data set of one prepared video.
+
+        Threads may call it at the same time.
+        """
+        return self._make_clips(frames)
+
+    @functools.cached_property
+    def _make_clips(self) -> pipeline.EvalClips:
+        views = (self.config.eval.temporal_views, self.config.eval.spatial_crops)
+        framesets = method_registry.takes_framesets(self.config.model.method)
+        return pipeline.EvalClips(self.config.data, *views, framesets)
+
+    @functools.cached_property
+    def _pool(self) -> WorkerPool:
+        return WorkerPool(1, video_decoder.DecodeLimits())
+
+    @functools.cached_property
+    def _logits(self) -> Any:
+        return jax.jit(functools.partial(view_logits, self.module, self.config))
+
+    @functools.cached_property
+    def _features(self) -> Any:
+        def features(params: Any, batch: Any) -> dict[str, jax.Array]:
+            dtype = method_registry.compute_dtype(self.config)
+            clips = flat_views(batch)
+            spatial, temporal = preprocess.model_inputs(clips, self.config.data, dtype)
+            apply = functools.partial(self.module.apply, {"params": params})
+            found = {"logits": apply(spatial, temporal)}
+            if self.module.spatial_path:
+                found["y_SP"] = apply(spatial, method="spatial_features")
+            if self.module.temporal_path:
+                found["y_TP"] = apply(temporal, method="temporal_features")
+            return found
+
+        return jax.jit(features)
+
+    def logits(self, clips: pipeline.Batch) -> np.ndarray:
+        """Logits [V, classes] float32 of the views of `clips`, which `clips` or `clips_of` made."""
+        return np.asarray(self._logits(self.params, arrays(clips)))[0]
+
+    def predict(self, video: str | os.PathLike[str], top_k: int = 5) -> Prediction:
+        """The `top_k` most probable classes of a video file, by all views of evaluation.
+
+        Raises:
+          decode.VideoError: as `clips`.
+        """
+        return Prediction.of(self.logits(self.clips(video)), self.class_names, top_k)
+
+    def features(self, clips: pipeline.Batch) -> dict[str, np.ndarray]:
+        """`logits` [V, classes] and, of dualpath, `y_SP` and `y_TP` [V, e] (eq. 8, 10), float32."""
+        if self.config.model.method != "dualpath":
+            return {"logits": self.logits(clips)}
+        return {k: np.asarray(v) for k, v in self._features(self.params, arrays(clips)).items()}
+
+
+def mean_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Of logits [V, classes] of the views of a video: [classes] float32 in 0..1."""
+    return np.asarray(jax.nn.softmax(logits, axis=-1)).mean(axis=0)
+
+
+def arrays(clips: pipeline.Batch) -> dict[str, np.ndarray]:
+    """What a model takes of a batch."""
+    return {key: clips[key] for key in ("spatial", "temporal") if key in clips}
+
+
+def read_trained(path: str, which: str = "latest") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(trainable parameters by path, metadata with "step") of a run or an adapter file.
+
+    Args:
+      path: workdir of a run, or a file of scripts/export_adapter.py; local or gs://.
+      which: of a run's checkpoints "latest", or "best" by top-1 during training.
+
+    Raises:
+      OSError: no such file.
+      ValueError: no checkpoint, or a damaged one.
+    """
+    if path.endswith(".safetensors"):
+        return adapter_file.read_adapter(path)
+    if not (epath.Path(path) / "checkpoints").is_dir():
+        raise ValueError(f"no checkpoints in {path}: pass the --workdir of a training run")
+    checkpoints = Checkpoints(path, read_only=True)  # the run may be going on
+    step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
+    if step is None:
+        found = "evaluated during training (config.eval.every_epochs)" if which == "best" else "yet"
+        raise ValueError(f"no checkpoint {found} in {path}: wait until the run has saved one")
+    try:
+        leaves, metadata = checkpoints.read(step)
+    except DamagedCheckpoint as damage:
+        raise ValueError(str(damage)) from None
+    prefix = "trainable/"
+    trained = {
+        name.removeprefix(prefix): np.asarray(leaf)
+        for name, leaf in leaves.items()
+        if name.startswith(prefix)
+    }
+    return trained, metadata | {"step": step}
+
+
+def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> Trained:
+    """A trained model, without its data set.
+
+        import dualpath_jax as dp
+        model = dp.load("runs/demo")
+        model.predict("clip.mp4")
+
+    Args:
+      path: workdir of a run, or a file of scripts/export_adapter.py; local or gs://.
+      backbone: file of the converted backbone, where it is not where the run had it.
+      checkpoint: of a run "latest", or "best" by top-1 during training.
+
+    Raises:
+      OSError: a file is not there.
+      ValueError: no checkpoint, a damaged one, parameters that do not belong to the model, or
+        another backbone than the run's.
+    """
+    path = os.fspath(path)
+    leaves, saved = read_trained(path, checkpoint)
+    config = _check(path, leaves, saved)
+    file = backbone or config.backbone.checkpoint
+    if not file:
+        raise ValueError(f"{path} does not say where its backbone is: pass --backbone=FILE")
+    try:
+        frozen, shape, info = convert.load_backbone(file, abstract.backbone_shape(config))
+    except FileNotFoundError as error:
+        if backbone:
+            raise
+        raise FileNotFoundError(
+            f"the backbone of {path} is not at {file}, where the run had it: say where it is now, "
+            "--backbone=FILE or in Python backbone=FILE"
+        ) from error
+    if info.sha256 != saved["backbone_sha256"]:
+        raise ValueError(
+            f"{file} is not the backbone that {path} was trained with (SHA-256 {info.sha256}, "
+            f"not {saved['backbone_sha256']}): pass --backbone=FILE"
+        )
+    module = method_registry.build_model(config, shape, len(saved["class_names"]))
+    flat = param_tree.flatten({"backbone": frozen})
+    dtype = method_registry.compute_dtype(config)  # of what is frozen, as in `run.init_params`
+    params = {name: jnp.asarray(leaf).astype(dtype) for name, leaf in flat.items()}
+    params |= {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
+    params = traverse_util.unflatten_dict(params, sep="/")
+    class_names, step = list(saved["class_names"]), saved["step"]
+    stored = saved.get("frame_format")  # files of older versions do not say
+    frames = (
+        video_decoder.FrameFormat()
+        if stored is None
+        else dataset_metadata.frame_format(stored, path)
+    )
+    return Trained(config, module, jax.device_put(params), class_names, step, frames)
+
+
+def saved_config(saved: dict[str, Any]) -> Any:
+    """The config in the metadata of a checkpoint or an adapter file, which may be a stranger's.
+
+    Raises:
+      NO_CONFIG: it is none, or one of a model larger than any.
+    """
+    config = with_defaults(saved["config"])
+    check_ranges(config)
+    if not isinstance(config.backbone.checkpoint, str | None):
+        raise ValueError(f"backbone.checkpoint={shown(config.backbone.checkpoint)} is no path")
+    shape = abstract.backbone_shape(config)
+    positions = config.data.num_frames * shape.num_tokens * shape.width
+    if positions > _MAX_POSITIONS:
+        raise ValueError(f"its clips have {positions:,} numbers of positions")
+    return config
+
+
+def _check(path: str, leaves: dict[str, np.ndarray], saved: dict[str, Any]) -> Any:
+    """The config of a trained model; ValueError unless the model that it builds has its leaves."""
+    remedy = "take the file of the run itself, or write it again (scripts/export_adapter.py)"
+    try:
+        config = saved_config(saved)
+        outline = abstract.outline(config, len(saved["class_names"]))
+    except NO_CONFIG as error:
+        raise ValueError(f"{path}: its config builds no model ({error}): {remedy}") from None
+    trains = param_tree.flatten(outline.mask)
+    shapes = {n: p.shape for n, p in param_tree.flatten(outline.params).items() if trains[n]}
+    for name in sorted(shapes.keys() | leaves.keys()):
+        has = f"{name} of shape {leaves[name].shape}" if name in leaves else f"no {name}"
+        wants = f"{name} of shape {shapes[name]}" if name in shapes else f"no {name}"
+        if has != wants:
+            raise ValueError(f"{path} has {has}, its config builds {wants}: {remedy}")
+        if not np.isfinite(leaves[name]).all():
+            raise ValueError(f"{path} is damaged: {name} has values that are no numbers: {remedy}")
+    return config

@@ -1,0 +1,425 @@
+"""Vision transformers of CLIP (Radford et al. 2021) and ImageNet-21K (Dosovitskiy et al. 2021).
+
+Public: `ViTConfig`, `MODELS`, `ViT`, `Block`, `resize_positions`.
+
+The sites of tuning methods are in `layers.py`, attention's products in `attend.py`. Axes: M images
+(frames or framesets, batch included), N tokens (class token first), D width, K heads, L blocks, e
+projected width.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dualpath_jax.models.backbones import attention, block_loop, layers
+from dualpath_jax.models.backbones.layers import Mlp, Sites
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Shape of a vision transformer; the defaults are CLIP's.
+
+    Attributes:
+      name: what the user calls it, for messages and checkpoints.
+      image_size: side of the square image that the position table covers, pixels.
+      patch_size: side of a patch, pixels.
+      width, depth, heads, mlp_dim: D, L, K and the width of the MLP's hidden layer.
+      projection_dim: e, the width of CLIP's joint space; None: no projection, features of width D.
+      activation: "quick_gelu" (OpenAI's weights) or "gelu" (exact; LAION's, ImageNet's and others).
+      eps: LayerNorm's epsilon (CLIP: 1e-5; ImageNet-21K and Flax's own default: 1e-6).
+      pre_norm: a LayerNorm between the embeddings and the first block (CLIP).
+      patch_bias: a bias in the patch embedding (ImageNet-21K).
+    """
+
+    name: str
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_dim: int
+    projection_dim: int | None = None
+    activation: str = "quick_gelu"
+    eps: float = 1e-5
+    pre_norm: bool = True
+    patch_bias: bool = False
+
+    def __post_init__(self):
+        layers.check_patches(self)
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        layers.check_activation(self.activation)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], stated: Mapping[str, Any]) -> Any:
+        """The shape of converted weights, and what only their publisher can state.
+
+        Args:
+          arrays: by flat name of the parameter tree.
+          stated: "activation"; "heads" (default: one per 64 of width, Radford et al. 2021, table
+            19) and "eps" where known.
+        """
+        depth, width, mlp_dim = arrays["blocks/mlp/hidden/kernel"].shape
+        patch = arrays["patch_embedding/kernel"].shape[0]
+        heads = int(stated.get("heads", max(1, width // 64)))
+        if heads < 1:
+            raise ValueError(f"heads is {heads}: pass --heads with the number of attention heads")
+        return cls(
+            name="custom",
+            image_size=math.isqrt(arrays["position_embedding"].shape[0] - 1) * patch,
+            patch_size=patch,
+            width=width,
+            depth=depth,
+            heads=heads,
+            mlp_dim=mlp_dim,
+            projection_dim=arrays["projection"].shape[-1] if "projection" in arrays else None,
+            activation=stated["activation"],
+            eps=float(stated.get("eps", 1e-5)),
+            pre_norm="ln_pre/scale" in arrays,
+            patch_bias="patch_embedding/bias" in arrays,
+        )
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the class token included."""
+        return self.grid**2 + 1
+
+    @property
+    def feature_dim(self) -> int:
+        """e, or D without a projection: the width of what `ViT.pool` returns."""
+        return self.projection_dim or self.width
+
+    @property
+    def has_class_token(self) -> bool:
+        """It has one, and with it a position table."""
+        return True
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What weights must share with this config to be its own."""
+        fields = ("width", "depth", "patch_size", "mlp_dim", "projection_dim")
+        return {field: getattr(self, field) for field in (*fields, "pre_norm", "patch_bias")}
+
+    @property
+    def position_size(self) -> str:
+        """Size of the position table, for messages."""
+        return f"{self.grid}x{self.grid} patches ({self.image_size} pixels)"
+
+    def resize_position_tables(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """`arrays`, by flat name, with the position table at this config's size."""
+        table = arrays["position_embedding"]
+        resized = resize_positions(table.astype(np.float32), (self.grid, self.grid))
+        return {**arrays, "position_embedding": np.asarray(resized).astype(table.dtype)}
+
+
+# Radford et al. 2021, table 19; head width is 64 throughout. Dosovitskiy et al. 2021, table 1.
+_IN21K = {"activation": "gelu", "eps": 1e-6, "pre_norm": False, "patch_bias": True}
+MODELS = {
+    config.name: config
+    for config in (
+        ViTConfig("ViT-B/32", 224, 32, 768, 12, 12, 3072, 512),
+        ViTConfig("ViT-B/16", 224, 16, 768, 12, 12, 3072, 512),
+        ViTConfig("ViT-L/14", 224, 14, 1024, 24, 16, 4096, 768),
+        ViTConfig("ViT-L/14@336", 336, 14, 1024, 24, 16, 4096, 768),
+        ViTConfig("ViT-B/16-IN21K", 224, 16, 768, 12, 12, 3072, **_IN21K),
+        ViTConfig("ViT-L/16-IN21K", 224, 16, 1024, 24, 16, 4096, **_IN21K),
+    )
+}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection for queries, keys and values.
+
+    `for_cpu` chooses `attend.attend` over JAX's own attention and `cpu_forms.Dense`, see there. On
+    a GPU attention is `attend.flash_attend` where that fits, and `attend.attend` elsewhere.
+
+    `training` changes no result: all images' queries, keys and values are then split as one matrix,
+    as `block_loop.keep` has them. By a TPU's compiler (v5e) a training step has 6% fewer cycles so, and
+    an evaluation a third more.
+    """
+
+    width: int
+    heads: int
+    for_cpu: bool = False
+    training: bool = False
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.qkv = layers.dense(3 * self.width, self.dtype, self.for_cpu)
+        self.out = layers.dense(self.width, self.dtype, self.for_cpu)
+
+    def project(self, x: jax.Array) -> list[jax.Array]:
+        """x [M, N, D] -> queries, keys and values, each [M, N, K, D/K]."""
+        rows = x.reshape(-1, x.shape[-1])
+        if jax.default_backend() == "gpu" and not self.is_initializing():
+            # Three products, as cuDNN reads each from an array of its own.
+            weights = self._qkv_weights()
+            parts = [block_loop.keep(rows @ kernel + bias, "qkv") for kernel, bias in weights]
+        else:
+            qkv = self.qkv(rows if self.training else x)
+            if not self.for_cpu:  # there `attend` keeps them as it needs them
+                qkv = block_loop.keep(qkv, "qkv")
+            # A split: its gradient is one concatenation, which slices' is not.
+            parts = jnp.split(qkv, 3, axis=-1)
+        return [y.reshape(*x.shape[:2], self.heads, -1) for y in parts]
+
+    def _qkv_weights(self) -> list[tuple[jax.Array, jax.Array]]:
+        """Kernels [D, D] and biases [D] of queries, keys and values, in the compute dtype."""
+        qkv = self.qkv.variables["params"]
+        kernel, bias = (qkv[name].astype(self.dtype) for name in ("kernel", "bias"))
+        return list(zip(jnp.split(kernel, 3, axis=-1), jnp.split(bias, 3), strict=True))
+
+    def __call__(self, x: jax.Array, class_only: bool = False, padding: int = 0) -> jax.Array:
+        """x [M, N, D] -> [M, N, D], or what the class token attends to, [M, 1, D].
+
+        The last `padding` tokens are none: with `flash_attend` nothing attends to them.
+        """
+        if class_only:
+            y = self._attend_class(x)
+        else:
+            q, k, v = self.project(x)
+            if attention.flash_fits(q.shape[1], q.dtype):
+                y = attention.flash_attend(q, k, v, padding)
+            elif self.for_cpu or jax.default_backend() == "gpu":
+                y = attention.attend(q, k, v)
+            else:
+                y = jax.nn.dot_product_attention(q, k, v)  # float32 softmax, scale (D/K)^-1/2
+        return self.out(einops.rearrange(y, "m n k d -> m n (k d)"))
+
+    def _attend_class(self, x: jax.Array) -> jax.Array:
+        """x [M, N, D] -> what the class token attends to, [M, 1, K, D/K]."""
+        (q_kernel, q_bias), (k_kernel, _), (v_kernel, v_bias) = self._qkv_weights()
+
+        def by_heads(y):
+            return y.reshape(*y.shape[:-1], self.heads, -1)
+
+        q = by_heads(x[:, 0] @ q_kernel + q_bias)
+        weights = map(by_heads, (k_kernel, v_kernel, v_bias))
+        return attention.attend_one(q, x, *weights)[:, None]
+
+
+class Block(layers.Block):
+    """A block of this backbone. The last `padding` of its tokens are none."""
+
+    config: ViTConfig
+    for_cpu: bool = False
+    training: bool = False
+    padding: int = 0
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        config, forms = self.config, (self.for_cpu, self.training)
+        self.ln_1 = layers.norm(config.eps, self.dtype, self.for_cpu)
+        self.attention = Attention(config.width, config.heads, *forms, dtype=self.dtype)
+        self.ln_2 = layers.norm(config.eps, self.dtype, self.for_cpu)
+        self.mlp = Mlp(config.mlp_dim, config.activation, self.for_cpu, dtype=self.dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        return self.attention(x, padding=self.padding)
+
+    def queries_and_keys(self, h: jax.Array, sites: Sites) -> tuple[jax.Array, jax.Array]:
+        """Of the attention in a block that h [M, N, D] enters: two of [M, N, K, D/K]."""
+        _, _, x = self.attention_input(h, sites)
+        q, k, _ = self.attention.project(x)
+        return q, k
+
+
+class ViT(nn.Module):
+    """The image tower. `__call__` is the frozen backbone; tuning methods compose the parts.
+
+    Attributes:
+      config: its shape.
+      dtype: dtype of the computation; parameters keep the dtype they are given in.
+      scan_blocks: loop over the blocks in the compiled program (small program, for accelerators)
+        instead of writing them out, the form for CPUs (see `layers.written_for_cpu`). Parameters
+        are the same, stacked [L, ...].
+      remat: what blocks keep for the backward pass, a name of `block_loop.REMAT`.
+    """
+
+    config: ViTConfig
+    dtype: Any = jnp.float32
+    scan_blocks: bool = False
+    remat: str = "none"
+
+    def setup(self):
+        config = self.config
+        embedding = nn.initializers.normal(config.width**-0.5)  # CLIP's own scale
+        self.patch_embedding = layers.PatchEmbedding(
+            config.width, config.patch_size, config.patch_bias, dtype=self.dtype
+        )
+        self.class_embedding = self.param("class_embedding", embedding, (config.width,))
+        self.position_embedding = self.param(
+            "position_embedding", embedding, (config.num_tokens, config.width)
+        )
+        if config.pre_norm:
+            self.ln_pre = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype)
+        self.blocks = self.param("blocks", self._init_blocks)
+        self.ln_post = nn.LayerNorm(epsilon=config.eps, dtype=self.dtype)
+        if config.projection_dim is not None:
+            self.projection = self.param(
+                "projection", embedding, (config.width, config.projection_dim)
+            )
+
+    def _block(self, training: bool = False, padding: int = 0) -> Block:
+        for_cpu = layers.written_for_cpu(self.scan_blocks)
+        return Block(self.config, for_cpu, training, padding, dtype=self.dtype, parent=None)
+
+    def _init_blocks(self, rng: jax.Array) -> Any:
+        def init(rng):
+            h = jnp.zeros((1, 2, self.config.width))
+            return self._block().init(rng, h, layers.no_sites())["params"]
+
+        return block_loop.init_stacked(init, rng, self.config.depth)
+
+    def init_sites(self, rng: jax.Array, sites: Sites, num_images: int, num_tokens: int) -> Any:
+        """Parameters of a method's sites, stacked [L, ...], for h [num_images, num_tokens, D]."""
+        h = jnp.zeros((num_images, num_tokens, self.config.width), self.dtype)
+        block = jax.tree.map(lambda leaf: leaf[0], self.blocks)
+        return block_loop.init_stacked(
+            lambda rng: layers.init_block_sites(rng, self._block(), block, h, sites),
+            rng,
+            self.config.depth,
+        )
+
+    def embed(
+        self,
+        images: jax.Array,
+        class_token: jax.Array | None = None,
+        position: jax.Array | None = None,
+    ) -> jax.Array:
+        """Images to the tokens that enter the first block (eq. 1, then CLIP's `ln_pre`).
+
+        Args:
+          images: [M, H, W, 3], normalised as the weights want it; H, W multiples of the patch.
+          class_token: [D]; None: the backbone's own.
+          position: [N, D], or [M, N, D] where images differ in position; None: the backbone's own.
+
+        Returns:
+          [M, N, D] in the compute dtype.
+        """
+        layers.check_image(images, self.config.patch_size)
+        class_token = self.class_embedding if class_token is None else class_token
+        position = self.position_embedding if position is None else position
+        patches = einops.rearrange(self.patch_embedding(images), "m h w d -> m (h w) d")
+        class_token = jnp.broadcast_to(class_token, (images.shape[0], 1, patches.shape[-1]))
+        h = jnp.concatenate([class_token.astype(self.dtype), patches], axis=1)
+        h = h + position.astype(self.dtype)
+        return self.ln_pre(h) if self.config.pre_norm else h
+
+    def encode(
+        self,
+        h: jax.Array,
+        sites: Sites | None = None,
+        site_params: Any = None,
+        dropout_rng: jax.Array | None = None,
+        class_only: bool = False,
+        blocks: slice = slice(None),
+    ) -> jax.Array:
+        """The L blocks, or some of them: h [M, N, D] -> [M, N, D].
+
+        Args:
+          h: tokens that enter the first block.
+          sites: what a tuning method does inside each block; None for the frozen backbone.
+          site_params: its parameters, stacked [L, ...].
+          dropout_rng: switches on the method's dropout; None unless in training.
+          class_only: return the class token alone, [M, 1, D], where the sites allow it: the last
+            block does not compute the others.
+          blocks: which blocks to run, of 0 ... L - 1.
+        """
+        rngs, training = None, dropout_rng is not None
+        if training:
+            rngs = jax.random.split(dropout_rng, self.config.depth)
+        token_wise = sites is None or sites.token_wise
+        # One token more for all blocks, rather than one more of what each block's attention reads.
+        flash = attention.flash_fits(h.shape[1], h.dtype)
+        padding = h.shape[1] % 2 if training and token_wise and flash else 0
+
+        def body(h, layer, class_only=False):
+            block, site_params, rng = layer
+            bound = layers.bind_sites(sites, site_params, rng)
+            block_params = {"params": block_loop.gathered(block)}
+            return self._block(training, padding).apply(block_params, h, bound, class_only)
+
+        def loop(h, layer_params):
+            padded = jnp.pad(h, ((0, 0), (0, padding), (0, 0)))
+            y = block_loop.loop_blocks(body, padded, layer_params, self.scan_blocks, self.remat)
+            return y[:, : h.shape[1]]
+
+        layer_params = jax.tree.map(lambda leaf: leaf[blocks], (self.blocks, site_params, rngs))
+        if not (class_only and token_wise):
+            return loop(h, layer_params)
+        first = jax.tree.map(lambda leaf: leaf[:-1], layer_params)
+        last = jax.tree.map(lambda leaf: leaf[-1], layer_params)
+        return body(loop(h, first), last, class_only=True)
+
+    def queries_and_keys(
+        self, h: jax.Array, index: int, sites: Sites | None = None, site_params: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of block `index`, which h [M, N, D] enters: two of [M, N, K, D/K]."""
+        block, params = jax.tree.map(lambda leaf: leaf[index], (self.blocks, site_params))
+        bound = layers.bind_sites(sites, params, None)
+        variables = {"params": block_loop.gathered(block)}
+        return self._block().apply(variables, h, bound, method=Block.queries_and_keys)
+
+    def attention(
+        self, h: jax.Array, sites: Sites | None = None, site_params: Any = None, first: int = 0
+    ) -> jax.Array:
+        """What the tokens attend to in blocks `first` ... L - 1, averaged over heads.
+
+        Args:
+          h: tokens that enter block 0, [M, N, D].
+          sites, site_params: see `encode`.
+          first: the first block whose attention is returned.
+
+        Returns:
+          [L - first, M, N, N] float32; rows (queries) sum to 1 over the last axis (keys).
+        """
+        if first:
+            h = self.encode(h, sites, site_params, blocks=slice(0, first))
+        weights = []
+        for i in range(first, self.config.depth):
+            q, k = self.queries_and_keys(h, i, sites, site_params)
+            weights.append(attention.attention_weights(q, k).mean(axis=1))
+            h = self.encode(h, sites, site_params, blocks=slice(i, i + 1))
+        return jnp.stack(weights)
+
+    def pool(self, h: jax.Array, project: bool = True) -> jax.Array:
+        """Class token through `ln_post` and, if asked and there is one, CLIP's visual projection.
+
+        h [M, N, D] -> [M, e], or [M, D] without the projection.
+        """
+        y = self.ln_post(h[:, 0])
+        if project and self.config.projection_dim is not None:
+            y = y @ self.projection.astype(self.dtype)
+        return y
+
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The frozen backbone: images [M, H, W, 3] -> (tokens [M, N, D], features [M, e])."""
+        h = self.encode(self.embed(images))
+        return h, self.pool(h)
+
+
+def resize_positions(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Position table [N, D], class token first, resized to a grid (rows, columns) of patches.
+
+    Bicubic with antialiasing, as open_clip does; the class token's row is kept.
+    """
+    side = round((table.shape[0] - 1) ** 0.5)
+    if side * side + 1 != table.shape[0]:
+        raise ValueError(f"position table of {table.shape[0]} rows is not a square plus one")
+    if (side, side) == tuple(grid):
+        return table
+    patches = layers.resize_grid(table[1:].reshape(side, side, -1), grid)
+    return jnp.concatenate([table[:1], patches.reshape(grid[0] * grid[1], -1)])

@@ -1,0 +1,88 @@
+"""AIM (Yang et al., ICLR 2023): spatial, temporal and joint adaptation of an image transformer.
+
+Public: `AIM`, `AIMSites`.
+"""
+
+from typing import ClassVar
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dualpath_jax.models.backbones.layers import Sites
+from dualpath_jax.models.backbones.vit import Block
+from dualpath_jax.models.frame_model import FrameModel
+from dualpath_jax.models.methods.adapters import Adapter
+
+
+class AIMSites(Sites):
+    """One block of AIM; MHA_time is the same frozen attention over the T frames of a token.
+
+    x = x + A_t(MHA_time(LN1(x)));  x = x + A_s(MHA(LN1(x)));  x = x + MLP(LN2(x)) + s A_j(LN2(x)),
+    where A_s has a skip inside. With two temporal adapters, MHA_time reads A_in(LN1(x)), which has
+    a skip too.
+
+    Attributes:
+      adapter: their form, with scale 1.
+      num_frames: T.
+      scale: s.
+      num_temporal_adapters: 1, or 2 (SSv2).
+      drop_path: rate at which a clip loses A_t, and A_j; active when a "dropout" rng is given.
+    """
+
+    token_wise: ClassVar[bool] = True
+    adapter: Adapter
+    num_frames: int
+    scale: float = 0.5
+    num_temporal_adapters: int = 1
+    drop_path: float = 0.2
+
+    def setup(self):
+        self.temporal = self.adapter.clone()
+        self.spatial = self.adapter.clone(skip=True)
+        self.joint = self.adapter.clone(scale=self.scale)
+        if self.num_temporal_adapters == 2:
+            self.temporal_in = self.adapter.clone(skip=True)
+        # One draw for all tokens of a clip [B, T, N, D]; kept terms are scaled up.
+        self.drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3))
+
+    def _drop(self, y: jax.Array) -> jax.Array:
+        """Stochastic depth by clip: y [(B T), N, D] -> likewise."""
+        y = einops.rearrange(y, "(b t) n d -> b t n d", t=self.num_frames)
+        y = self.drop(y, deterministic=not self.has_rng("dropout"))
+        return einops.rearrange(y, "b t n d -> (b t) n d")
+
+    def tokens(self, h: jax.Array, block: Block) -> jax.Array:
+        x = einops.rearrange(h, "(b t) n d -> (b n) t d", t=self.num_frames)
+        x = block.ln_1(x)
+        if self.num_temporal_adapters == 2:
+            x = self.temporal_in(x)
+        y = self.temporal(block.attention(x))
+        return h + self._drop(einops.rearrange(y, "(b n) t d -> (b t) n d", n=h.shape[1]))
+
+    def after_attention(self, y: jax.Array) -> jax.Array:
+        return self.spatial(y)
+
+    def beside_mlp(self, x: jax.Array) -> jax.Array:
+        return self._drop(self.joint(x))
+
+
+class AIM(FrameModel):
+    """`FrameModel` with learnable temporal positions, zero at the start, on all tokens of a frame.
+
+    They are added with CLIP's positions, before its `ln_pre`. Parameters: those of `FrameModel`
+    and `temporal_position` [T, D].
+    """
+
+    def setup(self):
+        super().setup()
+        shape = (self.num_frames, self.config.width)
+        self.temporal_position = self.param("temporal_position", nn.initializers.zeros, shape)
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        """images [(B T), H, W, 3] -> [(B T), N, D]."""
+        backbone = self.backbone
+        position = backbone.position_embedding + self.temporal_position[:, None]  # [T, N, D]
+        position = jnp.tile(position, (images.shape[0] // self.num_frames, 1, 1))
+        return backbone.embed(images, position=position)

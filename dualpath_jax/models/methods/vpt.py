@@ -1,0 +1,68 @@
+"""Visual prompt tuning (VPT, ref. 37): learnable tokens beside those of the image.
+
+Public: `DeepPrompts` (eq. 3), `ShallowPrompts`.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dualpath_jax.models.backbones.layers import Sites
+from dualpath_jax.models.frame_model import FrameModel
+
+
+def _uniform(patch_size: int) -> Any:
+    """VPT's own initialiser: uniform within sqrt(6 / (3 P P + D))."""
+
+    def init(rng, shape, dtype=jnp.float32):
+        bound = math.sqrt(6.0 / (3 * patch_size**2 + shape[-1]))
+        return jax.random.uniform(rng, shape, dtype, -bound, bound)
+
+    return init
+
+
+class DeepPrompts(Sites):
+    """K prompts before the tokens of every block, [e; h] (eq. 3); the next block has its own.
+
+    Attributes:
+      num_prompts: K.
+      patch_size: P, for the initialiser.
+    """
+
+    num_prompts: int
+    patch_size: int
+
+    @nn.compact
+    def tokens(self, h: jax.Array, block: Any) -> jax.Array:
+        """h [M, N, D] -> [M, K + N, D]."""
+        del block
+        shape = (self.num_prompts, h.shape[-1])
+        prompts = self.param("prompts", _uniform(self.patch_size), shape).astype(h.dtype)
+        return jnp.concatenate([jnp.broadcast_to(prompts, (h.shape[0], *shape)), h], axis=1)
+
+    def output(self, h: jax.Array) -> jax.Array:
+        """h [M, K + N, D] -> [M, N, D]."""
+        return h[:, self.num_prompts :]
+
+
+class ShallowPrompts(FrameModel):
+    """VPT-shallow: K prompts enter the first block, after the class token, and stay.
+
+    Parameters: those of `FrameModel` and `prompts` [K, D].
+    """
+
+    num_prompts: int = 10
+
+    def setup(self):
+        super().setup()
+        shape = (self.num_prompts, self.config.width)
+        self.prompts = self.param("prompts", _uniform(self.config.patch_size), shape)
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        """images [M, H, W, 3] -> [M, N + K, D]."""
+        h = super().embed(images)
+        prompts = jnp.broadcast_to(self.prompts, (h.shape[0], *self.prompts.shape))
+        return jnp.concatenate([h[:, :1], prompts.astype(h.dtype), h[:, 1:]], axis=1)

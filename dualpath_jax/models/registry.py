@@ -1,0 +1,310 @@
+"""Tuning methods: how each is built and which of its parameters train.
+
+Public: `METHODS`, `Method`, `build_model`, `trains`, `takes_framesets`, `compute_dtype`,
+`loops_blocks`.
+
+To add a method: write its module, add it to `METHODS` with a rule for each of its parameters.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dualpath_jax.models.backbones.block_loop import check_remat
+from dualpath_jax.models.backbones.layers import Sites, written_for_cpu
+from dualpath_jax.models.backbones.registry import FAMILIES, BackboneConfig, family_of
+from dualpath_jax.models.frame_model import AverageClassifier, FrameModel
+from dualpath_jax.models.methods.adapters import Adapter
+from dualpath_jax.models.methods.adaptformer import AdaptFormer
+from dualpath_jax.models.methods.aim import AIM, AIMSites
+from dualpath_jax.models.methods.dualpath import DualPath
+from dualpath_jax.models.methods.evl import EVL, Decoder
+from dualpath_jax.models.methods.protuning import ProTuning
+from dualpath_jax.models.methods.st_adapter import STAdapter
+from dualpath_jax.models.methods.vpt import DeepPrompts, ShallowPrompts
+from dualpath_jax.models.temporal_head import TemporalClassifier
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to tune a frozen backbone.
+
+    Attributes:
+      build: (config, backbone shape, number of classes) -> module. All are called alike,
+        `module(spatial, temporal, dropout_rng)` -> logits [B, classes] float32, where
+          spatial: [B, S, H, W, 3] normalised frames; all T of them for a method without framesets.
+          temporal: [B, G, H', W', 3] normalised framesets; None for a method without framesets.
+          dropout_rng: jax key that switches on the method's training-time randomness, or None.
+        Their parameters have the backbone's under "backbone"; `module.start_from_backbone(params)`
+        gives those that start at the backbone's values.
+      rules: (regular expression of the whole parameter path, does it train), first match wins.
+      families: the backbones that it works with, names of `backbones.FAMILIES`.
+      framesets: does it take framesets?
+    """
+
+    build: Callable[[Any, BackboneConfig, int], nn.Module]
+    rules: tuple[tuple[str, bool], ...]
+    families: tuple[str, ...] = tuple(FAMILIES)
+    framesets: bool = False
+
+
+def _check_choice(key: str, value: Any, known: tuple[Any, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {key}={value!r}: known are {', '.join(map(str, known))}")
+
+
+def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> DualPath:
+    data, model = config.data, config.model
+    adapter = Adapter(
+        bottleneck=model.adapter_bottleneck,
+        scale=model.adapter_scale,
+        dropout=model.adapter_dropout,
+        layer_norm=model.adapter_layer_norm,
+        parent=None,
+    )
+    frame_size = data.image_size // data.frame_scale
+    for side, name in zip(data.grid, ("width", "height"), strict=True):
+        if side * frame_size % backbone.patch_size:
+            raise ValueError(
+                f"frameset {name} of {side} frames x {frame_size} pixels is not divisible by the "
+                f"patch size {backbone.patch_size} of {backbone.name}: change "
+                f"data.grid={tuple(data.grid)}, data.frame_scale={data.frame_scale} or "
+                f"data.image_size={data.image_size}"
+            )
+    return DualPath(
+        config=backbone,
+        num_classes=num_classes,
+        grid=tuple(data.grid),
+        frame_size=frame_size,
+        num_framesets=data.num_frames // (data.grid[0] * data.grid[1]),
+        spatial_path=model.spatial_path,
+        temporal_path=model.temporal_path,
+        adapter=adapter,
+        serial_skip=model.serial_skip,
+        pre_attention_adapter=model.pre_attention_adapter,
+        pre_attention_residual=model.pre_attention_adapter and model.pre_attention_residual,
+        temporal_position=model.temporal_position,
+        train_tokens=model.train_tokens,
+        adapt_shifted_windows=family_of(backbone) == "swin" and model.adapt_shifted_windows,
+        dtype=compute_dtype(config),
+        scan_blocks=loops_blocks(config),
+        remat=model.remat,
+        class_only=model.class_only,
+    )
+
+
+def _frame_model(
+    config: Any,
+    backbone: BackboneConfig,
+    head: nn.Module,
+    sites: Sites | None = None,
+    kind: type[FrameModel] = FrameModel,
+    **options: Any,
+) -> FrameModel:
+    return kind(
+        config=backbone,
+        num_frames=config.data.num_frames,
+        head=head,
+        sites=sites,
+        dtype=compute_dtype(config),
+        scan_blocks=loops_blocks(config),
+        remat=config.model.remat,
+        class_only=config.model.class_only,
+        **options,
+    )
+
+
+def _temporal(
+    backbone: BackboneConfig, num_classes: int, num_prompts: int = 0
+) -> TemporalClassifier:
+    return TemporalClassifier(backbone, num_classes, num_prompts, parent=None)
+
+
+def _build_average(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
+    """`full` and `linear`, which differ in what trains."""
+    return _frame_model(config, backbone, AverageClassifier(num_classes, parent=None))
+
+
+def _build_vpt(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
+    head, prompts = _temporal(backbone, num_classes), config.model.vpt.num_prompts
+    if not config.model.vpt.deep:
+        return _frame_model(config, backbone, head, kind=ShallowPrompts, num_prompts=prompts)
+    return _frame_model(
+        config, backbone, head, DeepPrompts(prompts, backbone.patch_size, parent=None)
+    )
+
+
+def _build_adaptformer(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
+    options = config.model.adaptformer
+    adapter = Adapter(options.bottleneck, options.scale, dtype=compute_dtype(config), parent=None)
+    sites = AdaptFormer(adapter, options.parallel, parent=None)
+    return _frame_model(config, backbone, _temporal(backbone, num_classes), sites)
+
+
+def _build_protuning(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
+    sites = ProTuning(
+        width=config.model.protuning.width,
+        class_tokens=int(backbone.has_class_token),
+        dtype=compute_dtype(config),
+        parent=None,
+    )
+    return _frame_model(config, backbone, _temporal(backbone, num_classes), sites)
+
+
+def _build_st_adapter(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
+    options = config.model.st_adapter
+    _check_choice("model.st_adapter.form", options.form, ("paper", "released"))
+    kernel_size = tuple(options.kernel_size)
+    if len(kernel_size) != 3 or any(size < 1 or size % 2 == 0 for size in kernel_size):
+        raise ValueError(
+            f"model.st_adapter.kernel_size={kernel_size} must be three odd numbers: frames, rows, "
+            "columns"
+        )
+    sites = STAdapter(
+        num_frames=config.data.num_frames,
+        width=options.width,
+        kernel_size=kernel_size,
+        scale=options.scale,
+        released=options.form == "released",
+        class_tokens=int(backbone.has_class_token),
+        dtype=compute_dtype(config),
+        parent=None,
+    )
+    return _frame_model(config, backbone, AverageClassifier(num_classes, parent=None), sites)
+
+
+def _build_videoprompt(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
+    prompts = config.model.videoprompt.num_prompts
+    return _frame_model(config, backbone, _temporal(backbone, num_classes, prompts))
+
+
+def _build_aim(config: Any, backbone: BackboneConfig, num_classes: int) -> AIM:
+    options = config.model.aim
+    _check_choice("model.aim.num_temporal_adapters", options.num_temporal_adapters, (1, 2))
+    bottleneck = backbone.width // 4 if options.bottleneck is None else options.bottleneck
+    sites = AIMSites(
+        Adapter(bottleneck, dtype=compute_dtype(config), parent=None),
+        num_frames=config.data.num_frames,
+        scale=options.scale,
+        num_temporal_adapters=options.num_temporal_adapters,
+        drop_path=options.drop_path,
+        parent=None,
+    )
+    head = AverageClassifier(num_classes, options.dropout, parent=None)
+    return _frame_model(config, backbone, head, sites, kind=AIM)
+
+
+def _build_evl(config: Any, backbone: BackboneConfig, num_classes: int) -> EVL:
+    options = config.model.evl
+    if not 1 <= options.num_blocks <= backbone.depth:
+        raise ValueError(
+            f"model.evl.num_blocks={options.num_blocks} must be between 1 and the {backbone.depth} "
+            f"blocks of {backbone.name}"
+        )
+    head = Decoder(
+        backbone,
+        num_classes,
+        mlp_dropout=options.mlp_dropout,
+        dropout=options.dropout,
+        for_cpu=written_for_cpu(loops_blocks(config)),
+        dtype=compute_dtype(config),
+        parent=None,
+    )
+    return _frame_model(config, backbone, head, kind=EVL, num_blocks=options.num_blocks)
+
+
+_FROZEN, _ADAPTERS, _HEAD = ("backbone/.*", False), ("adapters/.*", True), ("head/.*", True)
+_VIT = ("vit",)  # methods on class token and position table
+
+METHODS = {
+    "dualpath": Method(
+        build=_build_dualpath,
+        rules=(
+            _FROZEN,
+            ("(spatial|temporal)/adapters/.*", True),
+            ("(spatial|temporal)/(class_token|position)", True),
+            ("classifier/.*", True),
+        ),
+        framesets=True,
+    ),
+    # The projection to CLIP's joint space is not used.
+    "full": Method(_build_average, (("backbone/projection", False), ("backbone/.*", True), _HEAD)),
+    "linear": Method(_build_average, (_FROZEN, _HEAD)),
+    "vpt": Method(_build_vpt, (_FROZEN, ("(adapters/)?prompts", True), _HEAD), families=_VIT),
+    "adaptformer": Method(_build_adaptformer, (_FROZEN, _ADAPTERS, _HEAD)),
+    "protuning": Method(_build_protuning, (_FROZEN, _ADAPTERS, _HEAD)),
+    "st_adapter": Method(_build_st_adapter, (_FROZEN, _ADAPTERS, _HEAD)),
+    "videoprompt": Method(_build_videoprompt, (_FROZEN, _HEAD)),
+    "aim": Method(
+        _build_aim, (_FROZEN, _ADAPTERS, ("temporal_position", True), _HEAD), families=("vit",)
+    ),
+    "evl": Method(_build_evl, (_FROZEN, _HEAD), families=("vit",)),
+}
+
+
+def compute_dtype(config: Any) -> Any:
+    """The dtype named by `config.model.dtype`."""
+    if config.model.dtype not in DTYPES:
+        raise ValueError(
+            f"unknown model.dtype {config.model.dtype!r}: known are {', '.join(DTYPES)}"
+        )
+    return DTYPES[config.model.dtype]
+
+
+def loops_blocks(config: Any) -> bool:
+    """Whether the compiled program loops over a backbone's blocks, by `config.model.scan_blocks`.
+
+    Where that is None they are written out on a GPU: its programs copy what a loop keeps for the
+    backward pass. With `config.mesh.fsdp` they are not, as it divides what a loop goes over.
+    """
+    if config.model.scan_blocks is not None:
+        return config.model.scan_blocks
+    return jax.default_backend() != "gpu" or config.mesh.fsdp > 1
+
+
+def _method(name: str) -> Method:
+    if name not in METHODS:
+        raise ValueError(f"unknown model.method {name!r}: known are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def build_model(config: Any, backbone: BackboneConfig, num_classes: int) -> nn.Module:
+    """The module of `config.model.method` on a backbone of shape `backbone`."""
+    name = config.model.method
+    check_remat(config.model.remat)
+    method, family = _method(name), family_of(backbone)
+    if family not in method.families:
+        raise ValueError(
+            f"model.method {name!r} works with backbones of the families "
+            f"{', '.join(method.families)}, and backbone {backbone.name!r} is of the family "
+            f"{family}: change config.model.method or config.backbone.name"
+        )
+    return method.build(config, backbone, num_classes)
+
+
+def takes_framesets(method: str) -> bool:
+    """Does `method` take framesets, or every sampled frame at full size?"""
+    return _method(method).framesets
+
+
+def trains(method: str) -> Callable[[str], bool]:
+    """Predicate of a parameter's path ("spatial/class_token"): does it train under `method`?
+
+    The predicate raises ValueError for a path that no rule names.
+    """
+    rules = _method(method).rules
+
+    def predicate(path: str) -> bool:
+        for pattern, trained in rules:
+            if re.fullmatch(pattern, path):
+                return trained
+        raise ValueError(f"no rule of method {method!r} says whether parameter {path!r} trains")
+
+    return predicate

@@ -1,0 +1,41 @@
+"""Builds the learning rate schedule and the optimizer of a run."""
+
+from typing import Any
+
+import optax
+
+from dualpath_jax.models import param_tree
+
+
+def make_schedule(optimizer: Any, num_train_steps: int, steps_per_epoch: float) -> optax.Schedule:
+    """Linear warm-up, for half of the steps at most, then cosine to zero at the last step."""
+    warmup = min(round(optimizer.warmup_epochs * steps_per_epoch), num_train_steps // 2)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else optimizer.learning_rate,
+        peak_value=optimizer.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=max(num_train_steps, 1),
+    )
+
+
+def make_optimizer(
+    optimizer: Any, schedule: optax.Schedule, mask: Any
+) -> optax.GradientTransformation:
+    """AdamW on the leaves that `mask` names; weight decay on kernels alone."""
+    adamw = optax.adamw(
+        schedule,
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        weight_decay=optimizer.weight_decay,
+        mask=param_tree.decay_mask,
+    )
+    if optimizer.clip_norm is not None:
+        adamw = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), adamw)
+    return optax.masked(adamw, mask)
+
+
+def count_train_steps(config: Any, steps_per_epoch: float) -> int:
+    """`num_train_steps`, or what `num_epochs` come to: a step at least, unless they are 0."""
+    if config.num_train_steps is not None:
+        return config.num_train_steps
+    return max(round(config.num_epochs * steps_per_epoch), min(1, config.num_epochs))

@@ -1,0 +1,120 @@
+"""What a run starts from: a checkpoint of its workdir, or an adapter file.
+
+Public: `for_training`, `for_evaluation`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from dualpath_jax.training import adapter_file
+from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, changes
+from dualpath_jax.training.experiment import Run
+
+# Of the settings, what decides how videos become the model's inputs and these logits.
+_SEEN_BY_THE_MODEL = (
+    "model.",
+    *("data.num_frames", "data.num_spatial_frames", "data.sampling", "data.grid"),
+    *("data.frame_scale", "data.image_size", "data.mean", "data.std"),
+)
+
+
+def for_training(run: Run, checkpoints: Checkpoints) -> int:
+    """Load the latest whole checkpoint into `run.state`.
+
+    Returns:
+      Its step; 0 where there is none.
+
+    Raises:
+      ValueError: it was trained with other settings or data, and `config.resume_changed` is off.
+    """
+    restored = checkpoints.restore_newest(run.state, run.metadata())
+    if restored is None:
+        return 0
+    step, state = restored
+    saved, where = checkpoints.read_metadata(step), checkpoints.path(step)
+    differing = changes(saved["config"], run.metadata()["config"])
+    differing |= _data_changes(run, saved, ("frame_format", "num_videos"))
+    _tell_changes(run, differing, where, "resumed from")
+    file = run.config.init_from
+    if file and file != saved["config"].get("init_from"):
+        print(f"init_from={file} is left out: the run in {run.workdir} has begun", flush=True)
+    run.state = state
+    return step
+
+
+def for_evaluation(run: Run) -> None:
+    """Load the checkpoint that `config.eval.checkpoint` names, or else `config.init_from`.
+
+    Nothing of the workdir is changed: a training may be going on there.
+
+    Raises:
+      ValueError: there is no such checkpoint, a damaged one, or one that was trained with other
+        settings, and `config.resume_changed` is off.
+    """
+    which, file = run.config.eval.checkpoint, run.config.init_from
+    if which not in ("latest", "best"):
+        raise ValueError(f"unknown eval.checkpoint={which!r}: known are latest, best")
+    checkpoints = None
+    if (epath.Path(run.workdir) / "checkpoints").exists():
+        checkpoints = Checkpoints(run.workdir, read_only=True)
+    if checkpoints and checkpoints.latest_step() is not None:
+        step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
+        if step is None:
+            raise ValueError(
+                f"eval.checkpoint=best: no checkpoint in {run.workdir} was evaluated by a training "
+                "(eval.every_epochs, or its end): take the latest"
+            )
+        try:
+            state = checkpoints.restore(step, run.state, run.metadata())
+            saved = checkpoints.read_metadata(step)
+        except DamagedCheckpoint as damage:
+            raise ValueError(f"{damage}; a training in {run.workdir} sets it aside") from None
+        if file and file != saved["config"].get("init_from"):
+            raise ValueError(
+                f"which one is meant: config.init_from={file!r}, or the run in {run.workdir}, "
+                "which did not start from it? Leave init_from out, or pass another --workdir"
+            )
+        differing = changes(saved["config"], run.metadata()["config"])
+        where = checkpoints.path(step)
+        run.state = state
+    elif file:
+        saved, where = adapter_file.start_from(run, file, training=False), file
+        differing = changes(saved["config"], run.metadata()["config"])
+        differing = {k: v for k, v in differing.items() if k.startswith(_SEEN_BY_THE_MODEL)}
+    else:
+        raise ValueError(
+            f"no checkpoint in {run.workdir}/checkpoints: train first, --mode=train, or pass "
+            "--config.init_from=FILE"
+        )
+    _tell_changes(
+        run, differing | _data_changes(run, saved, ("frame_format",)), where, "evaluating"
+    )
+
+
+def _data_changes(
+    run: Run, saved: dict[str, Any], keys: Sequence[str]
+) -> dict[str, tuple[Any, Any]]:
+    """As `changes`, of the metadata that tell of the data set; older states do not have them."""
+    now = run.metadata()
+    return {
+        f"{key} of the data set": (saved[key], now[key])
+        for key in keys
+        if saved.get(key, now[key]) != now[key]
+    }
+
+
+def _tell_changes(run: Run, differing: dict[str, tuple[Any, Any]], where: str, doing: str) -> None:
+    """Print where a state comes from, and what is otherwise now.
+
+    Raises:
+      ValueError: something is, and `config.resume_changed` is off.
+    """
+    listed = "".join(f"\n  {key}: {old} -> {new}" for key, (old, new) in differing.items())
+    if differing and not run.config.resume_changed:
+        raise ValueError(
+            f"{where} was trained with other settings:{listed}\nUse those, or another --workdir; "
+            "or go on with the new ones by --config.resume_changed=True"
+        )
+    print(f"{doing} {where}" + (f" with other settings:{listed}" if listed else ""), flush=True)

@@ -1,0 +1,110 @@
+"""A trained model loaded from its workdir, and the pictures of what it looks at."""
+
+import pathlib
+import runpy
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dualpath_jax.analysis import attention_figures, image_grid
+from dualpath_jax.data import pipeline
+from dualpath_jax.data.video_dataset import VideoDataset
+from dualpath_jax.inference import trained_model
+from dualpath_jax.models import param_tree, preprocess
+from dualpath_jax.training import experiment
+from dualpath_jax.training.checkpoint import Checkpoints
+
+SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "visualize_attention.py"
+
+
+@pytest.fixture
+def run(config, tmp_path):
+    """A run with one checkpoint, whose trained parameters are nowhere those of the start."""
+    dataset = VideoDataset(config.data.dir, "test")
+    run = experiment.build_run(config, str(tmp_path / "run"), dataset)
+    rng = np.random.default_rng(0)
+    moved = jax.tree.map(
+        lambda x: x + np.float32(0.1) * rng.normal(size=x.shape).astype(np.float32),
+        run.state.trainable,
+    )
+    run.state = run.state.replace(trainable=moved)
+    checkpoints = Checkpoints(run.workdir)
+    checkpoints.save(3, run.state, run.metadata())
+    checkpoints.close()
+    return run
+
+
+def test_loaded_model_and_clips_are_those_of_evaluation(run, config, demo_data):
+    dataset = VideoDataset(demo_data, "test")
+    video = demo_data.parent / "raw" / "videos" / f"{dataset.ids[0]}.mp4"
+    model = trained_model.load(run.workdir)
+    assert (model.step, model.class_names) == (3, dataset.class_names)
+    clips = model.clips(video)
+    expected = next(pipeline.eval_batches(dataset, config.data, 1, 1, 1))
+    for path in ("spatial", "temporal"):
+        assert np.array_equal(clips[path], expected[path])
+    flat = {key: clips[key][:, 0] for key in ("spatial", "temporal")}
+    inputs = preprocess.model_inputs(flat, config.data, np.float32)
+    apply = jax.jit(run.model.apply)
+    trained_params = jax.device_get(param_tree.merge(run.state.trainable, run.frozen))
+    untrained = trained_params | {"spatial": dict(trained_params["spatial"])}
+    untrained["spatial"]["adapters"] = jax.tree.map(
+        lambda x: 0 * x, trained_params["spatial"]["adapters"]
+    )
+    own = apply({"params": model.params}, *inputs)
+    np.testing.assert_allclose(own, apply({"params": trained_params}, *inputs), atol=1e-5)
+    assert np.abs(own - apply({"params": untrained}, *inputs)).max() > 1e-3
+
+
+def test_what_is_missing_is_named(run, tmp_path):
+    with pytest.raises(ValueError, match="no checkpoints in .*nowhere: pass the --workdir"):
+        trained_model.load(str(tmp_path / "nowhere"))
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no checkpoint yet in .*begun"):
+        trained_model.load(str(tmp_path / "begun"))
+    with pytest.raises(FileNotFoundError, match="other.safetensors"):
+        trained_model.load(run.workdir, backbone=str(tmp_path / "other.safetensors"))
+
+
+def test_heat():
+    """Where nothing is attended the picture is grey; the hottest place is red, in one shade."""
+    image = np.full((8, 8, 3), (200, 100, 0), np.uint8)
+    cold = image_grid.heat(image, np.zeros((2, 2)), 1.0)
+    assert np.array_equal(cold, np.full((8, 8, 3), 100))
+    hot = image_grid.heat(image, np.array([[0, 0], [0, 0.5]]), 0.5)
+    assert np.array_equal(hot[:4], cold[:4])
+    assert np.array_equal(np.unique(hot[4:, 4:].reshape(-1, 3), axis=0), [(216, 25, 25)])
+
+
+def test_script_draws_each_video_and_names_bad_ones(run, demo_data, tmp_path, monkeypatch, capsys):
+    video = str(demo_data.parent / "raw" / "videos" / "48.mp4")
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"no video")
+    out = tmp_path / "out"
+    arguments = ["x", f"--workdir={run.workdir}", f"--out={out}", video, str(bad), video]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert end.value.code == 1
+    assert f"error: {bad}: cannot be opened as a video" in capsys.readouterr().err
+    names = ["48-2.gif", "48-2.png", "48.gif", "48.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    with Image.open(out / "48.gif") as animation:
+        assert animation.n_frames == 16
+
+
+def test_grid_has_every_frame_without_and_with(run, demo_data):
+    model = trained_model.load(run.workdir)
+    clips = model.clips(demo_data.parent / "raw" / "videos" / "48.mp4")
+    view = attention_figures.view_clip(model, {k: clips[k][:, 0] for k in ("spatial", "temporal")})
+    apart = view.taken_apart()
+    assert apart.images["temporal"].shape == (16, 8, 8, 3)
+    for kind in ("without adaptation", "with adaptation"):
+        assert apart.maps[kind]["temporal"].shape == (16, 8, 8)
+        np.testing.assert_allclose(apart.maps[kind]["temporal"].sum(), 1, atol=1e-5)
+        np.testing.assert_allclose(view.maps[kind]["spatial"].sum((-2, -1)), 1, atol=1e-5)
+    different = [maps["temporal"] for maps in view.maps.values()]
+    assert np.abs(different[0] - different[1]).max() > 1e-4

@@ -1,0 +1,172 @@
+"""A small training, started as a process, to be disturbed. See `chaos`.
+
+Public: `Trial`, `Life`, `Chaos`, `SIZES`, `DAMAGED`.
+
+The program is `python -m dualpath_jax.main` on the demo's model at 32 pixels, with all
+augmentation, gradient accumulation, evaluation during training, and epochs that end within a batch.
+Three of its videos are damaged from the beginning.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+from dualpath_jax.data.datasets import registry as dataset_registry
+from dualpath_jax.data.preparation import prepare
+from dualpath_jax.data.video_dataset import VideoDataset, frame_shard_path
+from dualpath_jax.demo import render, setup
+from dualpath_jax.weights import convert
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SIZES = {"train": 44, "validation": 8, "test": 16}  # videos; an epoch is 5.5 batches of 8
+DAMAGED = (5, 17, 30)  # places of the training videos that cannot be read
+PATIENCE = 300.0  # seconds without what must come, after which the program counts as hung
+MIRRORED = [["Moving something to the left", "Moving something to the right"]]
+SETTINGS = {
+    "data.source": "ssv2",
+    "data.batch_size": 8,
+    "data.image_size": 32,
+    "data.flip": True,
+    "data.randaugment_layers": 2,
+    "data.erasing_probability": 0.25,
+    "data.max_broken_videos": len(DAMAGED),
+    "optimizer.accumulation_steps": 2,
+    "model.scan_blocks": True,
+    "log_every_steps": 1,
+    "checkpoint.every_steps": 5,
+    "eval.every_epochs": 10,
+    "eval.batch_size": 8,
+}
+# The program with a clock that jumps by up to ten years, either way, every second.
+WRONG_CLOCK = """
+import random, runpy, time
+seconds, nanoseconds = time.time, time.time_ns
+jump = lambda: random.Random(int(time.monotonic())).uniform(-3e8, 3e8)
+time.time = lambda: seconds() + jump()
+time.time_ns = lambda: nanoseconds() + int(1e9 * jump())
+runpy.run_module("dualpath_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+class Chaos(Exception):
+    """The program did what it must not do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What is trained: inputs and logs in `folder`, for `num_steps` steps."""
+
+    folder: pathlib.Path
+    num_steps: int
+
+    @property
+    def data(self) -> str:
+        return str(self.folder / "data")
+
+    @property
+    def shard(self) -> pathlib.Path:
+        """The frames of the training videos."""
+        return pathlib.Path(frame_shard_path(self.data, "train", 0, 1))
+
+    def make_inputs(self) -> None:
+        """Render, prepare and damage the videos; convert the backbone."""
+        raw = self.folder / "raw"
+        render.render_demo(raw, SIZES, progress=False)
+        videos, labels = str(raw / "videos"), str(raw / "labels")
+        prepare.prepare(
+            dataset_registry.list_videos("ssv2", videos, labels), videos, self.data, progress=False
+        )
+        convert.convert_clip(setup.BACKBONE, self.folder / "backbone.safetensors")
+        (self.folder / "mirrored.json").write_text(json.dumps(MIRRORED))
+        (self.folder / "logs").mkdir()
+        self.damage_videos(DAMAGED)
+
+    def damage_videos(self, videos: Iterable[int]) -> None:
+        """Flip a bit in a stored frame of each of these, as a failing disk does."""
+        dataset = VideoDataset(self.data, "train")
+        content = bytearray(self.shard.read_bytes())
+        for video in videos:
+            record = dataset.read_frames(video, [0])[0]
+            # The file's own headers may lie between two parts of a record.
+            parts = (record[i : i + 40] for i in range(len(record) // 2, len(record) - 40, 40))
+            content[next(p for part in parts if (p := content.find(part)) > 0)] ^= 1
+        self.shard.write_bytes(content)
+
+    def start(self, workdir: pathlib.Path, log: str, wrong_clock: bool = False) -> "Life":
+        """The program, as anybody starts it; its output goes to `logs/<log>`."""
+        options = {
+            **SETTINGS,
+            "data.dir": self.data,
+            "data.label_swap": self.folder / "mirrored.json",
+            "backbone.checkpoint": self.folder / "backbone.safetensors",
+            "num_train_steps": self.num_steps,
+        }
+        program = ["-c", WRONG_CLOCK] if wrong_clock else ["-m", "dualpath_jax.main"]
+        command = [sys.executable, *program, "--config=configs/demo.py", f"--workdir={workdir}"]
+        command += [f"--config.{key}={value}" for key, value in options.items()]
+        return Life(command, self._environment(), self.folder / "logs" / log)
+
+    def _environment(self) -> dict[str, str]:
+        """Compiled programs are kept, so that a restart costs no compilation."""
+        return {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+
+
+class Life:
+    """The program from a start to its end."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: pathlib.Path):
+        self._log = log
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
+            )
+
+    def text(self) -> str:
+        """What it has printed so far."""
+        return self._log.read_text(errors="replace")
+
+    def step(self) -> int:
+        """The last step that it told of, 0 if none."""
+        lines = [line for line in self.text().splitlines() if line.startswith("step ")]
+        return int(lines[-1].split()[1].split("/")[0]) if lines else 0
+
+    def until(self, condition: Callable[[], bool], pause: float = 0.02) -> bool:
+        """Wait for `condition`; False if the program ended before. Chaos if neither happens."""
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            if self.process.poll() is not None:
+                return condition()
+            if time.monotonic() > end:
+                raise self.wrong(f"has been hanging for {PATIENCE:.0f} s")
+            time.sleep(pause)
+        return True
+
+    def trains(self) -> bool:
+        """Wait for the first step; False if the program ended before."""
+        return self.until(lambda: "first step, compilation included" in self.text())
+
+    def end(self) -> int:
+        """Wait for its end; exit status, or the signal's negative number."""
+        self.until(lambda: self.process.poll() is not None)
+        return self.process.returncode
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.wait()
+
+    def wrong(self, what: str) -> Chaos:
+        """An error for what the program did, with the end of its output."""
+        return Chaos(f"the program {what}. Its last words, of {self._log}:\n{self.text()[-3000:]}")

@@ -1,0 +1,310 @@
+"""Every command of README.md and docs is run on small data, or there is a reason why not.
+
+A command runs as it is documented, but for what its row in `RUN` says: texts that stand for
+something of the reader's (VIDEOS) replaced, and options put behind that make it small. Scripts are
+executed in this process, as `python SCRIPT` does, so that JAX and TensorFlow are imported once.
+"""
+
+import contextlib
+import dataclasses
+import fnmatch
+import importlib
+import io
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent import futures
+
+import pytest
+
+from tests.helpers.documents import PAGES, ROOT, commands
+from tests.helpers.processes import xla_flags
+
+DOCUMENTED = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+_DEMO = "python -m dualpath_jax.main --config=configs/demo.py --workdir=runs/demo"
+_PREPARE = "python scripts/prepare_dataset.py --dataset=folder --videos=VIDEOS --out=data/mine"
+_MINE = "python -m dualpath_jax.main --config=configs/folder_vitb.py --config.data.dir=data/mine"
+_LABELS = "--annotations=data/demo/raw/labels"
+_LISTS = {"VIDEOS": "data/demo/raw/videos", "--annotations=ANNOTATIONS": _LABELS}
+_SMALL = (
+    "--config.num_train_steps=2 --config.data.batch_size=8 --config.eval.batch_size=8 "
+    "--config.data.image_size=32 --config.model.scan_blocks=True"
+)
+_DEMO_BACKBONE = (
+    "--config.backbone.checkpoint=data/demo/backbone.safetensors --config.backbone.name=custom "
+    "--config.backbone.patch_size=8 --config.backbone.width=96 --config.backbone.depth=4 "
+    "--config.backbone.heads=2 --config.backbone.mlp_dim=384 --config.backbone.projection_dim=64"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How a command is run.
+
+    Attributes:
+      says: what its output has, a regular expression.
+      makes: a file that is there afterwards.
+      replaced: texts of the command, and what stands in their place.
+      more: options put behind.
+      after: a command that must have run.
+    """
+
+    says: str = ""
+    makes: str = ""
+    replaced: dict[str, str] = dataclasses.field(default_factory=dict)
+    more: str = ""
+    after: str = ""
+
+
+_SSV2 = "python scripts/prepare_dataset.py --dataset=ssv2 --videos=VIDEOS"
+_STORED = "total: listed 69, found 69, stored 69, bad 0"
+RUN = {
+    _PREPARE: How("total: listed 12, found 12, stored 12", "data/mine/dataset_info.json"),
+    "python scripts/prepare_dataset.py --dataset=folder --videos=VIDEOS --check": How(
+        "the frames would take about"
+    ),
+    f"{_SSV2} --annotations=FOLDER --out=data/ssv2": How(
+        *(_STORED, "data/ssv2/dataset_info.json"),
+        replaced={"VIDEOS": "data/demo/raw/videos", "--annotations=FOLDER": _LABELS},
+    ),
+    f"{_SSV2} --annotations=ANNOTATIONS --out=data/ssv2": How(
+        _STORED, replaced=_LISTS | {"data/ssv2": "data/ssv2_again"}
+    ),
+    f"{_SSV2} --annotations=ANNOTATIONS --check --bad_videos=bad.jsonl": How(
+        makes="bad.jsonl", replaced=_LISTS
+    ),
+    "python scripts/convert_clip.py --checkpoint=ViT-B-16.pt "
+    "--out=weights/clip_vit_b16.safetensors": How(
+        makes="weights/clip_vit_b16.safetensors",
+        replaced={"ViT-B-16.pt": "dualpath_jax/demo/demo_backbone.safetensors"},
+    ),
+    "python scripts/show_batch.py --config=configs/demo.py --step=3 --clips=2 --zoom=3 "
+    "--out=batch.png": How(makes="batch.png"),
+    "python scripts/benchmark_seek.py --prepared=data/demo --batch_size=4 --rounds=15": How(
+        "first batch at step 0", more="--rounds=1"
+    ),
+    "python scripts/efficiency.py": How("12,617,134", more="--config ssv2_vitb"),
+    "python scripts/efficiency.py --figure=figure1.png": How(
+        makes="figure1.png", more="--config ssv2_vitb"
+    ),
+    "scripts/tpu_pod.sh create --spot --dry_run --name=dualpath --zone=us-west4-a "
+    "--project=PROJECT --accelerator=v5litepod-16": How("gcloud .* create dualpath"),
+    _DEMO: How("step 2/2 .*\ntest  top-1 ", "runs/demo/results.json", more=_SMALL),
+    "python scripts/export_adapter.py --workdir=runs/demo --out=demo.safetensors": How(
+        makes="demo.safetensors", after=_DEMO
+    ),
+    "python scripts/predict.py --workdir=runs/demo data/demo/raw/videos": How(
+        r"videos/0\.mp4  0\.\d+ \w+ something", after=_DEMO
+    ),
+    "python scripts/export_model.py --workdir=runs/demo --out=exported": How(
+        makes="exported/model.stablehlo", after=_DEMO
+    ),
+    "python scripts/visualize_attention.py --workdir=runs/demo --out=attention "
+    "data/demo/raw/videos/8161.mp4": How(
+        makes="attention/48.gif", replaced={"8161": "48"}, after=_DEMO
+    ),
+    "python scripts/attention_share.py --workdirs runs/demo runs/demo1 runs/demo2": How(
+        r"\| temporal \| seed 0 \|", replaced={" runs/demo1 runs/demo2": ""}, after=_DEMO
+    ),
+    "python scripts/report.py --workdir runs/demo runs/demo1 --out=runs/compared.html": How(
+        makes="runs/compared.html", replaced={"runs/demo1": "runs/folder_vitb"}, after=_MINE
+    ),
+    "python -m dualpath_jax.main --config=configs/ssv2_vitb.py --mode=check": How("12,617,134"),
+    _MINE: How(
+        "step 2/2 .*\nvalidation  top-1 ",
+        more=f"{_SMALL} {_DEMO_BACKBONE} --config.model.method=linear",
+        after=_PREPARE,
+    ),
+}
+
+# Why a command is not run, and which (patterns of `fnmatch`).
+CI = "CI runs it word for word, the tests among the rest"
+CLOUD = "needs a cloud; test_docs.py runs it with --dry_run"
+FOREIGN = "needs data or weights of others"
+PACKAGES = "needs packages that CI does not install"
+SLOW = "takes 45 s at its smallest; test_methods.py trains every method, no test runs the script"
+SAME = "another documented command, which is run, does the same with another configuration"
+NOT_RUN = {
+    CI: [
+        *("pip install -r requirements.txt", "pip install -r requirements-test.txt"),
+        *("python -m pytest", "python -m pytest tests/*"),
+        "python scripts/chaos.py --minutes=2.5",
+        "python scripts/report.py --workdir=runs/demo --out=runs/demo/report.html",
+    ],
+    CLOUD: [
+        *(f"scripts/tpu_pod.sh {verb}" for verb in ("create --spot", "status", "stop", "delete")),
+        *("scripts/tpu_pod.sh setup *", "scripts/tpu_pod.sh run *"),
+    ],
+    FOREIGN: [
+        *(f"python scripts/prepare_dataset.py --dataset={name} *" for name in ("k400", "hmdb51")),
+        "python scripts/prepare_dataset.py --dataset=diving48 *",
+        *(f"python -m dualpath_jax.main --config=configs/{n}_vitb.py" for n in ("k400", "ssv2")),
+        "python -m dualpath_jax.main --config=configs/ssv2_vitb.py --config.data.source=folder *",
+        "python -m dualpath_jax.main --config=configs/diving48_vitb.py",
+        "python -m dualpath_jax.main --config=configs/hmdb51_vitb.py --config.data.split=all",
+    ],
+    PACKAGES: [
+        *("pip install -r requirements-bench.txt", "pip install -r requirements-tpu.txt"),
+        "python scripts/benchmark_memory.py *",
+        "python scripts/compile_tpu.py *",
+    ],
+    SLOW: ["python scripts/compare_methods.py --out=runs/compare"],
+    SAME: ["python -m dualpath_jax.main --config=configs/diving48_vitb.py --mode=check"],
+}
+# "It takes long": by pattern, the test that executes the program on less, and what names it there.
+LONG = {
+    "python scripts/show_batch.py --config=configs/folder_vitb.py *": ("show_batch", "show_batch"),
+    "python scripts/benchmark_pipeline.py *": ("benchmark_pipeline", "benchmark_pipeline"),
+    "python scripts/benchmark_step.py*": ("step_benchmark", "step_benchmark"),
+    "python scripts/benchmark_methods.py": ("method_benchmark", "method_benchmark"),
+    "python scripts/fuzz.py *": ("fuzz", "scripts/fuzz.py"),
+    "python -m dualpath_jax.main *synthetic=True *": ("synthetic", "--config.data.synthetic=True"),
+    "python -m dualpath_jax.main *coordinator_address=*": ("multiprocess", "coordinator_address"),
+    "scripts/rerun.sh *": ("tpu_pod", "rerun.sh"),
+}
+
+
+PATTERNS = [*LONG, *(pattern for row in NOT_RUN.values() for pattern in row)]
+
+
+def unclassified(documented):
+    """Commands that are neither run nor excused, or both."""
+    excused = {c for c in documented if any(fnmatch.fnmatchcase(c, p) for p in PATTERNS)}
+    return {c for c in documented if (c in RUN) == (c in excused)}
+
+
+def test_every_command_has_its_row():
+    assert unclassified(DOCUMENTED) == set()
+    assert unclassified([*DOCUMENTED, "python scripts/new.py"]) == {"python scripts/new.py"}
+    assert set(RUN) <= set(DOCUMENTED)  # no row is left over
+    for pattern in PATTERNS:
+        assert fnmatch.filter(DOCUMENTED, pattern), pattern
+
+
+@pytest.mark.parametrize("pattern", LONG)
+def test_what_takes_long_is_tested(pattern):
+    test, name = LONG[pattern]
+    assert name in (ROOT / "tests" / f"test_{test}.py").read_text()
+
+
+class Place:
+    """A folder with the repository's files and small data, in which commands run, once each."""
+
+    def __init__(self, folder, demo_data):
+        self.folder = folder
+        self._results: dict[str, futures.Future] = {}
+        # Compiled as other tests are. Taken here: a thread would read it while pytest changes it.
+        self._environment = {**os.environ, "XLA_FLAGS": xla_flags()}
+        for name in ("configs", "dualpath_jax", "scripts"):
+            (folder / name).symlink_to(ROOT / name)
+        shutil.copytree(demo_data, folder / "data" / "demo")
+        shutil.copytree(demo_data.parent / "raw", folder / "data" / "demo" / "raw")
+        videos = sorted((demo_data.parent / "raw" / "videos").iterdir())
+        for number, video in enumerate(videos[:12]):
+            target = folder / "VIDEOS" / ("walks", "runs")[number % 2] / video.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(video, target)
+
+    def begin(self, executor, command):
+        """Run a command in the background."""
+        self._results[command] = executor.submit(self._run, command)
+
+    def run(self, command):
+        """(exit status, output) of a command of `RUN`."""
+        if command not in self._results:
+            result = self._run(command)
+            self._results[command] = futures.Future()
+            self._results[command].set_result(result)
+        return self._results[command].result()
+
+    def _run(self, command):
+        how = RUN[command]
+        if how.after:
+            assert self.run(how.after)[0] == 0
+        for old, new in how.replaced.items():
+            assert old in command
+            command = command.replace(old, new)
+        words = shlex.split(f"{command} {how.more}")
+        if words[0] == "python" and words[1].startswith("scripts/"):
+            return self._inside(words[1:])
+        words = [sys.executable if word == "python" else word for word in words]
+        done = subprocess.run(
+            words,
+            cwd=self.folder,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return done.returncode, done.stdout
+
+    def _inside(self, words):
+        output, status = io.TextIOWrapper(io.BytesIO(), write_through=True), 0
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+        ):
+            patch.chdir(self.folder)
+            patch.setattr(sys, "argv", words)
+            patch.syspath_prepend(str(ROOT / "scripts"))  # where Python looks first
+            try:
+                runpy.run_path(words[0], run_name="__main__")
+            except SystemExit as end:
+                status = end.code or 0
+        return status, output.buffer.getvalue().decode()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, demo_data):
+    made = Place(tmp_path_factory.mktemp("commands"), demo_data)
+    made.run(_PREPARE)
+    with futures.ThreadPoolExecutor(1) as executor:  # processes of their own, on another core
+        for command in RUN:
+            if command.startswith("python -m dualpath_jax.main"):
+                made.begin(executor, command)
+        yield made
+
+
+@pytest.mark.parametrize("command", RUN, ids=lambda command: command[:90])
+def test_command(place, command):
+    status, output = place.run(command)
+    assert status == 0, output[-2000:]
+    assert re.search(RUN[command].says, output), output[-2000:]
+    assert not RUN[command].makes or (place.folder / RUN[command].makes).exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "benchmark_memory --videos=. --batch_size=0",
+        "benchmark_methods --rounds=0",
+        "benchmark_pipeline --videos=. --frames 16 0",
+        "benchmark_seek --prepared=. --rounds=0",
+        "benchmark_step --calls=0",
+        "compare_methods --steps=0",
+        "export_model --workdir=. --out=. --batch_size=0",
+        "fuzz --inputs=0",
+    ],
+)
+def test_numbers_of_nothing_are_refused(command, capsys):
+    """Before any work; the twin is the same command with a one."""
+    name, *arguments = command.split()
+    parser = importlib.import_module(f"scripts.{name}").parser()
+    with pytest.raises(SystemExit):
+        parser.parse_args(arguments)
+    assert ": 0 is not positive" in capsys.readouterr().err
+    parser.parse_args([re.sub(r"(^|=)0$", r"\g<1>1", argument) for argument in arguments])
+
+
+def test_a_command_that_fails_is_seen(place, monkeypatch):
+    """Not the commands alone, the place too: what names nothing ends with an error."""
+    wrong = "python scripts/prepare_dataset.py --dataset=folder --videos=NOTHING --out=data/none"
+    monkeypatch.setitem(RUN, wrong, How())
+    status, output = place.run(wrong)
+    assert status != 0
+    assert "NOTHING" in output

@@ -1,0 +1,72 @@
+"""The picture of a batch."""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+
+from dualpath_jax.data.randaugment_ops import OPS
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def run(*args):
+    command = [sys.executable, "scripts/show_batch.py", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_picture_of_a_batch(demo_data, tmp_path):
+    out = tmp_path / "batch.png"
+    args = ("--config=configs/demo.py", f"--data_dir={demo_data}", f"--out={out}")
+    result = run(*args, "--clips=3", "--zoom=2")
+    assert result.returncode == 0, result.stderr
+    assert "3 clips of step 0" in result.stdout
+    picture = np.asarray(Image.open(out))
+    # Three rows of 16 + 128 + 8 pixels; two frames and a frameset of 128 pixels each.
+    assert picture.shape == (3 * 152, 480, 3)
+    assert picture[20, 128:136].min() == 255  # the gap between pictures
+    assert picture[16:144, :128].std() > 0
+
+
+def test_picture_of_a_method_without_framesets(demo_data, tmp_path):
+    config = tmp_path / "linear.py"
+    config.write_text(
+        "from configs import demo\n\n\ndef get_config():\n    config = demo.get_config()\n"
+        "    config.model.method = 'linear'\n    config.data.num_frames = 3\n"
+        "    config.data.randaugment_layers = 4\n"
+        "    config.data.erasing_probability = 0.5\n    return config\n"
+    )
+    out = tmp_path / "batch.png"
+    result = run(f"--config={config}", f"--data_dir={demo_data}", f"--out={out}", "--zoom=3")
+    assert result.returncode == 0, result.stderr
+    # Eight rows of 16 + 192 + 8 pixels; three frames of 192 pixels each.
+    assert np.asarray(Image.open(out)).shape == (8 * 216, 3 * 200, 3)
+
+
+def test_colours_as_the_model_gets_them():
+    spec = importlib.util.spec_from_file_location("show_batch", ROOT / "scripts/show_batch.py")
+    show_batch = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(show_batch)
+    batch = {
+        "spatial": np.full((1, 2, 4, 4, 3), 60, np.uint8),
+        "temporal": np.full((1, 1, 4, 4, 3), 60, np.uint8),
+        "ops": np.array([[OPS.index("invert"), 0, OPS.index("brightness")]], np.int32),
+        "op_values": np.array([[0, 0, 0.5]], np.float32),
+        "tables": np.tile(255 - np.arange(256, dtype=np.uint8), (1, 3, 1)),
+    }
+    shown = show_batch.colour(batch)
+    assert set(shown["spatial"].ravel().tolist() + shown["temporal"].ravel().tolist()) == {98}
+    assert show_batch.drawn(batch, 0) == "; invert; brightness 0.5"
+    del batch["ops"]
+    assert show_batch.colour(batch) is batch
+    assert show_batch.drawn(batch, 0) == ""
+
+
+def test_missing_data(tmp_path):
+    result = run("--config=configs/demo.py", "--data_dir=nowhere", "--out=x.png")
+    assert result.returncode == 2
+    assert "error: no prepared videos in nowhere" in result.stderr
+    assert "Traceback" not in result.stderr

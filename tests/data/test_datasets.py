@@ -1,0 +1,275 @@
+"""Readers of annotations: who is in which split, of which class."""
+
+import json
+
+import pytest
+
+from dualpath_jax.data.datasets.annotations import split_by_hash
+from dualpath_jax.data.datasets.registry import DATASETS, Video, list_videos
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+
+
+@pytest.fixture
+def videos(tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    return folder
+
+
+def ids(listing, split):
+    return [video.id for video in listing.splits[split]]
+
+
+# ----- what all share
+
+
+def test_known_names(videos):
+    assert list(DATASETS) == ["k400", "ssv2", "hmdb51", "diving48", "folder", "csv"]
+    known = "k400, ssv2, hmdb51, diving48, folder, csv"
+    with pytest.raises(ValueError, match=f"unknown data set 'ssv3': known are {known}"):
+        list_videos("ssv3", str(videos))
+
+
+def test_bad_arguments(videos, tmp_path):
+    with pytest.raises(ValueError, match="no folder of videos .*nowhere.*--videos"):
+        list_videos("folder", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="validation_fraction is 1.0"):
+        list_videos("folder", str(videos), None, 1.0)
+    for dataset in ("k400", "ssv2", "hmdb51", "diving48", "csv"):
+        with pytest.raises(ValueError, match="--annotations is missing; it is"):
+            list_videos(dataset, str(videos))
+
+
+def test_what_cannot_be_learnt_or_evaluated_is_said(tmp_path):
+    """Twin: two classes of two videos."""
+    touch(tmp_path / "one" / "run", "1.mp4")
+    alone, no_other = list_videos("folder", str(tmp_path / "one")).notices
+    assert alone.startswith("there is one class alone, 'run'")
+    assert no_other.startswith("there is the split 'train' alone")
+    for name in ("run", "walk"):
+        touch(tmp_path / "two" / name, "1.mp4", "2.mp4")
+    assert list_videos("folder", str(tmp_path / "two")).notices == []
+
+
+# ----- Something-Something-v2
+
+LABELS = {"Moving something up": "1", "Holding something": "0", "Something falling": "2"}
+
+
+def entry(id_, template):
+    return {"id": id_, "label": "moving a cup", "template": template, "placeholders": ["a cup"]}
+
+
+def write_ssv2(root, prefix="", **files):
+    root.mkdir(exist_ok=True)
+    default = {
+        "labels": LABELS,
+        "train": [entry("2", "Moving [something] up"), entry("10", "Holding [something]")],
+        "validation": [entry("3", "[Something] falling")],
+    }
+    for name, content in (default | files).items():
+        (root / f"{prefix}{name}.json").write_text(json.dumps(content))
+    return str(root)
+
+
+@pytest.mark.parametrize("prefix", ["", "something-something-v2-"])
+def test_ssv2(videos, tmp_path, prefix):
+    touch(videos, "2.webm", "3.mp4")
+    listing = list_videos("ssv2", str(videos), write_ssv2(tmp_path / "a", prefix))
+    assert listing.class_names == [
+        "Holding something",
+        "Moving something up",
+        "Something falling",
+    ]
+    assert listing.splits == {
+        "train": [Video("2", "2.webm", 1), Video("10", "10.webm", 0)],  # 10 is not there
+        "validation": [Video("3", "3.mp4", 2)],
+    }
+    assert listing.notices == ["the annotations have 3 classes, ssv2 as published 174"]
+
+
+def test_ssv2_test_split(videos, tmp_path):
+    bare = [{"id": "7"}, {"id": "8"}]
+    annotations = write_ssv2(tmp_path / "a", test=bare)
+    listing = list_videos("ssv2", str(videos), annotations)
+    assert list(listing.splits) == ["train", "validation"]
+    assert "2 entries of" in listing.notices[0]
+    (tmp_path / "a" / "test-answers.csv").write_text(
+        "7;Holding something\n8;Moving [something] up\n"
+    )
+    listing = list_videos("ssv2", str(videos), annotations)
+    assert listing.splits["test"] == [Video("7", "7.webm", 0), Video("8", "8.webm", 1)]
+    null = write_ssv2(tmp_path / "a", test=[entry("7", None), entry("8", None)])
+    assert list_videos("ssv2", str(videos), null).splits == listing.splits
+    assert len(listing.notices) == 1  # the number of classes
+    full = write_ssv2(tmp_path / "b", test=[entry("9", "Moving [something] up")])
+    assert list_videos("ssv2", str(videos), full).splits["test"] == [Video("9", "9.webm", 1)]
+
+
+def test_ssv2_errors(videos, tmp_path):
+    def error(match, **files):
+        annotations = write_ssv2(tmp_path / "a", **files)
+        with pytest.raises(ValueError, match=match):
+            list_videos("ssv2", str(videos), annotations)
+
+    error(
+        r"video 5 in .*train.json has template 'Eating \[something\]'",
+        train=[entry("5", "Eating [something]")],
+    )
+    error("video 5 .* has template None", train=[{"id": "5"}])
+    error("an entry of .*train.json has no 'id': .*looks like Diving48", train=[{"vid_name": "5"}])
+    error("no two templates the same", labels={"a [b]": "0", "a b": "1"})
+    error("labels must be 0..1, each once", labels={"a": "0", "b": "2"})
+    error("a label is no number", labels={"a": "zero"})
+    error("holds a list, not a dict", labels=[])
+    error("video '2' is twice in split 'train'", train=[entry("2", "Holding [something]")] * 2)
+    error("has no videos", train=[], validation=[])
+    write_ssv2(tmp_path / "a")
+    (tmp_path / "a" / "train.json").write_text("[{")
+    with pytest.raises(ValueError, match="train.json is no valid JSON"):
+        list_videos("ssv2", str(videos), str(tmp_path / "a"))
+    (tmp_path / "a" / "train.json").unlink()
+    with pytest.raises(ValueError, match="there is no train.json"):
+        list_videos("ssv2", str(videos), str(tmp_path / "a"))
+
+
+# ----- class folders
+
+
+def test_folder_with_splits(videos):
+    touch(videos, "train/b/1.mp4", "train/a a/-2.mp4", "val/b/3.mp4", "test/c/[4].mp4")
+    listing = list_videos("folder", str(videos))
+    assert listing.class_names == ["a a", "b", "c"]
+    assert listing.splits == {
+        "test": [Video("test/c/[4].mp4", "test/c/[4].mp4", 2)],
+        "train": [
+            Video("train/a a/-2.mp4", "train/a a/-2.mp4", 0),
+            Video("train/b/1.mp4", "train/b/1.mp4", 1),
+        ],
+        "validation": [Video("val/b/3.mp4", "val/b/3.mp4", 1)],
+    }
+    touch(videos, "validation/b/3.mp4")
+    with pytest.raises(ValueError, match="test, train, val, validation: two are the same split"):
+        list_videos("folder", str(videos))
+
+
+def test_folder_without_splits(videos):
+    touch(videos, *(f"a/{i}.mp4" for i in range(10)), "b/x.mp4", "b/y.mp4", "c/only.mp4")
+    touch(videos, ".hidden", "stray.txt", "a/.DS_Store", "a/deep/z.mp4", "b/notes.txt")
+    listing = list_videos("folder", str(videos))
+    assert listing.class_names == ["a", "b", "c"]
+    per_class = {
+        split: [sum(video.label == k for video in found) for k in range(3)]
+        for split, found in listing.splits.items()
+    }
+    assert per_class == {"train": [8, 2, 1], "validation": [2, 1, 0]}
+    assert "c/only.mp4" in ids(listing, "train")
+    both = ids(listing, "train") + ids(listing, "validation")
+    assert len(both) == len(set(both)) == 14
+    assert "b/notes.txt" in both
+    assert len(listing.notices) == 2
+    assert "'stray.txt'" in listing.notices[0]
+    assert "'deep'" in listing.notices[1]
+    assert list_videos("folder", str(videos)) == listing
+
+
+def test_folder_fraction_zero_and_empty(videos):
+    with pytest.raises(ValueError, match="no class folders"):
+        list_videos("folder", str(videos))
+    (videos / "empty class").mkdir()
+    touch(videos, "a/1.mp4", "a/2.mp4")
+    with pytest.raises(ValueError, match="class folder 'empty class' in .* has no videos"):
+        list_videos("folder", str(videos))
+    (videos / "empty class").rmdir()
+    listing = list_videos("folder", str(videos), None, 0.0)
+    assert ids(listing, "train") == ["a/1.mp4", "a/2.mp4"]
+    assert list(listing.splits) == ["train"]
+
+
+def test_split_by_hash_is_fixed():
+    """The same ids on every machine and in every release."""
+    split = split_by_hash([Video(f"v{i}", f"v{i}.mp4", i % 2) for i in range(20)], 0.2)
+    assert [video.id for video in split["validation"]] == ["v0", "v7", "v11", "v16"]
+
+
+# ----- lists
+
+
+def test_csv_file(videos, tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text(
+        "path,label\na b/1, x.mp4,jump\n-2.mp4,run\n\n/abs/3.mp4, run \n"
+        '"q,4.mp4","hop, skip"\n5.mp4,jump\n'
+    )
+    listing = list_videos("csv", str(videos), str(path), 0.0)
+    assert listing.class_names == ["hop, skip", "jump", "run"]
+    assert listing.splits["train"] == [
+        Video("a b/1, x.mp4", "a b/1, x.mp4", 1),
+        Video("-2.mp4", "-2.mp4", 2),
+        Video("/abs/3.mp4", "/abs/3.mp4", 2),
+        Video("q,4.mp4", "q,4.mp4", 0),
+        Video("5.mp4", "5.mp4", 1),
+    ]
+    split = list_videos("csv", str(videos), str(path), 0.5).splits
+    assert {name: len(found) for name, found in split.items()} == {"train": 3, "validation": 2}
+    path.write_text("[x]/1.mp4,run\n")
+    assert list_videos("csv", str(videos), str(path), 0.0).splits["train"][0].id == "[x]/1.mp4"
+
+
+def test_csv_numbers_and_kinetics_lists(videos, tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text("a b.mp4 3\nc.mp4,0\n")
+    listing = list_videos("csv", str(videos), str(path), 0.0)
+    assert listing.class_names == ["0", "1", "2", "3"]
+    assert listing.notices == ["2 classes have no video, such as '1'"]
+    assert listing.splits["train"] == [Video("a b.mp4", "a b.mp4", 3), Video("c.mp4", "c.mp4", 0)]
+
+
+@pytest.mark.parametrize("validation", ["validation.csv", "val.csv"])
+def test_csv_folder(videos, tmp_path, validation):
+    touch(tmp_path / "lists", "unused")
+    (tmp_path / "lists" / "train.csv").write_text("1.mp4,a\n2.mp4,b\n")
+    (tmp_path / "lists" / validation).write_text("3.mp4,b\n")
+    (tmp_path / "lists" / "test.csv").write_text("1.mp4,a\n")
+    listing = list_videos("csv", str(videos), str(tmp_path / "lists"))
+    assert {name: [video.id for video in found] for name, found in listing.splits.items()} == {
+        "train": ["1.mp4", "2.mp4"],
+        "validation": ["3.mp4"],
+        "test": ["1.mp4"],
+    }
+    assert listing.notices == ["1 videos are in several splits, such as '1.mp4'"]
+    other = {"validation.csv": "val.csv", "val.csv": "validation.csv"}[validation]
+    (tmp_path / "lists" / other).write_text("4.mp4,b\n")
+    with pytest.raises(ValueError, match=r"val.csv and another list of .* 'validation'; keep one"):
+        list_videos("csv", str(videos), str(tmp_path / "lists"))
+    (tmp_path / "lists" / other).unlink()
+    (tmp_path / "lists" / "test.csv").write_text("9.mp4,c\n")
+    with pytest.raises(ValueError, match="'9.mp4' of split 'test' has label 'c'"):
+        list_videos("csv", str(videos), str(tmp_path / "lists"))
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("a.mp4\n", "line 1: 'a.mp4' is not `path,label`"),
+        ("a b.mp4 run\n", "is not `path,label`"),
+        ("a.mp4,x\nb.mp4,\n", "line 2: 'b.mp4,' is not"),
+        ("a.mp4,x\na.mp4,y\n", "video 'a.mp4' is twice"),
+        ("a.mp4,01\n", "label '01' is written with leading zeros"),
+        ("path,label\n", "has no videos"),
+        ("label,youtube_id,time_start\n", "list.csv is no list of .*looks like Kinetics, --data"),
+        ("video,label\na.mp4,0\nb.mp4,1\n", "'video' has label 'label', .*headings must be"),
+        ("a.mp4 0\nb, c.mp4 1\n", "video 'b' has label 'c.mp4 1', where others have whole numbers"),
+        ('[{"vid_name": "a"}]\n', "is no list of `path,label`; it looks like Diving48"),
+        ("", "has no videos"),
+    ],
+)
+def test_csv_errors(videos, tmp_path, text, match):
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(ValueError, match=match):
+        list_videos("csv", str(videos), str(tmp_path / "list.csv"), 0.0)

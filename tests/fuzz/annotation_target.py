@@ -1,0 +1,113 @@
+"""Damaged annotations of every data set: `Annotations`."""
+
+import json
+import os
+import pathlib
+import random
+
+from dualpath_jax.data import augment
+from dualpath_jax.data.datasets.registry import list_videos
+from dualpath_jax.data.preparation import summary
+from dualpath_jax.data.preparation.worker_pool import Failure
+from tests.fuzz.mutate import mutate_bytes, mutate_json, mutate_text
+from tests.fuzz.sandbox import Case, Target
+
+_K400 = "label,youtube_id,time_start,time_end,split\n" + "".join(
+    f"{label},-abc_{label[:2]}{i},{i},{i + 10},{{split}}\n"
+    for label in ("abseiling", '"air, ""drumming"""')
+    for i in range(3)
+)
+_SSV2 = [
+    {"id": str(i), "label": "holding a cup", "template": "Holding [something]"} for i in range(4)
+]
+_DIVING = [{"vid_name": f"0Ms{i}_00{i}", "label": i % 2, "start_frame": 0} for i in range(4)]
+
+
+def _dump(content: object) -> bytes:
+    return json.dumps(content).encode()
+
+
+# By data set; the folders "annotations" and "videos" are those of `list_videos`.
+_SEEDS = {
+    "k400": {f"annotations/{s}.csv": _K400.format(split=s).encode() for s in ("train", "val")}
+    | {"videos/a/-abc_ab0_000000_000010.mp4": b""},
+    "ssv2": {
+        "annotations/labels.json": _dump({"Holding something": "0", "Folding something": "1"}),
+        "annotations/train.json": _dump(_SSV2),
+        "annotations/validation.json": _dump(_SSV2[:2]),
+        "annotations/test.json": _dump([{"id": "8"}, {"id": "9"}]),
+        "annotations/test-answers.csv": b"8;Holding something\n9;Folding something\n",
+        "videos/0.webm": b"",
+    },
+    "hmdb51": {
+        f"annotations/{name}_test_split{i}.txt": f"a_{name}.avi {i % 2 + 1} \nb.avi 0\n".encode()
+        for name in ("wave", "sword_exercise")
+        for i in (1, 2, 3)
+    }
+    | {"videos/wave/a_wave.avi": b""},
+    "diving48": {
+        "annotations/Diving48_V2_train.json": _dump(_DIVING),
+        "annotations/Diving48_V2_test.json": _dump(_DIVING[:2]),
+        "annotations/Diving48_vocab.json": _dump([["Back", "15som", "05Twis", "FREE"]] * 2),
+        "videos/0Ms0_000.mp4": b"",
+    },
+    "csv": {
+        "annotations/train.csv": b'path,label\na/1.mp4,waves\n"b, 2.mp4",runs\nc.mp4 4,waves\n',
+        "annotations/val.csv": b"d.mp4,waves\n",
+        "videos/a/1.mp4": b"",
+    },
+    "csv_numbers": {
+        "annotations/train.csv": b"a.mp4 0\nb.mp4 1\nc.mp4 1\nd.mp4 0\n",
+        "videos/a.mp4": b"",
+    },
+    "folder": {f"videos/{split}/{i}/v.mp4": b"" for split in ("train", "val") for i in range(2)},
+    "label_swap": {"swap.json": _dump([["turns left", "turns right"], ["pulls", "pushes"]])},
+}
+
+
+class Annotations(Target):
+    """`list_videos` of every data set, and `read_label_swap`.
+
+    What is accepted is then told as `prepare` tells it of videos that are missing or bad.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        del folder  # nothing is needed there
+        self._seeds = [Case(kind, files) for kind, files in _SEEDS.items()]
+
+    def seeds(self) -> list[Case]:
+        return self._seeds
+
+    def mutate(self, rng: random.Random, seed: Case) -> Case:
+        files = dict(seed.files)
+        name = rng.choice([n for n in files if files[n] or rng.random() < 0.2] or sorted(files))
+        if not files[name]:  # a video, of which nothing but the name is read
+            files[_mutated_name(rng, name)] = files.pop(name)
+        elif name.endswith(".json") and rng.random() < 0.6:
+            files[name] = mutate_json(rng, files[name])
+        else:
+            files[name] = mutate_text(rng, files[name])
+        return Case(seed.kind, files)
+
+    def read(self, kind: str, folder: pathlib.Path, out: pathlib.Path) -> None:
+        if kind == "label_swap":
+            names = ["turns left", "turns right", "pulls", "pushes"]
+            augment.mirrored_labels(names, str(folder / "swap.json"))
+            return
+        videos, dataset = folder / "videos", kind.partition("_")[0]
+        listing = list_videos(dataset, str(videos), str(folder / "annotations"))
+        lines = [*map(str, listing.class_names), *listing.notices]
+        for split, found in listing.stored().items():
+            for video in found:
+                lines.append(summary.json_line(summary.bad_entry(split, video, Failure("none"))))
+                os.path.exists(os.path.join(videos, video.path))
+        text = "\n".join(lines)
+        (out / "told").write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def _mutated_name(rng: random.Random, path: str) -> str:
+    """A file name of other bytes, in the same folder or below."""
+    folder, _, name = path.rpartition("/")
+    mutated = mutate_bytes(rng, os.fsencode(name))[:200].strip(b"./").replace(b"\0", b"")
+    parts = [part for part in mutated.split(b"/") if part.strip(b".")]
+    return f"{folder}/{os.fsdecode(b'/'.join(parts[:3]) or b'x')}"

@@ -1,0 +1,184 @@
+"""Damaged prepared data: `Records`."""
+
+import io
+import pathlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from PIL import Image
+
+from dualpath_jax.config import schema
+from dualpath_jax.data import augment, clip_assembly, clip_spec, frame_sampling, video_dataset
+from dualpath_jax.data.dataset_metadata import DECODE_ERRORS
+from dualpath_jax.data.preparation import shard_writer, video_decoder
+from dualpath_jax.data.preparation.shard_writer import VideoRow
+from dualpath_jax.data.video_dataset import VideoDataset
+from tests.fuzz.mutate import mutate_bytes, mutate_json
+from tests.fuzz.sandbox import Case, Target
+
+_NUM_FRAMES = (3, 1, 5, 2)  # per video; the first two are in one shard
+_HEIGHT, _WIDTH = 24, 32
+# Values of the numbers in the video table.
+_NUMBERS = (-(2**63), -1, 0, 1, 2, 3, 11, 12, 8192, 65535, 2**31, 2**62, 2**63 - 1)
+
+
+class Records(Target):
+    """`VideoDataset`, then a clip of every video, as in training or in evaluation."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+        (folder / "data/frames").mkdir(parents=True)
+        _write(folder / "data")
+        files = [path for path in (folder / "data").rglob("*") if path.is_file()]
+        content = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
+        self._seeds = [Case("records", content)]
+        self._payloads = {
+            name: ArrayRecordReader(str(folder / name)).read_all()
+            for name in content
+            if "array_record" in name
+        }
+        self._data = schema.get_config().data
+        self._data.update(
+            num_frames=4,
+            num_spatial_frames=2,
+            grid=(2, 2),
+            frame_scale=2,
+            image_size=16,
+            sampling="segments",
+        )
+        self._clip = clip_spec.clip_format(self._data)
+        self._elements = _Elements(self._clip)
+        self._problems: list[Exception] = []
+        # One for all cases: tracing it takes a hundred times as long as a clip.
+        self._stream = clip_assembly.decode_clips(
+            self._elements, self._clip, self._data, self._problems
+        )
+
+    def seeds(self) -> list[Case]:
+        return self._seeds
+
+    def mutate(self, rng: random.Random, seed: Case) -> Case:
+        names = [n for n in seed.files if n.endswith(("dataset_info.json", "class_names.json"))]
+        name = rng.choice([*names, *self._payloads, *self._payloads])
+        content = seed.files[name]
+        if name in self._payloads and rng.random() < 0.6:
+            content = self._mutate_records(rng, name)
+        elif name.endswith(".json") and rng.random() < 0.7:
+            content = mutate_json(rng, content)
+        else:
+            content = mutate_bytes(rng, content)
+        return Case(seed.kind, seed.files | {name: content})
+
+    def _mutate_records(self, rng: random.Random, name: str) -> bytes:
+        """A shard with right checksums, some of whose records are damaged, missing or doubled."""
+        payloads = list(self._payloads[name])
+        place = rng.randrange(len(payloads))
+        kind = rng.randrange(6)
+        if kind == 0:
+            del payloads[place]
+        elif kind == 1:
+            payloads.insert(place, payloads[place])
+        elif kind == 2:
+            payloads[place] = mutate_bytes(rng, payloads[place])
+        else:
+            payloads[place] = _mutate_example(rng, payloads[place])
+        path = str(self._folder / "mutated")
+        writer = ArrayRecordWriter(path, "group_size:1,uncompressed")
+        for payload in payloads:
+            writer.write(payload)
+        writer.close()
+        return pathlib.Path(path).read_bytes()
+
+    def read(self, kind: str, folder: pathlib.Path, out: pathlib.Path) -> None:
+        del kind, out
+        dataset = VideoDataset(str(folder / "data"), "train")
+        self._problems.clear()
+        self._elements.dataset = dataset
+        try:
+            for decoded in self._stream.as_numpy_iterator():
+                dataset.class_names[decoded["label"]].encode("utf-8", "surrogateescape")
+        except DECODE_ERRORS as problem:  # as `pipeline.eval_batches` deals with it
+            if self._problems:
+                raise self._problems[0] from None
+            if not any(
+                clip_assembly.undecodable(e, self._clip, self._data) for e in self._elements
+            ):
+                raise
+            raise video_dataset.UnreadableVideo(str(problem)) from None
+
+
+class _Elements:
+    """The clips of a data set, anew for each iteration."""
+
+    dataset: Any = None
+
+    def __init__(self, clip: clip_spec.ClipFormat):
+        self._clip = clip
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        dataset, rng = self.dataset, np.random.default_rng(0)
+        for video in range(min(len(dataset), 10)):
+            height, width = int(dataset.heights[video]), int(dataset.widths[video])
+            count = int(dataset.num_frames[video])
+            frames = frame_sampling.sample_frames("segments", count, 4, None, rng)
+            crop = augment.view_crop(height, width, 0, 3)
+            if video % 2:
+                crop = augment.random_resized_crop(height, width, rng, (0.08, 1.0), flip=True)
+            yield clip_assembly.make_element(dataset, self._clip, video, frames, crop)
+
+
+def _jpeg(value: int, progressive: bool) -> bytes:
+    noise = np.random.default_rng(value).integers(0, 256, (_HEIGHT, _WIDTH, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG", quality=50, progressive=progressive)
+    return buffer.getvalue()
+
+
+def _write(out: pathlib.Path) -> None:
+    """Prepared data without videos."""
+    first = np.cumsum([0, *_NUM_FRAMES])
+    rows = [
+        VideoRow(f"v{i}", i % 2, int(first[i]), count, 12.5, _HEIGHT, _WIDTH, False)
+        for i, count in enumerate(_NUM_FRAMES)
+    ]
+    for shard, videos in enumerate(((0, 1), (2, 3))):
+        with shard_writer.ShardWriter(
+            video_dataset.frame_shard_path(str(out), "train", shard, 2)
+        ) as writer:
+            for video in videos:
+                for frame in range(_NUM_FRAMES[video]):
+                    jpeg = _jpeg(10 * video + frame, progressive=video == 2)
+                    writer.write(shard_writer.encode_frame(jpeg))
+    lengths = {"train": [4, 7]}
+    shard_writer.write_tables(
+        str(out), ["a", "b"], {"train": rows}, lengths, video_decoder.FrameFormat()
+    )
+
+
+def _mutate_example(rng: random.Random, payload: bytes) -> bytes:
+    """A tf.train.Example with one feature damaged, of another type, empty, doubled or missing."""
+    example = tf.train.Example.FromString(payload)
+    features = example.features.feature
+    name = rng.choice(sorted(features))
+    feature = features[name]
+    values = getattr(feature, feature.WhichOneof("kind")).value
+    kind = rng.randrange(10)
+    if kind == 0:
+        del features[name]
+    elif kind == 1:
+        values.append(values[0])
+    elif kind == 2:
+        del values[:]
+    elif kind == 3:
+        feature.bytes_list.value.append(b"3")
+    elif isinstance(values[0], bytes):
+        values[0] = mutate_bytes(rng, values[0])
+    elif isinstance(values[0], float):
+        values[0] = rng.choice((float("nan"), float("inf"), -1.0, 1e30))
+    else:
+        values[0] = rng.choice(_NUMBERS)
+    return example.SerializeToString(deterministic=True)

@@ -1,0 +1,27 @@
+"""What is fuzzed: `TARGETS`, `SHARES`."""
+
+from tests.fuzz.annotation_target import Annotations
+from tests.fuzz.records_target import Records
+from tests.fuzz.sandbox import Target
+from tests.fuzz.video_target import Videos
+from tests.fuzz.weights_target import Adapters, Backbones, Checkpoints, TorchCheckpoints
+
+TARGETS: dict[str, type[Target]] = {
+    "annotations": Annotations,
+    "backbones": Backbones,
+    "checkpoints": Checkpoints,
+    "torch": TorchCheckpoints,
+    "adapters": Adapters,
+    "records": Records,
+    "videos": Videos,
+}
+# Parts of all inputs: more where an input takes less time.
+SHARES = {
+    "annotations": 0.45,
+    "backbones": 0.15,
+    "checkpoints": 0.1,
+    "torch": 0.075,
+    "adapters": 0.075,
+    "records": 0.075,
+    "videos": 0.075,
+}

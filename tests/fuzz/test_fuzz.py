@@ -1,0 +1,154 @@
+"""The fuzz harness: its targets in short, and that nothing bad escapes it."""
+
+import os
+import pathlib
+import random
+import runpy
+import subprocess
+import sys
+import types
+
+import pytest
+
+from tests.fuzz import broken_targets, harness, mutate, sandbox
+from tests.fuzz.targets import SHARES, TARGETS
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+INPUTS = {"annotations": 200, "backbones": 60, "torch": 40, "records": 40, "videos": 25}
+
+
+def _made(name, folder):
+    folder.mkdir()
+    return TARGETS[name](folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(INPUTS))
+def test_short(name, tmp_path, monkeypatch):
+    if name == "torch":
+        pytest.importorskip("torch")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # it lies outside
+    count, (one, other) = INPUTS[name], (tmp_path / "one", tmp_path / "other")
+    kept = tmp_path / "kept"
+    cases = [
+        [sandbox.case_of(target, 0, i) for i in range(20)]
+        for target in (_made(name, one), _made(name, other))
+    ]
+    assert cases[0] == cases[1]  # whoever makes the seeds
+    row = harness.fuzz_target(name, TARGETS[name], 0, count, 1, kept)
+    assert row.findings == {}
+    assert row.inputs == count == row.accepted + row.refused
+    assert min(row.accepted, row.refused) >= 4  # damages are neither too weak nor too strong
+
+
+# ---------------------------------------------------------------- what must be reported
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        ("key", "KeyError: 'key'"),
+        ("unicode", "UnicodeDecodeError"),
+        ("exit", "SystemExit"),
+        ("memory", "MemoryError"),
+        ("crash", "the reading process died"),
+        ("hang", "hangs: no answer within 3 s"),
+        ("beside", "evil"),
+        ("input", "changed outside the output folder"),
+        ("native", "evil"),
+        ("elsewhere", f"opened for writing: '{broken_targets.ELSEWHERE}'"),
+        ("run", "subprocess.Popen"),
+    ],
+)
+def test_what_ends_badly_is_reported(word, text, tmp_path):
+    row = harness.fuzz_target(word, broken_targets.TARGETS[word], 0, 1, 0, tmp_path)
+    pathlib.Path(broken_targets.ELSEWHERE).unlink(missing_ok=True)
+    assert (row.inputs, row.accepted, row.refused) == (1, 0, 0)
+    assert text in row.findings[0]
+    kept = tmp_path / f"{word}-0-0"
+    assert (kept / "files/file").read_bytes() == word.encode()
+    report = (kept / "finding.txt").read_text()
+    assert report.startswith(f"python scripts/fuzz.py --targets {word} --seed=0 --only=0\n")
+    assert text in report
+
+
+def test_reading_goes_on_after_a_crash(tmp_path):
+    row = harness.fuzz_target("crash", broken_targets.TARGETS["crash"], 0, 3, 0, tmp_path)
+    assert list(row.findings) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("word", "accepted", "refused"), [("good", 3, 0), ("refuse", 0, 3)])
+def test_good_ends_are_no_findings(word, accepted, refused, tmp_path):
+    row = harness.fuzz_target(word, broken_targets.TARGETS[word], 0, 3, 0, tmp_path)
+    assert (row.accepted, row.refused, row.findings) == (accepted, refused, {})
+    assert os.listdir(tmp_path) == []
+
+
+def test_seeds_must_be_read(tmp_path):
+    with pytest.raises(ValueError, match="Unread does not read its own seeds(.|\n)*KeyError"):
+        harness.fuzz_target("unread", broken_targets.Unread, 0, 1, 0, tmp_path)
+
+
+# ---------------------------------------------------------------- damages, counting
+
+
+def test_damages_follow_from_the_seed(tmp_path):
+    target = TARGETS["annotations"](tmp_path)
+    cases = [sandbox.case_of(target, 0, i) for i in range(200)]
+    assert cases == [sandbox.case_of(target, 0, i) for i in range(200)]
+    assert cases != [sandbox.case_of(target, 1, i) for i in range(200)]
+    assert sum(case not in target.seeds() for case in cases) > 180
+
+
+def test_mutations_are_bounded():
+    rng, data = random.Random(0), bytes(range(256))
+    sizes = [len(mutate.mutate_bytes(rng, data)) for _ in range(2000)]
+    assert min(sizes) == 0
+    assert max(sizes) < 5_000_000
+    assert mutate.mutate_bytes(rng, b"") is not None
+
+
+def test_shares():
+    assert sum(SHARES.values()) == pytest.approx(1)
+    counts = harness.divide(20_000, SHARES)
+    assert sum(counts.values()) == 20_000
+    assert counts["videos"] == 1500
+
+
+def test_table():
+    row = harness.Row("a", 1200, 1000, 199, {7: "bad"}, 12.4)
+    assert harness.table([row, harness.Row("b", 1, 1)]).splitlines()[2:] == [
+        "| a | 1,200 | 1,000 | 199 | 1 | 12 |",
+        "| b | 1 | 1 | 0 | 0 | 0 |",
+        "| total | 1,201 | 1,001 | 199 | 1 | 12 |",
+    ]
+
+
+@pytest.mark.slow
+def test_script(tmp_path):
+    script = ROOT / "scripts/fuzz.py"
+    options = ["--targets", "checkpoints", "adapters", "--inputs=70", f"--findings={tmp_path}"]
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    done = subprocess.run(
+        [sys.executable, script, *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("| target | inputs | accepted | refused with a named error |")
+    assert [line.split("|")[1:3] for line in lines[2:]] == [
+        [" checkpoints ", " 40 "],
+        [" adapters ", " 30 "],
+        [" total ", " 70 "],
+    ]
+
+
+def test_script_refuses_what_it_does_not_know():
+    fuzz = runpy.run_path(str(ROOT / "scripts/fuzz.py"))["fuzz"]
+    with pytest.raises(ValueError, match="unknown target 'x': known are annotations, backbones"):
+        fuzz(types.SimpleNamespace(targets=["x"], only=None))
+    with pytest.raises(ValueError, match="--only needs one target"):
+        fuzz(types.SimpleNamespace(targets=None, only=3))

@@ -1,0 +1,311 @@
+"""Damaged files of weights: `Backbones`, `Checkpoints`, `TorchCheckpoints`, `Adapters`.
+
+`BACKBONES` are the tiny ones whose files are damaged.
+"""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import pathlib
+import random
+
+import numpy as np
+import safetensors.numpy
+
+from dualpath_jax.config.values import NO_CONFIG
+from dualpath_jax.inference import trained_model
+from dualpath_jax.models.backbones import registry as backbone_registry
+from dualpath_jax.training import adapter_file
+from dualpath_jax.weights import convert, layouts
+from tests.fuzz.mutate import mutate_bytes, mutate_json
+from tests.fuzz.sandbox import Case, Target
+
+BACKBONES = {
+    "vit": backbone_registry.backbone_config(
+        "custom",
+        image_size=8,
+        patch_size=4,
+        width=8,
+        depth=2,
+        heads=1,
+        mlp_dim=16,
+        projection_dim=4,
+    ),
+    "vit-in21k": backbone_registry.backbone_config(
+        "custom",
+        image_size=8,
+        patch_size=4,
+        width=8,
+        depth=2,
+        heads=1,
+        mlp_dim=16,
+        activation="gelu",
+        pre_norm=False,
+        patch_bias=True,
+    ),
+    "swin": backbone_registry.backbone_config(
+        "custom-swin",
+        image_size=16,
+        patch_size=4,
+        width=8,
+        depths=(2, 2),
+        heads=1,
+        mlp_dim=16,
+        window_size=2,
+    ),
+}
+# The publisher's config beside a checkpoint, and which of `BACKBONES` it has, by layout.
+_LAYOUTS = {
+    "openai": ("vit", {"model_cfg": {"vision_cfg": {"width": 8, "layers": 2, "head_width": 8}}}),
+    "huggingface": (
+        "vit",
+        {
+            "model_type": "clip",
+            "vision_config": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1},
+        },
+    ),
+    "timm-vit": ("vit-in21k", {}),
+    "huggingface-vit": (
+        "vit-in21k",
+        {
+            "model_type": "vit",
+            "hidden_size": 8,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        },
+    ),
+    "microsoft-swin": ("swin", {}),
+    "timm-swin": ("swin", {}),
+    "huggingface-swin": ("swin", {"model_type": "swin", "embed_dim": 8, "depths": [2, 2]}),
+}
+
+
+def _backbone_arrays(name: str) -> dict[str, np.ndarray]:
+    """A backbone's parameters by flat name: float16 noise."""
+    rng = np.random.default_rng(0)
+    shapes = convert.parameter_shapes(BACKBONES[name])
+    return {n: rng.standard_normal(shape).astype(np.float16) for n, shape in shapes.items()}
+
+
+def _undo(transform, array: np.ndarray) -> np.ndarray:
+    """The array of which a table's transform makes `array`: it permutes axes, or drops some."""
+    for dropped in (2, 1):  # axes of size 1
+        larger = array.reshape([1] * dropped + list(array.shape))
+        with contextlib.suppress(ValueError):
+            if transform(larger).shape == array.shape:
+                return larger
+    places = transform(np.arange(array.size).reshape(_before(transform, array.shape)))
+    original = np.empty(array.size, array.dtype)
+    original[places.ravel()] = array.ravel()
+    return original.reshape(_before(transform, array.shape))
+
+
+def _before(transform, shape: tuple[int, ...]) -> list[int]:
+    """The shape that a transform turns into `shape`."""
+    probe = transform(np.empty(range(2, 2 + len(shape))))  # sizes that tell the axes apart
+    before = [0] * len(shape)
+    for size, place in zip(shape, probe.shape, strict=True):
+        before[place - 2] = size
+    return before
+
+
+def _state_dict(layout: str) -> dict[str, np.ndarray]:
+    """Weights under the names of a publisher."""
+    arrays = _backbone_arrays(_LAYOUTS[layout][0])
+    table = layouts.LAYOUTS[layout].table
+    state = {}
+    for ours, found in itertools.groupby(sorted(table, key=lambda row: row[1]), lambda r: r[1]):
+        rows = list(found)  # concatenated along the last axis
+        for s in range(2 if "{s}" in ours else 1):
+            array = arrays.get(ours.format(s=s))
+            if array is None:  # nothing is merged after the last stage
+                continue
+            for (source, _, transform), part in zip(
+                rows, np.split(array, len(rows), axis=-1), strict=True
+            ):
+                blocks = part if "{i}" in source else part[None]
+                for i, block in enumerate(blocks):
+                    name = source.format(s=s, next=s + 1, i=i)
+                    state[name] = np.ascontiguousarray(_undo(transform, block))
+    return state
+
+
+def mutate_safetensors(rng: random.Random, data: bytes) -> bytes:
+    """Bytes anywhere; the header's JSON, its length set right or not; or JSON inside the JSON."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        return mutate_bytes(rng, data)
+    size = int.from_bytes(data[:8], "little")
+    header, rest = data[8 : 8 + size], data[8 + size :]
+    metadata = json.loads(header).get("__metadata__", {})
+    if kind == 1 and metadata:
+        key = rng.choice(sorted(metadata))
+        text = metadata[key].encode()
+        structured = text[:1] in b"{[" and rng.random() < 0.8
+        text = (mutate_json if structured else mutate_bytes)(rng, text)
+        changed = json.loads(header)
+        changed["__metadata__"][key] = text.decode(errors="replace")
+        header = json.dumps(changed).encode()
+    else:
+        header = (mutate_json if rng.random() < 0.8 else mutate_bytes)(rng, header)
+    length = len(header) if rng.random() < 0.95 else rng.choice((0, 2**32, 2**63, len(data)))
+    return length.to_bytes(8, "little") + header + rest
+
+
+class Backbones(Target):
+    """`load_backbone` of files of `convert_clip`."""
+
+    def __init__(self, folder: pathlib.Path):
+        del folder
+        self._seeds = []
+        for name, config in BACKBONES.items():
+            family = backbone_registry.family_of(config)
+            meta = {
+                "version": convert.VERSION,
+                "family": family,
+                "config": dataclasses.asdict(config),
+                "container": "safetensors",
+                "layout": "openai",
+                "source": "a.safetensors",
+                "source_sha256": "0" * 64,
+            }
+            data = safetensors.numpy.save(
+                _backbone_arrays(name), {convert.CONVERTED_KEY: json.dumps(meta)}
+            )
+            self._seeds.append(Case(name, {"backbone.safetensors": data}))
+
+    def seeds(self) -> list[Case]:
+        return self._seeds
+
+    def mutate(self, rng: random.Random, seed: Case) -> Case:
+        ((name, data),) = seed.files.items()
+        return Case(seed.kind, {name: mutate_safetensors(rng, data)})
+
+    def read(self, kind: str, folder: pathlib.Path, out: pathlib.Path) -> None:
+        del out
+        config = BACKBONES[kind]
+        size = 2 * config.image_size  # so that positions are resized
+        config = dataclasses.replace(config, image_size=size) if kind != "swin" else config
+        convert.load_backbone(folder / "backbone.safetensors", config)
+
+
+class Checkpoints(Target):
+    """`convert_clip` of every publisher's layout, with the publisher's config beside it."""
+
+    def __init__(self, folder: pathlib.Path):
+        del folder
+        self._seeds = []
+        for name, (_, config) in _LAYOUTS.items():
+            beside = {layouts.LAYOUTS[name].config_file: json.dumps(config).encode()}
+            for suffix, data in self._files(_state_dict(name)).items():
+                files = {f"weights{suffix}": data} | (beside if config else {})
+                self._seeds.append(Case(name, files))
+
+    def _files(self, state: dict[str, np.ndarray]) -> dict[str, bytes]:
+        """The checkpoint's file by suffix."""
+        metadata = {"heads": "1"}  # of several, safetensors writes in random order
+        return {".safetensors": safetensors.numpy.save(state, metadata)}
+
+    def seeds(self) -> list[Case]:
+        return self._seeds
+
+    def mutate(self, rng: random.Random, seed: Case) -> Case:
+        files = dict(seed.files)
+        weights = next(name for name in files if name.startswith("weights"))
+        for name in files:
+            if name != weights and rng.random() < 0.3:
+                mutate = mutate_json if rng.random() < 0.8 else mutate_bytes
+                return Case(seed.kind, files | {name: mutate(rng, files[name])})
+        return Case(seed.kind, files | {weights: self._mutate_weights(rng, files[weights])})
+
+    def _mutate_weights(self, rng: random.Random, data: bytes) -> bytes:
+        return mutate_safetensors(rng, data)
+
+    def read(self, kind: str, folder: pathlib.Path, out: pathlib.Path) -> None:
+        (weights,) = folder.glob("weights*")
+        convert.convert_clip(weights, out / "backbone.safetensors", activation="gelu")
+
+
+class TorchCheckpoints(Checkpoints):
+    """The same as files of torch, of its present and of its old format."""
+
+    def _files(self, state: dict[str, np.ndarray]) -> dict[str, bytes]:
+        import torch
+
+        # Parts of one storage: the old format has them in the order of their addresses.
+        flat = torch.from_numpy(np.concatenate([array.ravel() for array in state.values()]))
+        parts = flat.split([array.size for array in state.values()])
+        tensors = {
+            name: part.view(array.shape)
+            for (name, array), part in zip(state.items(), parts, strict=True)
+        }
+        present, old = io.BytesIO(), io.BytesIO()
+        torch.save(tensors, present)
+        torch.save(tensors, old, _use_new_zipfile_serialization=False)
+        address = _pickled(str(flat.untyped_storage()._cdata))  # by it the storage is known there
+        return {
+            ".pt": present.getvalue(),
+            ".bin": old.getvalue().replace(address, _pickled("1")),
+        }
+
+    def _mutate_weights(self, rng: random.Random, data: bytes) -> bytes:
+        return mutate_bytes(rng, data)
+
+
+def _pickled(text: str) -> bytes:
+    """A short text as a pickle of protocol 2 has it."""
+    return b"X" + len(text).to_bytes(4, "little") + text.encode()
+
+
+class Adapters(Target):
+    """`read_adapter` of files of `write_adapter`, and `saved_config` of what they say."""
+
+    def __init__(self, folder: pathlib.Path):
+        leaves = {
+            "temporal/class_token": np.ones((1, 8), np.float32),
+            "classifier/kernel": np.ones((8, 3), np.float32),
+        }
+        metadata = {
+            "method": "dualpath",
+            "backbone_name": "custom",
+            "backbone_sha256": "0" * 64,
+            "class_names": ["a", "b", "c"],
+            "config": {
+                "seed": 0,
+                "data": {
+                    "num_frames": 16,
+                    "image_size": 32,
+                    "grid": [4, 4],
+                    "crop_scale": [0.1, 1],
+                },
+                "backbone": {"name": "ViT-B/16", "depth": 2, "heads": 12, "checkpoint": "a"},
+                "model": {"method": "dualpath", "adapter_bottleneck": 4},
+            },
+            "version": "0",
+            "step": 5,
+        }
+        path = folder / "adapter.safetensors"
+        adapter_file.write_adapter(str(path), leaves, metadata)
+        self._seeds = [Case("adapter", {path.name: path.read_bytes()})]
+
+    def seeds(self) -> list[Case]:
+        return self._seeds
+
+    def mutate(self, rng: random.Random, seed: Case) -> Case:
+        ((name, data),) = seed.files.items()
+        return Case(seed.kind, {name: mutate_safetensors(rng, data)})
+
+    def read(self, kind: str, folder: pathlib.Path, out: pathlib.Path) -> None:
+        del kind, out
+        leaves, metadata = adapter_file.read_adapter(str(folder / "adapter.safetensors"))
+        # What `start_from` relies on.
+        assert all(isinstance(leaf, np.ndarray) for leaf in leaves.values())
+        assert all(isinstance(metadata[key], str) for key in ("method", "backbone_sha256"))
+        assert all(isinstance(name, str) for name in metadata["class_names"])
+        assert isinstance(metadata["step"], int)
+        try:  # as `load`
+            trained_model.saved_config(metadata)
+        except NO_CONFIG as error:
+            raise ValueError(str(error)) from None

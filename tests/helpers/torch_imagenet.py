@@ -1,0 +1,124 @@
+"""ViT and Swin of timm and transformers, with random weights: references of test_backbones.py.
+
+Public: `timm_vit`, `huggingface_vit`, `timm_swin`, `huggingface_swin`, `stages`.
+
+A model is built from our own config, so that the shapes are said once.
+"""
+
+import torch
+
+from dualpath_jax.models.backbones.swin import SwinConfig
+from dualpath_jax.models.backbones.vit import ViTConfig
+from tests.helpers.torch_reference import import_torchvision, randomise
+
+
+def timm_vit(config: ViTConfig) -> torch.nn.Module:
+    import_torchvision()
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        num_classes=7,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        mlp_ratio=config.mlp_dim / config.width,
+    )
+    return randomise(model)
+
+
+def huggingface_vit(config: ViTConfig, classifier: bool = True) -> torch.nn.Module:
+    import_torchvision()
+    import transformers
+
+    shape = transformers.ViTConfig(
+        hidden_size=config.width,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.heads,
+        intermediate_size=config.mlp_dim,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        layer_norm_eps=config.eps,
+    )
+    kind = transformers.ViTForImageClassification if classifier else transformers.ViTModel
+    return randomise(kind(shape))
+
+
+def timm_swin(config: SwinConfig) -> torch.nn.Module:
+    import_torchvision()
+    from timm.models.swin_transformer import SwinTransformer
+
+    model = SwinTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        num_classes=7,
+        embed_dim=config.width,
+        depths=config.depths,
+        num_heads=tuple(config.heads * 2**stage for stage in range(len(config.depths))),
+        window_size=config.window_size,
+        mlp_ratio=config.mlp_dim / config.width,
+    )
+    return randomise(model)
+
+
+def huggingface_swin(config: SwinConfig, classifier: bool = True) -> torch.nn.Module:
+    import_torchvision()
+    import transformers
+
+    shape = transformers.SwinConfig(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depths=list(config.depths),
+        num_heads=[config.heads * 2**stage for stage in range(len(config.depths))],
+        window_size=config.window_size,
+        mlp_ratio=config.mlp_dim / config.width,
+        layer_norm_eps=config.eps,
+    )
+    kind = transformers.SwinForImageClassification if classifier else transformers.SwinModel
+    return randomise(kind(shape))
+
+
+def _modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """What is recorded: "embed", "block_<s>_<i>" (a ViT's s is 0), "merge_<s>", "norm"."""
+    if hasattr(model, "blocks"):  # timm's ViT
+        embed, norm, stages, merges = model.norm_pre, model.norm, [model.blocks], []
+    elif hasattr(model, "layers") and hasattr(model, "patch_embed"):  # timm's Swin
+        embed, norm = model.patch_embed, model.norm
+        stages = [layer.blocks for layer in model.layers]
+        merges = [layer.downsample for layer in model.layers[1:]]
+    elif hasattr(model, "encoder"):  # transformers' Swin
+        embed, norm = model.embeddings, model.layernorm
+        stages = [layer.blocks for layer in model.encoder.layers]
+        merges = [layer.downsample for layer in model.encoder.layers[:-1]]
+    else:  # transformers' ViT
+        embed, norm, stages, merges = model.embeddings, model.layernorm, [model.layers], []
+    blocks = {
+        f"block_{s}_{i}": block for s, stage in enumerate(stages) for i, block in enumerate(stage)
+    }
+    merges = {f"merge_{s}": merge for s, merge in enumerate(merges)}
+    return {"embed": embed, **blocks, **merges, "norm": norm}
+
+
+def stages(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """[M, 3, H, W] -> outputs [M, N, D] of what `_modules` names, and "features" [M, D]."""
+    model = getattr(model, "vit", getattr(model, "swin", model))
+    outputs = {}
+
+    def hook(name):
+        def keep(module, inputs, output):
+            output = output[0] if isinstance(output, tuple) else output
+            outputs[name] = output.flatten(1, -2)
+
+        return keep
+
+    modules = _modules(model)
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    norm = outputs.pop("norm")
+    outputs["features"] = norm.mean(1) if "merge_0" in modules else norm[:, 0]
+    return outputs

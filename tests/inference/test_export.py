@@ -1,0 +1,93 @@
+"""An exported model gives the same logits in a process that does not have this package."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from dualpath_jax.data.video_dataset import VideoDataset
+from dualpath_jax.inference import export, trained_model
+from dualpath_jax.training import experiment
+from dualpath_jax.training.checkpoint import Checkpoints
+from scripts import export_model as script
+
+TOLERANCE = 1e-4
+# Reads each export as the model card says; the arguments are the folder and the clips.
+STRANGER = """
+import sys
+import numpy as np
+import jax.export
+import tensorflow as tf
+folder, clips, out = sys.argv[1:]
+with np.load(clips) as arrays:
+    spatial, temporal = arrays["spatial"], arrays["temporal"]
+code = open(folder + "/model.stablehlo", "rb").read()
+logits = {"stablehlo": jax.export.deserialize(code).call(spatial, temporal)}
+loaded = tf.saved_model.load(folder + "/saved_model")
+logits["saved_model"] = loaded.logits(spatial, temporal)["logits"].numpy()
+assert "dualpath_jax" not in sys.modules
+np.savez(out, **{k: np.asarray(v) for k, v in logits.items()})
+"""
+
+
+@pytest.fixture
+def model(config, tmp_path):
+    dataset = VideoDataset(config.data.dir, "test")
+    run = experiment.build_run(config, str(tmp_path / "run"), dataset)
+    moved = jax.tree.map(lambda x: x + 0.05 * np.cos(np.arange(x.size)).reshape(x.shape), run.state)
+    checkpoints = Checkpoints(run.workdir)
+    checkpoints.save(3, run.state.replace(trainable=moved.trainable), run.metadata())
+    checkpoints.close()
+    return trained_model.load(run.workdir)
+
+
+@pytest.mark.slow
+def test_reloaded_without_this_package(model, tmp_path):
+    out = tmp_path / "exported"
+    export.export(model, str(out), list(export.FORMATS))
+    rng = np.random.default_rng(0)
+    clips = {
+        name: rng.integers(0, 256, (3, *shape), dtype=np.uint8)
+        for name, shape in export.input_shapes(model).items()
+    }
+    np.savez(tmp_path / "clips.npz", **clips)
+    command = [sys.executable, "-c", STRANGER, out, tmp_path / "clips.npz", tmp_path / "out.npz"]
+    subprocess.run(list(map(str, command)), check=True, cwd=tmp_path)
+    want = model.logits({name: clip[None] for name, clip in clips.items()})
+    assert want.shape == (3, 8)
+    with np.load(tmp_path / "out.npz") as found:
+        for name in export.FORMATS:
+            assert np.abs(found[name] - want).max() <= TOLERANCE, name
+            assert np.abs(found[name][::-1] - want).max() > TOLERANCE  # other clips differ
+    names = json.loads((out / "class_names.json").read_text())
+    assert names == model.class_names
+    assert not list(out.glob("*.tmp"))
+
+
+def test_card(model):
+    results = {"top1": 0.5, "split": "test", "step": model.step}
+    card = export.model_card(model, ["stablehlo"], 2, results)
+    assert "- `spatial`: uint8 [2, 2, 32, 32, 3], RGB, 0..255" in card
+    assert "`temporal`: uint8 [2, 1, 32, 32, 3]" in card
+    assert "call(spatial, temporal)" in card
+    assert "Top-1 0.5000" in card
+    assert "saved_model" not in card
+    for other in (None, results | {"step": model.step + 1}):
+        assert "has not been evaluated" in export.model_card(model, [], None, other)
+
+
+def test_bad_input(model, tmp_path, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="unknown format 'onnx': known are stablehlo, saved_model"):
+        export.export(model, str(tmp_path), ["onnx"])
+    with pytest.raises(ValueError, match="--batch_size=0 must be at least 1"):
+        export.export(model, str(tmp_path), ["stablehlo"], batch_size=0)
+    monkeypatch.setattr(sys, "argv", ["export_model.py", "--workdir=nowhere", "--out=x"])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == 2
+    assert "error: no checkpoints in nowhere" in capsys.readouterr().err
+    assert not pathlib.Path("x").exists()

@@ -1,0 +1,220 @@
+"""Tuning methods against references written from their equations, in torch and plain numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch_methods = pytest.importorskip(
+    "tests.helpers.torch_methods"
+)  # torch is only for conversion and tests
+
+from dualpath_jax.models.backbones import vit  # noqa: E402
+from dualpath_jax.models.backbones.layers import no_sites  # noqa: E402
+from dualpath_jax.models.frame_model import FrameModel  # noqa: E402
+from dualpath_jax.models.methods.evl import EVL, Decoder, TemporalCrossAttention  # noqa: E402
+from tests.helpers.method_cases import (  # noqa: E402
+    CLASSES,
+    FRAMES,
+    TINY,
+    apply,
+    backbone,
+    clips,
+    random,
+    tiny_config,
+)
+
+SIDE = 4  # patches along an image of TINY
+
+
+def frozen_block(block, h):
+    """A block of the backbone, as it is."""
+    return apply(vit.Block(TINY), block, h, method=lambda b, h: b(h, no_sites()))
+
+
+def pool(model, h):
+    return model.pool(h, project=False)
+
+
+def distance(a, b):
+    return np.max(np.abs(np.asarray(a) - b))
+
+
+@pytest.mark.parametrize("case", torch_methods.METHODS)
+def test_blocks_against_torch(case):
+    model, params = random(tiny_config(case))
+    h = np.random.default_rng(3).normal(size=(2, FRAMES, TINY.num_tokens, 48)).astype(np.float32)
+
+    def encode(model, h):
+        return model.backbone.encode(h, model.sites, model.site_params)
+
+    ours = apply(model, params, h.reshape(-1, *h.shape[2:]), method=encode).reshape(h.shape)
+    trees = (params["backbone"]["blocks"], params["adapters"])
+    assert distance(ours, torch_methods.run(case, h, *trees)) < 1e-4
+    for wrong in torch_methods.METHODS[case][1]:
+        assert distance(ours, torch_methods.run(case, h, *trees, wrong)) > 1e-3, wrong
+
+
+def test_aim_adds_temporal_positions_and_averages_the_frames():
+    config = tiny_config("aim")
+    model, params = random(config)
+    frames, _ = clips(config)
+    position = params["backbone"]["position_embedding"] + params["temporal_position"][:, None]
+    images = frames.reshape(-1, 32, 32, 3)
+    ours = apply(model, params, images, method=type(model).embed).reshape(2, FRAMES, 17, 48)
+    for time in (0, FRAMES - 1):
+        moved = params | {"backbone": params["backbone"] | {"position_embedding": position[time]}}
+        moved["temporal_position"] = np.zeros_like(params["temporal_position"])
+        expected = apply(model, moved, frames[:, time], method=FrameModel.embed)
+        assert distance(ours[:, time], expected) < 1e-5
+        assert distance(ours[:, time - 1], expected) > 1e-2
+    features = apply(model, params, frames, method=type(model).features)
+    fc = params["head"]["output"]
+    expected = features.mean(axis=1) @ fc["kernel"] + fc["bias"]
+    assert distance(apply(model, params, frames), expected) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["vpt", "vpt_shallow"])
+def test_prompts(case):
+    """[e; h] at every block with prompts of its own, or once."""
+    config = tiny_config(case)
+    model, params = random(config)
+    frames = clips(config)[0].reshape(-1, 32, 32, 3)
+    h = apply(model, params, frames, method=FrameModel.embed)
+    prompts = params["prompts"][None] if case == "vpt_shallow" else params["adapters"]["prompts"]
+    for i in range(TINY.depth):
+        if i < len(prompts):
+            extra = np.broadcast_to(prompts[i], (len(h), 3, 48))
+            h = np.concatenate([h, extra], axis=1)  # at the end: the order does not matter
+        block = jax.tree.map(lambda leaf, i=i: leaf[i], params["backbone"]["blocks"])
+        h = frozen_block(block, h)
+        h = h[:, :17] if case == "vpt" else h
+    expected = apply(vit.ViT(TINY), backbone(), h, method=pool)
+    features = apply(model, params, clips(config)[0], method=type(model).features)
+    assert distance(features, expected.reshape(2, FRAMES, 48)) < 1e-4
+    assert distance(features, features[::-1]) > 1e-2
+
+
+@pytest.mark.parametrize("case", ["adaptformer", "videoprompt"])
+def test_temporal_classifier(case):
+    """Positions, prompts before the frames, one block, average of the frames, FC."""
+    model, params = random(tiny_config(case))
+    head = params["head"]
+    x = np.random.default_rng(0).normal(size=(2, FRAMES, 48)).astype(np.float32)
+
+    def reference(x):
+        tokens = [x + head["position"]]
+        if case == "videoprompt":
+            tokens.insert(0, np.broadcast_to(head["prompts"], (2, 3, 48)))
+        y = frozen_block(head["block"], np.concatenate(tokens, axis=1))
+        return y[:, -FRAMES:].mean(axis=1) @ head["output"]["kernel"] + head["output"]["bias"]
+
+    logits = apply(model.head.clone(parent=None), head, x)
+    assert logits.shape == (2, CLASSES)
+    assert distance(logits, reference(x)) < 1e-5
+    assert distance(logits, reference(x[:, ::-1])) > 1e-3  # order counts
+
+
+def cross_attention(q, k, before, after):
+    """EVL's temporal cross attention, one number after the other; q, k [B, T, N, K, d]."""
+    batch, frames, tokens, heads, size = q.shape
+    out = np.zeros((batch, frames, tokens, before.shape[1]))
+    for b, t, i in np.ndindex(batch, frames, tokens - 1):
+        for neighbour, table in ((t - 1, before), (t + 1, after)):
+            if not 0 <= neighbour < frames:
+                continue
+            for head in range(heads):
+                logits = k[b, neighbour, 1:, head] @ q[b, t, 1 + i, head] / np.sqrt(size)
+                weights = np.exp(logits - logits.max())
+                weights /= weights.sum()
+                for j in range(tokens - 1):
+                    dr, dc = i // SIDE - j // SIDE, i % SIDE - j % SIDE
+                    row = (dr + SIDE - 1) * (2 * SIDE - 1) + dc + SIDE - 1
+                    out[b, t, 1 + i] += weights[j] * table[row] / heads
+    return out
+
+
+@pytest.mark.parametrize("for_cpu", [False, True])
+def test_temporal_cross_attention_against_loops(for_cpu):
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(2, 1, 3, 17, 2, 4)).astype(np.float32)
+    tables = {n: rng.normal(size=(49, 6)).astype(np.float32) for n in ("before", "after")}
+    module = TemporalCrossAttention(6, for_cpu)
+    ours = apply(module, tables, q, k)
+    assert distance(ours, cross_attention(q, k, **tables)) < 1e-5
+    assert distance(ours, cross_attention(q, k, tables["after"], tables["before"])) > 1e-2
+    assert distance(ours, cross_attention(k, q, **tables)) > 1e-2
+    assert not np.any(ours[:, :, 0])  # the class token
+    started = module.init(jax.random.key(0), q, k)["params"]
+    assert not np.any(started["before"])
+    assert not np.any(started["after"])
+
+
+def test_evl_reads_outputs_queries_and_keys_of_the_last_blocks():
+    config = tiny_config("evl")
+    model, params = random(config)
+    frames = clips(config)[0]
+    features = apply(model, params, frames, method=EVL.features)
+    assert [[x.shape for x in feature] for feature in features] == [
+        [(2, FRAMES, 17, 48), (2, FRAMES, 17, 4, 12), (2, FRAMES, 17, 4, 12)]
+    ] * 2
+    h = apply(model, params, frames.reshape(-1, 32, 32, 3), method=EVL.embed)
+    blocks = backbone()["blocks"]
+    for i in range(TINY.depth):
+        block = jax.tree.map(lambda leaf, i=i: leaf[i], blocks)
+        x = np.asarray(h) - np.mean(h, axis=-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5)
+        x = x * block["ln_1"]["scale"] + block["ln_1"]["bias"]
+        qkv = x @ block["attention"]["qkv"]["kernel"] + block["attention"]["qkv"]["bias"]
+        h = frozen_block(block, h)
+        if i > 0:
+            ours = features[i - 1]
+            assert distance(ours[0].reshape(h.shape), h) < 1e-4
+            assert distance(ours[1].reshape(*h.shape), qkv[..., :48]) < 1e-4
+            assert distance(ours[2].reshape(*h.shape), qkv[..., 48:96]) < 1e-4
+
+
+def decode(features, p):
+    """EVL's decoder in numpy, from its description."""
+
+    def norm(x, p):
+        x = x - x.mean(axis=-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+    def linear(x, p):
+        return x @ p["kernel"] + p["bias"]
+
+    x = np.tile(p["query_token"], (len(features[0][0]), 1))  # [B, D]
+    for i, (h, q, k) in enumerate(features):
+        conv, y = p[f"temporal_conv_{i}"], h.copy()
+        for t in range(FRAMES):
+            for step in (-1, 0, 1):
+                if 0 <= t + step < FRAMES:
+                    y[:, t] += h[:, t + step] * conv["kernel"][step + 1, 0, 0]
+        y += conv["bias"] + p[f"position_{i}"][:, None]
+        y += cross_attention(q, k, **p[f"temporal_attention_{i}"])
+        block = p[f"block_{i}"]
+        query = linear(norm(x, block["ln_query"]), block["query"]).reshape(-1, 4, 12)
+        kv = linear(norm(y.reshape(len(x), -1, 48), block["ln_features"]), block["key_value"])
+        key, value = np.moveaxis(kv.reshape(len(x), -1, 2, 4, 12), 2, 0)
+        logits = np.einsum("bkd,bnkd->bkn", query, key) / np.sqrt(12)
+        weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        seen = np.einsum("bkn,bnkd->bkd", weights, value).reshape(-1, 48)
+        x = x + linear(seen, block["out"])
+        y = linear(norm(x, block["ln_mlp"]), block["hidden"])
+        x = x + linear(y / (1 + np.exp(-1.702 * y)), block["output"])
+    return linear(norm(x, p["ln"]), p["output"])
+
+
+def test_evl_decoder_against_numpy():
+    config = tiny_config("evl")
+    model, params = random(config)
+    features = apply(model, params, clips(config)[0], method=EVL.features)
+    features = [tuple(np.asarray(x) for x in feature) for feature in features]
+    ours = apply(Decoder(TINY, CLASSES), params["head"], features)
+    assert distance(ours, decode(features, params["head"])) < 1e-4
+    assert distance(ours, apply(model, params, clips(config)[0])) < 1e-4
+    # Twin: features in the other order.
+    assert distance(ours, decode(features[::-1], params["head"])) > 1e-3
+    assert ours.dtype == jnp.float32

@@ -1,0 +1,110 @@
+"""What blocks keep for the backward pass: the same gradients, less memory, how much more work."""
+
+import jax
+import numpy as np
+import pytest
+
+from dualpath_jax.analysis import efficiency
+from dualpath_jax.models import param_tree
+from dualpath_jax.models import registry as method_registry
+from dualpath_jax.models.abstract import abstract_inputs, backbone_shape, outline
+from dualpath_jax.models.backbones import block_loop
+from tests.test_check_config import load
+
+SMALL = {
+    "ssv2_vitb": {"patch_size": 16, "width": 48, "depth": 2, "heads": 2, "mlp_dim": 96},
+    "ssv2_swinb": {"patch_size": 4, "width": 32, "depths": (2, 2), "heads": 2, "mlp_dim": 64},
+}
+
+
+def small(name, remat, scan):
+    config = load(name)
+    config.backbone.name = "custom-swin" if "swin" in name else "custom"
+    config.backbone.update(SMALL[name])
+    if "swin" in name:
+        config.backbone.window_size = 4
+    else:
+        config.backbone.projection_dim = 32
+    config.data.image_size = 64
+    config.model.dtype = "float32"
+    config.model.remat, config.model.scan_blocks = remat, scan
+    return config
+
+
+def loss_of(config):
+    """(loss(trainable, frozen, *inputs), its arguments without values)."""
+    model = outline(config, 174)
+    trainable, frozen = param_tree.split(model.params, model.mask)
+
+    def loss(trainable, frozen, *inputs):
+        params = param_tree.merge(trainable, frozen)
+        return (model.model.apply({"params": params}, *inputs) ** 2).mean()
+
+    return loss, (trainable, frozen, *abstract_inputs(config))
+
+
+def values_for(tree):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), tree)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "scan"), [("ssv2_vitb", False), ("ssv2_vitb", True), ("ssv2_swinb", True)]
+)
+def test_gradients_are_the_same(name, scan):
+    gradients = {}
+    for remat in block_loop.REMAT:
+        loss, arguments = loss_of(small(name, remat, scan))
+        arguments = values_for(arguments)
+        gradients[remat] = param_tree.flatten(jax.jit(jax.grad(loss))(*arguments))
+    largest = max(np.abs(leaf).max() for leaf in gradients["none"].values())
+    for remat in ("cheap", "full"):
+        for path, leaf in gradients["none"].items():
+            assert np.abs(leaf - gradients[remat][path]).max() <= 1e-5 * largest, path
+    assert largest > 1e-3
+
+
+def test_memory_falls():
+    """Temporaries of the scanned step on eight blocks, by the compiler."""
+    sizes = []
+    for remat in block_loop.REMAT:
+        config = small("ssv2_vitb", remat, scan=True)
+        config.backbone.depth = 8
+        config.model.temporal_path = False  # compiles sooner
+        loss, arguments = loss_of(config)
+        compiled = jax.jit(jax.grad(loss)).lower(*arguments).compile()
+        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+    none, cheap, full = sizes
+    assert full < cheap < 0.7 * none
+
+
+@pytest.mark.parametrize(
+    ("name", "remat", "class_only", "ratio"),
+    [
+        ("ssv2_vitb", "none", False, 2.085),
+        ("ssv2_vitb", "none", True, 1.914),
+        ("ssv2_vitb", "cheap", True, 2.045),
+        ("ssv2_vitb", "full", True, 2.569),
+        ("ssv2_vitl", "cheap", True, 2.120),
+    ],
+)
+def test_work_of_a_step(name, remat, class_only, ratio):
+    """Multiply-accumulates of forward and backward pass over those of a plain forward pass."""
+    config = load(name)
+    config.model.class_only, config.model.remat = False, "none"
+    loss, arguments = loss_of(config)
+    plain = efficiency.count_macs(loss, *arguments)
+    config.model.class_only, config.model.remat = class_only, remat
+    loss, arguments = loss_of(config)
+    assert efficiency.count_macs(jax.grad(loss), *arguments) / plain == pytest.approx(
+        ratio, abs=1e-3
+    )
+
+
+def test_unknown_names():
+    config = small("ssv2_vitb", "some", scan=True)
+    with pytest.raises(ValueError, match="unknown model.remat='some': known are none, cheap, full"):
+        method_registry.build_model(config, backbone_shape(config), 3)
+    with pytest.raises(ValueError, match="'softmax' is not kept: known are attended, branch"):
+        block_loop.keep(np.zeros(3), "softmax")

@@ -1,0 +1,96 @@
+"""What is set before JAX is imported, and that the user's own settings stay."""
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import dualpath_jax
+from dualpath_jax.runtime import environment
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+NAMES = ("TF_CPP_MIN_LOG_LEVEL", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+
+
+def test_the_users_settings_stay(monkeypatch, tmp_path):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here")
+    environment.prepare()
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=here"
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "2"
+    folder = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    assert folder.parent == tmp_path / "dualpath_jax"
+    assert folder == environment.cache_folder()
+
+
+def test_a_second_start_compiles_nothing(tmp_path):
+    """A program of its own, twice; the second one finds what the first one has kept."""
+    program = (
+        "from dualpath_jax.runtime import environment; environment.prepare(); import jax; "
+        "from jax import monitoring; hits = []; "
+        "monitoring.register_event_listener(lambda name, **_: hits.append(name)); "
+        "jax.jit(lambda x: sum((x @ x + i).sum() for i in range(40)))(jax.numpy.ones((64, 64)));"
+        "print(hits.count('/jax/compilation_cache/cache_hits'),"
+        " hits.count('/jax/compilation_cache/cache_misses'))"
+    )
+    kept = {key: value for key, value in os.environ.items() if key not in NAMES}
+    variables = {**kept, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+
+    def counts():
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
+        hits, misses = done.stdout.split()
+        return int(hits), int(misses)
+
+    assert counts()[0] == 0
+    hits, _ = counts()
+    assert hits >= 1
+
+
+FAULTS = """
+import os, resource, sys
+from dualpath_jax.runtime import environment
+environment.compute_where_called()
+import jax
+step = jax.jit(lambda x: (x @ x.T).sum())
+x = jax.numpy.ones((4096, 16))
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    float(step(x))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print([faults() for _ in range(5)])
+environment.keep_memory()
+print([faults() for _ in range(20)])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+@pytest.mark.parametrize("chosen", [{}, {"MALLOC_CHECK_": "0"}])
+def test_memory_of_a_step_is_kept(chosen):
+    """64 MiB, which the next step finds again; twin: as the user has it, it faults in anew."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    variables = {**kept, **chosen, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
+    before, after = map(json.loads, done.stdout.splitlines())
+    huge = 32  # pages of 2 MiB, where the system gives them unasked
+    assert min(before) >= huge, before
+    assert min(after) >= huge if chosen else min(after) < huge, after
+
+
+def test_what_a_run_had(monkeypatch):
+    command = ["/usr/bin/python3", "-m", "dualpath_jax.main", "--workdir=a b"]
+    monkeypatch.setattr(sys, "orig_argv", command)
+    found = json.loads(json.dumps(environment.describe()))
+    assert found["command"] == "python -m dualpath_jax.main '--workdir=a b'"
+    assert found["versions"]["jax"] == jax.__version__
+    assert found["versions"]["dualpath_jax"] == dualpath_jax.__version__
+    assert found["devices"] == {"cpu": len(jax.devices())}
+    assert (found["processes"], found["xla_flags"]) == (1, os.environ["XLA_FLAGS"])

@@ -1,0 +1,237 @@
+"""The benchmarks of the pipeline at a tiny size: same clips and pixels for all, what is counted."""
+
+import argparse
+import importlib.util
+import itertools
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dualpath_jax.data import pipeline
+from dualpath_jax.data.clip_spec import clip_format
+from dualpath_jax.data.preparation.video_decoder import DecodeLimits, decode_frames
+from dualpath_jax.runtime import cpu_count
+from scripts.benchmarks import pipeline as pipeline_lib
+from tests.helpers.video_files import write_video
+
+LOADERS = [n for n in pipeline_lib.LOADERS if n != "decord" or importlib.util.find_spec("decord")]
+MODES = ["training", "test"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Three videos of 18 grey ramps, 8 brighter from frame to frame; a key frame every sixth."""
+    folder = tmp_path_factory.mktemp("videos")
+    ramp = np.broadcast_to(np.linspace(0, 90, 64)[:, None], (48, 64, 3))
+    frames = [(10 + 8 * i + ramp).astype(np.uint8) for i in range(18)]
+    return [write_video(folder / f"{i}.mp4", frames, gop=6) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def prepared(files, tmp_path_factory):
+    return str(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(scope="module")
+def dataset(files, prepared):
+    return pipeline_lib.prepare_files(files, prepared)
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Imports scripts by name."""
+    monkeypatch.syspath_prepend("scripts")
+    return importlib.import_module
+
+
+@pytest.fixture
+def data(scripts):
+    return tiny(scripts("benchmark_pipeline").benchmark_data(4, 2))
+
+
+def tiny(data):
+    data.image_size, data.num_spatial_frames = 32, 2
+    data.grid, data.frame_scale, data.sampling_interval = (2, 2), 2, 4
+    return data
+
+
+@pytest.mark.parametrize("frames", [[0, 4, 8, 12], [7, 8, 9, 17], [17, 0, 5, 5]])
+@pytest.mark.parametrize("name", ["pyav", "decord"])
+def test_online_decoders_give_the_chosen_frames(files, frames, name):
+    if name == "decord":
+        pytest.importorskip("decord")
+    got = getattr(pipeline_lib, f"decode_{name}")(files[0], np.array(frames))
+    whole = np.stack(list(decode_frames(files[0], DecodeLimits())))
+    assert got.dtype == np.uint8
+    assert got.shape == (4, 48, 64, 3)
+    difference = np.abs(got.astype(int) - whole[frames]).mean(axis=(1, 2, 3))
+    assert difference.max() < 3
+    # Twin: the frames beside them are 8 brighter.
+    beside = whole[[(i + 1) % 18 for i in frames]]
+    assert np.abs(got.astype(int) - beside).mean(axis=(1, 2, 3)).min() > 5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_online_clips_are_the_pipelines(dataset, data, mode):
+    """The same frames decoded online, with the same draws, give the same inputs, save JPEG's."""
+    data.randaugment_layers, data.erasing_probability = 4, 1.0
+    videos = pipeline_lib.Videos(dataset, 2)
+    if mode == "training":
+        batch = next(pipeline.train_batches(videos, data, 0, 0, 1))
+    else:
+        batch = next(pipeline.eval_batches(videos, data, 1, 1, 2))
+    clips = pipeline_lib._record(dataset, data, mode == "training", 2)
+    place = [video for video, _, _ in clips].index(1)
+    video, frames, element = clips[place]
+    assert "records" not in element
+    transform = pipeline_lib.make_transform(clip_format(data), data)
+
+    def difference(chosen, **changed):
+        decoded = pipeline_lib.decode_pyav(videos.ids[video], chosen)
+        inputs = transform(decoded, element | changed)
+        assert inputs.keys() == batch.keys()
+        pairs = [(batch[k][place].astype(int), inputs[k].numpy()) for k in ("spatial", "temporal")]
+        pairs = [(a[0] if a.ndim > b.ndim else a, b) for a, b in pairs]  # one view
+        assert all(ours.shape == online.shape for ours, online in pairs)
+        return [np.abs(ours - online).mean() for ours, online in pairs]
+
+    assert max(difference(frames)) < 3
+    # Twins: other frames, and another place.
+    assert min(difference((frames + 2) % 18)) > 5
+    assert min(difference(frames, box=tf.constant([0, 0, 20, 20]))) > 5
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", LOADERS)
+def test_every_loader_makes_the_batches(dataset, data, name, mode):
+    clips = pipeline_lib._record(dataset, data, mode == "training", 6)
+    assert len(clips) == 6
+    assert {len(frames) for _, frames, _ in clips} == {4}
+    videos = pipeline_lib.Videos(dataset, 6)
+    made = list(pipeline_lib.LOADERS[name](videos, data, mode == "training", clips))
+    assert made == [2, 2, 2]
+
+
+def test_videos_repeat_and_note(dataset):
+    videos = pipeline_lib.Videos(dataset, 7)
+    assert len(videos) == 7
+    assert videos.ids[4] == dataset.ids[1]
+    assert videos.num_frames.tolist() == [18] * 7
+    assert videos.read_frames(5, np.array([3, 1])) == dataset.read_frames(2, [3, 1])
+    assert videos.last_frames.tolist() == [3, 1]
+
+
+def test_turns_alternate_and_ratios_are_paired(monkeypatch):
+    order = []
+    speeds = {"a": iter([10, 20, 60]), "b": iter([5, 20, 20])}
+    runs = {name: lambda name=name: order.append(name) or name for name in speeds}
+    monkeypatch.setattr(pipeline_lib, "_time", lambda name: (s := next(speeds[name]), 1e3 / s))
+    result = pipeline_lib._take_turns(runs, 3)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert result["clips_per_second"] == {"a": 20, "b": 20}
+    assert result["ratios"] == {"b": 2}  # median of 2, 1, 3; not 20 / 20
+    assert result["cpu_ratios"]["b"] == pytest.approx(2)
+    assert result["rounds"] == {"a": [10, 20, 60], "b": [5, 20, 20]}
+
+
+def test_cut_videos(dataset, tmp_path):
+    for length in (40, 5):
+        cut = pipeline_lib._write_cut(dataset, str(tmp_path / str(length)), length)
+        assert cut.num_frames.tolist() == [length] * 3
+        got = cut.read_frames(2, [0, length - 1])
+        assert got == dataset.read_frames(2, [0, (length - 1) % 18])
+
+
+def test_stages():
+    names = {
+        "Cast:Cast": "resize",
+        "map/ResizeArea:ResizeArea#id=1#": "resize",
+        "ExecuteAsyncOnStream": "warp",
+        "MapDataset:MapDataset": None,
+        "DecodeAndCropJpeg:DecodeAndCropJpeg": "decode, crop",
+        "PyFunc:PyFunc": "read",
+        "ReverseV2:ReverseV2": "flip, tile, erase",
+        "IteratorGetNext:IteratorGetNext": None,
+        "Iterator::Root::Prefetch": None,
+    }
+    assert {name: pipeline_lib._stage_of(name) for name in names} == names
+
+
+@pytest.mark.slow
+def test_stage_costs(dataset, prepared, data):
+    costs = pipeline_lib.stage_costs(prepared, data, True, 3)
+    assert list(costs) == list(pipeline_lib.STAGES)
+    for stage in ("read", "decode, crop", "resize", "flip, tile, erase"):
+        assert costs[stage] > 0
+
+
+def test_script(files, prepared, scripts, monkeypatch, capsys):
+    """The whole script: every loader timed twice, stages of each case, both lengths."""
+    stages = dict.fromkeys(pipeline_lib.STAGES, 1.5)
+    monkeypatch.setattr(pipeline_lib, "stage_costs", lambda *args: stages)
+    script = scripts("benchmark_pipeline")
+    plain = script.benchmark_data
+    monkeypatch.setattr(script, "benchmark_data", lambda *args: tiny(plain(*args)))
+    monkeypatch.setattr(script, "LENGTHS", (30, 8))
+    arguments = argparse.Namespace(
+        videos=files, prepared=prepared, frames=[4], rounds=2, batches=2, batch_size=2
+    )
+    result = script.measure(arguments, prepared)
+    assert (result["videos"], result["cores"]) == (3, cpu_count.num_cores())
+    assert [(case["frames"], case["mode"]) for case in result["cases"]] == [(4, m) for m in MODES]
+    for case in result["cases"]:
+        assert {name: len(speeds) for name, speeds in case["rounds"].items()} == dict.fromkeys(
+            LOADERS, 2
+        )
+        assert list(case["ratios"]) == LOADERS[1:]
+        assert case["stages"] == stages
+    assert list(result["lengths"]["rounds"]) == ["30", "8"]
+    lines = script.markdown(result).splitlines()
+    assert sum(line.startswith("| 4, ") for line in lines) == 4
+    assert sum(line.endswith("| 1.50 | 9.00 |") for line in lines) == 2
+    assert lines[-1].startswith("Videos of 30 frames: ")
+    missing = [] if "decord" in LOADERS else ["decord is not installed: pip install -r"]
+    assert all(text in capsys.readouterr().err for text in missing)
+
+
+def test_files_that_are_not_there(scripts):
+    with pytest.raises(ValueError, match="there is no nowhere; check --videos"):
+        scripts("benchmark_pipeline").video_files(["nowhere"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_memory_is_sampled(dataset, data, training):
+    told = []
+    samples = pipeline_lib.watch_memory(
+        dataset, data, training, minutes=0.01, interval=0.1, report=lambda *s: told.append(s)
+    )
+    assert told == samples
+    assert len(samples) >= 1
+    for (before, _, fewer), (after, mib, clips) in itertools.pairwise([(0, 0, 0), *samples]):
+        assert after - before >= 0.1 / 60
+        assert clips > fewer
+        assert 50 < mib < 10_000
+
+
+def test_flatness():
+    samples = [(1, 100.0, 1), (2, 200.0, 2), (3, 210.0, 3), (4, 205.0, 4)]
+    assert pipeline_lib.flatness(samples, 2) == (205.0, pytest.approx(5 / 205))
+    assert pipeline_lib.flatness(samples, 0)[1] == pytest.approx(1 - 100 / 202.5)
+    with pytest.raises(ValueError, match="no sample later than 5 minutes"):
+        pipeline_lib.flatness(samples, 5)
+
+
+@pytest.mark.parametrize(("last", "code"), [(104.0, 0), (111.0, 1)])
+def test_memory_script_judges(prepared, dataset, scripts, monkeypatch, capsys, last, code):
+    script = scripts("benchmark_memory")
+    samples = [(3, 100.0, 1), (4, 100.0, 2), (5, last, 3)]
+    monkeypatch.setattr(pipeline_lib, "watch_memory", lambda *args: samples)
+    monkeypatch.setattr(sys, "argv", ["benchmark_memory.py", f"--prepared={prepared}"])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == code
+    verdict = "NOT FLAT" if code else "flat"
+    assert f"median 100.0 MiB, largest deviation {last - 100:.1f}%" in capsys.readouterr().out
+    assert verdict in ("flat", "NOT FLAT")

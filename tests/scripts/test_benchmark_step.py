@@ -1,0 +1,141 @@
+"""The model in PyTorch gives the same logits and loss; what is timed, and how."""
+
+import importlib
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers.processes import xla_flags
+from tests.helpers.small_config import TINY_VIT
+
+torch = pytest.importorskip("torch")
+
+from configs import ssv2_vitb  # noqa: E402
+from dualpath_jax.training import sharding  # noqa: E402
+from scripts.benchmarks import interleave, train_step  # noqa: E402
+from scripts.benchmarks.train_step import Setting  # noqa: E402
+
+
+@pytest.fixture
+def config():
+    """SSv2's recipe, with its adapter before attention, on a tiny backbone; framesets 64 x 64."""
+    config = ssv2_vitb.get_config()
+    config.backbone.name = "custom"
+    config.backbone.update(TINY_VIT)
+    config.data.image_size = 64
+    config.model.scan_blocks = False
+    return config
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """The benchmark's batches are small: not over the tests' eight devices."""
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda fsdp: one)
+
+
+def test_pytorch_is_the_same_model(config):
+    made, batch = train_step.make_run(Setting(config, "float32", 2))
+    sides = (train_step.SIDES[name] for name in train_step.USUAL_SIDES)
+    ours, theirs = (make(made, batch) for make in sides)
+    assert ours.forward().shape == (2, 174)
+    assert np.abs(ours.forward() - theirs.forward()).max() <= train_step.TOLERANCE
+    assert abs(ours.train_step() - theirs.train_step()) <= 1e-4
+    assert np.std(ours.forward()) > 0.05  # no comparison of zeros
+
+
+def test_another_model_is_noticed(config, monkeypatch):
+    """Twin: without the adapter before attention."""
+    forget = train_step.torch_model
+
+    def forgetful(made):
+        model = forget(made)
+        for adapters in model.adapters["temporal"]:
+            del adapters["before"]
+        return model
+
+    made, batch = train_step.make_run(Setting(config, "float32", 2))
+    ours = train_step.jax_side(made, batch).forward()
+    right = train_step.torch_side(made, batch).forward()
+    assert 0 < train_step.largest_difference("float32", ours, right) < train_step.TOLERANCE
+    monkeypatch.setattr(train_step, "torch_model", forgetful)
+    wrong = train_step.torch_side(made, batch).forward()
+    with pytest.raises(RuntimeError, match="PyTorch's logits differ by"):
+        train_step.largest_difference("float32", ours, wrong)
+
+
+def test_compiled_pytorch_is_measured_too(config, monkeypatch):
+    """Both of its models, the one that trains as well, and it has a row of its own."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    made, batch = train_step.make_run(Setting(config, "float32", 2))
+    train_step.SIDES["torch"](made, batch)
+    assert not compiled  # twin
+    side = train_step.SIDES["torch_compiled"](made, batch)
+    assert [type(model).__name__ for model in compiled] == ["TorchDualPath"] * 2
+    assert np.isfinite(side.train_step())
+    row = {"jax": 1.0, "torch": 2.0, "ratio_vs_torch": 2.0}
+    row |= {"torch_compiled": 1.5, "ratio_vs_torch_compiled": 1.5}
+    compared = {"forward": row, "train_step": row, "compile_seconds": 3.0}
+    compared["step_mib"] = {"jax": 1.0, "torch": 2.0, "torch_compiled": 3.0}
+    fraction = {"fraction_of_matmul_limit": {"float32": 0.5}}
+    result = {"forward": fraction, "train_step": fraction, "dtypes": {"float32": compared}}
+    script = importlib.import_module("scripts.benchmark_step")
+    table = script.markdown({**result, "matmul_limit_gflops": {"float32": 100.0}})
+    assert "| training step, float32 | 1.00 | 2.00 | 2.00 | 0.50 |" in table
+    assert "| training step, float32, torch.compile | 1.00 | 1.50 | 1.50 | 0.50 |" in table
+    assert "| float32, torch.compile | 1 | 3 |" in table
+
+
+def test_several_calls_give_the_last_result(config):
+    made, batch = train_step.make_run(Setting(config, "float32", 2))
+    ours, again = (train_step.jax_side(made, batch) for _ in range(2))
+    losses = [ours.train_step() for _ in range(3)]
+    assert again.train_step(3) == losses[2] != losses[0]
+
+
+def test_turns_alternate(monkeypatch):
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = interleave.take_turns(runs, 3)
+    assert order == ["a", "b", *"abbaab"]  # the first of each is not counted
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_operations_are_those_of_the_plain_model(config):
+    """Two per multiply-accumulate; twice the batch, twice as many; backward costs as much again."""
+    forward, both = train_step._operations(Setting(config, "float32", 1))
+    assert train_step._operations(Setting(config, "float32", 3)) == (3 * forward, 3 * both)
+    assert 1.9 < both / forward < 2.4
+    config.model.remat = "full"
+    assert train_step._operations(Setting(config, "float32", 1)) == (forward, both)
+
+
+def test_limit_is_measured():
+    assert train_step.matmul_gflops("float32", size=64, rounds=1) > 0
+
+
+def test_script(config, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", xla_flags())  # of the processes that are timed
+    script = importlib.import_module("scripts.benchmark_step")
+    monkeypatch.setattr(train_step, "peak_memory", lambda setting, side: 12.4)
+    monkeypatch.setattr(train_step, "matmul_gflops", lambda dtype: 100.0)
+    settings = [Setting(config, "float32", 1)]
+    result = script.measure(settings, 1, list(train_step.USUAL_SIDES))
+    assert list(result["forward"]) == ["ratio_vs_torch_float32", "fraction_of_matmul_limit"]
+    assert list(result["train_step"]) == list(result["forward"])
+    assert result["matmul_limit_gflops"] == {"float32": 100.0}
+    table = script.markdown(result)
+    assert "| forward, float32 | " in table
+    assert "| training step, float32 | " in table
+    assert "| float32 | 12 | 12 |" in table
+    assert "Our training step is compiled in: float32 " in table
+
+
+def test_compiling_leaves_the_cache_in_use(config):
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    before = [getattr(jax.config, name) for name in names]
+    assert train_step.compile_seconds(Setting(config, "float32", 1)) > 0
+    assert [getattr(jax.config, name) for name in names] == before
+    assert before[1]

@@ -1,0 +1,130 @@
+"""What an evaluation writes of each video."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dualpath_jax import evaluate
+from dualpath_jax.data.video_dataset import VideoDataset
+from dualpath_jax.training import experiment, predictions, sharding
+
+HEADER = {"step": 3, "split": "test", "views": "16x1x1", "class_names": ["a", "b"]}
+RESULTS = {"step": 3, "split": "test", "views": "16x1x1", "num_videos": 3}
+
+
+def write(workdir, ids=("x", "y", "z"), header=HEADER):
+    """Three videos and a row of padding."""
+    writer = predictions.PredictionWriter(str(workdir), header, ids)
+    writer.add(
+        np.array([0, 1, 2, -1]),
+        np.array([0, 1, 0, 0], np.int32),
+        np.array([[0, 1], [0, 1], [0, 1], [1, 0]], np.int32),
+        np.array([[0.75, 0.25]] * 4, np.float32),
+    )
+    writer.close()
+
+
+def test_rows_without_padding(tmp_path):
+    write(tmp_path, ["x", "<y>\udc80", "z"])  # ids may hold any bytes
+    names, rows = predictions.read_predictions(tmp_path, RESULTS)
+    assert names == ["a", "b"]
+    assert [row["id"] for row in rows] == ["x", "<y>\udc80", "z"]
+    assert rows[1] == {
+        "id": "<y>\udc80",
+        "label": 1,
+        "classes": [0, 1],
+        "probabilities": [0.75, 0.25],
+    }
+
+
+def test_nothing_stale_is_left(tmp_path, monkeypatch):
+    for process in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "process_count", lambda: 2)
+            patch.setattr(jax, "process_index", lambda process=process: process)
+            write(tmp_path)
+    folder = tmp_path / predictions.FOLDER
+    names = ["00000-of-00002.jsonl", "00001-of-00002.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    both = RESULTS | {"num_videos": 6}
+    assert len(predictions.read_predictions(tmp_path, both)[1]) == 6
+    write(tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["00000-of-00001.jsonl"]
+
+
+def test_of_another_evaluation(tmp_path):
+    with pytest.raises(ValueError, match="no predictions in .*--mode=eval writes them"):
+        predictions.read_predictions(tmp_path, RESULTS)
+    write(tmp_path)
+    with pytest.raises(ValueError, match="belongs to {'step': 3.*run --mode=eval again"):
+        predictions.read_predictions(tmp_path, RESULTS | {"step": 4})
+    with pytest.raises(ValueError, match="holds 3 videos, results.json counts 4"):
+        predictions.read_predictions(tmp_path, RESULTS | {"num_videos": 4})
+    file = next((tmp_path / predictions.FOLDER).iterdir())
+    file.write_text(file.read_text()[:-9])
+    with pytest.raises(ValueError, match="jsonl is damaged"):
+        predictions.read_predictions(tmp_path, RESULTS)
+
+
+def compiled_text(step, mesh, out):
+    """The program of a step on eight rows of logits, sharded by row."""
+    shapes = {
+        "logits": jax.ShapeDtypeStruct((8, 2, 7), jnp.float32, sharding=sharding.rows(mesh)),
+        "label": jax.ShapeDtypeStruct((8,), jnp.int32, sharding=sharding.rows(mesh)),
+        "mask": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding.rows(mesh)),
+    }
+    return jax.jit(step, out_shardings=out).lower(shapes).compile().as_text()
+
+
+def test_sums_alone_cross_devices():
+    mesh = sharding.make_mesh()
+    apart = evaluate.out_shardings(mesh)
+
+    def step(batch):
+        sums = evaluate.eval_step_sums(batch["logits"], batch["label"], batch["mask"])
+        return sums, predictions.top_predictions(batch["logits"])
+
+    text = compiled_text(step, mesh, apart)
+    assert "all-reduce" in text
+    assert "all-gather" not in text
+    # Twin: rows that every device is to have.
+    assert "all-gather" in compiled_text(step, mesh, sharding.on_every_device(mesh))
+
+
+def test_of_a_run_each_video_once(config, tmp_path):
+    config.model.temporal_path = False  # compiles sooner
+    dataset = VideoDataset(config.data.dir, "test")
+    run = experiment.build_run(config, str(tmp_path), dataset)
+    results = evaluate.evaluate_and_write(run, dataset)
+    names, rows = predictions.read_predictions(tmp_path, results)
+    assert names == dataset.class_names
+    assert [row["id"] for row in rows] == dataset.ids
+    assert [row["label"] for row in rows] == dataset.labels.tolist()
+    hits = [row["classes"][0] == row["label"] for row in rows]
+    assert sum(hits) / 21 == results["top1"]
+    within = [row["label"] in row["classes"] for row in rows]
+    assert sum(within) / 21 == results["top5"]
+    assert all(row["probabilities"] == sorted(row["probabilities"])[::-1] for row in rows)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_an_evaluation_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def fails(run, dataset, writer):
+        writer.add(np.array([0]), np.array([0]), np.array([[0]]), np.array([[1.0]]))
+        raise OSError("no")
+
+    monkeypatch.setattr(evaluate, "evaluate_run", fails)
+    config = types.SimpleNamespace(
+        eval=types.SimpleNamespace(split="test", temporal_views=1, spatial_crops=1),
+        data=types.SimpleNamespace(num_frames=8),
+    )
+    run = types.SimpleNamespace(
+        state=types.SimpleNamespace(step=1), config=config, class_names=["a"], workdir=tmp_path
+    )
+    with pytest.raises(OSError, match="no"):
+        evaluate.evaluate_and_write(run, types.SimpleNamespace(ids=["x"]))
+    assert not (tmp_path / predictions.FOLDER).exists()

@@ -1,0 +1,634 @@
+"""Interruptions: what a run does when it is killed, told to stop, or started differently."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dualpath_jax import train
+from dualpath_jax.config.values import views_of
+from dualpath_jax.data import pipeline
+from dualpath_jax.runtime.preemption import EXIT_CODE, Preempted, Watch
+from dualpath_jax.training import adapter_file, metrics_logger, restore
+from dualpath_jax.training.checkpoint import Checkpoints
+from dualpath_jax.training.inputs import check_workdir
+from scripts import export_adapter
+from tests.chaos import same_run
+from tests.helpers.processes import ROOT, environment
+from tests.helpers.small_config import small_config
+from tests.test_train import build, leaves, run_all
+
+
+def same(a, b):
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    return [name for name in a if not np.array_equal(a[name], b[name])] == []
+
+
+def six_steps(config):
+    """Saved at 2, 4 and 6."""
+    config.num_train_steps = 6
+    config.checkpoint.every_steps = 2
+    config.log_every_steps = 1
+    return config
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(demo_data, demo_backbone, tmp_path_factory):
+    """Six steps: the run and its folder."""
+    folder = tmp_path_factory.mktemp("straight")
+    return run_all(six_steps(small_config(demo_data, demo_backbone)), folder), folder
+
+
+@pytest.fixture
+def straight(uninterrupted, config, tmp_path):
+    """The run of six steps without interruption, in `tmp_path`; `config` becomes its own."""
+    six_steps(config)
+    run, folder = uninterrupted
+    shutil.copytree(folder, tmp_path / "straight")
+    return run
+
+
+class Killed(BaseException):
+    """Nothing may handle it."""
+
+
+def dying(deadline):
+    """A `train.shard_batch` that ends the run after `deadline` steps."""
+    calls, shard = [], train.shard_batch
+
+    def shard_or_die(batch, mesh):
+        calls.append(1)
+        if len(calls) > deadline:
+            raise Killed
+        return shard(batch, mesh)
+
+    return shard_or_die
+
+
+def die(config, workdir, monkeypatch, deadline):
+    """The run ends after `deadline` steps, when what it saves in the background is on disk.
+
+    A real death takes the threads that write along; here they would write on into the next run.
+    """
+    save = Checkpoints.save
+
+    def save_at_once(self, *args, **options):
+        save(self, *args, **options)
+        self.wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_at_once)
+        patch.setattr(train, "shard_batch", dying(deadline))
+        with pytest.raises(Killed):
+            run_all(config, workdir)
+
+
+def test_dying_anywhere_changes_nothing(config, straight, tmp_path, monkeypatch):
+    """Dead again and again, with and without a checkpoint: metrics and state bit for bit.
+
+    In the second step, with nothing saved; in the fourth, the fifth (just saved) and after it.
+    """
+    for deadline in (1, 3, 2, 1):
+        die(config, tmp_path / "killed", monkeypatch, deadline)
+    assert Checkpoints(str(tmp_path / "killed"), read_only=True).latest_step() > 0
+    resumed = run_all(config, tmp_path / "killed")
+    assert same(resumed.state, straight.state)
+    assert same_run.entries(tmp_path / "killed") == same_run.entries(tmp_path / "straight")
+    # Twin: other data is not the same.
+    other_batches(monkeypatch, lambda dataset, data, seed: (dataset, data, seed + 1))
+    assert not same(run_all(config, tmp_path / "other").state, straight.state)
+
+
+def other_batches(monkeypatch, change):
+    """Training reads what `change` makes of (dataset, data, seed)."""
+    batches = pipeline.train_batches
+
+    def changed(*args, **kwargs):
+        return batches(*change(*args[:3]), *args[3:], **kwargs)
+
+    monkeypatch.setattr(pipeline, "train_batches", changed)
+
+
+@pytest.mark.slow
+def test_augmented_accumulated_and_at_the_edge_of_an_epoch(config, tmp_path, monkeypatch):
+    """40 videos by 16: an epoch ends within the third batch, another with the fifth."""
+    swap = [["Moving something to the left", "Moving something to the right"]]
+    (tmp_path / "swap.json").write_text(json.dumps(swap))
+    config.data.batch_size = 16
+    config.data.crop_scale = (0.3, 1.0)
+    config.data.flip, config.data.label_swap = True, str(tmp_path / "swap.json")
+    config.data.randaugment_layers, config.data.erasing_probability = 2, 0.5
+    config.optimizer.accumulation_steps = 2
+    config.num_train_steps = 6
+    config.checkpoint.every_steps = config.log_every_steps = 1
+    straight = run_all(config, tmp_path / "straight")
+    for deadline in (2, 1, 2):  # in the third, fourth and sixth step
+        die(config, tmp_path / "killed", monkeypatch, deadline)
+    assert same(run_all(config, tmp_path / "killed").state, straight.state)
+    assert same_run.entries(tmp_path / "killed") == same_run.entries(tmp_path / "straight")
+    # Twin: augmentation matters for what is learnt.
+    plain = config.data.copy_and_resolve_references()
+    plain.flip = False
+    other_batches(monkeypatch, lambda dataset, data, seed: (dataset, plain, seed))
+    assert not same(run_all(config, tmp_path / "other").state, straight.state)
+
+
+def refuse_entries(monkeypatch, steps):
+    """The disk has no room for entries of metrics.jsonl that come at these steps."""
+    append = metrics_logger._append
+
+    def full(path, text):
+        if json.loads(text.splitlines()[-1])["step"] in steps:
+            raise OSError(28, "No space left on device")
+        append(path, text)
+
+    monkeypatch.setattr(metrics_logger, "_append", full)
+
+
+def test_entries_that_a_full_disk_refused_are_not_lost(config, straight, tmp_path, monkeypatch):
+    """No checkpoint is newer than the entries on disk, so that a run killed there writes them."""
+    with monkeypatch.context() as patch:
+        refuse_entries(patch, {4, 5})
+        die(config, tmp_path / "killed", patch, 5)
+    assert [entry["step"] for entry in same_run.entries(tmp_path / "killed")] == [1, 2, 3]
+    assert Checkpoints(str(tmp_path / "killed"), read_only=True).latest_step() == 2
+    with monkeypatch.context() as patch:
+        refuse_entries(patch, {4, 5})
+        run = run_all(config, tmp_path / "alive")  # room again at step 6
+    assert Checkpoints(str(tmp_path / "alive"), read_only=True).latest_step() == 6
+    assert same(run.state, straight.state)
+    run_all(config, tmp_path / "killed")
+    for name in ("killed", "alive"):
+        assert same_run.entries(tmp_path / name) == same_run.entries(tmp_path / "straight")
+    # Twin: at the end nothing may be missing.
+    refuse_entries(monkeypatch, {5, 6})
+    with pytest.raises(OSError, match=r"of step 6, could not be written.*checkpoints/4"):
+        run_all(config, tmp_path / "full")
+
+
+def test_a_clock_that_is_set_changes_nothing(config, straight, tmp_path, monkeypatch):
+    """By years before every step; every_minutes goes by a clock that nobody can set."""
+    config.checkpoint.every_minutes = 1.0
+    workdir, now, offsets = tmp_path / "clock", time.time, iter([3e8, -4e8, 1e9, 0.0, -1e9, 5e8])
+    shard, offset = train.shard_batch, [0.0]
+
+    def set_clock(batch, mesh):
+        offset[0] = next(offsets)
+        return shard(batch, mesh)
+
+    saved = []
+    save = Checkpoints.save
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: now() + offset[0])
+        patch.setattr(train, "shard_batch", set_clock)
+        patch.setattr(Checkpoints, "save", lambda *args: (saved.append(args[1]), save(*args)))
+        run = run_all(config, workdir)
+    assert saved == [2, 4, 6]
+    assert same(run.state, straight.state)
+    assert same_run.entries(workdir) == same_run.entries(tmp_path / "straight")
+    # Which checkpoint is the newest does not go by the times of files.
+    for number, path in enumerate(sorted(workdir.rglob("*"))):
+        os.utime(path, (4e9 - 1e6 * number,) * 2)
+    assert Checkpoints(str(workdir), read_only=True).latest_step() == 6
+    # Twin: the clock that counts.
+    past = time.monotonic() - 61
+    assert train.elapsed(past) >= 61
+
+
+def test_a_torn_last_line_of_metrics_is_dropped(config, straight, tmp_path):
+    path = tmp_path / "straight" / "metrics.jsonl"
+    before = same_run.entries(tmp_path / "straight")
+    with path.open("a") as file:
+        file.write('{"step": 7, "split": "train"}\n{"step": 6, "lo')
+    run_all(config, tmp_path / "straight")
+    assert same_run.entries(tmp_path / "straight") == before
+
+
+def test_told_to_stop(config, straight, tmp_path, monkeypatch):
+    """SIGTERM: the step in progress is finished and saved, and the run goes on from there."""
+    monkeypatch.setattr(Watch, "should_stop", lambda self, step: step == 3)
+    with pytest.raises(Preempted, match="checkpoints/3"):
+        run_all(config, tmp_path / "stopped")
+    assert Checkpoints(str(tmp_path / "stopped"), read_only=True).latest_step() == 3
+    monkeypatch.undo()
+    resumed = run_all(config, tmp_path / "stopped")
+    assert same(resumed.state, straight.state)
+    assert same_run.entries(tmp_path / "stopped") == same_run.entries(tmp_path / "straight")
+
+
+def test_the_signal():
+    with Watch() as watch:
+        assert not watch.should_stop(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert watch.should_stop(2)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process
+    with Watch() as watch:
+        assert not watch.should_stop(1)
+
+
+def test_told_to_stop_when_an_evaluation_is_due(config, tmp_path, monkeypatch):
+    """It is made up for at the next start, and the checkpoint gets its scores."""
+    config.num_train_steps = 8
+    config.eval.every_epochs = 1
+    run_all(config, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "should_stop", lambda self, step: step == 5)
+        with pytest.raises(Preempted, match="checkpoints/5"):
+            run_all(config, tmp_path / "stopped")
+    assert [e["step"] for e in same_run.entries(tmp_path / "stopped")] == [5]
+    run_all(config, tmp_path / "stopped")
+    assert same_run.entries(tmp_path / "stopped") == same_run.entries(tmp_path / "straight")
+    both = [Checkpoints(str(tmp_path / n), read_only=True) for n in ("stopped", "straight")]
+    assert [c.has_scores(5) for c in both] == [True, True]
+    assert both[0].best_step() == both[1].best_step()
+    # Once is enough.
+    run_all(config, tmp_path / "stopped")
+    assert same_run.entries(tmp_path / "stopped") == same_run.entries(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("where", ["evaluate_run", "add_scores"])
+def test_ended_by_an_evaluation(where, config, tmp_path, monkeypatch):
+    """Or after it, before its scores are in the checkpoint: that is there, and training goes on."""
+    config.num_train_steps = 8
+    config.eval.every_epochs = 1
+    run_all(config, tmp_path / "straight")
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.evaluate if where == "evaluate_run" else Checkpoints, where, die)
+        with pytest.raises(Killed):
+            run_all(config, tmp_path / "ended")
+    ended = Checkpoints(str(tmp_path / "ended"), read_only=True)
+    assert (ended.latest_step(), ended.has_scores(5)) == (5, False)
+    run_all(config, tmp_path / "ended")
+    assert same_run.entries(tmp_path / "ended") == same_run.entries(tmp_path / "straight")
+    assert Checkpoints(str(tmp_path / "ended"), read_only=True).has_scores(5)
+
+
+def test_ctrl_c(capfd):
+    """Noted as SIGTERM is, but no scheduler is to start the command again."""
+    before = signal.getsignal(signal.SIGINT)
+    with Watch() as watch:
+        assert watch.told_by is Preempted
+        os.kill(os.getpid(), signal.SIGINT)
+        assert watch.should_stop(1)
+        assert issubclass(watch.told_by, Preempted)
+        assert watch.told_by.exit_code == 130 != EXIT_CODE
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # the second one
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "once more ends the process at once" in capfd.readouterr().err
+
+
+def test_nothing_to_save():
+    """What SIGTERM did before it does again inside, and not outside."""
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    try:
+        with Watch() as watch:
+            with watch.nothing_to_save():
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert (got, watch.told) == ([signal.SIGTERM], False)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (len(got), watch.told) == (1, True)
+            with watch.nothing_to_save():  # told already: a second one ends the process
+                assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_evaluation_is_ended_at_once(config, tmp_path, monkeypatch):
+    """Its checkpoint is on disk, and what it would have found is made up for."""
+    config.num_train_steps = 8
+    config.eval.every_epochs = 1
+
+    def ended(*_):
+        raise Killed
+
+    before = signal.signal(signal.SIGTERM, ended)  # stands for `leave`, which ends the process
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                train.evaluate, "evaluate_run", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+            )
+            with pytest.raises(Killed):
+                run_all(config, tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    checkpoints = Checkpoints(str(tmp_path), read_only=True)
+    assert (checkpoints.latest_step(), checkpoints.has_scores(5)) == (5, False)
+
+
+def test_told_to_stop_at_the_end(config, straight, tmp_path, monkeypatch):
+    """In the last step, or while it is saved: it is, and the next start only evaluates."""
+    close = Checkpoints.close
+
+    def told_meanwhile(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(self)
+
+    for name, of, instead in (
+        ("step", Watch, ("should_stop", lambda self, step: step == 6)),
+        ("saving", Checkpoints, ("close", told_meanwhile)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(of, *instead)
+            with pytest.raises(Preempted, match="told to stop; saved .*checkpoints/6"):
+                run_all(config, tmp_path / name)
+        resumed = run_all(config, tmp_path / name)
+        assert same(resumed.state, straight.state)
+        assert same_run.entries(tmp_path / name) == same_run.entries(tmp_path / "straight")
+
+
+def test_told_to_stop_outside_of_the_loop():
+    program = (
+        "import os, signal; from dualpath_jax.runtime import preemption; "
+        "signal.signal(signal.SIGTERM, preemption.leave); os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == EXIT_CODE
+    assert "told to stop; the same command goes on" in ended.stderr
+
+
+BUSY = """
+import hashlib, os, signal, sys, threading, time
+from dualpath_jax.runtime import preemption
+preemption.leave_when_told()
+if sys.argv[1] == "noted":
+    signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+def tell():
+    for _ in range(2):
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=tell, daemon=True).start()
+hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)  # a minute in C, without Python's lock
+print("done")
+"""
+
+
+@pytest.mark.parametrize(("what", "status"), [("left", EXIT_CODE), ("noted", 128 + signal.SIGTERM)])
+def test_told_to_stop_while_a_program_computes(what, status):
+    """Python's handlers wait for it: `leave` does not, nor does a second signal."""
+    ended = subprocess.run(
+        [sys.executable, "-c", BUSY, what], capture_output=True, text=True, env=environment()
+    )
+    assert (ended.returncode, ended.stdout) == (status, "")
+
+
+def test_changed_settings(config, straight, tmp_path, capsys):
+    workdir = tmp_path / "straight"
+    config.num_train_steps = 8
+    config.optimizer.learning_rate = 1e-4
+    with pytest.raises(ValueError, match="was trained with other settings") as caught:
+        run_all(config, workdir)
+    assert "num_train_steps: 6 -> 8" in str(caught.value)
+    assert "optimizer.learning_rate: 0.003 -> 0.0001" in str(caught.value)
+    config.resume_changed = True
+    assert int(run_all(config, workdir).state.step) == 8
+    assert "with other settings:\n  num_train_steps: 6 -> 8" in capsys.readouterr().out
+    # Safe ones need no leave.
+    config.resume_changed = False
+    config.log_every_steps = 3
+    assert int(run_all(config, workdir).state.step) == 8
+
+
+def test_changed_data(config, straight, tmp_path):
+    """Prepared otherwise, or with other videos; an evaluation does not see those to train on."""
+    workdir = tmp_path / "straight"
+    run, _ = build(config, workdir)
+    run.frame_format = dataclasses.replace(run.frame_format, fps=10.0)
+    with pytest.raises(ValueError, match="frame_format of the data set: .*'fps': None.*'fps': 10"):
+        restore.for_evaluation(run)
+    run, _ = build(config, workdir)
+    run.num_videos += 1
+    restore.for_evaluation(run)
+    checkpoints = Checkpoints(str(workdir))
+    with pytest.raises(ValueError, match="num_videos of the data set: 40 -> 41"):
+        restore.for_training(run, checkpoints)
+    run.num_videos -= 1
+    assert restore.for_training(run, checkpoints) == 6
+
+
+def test_evaluation_leaves_a_workdir_as_it_is(config, straight, tmp_path):
+    """Also what another program is writing there, and what is damaged."""
+    workdir = tmp_path / "straight"
+    writing = workdir / "checkpoints" / "8.orbax-checkpoint-tmp"
+    writing.mkdir()
+    run, _ = build(config, workdir)
+    restore.for_evaluation(run)
+    assert same(run.state, straight.state)
+    for path in (workdir / "checkpoints" / "6" / "metadata").iterdir():
+        path.write_bytes(b"{}")
+    with pytest.raises(ValueError, match="checkpoints/6 cannot be read.*sets it aside"):
+        restore.for_evaluation(run)
+    assert writing.exists()
+    assert not (workdir / "damaged_checkpoints").exists()
+
+
+def poison(monkeypatch, steps):
+    """The batches of these steps (counted from 0) make loss and gradient NaN."""
+    batches, shard = pipeline.train_batches, train.shard_batch
+
+    def numbered(*args, **kwargs):
+        first = args[3]
+        return ({**b, "step": first + i} for i, b in enumerate(batches(*args, **kwargs)))
+
+    def poisoned(batch, mesh):
+        value = np.nan if batch.pop("step") in steps else 0
+        return shard(batch | {"poison": np.full(len(batch["label"]), value, np.float32)}, mesh)
+
+    inputs = train.preprocess.model_inputs
+
+    def add(batch, data, dtype):
+        spatial, temporal = inputs(batch, data, dtype)
+        if "poison" in batch:
+            spatial += batch["poison"][:, None, None, None, None]
+        return spatial, temporal
+
+    monkeypatch.setattr(pipeline, "train_batches", numbered)
+    monkeypatch.setattr(train, "shard_batch", poisoned)
+    monkeypatch.setattr(train.preprocess, "model_inputs", add)
+
+
+def test_non_finite_steps_are_skipped_up_to_a_limit(config, tmp_path, monkeypatch):
+    config.num_train_steps = 6
+    config.log_every_steps = 1
+    config.optimizer.max_skipped_steps = 2
+    with monkeypatch.context() as patch:
+        poison(patch, {1, 3})
+        run = run_all(config, tmp_path / "two")
+    assert all(np.all(np.isfinite(leaf)) for leaf in leaves(run.state.trainable).values())
+    assert int(run.state.skipped) == 2
+    entries = same_run.entries(tmp_path / "two")
+    assert [e["skipped_steps"] for e in entries] == [0, 1, 1, 2, 2, 2]
+    rates = [float(run.schedule(taken)) for taken in (0, 0, 1, 1, 2, 3)]
+    assert [e["learning_rate"] for e in entries] == pytest.approx(rates, rel=1e-6)
+    assert len(set(rates)) == 4
+    poison(monkeypatch, {1, 3, 4})  # one more
+    with pytest.raises(FloatingPointError, match=r"step 5, more than .*max_skipped_steps=2 times"):
+        run_all(config, tmp_path / "three")
+
+
+def test_skipped_steps_are_counted_across_interruptions(config, tmp_path, monkeypatch):
+    config.num_train_steps = 6
+    config.log_every_steps, config.checkpoint.every_steps = 1, 2
+    config.optimizer.max_skipped_steps = 2
+    poison(monkeypatch, {1, 3})
+    straight = run_all(config, tmp_path / "straight")
+    die(config, tmp_path / "killed", monkeypatch, 3)
+    resumed = run_all(config, tmp_path / "killed")
+    assert int(resumed.state.skipped) == 2
+    assert same(resumed.state, straight.state)
+    assert same_run.entries(tmp_path / "killed") == same_run.entries(tmp_path / "straight")
+
+
+def test_best_checkpoint(config, tmp_path):
+    config.num_train_steps = 11
+    config.eval.every_epochs = 1
+    config.checkpoint.keep = 1
+    run_all(config, tmp_path)
+    scores = {e["step"]: e["top1"] for e in same_run.entries(tmp_path) if e["split"] == "test"}
+    checkpoints = Checkpoints(str(tmp_path), read_only=True)
+    assert set(scores) == {5, 10}
+    assert checkpoints.best_step() == max(scores, key=scores.get)
+    config.eval.checkpoint = "best"
+    run, _ = build(config, tmp_path)
+    restore.for_evaluation(run)
+    assert int(run.state.step) == checkpoints.best_step()
+    at_the_end = dict.fromkeys(("top1", "top5", "mean_class_accuracy", "num_videos"), 2.0)
+    of = {"split": "test", "views": views_of(config)}
+    train.keep_scores(run, at_the_end | of | {"step": 11})
+    assert Checkpoints(str(tmp_path), read_only=True).best_step() == 11
+    config.eval.checkpoint = "worst"
+    with pytest.raises(ValueError, match="'worst': known are latest, best"):
+        restore.for_evaluation(run)
+
+
+def test_exported_parameters_start_another_run(config, straight, tmp_path, capsys):
+    path = str(tmp_path / "adapter.safetensors")
+    message = export_adapter.export(str(tmp_path / "straight"), path, "latest")
+    assert f"{straight.trainable_params:,} parameters of dualpath" in message
+    config.init_from = path
+    run, dataset = build(config, tmp_path / "next")
+    before = leaves(run.state.trainable)
+    adapter_file.start_from(run, path)
+    assert same(run.state.trainable, straight.state.trainable)
+    assert int(run.state.step) == 0
+    # Other classes: the layer that names them starts afresh.
+    run, _ = build(config, tmp_path / "next")
+    run.class_names = [*run.class_names[:-1], "Something else"]
+    adapter_file.start_from(run, path)
+    after, trained = leaves(run.state.trainable), leaves(straight.state.trainable)
+    fresh = {name for name in after if np.array_equal(after[name], before[name])}
+    assert fresh == {"classifier/output/kernel", "classifier/output/bias"}
+    assert all(np.array_equal(after[n], trained[n]) for n in after.keys() - fresh)
+    assert "starting afresh: classifier/output/" in capsys.readouterr().out
+    # Evaluation of the file alone; with a run that did not start from it, which of the two?
+    run, _ = build(config, tmp_path / "nothing")
+    restore.for_evaluation(run)
+    assert same(run.state.trainable, straight.state.trainable)
+    run.class_names = [*run.class_names[:-1], "Something else"]
+    with pytest.raises(ValueError, match="was trained on other classes, 8 of them, than the 8 of"):
+        restore.for_evaluation(run)
+    run, _ = build(config, tmp_path / "straight")
+    with pytest.raises(ValueError, match="which one is meant: config.init_from="):
+        restore.for_evaluation(run)
+    capsys.readouterr()
+    assert restore.for_training(run, Checkpoints(run.workdir)) == 6  # nor does a training take it
+    assert f"init_from={path} is left out: the run in" in capsys.readouterr().out
+    config.data.grid = (2, 2)
+    run, _ = build(config, tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"trained with other settings:\n  data.grid: .* -> "):
+        restore.for_evaluation(run)
+    config.data.grid = (4, 4)
+    config.init_from, config.eval.checkpoint = None, "best"
+    run, _ = build(config, tmp_path / "straight")
+    with pytest.raises(ValueError, match="no checkpoint in .* was evaluated by a training"):
+        restore.for_evaluation(run)
+
+
+def test_exported_parameters_know_what_they_belong_to(config, straight, tmp_path):
+    path = str(tmp_path / "adapter.safetensors")
+    export_adapter.export(str(tmp_path / "straight"), path, "latest")
+    config.model.temporal_path = False
+    run, _ = build(config, tmp_path / "next")
+    with pytest.raises(ValueError, match="does not build: temporal/"):
+        adapter_file.start_from(run, path)
+    config.model.method = "linear"
+    run, _ = build(config, tmp_path / "next")
+    with pytest.raises(ValueError, match="method 'dualpath', this run has 'linear'"):
+        adapter_file.start_from(run, path)
+    with pytest.raises(ValueError, match="is a folder: python scripts/export_adapter"):
+        adapter_file.start_from(run, str(tmp_path / "straight"))
+    with pytest.raises(FileNotFoundError, match="no adapter file"):
+        adapter_file.read_adapter(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="not an adapter file of this package"):
+        adapter_file.read_adapter(config.backbone.checkpoint)
+    with pytest.raises(ValueError, match="no checkpoints in"):
+        export_adapter.export(str(tmp_path / "none"), path, "latest")
+    with pytest.raises(ValueError, match="evaluated during training"):
+        export_adapter.export(str(tmp_path / "straight"), path, "best")
+
+
+@pytest.mark.slow
+def test_processes(config, straight, tmp_path):
+    """kill -9, SIGTERM, and a second program in the same workdir, with real processes."""
+    workdir = tmp_path / "killed"
+    command = [sys.executable, "-m", "dualpath_jax.main", "--config=configs/demo.py"]
+    for key in ("data.source", "data.dir", "data.batch_size", "data.image_size"):
+        command.append(f"--config.{key}={config[key.split('.')[0]][key.split('.')[1]]}")
+    command += [
+        f"--workdir={workdir}",
+        f"--config.backbone.checkpoint={config.backbone.checkpoint}",
+        "--config.eval.batch_size=8",
+        "--config.model.scan_blocks=True",
+        "--config.model.temporal_path=False",
+        "--config.num_train_steps=4000",
+        "--config.checkpoint.every_steps=5",
+        "--config.log_every_steps=5",
+    ]
+
+    def start():
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment()
+        )
+
+    def steps():
+        folder = workdir / "checkpoints"
+        return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+
+    def wait_for(number):
+        end = time.monotonic() + 300
+        while len(steps()) < number or process.poll() is not None:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    process = start()
+    wait_for(2)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process = start()
+    before = max(steps())
+    while max(steps()) == before:
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[1]
+    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert second.returncode == 2
+    assert f"--workdir={workdir} is in use by process {process.pid}" in second.stderr
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == EXIT_CODE
+    assert f"resumed from {workdir}/checkpoints/" in out
+    assert f"told to stop; saved {workdir}/checkpoints/{max(steps())}" in err
+    assert check_workdir(str(workdir)) is None

@@ -1,0 +1,139 @@
+"""Arrays over devices: the same step on any mesh, what is divided, what travels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dualpath_jax.config import schema
+from dualpath_jax.data import pipeline
+from dualpath_jax.data.video_dataset import VideoDataset
+from dualpath_jax.models import param_tree
+from dualpath_jax.training import experiment, sharding
+from dualpath_jax.training.state import state_shardings
+from dualpath_jax.training.step import make_train_step
+from scripts.benchmarks import hlo_cost
+from tests.helpers.small_config import small_config
+
+
+def step_on(config, dataset, devices):
+    """(new trainables, metrics, compiled step, run) after one step on that many devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        mesh = sharding.make_mesh(config.mesh.fsdp, jax.devices()[:devices])
+        patch.setattr(sharding, "make_mesh", lambda fsdp: mesh)
+        run = experiment.build_run(config, "", dataset)
+    batch = next(pipeline.train_batches(dataset, config.data, 0, 0, 1))
+    step = jax.jit(
+        make_train_step(run.model, config, run.optimizer, mesh),
+        out_shardings=(
+            state_shardings(run.state, mesh),
+            sharding.on_every_device(mesh),
+        ),
+    )
+    arguments = (run.state, run.frozen, sharding.shard_batch(batch, mesh))
+    compiled = step.lower(*arguments).compile()
+    state, metrics = compiled(*arguments)
+    return param_tree.flatten(state.trainable), jax.device_get(metrics), compiled, run
+
+
+@pytest.fixture
+def config(demo_data, demo_backbone):
+    config = small_config(demo_data, demo_backbone)
+    config.data.batch_size = 8
+    config.num_train_steps = 10
+    config.optimizer.warmup_epochs = 0.0
+    config.optimizer.clip_norm = None
+    config.model.temporal_path = False  # compiles sooner
+    return config
+
+
+@pytest.fixture
+def dataset(config):
+    return VideoDataset(config.data.dir, "train")
+
+
+def traffic(compiled):
+    return {(c.kind, c.dtype): c for c in hlo_cost.Program(compiled.as_text()).collectives()}
+
+
+@pytest.mark.slow
+def test_a_step_is_the_same_on_any_mesh(config, dataset):
+    one, metrics, compiled, _ = step_on(config, dataset, 1)
+    assert not traffic(compiled)
+    for devices, fsdp, parts in ((4, 2, 1), (2, 2, 1), (2, 1, 2)):
+        config.mesh.fsdp, config.optimizer.accumulation_steps = fsdp, parts
+        other, others, compiled, run = step_on(config, dataset, devices)
+        for name, leaf in one.items():
+            # The first step of AdamW is the sign of a gradient: compare where it has one.
+            np.testing.assert_allclose(other[name], leaf, rtol=0, atol=2e-3, err_msg=name)
+        for name in ("loss", "gradient_norm"):
+            assert others[name] == pytest.approx(metrics[name], rel=1e-4), (devices, fsdp, name)
+        if fsdp == 1:  # all gradients and metrics at once, in float32
+            found = traffic(compiled)
+            assert set(found) == {("all-reduce", "f32")}
+            trainable = 4 * run.trainable_params
+            assert trainable <= found["all-reduce", "f32"].bytes <= trainable + 100
+
+
+@pytest.mark.parametrize(("platform", "axes"), [("cpu", ("data",)), ("gpu", sharding.AXES)])
+def test_gradients_in_bfloat16(platform, axes, config, monkeypatch):
+    """A mean over two devices of what each computes from its rows; rounded on the way if asked."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+    monkeypatch.setattr(sharding, "_platform", lambda mesh: platform)
+
+    def compute(trainable, frozen, batch, rng):
+        # No axis but `fsdp` is left to XLA, and none on a GPU.
+        assert jax.sharding.get_abstract_mesh().manual_axes == axes
+        return {"loss": batch.mean()}, {"w": trainable["w"] * (batch * frozen).mean()}
+
+    def mean(dtype):
+        averaged = jax.jit(sharding.averaged(compute, mesh, dtype))
+        arguments = {"w": jnp.float32(1)}, jnp.float32(1 / 3), jnp.arange(4.0), jax.random.key(0)
+        metrics, gradients = averaged(*arguments)
+        assert metrics["loss"] == 1.5
+        assert gradients["w"].dtype == jnp.float32
+        return float(gradients["w"])
+
+    assert mean("float32") == pytest.approx(0.5, rel=1e-6)
+    halves = [float(jnp.bfloat16(x)) for x in (0.5 / 3, 2.5 / 3)]
+    if platform == "cpu":  # whose compiler sums no bfloat16
+        assert mean("bfloat16") == sum(halves) / 2 != mean("float32")
+    config.optimizer.reduce_dtype = "float16"
+    with pytest.raises(ValueError, match="reduce_dtype='float16': known are float32, bfloat16"):
+        sharding.check_settings(config, 2)
+
+
+@pytest.mark.parametrize(("fsdp", "sums"), [(1, True), (2, False)])
+def test_no_sum_where_one_device_has_all_rows(fsdp, sums):
+    """Of one number, a GPU's compiler refuses it (`mesh.fsdp` of all devices)."""
+    mesh = sharding.make_mesh(fsdp, jax.devices()[:2])
+    averaged = sharding.averaged(lambda w, *_: ({"loss": w}, {"w": w}), mesh, "float32")
+    with sharding.using(mesh):
+        program = jax.make_jaxpr(averaged)(1.0, 1.0, jnp.arange(4.0), jax.random.key(0))
+    assert ("psum" in str(program)) == sums
+
+
+def test_what_is_divided():
+    mesh = sharding.make_mesh(4)
+    assert mesh.shape == {"data": 2, "fsdp": 4}
+    tree = {
+        "blocks": np.zeros((12, 768, 3072)),
+        "bias": np.zeros((12, 768)),
+        "odd": np.zeros((3, 333, 333)),
+        "classifier": np.zeros((1024, 512)),
+        "step": np.zeros(()),
+    }
+    specs = {name: tuple(s.spec) for name, s in sharding.spread(tree, mesh).items()}
+    assert specs == {
+        "blocks": (None, None, "fsdp"),
+        "bias": (),
+        "odd": (),
+        "classifier": (),
+        "step": (),
+    }
+    config = schema.get_config()
+    config.mesh.fsdp, config.model.scan_blocks = 4, False
+    with pytest.raises(ValueError, match="mesh.fsdp=4 divides the weights that a loop goes over"):
+        sharding.check_settings(config, 8)
+    with pytest.raises(ValueError, match=r"mesh.fsdp=3 must divide .* 8: use one of \[1, 2, 4, 8]"):
+        sharding.make_mesh(3)
