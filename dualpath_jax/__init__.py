@@ -7,8 +7,9 @@ model.predict("clip.mp4")
 
 from typing import Any
 
-__version__ = "0.1.0"
-__all__ = ["load"]
+from dualpath_jax.version import __version__
+
+__all__ = ["__version__", "load"]
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,6 @@
 """`--mode=check`: does a configuration hold together? Needs no weights, no data and no training.
 
-Public: `check`, `ReadLog`.
+Public: `check_config`, `RecordedReads`.
 """
 
 import copy
@@ -14,19 +14,19 @@ from ml_collections import ConfigDict
 from dualpath_jax import evaluate, train
 from dualpath_jax.config import schema
 from dualpath_jax.config.ranges import check_ranges
-from dualpath_jax.config.values import flat
+from dualpath_jax.config.values import flatten_config
 from dualpath_jax.data import pipeline, synthetic
 from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
-from dualpath_jax.models.abstract import outline
+from dualpath_jax.models.abstract import abstract_model
 from dualpath_jax.training import sharding
-from dualpath_jax.training.inputs import train_batches_of
+from dualpath_jax.training.inputs import choose_train_batches
 from dualpath_jax.training.optimizer import count_train_steps, make_optimizer, make_schedule
 from dualpath_jax.training.state import abstract_state
 from dualpath_jax.training.step import make_train_step
 
 
-class ReadLog:
+class RecordedReads:
     """A view of a ConfigDict that notes which keys are read.
 
     Attributes of a ConfigDict, items and iteration over names work as on the original.
@@ -40,7 +40,7 @@ class ReadLog:
         value = getattr(self._config, name)
         path = self._prefix + name
         if isinstance(value, ConfigDict):
-            return ReadLog(value, self.seen, path + ".")
+            return RecordedReads(value, self.seen, path + ".")
         self.seen.add(path)
         return value
 
@@ -51,9 +51,9 @@ class ReadLog:
         return iter(self._config)
 
 
-def check_all_read(config: ConfigDict, seen: set[str]) -> None:
+def check_unread_keys(config: ConfigDict, seen: set[str]) -> None:
     """ValueError for a key that is set away from its default and that nothing has read."""
-    defaults, values = flat(schema.get_config()), flat(config)
+    defaults, values = flatten_config(schema.get_config()), flatten_config(config)
     unread = [key for key in values if key not in seen and values[key] != defaults.get(key)]
     if unread:
         settings = ", ".join(f"{key}={values[key]}" for key in unread)
@@ -67,7 +67,7 @@ def check_all_read(config: ConfigDict, seen: set[str]) -> None:
 _OF_A_RUN = {"init_from", "resume_changed", "eval.checkpoint"}
 
 
-def check(config: ConfigDict) -> None:
+def check_config(config: ConfigDict) -> None:
     """Build everything that `config` names without values, and run its pipeline on two clips.
 
     Prints the parameter table. Raises ValueError for what does not go together, also for a key that
@@ -78,19 +78,19 @@ def check(config: ConfigDict) -> None:
     small = copy.deepcopy(config)
     small.data.batch_size = small.eval.batch_size = 2
     small.optimizer.accumulation_steps = min(2, config.optimizer.accumulation_steps)
-    log = ReadLog(small)
-    sharding.check_settings(ReadLog(config, log.seen), jax.device_count())
-    videos = synthetic.synthetic_split(log.data, num_videos=2)
-    model = outline(log, len(videos.class_names))
+    log = RecordedReads(small)
+    sharding.check_batch_sizes(RecordedReads(config, log.seen), jax.device_count())
+    videos = synthetic.make_synthetic_split(log.data, num_videos=2)
+    model = abstract_model(log, len(videos.class_names))
     print(param_tree.parameter_table(model.params, model.mask))
     steps_per_epoch = len(videos) / log.data.batch_size
     num_steps = max(1, count_train_steps(log, steps_per_epoch))
-    train.make_plan(log, num_steps, steps_per_epoch)
+    train.make_loop_schedule(log, num_steps, steps_per_epoch)
     schedule = make_schedule(log.optimizer, num_steps, steps_per_epoch)
     optimizer = make_optimizer(log.optimizer, schedule, model.mask)
     state, frozen = abstract_state(model, optimizer)
-    framesets = method_registry.takes_framesets(log.model.method)
-    train_batches = train_batches_of(log.data)
+    framesets = method_registry.uses_framesets(log.model.method)
+    train_batches = choose_train_batches(log.data)
     batch = next(train_batches(videos, log.data, log.seed, 0, num_steps, framesets=framesets))
     _print_batch("training", batch)
     train_step = make_train_step(model.model, log, optimizer)
@@ -108,7 +108,7 @@ def check(config: ConfigDict) -> None:
     log.seen |= _OF_A_RUN
     if config.num_train_steps is not None:
         log.seen.add("num_epochs")  # the recipe's, which it takes the place of
-    check_all_read(config, log.seen)
+    check_unread_keys(config, log.seen)
     print(f"configuration holds together ({time.monotonic() - start:.1f} s)", flush=True)
 
 

@@ -1,6 +1,6 @@
 """What the command lines share: parsers, absl's flags, errors for the user.
 
-Public: `new_parser`, `positive`, `add_model`, `load_model`, `check_file`, `run`,
+Public: `build_parser`, `positive`, `add_model_options`, `load_model`, `check_output_file`, `run_app`,
 `user_errors`. Light: JAX is imported where it is used.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 
-def new_parser(doc: str) -> argparse.ArgumentParser:
+def build_parser(doc: str) -> argparse.ArgumentParser:
     """A parser whose help begins with a script's docstring, as it is written there."""
     return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -36,7 +36,7 @@ def positive(kind: type):
     return number
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options that name a trained model, see `load_model`."""
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", help="of a training run, local or gs://")
@@ -53,7 +53,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(arguments: argparse.Namespace):
-    """The `trained.Trained` that the options of `add_model` name; errors as `trained.load`."""
+    """The `trained.Trained` that the options of `add_model_options` name; errors as `trained.load`."""
     from dualpath_jax.inference import trained_model
 
     if arguments.adapter and not arguments.adapter.endswith(".safetensors"):
@@ -65,7 +65,7 @@ def load_model(arguments: argparse.Namespace):
     return trained_model.load(path, arguments.backbone, arguments.checkpoint)
 
 
-def check_file(option: str, name: str) -> None:
+def check_output_file(option: str, name: str) -> None:
     """ValueError, before any work, where the file that an option names cannot be written."""
     path = pathlib.Path(name)
     if path.is_dir():
@@ -76,7 +76,7 @@ def check_file(option: str, name: str) -> None:
         raise ValueError(f"{option}={name}: {path.parent} cannot be written; choose another folder")
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def run_app(main: Callable[[list[str]], None]) -> None:
     """absl's `app.run`; help ends with status 0, what the user can mend as in `user_errors`."""
     asked = any(argument.lstrip("-").startswith("help") for argument in sys.argv[1:])
     try:
@@ -117,12 +117,15 @@ def user_errors():
     try:
         yield
     except Preempted as stop:
-        print(f"{distributed.label()}{stop}; the same command goes on from there", file=sys.stderr)
+        print(
+            f"{distributed.process_label()}{stop}; the same command goes on from there",
+            file=sys.stderr,
+        )
         sys.exit(stop.exit_code)
     except (ValueError, OSError, FloatingPointError) as error:
-        if distributed.another_failed(error):
+        if distributed.is_peer_failure(error):
             raise
         if logging.level_debug():
             traceback.print_exc()
-        print(f"{distributed.label()}error: {error}", file=sys.stderr)
+        print(f"{distributed.process_label()}error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,7 +1,7 @@
 """Multi-view evaluation: every video counts once, whatever the batch and the number of devices.
 
 Public: `Scores`, `eval_step_sums`, `clip_logits`, `flat_views`, `view_logits`, `make_eval_step`,
-`jit_eval_step`, `out_shardings`, `evaluate`, `evaluate_run`, `evaluate_and_write`, `write_mean`.
+`jit_eval_step`, `eval_out_shardings`, `evaluate_batches`, `evaluate_run`, `evaluate_and_write`, `write_mean_results`.
 """
 
 import collections
@@ -15,18 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dualpath_jax.config.values import views_of
+from dualpath_jax.config.values import format_views
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.forward import view_logits
 from dualpath_jax.models.preprocess import Batch
-from dualpath_jax.runtime.progress_bar import Bar
-from dualpath_jax.training.experiment import Run
+from dualpath_jax.runtime.progress_bar import ProgressBar
+from dualpath_jax.training.experiment import Experiment
 from dualpath_jax.training.metrics_logger import format_scores
-from dualpath_jax.training.predictions import PredictionWriter, local_rows, top_predictions
-from dualpath_jax.training.sharding import on_every_device, rows, shard_batch, using
+from dualpath_jax.training.predictions import PredictionWriter, gather_local_rows, top_predictions
+from dualpath_jax.training.sharding import (
+    batch_sharding,
+    replicated_sharding,
+    shard_batch,
+    with_mesh,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +70,7 @@ def eval_step_sums(logits: jax.Array, label: jax.Array, mask: jax.Array) -> dict
     }
 
 
-def evaluate(
+def evaluate_batches(
     eval_step: Callable[[dict[str, Any]], dict[str, jax.Array]],
     batches: Iterator[dict[str, Any]],
     on_batch: Callable[[int], None] = lambda videos: None,
@@ -121,18 +126,18 @@ def make_eval_step(
     return eval_step
 
 
-def out_shardings(mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+def eval_out_shardings(mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
     """Of what the evaluation gives: rows stay where their videos are, sums alone cross devices."""
-    return on_every_device(mesh), rows(mesh)
+    return replicated_sharding(mesh), batch_sharding(mesh)
 
 
 def jit_eval_step(model: Any, config: Any, mesh: jax.sharding.Mesh) -> Callable:
     """`make_eval_step`, jitted."""
-    return jax.jit(make_eval_step(model, config), out_shardings=out_shardings(mesh))
+    return jax.jit(make_eval_step(model, config), out_shardings=eval_out_shardings(mesh))
 
 
 def evaluate_run(
-    run: Run, dataset: VideoDataset, predictions: PredictionWriter | None = None
+    run: Experiment, dataset: VideoDataset, predictions: PredictionWriter | None = None
 ) -> Scores:
     """Scores of `run.state` on every video of `dataset`; each one's row goes to `predictions`.
 
@@ -149,31 +154,31 @@ def evaluate_run(
         min(config.eval.batch_size, -(-len(dataset) // devices) * devices),
         jax.process_index(),
         jax.process_count(),
-        framesets=method_registry.takes_framesets(config.model.method),
+        framesets=method_registry.uses_framesets(config.model.method),
     )
 
     waiting = collections.deque()  # of which video, and what was said of it
 
     def step(batch: Batch) -> dict[str, jax.Array]:
-        with using(run.mesh):
+        with with_mesh(run.mesh):
             sums, top = run.eval_step(run.state.trainable, run.frozen, shard_batch(batch, run.mesh))
         waiting.append((batch["example_id"], batch["label"], top))
         return sums
 
     first = jax.process_index() == 0
-    with Bar(len(dataset), "evaluate", "videos", shown=first) as bar:
+    with ProgressBar(len(dataset), "evaluate", "videos", shown=first) as bar:
 
         def on_batch(videos: int) -> None:
-            bar.reach(videos)
+            bar.update_to(videos)
             ids, labels, top = waiting.popleft()
             if predictions is not None:
-                probabilities, classes = map(local_rows, top)
+                probabilities, classes = map(gather_local_rows, top)
                 predictions.add(ids, labels, classes, probabilities)
 
-        return evaluate(step, batches, on_batch)
+        return evaluate_batches(step, batches, on_batch)
 
 
-def evaluate_and_write(run: Run, dataset: VideoDataset) -> dict[str, Any]:
+def evaluate_and_write(run: Experiment, dataset: VideoDataset) -> dict[str, Any]:
     """Score the run on `dataset`, print the scores, write results.json and return what it holds.
 
     What it said of each video is written to predictions/, see `predictions`.
@@ -181,7 +186,7 @@ def evaluate_and_write(run: Run, dataset: VideoDataset) -> dict[str, Any]:
     header = {
         "step": int(run.state.step),
         "split": run.config.eval.split,
-        "views": views_of(run.config),
+        "views": format_views(run.config),
         "class_names": list(run.class_names),
     }
     predictions = PredictionWriter(run.workdir, header, dataset.ids)
@@ -193,12 +198,12 @@ def evaluate_and_write(run: Run, dataset: VideoDataset) -> dict[str, Any]:
     return results
 
 
-def write_results(run: Run, scores: Scores) -> dict[str, Any]:
+def write_results(run: Experiment, scores: Scores) -> dict[str, Any]:
     """Write `results.json` into the workdir (atomically) and return what it holds."""
     config = run.config
     results = {
         **dataclasses.asdict(scores),
-        "views": views_of(config),
+        "views": format_views(config),
         "total_params": run.total_params,
         "trainable_params": run.trainable_params,
         "step": int(run.state.step),
@@ -212,7 +217,7 @@ def write_results(run: Run, scores: Scores) -> dict[str, Any]:
     return results
 
 
-def write_mean(workdir: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+def write_mean_results(workdir: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     """Write `results.json` of several splits: their mean scores, and under "splits" each one's."""
     scores = ("top1", "top5", "mean_class_accuracy")
     mean = {name: sum(result[name] for result in results) / len(results) for name in scores}

@@ -68,26 +68,28 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save otherwise
-    progress_bar.be_quiet(QUIET.value)
+    progress_bar.set_quiet(QUIET.value)
     config = CONFIG.value
     workdir = WORKDIR.value or default_workdir(config)
     # Imported here, so that --help is quick and decoding workers do not load JAX and TensorFlow.
     from dualpath_jax.runtime import preemption
 
-    preemption.leave_when_told()  # the loop has a handler of its own
+    preemption.install_sigterm_handler()  # the loop has a handler of its own
     from dualpath_jax import check_config, launch
     from dualpath_jax.runtime import distributed
-    from dualpath_jax.training.inputs import divide
+    from dualpath_jax.training.inputs import expand_splits
 
-    with distributed.ending_together(), cli.user_errors():
+    with distributed.end_together(), cli.user_errors():
         if MODE.value == "check":
-            check_config.check(divide(config, workdir)[0][0])  # the others differ in names alone
+            check_config.check_config(
+                expand_splits(config, workdir)[0][0]
+            )  # the others differ in names alone
             return
-        distributed.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
         launch.train_and_evaluate(config, workdir, MODE.value == "train")
 
 
 if __name__ == "__main__":
-    environment.prepare()
+    environment.configure_environment()
     flags.mark_flag_as_required("config")
-    cli.run(main)
+    cli.run_app(main)

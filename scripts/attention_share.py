@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 
 import numpy as np  # noqa: E402
 
-from dualpath_jax.cli import new_parser, user_errors  # noqa: E402
+from dualpath_jax.cli import build_parser, user_errors  # noqa: E402
 from dualpath_jax.runtime import progress_bar  # noqa: E402
 
 COLUMNS = ("area", "without adaptation", "with adaptation", "at most")
@@ -38,19 +38,20 @@ def shares(model, rollout: bool) -> dict[str, np.ndarray]:
         pipeline.eval_batches(source, *settings, config.eval.batch_size) for source in sources
     ]
     found: dict[str, list] = {path: [] for path in model.module.paths}
-    shown = progress_bar.Bar(len(dataset), f"seed {config.seed}", "videos")
+    shown = progress_bar.ProgressBar(len(dataset), f"seed {config.seed}", "videos")
     for videos, objects in zip(*batches, strict=True):
         real = videos["mask"] > 0
         clips, masks = (
             {p: b[p][real].reshape(-1, *b[p].shape[2:]) for p in found} for b in (videos, objects)
         )
         maps = [
-            attention_maps.class_attention(model, clips, kind, rollout) for kind in (False, True)
+            attention_maps.class_token_attention(model, clips, kind, rollout)
+            for kind in (False, True)
         ]
         for path in found:
-            covered = attention_maps.cover(masks[path][..., 0] / 255, patch)
+            covered = attention_maps.patch_coverage(masks[path][..., 0] / 255, patch)
             area, most = covered.mean(axis=(1, 2, 3)), covered.max(axis=(2, 3)).mean(axis=1)
-            columns = [attention_maps.mean_share(m[path], covered) for m in maps]
+            columns = [attention_maps.mean_attention_share(m[path], covered) for m in maps]
             found[path].append([area, *columns, most])
         shown.update(int(real.sum()))
     shown.close()
@@ -76,19 +77,19 @@ def table(workdirs: list[str], backbone: str | None, rollout: bool) -> list[str]
 
 
 def parser() -> argparse.ArgumentParser:
-    made = new_parser(__doc__)
+    made = build_parser(__doc__)
     made.add_argument("--workdirs", nargs="+", required=True, help="of runs of configs/demo.py")
     made.add_argument("--backbone", help="converted backbone, if not where the runs had it")
     made.add_argument(
         "--rollout", action="store_true", help="through all blocks, instead of the last one alone"
     )
-    progress_bar.add_quiet(made)
+    progress_bar.add_quiet_option(made)
     return made
 
 
 def main() -> None:
     args = parser().parse_args()
-    progress_bar.be_quiet(args.quiet)
+    progress_bar.set_quiet(args.quiet)
     with user_errors():
         print("\n".join(table(args.workdirs, args.backbone, args.rollout)))
 

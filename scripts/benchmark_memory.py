@@ -15,14 +15,14 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.cli import new_parser, positive  # noqa: E402
+from dualpath_jax.cli import build_parser, positive  # noqa: E402
 
 WARM_UP = 2.0  # minutes
 ALLOWED = 0.05
 
 
 def parser() -> argparse.ArgumentParser:
-    made = new_parser(__doc__)
+    made = build_parser(__doc__)
     add = made.add_argument
     source = made.add_mutually_exclusive_group(required=True)
     source.add_argument("--videos", nargs="+", help="folder of video files, or the files")
@@ -55,11 +55,11 @@ def main() -> None:
                 dataset = VideoDataset(arguments.prepared, arguments.split)
             else:
                 dataset = pipeline.prepare_files(video_files(arguments.videos), folder)
-            samples = pipeline.watch_memory(
+            samples = pipeline.sample_memory(
                 *(dataset, data, arguments.mode == "training"),
                 *(arguments.minutes, arguments.interval, report),
             )
-            median, deviation = pipeline.flatness(samples, arguments.warm_up)
+            median, deviation = pipeline.memory_deviation(samples, arguments.warm_up)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
     flat = deviation <= ALLOWED

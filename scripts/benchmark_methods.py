@@ -16,14 +16,14 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.cli import new_parser, positive
+from dualpath_jax.cli import build_parser, positive
 from dualpath_jax.runtime import environment
 
 
 def parser() -> argparse.ArgumentParser:
     from dualpath_jax.models import registry as method_registry
 
-    made = new_parser(__doc__)
+    made = build_parser(__doc__)
     made.add_argument(
         "--methods",
         nargs="+",
@@ -72,7 +72,7 @@ def main() -> None:
         config.model.dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")
         config.model.scan_blocks = not on_cpu  # compiles sooner; on an H200 2% slower
         configs[method] = config
-    speeds = methods.measure(
+    speeds = methods.measure_methods(
         configs, arguments.rounds, lambda line: print(line, file=sys.stderr, flush=True)
     )
     if arguments.json:
@@ -82,5 +82,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    environment.prepare()
+    environment.configure_environment()
     main()

@@ -21,13 +21,13 @@ import tempfile
 # The process that measures the stages imports this file again: its main is guarded.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.cli import new_parser, positive  # noqa: E402
+from dualpath_jax.cli import build_parser, positive  # noqa: E402
 
 LENGTHS = (300, 60)
 
 
 def parser() -> argparse.ArgumentParser:
-    made = new_parser(__doc__)
+    made = build_parser(__doc__)
     add = made.add_argument
     add("--videos", nargs="+", required=True, help="folder of video files, or the files")
     add("--prepared", help="folder for the prepared videos, to be kept for another run")
@@ -89,12 +89,12 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict:
         for training in (True, False):
             case = {"frames": frames, "mode": "training" if training else "test"}
             print(f"{frames} frames, {case['mode']} ...", file=sys.stderr, flush=True)
-            case |= pipeline.compare(dataset, data, training, *how_often, loaders)
+            case |= pipeline.compare_loaders(dataset, data, training, *how_often, loaders)
             case["stages"] = pipeline.stage_costs(folder, data, training, arguments.batches)
             cases.append(case)
     data = benchmark_data(arguments.frames[0], arguments.batch_size)
     print(f"videos of {LENGTHS[0]} and {LENGTHS[1]} frames ...", file=sys.stderr, flush=True)
-    lengths = pipeline.compare_lengths(dataset, data, LENGTHS, *how_often)
+    lengths = pipeline.compare_video_lengths(dataset, data, LENGTHS, *how_often)
     return {
         "videos": len(dataset),
         "cores": num_cores(),

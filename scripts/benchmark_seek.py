@@ -15,11 +15,11 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.cli import new_parser, positive  # noqa: E402
+from dualpath_jax.cli import build_parser, positive  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
-    made = new_parser(__doc__)
+    made = build_parser(__doc__)
     add = made.add_argument
     add("--prepared", required=True, help="folder that scripts/prepare_dataset.py wrote")
     add("--split", default="train", help="split of it (train)")

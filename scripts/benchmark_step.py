@@ -22,14 +22,14 @@ import sys
 # Processes that measure memory import this file again: its main is guarded.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.cli import new_parser, positive
+from dualpath_jax.cli import build_parser, positive
 from dualpath_jax.runtime import environment
 
 _PEERS = {"torch": "", "torch_compiled": ", torch.compile"}  # and how a table calls them
 
 
 def parser() -> argparse.ArgumentParser:
-    made = new_parser(__doc__)
+    made = build_parser(__doc__)
     add = made.add_argument
     add("--config", default="ssv2_vitb", help="of dualpath, as in configs/ (ssv2_vitb)")
     add("--batch_size", type=positive(int), default=1, help="clips (1)")
@@ -62,7 +62,7 @@ def measure(settings: list, rounds: int, sides: list[str]) -> dict:
         seconds = train_step.compile_seconds(setting)
         tell("matrix product")
         limit = train_step.matmul_gflops(dtype)
-        compared = train_step.compare(setting, rounds, sides, tell)
+        compared = train_step.compare_frameworks(setting, rounds, sides, tell)
         tell("memory")
         compared["step_mib"] = {s: train_step.peak_memory(setting, s) for s in sides}
         compared["compile_seconds"] = seconds
@@ -127,5 +127,5 @@ def main() -> None:
 if __name__ == "__main__":
     # On a GPU JAX would take three quarters of the memory and leave PyTorch the rest.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    environment.prepare()
+    environment.configure_environment()
     main()

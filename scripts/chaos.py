@@ -19,13 +19,13 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.cli import new_parser  # noqa: E402
+from dualpath_jax.cli import build_parser  # noqa: E402
 
 FAULTS_PER_MINUTE = 4  # about, on two idle cores
 
 
 def parser() -> argparse.ArgumentParser:
-    made = new_parser(__doc__)
+    made = build_parser(__doc__)
     add = made.add_argument
     add(
         "--minutes",
@@ -47,20 +47,20 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that everything is cleaned up
     if arguments.workdir:
         pathlib.Path(arguments.workdir).mkdir(parents=True)
-        return torture(arguments, pathlib.Path(arguments.workdir).resolve())
+        return run_chaos(arguments, pathlib.Path(arguments.workdir).resolve())
     with tempfile.TemporaryDirectory() as folder:
-        return torture(arguments, pathlib.Path(folder))
+        return run_chaos(arguments, pathlib.Path(folder))
 
 
-def torture(arguments: argparse.Namespace, folder: pathlib.Path) -> int:
+def run_chaos(arguments: argparse.Namespace, folder: pathlib.Path) -> int:
     """Both runs and their comparison; exit status."""
     from tests.chaos import chaos, full_disk, same_run
-    from tests.chaos.trial import Chaos, Trial
+    from tests.chaos.trial import ChaosError, TrainingFixture
 
     begin = time.monotonic()
     count = arguments.faults or round(FAULTS_PER_MINUTE * arguments.minutes)
     plan = chaos.plan_faults(arguments.seed, count)
-    trial = Trial(folder, chaos.num_steps(count))
+    trial = TrainingFixture(folder, chaos.num_steps(count))
     trial.make_inputs()
     calm = trial.start(folder / "undisturbed", "undisturbed.txt")
     if calm.end() != 0:
@@ -68,16 +68,18 @@ def torture(arguments: argparse.Namespace, folder: pathlib.Path) -> int:
     seconds = time.monotonic() - begin
     print(f"undisturbed: {trial.num_steps} steps ({seconds:.0f} s with the inputs)", flush=True)
     struck = []
-    with full_disk.Disk(folder / "disturbed", not arguments.no_mount) as disk:
+    with full_disk.LimitedDisk(folder / "disturbed", not arguments.no_mount) as disk:
         if not disk.mounted:
             print("no tmpfs is mounted: a limit on file sizes stands in for the full disk")
         try:
-            for fault in chaos.disturb(trial, disk, plan, arguments.seed):
+            for fault in chaos.run_with_faults(trial, disk, plan, arguments.seed):
                 struck.append(fault)
                 told = f"{fault.kind}: {fault.did} ({fault.details})"
                 print(f"{len(struck)}/{count}  step {fault.step}  {told}", flush=True)
-            differing = same_run.differences(folder / "undisturbed", disk.folder / "workdir")
-        except Chaos as error:
+            differing = same_run.find_run_differences(
+                folder / "undisturbed", disk.folder / "workdir"
+            )
+        except ChaosError as error:
             differing = [str(error)]
     print_table(struck)
     print(f"{len(struck)} faults, {trial.num_steps} steps, {time.monotonic() - begin:.0f} s")

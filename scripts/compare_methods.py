@@ -20,7 +20,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dualpath_jax.cli import new_parser, positive
+from dualpath_jax.cli import build_parser, positive
 from dualpath_jax.runtime import environment
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
@@ -61,7 +61,7 @@ def build(config, workdir: str):
 
     check_workdir(workdir)
     dataset = VideoDataset(config.data.dir, config.data.train_split)
-    return experiment.build_run(config, workdir, dataset), dataset
+    return experiment.build_experiment(config, workdir, dataset), dataset
 
 
 def score(config, workdir: str, split: str) -> dict:
@@ -93,7 +93,7 @@ def time_steps(configs: dict, out: str, rounds: int = 9, steps: int = 4) -> dict
     for method, config in configs.items():
         with open(os.devnull, "w") as log, contextlib.redirect_stdout(log):
             run, dataset = build(config, f"{out}/timing")
-        framesets = method_registry.takes_framesets(method)
+        framesets = method_registry.uses_framesets(method)
         batch = next(pipeline.train_batches(dataset, config.data, 0, 0, 1, framesets=framesets))
         step = jax.jit(make_train_step(run.model, config, run.optimizer), donate_argnums=0)
         batch = sharding.shard_batch(batch, run.mesh)
@@ -179,7 +179,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = new_parser(__doc__)
+    made = build_parser(__doc__)
     made.add_argument(
         "--out", default="runs/compare", help="folder for runs and scores (runs/compare)"
     )
@@ -210,7 +210,7 @@ def main() -> None:
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(out.absolute() / "compiled"))
-    setup.ensure_demo(demo_config.get_config())
+    setup.ensure_demo_data(demo_config.get_config())
     if args.only_times:
         methods = dict.fromkeys(["dualpath", *args.methods])
         configs = {m: method_config(m, LEARNING_RATES[0], 0, args.steps) for m in methods}
@@ -221,5 +221,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    environment.prepare()
+    environment.configure_environment()
     main()

@@ -61,11 +61,11 @@ def fits(config, topology: str, clips: int, memories: list[float]) -> None:
     for size in (clips, 2 * clips):
         reports += tpu_aot.compile_steps(config, topology, size, ("train",))
         tell(f"{size} clips on a chip need {reports[-1].peak / 1e9:.2f} GB")
-    rows = tpu_aot.fits(*reports, memories, BATCHES)
+    rows = tpu_aot.estimate_fits(*reports, memories, BATCHES)
     if JSON.value:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
-        print(tpu_aot.fits_markdown(rows, BATCHES))
+        print(tpu_aot.format_fits(rows, BATCHES))
 
 
 def main(argv: list[str]) -> None:
@@ -93,10 +93,10 @@ def main(argv: list[str]) -> None:
         named = [dataclasses.asdict(one) for one in reports]
         print(json.dumps({"topology": TOPOLOGY.value, "steps": named}, indent=1))
     else:
-        print(tpu_aot.markdown(TOPOLOGY.value, reports))
+        print(tpu_aot.format_reports(TOPOLOGY.value, reports))
 
 
 if __name__ == "__main__":
-    environment.prepare()
+    environment.configure_environment()
     flags.mark_flags_as_required(["config", "topology"])
-    cli.run(main)
+    cli.run_app(main)

@@ -13,13 +13,13 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # runs uninstalled
 
-from dualpath_jax.cli import new_parser  # noqa: E402
+from dualpath_jax.cli import build_parser  # noqa: E402
 from dualpath_jax.runtime import progress_bar  # noqa: E402
 from dualpath_jax.weights import convert  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
-    made = new_parser(__doc__)
+    made = build_parser(__doc__)
     made.add_argument("--checkpoint", required=True, help="checkpoint, a local file")
     made.add_argument("--out", required=True, help="safetensors file to write, local or gs://")
     made.add_argument(
@@ -33,15 +33,15 @@ def parser() -> argparse.ArgumentParser:
         help="of the MLPs, where neither the checkpoint nor a config beside it says",
     )
     made.add_argument("--heads", type=int, help="attention heads of a ViT; default: width / 64")
-    progress_bar.add_quiet(made)
+    progress_bar.add_quiet_option(made)
     return made
 
 
 def main() -> int:
     options = vars(parser().parse_args())
-    progress_bar.be_quiet(options.pop("quiet"))
+    progress_bar.set_quiet(options.pop("quiet"))
     try:
-        info = convert.convert_clip(**options)
+        info = convert.convert_checkpoint(**options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,7 +17,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from dualpath_jax.analysis import efficiency
-from dualpath_jax.cli import new_parser
+from dualpath_jax.cli import build_parser
 from dualpath_jax.runtime import progress_bar
 
 
@@ -25,15 +25,15 @@ def load(name: str):
     """The configuration `name` or `name:argument` of the folder configs."""
     file, _, argument = name.partition(":")
     if not (pathlib.Path(__file__).parents[1] / "configs" / f"{file}.py").exists():
-        raise ValueError(f"no configs/{file}.py: known are {', '.join(efficiency.PAPER)}")
+        raise ValueError(f"no configs/{file}.py: known are {', '.join(efficiency.PAPER_ROWS)}")
     module = importlib.import_module(f"configs.{file}")
     return module.get_config(argument) if argument else module.get_config()
 
 
 def row(name: str) -> dict:
     """What is counted, and what the paper prints, for one configuration."""
-    counted = dataclasses.asdict(efficiency.measure(load(name)))
-    paper = efficiency.PAPER.get(name)
+    counted = dataclasses.asdict(efficiency.measure_efficiency(load(name)))
+    paper = efficiency.PAPER_ROWS.get(name)
     return {"config": name, **counted, "paper": dataclasses.asdict(paper) if paper else None}
 
 
@@ -119,7 +119,7 @@ def _is_point(r: dict, data: str) -> bool:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = new_parser(__doc__)
+    made = build_parser(__doc__)
     made.add_argument(
         "--config", nargs="*", help="names as in configs/, NAME or NAME:ARGUMENT (all rows)"
     )
@@ -127,16 +127,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--figure", metavar="FILE", help="PNG or SVG of Fig. 1 to write, instead of printing"
     )
-    progress_bar.add_quiet(made)
+    progress_bar.add_quiet_option(made)
     return made
 
 
 def main() -> None:
     args = parser().parse_args()
-    progress_bar.be_quiet(args.quiet)
-    names = args.config or list(efficiency.PAPER)
+    progress_bar.set_quiet(args.quiet)
+    names = args.config or list(efficiency.PAPER_ROWS)
     try:
-        rows = [row(name) for name in progress_bar.over(names, "count", "configurations")]
+        rows = [
+            row(name) for name in progress_bar.iterate_with_bar(names, "count", "configurations")
+        ]
         if args.figure:
             figure(rows, args.figure)
             return

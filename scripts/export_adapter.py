@@ -12,7 +12,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dualpath_jax.cli import check_file, new_parser, user_errors  # noqa: E402
+from dualpath_jax.cli import build_parser, check_output_file, user_errors  # noqa: E402
 
 
 def export(workdir: str, out: str, which: str) -> str:
@@ -22,7 +22,7 @@ def export(workdir: str, out: str, which: str) -> str:
     from dualpath_jax.inference import trained_model
     from dualpath_jax.training import adapter_file
 
-    leaves, metadata = trained_model.read_trained(workdir, which)
+    leaves, metadata = trained_model.read_trained_params(workdir, which)
     adapter_file.write_adapter(out, leaves, metadata)
     count = sum(leaf.size for leaf in leaves.values())
     size = epath.Path(out).stat().length
@@ -33,7 +33,7 @@ def export(workdir: str, out: str, which: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = new_parser(__doc__)
+    made = build_parser(__doc__)
     made.add_argument("--workdir", required=True, help="of the run, local or gs://")
     made.add_argument("--out", required=True, help="file to write, .safetensors; local or gs://")
     made.add_argument(
@@ -49,7 +49,7 @@ def main() -> None:
     args = parser().parse_args()
     with user_errors():
         if "://" not in args.out:
-            check_file("--out", args.out)
+            check_output_file("--out", args.out)
         print(export(args.workdir, args.out, args.checkpoint))
 
 

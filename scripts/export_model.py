@@ -21,9 +21,9 @@ from dualpath_jax.runtime import environment
 
 
 def parser() -> argparse.ArgumentParser:
-    made = cli.new_parser(__doc__)
+    made = cli.build_parser(__doc__)
     add = made.add_argument
-    cli.add_model(made)
+    cli.add_model_options(made)
     add("--out", required=True, help="folder to write")
     add(
         "--batch_size",
@@ -47,10 +47,10 @@ def main() -> None:
     with cli.user_errors():
         model = cli.load_model(arguments)
         results = export.read_results(arguments.workdir) if arguments.workdir else None
-        export.export(model, arguments.out, arguments.formats, arguments.batch_size, results)
+        export.export_model(model, arguments.out, arguments.formats, arguments.batch_size, results)
     print(f"wrote {arguments.out}/model_card.md and what it describes")
 
 
 if __name__ == "__main__":
-    environment.prepare()
+    environment.configure_environment()
     main()

@@ -21,12 +21,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from dualpath_jax.cli import new_parser, positive  # noqa: E402
+from dualpath_jax.cli import build_parser, positive  # noqa: E402
 from dualpath_jax.runtime import progress_bar  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
-    made = new_parser(__doc__)
+    made = build_parser(__doc__)
     add = made.add_argument
     add(
         "--inputs",
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     add("--targets", nargs="+", metavar="NAME", help="these alone (all)")
     add("--only", type=int, metavar="NUMBER", help="one input of one target, as a finding names it")
     add("--findings", default="runs/fuzz", metavar="DIR", help="where findings go (runs/fuzz)")
-    progress_bar.add_quiet(made)
+    progress_bar.add_quiet_option(made)
     return made
 
 
@@ -56,7 +56,7 @@ def fuzz(arguments: argparse.Namespace) -> bool:
         print("note: torch is not installed, its files are left out", file=sys.stderr)
         names = [name for name in names if name != "torch"]
     kept, rows = pathlib.Path(arguments.findings), []
-    counts = harness.divide(arguments.inputs, {name: SHARES[name] for name in names})
+    counts = harness.share_inputs(arguments.inputs, {name: SHARES[name] for name in names})
     for name, count in counts.items():
         first, end = (0, count) if arguments.only is None else (arguments.only, arguments.only + 1)
         row = harness.fuzz_target(name, TARGETS[name], first, end, arguments.seed, kept)
@@ -64,7 +64,7 @@ def fuzz(arguments: argparse.Namespace) -> bool:
         print(f"{name}: {row.inputs} inputs, {len(row.findings)} findings", file=sys.stderr)
         for index, text in list(row.findings.items())[:5]:
             print(f"input {index}: {text}", file=sys.stderr)
-    print(harness.table(rows))
+    print(harness.format_table(rows))
     if found := sum(len(row.findings) for row in rows):
         print(f"{found} findings, their files are in {kept}")
     return not found
@@ -72,7 +72,7 @@ def fuzz(arguments: argparse.Namespace) -> bool:
 
 def main() -> None:
     arguments = parser().parse_args()
-    progress_bar.be_quiet(arguments.quiet)
+    progress_bar.set_quiet(arguments.quiet)
     try:
         sys.exit(0 if fuzz(arguments) else 1)
     except (ValueError, OSError) as error:

@@ -24,9 +24,9 @@ from dualpath_jax.runtime import environment
 
 
 def parser() -> argparse.ArgumentParser:
-    made = cli.new_parser(__doc__)
+    made = cli.build_parser(__doc__)
     add = made.add_argument
-    cli.add_model(made)
+    cli.add_model_options(made)
     add("videos", nargs="+", help="video files, or folders of them")
     add("--top_k", type=int, default=5, help="classes to name (5)")
     add("--window", type=float, help="length of a window of a long video, seconds (none)")
@@ -49,11 +49,11 @@ def main() -> None:
     arguments = parser().parse_args()
     from dualpath_jax.inference import predict_files
 
-    def show(found: predict_files.Found) -> None:
+    def show(found: predict_files.VideoResult) -> None:
         if arguments.json:
             print(json.dumps(dataclasses.asdict(found)), flush=True)
         else:
-            print(predict_files.line(found), flush=True)
+            print(predict_files.format_result(found), flush=True)
 
     sys.stdout.reconfigure(errors="surrogateescape")  # file names may hold any bytes
     with cli.user_errors():
@@ -74,5 +74,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    environment.prepare()
+    environment.configure_environment()
     main()

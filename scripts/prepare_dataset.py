@@ -19,16 +19,16 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.cli import new_parser, positive  # noqa: E402
+from dualpath_jax.cli import build_parser, positive  # noqa: E402
 from dualpath_jax.data.datasets.registry import DATASETS, list_videos  # noqa: E402
-from dualpath_jax.data.preparation.dry_run import check  # noqa: E402
+from dualpath_jax.data.preparation.dry_run import check_videos  # noqa: E402
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits  # noqa: E402
 from dualpath_jax.runtime import progress_bar  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
     limits = DecodeLimits()
-    made = new_parser(__doc__)
+    made = build_parser(__doc__)
     add = made.add_argument
     add("--dataset", required=True, choices=list(DATASETS), help="kind of data set")
     add("--videos", required=True, metavar="DIR", help="folder of the video files")
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         help_ = f"most {what} for one video ({default:,})"
         add(f"--max_{name}", type=positive(type(default)), default=default, help=help_)
-    progress_bar.add_quiet(made)
+    progress_bar.add_quiet_option(made)
     return made
 
 
@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    progress_bar.be_quiet(arguments.quiet)
+    progress_bar.set_quiet(arguments.quiet)
     sys.stdout.reconfigure(errors="surrogateescape")  # file names may hold any bytes
     try:
         listing = list_videos(
@@ -100,12 +100,12 @@ def main() -> None:
         }
         if arguments.check:
             options["bad_videos"] = arguments.bad_videos
-            counts = check(listing, arguments.videos, **options)
+            counts = check_videos(listing, arguments.videos, **options)
             sys.exit(1 if counts["total"].bad else 0)
-        from dualpath_jax.data.preparation.prepare import prepare  # imports TensorFlow
+        from dualpath_jax.data.preparation.prepare import prepare_dataset  # imports TensorFlow
 
         options["retry_bad"] = arguments.retry_bad
-        prepare(listing, arguments.videos, arguments.out, **options)
+        prepare_dataset(listing, arguments.videos, arguments.out, **options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 import safetensors.numpy
 
-from dualpath_jax.cli import new_parser
+from dualpath_jax.cli import build_parser
 from dualpath_jax.demo import render
 from dualpath_jax.models.backbones.vit import ViT, ViTConfig
 
@@ -37,7 +37,7 @@ MAX_OBJECTS = 8
 def make_image(photos: list, size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """One image, uint8 [size, size, 3], its object's coverage [size, size] and the labels."""
     photo, shape = rng.integers(len(photos)), rng.integers(len(render.SHAPES))
-    colour = rng.integers(len(render.COLOURS))
+    colour = rng.integers(len(render.COLORS))
     count = 1 if rng.random() < 0.4 else rng.integers(1, MAX_OBJECTS + 1)
     still = np.ones(1)
     image = render.crop_photo(photos[photo], size, rng)
@@ -51,7 +51,7 @@ def make_image(photos: list, size: int, rng: np.random.Generator) -> dict[str, n
     for _ in range(count):
         x, y = rng.uniform(0.05, 0.95, 2)
         track = render.Track(x * still, y * still, radius * still, still)
-        rgb = list(render.COLOURS.values())[colour]
+        rgb = list(render.COLORS.values())[colour]
         image = render.paint(image, track, render.SHAPES[shape], rgb)[0]
         distance = render.shape_distance(
             render.SHAPES[shape], (pixels[None] - x) / radius, (pixels[:, None] - y) / radius
@@ -79,7 +79,7 @@ def make_batch(args: tuple[int, int, int, int]) -> dict[str, np.ndarray]:
 
 HEADS = {
     "shape": len(render.SHAPES),
-    "colour": len(render.COLOURS),
+    "colour": len(render.COLORS),
     "count": MAX_OBJECTS,
 }
 
@@ -153,7 +153,7 @@ def openai_layout(params: dict) -> dict[str, np.ndarray]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = new_parser(__doc__)
+    made = build_parser(__doc__)
     add = made.add_argument
     add("--out", required=True, help="safetensors file to write")
     add("--steps", type=int, default=2600, help="updates (2600)")

@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 import numpy as np  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
-from dualpath_jax.cli import new_parser  # noqa: E402
+from dualpath_jax.cli import build_parser  # noqa: E402
 
 GAP = 8  # pixels between pictures
 LINE = 16  # pixels for a line of text
@@ -51,7 +51,7 @@ def colour(batch: dict) -> dict:
         return batch
     keys = [key for key in ("spatial", "temporal") if key in batch]
     inputs = [batch[key] for key in keys]
-    images = preprocess.colour(inputs, batch["ops"], batch["op_values"], batch["tables"])
+    images = preprocess.augment_color(inputs, batch["ops"], batch["op_values"], batch["tables"])
     pairs = zip(keys, images, strict=True)
     return batch | {k: np.asarray(x).round().astype(np.uint8) for k, x in pairs}
 
@@ -80,7 +80,7 @@ def draw(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = new_parser(__doc__)
+    made = build_parser(__doc__)
     made.add_argument("--config", required=True, help="config file, FILE or FILE:ARGUMENT")
     made.add_argument("--out", required=True, help="PNG file to write")
     made.add_argument("--data_dir", help="instead of the config's data.dir")
@@ -108,7 +108,7 @@ def main() -> None:
             config.seed,
             args.step,
             args.step + 1,
-            framesets=method_registry.takes_framesets(config.model.method),
+            framesets=method_registry.uses_framesets(config.model.method),
         )
         batch = {key: value[: args.clips] for key, value in next(batches).items()}
         draw(colour(batch), dataset.class_names, args.zoom).save(args.out)

@@ -13,7 +13,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.cli import new_parser, user_errors  # noqa: E402
+from dualpath_jax.cli import build_parser, user_errors  # noqa: E402
 
 
 def draw(args: argparse.Namespace) -> int:
@@ -27,13 +27,13 @@ def draw(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for video in args.videos:
         try:
-            clips = attention_figures.middle_view(model.clips(video), model.config)
+            clips = attention_figures.middle_view_clips(model.clips(video), model.config)
         except VideoError as error:
             print(f"error: {error}", file=sys.stderr)
             bad += 1
             continue
-        view = attention_figures.view_clip(model, clips, args.rollout)
-        path = image_grid.new_name(folder, video, taken)
+        view = attention_figures.analyze_clip(model, clips, args.rollout)
+        path = image_grid.unused_path(folder, video, taken)
         kind = "rollout" if args.rollout else "last block"
         grid = attention_figures.draw_grid(view, f"{path.name}, {kind}")
         image_grid.write_png(f"{path}.png", grid)
@@ -43,7 +43,7 @@ def draw(args: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = new_parser(__doc__)
+    made = build_parser(__doc__)
     made.add_argument("videos", nargs="+", metavar="VIDEO", help="video files")
     made.add_argument("--workdir", required=True, help="of the run, local or gs://")
     made.add_argument("--backbone", help="converted backbone, if not where the run had it")

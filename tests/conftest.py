@@ -70,7 +70,7 @@ def demo_data(tmp_path_factory):
     render.render_demo(folder / "raw", sizes, progress=False)
     videos, labels = str(folder / "raw" / "videos"), str(folder / "raw" / "labels")
     listing = dataset_registry.list_videos("ssv2", videos, labels)
-    prepare.prepare(listing, videos, str(folder / "prepared"), progress=False)
+    prepare.prepare_dataset(listing, videos, str(folder / "prepared"), progress=False)
     return folder / "prepared"
 
 
@@ -81,7 +81,7 @@ def demo_backbone(tmp_path_factory):
     from dualpath_jax.weights import convert
 
     path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
-    convert.convert_clip(setup.BACKBONE, path)
+    convert.convert_checkpoint(setup.BACKBONE, path)
     return path
 
 

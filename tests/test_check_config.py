@@ -10,7 +10,7 @@ from dualpath_jax import check_config
 from dualpath_jax.config import schema
 from dualpath_jax.data.datasets import registry as dataset_registry
 from dualpath_jax.models import param_tree
-from dualpath_jax.models.abstract import outline
+from dualpath_jax.models.abstract import abstract_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted(
@@ -42,7 +42,7 @@ CHECKED = [
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKED)
 def test_configs_hold_together(name, capsys):
-    check_config.check(load(name))
+    check_config.check_config(load(name))
     out = capsys.readouterr().out
     assert "configuration holds together" in out
     assert "training batch of two clips: spatial uint8" in out
@@ -54,9 +54,9 @@ def test_header_gives_the_parameters(name):
     assert f"python -m dualpath_jax.main --config=configs/{name}.py" in text
     config = load(name)
     classes = dataset_registry.NUM_CLASSES.get(config.data.source, dataset_registry.UNKNOWN_CLASSES)
-    model = outline(config, classes)
-    trainable = param_tree.count(param_tree.split(model.params, model.mask)[0])
-    total = param_tree.count(model.params)
+    model = abstract_model(config, classes)
+    trainable = param_tree.count_params(param_tree.split(model.params, model.mask)[0])
+    total = param_tree.count_params(model.params)
     if name == "folder_vitb":
         assert "Trainable" not in text  # depends on the reader's classes
     else:
@@ -76,7 +76,7 @@ def test_ablations_build(name):
     for key, value in ablations()[name].items():
         section, key = key.split(".")
         assert config[section][key] == value
-    outline(config, 174)
+    abstract_model(config, 174)
 
 
 def test_unknown_argument():
@@ -96,7 +96,7 @@ def test_a_key_without_effect(name, key, value):
     config.update_from_flattened_dict({key: value})
     message = f"without effect for model.method='{config.model.method}'.*: {key}={value}$"
     with pytest.raises(ValueError, match=message):
-        check_config.check(config)
+        check_config.check_config(config)
 
 
 def test_keys_that_have_an_effect_beside_others():
@@ -108,7 +108,7 @@ def test_keys_that_have_an_effect_beside_others():
     }
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=", ".join(f"{k}={v}" for k, v in changes.items()) + "$"):
-        check_config.check(config)
+        check_config.check_config(config)
 
 
 def test_keys_of_a_run_have_an_effect(capsys):
@@ -116,7 +116,7 @@ def test_keys_of_a_run_have_an_effect(capsys):
     config = load("hmdb51_vitb_linear")
     config.num_train_steps, config.init_from = 1000, "a.safetensors"
     config.eval.checkpoint, config.resume_changed = "best", True
-    check_config.check(config)
+    check_config.check_config(config)
     assert "configuration holds together" in capsys.readouterr().out
 
 
@@ -124,11 +124,11 @@ def test_a_wrong_value():
     config = load("demo")
     config.log_every_steps = 0
     with pytest.raises(ValueError, match="log_every_steps=0 must be 1 or more"):
-        check_config.check(config)
+        check_config.check_config(config)
 
 
 def test_read_log():
-    log = check_config.ReadLog(schema.get_config())
+    log = check_config.RecordedReads(schema.get_config())
     assert log.data.num_frames == 32
     assert log.seen == {"data.num_frames"}
     assert log.model.vpt["num_prompts"] == 10

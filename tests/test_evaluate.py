@@ -32,8 +32,8 @@ def run(labels, batch_size, step=None):
     jitted = jax.jit(
         step or (lambda b: evaluate.eval_step_sums(b["logits"], b["label"], b["mask"]))
     )
-    return evaluate.evaluate(
-        lambda batch: jitted(jax.device_put(batch, sharding.rows(mesh))),
+    return evaluate.evaluate_batches(
+        lambda batch: jitted(jax.device_put(batch, sharding.batch_sharding(mesh))),
         fake_batches(labels, batch_size),
     )
 
@@ -56,7 +56,7 @@ def test_the_next_batch_is_under_way_when_one_is_read():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "device_get", lambda sums: sums)
-        evaluate.evaluate(step, iter(range(3)), on_batch)
+        evaluate.evaluate_batches(step, iter(range(3)), on_batch)
     assert order == ["start", "start", "read", 2, "start", "read", 4, "read", 6]
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from configs import hmdb51_vitb
 from dualpath_jax.data.datasets.registry import list_videos
-from dualpath_jax.data.preparation.prepare import prepare
+from dualpath_jax.data.preparation.prepare import prepare_dataset
 from dualpath_jax.training.checkpoint import Checkpoints
-from dualpath_jax.training.inputs import divide
+from dualpath_jax.training.inputs import expand_splits
 from tests.helpers.processes import ROOT, environment
 from tests.helpers.video_files import write_video
 
@@ -102,7 +102,7 @@ def test_divide():
 
     def names(split):
         config.data.split = split
-        return [(c.data.train_split, c.eval.split, w) for c, w in divide(config, "runs/x")]
+        return [(c.data.train_split, c.eval.split, w) for c, w in expand_splits(config, "runs/x")]
 
     assert names(None) == [("train1", "test1", "runs/x")]
     assert names("2") == [("train2", "test2", "runs/x")]
@@ -123,7 +123,7 @@ def test_all_splits_of_hmdb51(demo_backbone, tmp_path):
             lines = [f"{file} {role}\n" for file, role in zip(files, roles, strict=True)]
             (lists / f"{name}_test_split{division}.txt").write_text("".join(lines))
     listing = list_videos("hmdb51", str(videos), str(lists))
-    prepare(listing, str(videos), str(data), short_side=32, progress=False)
+    prepare_dataset(listing, str(videos), str(data), short_side=32, progress=False)
     args = [
         "--config=configs/demo.py",
         f"--workdir={tmp_path / 'run'}",

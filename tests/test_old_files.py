@@ -9,7 +9,7 @@ import pytest
 
 import dualpath_jax
 from dualpath_jax import launch
-from dualpath_jax.config.values import with_defaults
+from dualpath_jax.config.values import restore_config
 
 FILES = Path(__file__).parent / "data" / "version_0.1.0"
 TOLERANCE = 1e-5  # between processors; on one they are equal
@@ -25,7 +25,7 @@ def files(tmp_path, monkeypatch):
 
 def read_config():
     """The configuration that the old run saved, from which tuples have become lists."""
-    return with_defaults(json.loads(Path("run/config.json").read_text()))
+    return restore_config(json.loads(Path("run/config.json").read_text()))
 
 
 @pytest.mark.parametrize("path", ["run", "adapter.safetensors"])

@@ -25,7 +25,7 @@ from tests.helpers.compiling_once import compiling_once
 def build(config, workdir):
     dataset = VideoDataset(config.data.dir, "train")
     with compiling_once():
-        return experiment.build_run(config, str(workdir), dataset), dataset
+        return experiment.build_experiment(config, str(workdir), dataset), dataset
 
 
 def run_all(config, workdir):
@@ -184,13 +184,15 @@ def test_results(config, tmp_path):
     assert results["views"] == "16x1x1"
     assert results["step"] == 5
     assert results["dataset"] == config.data.dir
-    assert results["trainable_params"] == param_tree.count(run.state.trainable)
-    assert results["total_params"] - results["trainable_params"] == param_tree.count(run.frozen)
+    assert results["trainable_params"] == param_tree.count_params(run.state.trainable)
+    assert results["total_params"] - results["trainable_params"] == param_tree.count_params(
+        run.frozen
+    )
     assert len(results["backbone_sha256"]) == 64
     assert {"top5", "mean_class_accuracy"} <= results.keys()
     # Evaluation alone, from the checkpoint, gives the same.
     other, _ = build(config, tmp_path)
-    restore.for_evaluation(other)
+    restore.restore_for_evaluation(other)
     scores = evaluate.evaluate_run(other, VideoDataset(config.data.dir, "test"))
     assert scores.top1 == results["top1"]
 
@@ -244,13 +246,13 @@ def test_checkpoints_know_what_they_belong_to(config, tmp_path):
     config.model.adapter_bottleneck = 32
     other, _ = build(config, tmp_path)
     with pytest.raises(ValueError, match="config.json"):
-        restore.for_evaluation(other)
+        restore.restore_for_evaluation(other)
 
 
 def test_evaluation_without_a_checkpoint(config, tmp_path):
     run, _ = build(config, tmp_path)
     with pytest.raises(ValueError, match="no checkpoint"):
-        restore.for_evaluation(run)
+        restore.restore_for_evaluation(run)
 
 
 @pytest.mark.parametrize(
@@ -317,19 +319,19 @@ def test_plan():
     config = schema.get_config()
     config.log_every_steps, config.checkpoint.every_steps = 4, 5
     config.eval.every_epochs = 2
-    plan = train.make_plan(config, num_train_steps=11, steps_per_epoch=1.6)
+    plan = train.make_loop_schedule(config, num_train_steps=11, steps_per_epoch=1.6)
     steps = range(1, 12)
-    assert [step for step in steps if plan.logs(step)] == [4, 8, 11]
-    assert [step for step in steps if plan.evaluates(step)] == [3, 6, 9]
-    assert [step for step in steps if plan.saves(step)] == [3, 5, 6, 9, 10, 11]
+    assert [step for step in steps if plan.should_log(step)] == [4, 8, 11]
+    assert [step for step in steps if plan.should_evaluate(step)] == [3, 6, 9]
+    assert [step for step in steps if plan.should_save(step)] == [3, 5, 6, 9, 10, 11]
     config.eval.every_epochs = 0
-    plan = train.make_plan(config, num_train_steps=11, steps_per_epoch=1.6)
-    assert not any(plan.evaluates(step) for step in steps)
-    assert [step for step in steps if plan.saves(step)] == [5, 10, 11]
-    assert [plan.saves(4, seconds) for seconds in (899.0, 900.0)] == [False, True]
+    plan = train.make_loop_schedule(config, num_train_steps=11, steps_per_epoch=1.6)
+    assert not any(plan.should_evaluate(step) for step in steps)
+    assert [step for step in steps if plan.should_save(step)] == [5, 10, 11]
+    assert [plan.should_save(4, seconds) for seconds in (899.0, 900.0)] == [False, True]
     config.checkpoint.every_minutes = 2.0
-    plan = train.make_plan(config, num_train_steps=11, steps_per_epoch=1.6)
-    assert [plan.saves(4, seconds) for seconds in (0.0, 119.0, 120.0)] == [False, False, True]
+    plan = train.make_loop_schedule(config, num_train_steps=11, steps_per_epoch=1.6)
+    assert [plan.should_save(4, seconds) for seconds in (0.0, 119.0, 120.0)] == [False, False, True]
 
 
 @pytest.mark.parametrize(

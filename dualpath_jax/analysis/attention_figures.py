@@ -1,6 +1,6 @@
 """What a model looks at in one clip, drawn: both paths, with and without adaptation (Fig. 4, A1).
 
-Public: `View`, `middle_view`, `view_clip`, `draw_grid`, `draw_animation`.
+Public: `ClipAttention`, `middle_view_clips`, `analyze_clip`, `draw_grid`, `draw_animation`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ _KINDS = {"without adaptation": False, "with adaptation": True}
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class ClipAttention:
     """A clip and where the class token looks in it.
 
     Attributes:
@@ -34,12 +34,12 @@ class View:
     grid: tuple[int, int]
     num_frames: int
 
-    def taken_apart(self) -> "View":
+    def taken_apart(self) -> "ClipAttention":
         """With the T frames of the framesets, in time order, in their place."""
 
         def apart(path: str, images: np.ndarray) -> np.ndarray:
             return (
-                attention_maps.by_frame(images[None], self.grid)[0]
+                attention_maps.split_framesets(images[None], self.grid)[0]
                 if path == "temporal"
                 else images
             )
@@ -54,40 +54,44 @@ class View:
         """The path's images under its maps, at `size` (width, height); the hottest is of them."""
         maps = self.maps[kind][path]
         plain = self.plain(path, size)
-        return [image_grid.heat(x, m, maps.max()) for x, m in zip(plain, maps, strict=True)]
+        return [
+            image_grid.overlay_heatmap(x, m, maps.max()) for x, m in zip(plain, maps, strict=True)
+        ]
 
     def plain(self, path: str, size: tuple[int, int]) -> list[np.ndarray]:
         """The path's images at `size` (width, height)."""
-        return [image_grid.enlarge(image, size) for image in self.images[path]]
+        return [image_grid.upscale(image, size) for image in self.images[path]]
 
 
-def middle_view(batch: dict[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
+def middle_view_clips(batch: dict[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
     """Of clips with all views [B, V, ...], the one in the middle of time and picture [B, ...]."""
     crops = config.eval.spatial_crops
     view = config.eval.temporal_views // 2 * crops + crops // 2
     return {key: batch[key][:, view] for key in ("spatial", "temporal") if key in batch}
 
 
-def view_clip(
+def analyze_clip(
     model: Any,
     clips: dict[str, np.ndarray],
     rollout: bool = False,
     kinds: Sequence[str] = tuple(_KINDS),
-) -> View:
+) -> ClipAttention:
     """The maps of one clip.
 
     Args:
       model: of `trained.load`.
       clips: uint8 "spatial" [1, S, H, W, 3] and "temporal" [1, G, H', W', 3].
       rollout: see `attention.roll_out`.
-      kinds: of the maps, see `View`.
+      kinds: of the maps, see `ClipAttention`.
     """
     patch = model.module.config.patch_size
     maps = {}
     for kind in kinds:
-        by_path = attention_maps.class_attention(model, clips, _KINDS[kind], rollout)
-        maps[kind] = {path: attention_maps.over_pixels(m, patch)[0] for path, m in by_path.items()}
-    return View(
+        by_path = attention_maps.class_token_attention(model, clips, _KINDS[kind], rollout)
+        maps[kind] = {
+            path: attention_maps.upsample_to_pixels(m, patch)[0] for path, m in by_path.items()
+        }
+    return ClipAttention(
         images={path: clips[path][0] for path in model.module.paths},
         maps=maps,
         grid=tuple(model.config.data.grid),
@@ -102,7 +106,7 @@ def _scaled(image: np.ndarray, side: int) -> tuple[int, int]:
     return width * factor, height * factor
 
 
-def draw_grid(view: View, title: str) -> Image.Image:
+def draw_grid(view: ClipAttention, title: str) -> Image.Image:
     """Frames, framesets, and these taken apart: plain, without and with adaptation."""
     rows = []
     names = {"spatial": "spatial path, sampled frames", "temporal": "temporal path, framesets"}
@@ -114,10 +118,10 @@ def draw_grid(view: View, title: str) -> Image.Image:
         size = _scaled(apart.images["temporal"][0], TILE)
         rows += _rows(apart, "temporal", "temporal path, framesets taken apart, frames", size)
     first = dataclasses.replace(rows[0], title=f"{title}    {rows[0].title}")
-    return image_grid.grid([first, *rows[1:]])
+    return image_grid.draw_grid([first, *rows[1:]])
 
 
-def _rows(view: View, path: str, name: str, size: tuple[int, int]) -> list[image_grid.Row]:
+def _rows(view: ClipAttention, path: str, name: str, size: tuple[int, int]) -> list[image_grid.Row]:
     """Plain, without, with: side by side where there is room for it, else under one another."""
     series = {"as sampled": view.plain(path, size)}
     series |= {kind: view.overlays(path, kind, size) for kind in _KINDS}
@@ -133,7 +137,7 @@ def _rows(view: View, path: str, name: str, size: tuple[int, int]) -> list[image
     ]
 
 
-def draw_animation(view: View) -> list[Image.Image]:
+def draw_animation(view: ClipAttention) -> list[Image.Image]:
     """The clip, a picture for each of T frames: without and with adaptation, both paths.
 
     The spatial path shows the sampled frame that is nearest in time.
@@ -157,5 +161,5 @@ def draw_animation(view: View) -> list[Image.Image]:
             )
             for kind in _KINDS
         ]
-        frames.append(image_grid.grid(rows))
+        frames.append(image_grid.draw_grid(rows))
     return frames

@@ -1,7 +1,7 @@
 """Where the class token looks: heat maps of the last block, or rolled out over all blocks.
 
-Public: `class_attention`, `roll_out`, `over_pixels`, `by_frame`, `cover`,
-`mean_share`.
+Public: `class_token_attention`, `attention_rollout`, `upsample_to_pixels`, `split_framesets`, `patch_coverage`,
+`mean_attention_share`.
 
 Axes: B clips, n images of a clip (S frames or G framesets), h, w patches down and across an image,
 H, W its pixels. A map is the class token's attention to the patches, divided by their sum: its
@@ -21,7 +21,7 @@ from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.methods.dualpath import DualPath
 
 
-def class_attention(
+def class_token_attention(
     model: Any, clips: dict[str, np.ndarray], adapted: bool = True, rollout: bool = False
 ) -> dict[str, np.ndarray]:
     """Maps of both paths (Fig. 4, A1), heads averaged.
@@ -30,7 +30,7 @@ def class_attention(
       model: of `trained.load`, tuned by dualpath on a ViT.
       clips: uint8 "spatial" [B, S, H, W, 3] and "temporal" [B, G, H', W', 3].
       adapted: the tuned model; otherwise the frozen backbone at the same positions (eq. 2).
-      rollout: see `roll_out`; otherwise the attention of the last block alone.
+      rollout: see `attention_rollout`; otherwise the attention of the last block alone.
 
     Returns:
       "spatial" [B, S, h, w] and "temporal" [B, G, h, w], of the paths that the model has: float32,
@@ -62,14 +62,14 @@ def _maps(module: DualPath, adapted: bool, rollout: bool) -> Any:
         weights = module.apply(
             {"params": params}, spatial, temporal, adapted, rollout, method=DualPath.attention
         )
-        rows = {name: roll_out(w) if rollout else w[-1] for name, w in weights.items()}
+        rows = {name: attention_rollout(w) if rollout else w[-1] for name, w in weights.items()}
         patches = {name: w[..., 0, 1:] for name, w in rows.items()}
         return {name: row / row.sum(axis=-1, keepdims=True) for name, row in patches.items()}
 
     return jax.jit(maps)
 
 
-def roll_out(weights: jax.Array) -> jax.Array:
+def attention_rollout(weights: jax.Array) -> jax.Array:
     """Attention rollout (Abnar and Zuidema 2020): what reaches the tokens through all blocks.
 
     The residual connection counts as half of a block: the product of (attention + identity) / 2.
@@ -84,13 +84,13 @@ def roll_out(weights: jax.Array) -> jax.Array:
     return functools.reduce(lambda below, block: (block + identity) / 2 @ below, weights, identity)
 
 
-def over_pixels(maps: np.ndarray, patch_size: int) -> np.ndarray:
+def upsample_to_pixels(maps: np.ndarray, patch_size: int) -> np.ndarray:
     """Maps [..., h, w] -> [..., H, W]: each patch's share, spread evenly over its pixels."""
     pixels = maps.repeat(patch_size, axis=-2).repeat(patch_size, axis=-1)
     return pixels / patch_size**2
 
 
-def by_frame(framesets: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def split_framesets(framesets: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Framesets taken apart, undoing `tile_framesets`.
 
     Args:
@@ -105,20 +105,20 @@ def by_frame(framesets: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return einops.rearrange(framesets, pattern, across=across, down=down)
 
 
-def cover(masks: np.ndarray, patch_size: int) -> np.ndarray:
+def patch_coverage(masks: np.ndarray, patch_size: int) -> np.ndarray:
     """How much of each patch is object: masks [B, n, H, W], 0..1, of its pixels -> [B, n, h, w]."""
     pattern = "b n (h p) (w q) -> b n h w"
     return einops.reduce(masks, pattern, "mean", p=patch_size, q=patch_size)
 
 
-def mean_share(maps: np.ndarray, covered: np.ndarray) -> np.ndarray:
+def mean_attention_share(maps: np.ndarray, covered: np.ndarray) -> np.ndarray:
     """The share of each map that falls on an object, averaged over the images of a clip.
 
     A patch's attention counts as spread evenly over its pixels.
 
     Args:
       maps: [B, n, h, w], the sum over each image is 1.
-      covered: [B, n, h, w], of `cover`.
+      covered: [B, n, h, w], of `patch_coverage`.
 
     Returns:
       [B] in 0..1; of uniform maps, the object's share of the area.

@@ -1,6 +1,6 @@
 """Parameters and multiply-accumulates of a configuration, beside what the paper prints.
 
-Public: `count_macs`, `Efficiency`, `measure`, `PAPER`, `PaperRow`.
+Public: `count_macs`, `Efficiency`, `measure_efficiency`, `PAPER_ROWS`, `PaperRow`.
 
 Convention: one multiply-accumulate (MAC) for each product inside a matrix product or a convolution,
 embedding, adapters and classifier included; nothing for norms, activations, softmax and other
@@ -20,7 +20,7 @@ from jax.extend import core
 from dualpath_jax.config.ranges import check_ranges
 from dualpath_jax.data.datasets import registry as dataset_registry
 from dualpath_jax.models import param_tree
-from dualpath_jax.models.abstract import Outline, abstract_inputs, outline
+from dualpath_jax.models.abstract import AbstractModel, abstract_inputs, abstract_model
 
 
 def count_macs(function: Callable, *args: Any) -> int:
@@ -63,7 +63,7 @@ class Efficiency:
       total_params, trainable_params: counts; those of the backbone that are not used included.
       plain_gmacs_per_view: 10^9 multiply-accumulates of a forward pass for one view, every token of
         every block computed.
-      gmacs_per_view: those that are executed (`model.class_only`).
+      gmacs_per_view: those that are executed (`model.cls_token_only`).
       plain_gmacs_per_video, gmacs_per_video: of all test views.
       views: frames x clips x crops.
     """
@@ -77,11 +77,11 @@ class Efficiency:
     views: str
 
 
-def _forward(model: Outline) -> Callable:
+def _forward(model: AbstractModel) -> Callable:
     return lambda params, *inputs: model.model.apply({"params": params}, *inputs)
 
 
-def measure(config: Any) -> Efficiency:
+def measure_efficiency(config: Any) -> Efficiency:
     """Count what `config` describes, abstractly: no weights, no data, no computation."""
     num_classes = dataset_registry.NUM_CLASSES.get(
         config.data.source, dataset_registry.UNKNOWN_CLASSES
@@ -90,15 +90,15 @@ def measure(config: Any) -> Efficiency:
     config, macs = copy.deepcopy(config), []
     # A GPU's attention in half precision is cuDNN's (`attend.flash_fits`), which is not counted.
     config.model.dtype = "float32"
-    for class_only in (False, True):
-        config.model.class_only = class_only
-        model = outline(config, num_classes)
+    for cls_token_only in (False, True):
+        config.model.cls_token_only = cls_token_only
+        model = abstract_model(config, num_classes)
         macs.append(count_macs(_forward(model), model.params, *abstract_inputs(config)))
     views = config.eval.temporal_views * config.eval.spatial_crops
     trainable, _ = param_tree.split(model.params, model.mask)
     return Efficiency(
-        total_params=param_tree.count(model.params),
-        trainable_params=param_tree.count(trainable),
+        total_params=param_tree.count_params(model.params),
+        trainable_params=param_tree.count_params(trainable),
         plain_gmacs_per_view=macs[0] / 1e9,
         gmacs_per_view=macs[1] / 1e9,
         plain_gmacs_per_video=views * macs[0] / 1e9,
@@ -125,7 +125,7 @@ class PaperRow:
 _K400, _SSV2, _HMDB51 = "K400", "SSv2", "HMDB51"
 
 # By config file and argument, as `--config=configs/<name>.py:<argument>` takes them.
-PAPER = {
+PAPER_ROWS = {
     "k400_vitb": PaperRow(_K400, "DualPath B/16", 96, 10, 710, 85.4),
     "k400_vitl": PaperRow(_K400, "DualPath L/14", 330, 27, 1868, 87.7),
     "k400_vitl_evl": PaperRow(_K400, "EVL L/14", 368, 59, 8088, 87.3),

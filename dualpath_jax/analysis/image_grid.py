@@ -1,6 +1,6 @@
 """Pictures of attention: heat maps over frames, grids of them as PNG, a clip as GIF.
 
-Public: `enlarge`, `heat`, `Row`, `text_font`, `grid`, `write_png`, `write_gif`, `new_name`.
+Public: `upscale`, `overlay_heatmap`, `Row`, `text_font`, `draw_grid`, `write_png`, `write_gif`, `unused_path`.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ STRENGTH = 0.75  # how much of the picture the hottest place hides
 _COLOURS = np.array([(0, 60, 255), (0, 190, 255), (255, 230, 0), (255, 0, 0)])  # of 0, 1/3, ... 1
 
 
-def enlarge(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def upscale(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 [H, W, 3] at `size` (width, height) pixels, smooth."""
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
 
-def heat(image: np.ndarray, attention: np.ndarray, hottest: float) -> np.ndarray:
+def overlay_heatmap(image: np.ndarray, attention: np.ndarray, hottest: float) -> np.ndarray:
     """Attention over a picture in grey: from blue over yellow to red; none leaves the grey.
 
     Colours go by the square root, so that what is a tenth of the hottest is still seen.
@@ -61,7 +61,7 @@ def text_font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(os.path.join(fonts, "DejaVuSans.ttf"), size)
 
 
-def grid(rows: Sequence[Row]) -> Image.Image:
+def draw_grid(rows: Sequence[Row]) -> Image.Image:
     """The rows under one another, on white."""
     widths = [sum(picture.shape[1] + GAP for picture in row.pictures) for row in rows]
     heights = [LINE + row.pictures[0].shape[0] + GAP for row in rows]
@@ -91,7 +91,7 @@ def write_gif(path: str, pictures: Sequence[Image.Image], milliseconds: int = 20
     first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
 
 
-def new_name(folder: pathlib.Path, video: str, taken: set[str]) -> pathlib.Path:
+def unused_path(folder: pathlib.Path, video: str, taken: set[str]) -> pathlib.Path:
     """Path without suffix for the pictures of `video`; videos of one name are numbered."""
     stem = name = pathlib.Path(video).stem
     number = 1

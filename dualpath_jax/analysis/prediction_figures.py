@@ -86,7 +86,7 @@ class Pictures:
             self._begin()
 
     def _draw(self) -> None:
-        name = image_grid.new_name(self._folder, self._found.video, self._taken)
+        name = image_grid.unused_path(self._folder, self._found.video, self._taken)
         height = max(4.8, 3.3 + 0.3 * min(self._top_k, len(self._class_names)))
         figure = Figure(figsize=(9, height), layout="constrained")
         title = name.name + (f"\n{self._found.note}" if self._found.note else "")

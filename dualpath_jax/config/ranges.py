@@ -7,7 +7,7 @@ a configuration may come with a stranger's file.
 import dataclasses
 from typing import Any
 
-from dualpath_jax.config.values import flat
+from dualpath_jax.config.values import flatten_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def check_ranges(config: Any) -> None:
 
     TypeError for what is no number, which only a stranger's configuration can have.
     """
-    values = flat(config)
+    values = flatten_config(config)
     for key, range_ in _RANGES.items():
         value = values[key]
         if value is None:

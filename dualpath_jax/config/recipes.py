@@ -127,7 +127,7 @@ def swin_b(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def frames(argument: str, variants: Collection[str] = ()) -> int:
+def set_num_frames(argument: str, variants: Collection[str] = ()) -> int:
     """T from a config's argument; ValueError that lists what it can be."""
     known = ("16", "32", "48")
     if argument not in known:

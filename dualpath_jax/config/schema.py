@@ -77,7 +77,9 @@ def get_config() -> ConfigDict:
     config.model.dtype = "bfloat16"  # of the computation; trainable parameters are float32; ours
     config.model.scan_blocks = placeholder(bool)  # False: write blocks out; None: on a GPU alone
     config.model.remat = "cheap"  # kept for the backward pass: none: all; cheap; full: block inputs
-    config.model.class_only = True  # ViT's last block: only what the class token needs; same result
+    config.model.cls_token_only = (
+        True  # ViT's last block: only what the class token needs; same result
+    )
 
     config.model.vpt = ConfigDict()
     config.model.vpt.num_prompts = 10  # K; one of VPT's own 1, 5, 10, 50, 100, 200; ours

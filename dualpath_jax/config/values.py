@@ -1,6 +1,6 @@
 """Values of configurations, of those too that older versions of this package wrote.
 
-Public: `flat`, `views_of`, `with_defaults`, `NO_CONFIG`.
+Public: `flatten_config`, `format_views`, `restore_config`, `INVALID_CONFIG_ERRORS`.
 """
 
 import json
@@ -12,28 +12,28 @@ from ml_collections import ConfigDict
 from dualpath_jax.config import schema
 
 # What is raised where a stranger's values are taken for a configuration, and are none.
-NO_CONFIG = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
+INVALID_CONFIG_ERRORS = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values by dotted key."""
     values: dict[str, Any] = {}
     for name in config:
         value = config[name]
         if isinstance(value, Mapping | ConfigDict):
-            values |= flat(value, f"{prefix}{name}.")
+            values |= flatten_config(value, f"{prefix}{name}.")
         else:
             values[prefix + name] = value
     return values
 
 
-def views_of(config: Any) -> str:
+def format_views(config: Any) -> str:
     """Frames x clips x crops, as the paper counts."""
     views = (config.data.num_frames, config.eval.temporal_views, config.eval.spatial_crops)
     return "x".join(map(str, views))
 
 
-def with_defaults(saved: Mapping[str, Any]) -> ConfigDict:
+def restore_config(saved: Mapping[str, Any]) -> ConfigDict:
     """The configuration that a run saved; a key that it lacks is younger, and as by default.
 
     Args:

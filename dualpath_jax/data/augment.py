@@ -1,6 +1,6 @@
 """Cutting, mirroring and erasing of clips. One draw serves all frames of a clip.
 
-Public: `Crop`, `random_resized_crop`, `view_crop`, `random_erasing`, `read_label_swap`,
+Public: `Crop`, `random_resized_crop`, `eval_crop`, `random_erasing`, `read_label_swaps`,
 `mirrored_labels`. RandAugment is in `randaugment`.
 """
 
@@ -66,7 +66,7 @@ def random_resized_crop(
     return Crop(top, left, box_height, box_width, flip=bool(flip and rng.random() < 0.5))
 
 
-def view_crop(height: int, width: int, crop: int, num_crops: int) -> Crop:
+def eval_crop(height: int, width: int, crop: int, num_crops: int) -> Crop:
     """Test crop `crop` of 1 (centred) or 3 (along the long side): a square of the short side."""
     if num_crops not in (1, 3):
         raise ValueError(f"eval.spatial_crops={num_crops} must be 1 or 3")
@@ -105,7 +105,7 @@ def random_erasing(
     return np.zeros(4, np.int32)
 
 
-def read_label_swap(label_swap: str | None) -> list[tuple[str, str]]:
+def read_label_swaps(label_swap: str | None) -> list[tuple[str, str]]:
     """Pairs of class names that mirroring exchanges, as `data.label_swap` gives them.
 
     Args:
@@ -140,7 +140,7 @@ def mirrored_labels(class_names: Sequence[str], label_swap: str | None) -> np.nd
 
     Args:
       class_names: one per class.
-      label_swap: see `read_label_swap`.
+      label_swap: see `read_label_swaps`.
 
     Raises:
       ValueError: a name of `label_swap` is no class; or two classes are each other with left and
@@ -148,7 +148,7 @@ def mirrored_labels(class_names: Sequence[str], label_swap: str | None) -> np.nd
     """
     places = {name: i for i, name in enumerate(class_names)}
     mirrored = np.arange(len(class_names), dtype=np.int32)
-    for pair in read_label_swap(label_swap):
+    for pair in read_label_swaps(label_swap):
         unknown = [name for name in pair if name not in places]
         if unknown:
             raise ValueError(

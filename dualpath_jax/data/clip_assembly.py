@@ -1,7 +1,7 @@
 """What a clip is, and how its stored records become the model's inputs. TensorFlow ops.
 
-Public: `ClipFormat`, `clip_format`, `make_element`, `compose`, `fill_colour`, `decode_clips`,
-`map_clips`, `clip_function`, `undecodable`.
+Public: `ClipFormat`, `clip_format`, `make_clip_sample`, `compose_inputs`, `fill_color`, `decode_clips`,
+`parallel_map`, `build_clip_fn`, `find_decode_error`.
 
 An element is what the pipeline's generators yield for one clip: its raw records, what was drawn for
 it, and its label. A clip is cut, scaled, warped (RandAugment's geometry), mirrored and erased, then
@@ -23,7 +23,7 @@ from dualpath_jax.data.video_dataset import FRAME_FEATURES, VideoDataset
 from dualpath_jax.runtime.cpu_count import num_cores
 
 
-def make_element(
+def make_clip_sample(
     dataset: VideoDataset,
     clip: ClipFormat,
     example: int,
@@ -44,7 +44,7 @@ def make_element(
     box = np.array([crop.top, crop.left, crop.height, crop.width], np.int32)
     return {
         "records": dataset.read_frames(example, frames),
-        "box": frame_ops.snap(box, unit),
+        "box": frame_ops.snap_box(box, unit),
         "decode_ratio": np.int32(frame_ops.RATIOS.index(ratio)),  # its place
         "flip": crop.flip,
         "label": np.int32(dataset.labels[example]),
@@ -53,7 +53,7 @@ def make_element(
     }
 
 
-def compose(
+def compose_inputs(
     spatial: tf.Tensor,
     others: tf.Tensor | None,
     element: dict[str, tf.Tensor],
@@ -68,12 +68,12 @@ def compose(
       element: of it "flip", "label", "mask", "example_id"; where there, "ops", "op_values" and
         "matrix" (RandAugment) and "erase".
       clip: what a clip is.
-      fill: of `fill_colour`.
+      fill: of `fill_color`.
     """
     if "matrix" in element:
-        spatial = randaugment.warp(spatial, element["matrix"], fill)
+        spatial = randaugment.warp_frames(spatial, element["matrix"], fill)
         if clip.framesets is not None:
-            others = randaugment.warp(others, element["matrix"], fill)
+            others = randaugment.warp_frames(others, element["matrix"], fill)
     images = [spatial]
     if clip.framesets is not None:
         chosen = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
@@ -99,7 +99,7 @@ def compose(
     return inputs | {key: element[key] for key in ("label", "mask", "example_id")} | colour
 
 
-def fill_colour(data: Any) -> np.ndarray:
+def fill_color(data: Any) -> np.ndarray:
     """The colour of what is erased or comes from outside: 0 when normalised; float32 [3]."""
     return 255 * np.array(data.mean, np.float32)
 
@@ -113,7 +113,7 @@ def _assemble(
     chosen = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
 
     def read(indices: np.ndarray, ratio: int, size: int) -> tf.Tensor:
-        return frame_ops.decode([jpegs[i] for i in indices], element["box"], ratio, size)
+        return frame_ops.decode_crops([jpegs[i] for i in indices], element["box"], ratio, size)
 
     spatial, others = read(chosen, 1, clip.image_size), None
     if clip.framesets is not None:
@@ -123,11 +123,11 @@ def _assemble(
         if rest.size:
             branches = [lambda r=ratio: read(rest, r, size) for ratio in frame_ops.RATIOS]
             others = tf.switch_case(element["decode_ratio"], branches)
-    return compose(spatial, others, element, clip, fill)
+    return compose_inputs(spatial, others, element, clip, fill)
 
 
 def _signature(clip: ClipFormat, layers: int, erasing: bool) -> dict[str, tf.TensorSpec]:
-    """Of the elements of `make_element`, with what RandAugment (`layers`) and erasing drew."""
+    """Of the elements of `make_clip_sample`, with what RandAugment (`layers`) and erasing drew."""
     signature = {
         "records": tf.TensorSpec([clip.num_frames], tf.string),
         "box": tf.TensorSpec([4], tf.int32),
@@ -169,7 +169,7 @@ def decode_clips(
     """Elements to clips (see `pipeline`, without the axis B), in order, decoded in parallel.
 
     Args:
-      elements: of `make_element`; in training with what RandAugment and erasing drew.
+      elements: of `make_clip_sample`; in training with what RandAugment and erasing drew.
       clip: what a clip is.
       data: `config.data`.
       problems: gets what `elements` raises, of which TensorFlow passes on the text only.
@@ -187,10 +187,10 @@ def decode_clips(
 
     signature = _signature(clip, layers, erasing)
     clips = tf.data.Dataset.from_generator(generate, output_signature=signature)
-    return map_clips(clips, _traced(clip, tuple(fill_colour(data)), layers, erasing))
+    return parallel_map(clips, _traced(clip, tuple(fill_color(data)), layers, erasing))
 
 
-def map_clips(clips: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dataset:
+def parallel_map(clips: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dataset:
     """`clips` through `function`, in order, twice as many at a time as there are cores.
 
     With one for each core, cores stand idle while their clips, done, wait for one before them.
@@ -205,18 +205,18 @@ def map_clips(clips: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.D
     return mapped.with_options(options)
 
 
-def clip_function(clip: ClipFormat, data: Any) -> Callable[[dict[str, Any]], dict[str, tf.Tensor]]:
+def build_clip_fn(clip: ClipFormat, data: Any) -> Callable[[dict[str, Any]], dict[str, tf.Tensor]]:
     """What `decode_clips` does to an element, as a function.
 
     For clips that come one by one; a tf.data pipeline takes longer to build than to make a clip.
     """
-    return _traced(clip, tuple(fill_colour(data)), layers=0, erasing=False)
+    return _traced(clip, tuple(fill_color(data)), layers=0, erasing=False)
 
 
-def undecodable(element: dict[str, Any], clip: ClipFormat, data: Any) -> str:
+def find_decode_error(element: dict[str, Any], clip: ClipFormat, data: Any) -> str:
     """Why the records of an element cannot be made into a clip; "" if they can."""
     try:
-        _assemble({k: tf.convert_to_tensor(v) for k, v in element.items()}, clip, fill_colour(data))
+        _assemble({k: tf.convert_to_tensor(v) for k, v in element.items()}, clip, fill_color(data))
     except DECODE_ERRORS as problem:
         return str(problem)
     return ""

@@ -60,12 +60,12 @@ class ClipFormat:
     num_frames: int
     image_size: int
     num_spatial_frames: int
-    frame_sampling: str
+    sampling: str
     sampling_interval: int | None
     framesets: FramesetShape | None
 
 
-def clip_format(data: Any, framesets: bool = True) -> ClipFormat:
+def build_clip_format(data: Any, framesets: bool = True) -> ClipFormat:
     """Clip format of `config.data`; ValueError for values that do not go together.
 
     Args:

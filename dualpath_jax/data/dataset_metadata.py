@@ -1,6 +1,6 @@
 """What prepared videos say of themselves, checked.
 
-Public: `read_splits`, `read_class_names`, `read_frame_format`, `frame_format`, `read_table`,
+Public: `read_splits`, `read_class_names`, `read_frame_format`, `parse_frame_format`, `read_video_table`,
 `DECODE_ERRORS`.
 
 Prepared data may come from others, or from a disk that fails. What is read here is relied on
@@ -17,7 +17,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
 from dualpath_jax.data.preparation.video_decoder import MAX_SIDE, FrameFormat
-from dualpath_jax.runtime.safe_read import read_json, shown
+from dualpath_jax.runtime.safe_read import read_json, truncated_repr
 
 _REMEDY = "check the disk and prepare the data set again with another --out"
 _MAX_RECORDS = 2**40  # of a shard; so that sums stay within an int64
@@ -49,7 +49,7 @@ def read_splits(data_dir: str) -> dict[str, list[int]]:
         )
     splits = read_json(path, dict).get("splits")
     if not isinstance(splits, list):
-        raise ValueError(f"{path} is damaged: splits is {shown(splits)}; {_REMEDY}")
+        raise ValueError(f"{path} is damaged: splits is {truncated_repr(splits)}; {_REMEDY}")
     return dict(_read_split(path, split) for split in splits)
 
 
@@ -64,7 +64,7 @@ def _read_split(path: str, split: Any) -> tuple[str, list[int]]:
             numbers = [int(text) for text in texts]
             if max(numbers, default=0) <= _MAX_RECORDS:
                 return name, numbers
-    raise ValueError(f"{path} is damaged: a split is {shown(split)}; {_REMEDY}")
+    raise ValueError(f"{path} is damaged: a split is {truncated_repr(split)}; {_REMEDY}")
 
 
 def read_class_names(data_dir: str) -> list[str]:
@@ -81,10 +81,10 @@ def read_frame_format(data_dir: str) -> FrameFormat:
     path = os.path.join(data_dir, "frame_format.json")
     if not epath.Path(path).exists():
         return FrameFormat()
-    return frame_format(read_json(path, dict), path)
+    return parse_frame_format(read_json(path, dict), path)
 
 
-def frame_format(values: dict[str, Any], where: str) -> FrameFormat:
+def parse_frame_format(values: dict[str, Any], where: str) -> FrameFormat:
     """The fields of a `FrameFormat`, checked; `where` they stand is for messages."""
     side, quality, fps = (values.get(key) for key in ("short_side", "quality", "fps"))
     sound = {
@@ -94,11 +94,15 @@ def frame_format(values: dict[str, Any], where: str) -> FrameFormat:
     }
     for name, good in sound.items():
         if not good:
-            raise ValueError(f"{where} is damaged: {name} is {shown(values.get(name))}; {_REMEDY}")
+            raise ValueError(
+                f"{where} is damaged: {name} is {truncated_repr(values.get(name))}; {_REMEDY}"
+            )
     return FrameFormat(side, quality, fps and float(fps))
 
 
-def read_table(path: str, num_videos: int, num_classes: int, shards: list[int]) -> dict[str, Any]:
+def read_video_table(
+    path: str, num_videos: int, num_classes: int, shards: list[int]
+) -> dict[str, Any]:
     """The columns of a video table.
 
     Args:

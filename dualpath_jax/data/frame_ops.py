@@ -1,6 +1,6 @@
 """Stored frames of a clip: decoded, cut, scaled, mirrored and erased. TensorFlow ops.
 
-Public: `decode_ratio`, `snap`, `decode`, `resize`, `mirror`, `erase`, `RATIOS`.
+Public: `decode_ratio`, `snap_box`, `decode_crops`, `resize`, `mirror`, `erase`, `RATIOS`.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,13 +35,13 @@ def decode_ratio(side: int, frame_size: int) -> int:
     return max(enough, default=1)
 
 
-def snap(box: np.ndarray, ratio: int) -> np.ndarray:
+def snap_box(box: np.ndarray, ratio: int) -> np.ndarray:
     """A box, int32 [4]: top, left, height, width, cut to multiples of `ratio`."""
     start, end = -(-box[:2] // ratio) * ratio, (box[:2] + box[2:]) // ratio * ratio
     return np.concatenate([start, end - start]).astype(np.int32)
 
 
-def decode(jpegs: list[tf.Tensor], box: tf.Tensor, ratio: int, size: int) -> tf.Tensor:
+def decode_crops(jpegs: list[tf.Tensor], box: tf.Tensor, ratio: int, size: int) -> tf.Tensor:
     """Frames cut at `box`, reduced by libjpeg, and scaled to squares as by `resize`.
 
     Args:

@@ -1,6 +1,6 @@
 """Which example stands at which place of which step: a pure function of (seed, step).
 
-Public: `train_order`, `example_seed`.
+Public: `train_indices`, `example_seed`.
 
 Nothing is remembered between steps, so resuming is a seek and every host can compute its own share.
 """
@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 
-def train_order(
+def train_indices(
     seed: int, step: int, batch_size: int, num_examples: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Examples of training step `step`.

@@ -1,7 +1,7 @@
 """tf.data pipeline: stored videos to uint8 batches of spatial frames and framesets.
 
 Public: `train_batches`, `eval_batches`, `num_eval_steps`, `EvalClips`; what is drawn for them:
-`TrainingClips`, `eval_elements`.
+`TrainingClips`, `eval_samples`.
 
 Python enters once: a generator yields the raw records of one clip with its crop; parsing, decoding
 and resizing are TF ops (`clips`). Everything random is drawn by the generator from (seed, epoch,
@@ -14,7 +14,7 @@ A batch is a dict of numpy arrays:
   mask        float32 [B]                 0 for padding, else 1
   example_id  int64   [B]                 place in the split's video table; -1 for padding
 In evaluation, spatial and temporal have an axis V (views) after B. In training with RandAugment
-(N operations), for what `preprocess.colour` does to both inputs:
+(N operations), for what `preprocess.augment_color` does to both inputs:
   ops         int32   [B, N]              places in `randaugment_ops.OPS`
   op_values   float32 [B, N]              see `randaugment_ops.value_of`
   tables      uint8   [B, 3, 256]         what becomes of each level of red, green, blue, before ops
@@ -27,10 +27,15 @@ from typing import Any
 import numpy as np
 
 from dualpath_jax.data import augment, frame_sampling, index_sampler, randaugment_ops
-from dualpath_jax.data.clip_assembly import clip_function, decode_clips, make_element, undecodable
-from dualpath_jax.data.clip_spec import ClipFormat, clip_format
+from dualpath_jax.data.clip_assembly import (
+    build_clip_fn,
+    decode_clips,
+    find_decode_error,
+    make_clip_sample,
+)
+from dualpath_jax.data.clip_spec import ClipFormat, build_clip_format
 from dualpath_jax.data.dataset_metadata import DECODE_ERRORS
-from dualpath_jax.data.unreadable_videos import BrokenVideos
+from dualpath_jax.data.unreadable_videos import UnreadableVideos
 from dualpath_jax.data.video_dataset import UnreadableVideo, VideoDataset
 
 Batch = dict[str, np.ndarray]
@@ -48,7 +53,12 @@ class TrainingClips:
     """
 
     def __init__(
-        self, dataset: VideoDataset, clip: ClipFormat, data: Any, seed: int, broken: BrokenVideos
+        self,
+        dataset: VideoDataset,
+        clip: ClipFormat,
+        data: Any,
+        seed: int,
+        broken: UnreadableVideos,
     ):
         self._dataset, self._clip, self._data, self._seed = dataset, clip, data, seed
         self._broken = broken
@@ -56,15 +66,15 @@ class TrainingClips:
             augment.mirrored_labels(dataset.class_names, data.label_swap) if data.flip else None
         )
 
-    def elements(self, steps: range, rows: slice) -> Iterator[dict[str, Any]]:
+    def samples(self, steps: range, rows: slice) -> Iterator[dict[str, Any]]:
         """What becomes the batches of `steps`, this host's rows of each."""
         for step in steps:
-            for _, element in self.of_step(step, rows):
+            for _, element in self.samples_of_step(step, rows):
                 yield element
 
-    def of_step(self, step: int, rows: slice) -> Iterator[tuple[int, dict[str, Any]]]:
+    def samples_of_step(self, step: int, rows: slice) -> Iterator[tuple[int, dict[str, Any]]]:
         """(epoch, element) of each clip."""
-        examples, epochs = index_sampler.train_order(
+        examples, epochs = index_sampler.train_indices(
             self._seed, step, self._data.batch_size, len(self._dataset)
         )
         for example, epoch in zip(examples[rows], epochs[rows], strict=True):
@@ -88,22 +98,22 @@ class TrainingClips:
             tuple(data.crop_ratio),
             data.flip,
         )
-        element = make_element(dataset, clip, example, frames, crop)
+        element = make_clip_sample(dataset, clip, example, frames, crop)
         if crop.flip:
             element["label"] = self._mirrored[element["label"]]
         if data.randaugment_layers:
-            ops, values = randaugment_ops.draw(
+            ops, values = randaugment_ops.draw_ops(
                 rng, data.randaugment_layers, data.randaugment_magnitude
             )
             element |= {"ops": ops, "op_values": values}
-            element["matrix"] = randaugment_ops.affine(ops, values)
+            element["matrix"] = randaugment_ops.affine_matrix(ops, values)
         if data.erasing_probability:
             side = clip.framesets.frame_size if clip.framesets else clip.image_size
             element["erase"] = augment.random_erasing(side, rng, data.erasing_probability)
         return element
 
 
-def eval_elements(
+def eval_samples(
     dataset: VideoDataset,
     clip: ClipFormat,
     temporal_views: int,
@@ -116,10 +126,10 @@ def eval_elements(
         for place in range(step * batch_size, (step + 1) * batch_size)[rows]:
             real = place < len(dataset)
             example = place if real else 0
-            yield from _view_elements(dataset, clip, temporal_views, spatial_crops, example, real)
+            yield from _view_samples(dataset, clip, temporal_views, spatial_crops, example, real)
 
 
-def _view_elements(
+def _view_samples(
     dataset: VideoDataset,
     clip: ClipFormat,
     temporal_views: int,
@@ -139,8 +149,8 @@ def _view_elements(
             num_views=temporal_views,
         )
         for k in range(spatial_crops):
-            crop = augment.view_crop(height, width, k, spatial_crops)
-            yield make_element(dataset, clip, example, frames, crop, real)
+            crop = augment.eval_crop(height, width, k, spatial_crops)
+            yield make_clip_sample(dataset, clip, example, frames, crop, real)
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
@@ -160,7 +170,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     framesets: bool = True,
-    broken: BrokenVideos | None = None,
+    broken: UnreadableVideos | None = None,
 ) -> Iterator[Batch]:
     """This host's share of the training batches of steps first_step ... num_steps - 1.
 
@@ -178,16 +188,16 @@ def train_batches(
       ValueError: for values that do not go together (at once); more than `data.max_broken_videos`
         videos cannot be read (when it shows).
     """
-    clip = clip_format(data, framesets)
+    clip = build_clip_format(data, framesets)
     rows = _rows(data.batch_size, process_index, process_count)
-    broken = broken or BrokenVideos(dataset.ids, data.max_broken_videos)
+    broken = broken or UnreadableVideos(dataset.ids, data.max_broken_videos)
     clips = TrainingClips(dataset, clip, data, seed, broken)
 
     def batches() -> Iterator[Batch]:
         step = first_step
         while step < num_steps:
             problems: list[Exception] = []
-            elements = clips.elements(range(step, num_steps), rows)
+            elements = clips.samples(range(step, num_steps), rows)
             stream = decode_clips(elements, clip, data, problems, training=True)
             stream = stream.batch(rows.stop - rows.start, drop_remainder=True)
             try:
@@ -199,8 +209,8 @@ def train_batches(
                     raise problems[0] from None
                 # A clip of this step was read and cannot be decoded: without it, from here again.
                 found = False
-                for epoch, element in clips.of_step(step, rows):
-                    if reason := undecodable(element, clip, data):
+                for epoch, element in clips.samples_of_step(step, rows):
+                    if reason := find_decode_error(element, clip, data):
                         broken.note_clip(int(element["example_id"]), epoch, reason)
                         found = True
                 if not found:
@@ -229,12 +239,12 @@ def eval_batches(
     Raises:
       UnreadableVideo: none is left out, so this ends the pass.
     """
-    clip = clip_format(data, framesets)
+    clip = build_clip_format(data, framesets)
     rows = _rows(batch_size, process_index, process_count)
     views = temporal_views * spatial_crops
 
     def elements() -> Iterator[dict[str, Any]]:
-        return eval_elements(dataset, clip, temporal_views, spatial_crops, batch_size, rows)
+        return eval_samples(dataset, clip, temporal_views, spatial_crops, batch_size, rows)
 
     def batches() -> Iterator[Batch]:
         problems: list[Exception] = []
@@ -243,14 +253,14 @@ def eval_batches(
         count = 0
         try:
             for batch in stream.prefetch(data.prefetch).as_numpy_iterator():
-                yield _of_videos(batch)
+                yield _merge_views(batch)
                 count += 1
         except DECODE_ERRORS:
             if problems:
                 raise problems[0] from None
             size = views * (rows.stop - rows.start)
             for element in itertools.islice(elements(), count * size, (count + 1) * size):
-                if reason := undecodable(element, clip, data):
+                if reason := find_decode_error(element, clip, data):
                     video = dataset.ids[int(element["example_id"])]
                     raise UnreadableVideo(f"video {video!r} cannot be decoded: {reason}") from None
             raise
@@ -258,7 +268,7 @@ def eval_batches(
     return batches()
 
 
-def _of_videos(batch: Batch) -> Batch:
+def _merge_views(batch: Batch) -> Batch:
     """A batch of views: what they have in common, [B, V], becomes the video's, [B]."""
     return batch | {key: batch[key][:, 0] for key in ("label", "mask", "example_id")}
 
@@ -273,9 +283,9 @@ class EvalClips:
     """
 
     def __init__(self, data: Any, temporal_views: int, spatial_crops: int, framesets: bool = True):
-        self._clip = clip_format(data, framesets)
+        self._clip = build_clip_format(data, framesets)
         self._views = (temporal_views, spatial_crops)
-        self._make = clip_function(self._clip, data)
+        self._make = build_clip_fn(self._clip, data)
 
     def __call__(self, video: VideoDataset) -> Batch:
         """A batch of one: the first video of `video`. Threads may call it at the same time.
@@ -284,8 +294,8 @@ class EvalClips:
           UnreadableVideo: its frames are not there or cannot be decoded.
         """
         try:
-            views = [self._make(e) for e in _view_elements(video, self._clip, *self._views, 0)]
+            views = [self._make(e) for e in _view_samples(video, self._clip, *self._views, 0)]
         except DECODE_ERRORS as problem:
             raise UnreadableVideo(f"video {video.ids[0]!r} cannot be decoded: {problem}") from None
         batch = {key: np.stack([view[key] for view in views])[None] for key in views[0]}
-        return _of_videos(batch)
+        return _merge_views(batch)

@@ -1,11 +1,11 @@
 """RandAugment (Cubuk et al. 2020) of clips: the draw, and its part that the host does.
 
-Public: `OPS`, `value_of`, `draw`, `affine`, `warp`, `lookup_tables`.
+Public: `OPS`, `value_of`, `draw`, `affine`, `warp_frames`, `lookup_tables`.
 
 One draw serves all frames of a clip and its framesets. Three places share the work, in this order:
-geometry on the host (`affine`, `warp`), operations that are a table per channel (tables made on
+geometry on the host (`affine`, `warp_frames`), operations that are a table per channel (tables made on
 the host by `lookup_tables`, looked up on the device), the other colour operations on the device
-(`preprocess.colour`). Within each, operations keep the order of the draw.
+(`preprocess.augment_color`). Within each, operations keep the order of the draw.
 
 Ranges are those that grow with the magnitude in timm's `rand-m7-n4-inc1`, and as there an
 operation that was drawn is applied half of the time. Without Sharpness, which would need the pixels
@@ -20,7 +20,7 @@ import tensorflow as tf
 from dualpath_jax.data.randaugment_ops import OPS, TABLES
 
 
-def warp(frames: tf.Tensor, matrix: tf.Tensor, fill: np.ndarray) -> tf.Tensor:
+def warp_frames(frames: tf.Tensor, matrix: tf.Tensor, fill: np.ndarray) -> tf.Tensor:
     """Move the pixels of all frames alike, bilinear.
 
     Args:

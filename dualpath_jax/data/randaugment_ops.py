@@ -14,9 +14,9 @@ TABLES = ("auto_contrast", "equalize", "invert", "posterize")
 
 GEOMETRY = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
-COLOUR = ("solarize", "color", "contrast", "brightness")
+COLOR = ("solarize", "color", "contrast", "brightness")
 
-OPS = ("identity", *TABLES, *GEOMETRY, *COLOUR)
+OPS = ("identity", *TABLES, *GEOMETRY, *COLOR)
 
 PROBABILITY = 0.5  # that an operation that was drawn is applied; timm's
 
@@ -48,7 +48,7 @@ def value_of(op: str, strength: float, sign: float) -> float:
       (color, contrast, brightness); bits kept (posterize); first level that is inverted (solarize).
     """
     if op in _SIGNED:
-        return _SIGNED[op] * strength * sign + (op in COLOUR)
+        return _SIGNED[op] * strength * sign + (op in COLOR)
     if op == "posterize":
         return max(4 - int(4 * strength), 1)
     if op == "solarize":
@@ -56,7 +56,9 @@ def value_of(op: str, strength: float, sign: float) -> float:
     return 0.0
 
 
-def draw(rng: np.random.Generator, layers: int, magnitude: float) -> tuple[np.ndarray, np.ndarray]:
+def draw_ops(
+    rng: np.random.Generator, layers: int, magnitude: float
+) -> tuple[np.ndarray, np.ndarray]:
     """The operations of one clip.
 
     Args:
@@ -75,7 +77,7 @@ def draw(rng: np.random.Generator, layers: int, magnitude: float) -> tuple[np.nd
     return ops.astype(np.int32), np.array(values, np.float32)
 
 
-def affine(ops: Sequence[int], values: Sequence[float]) -> np.ndarray:
+def affine_matrix(ops: Sequence[int], values: Sequence[float]) -> np.ndarray:
     """The geometric operations of a draw as one map.
 
     Returns:

@@ -1,6 +1,6 @@
 """Videos made in memory, for checks and timings that need no prepared data.
 
-Public: `SyntheticVideos`, `synthetic_split`, `train_batches`.
+Public: `SyntheticVideos`, `make_synthetic_split`, `train_batches`.
 """
 
 import io
@@ -59,14 +59,14 @@ class SyntheticVideos:
         return [self._record] * len(frame_indices)
 
 
-def synthetic_split(data: Any, num_videos: int) -> SyntheticVideos:
+def make_synthetic_split(data: Any, num_videos: int) -> SyntheticVideos:
     """A split for `config.data`: as many classes as its `source` has, or else 2.
 
     Classes are called 0, 1, ...; the first of them as `label_swap` asks, where clips are mirrored.
     """
     names = [str(i) for i in range(NUM_CLASSES.get(data.source, UNKNOWN_CLASSES))]
     if data.flip:
-        swapped = [name for pair in augment.read_label_swap(data.label_swap) for name in pair]
+        swapped = [name for pair in augment.read_label_swaps(data.label_swap) for name in pair]
         names[: len(swapped)] = swapped
     return SyntheticVideos(names, num_videos)
 

@@ -1,6 +1,6 @@
 """Videos that turn out unreadable while training: counted, told, replaced, and limited.
 
-Public: `BrokenVideos`.
+Public: `UnreadableVideos`.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from dualpath_jax.data.video_dataset import UnreadableVideo
 Element = TypeVar("Element")
 
 
-class BrokenVideos:
+class UnreadableVideos:
     """Which videos could not be read so far in this process.
 
     A clip of which a frame cannot be read or decoded gives its place to a clip of the next video of

@@ -81,7 +81,7 @@ class VideoDataset:
             )
         lengths = frames[stored_in]
         path = _shard_path(data_dir, "videos", split, 0, 1)
-        table = dataset_metadata.read_table(
+        table = dataset_metadata.read_video_table(
             path, sum(splits[split]), len(self.class_names), lengths
         )
         self.ids = [id_.decode("utf-8", "surrogateescape") for id_ in table["id"]]

@@ -47,7 +47,7 @@ class ObjectMasks:
 
     def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
         """Records of the masks of some frames; see `VideoDataset.read_frames`."""
-        masks = render.scene_of(self._split, self._numbers[video_index]).masks()
+        masks = render.find_scene(self._split, self._numbers[video_index]).masks()
         return [_record(masks[frame]) for frame in frame_indices]
 
 

@@ -1,6 +1,6 @@
 """The embedded data set: an object moves over photographs; only order tells its classes apart.
 
-Public: `CLASSES`, `PHOTOS`, `SIZES`, `Scene`, `render_clip`, `render_demo`, `scene_of`,
+Public: `CLASSES`, `PHOTOS`, `SIZES`, `Scene`, `render_clip`, `render_demo`, `find_scene`,
 `class_names`.
 
 Reversing a clip of one class of a pair gives a clip of the other, so neither one frame nor an
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from dualpath_jax.runtime.cpu_count import num_cores
-from dualpath_jax.runtime.progress_bar import Bar
+from dualpath_jax.runtime.progress_bar import ProgressBar
 
 # Something-Something-v2's kind of templates; a pair of opposite actions stands together.
 CLASSES = (
@@ -58,7 +58,7 @@ SIZES = {"train": 8000, "validation": 160, "test": 400}
 NUM_FRAMES = 16
 FRAME_SIZE = 72
 SHAPES = ("disc", "square", "diamond", "cross")
-COLOURS = {
+COLORS = {
     "red": (220, 40, 40),
     "green": (40, 190, 60),
     "blue": (50, 80, 230),
@@ -215,7 +215,7 @@ def draw_scene(
     track = draw_track(label, num_frames, rng)
     shape = SHAPES[rng.integers(len(SHAPES))]
     mean = background.mean(axis=(0, 1))
-    contrast = sorted(COLOURS.values(), key=lambda colour: -np.abs(colour - mean).sum())
+    contrast = sorted(COLORS.values(), key=lambda colour: -np.abs(colour - mean).sum())
     colour = contrast[rng.integers(len(contrast) // 2)]  # of those far from the background's mean
     return Scene(background, track, shape, colour)
 
@@ -227,7 +227,7 @@ def render_clip(
     return draw_scene(photo, label, num_frames, size, rng).frames()
 
 
-def scene_of(split: str, number: int) -> Scene:
+def find_scene(split: str, number: int) -> Scene:
     """What video `number` of a split of the demo shows; class `number` modulo 8."""
     rng = np.random.default_rng([list(SIZES).index(split), number])
     photo = load_photo(PHOTOS[split][rng.integers(len(PHOTOS[split]))])
@@ -259,7 +259,7 @@ def write_video(frames: np.ndarray, path: pathlib.Path, fps: int = 12) -> None:
 
 def _render_range(videos: pathlib.Path, split: str, first: int, numbers: range) -> int:
     for number in numbers:
-        frames = scene_of(split, number).frames()
+        frames = find_scene(split, number).frames()
         write_video(frames, videos / f"{first + number}.mp4")
     return len(numbers)
 
@@ -283,7 +283,7 @@ def render_demo(out: str, sizes: dict[str, int] | None = None, progress: bool = 
     context = multiprocessing.get_context("spawn")  # the parent may hold threads of JAX
     with (
         concurrent.futures.ProcessPoolExecutor(num_cores(), mp_context=context) as pool,
-        Bar(sum(sizes.values()), "render", "videos", shown=progress) as shown,
+        ProgressBar(sum(sizes.values()), "render", "videos", shown=progress) as shown,
     ):
         jobs, first = [], 0
         for split, size in sizes.items():

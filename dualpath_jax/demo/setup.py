@@ -1,6 +1,6 @@
 """The embedded demo: its videos are rendered, then go the way of anybody's data.
 
-Public: `ensure_demo`.
+Public: `ensure_demo_data`.
 """
 
 import pathlib
@@ -17,7 +17,7 @@ from dualpath_jax.weights import convert
 BACKBONE = pathlib.Path(__file__).parent / "demo_backbone.safetensors"
 
 
-def ensure_demo(config: Any) -> None:
+def ensure_demo_data(config: Any) -> None:
     """Render, prepare and convert what `config` needs and is not there yet."""
     if not (epath.Path(config.data.dir) / "dataset_info.json").exists():
         if "://" in config.data.dir:
@@ -29,6 +29,6 @@ def ensure_demo(config: Any) -> None:
         render.render_demo(raw)
         videos, labels = str(raw / "videos"), str(raw / "labels")
         listing = dataset_registry.list_videos("ssv2", videos, labels, validation_fraction=0)
-        prepare.prepare(listing, videos, config.data.dir)
+        prepare.prepare_dataset(listing, videos, config.data.dir)
     if not epath.Path(config.backbone.checkpoint).exists():
-        convert.convert_clip(BACKBONE, config.backbone.checkpoint)
+        convert.convert_checkpoint(BACKBONE, config.backbone.checkpoint)

@@ -1,6 +1,6 @@
 """The forward pass of a trained model for programs that do not have this package.
 
-Public: `serving`, `export`, `FORMATS`, `model_card`; the command line is scripts/export_model.py.
+Public: `build_serving_fn`, `export_model`, `FORMATS`, `model_card`; the command line is scripts/export_model.py.
 
 The exported function takes one view of each video as evaluation crops it, and has normalisation and
 weights inside:
@@ -28,7 +28,7 @@ from dualpath_jax.models.forward import clip_logits
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def serving(model: trained_model.Trained) -> Callable[..., jax.Array]:
+def build_serving_fn(model: trained_model.TrainedModel) -> Callable[..., jax.Array]:
     """(spatial) or (spatial, temporal) -> logits, see the module."""
 
     def logits(*views: jax.Array) -> jax.Array:
@@ -38,33 +38,37 @@ def serving(model: trained_model.Trained) -> Callable[..., jax.Array]:
     return logits
 
 
-def input_shapes(model: trained_model.Trained) -> dict[str, tuple[int, ...]]:
-    """Shapes of what `serving` takes, without the batch."""
+def input_shapes(model: trained_model.TrainedModel) -> dict[str, tuple[int, ...]]:
+    """Shapes of what `build_serving_fn` takes, without the batch."""
     named = zip(("spatial", "temporal"), clip_shapes(model.config), strict=True)
     return {name: shape[1:] for name, shape in named if shape is not None}
 
 
-def _stablehlo(model: trained_model.Trained, out: pathlib.Path, batch_size: int | None) -> None:
+def _stablehlo(
+    model: trained_model.TrainedModel, out: pathlib.Path, batch_size: int | None
+) -> None:
     batch = "b" if batch_size is None else str(batch_size)
     shapes = list(input_shapes(model).values())
     texts = [", ".join([batch, *map(str, shape)]) for shape in shapes]
     arguments = jax.export.symbolic_args_specs(
         [jax.ShapeDtypeStruct((1, *shape), np.uint8) for shape in shapes], texts
     )
-    exported = jax.export.export(jax.jit(serving(model)), platforms=PLATFORMS)(*arguments)
+    exported = jax.export.export(jax.jit(build_serving_fn(model)), platforms=PLATFORMS)(*arguments)
     temporary = out / "model.stablehlo.tmp"
     temporary.write_bytes(exported.serialize())
     temporary.replace(out / "model.stablehlo")
 
 
-def _saved_model(model: trained_model.Trained, out: pathlib.Path, batch_size: int | None) -> None:
+def _saved_model(
+    model: trained_model.TrainedModel, out: pathlib.Path, batch_size: int | None
+) -> None:
     import tensorflow as tf
     from jax.experimental import jax2tf
 
     shapes = input_shapes(model)
     batch = "b" if batch_size is None else str(batch_size)
     function = jax2tf.convert(
-        serving(model),
+        build_serving_fn(model),
         polymorphic_shapes=[", ".join([batch, *map(str, shape)]) for shape in shapes.values()],
         native_serialization_platforms=PLATFORMS,
         with_gradient=False,
@@ -100,8 +104,8 @@ FORMATS = {
 }
 
 
-def export(
-    model: trained_model.Trained,
+def export_model(
+    model: trained_model.TrainedModel,
     out: str,
     formats: list[str],
     batch_size: int | None = None,
@@ -139,7 +143,7 @@ def read_results(workdir: str) -> dict[str, Any] | None:
 
 
 def model_card(
-    model: trained_model.Trained,
+    model: trained_model.TrainedModel,
     formats: list[str],
     batch_size: int | None,
     results: dict[str, Any] | None,
@@ -148,7 +152,9 @@ def model_card(
     config, shapes = model.config, input_shapes(model)
     batch = "B" if batch_size is None else batch_size
     views = f"{config.eval.temporal_views} clips x {config.eval.spatial_crops} crops"
-    trainable = param_tree.count(model.params) - param_tree.count(model.params["backbone"])
+    trainable = param_tree.count_params(model.params) - param_tree.count_params(
+        model.params["backbone"]
+    )
     lines = [
         f"# {config.model.method} on {config.backbone.name}, {len(model.class_names)} classes",
         "",
@@ -177,7 +183,7 @@ def model_card(
     lines += [
         "## Parameters",
         "",
-        f"{param_tree.count(model.params):,}, of which {trainable:,} outside the backbone.",
+        f"{param_tree.count_params(model.params):,}, of which {trainable:,} outside the backbone.",
         "",
         "## Scores",
         "",

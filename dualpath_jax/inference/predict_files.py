@@ -1,6 +1,6 @@
 """A trained model on video files: what scripts/predict.py does.
 
-Public: `Found`, `find_videos`, `predict_videos`, `line`.
+Public: `VideoResult`, `find_videos`, `predict_videos`, `format_result`.
 """
 
 import collections
@@ -13,13 +13,13 @@ import numpy as np
 import tqdm
 
 from dualpath_jax.analysis import prediction_figures
-from dualpath_jax.cli import check_file
+from dualpath_jax.cli import check_output_file
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.preparation import video_decoder
-from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool, streams
+from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool, pull_streams
 from dualpath_jax.inference import sliding_windows, trained_model
 from dualpath_jax.runtime.cpu_count import num_cores
-from dualpath_jax.runtime.progress_bar import Bar
+from dualpath_jax.runtime.progress_bar import ProgressBar
 
 # Files of a folder that are taken for videos.
 VIDEO_SUFFIXES = frozenset(
@@ -28,7 +28,7 @@ VIDEO_SUFFIXES = frozenset(
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class VideoResult:
     """What was found out about a video, or a window of one.
 
     Attributes:
@@ -74,9 +74,9 @@ def find_videos(paths: Sequence[str]) -> list[str]:
 
 
 def predict_videos(
-    model: trained_model.Trained,
+    model: trained_model.TrainedModel,
     videos: Sequence[str],
-    show: Callable[[Found], None],
+    show: Callable[[VideoResult], None],
     top_k: int = 5,
     window: float | None = None,
     stride: float | None = None,
@@ -108,7 +108,7 @@ def predict_videos(
     if features and not features.endswith(".npz"):
         raise ValueError(f"--features={features!r} must end with .npz")
     if features:
-        check_file("--features", features)
+        check_output_file("--features", features)
     if stride is not None and window is None:
         raise ValueError(f"--stride={stride:g} needs --window")
     limits = limits or video_decoder.DecodeLimits()
@@ -116,13 +116,13 @@ def predict_videos(
         parts = _whole(model, videos, limits)
     else:
         stride = window / 2 if stride is None else stride
-        sliding_windows.check(window, stride)
+        sliding_windows.check_windows(window, stride)
         parts = _windows(model, videos, window, stride, limits)
     drawn = prediction_figures.Pictures(pictures, model.class_names, top_k) if pictures else None
     bad, kept, places = set(), [], []
-    with Bar(len(videos), "predict", "videos", shown=progress) as bar:
+    with ProgressBar(len(videos), "predict", "videos", shown=progress) as bar:
         for part, clips in _with_clips(model, parts):
-            bar.reach(part.number)
+            bar.update_to(part.number)
             found = part.found
             if clips is None:
                 bad.add(found.video)
@@ -138,7 +138,7 @@ def predict_videos(
                     drawn.add(part.number, found, part.frames, probabilities)
             with tqdm.tqdm.external_write_mode():
                 show(found)
-        bar.reach(len(videos))
+        bar.update_to(len(videos))
     if drawn:
         drawn.close()
     if features:
@@ -151,12 +151,12 @@ class _Part:
     """A video or a window: the number of its video, its frames (None: bad), what is known of it."""
 
     number: int
-    frames: trained_model.Frames | None
-    found: Found
+    frames: trained_model.SingleVideo | None
+    found: VideoResult
 
 
 def _whole(
-    model: trained_model.Trained, videos: Sequence[str], limits: video_decoder.DecodeLimits
+    model: trained_model.TrainedModel, videos: Sequence[str], limits: video_decoder.DecodeLimits
 ) -> Iterator[_Part]:
     stored = model.frame_format
     sizes = (stored.short_side, stored.quality)
@@ -166,43 +166,45 @@ def _whole(
         results = pool.map(video_decoder.video_to_jpegs, arguments)
         for number, (video, result) in enumerate(zip(videos, results, strict=True)):
             if isinstance(result, Failure):
-                yield _Part(number, None, Found(video, [], [], note=result.reason))
+                yield _Part(number, None, VideoResult(video, [], [], note=result.reason))
                 continue
             jpegs, facts = result
-            frames = trained_model.Frames(
+            frames = trained_model.SingleVideo(
                 jpegs, facts.height, facts.width, video, model.class_names
             )
-            yield _Part(number, frames, Found(video, [], [], note=facts.truncated))
+            yield _Part(number, frames, VideoResult(video, [], [], note=facts.truncated))
 
 
 def _windows(
-    model: trained_model.Trained,
+    model: trained_model.TrainedModel,
     videos: Sequence[str],
     seconds: float,
     stride: float,
     limits: video_decoder.DecodeLimits,
 ) -> Iterator[_Part]:
     arguments = [(video, seconds, stride, model.frame_format) for video in videos]
-    for number, one in streams(sliding_windows.windows, arguments, limits):
+    for number, one in pull_streams(sliding_windows.decode_windows, arguments, limits):
         video = videos[number]
         if isinstance(one, Failure):
-            yield _Part(number, None, Found(video, [], [], note=one.reason))
+            yield _Part(number, None, VideoResult(video, [], [], note=one.reason))
             continue
-        frames = trained_model.Frames(one.jpegs, one.height, one.width, video, model.class_names)
-        yield _Part(number, frames, Found(video, [], [], one.start, one.end, one.note))
+        frames = trained_model.SingleVideo(
+            one.jpegs, one.height, one.width, video, model.class_names
+        )
+        yield _Part(number, frames, VideoResult(video, [], [], one.start, one.end, one.note))
 
 
 _AHEAD = 2  # parts whose clips are made while the model is at an earlier one
 
 
 def _with_clips(
-    model: trained_model.Trained, parts: Iterable[_Part]
+    model: trained_model.TrainedModel, parts: Iterable[_Part]
 ) -> Iterator[tuple[_Part, pipeline.Batch | None]]:
     """Each part with its clips, in order."""
     waiting = collections.deque()
     with futures.ThreadPoolExecutor(1) as executor:
         for part in parts:
-            made = executor.submit(model.clips_of, part.frames) if part.frames else None
+            made = executor.submit(model.clips_from_frames, part.frames) if part.frames else None
             waiting.append((part, made))
             if len(waiting) > _AHEAD:
                 part, made = waiting.popleft()
@@ -212,7 +214,7 @@ def _with_clips(
 
 
 def _write_features(
-    path: str, kept: Sequence[dict[str, np.ndarray]], places: Sequence[Found]
+    path: str, kept: Sequence[dict[str, np.ndarray]], places: Sequence[VideoResult]
 ) -> None:
     """All arrays [videos or windows, V, ...], in the order of `video`."""
     table = {"video": np.array([found.video for found in places], dtype=str)}
@@ -226,7 +228,7 @@ def _write_features(
     os.replace(temporary, path)
 
 
-def line(found: Found) -> str:
+def format_result(found: VideoResult) -> str:
     """For people."""
     name = found.video
     if found.start is not None:

@@ -1,6 +1,6 @@
 """A long video in sliding windows, with the frames of one window in memory.
 
-Public: `Window`, `windows`, `check`.
+Public: `Window`, `decode_windows`, `check_windows`.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ class Window:
     note: str = ""
 
 
-def check(seconds: float, stride: float) -> None:
+def check_windows(seconds: float, stride: float) -> None:
     """ValueError for what is no length of a window or no stride."""
     for name, value in (("window", seconds), ("stride", stride)):
         if not 0 < value < math.inf:
             raise ValueError(f"--{name}={value:g} must be a number of seconds above 0")
 
 
-def windows(
+def decode_windows(
     path: str, seconds: float, stride: float, frame_format: video_decoder.FrameFormat
 ) -> Iterator[Window]:
     """Windows of a video, decoded as they are needed.
@@ -51,10 +51,10 @@ def windows(
       frame_format: of the frames.
 
     Raises:
-      ValueError: see `check`.
+      ValueError: see `check_windows`.
       decode.VideoError: the file cannot be decoded, or does not state its frame rate.
     """
-    check(seconds, stride)
+    check_windows(seconds, stride)
     reader = video_decoder.decode_frames(
         path, EVERYTHING, frame_format.short_side, frame_format.fps
     )

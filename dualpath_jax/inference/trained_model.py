@@ -1,7 +1,7 @@
 """A trained model from its workdir, and video files as evaluation would see them.
 
-Public: `Trained`, `Prediction`, `Frames`, `mean_probabilities`, `load`, `read_trained`,
-`saved_config`; `load` is `dualpath_jax.load`.
+Public: `TrainedModel`, `Prediction`, `SingleVideo`, `mean_probabilities`, `load`, `read_trained_params`,
+`parse_saved_config`; `load` is `dualpath_jax.load`.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ from flax import traverse_util
 from PIL import Image
 
 from dualpath_jax.config.ranges import check_ranges
-from dualpath_jax.config.values import NO_CONFIG, with_defaults
+from dualpath_jax.config.values import INVALID_CONFIG_ERRORS, restore_config
 from dualpath_jax.data import dataset_metadata, pipeline
 from dualpath_jax.data.preparation import video_decoder
 from dualpath_jax.data.preparation.shard_writer import encode_frame
 from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool
 from dualpath_jax.models import abstract, param_tree, preprocess
 from dualpath_jax.models import registry as method_registry
-from dualpath_jax.models.forward import flat_views, view_logits
-from dualpath_jax.runtime.safe_read import shown
+from dualpath_jax.models.forward import flatten_views, view_logits
+from dualpath_jax.runtime.safe_read import truncated_repr
 from dualpath_jax.training import adapter_file
 from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from dualpath_jax.weights import convert
@@ -36,7 +36,7 @@ from dualpath_jax.weights import convert
 _MAX_POSITIONS = 2**28  # ViT-L's, of 96 frames at 336 pixels, are 57 million
 
 
-class Frames:
+class SingleVideo:
     """Stands in for `records.VideoDataset`: the frames of one video, of class 0.
 
     Args:
@@ -89,7 +89,7 @@ class Prediction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A trained model.
 
     Attributes:
@@ -126,9 +126,11 @@ class Trained:
         if isinstance(result, Failure):
             raise video_decoder.VideoError(f"{path}: {result.reason}")
         jpegs, facts = result
-        return self.clips_of(Frames(jpegs, facts.height, facts.width, path, self.class_names))
+        return self.clips_from_frames(
+            SingleVideo(jpegs, facts.height, facts.width, path, self.class_names)
+        )
 
-    def clips_of(self, frames: Frames) -> pipeline.Batch:
+    def clips_from_frames(self, frames: SingleVideo) -> pipeline.Batch:
         """As `clips`, of frames that are decoded already; or of a data set of one prepared video.
 
         Threads may call it at the same time.
@@ -138,7 +140,7 @@ class Trained:
     @functools.cached_property
     def _make_clips(self) -> pipeline.EvalClips:
         views = (self.config.eval.temporal_views, self.config.eval.spatial_crops)
-        framesets = method_registry.takes_framesets(self.config.model.method)
+        framesets = method_registry.uses_framesets(self.config.model.method)
         return pipeline.EvalClips(self.config.data, *views, framesets)
 
     @functools.cached_property
@@ -153,7 +155,7 @@ class Trained:
     def _features(self) -> Any:
         def features(params: Any, batch: Any) -> dict[str, jax.Array]:
             dtype = method_registry.compute_dtype(self.config)
-            clips = flat_views(batch)
+            clips = flatten_views(batch)
             spatial, temporal = preprocess.model_inputs(clips, self.config.data, dtype)
             apply = functools.partial(self.module.apply, {"params": params})
             found = {"logits": apply(spatial, temporal)}
@@ -167,7 +169,7 @@ class Trained:
 
     def logits(self, clips: pipeline.Batch) -> np.ndarray:
         """Logits [V, classes] float32 of the views of `clips`, which `clips` or `clips_of` made."""
-        return np.asarray(self._logits(self.params, arrays(clips)))[0]
+        return np.asarray(self._logits(self.params, model_arrays(clips)))[0]
 
     def predict(self, video: str | os.PathLike[str], top_k: int = 5) -> Prediction:
         """The `top_k` most probable classes of a video file, by all views of evaluation.
@@ -181,7 +183,9 @@ class Trained:
         """`logits` [V, classes] and, of dualpath, `y_SP` and `y_TP` [V, e] (eq. 8, 10), float32."""
         if self.config.model.method != "dualpath":
             return {"logits": self.logits(clips)}
-        return {k: np.asarray(v) for k, v in self._features(self.params, arrays(clips)).items()}
+        return {
+            k: np.asarray(v) for k, v in self._features(self.params, model_arrays(clips)).items()
+        }
 
 
 def mean_probabilities(logits: np.ndarray) -> np.ndarray:
@@ -189,12 +193,14 @@ def mean_probabilities(logits: np.ndarray) -> np.ndarray:
     return np.asarray(jax.nn.softmax(logits, axis=-1)).mean(axis=0)
 
 
-def arrays(clips: pipeline.Batch) -> dict[str, np.ndarray]:
+def model_arrays(clips: pipeline.Batch) -> dict[str, np.ndarray]:
     """What a model takes of a batch."""
     return {key: clips[key] for key in ("spatial", "temporal") if key in clips}
 
 
-def read_trained(path: str, which: str = "latest") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_trained_params(
+    path: str, which: str = "latest"
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(trainable parameters by path, metadata with "step") of a run or an adapter file.
 
     Args:
@@ -227,7 +233,7 @@ def read_trained(path: str, which: str = "latest") -> tuple[dict[str, np.ndarray
     return trained, metadata | {"step": step}
 
 
-def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> Trained:
+def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> TrainedModel:
     """A trained model, without its data set.
 
         import dualpath_jax as dp
@@ -245,13 +251,13 @@ def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> 
         another backbone than the run's.
     """
     path = os.fspath(path)
-    leaves, saved = read_trained(path, checkpoint)
+    leaves, saved = read_trained_params(path, checkpoint)
     config = _check(path, leaves, saved)
     file = backbone or config.backbone.checkpoint
     if not file:
         raise ValueError(f"{path} does not say where its backbone is: pass --backbone=FILE")
     try:
-        frozen, shape, info = convert.load_backbone(file, abstract.backbone_shape(config))
+        frozen, shape, info = convert.load_backbone(file, abstract.build_backbone_config(config))
     except FileNotFoundError as error:
         if backbone:
             raise
@@ -275,22 +281,24 @@ def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> 
     frames = (
         video_decoder.FrameFormat()
         if stored is None
-        else dataset_metadata.frame_format(stored, path)
+        else dataset_metadata.parse_frame_format(stored, path)
     )
-    return Trained(config, module, jax.device_put(params), class_names, step, frames)
+    return TrainedModel(config, module, jax.device_put(params), class_names, step, frames)
 
 
-def saved_config(saved: dict[str, Any]) -> Any:
+def parse_saved_config(saved: dict[str, Any]) -> Any:
     """The config in the metadata of a checkpoint or an adapter file, which may be a stranger's.
 
     Raises:
       NO_CONFIG: it is none, or one of a model larger than any.
     """
-    config = with_defaults(saved["config"])
+    config = restore_config(saved["config"])
     check_ranges(config)
     if not isinstance(config.backbone.checkpoint, str | None):
-        raise ValueError(f"backbone.checkpoint={shown(config.backbone.checkpoint)} is no path")
-    shape = abstract.backbone_shape(config)
+        raise ValueError(
+            f"backbone.checkpoint={truncated_repr(config.backbone.checkpoint)} is no path"
+        )
+    shape = abstract.build_backbone_config(config)
     positions = config.data.num_frames * shape.num_tokens * shape.width
     if positions > _MAX_POSITIONS:
         raise ValueError(f"its clips have {positions:,} numbers of positions")
@@ -301,9 +309,9 @@ def _check(path: str, leaves: dict[str, np.ndarray], saved: dict[str, Any]) -> A
     """The config of a trained model; ValueError unless the model that it builds has its leaves."""
     remedy = "take the file of the run itself, or write it again (scripts/export_adapter.py)"
     try:
-        config = saved_config(saved)
-        outline = abstract.outline(config, len(saved["class_names"]))
-    except NO_CONFIG as error:
+        config = parse_saved_config(saved)
+        outline = abstract.abstract_model(config, len(saved["class_names"]))
+    except INVALID_CONFIG_ERRORS as error:
         raise ValueError(f"{path}: its config builds no model ({error}): {remedy}") from None
     trains = param_tree.flatten(outline.mask)
     shapes = {n: p.shape for n, p in param_tree.flatten(outline.params).items() if trains[n]}

@@ -17,7 +17,9 @@ def clip_shapes(config: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
 
     For a method without framesets S is T and `temporal` None.
     """
-    clip = clip_spec.clip_format(config.data, method_registry.takes_framesets(config.model.method))
+    clip = clip_spec.build_clip_format(
+        config.data, method_registry.uses_framesets(config.model.method)
+    )
     spatial = (1, clip.num_spatial_frames, clip.image_size, clip.image_size, 3)
     if clip.framesets is None:
         return spatial, None
@@ -32,7 +34,7 @@ def abstract_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct | None, ...]:
     )
 
 
-def backbone_shape(config: Any) -> backbone_registry.BackboneConfig:
+def build_backbone_config(config: Any) -> backbone_registry.BackboneConfig:
     """The backbone that `config` names, at its image size."""
     return backbone_registry.backbone_config(
         config.backbone.name,
@@ -42,7 +44,7 @@ def backbone_shape(config: Any) -> backbone_registry.BackboneConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outline:
+class AbstractModel:
     """A model without values: leaves of `params` are `jax.ShapeDtypeStruct`, of `mask` bool."""
 
     model: Any
@@ -50,10 +52,10 @@ class Outline:
     mask: Any
 
 
-def outline(config: Any, num_classes: int) -> Outline:
+def abstract_model(config: Any, num_classes: int) -> AbstractModel:
     """The model that `config` describes, its parameters and which of them train."""
-    model = method_registry.build_model(config, backbone_shape(config), num_classes)
+    model = method_registry.build_model(config, build_backbone_config(config), num_classes)
     inputs = abstract_inputs(config)
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-    mask = param_tree.trainable_mask(params, method_registry.trains(config.model.method))
-    return Outline(model, params, mask)
+    mask = param_tree.trainable_mask(params, method_registry.is_trainable_fn(config.model.method))
+    return AbstractModel(model, params, mask)

@@ -15,7 +15,7 @@ def clip_logits(model: Any, config: Any, params: Any, clips: Batch) -> jax.Array
     return model.apply({"params": params}, *preprocess.model_inputs(clips, config.data, dtype))
 
 
-def flat_views(batch: Batch) -> Batch:
+def flatten_views(batch: Batch) -> Batch:
     """The clips of a batch with views, without them: [B, V, ...] -> [B V, ...]."""
     inputs = [key for key in ("spatial", "temporal") if key in batch]
     return {key: batch[key].reshape(-1, *batch[key].shape[2:]) for key in inputs}
@@ -23,5 +23,5 @@ def flat_views(batch: Batch) -> Batch:
 
 def view_logits(model: Any, config: Any, params: Any, batch: Batch) -> jax.Array:
     """Logits [B, V, classes] float32 of every view of a batch, see `pipeline.eval_batches`."""
-    logits = clip_logits(model, config, params, flat_views(batch))
+    logits = clip_logits(model, config, params, flatten_views(batch))
     return logits.reshape(*batch["spatial"].shape[:2], -1)

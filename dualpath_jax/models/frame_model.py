@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dualpath_jax.models.backbones import layers
-from dualpath_jax.models.backbones.layers import Sites
+from dualpath_jax.models.backbones.layers import BlockHooks
 from dualpath_jax.models.backbones.registry import BackboneConfig, build_backbone
 
 
@@ -49,36 +49,36 @@ class AverageClassifier(nn.Module):
 class FrameModel(nn.Module):
     """Each frame through the backbone, then a head on the T frame features.
 
-    Parameters: `backbone`, `adapters` (those of `sites`, stacked [L, ...]), `head`.
+    Parameters: `backbone`, `adapters` (those of `hooks`, stacked [L, ...]), `head`.
 
     Attributes:
       config: the backbone's shape.
       num_frames: T.
       head: (frame features [B, T, D] float32, dropout_rng or None) -> logits [B, classes].
-      sites: what the method does inside a block; None for the backbone as it is.
+      hooks: what the method does inside a block; None for the backbone as it is.
       dtype: compute dtype of the transformer; frame features and head are float32.
       scan_blocks, remat: see `ViT`.
-      class_only: where the backbone has a class token, compute no other token in its last block.
+      cls_token_only: where the backbone has a class token, compute no other token in its last block.
     """
 
     config: BackboneConfig
     num_frames: int
     head: nn.Module
-    sites: Sites | None = None
+    hooks: BlockHooks | None = None
     dtype: Any = jnp.float32
     scan_blocks: bool = False
     remat: str = "none"
-    class_only: bool = True
+    cls_token_only: bool = True
 
     def setup(self):
         self.backbone = build_backbone(self.config, self.dtype, self.scan_blocks, self.remat)
-        self.site_params = None
-        if self.sites is not None:
-            self.site_params = self.param("adapters", self._init_adapters)
+        self.hook_params = None
+        if self.hooks is not None:
+            self.hook_params = self.param("adapters", self._init_adapters)
 
     def _init_adapters(self, rng: jax.Array) -> Any:
-        sites = self.sites.clone(parent=None)
-        return self.backbone.init_sites(rng, sites, self.num_frames, self.config.num_tokens)
+        hooks = self.hooks.clone(parent=None)
+        return self.backbone.init_hooks(rng, hooks, self.num_frames, self.config.num_tokens)
 
     def start_from_backbone(self, params: Any) -> Any:
         """`params` as they are: nothing starts at the backbone's values but the backbone."""
@@ -91,7 +91,7 @@ class FrameModel(nn.Module):
     def features(self, frames: jax.Array, dropout_rng: jax.Array | None = None) -> Any:
         """What the head reads: LN'd class tokens, frames [B, T, H, W, 3] -> [B, T, D] float32."""
         h = self.embed(einops.rearrange(frames, "b t h w c -> (b t) h w c"))
-        h = self.backbone.encode(h, self.sites, self.site_params, dropout_rng, self.class_only)
+        h = self.backbone.encode(h, self.hooks, self.hook_params, dropout_rng, self.cls_token_only)
         x = self.backbone.pool(h, project=False).astype(jnp.float32)
         return einops.rearrange(x, "(b t) d -> b t d", t=self.num_frames)
 

@@ -1,6 +1,6 @@
 """Parameter trees: what trains, what decays, splitting, counting.
 
-Public: `trainable_mask`, `decay_mask`, `split`, `merge`, `unstack`, `flatten`, `count`,
+Public: `trainable_mask`, `decay_mask`, `split`, `merge`, `unstack_blocks`, `flatten`, `count_params`,
 `parameter_groups`, `parameter_table`.
 
 A tree split into trainable and frozen leaves keeps its structure; the holes are
@@ -48,7 +48,7 @@ def split(params: Tree, mask: Tree) -> tuple[Tree, Tree]:
 
 
 def merge(trainable: Tree, frozen: Tree) -> Tree:
-    """Inverse of `split`, and of `unstack`."""
+    """Inverse of `split`, and of `unstack_blocks`."""
 
     def is_hole(node):
         return isinstance(node, optax.MaskedNode)
@@ -61,7 +61,7 @@ def merge(trainable: Tree, frozen: Tree) -> Tree:
     return jax.tree.map(fill, trainable, frozen, is_leaf=is_hole)
 
 
-def unstack(frozen: Tree) -> Tree:
+def unstack_blocks(frozen: Tree) -> Tree:
     """Frozen weights with those of the blocks as tuples of the L blocks' own, where stacked.
 
     For programs that write the blocks out: they are given each block's weights where they lie and
@@ -74,7 +74,7 @@ def unstack(frozen: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(of_blocks, frozen)
 
 
-def count(tree: Tree) -> int:
+def count_params(tree: Tree) -> int:
     """Number of parameters."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 

@@ -1,6 +1,6 @@
 """What happens to a uint8 batch on the device before the model sees it.
 
-Public: `colour`, `normalise`, `model_inputs`.
+Public: `augment_color`, `normalize`, `model_inputs`.
 """
 
 from typing import Any
@@ -57,7 +57,7 @@ def _apply(images: jax.Array, op: jax.Array, value: jax.Array, grey: jax.Array) 
     return jnp.select(conditions, list(results.values()), images)
 
 
-def colour(
+def augment_color(
     inputs: list[jax.Array], ops: jax.Array, values: jax.Array, tables: jax.Array
 ) -> list[jax.Array]:
     """RandAugment's colour operations, the same on all images of a clip.
@@ -76,7 +76,7 @@ def colour(
     return [255 * images for images in inputs]
 
 
-def normalise(images: jax.Array, data: Any, dtype: Any) -> jax.Array:
+def normalize(images: jax.Array, data: Any, dtype: Any) -> jax.Array:
     """[..., H, W, 3], 0..255 -> [..., H, W, 3] of `dtype`, by `data.mean` and `data.std`."""
     mean = jnp.asarray(data.mean, jnp.float32)
     std = jnp.asarray(data.std, jnp.float32)
@@ -92,6 +92,6 @@ def model_inputs(
     """
     inputs = [batch[key] for key in ("spatial", "temporal") if key in batch]
     if "ops" in batch:
-        inputs = colour(inputs, batch["ops"], batch["op_values"], batch["tables"])
-    spatial, *temporal = [normalise(images, data, dtype) for images in inputs]
+        inputs = augment_color(inputs, batch["ops"], batch["op_values"], batch["tables"])
+    spatial, *temporal = [normalize(images, data, dtype) for images in inputs]
     return spatial, temporal[0] if temporal else None

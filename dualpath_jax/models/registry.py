@@ -1,7 +1,7 @@
 """Tuning methods: how each is built and which of its parameters train.
 
-Public: `METHODS`, `Method`, `build_model`, `trains`, `takes_framesets`, `compute_dtype`,
-`loops_blocks`.
+Public: `METHODS`, `Method`, `build_model`, `is_trainable_fn`, `uses_framesets`, `compute_dtype`,
+`resolve_scan_blocks`.
 
 To add a method: write its module, add it to `METHODS` with a rule for each of its parameters.
 """
@@ -16,17 +16,17 @@ import jax
 import jax.numpy as jnp
 
 from dualpath_jax.models.backbones.block_loop import check_remat
-from dualpath_jax.models.backbones.layers import Sites, written_for_cpu
+from dualpath_jax.models.backbones.layers import BlockHooks, use_cpu_kernels
 from dualpath_jax.models.backbones.registry import FAMILIES, BackboneConfig, family_of
 from dualpath_jax.models.frame_model import AverageClassifier, FrameModel
 from dualpath_jax.models.methods.adapters import Adapter
-from dualpath_jax.models.methods.adaptformer import AdaptFormer
-from dualpath_jax.models.methods.aim import AIM, AIMSites
+from dualpath_jax.models.methods.adaptformer import AdaptFormerHooks
+from dualpath_jax.models.methods.aim import AIMHooks, AIMModel
 from dualpath_jax.models.methods.dualpath import DualPath
-from dualpath_jax.models.methods.evl import EVL, Decoder
-from dualpath_jax.models.methods.protuning import ProTuning
-from dualpath_jax.models.methods.st_adapter import STAdapter
-from dualpath_jax.models.methods.vpt import DeepPrompts, ShallowPrompts
+from dualpath_jax.models.methods.evl import EVLDecoder, EVLModel
+from dualpath_jax.models.methods.protuning import ProTuningHooks
+from dualpath_jax.models.methods.st_adapter import STAdapterHooks
+from dualpath_jax.models.methods.vpt import DeepPromptHooks, ShallowPromptModel
 from dualpath_jax.models.temporal_head import TemporalClassifier
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -94,9 +94,9 @@ def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> 
         train_tokens=model.train_tokens,
         adapt_shifted_windows=family_of(backbone) == "swin" and model.adapt_shifted_windows,
         dtype=compute_dtype(config),
-        scan_blocks=loops_blocks(config),
+        scan_blocks=resolve_scan_blocks(config),
         remat=model.remat,
-        class_only=model.class_only,
+        cls_token_only=model.cls_token_only,
     )
 
 
@@ -104,7 +104,7 @@ def _frame_model(
     config: Any,
     backbone: BackboneConfig,
     head: nn.Module,
-    sites: Sites | None = None,
+    hooks: BlockHooks | None = None,
     kind: type[FrameModel] = FrameModel,
     **options: Any,
 ) -> FrameModel:
@@ -112,11 +112,11 @@ def _frame_model(
         config=backbone,
         num_frames=config.data.num_frames,
         head=head,
-        sites=sites,
+        hooks=hooks,
         dtype=compute_dtype(config),
-        scan_blocks=loops_blocks(config),
+        scan_blocks=resolve_scan_blocks(config),
         remat=config.model.remat,
-        class_only=config.model.class_only,
+        cls_token_only=config.model.cls_token_only,
         **options,
     )
 
@@ -135,27 +135,27 @@ def _build_average(config: Any, backbone: BackboneConfig, num_classes: int) -> F
 def _build_vpt(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     head, prompts = _temporal(backbone, num_classes), config.model.vpt.num_prompts
     if not config.model.vpt.deep:
-        return _frame_model(config, backbone, head, kind=ShallowPrompts, num_prompts=prompts)
+        return _frame_model(config, backbone, head, kind=ShallowPromptModel, num_prompts=prompts)
     return _frame_model(
-        config, backbone, head, DeepPrompts(prompts, backbone.patch_size, parent=None)
+        config, backbone, head, DeepPromptHooks(prompts, backbone.patch_size, parent=None)
     )
 
 
 def _build_adaptformer(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     options = config.model.adaptformer
     adapter = Adapter(options.bottleneck, options.scale, dtype=compute_dtype(config), parent=None)
-    sites = AdaptFormer(adapter, options.parallel, parent=None)
-    return _frame_model(config, backbone, _temporal(backbone, num_classes), sites)
+    hooks = AdaptFormerHooks(adapter, options.parallel, parent=None)
+    return _frame_model(config, backbone, _temporal(backbone, num_classes), hooks)
 
 
 def _build_protuning(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
-    sites = ProTuning(
+    hooks = ProTuningHooks(
         width=config.model.protuning.width,
         class_tokens=int(backbone.has_class_token),
         dtype=compute_dtype(config),
         parent=None,
     )
-    return _frame_model(config, backbone, _temporal(backbone, num_classes), sites)
+    return _frame_model(config, backbone, _temporal(backbone, num_classes), hooks)
 
 
 def _build_st_adapter(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
@@ -167,7 +167,7 @@ def _build_st_adapter(config: Any, backbone: BackboneConfig, num_classes: int) -
             f"model.st_adapter.kernel_size={kernel_size} must be three odd numbers: frames, rows, "
             "columns"
         )
-    sites = STAdapter(
+    hooks = STAdapterHooks(
         num_frames=config.data.num_frames,
         width=options.width,
         kernel_size=kernel_size,
@@ -177,7 +177,7 @@ def _build_st_adapter(config: Any, backbone: BackboneConfig, num_classes: int) -
         dtype=compute_dtype(config),
         parent=None,
     )
-    return _frame_model(config, backbone, AverageClassifier(num_classes, parent=None), sites)
+    return _frame_model(config, backbone, AverageClassifier(num_classes, parent=None), hooks)
 
 
 def _build_videoprompt(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
@@ -185,11 +185,11 @@ def _build_videoprompt(config: Any, backbone: BackboneConfig, num_classes: int) 
     return _frame_model(config, backbone, _temporal(backbone, num_classes, prompts))
 
 
-def _build_aim(config: Any, backbone: BackboneConfig, num_classes: int) -> AIM:
+def _build_aim(config: Any, backbone: BackboneConfig, num_classes: int) -> AIMModel:
     options = config.model.aim
     _check_choice("model.aim.num_temporal_adapters", options.num_temporal_adapters, (1, 2))
     bottleneck = backbone.width // 4 if options.bottleneck is None else options.bottleneck
-    sites = AIMSites(
+    hooks = AIMHooks(
         Adapter(bottleneck, dtype=compute_dtype(config), parent=None),
         num_frames=config.data.num_frames,
         scale=options.scale,
@@ -198,26 +198,26 @@ def _build_aim(config: Any, backbone: BackboneConfig, num_classes: int) -> AIM:
         parent=None,
     )
     head = AverageClassifier(num_classes, options.dropout, parent=None)
-    return _frame_model(config, backbone, head, sites, kind=AIM)
+    return _frame_model(config, backbone, head, hooks, kind=AIMModel)
 
 
-def _build_evl(config: Any, backbone: BackboneConfig, num_classes: int) -> EVL:
+def _build_evl(config: Any, backbone: BackboneConfig, num_classes: int) -> EVLModel:
     options = config.model.evl
     if not 1 <= options.num_blocks <= backbone.depth:
         raise ValueError(
             f"model.evl.num_blocks={options.num_blocks} must be between 1 and the {backbone.depth} "
             f"blocks of {backbone.name}"
         )
-    head = Decoder(
+    head = EVLDecoder(
         backbone,
         num_classes,
         mlp_dropout=options.mlp_dropout,
         dropout=options.dropout,
-        for_cpu=written_for_cpu(loops_blocks(config)),
+        for_cpu=use_cpu_kernels(resolve_scan_blocks(config)),
         dtype=compute_dtype(config),
         parent=None,
     )
-    return _frame_model(config, backbone, head, kind=EVL, num_blocks=options.num_blocks)
+    return _frame_model(config, backbone, head, kind=EVLModel, num_blocks=options.num_blocks)
 
 
 _FROZEN, _ADAPTERS, _HEAD = ("backbone/.*", False), ("adapters/.*", True), ("head/.*", True)
@@ -258,7 +258,7 @@ def compute_dtype(config: Any) -> Any:
     return DTYPES[config.model.dtype]
 
 
-def loops_blocks(config: Any) -> bool:
+def resolve_scan_blocks(config: Any) -> bool:
     """Whether the compiled program loops over a backbone's blocks, by `config.model.scan_blocks`.
 
     Where that is None they are written out on a GPU: its programs copy what a loop keeps for the
@@ -289,12 +289,12 @@ def build_model(config: Any, backbone: BackboneConfig, num_classes: int) -> nn.M
     return method.build(config, backbone, num_classes)
 
 
-def takes_framesets(method: str) -> bool:
+def uses_framesets(method: str) -> bool:
     """Does `method` take framesets, or every sampled frame at full size?"""
     return _method(method).framesets
 
 
-def trains(method: str) -> Callable[[str], bool]:
+def is_trainable_fn(method: str) -> Callable[[str], bool]:
     """Predicate of a parameter's path ("spatial/class_token"): does it train under `method`?
 
     The predicate raises ValueError for a path that no rule names.

@@ -58,5 +58,5 @@ class TemporalClassifier(nn.Module):
             x = jnp.concatenate([prompts, x], axis=1)
         with layers.full_precision():
             block = Block(block_config(self.config, x.shape[-1]), name="block")
-            x = block(x, layers.no_sites())[:, self.num_prompts :].mean(axis=1)
+            x = block(x, layers.no_hooks())[:, self.num_prompts :].mean(axis=1)
             return nn.Dense(self.num_classes, name="output")(x)

@@ -1,4 +1,4 @@
 """A training run as one page: read (runs.py), counted (figures.py), drawn (charts.py, mistakes.py).
 
-Public: `page.render`, which scripts/report.py calls.
+Public: `page.render_page`, which scripts/report.py calls.
 """

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib import ticker
 
-from dualpath_jax.report.statistics import Bins
+from dualpath_jax.report.statistics import CalibrationBins
 
 WIDTH, HEIGHT = 400, 220
 LEFT, RIGHT, TOP, BOTTOM = 50, 374, 10, 186  # of the plot
@@ -56,12 +56,12 @@ class Chart:
     readout: dict[str, Any]
 
 
-def percent(value: float, digits: int = 1) -> str:
+def format_percent(value: float, digits: int = 1) -> str:
     """0.125 -> "12.5%"."""
     return f"{100 * value:.{digits}f}%"
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Four digits."""
     return f"{value:.4g}"
 
@@ -74,7 +74,7 @@ def line_chart(
     Args:
       title: of the chart.
       series: lines; those without points are left out.
-      form: `percent` or `number`, for labels.
+      form: `format_percent` or `format_number`, for labels.
       whole: the scale is 0..1.
 
     Returns:
@@ -112,14 +112,14 @@ def line_chart(
         readout={
             "first": [0.0, LEFT],
             "last": [float(steps.max()), RIGHT],
-            "percent": form is percent,
+            "percent": form is format_percent,
             "series": readout,
         },
     )
 
 
 def _label(value: float, form: Callable[[float], str]) -> str:
-    return f"{100 * value:g}%" if form is percent else form(value)
+    return f"{100 * value:g}%" if form is format_percent else form(value)
 
 
 def _told(line: Series, form: Callable[[float], str]) -> str:
@@ -153,7 +153,7 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
-def calibration_chart(bins: Bins) -> dict[str, Any]:
+def calibration_chart(bins: CalibrationBins) -> dict[str, Any]:
     """Bars of accuracy by confidence: places, with the numbers of each bin for its title.
 
     Returns:
@@ -184,7 +184,7 @@ def calibration_chart(bins: Bins) -> dict[str, Any]:
     quarters = [0, 0.25, 0.5, 0.75, 1]
     return {
         "bars": bars,
-        "x_ticks": [(x(tick), percent(tick, 0)) for tick in quarters],
-        "y_ticks": [(y(tick), percent(tick, 0)) for tick in quarters],
+        "x_ticks": [(x(tick), format_percent(tick, 0)) for tick in quarters],
+        "y_ticks": [(y(tick), format_percent(tick, 0)) for tick in quarters],
         "diagonal": (x(0), y(0), x(1), y(1)),
     }

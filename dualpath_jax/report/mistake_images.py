@@ -1,6 +1,6 @@
 """Pictures of some evaluated videos: frames, and where both paths of the model look in them.
 
-Public: `Strip`, `strips`.
+Public: `Strip`, `mistake_strips`.
 """
 
 import base64
@@ -18,7 +18,7 @@ from dualpath_jax.analysis import attention_figures
 from dualpath_jax.data.dataset_metadata import DECODE_ERRORS
 from dualpath_jax.data.video_dataset import FRAME_FEATURES, VideoDataset
 from dualpath_jax.inference import trained_model
-from dualpath_jax.report.run_reader import Run
+from dualpath_jax.report.run_reader import RunRecord
 from dualpath_jax.runtime import progress_bar
 
 TILES = 4  # pictures side by side
@@ -64,8 +64,8 @@ class _One:
         return self._dataset.read_frames(self._row, frame_indices)
 
 
-def strips(
-    run: Run, ids: Sequence[str], data_dir: str | None = None, backbone: str | None = None
+def mistake_strips(
+    run: RunRecord, ids: Sequence[str], data_dir: str | None = None, backbone: str | None = None
 ) -> dict[str, list[Strip]]:
     """Pictures of the videos `ids` by id; what cannot be shown is added to `run.missing`.
 
@@ -79,40 +79,42 @@ def strips(
         return {}
     folder = data_dir or run.results.get("dataset")
     if not isinstance(folder, str) or run.results.get("synthetic"):
-        run.lacks("no pictures of mistakes: the videos were made up (data.synthetic)")
+        run.report_missing("no pictures of mistakes: the videos were made up (data.synthetic)")
         return {}
     try:
         dataset = VideoDataset(folder, str(run.results.get("split")))
     except FileNotFoundError:
         what = f"no pictures of mistakes: no prepared videos in {folder}"
-        run.lacks(f"{what}; --data_dir=DIR tells where they are now", _preparation(run, folder))
+        run.report_missing(
+            f"{what}; --data_dir=DIR tells where they are now", _preparation(run, folder)
+        )
         return {}
     except (ValueError, OSError) as problem:
-        run.lacks(f"no pictures of mistakes: {_line(problem)}")
+        run.report_missing(f"no pictures of mistakes: {_line(problem)}")
         return {}
     place = {name: row for row, name in enumerate(dataset.ids)}
     rows = [place[name] for name in ids if name in place]
     if len(rows) < len(ids):
-        run.lacks(
+        run.report_missing(
             f"no pictures of {len(ids) - len(rows)} of {len(ids)} mistakes: {folder} has no "
             f"videos of these names, so it was prepared anew since the evaluation",
             run.command("eval"),
         )
     found: dict[str, list[Strip]] = {}
-    with progress_bar.Bar(len(rows), "pictures of mistakes", "videos") as progress:
+    with progress_bar.ProgressBar(len(rows), "pictures of mistakes", "videos") as progress:
         maps = _attention(run, dataset, rows, backbone) if rows else iter(())
         for row in rows:
             name = dataset.ids[row]
             try:
                 found[name] = [_frames(dataset, row), *next(maps, [])]
             except (ValueError, OSError, *DECODE_ERRORS) as problem:
-                run.lacks(f"no pictures of {name!r} and what follows: {_line(problem)}")
+                run.report_missing(f"no pictures of {name!r} and what follows: {_line(problem)}")
                 break
             progress.update()
     return found
 
 
-def _preparation(run: Run, folder: str) -> str:
+def _preparation(run: RunRecord, folder: str) -> str:
     """The command that prepares the videos of a run."""
     source = run.settings.get("data.source", "DATASET")
     if source == "demo":
@@ -124,28 +126,30 @@ def _preparation(run: Run, folder: str) -> str:
 
 
 def _attention(
-    run: Run, dataset: VideoDataset, rows: Sequence[int], backbone: str | None
+    run: RunRecord, dataset: VideoDataset, rows: Sequence[int], backbone: str | None
 ) -> Iterator[list[Strip]]:
     """For each video the strips of the paths; ends early where the model cannot show them."""
     try:
         model = _model(run, backbone)
     except (ValueError, OSError, KeyError, AttributeError) as problem:
-        run.lacks(
+        run.report_missing(
             f"no maps of attention: {_line(problem)}. Where its backbone is, is told by",
             f"python scripts/report.py --workdir={run.workdir} --backbone=FILE --out=report.html",
         )
         return
     for row in rows:
-        clip = attention_figures.middle_view(model.clips_of(_One(dataset, row)), model.config)
+        clip = attention_figures.middle_view_clips(
+            model.clips_from_frames(_One(dataset, row)), model.config
+        )
         try:
-            view = attention_figures.view_clip(model, clip, kinds=[_KIND])
+            view = attention_figures.analyze_clip(model, clip, kinds=[_KIND])
         except ValueError as problem:  # another method, or no class token
-            run.lacks(f"no maps of attention: {_line(problem)}")
+            run.report_missing(f"no maps of attention: {_line(problem)}")
             return
         yield _paths(view)
 
 
-def _model(run: Run, backbone: str | None) -> trained_model.Trained:
+def _model(run: RunRecord, backbone: str | None) -> trained_model.TrainedModel:
     """The model that was evaluated: the newest checkpoint, or else the best."""
     model, step = trained_model.load(run.workdir, backbone), run.results["step"]
     if model.step != step:
@@ -156,7 +160,7 @@ def _model(run: Run, backbone: str | None) -> trained_model.Trained:
     return model
 
 
-def _paths(view: attention_figures.View) -> list[Strip]:
+def _paths(view: attention_figures.ClipAttention) -> list[Strip]:
     """Attention of the tuned model over spatial frames, and over the frames of the framesets."""
     apart, found = view.taken_apart(), []
     for path, images in apart.images.items():

@@ -1,6 +1,6 @@
 """What runs left in their workdirs, read for a report. What is not there is told, not an error.
 
-Public: `Run`, `Missing`, `Predictions`, `read_runs`.
+Public: `RunRecord`, `MissingResult`, `Predictions`, `read_runs`.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from dualpath_jax.config.values import NO_CONFIG, flat, with_defaults
+from dualpath_jax.config.values import INVALID_CONFIG_ERRORS, flatten_config, restore_config
 from dualpath_jax.data import dataset_metadata
 from dualpath_jax.models import abstract, param_tree
-from dualpath_jax.runtime.safe_read import parse_json, read_json, shown
+from dualpath_jax.runtime.safe_read import parse_json, read_json, truncated_repr
 from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from dualpath_jax.training.metrics_logger import is_evaluation
 from dualpath_jax.training.predictions import read_predictions
@@ -29,7 +29,7 @@ _COUNTS = ("num_videos", "step")  # likewise
 
 
 @dataclasses.dataclass(frozen=True)
-class Missing:
+class MissingResult:
     """Something that the report would show, and the command that makes it ("" where none does)."""
 
     what: str
@@ -59,7 +59,7 @@ class Predictions:
 
 
 @dataclasses.dataclass
-class Run:
+class RunRecord:
     """What is known of a run. Whatever could not be read is empty, and listed in `missing`.
 
     Attributes:
@@ -86,12 +86,12 @@ class Run:
     predictions: Predictions | None = None
     parameters: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     num_train_steps: int | None = None
-    missing: list[Missing] = dataclasses.field(default_factory=list)
+    missing: list[MissingResult] = dataclasses.field(default_factory=list)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The configuration by dotted key."""
-        return flat(self.config)
+        return flatten_config(self.config)
 
     def command(self, mode: str = "train") -> str:
         """The command line that trains or evaluates this run; CONFIG where it is not known."""
@@ -103,12 +103,12 @@ class Run:
         words.append(f"--workdir={self.workdir}")
         return shlex.join([*words, "--mode=eval"] if mode == "eval" else words)
 
-    def lacks(self, what: str, command: str = "") -> None:
+    def report_missing(self, what: str, command: str = "") -> None:
         """Something is missing."""
-        self.missing.append(Missing(what, command))
+        self.missing.append(MissingResult(what, command))
 
 
-def read_runs(workdirs: Sequence[str]) -> list[Run]:
+def read_runs(workdirs: Sequence[str]) -> list[RunRecord]:
     """The runs of some workdirs; one that holds several splits (HMDB51's "all") is several runs.
 
     Raises:
@@ -150,8 +150,8 @@ def _is_workdir(path: pathlib.Path) -> bool:
     return any((path / name).exists() for name in _LEFT)
 
 
-def _read_run(workdir: str, name: str) -> Run:
-    run = Run(workdir, name)
+def _read_run(workdir: str, name: str) -> RunRecord:
+    run = RunRecord(workdir, name)
     run.environment = _read(run, "environment.json", "train", "versions, devices and command")
     run.config = _config(run)
     _read_metrics(run)
@@ -163,7 +163,7 @@ def _read_run(workdir: str, name: str) -> Run:
             run.class_names = _checked_names(names)
         except ValueError as problem:
             run.predictions = None
-            run.lacks(
+            run.report_missing(
                 f"no per-class accuracy, confusions, mistakes and calibration: {problem}",
                 run.command("eval"),
             )
@@ -172,26 +172,26 @@ def _read_run(workdir: str, name: str) -> Run:
     return run
 
 
-def _read(run: Run, name: str, mode: str, what: str) -> dict[str, Any]:
+def _read(run: RunRecord, name: str, mode: str, what: str) -> dict[str, Any]:
     """A JSON file of the workdir; empty where it is not there or damaged."""
     path = pathlib.Path(run.workdir) / name
     try:
         return read_json(path, dict)
     except FileNotFoundError:
-        run.lacks(f"no {name}: {what} are not known", run.command(mode))
+        run.report_missing(f"no {name}: {what} are not known", run.command(mode))
     except (ValueError, OSError) as problem:
-        run.lacks(f"{name} cannot be read: {problem}", run.command(mode))
+        run.report_missing(f"{name} cannot be read: {problem}", run.command(mode))
     return {}
 
 
-def _config(run: Run) -> dict[str, Any]:
+def _config(run: RunRecord) -> dict[str, Any]:
     """`Run.config`."""
     saved = _read(run, "config.json", "train", "settings")
     try:
-        return with_defaults(saved).to_dict() if saved else {}
+        return restore_config(saved).to_dict() if saved else {}
     except (AttributeError, KeyError, TypeError, ValueError) as problem:
         reason = " ".join(str(problem).split())
-        run.lacks(f"config.json is no configuration ({reason})", run.command("train"))
+        run.report_missing(f"config.json is no configuration ({reason})", run.command("train"))
         return {}
 
 
@@ -209,7 +209,7 @@ def _is_count(value: Any) -> bool:
     return _is_number(value) and isinstance(value, int) and value >= 0
 
 
-def _read_metrics(run: Run) -> None:
+def _read_metrics(run: RunRecord) -> None:
     path = epath.Path(run.workdir) / "metrics.jsonl"
     entries, bad = [], 0
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -225,22 +225,24 @@ def _read_metrics(run: Run) -> None:
     run.training = [entry for entry in entries if not is_evaluation(entry)]
     run.evaluations = [entry for entry in entries if is_evaluation(entry)]
     if bad:
-        run.lacks(f"lines of metrics.jsonl that cannot be read, and are left out: {bad}")
+        run.report_missing(f"lines of metrics.jsonl that cannot be read, and are left out: {bad}")
     total = run.config.get("num_train_steps") or run.environment.get("num_train_steps")
     run.num_train_steps = total if _is_count(total) else None
     if not run.training:
-        run.lacks("no entries of training in metrics.jsonl: there are no curves", run.command())
+        run.report_missing(
+            "no entries of training in metrics.jsonl: there are no curves", run.command()
+        )
         return
     last = run.training[-1]["step"]
     if run.num_train_steps is not None and last < run.num_train_steps:
         what = f"the training is not finished: step {last:,} of {run.num_train_steps:,}"
-        run.lacks(f"{what}; the same command goes on", run.command())
+        run.report_missing(f"{what}; the same command goes on", run.command())
 
 
-def _read_results(run: Run) -> None:
+def _read_results(run: RunRecord) -> None:
     name = "results.json"
     if not (pathlib.Path(run.workdir) / name).exists():
-        run.lacks("no evaluation: there are no final figures", run.command("eval"))
+        run.report_missing("no evaluation: there are no final figures", run.command("eval"))
         return
     results = _read(run, name, "eval", "final figures")
     if not results:
@@ -248,12 +250,12 @@ def _read_results(run: Run) -> None:
     wrong = [key for key in _SCORES if not _is_fraction(results.get(key))]
     wrong += [key for key in _COUNTS if not _is_count(results.get(key))]
     if wrong:
-        values = ", ".join(f"{key}={shown(results.get(key))}" for key in wrong)
-        run.lacks(f"{name} is damaged ({values})", run.command("eval"))
+        values = ", ".join(f"{key}={truncated_repr(results.get(key))}" for key in wrong)
+        run.report_missing(f"{name} is damaged ({values})", run.command("eval"))
         return
     run.results = results
     if run.training and results["step"] < run.training[-1]["step"]:
-        run.lacks(
+        run.report_missing(
             f"the evaluation is of step {results['step']:,}, and the training is further",
             run.command("eval"),
         )
@@ -287,7 +289,7 @@ def _checked_names(names: Any) -> list[str]:
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
-def _read_class_names(run: Run) -> None:
+def _read_class_names(run: RunRecord) -> None:
     """Names from the predictions, else of a checkpoint, else of the data set; numbers at last."""
     sources = iter([_names_of_checkpoint, _names_of_data])
     while not run.class_names and (source := next(sources, None)):
@@ -297,14 +299,16 @@ def _read_class_names(run: Run) -> None:
         needed = 1 + int(max(run.predictions.labels.max(), run.predictions.classes.max()))
     if needed > 100_000:
         run.predictions = None
-        run.lacks(f"the predictions are damaged (a class {needed - 1:,})", run.command("eval"))
+        run.report_missing(
+            f"the predictions are damaged (a class {needed - 1:,})", run.command("eval")
+        )
     elif needed > len(run.class_names):
         known = len(run.class_names)
-        run.lacks(f"classes {known} to {needed - 1} have no names", run.command("eval"))
+        run.report_missing(f"classes {known} to {needed - 1} have no names", run.command("eval"))
         run.class_names += [f"class {number}" for number in range(known, needed)]
 
 
-def _names_of_checkpoint(run: Run) -> Any:
+def _names_of_checkpoint(run: RunRecord) -> Any:
     if not (pathlib.Path(run.workdir) / "checkpoints").is_dir():
         return []
     checkpoints = Checkpoints(run.workdir, read_only=True)
@@ -317,7 +321,7 @@ def _names_of_checkpoint(run: Run) -> Any:
         return []
 
 
-def _names_of_data(run: Run) -> Any:
+def _names_of_data(run: RunRecord) -> Any:
     folder = run.settings.get("data.dir")
     try:
         return dataset_metadata.read_class_names(folder) if folder else []
@@ -325,28 +329,30 @@ def _names_of_data(run: Run) -> Any:
         return []
 
 
-def _count_parameters(run: Run) -> None:
+def _count_parameters(run: RunRecord) -> None:
     if not run.config or not run.class_names:
         what = "settings" if not run.config else "number of classes"
-        run.lacks(f"no table of parameters: the {what} is not known", run.command("eval"))
+        run.report_missing(f"no table of parameters: the {what} is not known", run.command("eval"))
         return
     try:
         config = ml_collections.ConfigDict(run.config)
-        outline = abstract.outline(config, len(run.class_names))
-    except NO_CONFIG as problem:
+        outline = abstract.abstract_model(config, len(run.class_names))
+    except INVALID_CONFIG_ERRORS as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        run.lacks(f"no table of parameters: config.json does not describe a model ({reason})")
+        run.report_missing(
+            f"no table of parameters: config.json does not describe a model ({reason})"
+        )
         return
     run.parameters = param_tree.parameter_groups(outline.params, outline.mask)
 
 
-def points(entries: list[dict[str, Any]], key: str) -> Iterator[tuple[float, float]]:
+def metric_points(entries: list[dict[str, Any]], key: str) -> Iterator[tuple[float, float]]:
     """(step, value) of the entries that have a finite number under `key`."""
     for entry in entries:
         if _is_number(entry.get(key)):
             yield float(entry["step"]), float(entry[key])
 
 
-def as_text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A setting or a fact for people; a text without its quotes."""
     return value if isinstance(value, str) else repr(value)

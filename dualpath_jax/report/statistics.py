@@ -1,7 +1,7 @@
 """The numbers of a report: accuracy of classes, confusions, calibration, mistakes, settings.
 
-Public: `interval`, `class_counts`, `confusion_matrix`, `similar_order`, `worst_pairs`, `Bins`,
-`calibration`, `confident_mistakes`, `differences`.
+Public: `confidence_interval`, `class_counts`, `confusion_matrix`, `order_by_similarity`, `worst_pairs`, `CalibrationBins`,
+`calibration`, `confident_mistakes`, `pairwise_differences`.
 
 C classes, n videos.
 """
@@ -19,7 +19,7 @@ from scipy.spatial import distance
 NUM_BINS = 15  # of Guo et al. 2017, whose ECE this is
 
 
-def interval(fraction: float, number: int) -> tuple[float, float]:
+def confidence_interval(fraction: float, number: int) -> tuple[float, float]:
     """Wilson's 95% interval of a fraction of `number` videos: chance in which videos they are."""
     test = stats.binomtest(min(round(fraction * number), number), number)
     found = test.proportion_ci(method="wilson")
@@ -37,7 +37,7 @@ def class_counts(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return matrix.sum(axis=1), np.diag(matrix)
 
 
-def similar_order(matrix: np.ndarray) -> list[int]:
+def order_by_similarity(matrix: np.ndarray) -> list[int]:
     """Classes so that those taken for each other stand side by side.
 
     Average linkage by the share of confusions, leaves in their optimal order (Bar-Joseph 2001).
@@ -62,7 +62,7 @@ def worst_pairs(matrix: np.ndarray, number: int) -> list[tuple[int, int, int]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bins:
+class CalibrationBins:
     """Videos by the probability of their most probable class, in bins of equal width.
 
     Attributes:
@@ -79,7 +79,9 @@ class Bins:
     ece: float
 
 
-def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = NUM_BINS) -> Bins:
+def calibration(
+    confidence: np.ndarray, correct: np.ndarray, bins: int = NUM_BINS
+) -> CalibrationBins:
     """Probabilities [n] in 0..1 and whether they were right, bool [n]."""
     edges = np.linspace(0, 1, bins + 1)
     place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
@@ -88,7 +90,9 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = NUM_BIN
         mean = np.bincount(place, weights=confidence, minlength=bins) / count
         accuracy = np.bincount(place, weights=correct, minlength=bins) / count
     gap = np.where(count > 0, np.abs(accuracy - mean), 0)
-    return Bins(edges, count, mean, accuracy, float((gap * count).sum() / len(confidence)))
+    return CalibrationBins(
+        edges, count, mean, accuracy, float((gap * count).sum() / len(confidence))
+    )
 
 
 def confident_mistakes(confidence: np.ndarray, correct: np.ndarray, number: int) -> list[int]:
@@ -97,7 +101,7 @@ def confident_mistakes(confidence: np.ndarray, correct: np.ndarray, number: int)
     return wrong[np.argsort(-confidence[wrong], kind="stable")][:number].tolist()
 
 
-def differences(settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+def pairwise_differences(settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """Keys whose values are not the same in all of `settings`: key -> value in each, None if none.
 
     A tuple equals the list that JSON makes of it.

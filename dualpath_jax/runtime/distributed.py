@@ -1,7 +1,7 @@
 """Several processes that do one run together, one on each host: how they start and end.
 
-Public: `start`, `ending_together`, `another_failed`, `is_first`, `label`, `check_same`,
-`check_shared`, `share_compiled_programs`.
+Public: `initialize`, `end_together`, `is_peer_failure`, `is_main_process`, `process_label`, `check_same_on_all_hosts`,
+`check_shared_workdir`, `share_compiled_programs`.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ GRACE_SECONDS = 3  # in which the others may print an error of their own before 
 GONE = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|coordination service", re.IGNORECASE)
 
 
-def start(
+def initialize(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
@@ -97,14 +97,14 @@ def _meet() -> None:
     sharding = NamedSharding(Mesh(np.asarray(jax.devices()), ("data",)), PartitionSpec("data"))
     ones = np.ones(jax.local_device_count(), np.int32)
     jax.jit(jnp.sum)(jax.make_array_from_process_local_data(sharding, ones)).block_until_ready()
-    if not is_first():
+    if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
     hosts = [bytes(row).decode().strip() for row in names.reshape(-1, 64)]
     where = ", ".join(f"{i} on {host}" for i, host in enumerate(hosts))
     print(f"{len(hosts)} processes, {jax.device_count()} devices: {where}", flush=True)
 
 
-def check_same(facts: dict[str, Any], remedy: str) -> None:
+def check_same_on_all_hosts(facts: dict[str, Any], remedy: str) -> None:
     """OSError with the remedy where not all processes have the same facts, JSON by their names.
 
     Each would go its own way with them, and all would wait for each other.
@@ -124,12 +124,12 @@ def check_same(facts: dict[str, Any], remedy: str) -> None:
                 raise OSError(f"{name}: process {other} differs from process 0; {remedy}")
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Is this the process that prints and writes for all?"""
     return jax.process_index() == 0
 
 
-def label() -> str:
+def process_label() -> str:
     """What stands before this process's errors: nothing where it is alone."""
     if not jax.distributed.is_initialized():  # asked before process_count(), which starts devices
         return ""
@@ -137,7 +137,7 @@ def label() -> str:
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
+def end_together() -> Iterator[None]:
     """Around the whole program: no process stays when another one fails.
 
     Left by an error, a process ends at once, without JAX's barrier at exit: there it would seem
@@ -151,14 +151,14 @@ def ending_together() -> Iterator[None]:
             raise
         if isinstance(error, SystemExit) and error.code in (None, 0, EXIT_CODE):
             raise  # all of them do so
-        if another_failed(error):
+        if is_peer_failure(error):
             _wait_for_the_end(error)
         if not isinstance(error, SystemExit):
             traceback.print_exc()
         _leave(error.code if isinstance(error, SystemExit) else 1)
 
 
-def another_failed(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Does `error` only say that another process is gone?"""
     # Cloud Storage is "unavailable" as well, by an OSError.
     if not jax.distributed.is_initialized() or isinstance(error, SystemExit | OSError):
@@ -171,7 +171,7 @@ def _wait_for_the_end(error: BaseException) -> NoReturn:
     faulthandler.disable()  # its stack traces would bury the number
     line = " ".join(str(error).split())
     print(
-        f"{label()}another process is gone ({line}). Its number follows within "
+        f"{process_label()}another process is gone ({line}). Its number follows within "
         f'{HEARTBEAT_SECONDS} s; "the leader" is process 0',
         file=sys.stderr,
         flush=True,
@@ -181,7 +181,7 @@ def _wait_for_the_end(error: BaseException) -> NoReturn:
 
 
 def _leave(status: int) -> NoReturn:
-    if is_first():  # it holds the coordination service: the others end with it
+    if is_main_process():  # it holds the coordination service: the others end with it
         time.sleep(GRACE_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -202,18 +202,18 @@ def share_compiled_programs(workdir: str) -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
 
 
-def check_shared(workdir: str) -> None:
+def check_shared_workdir(workdir: str) -> None:
     """OSError unless all processes see the folder that process 0 sees; waits for all of them."""
     if jax.process_count() == 1:
         return
     path = epath.Path(workdir) / ".shared"
     token = multihost_utils.broadcast_one_to_all(np.int32(random.getrandbits(31)))
-    if is_first():
+    if is_main_process():
         path.write_text(str(token))
     multihost_utils.sync_global_devices("workdir written")
     sees = path.exists() and path.read_text() == str(token)
     seen = multihost_utils.process_allgather(np.asarray(sees)).reshape(-1)
-    if is_first():
+    if is_main_process():
         path.unlink()
     if not seen.all():
         raise OSError(

@@ -1,7 +1,7 @@
 """What JAX, TensorFlow and glibc are told, and what a run had. What the user has set stays.
 
-Public: `prepare`, before JAX and TensorFlow are imported; `compute_where_called`, before JAX makes
-its first array, and `keep_memory`, after the first step; `cache_folder`; `describe`.
+Public: `configure_environment`, before JAX and TensorFlow are imported; `disable_async_dispatch`, before JAX makes
+its first array, and `keep_freed_memory`, after the first step; `cache_folder`; `describe_environment`.
 """
 
 import collections
@@ -17,6 +17,7 @@ import sys
 from typing import Any
 
 from dualpath_jax.runtime.cpu_count import num_cores
+from dualpath_jax.version import __version__
 
 # Packages that decide what a training computes, and how fast.
 PACKAGES = (
@@ -37,7 +38,7 @@ _XLA_FLAGS = (
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
-def prepare() -> None:
+def configure_environment() -> None:
     """Quiet TensorFlow, measured XLA flags, and compiled programs kept for the next start."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("XLA_FLAGS", " ".join(_XLA_FLAGS))
@@ -45,8 +46,8 @@ def prepare() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
-def compute_where_called() -> None:
-    """Steps on a CPU run in the thread that calls them, as `keep_memory` needs it.
+def disable_async_dispatch() -> None:
+    """Steps on a CPU run in the thread that calls them, as `keep_freed_memory` needs it.
 
     To be called before JAX makes its first array. On other devices it changes nothing.
     """
@@ -55,13 +56,13 @@ def compute_where_called() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def keep_memory() -> None:
+def keep_freed_memory() -> None:
     """Where JAX computes on a CPU: what a step frees stays with the process for the next one.
 
     To be called when the first step is done: what compiling it took is given back. glibc gives
     blocks as large as a step's back to the system at once, and the next step waits for as many new
     pages: 300,000 with ViT-B/16. Of other threads' blocks it keeps none, see
-    `compute_where_called`. Other C libraries stay as they are, and processes whose user has set
+    `disable_async_dispatch`. Other C libraries stay as they are, and processes whose user has set
     GLIBC_TUNABLES or glibc's MALLOC_ variables.
     """
     import jax
@@ -91,13 +92,11 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(cache) / "dualpath_jax" / f"compiled-{digest}"
 
 
-def describe() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """What this process runs on, for JSON: `command`, `versions`, `devices` by kind, and so on."""
     import jax
 
-    import dualpath_jax
-
-    versions = {"dualpath_jax": dualpath_jax.__version__, "python": platform.python_version()}
+    versions = {"dualpath_jax": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)

@@ -1,4 +1,4 @@
-"""One program at a time in a folder: `claimed`, `one_at_a_time`."""
+"""One program at a time in a folder: `exclusive_lock`, `waiting_lock`."""
 
 import contextlib
 import fcntl
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def claimed(folder: str, option: str) -> Iterator[None]:
+def exclusive_lock(folder: str, option: str) -> Iterator[None]:
     """Hold `folder` (on a local disk) against a second program; its owner's death frees it.
 
     Args:
@@ -38,7 +38,7 @@ def claimed(folder: str, option: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_at_a_time(folder: str) -> Iterator[None]:
+def waiting_lock(folder: str) -> Iterator[None]:
     """Hold `folder`, made if it is not there, as soon as nobody else does: waits.
 
     On storage without files ("gs://...") nothing is held.

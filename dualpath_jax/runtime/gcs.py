@@ -1,6 +1,6 @@
 """Cloud Storage ("gs://..."): what it needs, and its errors in words.
 
-Public: `check_installed`, `reaching`.
+Public: `check_gcs_installed`, `gcs_errors`.
 
 Files there are read and written by the calls that local files have (etils.epath, array_record,
 orbax); only what goes wrong is different.
@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 
 
-def check_installed(path: str, option: str) -> None:
+def check_gcs_installed(path: str, option: str) -> None:
     """ValueError if `path` is in Cloud Storage and orbax would miss its client library there.
 
     Args:
@@ -29,7 +29,7 @@ def check_installed(path: str, option: str) -> None:
 
 
 @contextlib.contextmanager
-def reaching(path: str) -> Iterator[None]:
+def gcs_errors(path: str) -> Iterator[None]:
     """Around the first use of `path`: OSError with the remedy where Cloud Storage refuses it."""
     if not str(path).startswith("gs://"):
         yield

@@ -1,6 +1,6 @@
 """Being told to stop: a machine that is taken away sends SIGTERM first, Ctrl-C is SIGINT.
 
-Public: `EXIT_CODE`, `Preempted`, `Interrupted`, `Watch`, `leave`, `leave_when_told`.
+Public: `EXIT_CODE`, `Preempted`, `Interrupted`, `PreemptionGuard`, `exit_at_once`, `install_sigterm_handler`.
 """
 
 import collections
@@ -28,39 +28,39 @@ class Interrupted(Preempted):
     exit_code = 128 + signal.SIGINT  # as a shell has it
 
 
-def leave(*_) -> None:
+def exit_at_once(*_) -> None:
     """A handler of SIGTERM for when there is nothing to save: ends the process at once."""
     os.write(2, b"told to stop; the same command goes on from the last checkpoint\n")
     os._exit(EXIT_CODE)
 
 
-def leave_when_told() -> None:
-    """Install `leave`, also for while Python waits for a compiled program or for a compiler.
+def install_sigterm_handler() -> None:
+    """Install `exit_at_once`, also for while Python waits for a compiled program or for a compiler.
 
     Python's handlers are called in the main thread when that executes Python again, minutes later
     perhaps. The number of a signal is written to a pipe at once, which a thread reads: it leaves
-    where `leave` is installed, and ends the process when a signal comes for the second time.
+    where `exit_at_once` is installed, and ends the process when a signal comes for the second time.
     """
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, exit_at_once)
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)
     signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
-    threading.Thread(target=_heed, args=(ours,), daemon=True).start()
+    threading.Thread(target=_watch_signal_pipe, args=(ours,), daemon=True).start()
 
 
-def _heed(pipe: int) -> None:
+def _watch_signal_pipe(pipe: int) -> None:
     told = collections.Counter()
     while numbers := os.read(pipe, 1):
         number = numbers[0]
         told[number] += 1
         if number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) is leave:
-                leave()
+            if signal.getsignal(number) is exit_at_once:
+                exit_at_once()
             elif told[number] > 1:
                 os._exit(128 + number)  # as a shell has it
 
 
-class Watch:
+class PreemptionGuard:
     """Notes SIGTERM and SIGINT while it is entered; all hosts hear of it at one step.
 
     Alone, a second signal ends the process at once. With several processes JAX's preemption service
@@ -72,11 +72,11 @@ class Watch:
     """
 
     def __init__(self):
-        self.told_by = Preempted
-        self.told = False
+        self.stop_exception = Preempted
+        self.stop_requested = False
         self._before = {}
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "PreemptionGuard":
         # Signals are the main thread's; with several processes JAX's service has its own handler.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -88,29 +88,29 @@ class Watch:
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def nothing_to_save(self) -> Iterator[None]:
-        """SIGTERM does inside what it did before `Watch` was entered."""
+    def exit_on_sigterm(self) -> Iterator[None]:
+        """SIGTERM does inside what it did before `PreemptionGuard` was entered."""
         before = self._before.get(signal.SIGTERM)
-        if before is None or self.told:
+        if before is None or self.stop_requested:
             yield
             return
         signal.signal(signal.SIGTERM, before)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if self.told else self._note)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if self.stop_requested else self._note)
 
     def _note(self, number: int, frame: object) -> None:
         del frame
-        self.told = True
+        self.stop_requested = True
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
         if number == signal.SIGINT:
-            self.told_by = Interrupted
+            self.stop_exception = Interrupted
             os.write(2, b"\nsaving after this step; once more ends the process at once\n")
 
     def should_stop(self, step: int) -> bool:
         """Is `step` the one to stop after? To be asked on every host, for every step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self.told
+        return self.stop_requested

@@ -1,8 +1,8 @@
 """How far a long piece of work is: a bar on a terminal, in a log a line now and then.
 
-Public: `Bar`, `over`, `tell`, `be_quiet`, `add_quiet`.
+Public: `ProgressBar`, `iterate_with_bar`, `print_above_bar`, `set_quiet`, `add_quiet_option`.
 
-Bars go to standard error, so that results can be sent elsewhere. `be_quiet` switches all of it off
+Bars go to standard error, so that results can be sent elsewhere. `set_quiet` switches all of it off
 in this process, for `--quiet`. Light: decoding processes import what imports this.
 """
 
@@ -20,19 +20,19 @@ _Item = TypeVar("_Item")
 _quiet = False
 
 
-def be_quiet(quiet: bool = True) -> None:
-    """No bars and no `tell` in this process from here on (or all of them again)."""
+def set_quiet(quiet: bool = True) -> None:
+    """No bars and no `print_above_bar` in this process from here on (or all of them again)."""
     global _quiet
     _quiet = quiet
 
 
-def add_quiet(parser: argparse.ArgumentParser) -> None:
+def add_quiet_option(parser: argparse.ArgumentParser) -> None:
     """The option of every script that shows progress."""
     help_ = f"no progress; without a terminal it is a line every {SECONDS:g} s"
     parser.add_argument("--quiet", action="store_true", help=help_)
 
 
-def tell(line: str) -> None:
+def print_above_bar(line: str) -> None:
     """Print a line above the bars; no work ends because it goes to a file on a full disk."""
     if not _quiet:
         with contextlib.suppress(OSError):
@@ -40,7 +40,7 @@ def tell(line: str) -> None:
             sys.stdout.flush()
 
 
-class Bar:
+class ProgressBar:
     """Counts `unit`s up to `total`; use it in a `with` statement.
 
     Args:
@@ -76,7 +76,7 @@ class Bar:
         self._lines, self._clock = shown and not terminal, clock
         self._begin = self._told = clock()
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *_) -> None:
@@ -95,13 +95,15 @@ class Bar:
             self._told = now
             left = (now - self._begin) * (self._total - self.done) / (self.done - self._first or 1)
             with contextlib.suppress(OSError):
-                print(f"{self._so_far()}, {in_hours(left)} left", file=sys.stderr, flush=True)
+                print(
+                    f"{self._so_far()}, {format_duration(left)} left", file=sys.stderr, flush=True
+                )
 
-    def told(self) -> None:
+    def postpone_line(self) -> None:
         """Another line told how far it is: a log needs none of this bar for a while."""
         self._told = self._clock()
 
-    def reach(self, done: int) -> None:
+    def update_to(self, done: int) -> None:
         """`done` are done, those from before included."""
         self.update(done - self.done)
 
@@ -110,15 +112,15 @@ class Bar:
         return f"{self._what}: {self.done:,} of {self._total:,} {self._unit} ({part:.0%})"
 
 
-def over(items: Collection[_Item], what: str, unit: str) -> Iterator[_Item]:
+def iterate_with_bar(items: Collection[_Item], what: str, unit: str) -> Iterator[_Item]:
     """`items`, under a bar."""
-    with Bar(len(items), what, unit) as bar:
+    with ProgressBar(len(items), what, unit) as bar:
         for item in items:
             yield item
             bar.update()
 
 
-def in_hours(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """3725.4 -> "1:02:05"."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

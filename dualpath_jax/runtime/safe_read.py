@@ -1,6 +1,6 @@
 """Text and JSON that others wrote: read within limits, refused with ValueError.
 
-Public: `open_text`, `read_json`, `parse_json`, `check_size`, `shown`, `MAX_TEXT_BYTES`.
+Public: `open_text`, `read_json`, `parse_json`, `check_size`, `truncated_repr`, `MAX_TEXT_BYTES`.
 """
 
 import contextlib
@@ -99,7 +99,7 @@ def _children(node: Any) -> Any:
     return node if isinstance(node, list) else ()
 
 
-def shown(value: Any) -> str:
+def truncated_repr(value: Any) -> str:
     """`repr`, cut to what fits in a message."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

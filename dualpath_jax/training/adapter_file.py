@@ -1,6 +1,6 @@
 """Trained parameters as one portable file: safetensors with metadata, no pickle, no optimizer.
 
-Public: `write_adapter`, `read_adapter`, `start_from`.
+Public: `write_adapter`, `read_adapter`, `init_from_adapter`.
 
     tensors    every trainable parameter by its path ("spatial/class_token"), float32
     metadata   "dualpath_jax": JSON with format (1), method, backbone_name, backbone_sha256,
@@ -23,7 +23,7 @@ from safetensors.numpy import save
 
 from dualpath_jax.models import abstract, param_tree
 from dualpath_jax.runtime import gcs
-from dualpath_jax.runtime.safe_read import check_size, parse_json, shown
+from dualpath_jax.runtime.safe_read import check_size, parse_json, truncated_repr
 from dualpath_jax.training import experiment
 from dualpath_jax.weights.source_checkpoint import MAX_BYTES
 
@@ -54,14 +54,14 @@ def write_adapter(path: str, leaves: dict[str, np.ndarray], metadata: dict[str, 
     text = json.dumps({"format": FORMAT} | kept)
     temporary = epath.Path(f"{path}.incomplete")
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
-    with gcs.reaching(path):
+    with gcs.gcs_errors(path):
         temporary.write_bytes(save(arrays, metadata={"dualpath_jax": text}))
         temporary.replace(path)
 
 
 def read_adapter(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(leaves by path, metadata) of a file of `write_adapter`; ValueError if it is none."""
-    with gcs.reaching(path):
+    with gcs.gcs_errors(path):
         if not epath.Path(path).exists():
             raise FileNotFoundError(f"no adapter file {path!r}")
         if epath.Path(path).is_dir():
@@ -97,11 +97,11 @@ def _check_metadata(path: str, metadata: dict[str, Any]) -> None:
     for key, kind in _KEYS.items():
         if not isinstance(metadata.get(key), kind):
             raise ValueError(
-                f"{path!r} is damaged: its {key} is {shown(metadata.get(key))}; {_REMEDY}"
+                f"{path!r} is damaged: its {key} is {truncated_repr(metadata.get(key))}; {_REMEDY}"
             )
     if not isinstance(metadata.get("frame_format", {}), dict):
         raise ValueError(
-            f"{path!r} is damaged: its frame_format is {shown(metadata['frame_format'])}; {_REMEDY}"
+            f"{path!r} is damaged: its frame_format is {truncated_repr(metadata['frame_format'])}; {_REMEDY}"
         )
     if not all(isinstance(name, str) for name in metadata["class_names"]):
         raise ValueError(f"{path!r} is damaged: its class_names are not all text; {_REMEDY}")
@@ -113,13 +113,15 @@ def _local(path: str) -> Iterator[str]:
     if not path.startswith("gs://"):
         yield path
         return
-    with tempfile.TemporaryDirectory() as folder, gcs.reaching(path):
+    with tempfile.TemporaryDirectory() as folder, gcs.gcs_errors(path):
         local = pathlib.Path(folder) / "adapter.safetensors"
         local.write_bytes(epath.Path(path).read_bytes())
         yield str(local)
 
 
-def start_from(run: experiment.Run, path: str, training: bool = True) -> dict[str, Any]:
+def init_from_adapter(
+    run: experiment.Experiment, path: str, training: bool = True
+) -> dict[str, Any]:
     """Take the trained parameters of an adapter file as the start of `run`, at step 0.
 
     Where the file was trained on other classes, the layer that names them starts afresh, to be
@@ -173,10 +175,10 @@ def start_from(run: experiment.Run, path: str, training: bool = True) -> dict[st
     return metadata
 
 
-def _class_leaves(run: experiment.Run) -> set[str]:
+def _class_leaves(run: experiment.Experiment) -> set[str]:
     """Parameters whose shape follows the number of classes."""
     shapes = [
         {name: leaf.shape for name, leaf in param_tree.flatten(outline.params).items()}
-        for outline in (abstract.outline(run.config, n) for n in (3, 4))
+        for outline in (abstract.abstract_model(run.config, n) for n in (3, 4))
     ]
     return {name for name, shape in shapes[0].items() if shapes[1][name] != shape}

@@ -1,6 +1,6 @@
 """Checkpoints: trainables, optimizer state and what they belong to. The only importer of orbax.
 
-Public: `Checkpoints`, `DamagedCheckpoint`, `changes`.
+Public: `Checkpoints`, `DamagedCheckpoint`, `config_changes`.
 """
 
 import contextlib
@@ -24,9 +24,14 @@ from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint._src.checkpointers import async_checkpointer
 from orbax.checkpoint._src.futures import future, signaling_client
 
-from dualpath_jax.config.values import NO_CONFIG, flat, views_of, with_defaults
+from dualpath_jax.config.values import (
+    INVALID_CONFIG_ERRORS,
+    flatten_config,
+    format_views,
+    restore_config,
+)
 from dualpath_jax.models import param_tree
-from dualpath_jax.training.metrics_logger import write_whole
+from dualpath_jax.training.metrics_logger import write_text_atomically
 
 _MAX_BYTES = 32 * 2**30  # of the arrays of a checkpoint; ViT-L, fully tuned, has 4 GB
 METRIC = "top1"  # by which the best checkpoint is the best
@@ -41,7 +46,7 @@ SAFE_CHANGES = (
     "eval.",
     "init_from",
     "log_every_steps",
-    "model.class_only",
+    "model.cls_token_only",
     "model.remat",
     "model.scan_blocks",
     "optimizer.accumulation_steps",
@@ -200,7 +205,9 @@ class Checkpoints:
             saved = self.read_metadata(step) | {"scores": scores}
             saved["sha256"] = _digest_json(saved)
             if jax.process_index() == 0:  # the file of orbax's JsonCheckpointHandler
-                write_whole(self.directory / str(step) / "metadata/metadata", json.dumps(saved))
+                write_text_atomically(
+                    self.directory / str(step) / "metadata/metadata", json.dumps(saved)
+                )
         except (DamagedCheckpoint, OSError) as error:
             problem = error
             logging.warning("the scores of step %d are not kept: %s", step, _one_line(error))
@@ -364,12 +371,15 @@ class Checkpoints:
             )
 
 
-def changes(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def config_changes(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ and that matter for what is learnt: (saved, current) by dotted key.
 
     Both are configurations as nested dicts, as `metadata()["config"]` of a run.
     """
-    old, new = (flat(with_defaults(config)) for config in (saved, json.loads(json.dumps(current))))
+    old, new = (
+        flatten_config(restore_config(config))
+        for config in (saved, json.loads(json.dumps(current)))
+    )
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return {
         key: (old.get(key), new.get(key)) for key in differing if not key.startswith(SAFE_CHANGES)
@@ -378,8 +388,8 @@ def changes(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[A
 
 def _evaluated_as(config: dict[str, Any]) -> dict[str, str]:
     """Split and views of scores that do not say so, as those of older versions do not."""
-    config = with_defaults(config)
-    return {"split": config.eval.split, "views": views_of(config)}
+    config = restore_config(config)
+    return {"split": config.eval.split, "views": format_views(config)}
 
 
 def _on_any_host(flag: bool) -> bool:
@@ -425,10 +435,10 @@ def _check_metadata(saved: dict[str, Any], where: str) -> None:
     try:
         for key in ("method", "backbone_name", "backbone_sha256", "class_names", "scores"):
             saved[key]
-        with_defaults(saved["config"])
+        restore_config(saved["config"])
         arrays = [(entry["shape"], np.dtype(entry["dtype"])) for entry in saved["leaves"].values()]
         size = sum(math.prod(map(int, shape)) * dtype.itemsize for shape, dtype in arrays)
-    except NO_CONFIG as error:
+    except INVALID_CONFIG_ERRORS as error:
         raise DamagedCheckpoint(f"checkpoint {where} is none of ours: {_one_line(error)}") from None
     if size > _MAX_BYTES or any(int(n) < 0 for shape, _ in arrays for n in shape):
         raise DamagedCheckpoint(f"checkpoint {where} claims {size:,} bytes of parameters")

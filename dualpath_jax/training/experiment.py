@@ -1,6 +1,6 @@
 """A run: configuration, data and weights checked and brought together, before any video is read.
 
-Public: `Run`, `TrainState`, `build_run`, `divide`, `Outline`, `outline`, `abstract_inputs`,
+Public: `Experiment`, `TrainState`, `build_experiment`, `divide`, `Outline`, `outline`, `abstract_inputs`,
 `check_workdir`, `check_inputs`, `open_data`, `train_batches_of`, `state_shardings`,
 `abstract_state`.
 """
@@ -13,22 +13,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import dualpath_jax
 from dualpath_jax.config.ranges import check_ranges
 from dualpath_jax.data.preparation.video_decoder import FrameFormat
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
-from dualpath_jax.models.abstract import abstract_inputs, backbone_shape, clip_shapes
+from dualpath_jax.models.abstract import abstract_inputs, build_backbone_config, clip_shapes
 from dualpath_jax.runtime import progress_bar
 from dualpath_jax.training import sharding
 from dualpath_jax.training.optimizer import count_train_steps, make_optimizer, make_schedule
 from dualpath_jax.training.state import TrainState, state_shardings
+from dualpath_jax.version import __version__
 from dualpath_jax.weights import convert
 
 
 @dataclasses.dataclass
-class Run:
+class Experiment:
     """Everything a training or an evaluation needs, checked and on the devices."""
 
     config: Any
@@ -59,7 +59,7 @@ class Run:
             "frame_format": dataclasses.asdict(self.frame_format),
             "num_videos": self.num_videos,
             "config": json.loads(self.config.to_json_best_effort()),
-            "version": dualpath_jax.__version__,
+            "version": __version__,
         }
 
 
@@ -73,19 +73,19 @@ def init_params(model: Any, config: Any, backbone: Any) -> Any:
     if backbone is not None:
         params["backbone"] = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), backbone)
     params = model.start_from_backbone(params)
-    mask = param_tree.trainable_mask(params, method_registry.trains(config.model.method))
+    mask = param_tree.trainable_mask(params, method_registry.is_trainable_fn(config.model.method))
     dtype = method_registry.compute_dtype(config)
     return jax.tree.map(lambda leaf, train: leaf if train else leaf.astype(dtype), params, mask)
 
 
-def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
+def build_experiment(config: Any, workdir: str, dataset: VideoDataset) -> Experiment:
     """Check the configuration against data and backbone; build model and state. Reads no video."""
     check_ranges(config)
     mesh = sharding.make_mesh(config.mesh.fsdp)
-    sharding.check_settings(config, mesh.size)
-    predicate = method_registry.trains(config.model.method)
+    sharding.check_batch_sizes(config, mesh.size)
+    predicate = method_registry.is_trainable_fn(config.model.method)
     clip_shapes(config)
-    backbone, shape = None, backbone_shape(config)
+    backbone, shape = None, build_backbone_config(config)
     if config.data.synthetic:
         info = convert.BackboneInfo(shape.name, *["random"] * 3)  # no real run resumes from it
     else:
@@ -106,10 +106,10 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
     # Two arrays: one buffer in two places of a donated state is freed twice.
     step, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
     state = TrainState(step, trainable, optimizer.init(params), skipped)
-    if not method_registry.loops_blocks(config):
-        frozen = param_tree.unstack(frozen)
-    progress_bar.tell(param_tree.parameter_table(params, mask))
-    return Run(
+    if not method_registry.resolve_scan_blocks(config):
+        frozen = param_tree.unstack_blocks(frozen)
+    progress_bar.print_above_bar(param_tree.parameter_table(params, mask))
+    return Experiment(
         config=config,
         workdir=workdir,
         model=model,
@@ -118,12 +118,12 @@ def build_run(config: Any, workdir: str, dataset: VideoDataset) -> Run:
         frame_format=dataset.frame_format,
         backbone=info,
         state=jax.device_put(state, state_shardings(state, mesh)),
-        frozen=jax.device_put(frozen, sharding.spread(frozen, mesh)),
+        frozen=jax.device_put(frozen, sharding.fsdp_sharding(frozen, mesh)),
         optimizer=optimizer,
         schedule=schedule,
         num_train_steps=num_train_steps,
         steps_per_epoch=steps_per_epoch,
-        total_params=param_tree.count(params),
-        trainable_params=param_tree.count(trainable),
+        total_params=param_tree.count_params(params),
+        trainable_params=param_tree.count_params(trainable),
         num_videos=len(dataset),
     )

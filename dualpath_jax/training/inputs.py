@@ -16,10 +16,10 @@ SYNTHETIC_VIDEOS = 1000
 
 def check_workdir(workdir: str) -> None:
     """Make the workdir; OSError with the remedy when it cannot be written."""
-    gcs.check_installed(workdir, "--workdir")
+    gcs.check_gcs_installed(workdir, "--workdir")
     path = epath.Path(workdir)
     try:
-        with gcs.reaching(workdir):
+        with gcs.gcs_errors(workdir):
             path.mkdir(parents=True, exist_ok=True)
             (path / ".writable").write_text("")
             (path / ".writable").unlink()
@@ -29,7 +29,7 @@ def check_workdir(workdir: str) -> None:
         ) from None
 
 
-def divide(config: Any, workdir: str) -> list[tuple[Any, str]]:
+def expand_splits(config: Any, workdir: str) -> list[tuple[Any, str]]:
     """The runs that `config.data.split` asks for: what it is in each, and the workdir of each.
 
     A data set that is divided in several ways has splits train1, test1, train2, ...; "2" stands for
@@ -89,28 +89,28 @@ def check_inputs(config: Any) -> None:
 
 
 def _exists(path: str) -> bool:
-    with gcs.reaching(path):
+    with gcs.gcs_errors(path):
         return epath.Path(path).exists()
 
 
-def open_data(config: Any) -> tuple[VideoDataset, VideoDataset]:
+def open_datasets(config: Any) -> tuple[VideoDataset, VideoDataset]:
     """The splits to train on and to evaluate; with `data.synthetic` stand-ins, made in memory.
 
     A synthetic epoch has `SYNTHETIC_VIDEOS` videos, an evaluation one batch.
     """
     if config.data.synthetic:
         sizes = (SYNTHETIC_VIDEOS, config.eval.batch_size)
-        return tuple(synthetic.synthetic_split(config.data, size) for size in sizes)
+        return tuple(synthetic.make_synthetic_split(config.data, size) for size in sizes)
     splits = (config.data.train_split, config.eval.split)
     return tuple(VideoDataset(config.data.dir, split) for split in splits)
 
 
-def facts(dataset: VideoDataset) -> list[Any]:
+def dataset_fingerprint(dataset: VideoDataset) -> list[Any]:
     """What decides which videos are seen when, and what is learnt of them, for JSON."""
     numbers = (dataset.labels.tolist(), dataset.num_frames.tolist())
     return [list(dataset.ids), *numbers, list(dataset.class_names)]
 
 
-def train_batches_of(data: Any) -> Callable:
+def choose_train_batches(data: Any) -> Callable:
     """`train_batches` of the pipeline, or the one for `data.synthetic`."""
     return (synthetic if data.synthetic else pipeline).train_batches

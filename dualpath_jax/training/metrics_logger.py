@@ -1,6 +1,6 @@
 """Progress of a run: lines for people, metrics.jsonl and TensorBoard events for tools.
 
-Public: `Reporter`, `is_evaluation`, `write_whole`, `OF_THE_PROCESS`.
+Public: `MetricsLogger`, `is_evaluation`, `write_text_atomically`, `PROCESS_METRICS`.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ from etils import epath
 from dualpath_jax.runtime import gcs, progress_bar
 
 # Keys of metrics.jsonl that tell of the process and not of learning.
-OF_THE_PROCESS = ("clips_per_second", "data_wait", "broken_videos")
+PROCESS_METRICS = ("clips_per_second", "data_wait", "broken_videos")
 
 
-class Reporter:
+class MetricsLogger:
     """Writes the progress of one training run; only process 0 does."""
 
     def __init__(self, workdir: str, num_train_steps: int, batch_size: int):
@@ -36,7 +36,7 @@ class Reporter:
         self._events: metric_writers.SummaryWriter | None = None
         self._data_seconds = 0.0
         self._unwritten: list[str] = []  # lines of metrics.jsonl
-        self._bar: progress_bar.Bar | None = None
+        self._bar: progress_bar.ProgressBar | None = None
 
     def resume(self, step: int, evaluated: bool) -> None:
         """Drop the entries of metrics.jsonl for what will be done again.
@@ -52,7 +52,7 @@ class Reporter:
                 lost = entry["step"] == step and is_evaluation(entry) and not evaluated
                 if entry["step"] <= step and not lost:
                     kept.append(line + "\n")
-        write_whole(self._path, "".join(kept))
+        write_text_atomically(self._path, "".join(kept))
 
     def start(self, step: int) -> None:
         """Begin timing at `step`."""
@@ -60,30 +60,30 @@ class Reporter:
         self._data_seconds = 0.0
         if self._bar is None:
             total = self._num_train_steps
-            self._bar = progress_bar.Bar(
+            self._bar = progress_bar.ProgressBar(
                 total, "train", "steps", min(step, total), shown=self._writes
             )
 
-    def step_done(self, step: int) -> None:
+    def update_progress(self, step: int) -> None:
         """`step` steps are done: moves the bar."""
-        self._bar.reach(step)
+        self._bar.update_to(step)
 
-    def first_step_done(self, step: int, metrics: Any) -> None:
+    def log_first_step(self, step: int, metrics: Any) -> None:
         """Tell how long the first step took, and leave its compilation out of what follows."""
         jax.block_until_ready(metrics)
         if self._writes:
             seconds = time.perf_counter() - self._last_time
-            progress_bar.tell(f"first step, compilation included: {seconds:.1f} s")
+            progress_bar.print_above_bar(f"first step, compilation included: {seconds:.1f} s")
         self.start(step)
 
     @contextlib.contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
+    def measure_data_wait(self) -> Iterator[None]:
         """Counts the time inside as waiting for data."""
         begin = time.perf_counter()
         yield
         self._data_seconds += time.perf_counter() - begin
 
-    def progress(self, step: int, metrics: dict[str, float]) -> None:
+    def log_step(self, step: int, metrics: dict[str, float]) -> None:
         """A progress line and an entry for the steps since the last one."""
         line = (
             f"step {step}/{self._num_train_steps}  loss {metrics['loss']:.3f}  "
@@ -92,20 +92,20 @@ class Reporter:
         if steps := step - self._last_step:  # the first step alone is not timed
             seconds = time.perf_counter() - self._last_time
             speed, wait = steps * self._batch_size / seconds, self._data_seconds / seconds
-            left = progress_bar.in_hours((self._num_train_steps - step) * seconds / steps)
+            left = progress_bar.format_duration((self._num_train_steps - step) * seconds / steps)
             line += f"  {speed:.1f} clips/s  data wait {wait:.0%}  ETA {left}"
             metrics = {**metrics, "clips_per_second": speed, "data_wait": wait}
         if self._writes:
-            progress_bar.tell(line)
-            self._bar.told()
+            progress_bar.print_above_bar(line)
+            self._bar.postpone_line()
         self._write(step, metrics, "train")
         self.start(step)
 
-    def scores(self, step: int, split: str, scores: Any) -> None:
+    def log_scores(self, step: int, split: str, scores: Any) -> None:
         """Scores of an evaluation, `evaluate.Scores`."""
         values = dataclasses.asdict(scores)
         if self._writes:
-            progress_bar.tell(f"step {step}  {split}  {format_scores(scores)}")
+            progress_bar.print_above_bar(f"step {step}  {split}  {format_scores(scores)}")
         self._write(step, values, split)
         self.start(step)
 
@@ -154,11 +154,11 @@ def is_evaluation(entry: dict[str, Any]) -> bool:
     return "top1" in entry
 
 
-def write_whole(path: epath.Path, text: str) -> None:
+def write_text_atomically(path: epath.Path, text: str) -> None:
     """A text file that is there whole or not at all; OSError with the remedy."""
     temporary = path.with_suffix(".tmp")
     try:
-        with gcs.reaching(os.fspath(path)):
+        with gcs.gcs_errors(os.fspath(path)):
             temporary.write_text(text)
             temporary.replace(path)
     except OSError as error:
@@ -169,7 +169,7 @@ def write_whole(path: epath.Path, text: str) -> None:
 def _append(path: epath.Path, text: str) -> None:
     """Add `text` to a file, all of it or nothing."""
     if "://" in os.fspath(path):
-        with gcs.reaching(os.fspath(path)), path.open("a") as file:
+        with gcs.gcs_errors(os.fspath(path)), path.open("a") as file:
             file.write(text)
         return
     content = text.encode()

@@ -1,6 +1,6 @@
 """What an evaluation said of each video: one file of JSON lines from each process.
 
-Public: `top_predictions`, `local_rows`, `PredictionWriter`, `read_predictions`, `FOLDER`.
+Public: `top_predictions`, `gather_local_rows`, `PredictionWriter`, `read_predictions`, `FOLDER`.
 
     WORKDIR/predictions/00000-of-00004.jsonl   process 0 of 4; its first line, and one for a video:
       {"step": 1500, "split": "test", "views": "16x1x1", "class_names": [...]}
@@ -20,10 +20,10 @@ import numpy as np
 from etils import epath
 
 from dualpath_jax.runtime import gcs
-from dualpath_jax.training.metrics_logger import write_whole
+from dualpath_jax.training.metrics_logger import write_text_atomically
 
 FOLDER = "predictions"
-BELONGS = ("step", "split", "views")  # what the first line shares with results.json
+SHARED_WITH_RESULTS = ("step", "split", "views")  # what the first line shares with results.json
 
 
 def top_predictions(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -42,7 +42,7 @@ def top_predictions(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.take_along_axis(probabilities, best, axis=-1), best
 
 
-def local_rows(array: jax.Array) -> np.ndarray:
+def gather_local_rows(array: jax.Array) -> np.ndarray:
     """The rows of a batch that lie on this process's devices, in order: [B / processes, ...]."""
     shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     return np.concatenate([np.asarray(shard.data) for shard in shards])
@@ -86,9 +86,9 @@ class PredictionWriter:
         Raises:
           OSError: it cannot be written.
         """
-        with gcs.reaching(str(self._path)):
+        with gcs.gcs_errors(str(self._path)):
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self._path, "\n".join(self._lines) + "\n")
+            write_text_atomically(self._path, "\n".join(self._lines) + "\n")
             if jax.process_index() == 0:
                 for path in self._folder.glob("*"):
                     if self._share not in path.name:
@@ -109,12 +109,12 @@ def read_predictions(workdir: str, results: dict[str, Any]) -> tuple[list[str], 
         try:
             lines = path.read_text().splitlines()
             header = json.loads(lines[0])
-            named = {key: header[key] for key in BELONGS}
+            named = {key: header[key] for key in SHARED_WITH_RESULTS}
             class_names = header["class_names"]
             rows += [json.loads(line) for line in lines[1:]]
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); --mode=eval writes it anew") from None
-        expected = {key: results.get(key) for key in BELONGS}
+        expected = {key: results.get(key) for key in SHARED_WITH_RESULTS}
         if named != expected:
             raise ValueError(
                 f"{path} belongs to {named}, results.json to {expected}; run --mode=eval again"

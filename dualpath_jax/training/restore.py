@@ -1,6 +1,6 @@
 """What a run starts from: a checkpoint of its workdir, or an adapter file.
 
-Public: `for_training`, `for_evaluation`.
+Public: `restore_for_training`, `restore_for_evaluation`.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from typing import Any
 from etils import epath
 
 from dualpath_jax.training import adapter_file
-from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, changes
-from dualpath_jax.training.experiment import Run
+from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, config_changes
+from dualpath_jax.training.experiment import Experiment
 
 # Of the settings, what decides how videos become the model's inputs and these logits.
 _SEEN_BY_THE_MODEL = (
@@ -20,7 +20,7 @@ _SEEN_BY_THE_MODEL = (
 )
 
 
-def for_training(run: Run, checkpoints: Checkpoints) -> int:
+def restore_for_training(run: Experiment, checkpoints: Checkpoints) -> int:
     """Load the latest whole checkpoint into `run.state`.
 
     Returns:
@@ -34,7 +34,7 @@ def for_training(run: Run, checkpoints: Checkpoints) -> int:
         return 0
     step, state = restored
     saved, where = checkpoints.read_metadata(step), checkpoints.path(step)
-    differing = changes(saved["config"], run.metadata()["config"])
+    differing = config_changes(saved["config"], run.metadata()["config"])
     differing |= _data_changes(run, saved, ("frame_format", "num_videos"))
     _tell_changes(run, differing, where, "resumed from")
     file = run.config.init_from
@@ -44,7 +44,7 @@ def for_training(run: Run, checkpoints: Checkpoints) -> int:
     return step
 
 
-def for_evaluation(run: Run) -> None:
+def restore_for_evaluation(run: Experiment) -> None:
     """Load the checkpoint that `config.eval.checkpoint` names, or else `config.init_from`.
 
     Nothing of the workdir is changed: a training may be going on there.
@@ -76,12 +76,12 @@ def for_evaluation(run: Run) -> None:
                 f"which one is meant: config.init_from={file!r}, or the run in {run.workdir}, "
                 "which did not start from it? Leave init_from out, or pass another --workdir"
             )
-        differing = changes(saved["config"], run.metadata()["config"])
+        differing = config_changes(saved["config"], run.metadata()["config"])
         where = checkpoints.path(step)
         run.state = state
     elif file:
-        saved, where = adapter_file.start_from(run, file, training=False), file
-        differing = changes(saved["config"], run.metadata()["config"])
+        saved, where = adapter_file.init_from_adapter(run, file, training=False), file
+        differing = config_changes(saved["config"], run.metadata()["config"])
         differing = {k: v for k, v in differing.items() if k.startswith(_SEEN_BY_THE_MODEL)}
     else:
         raise ValueError(
@@ -94,7 +94,7 @@ def for_evaluation(run: Run) -> None:
 
 
 def _data_changes(
-    run: Run, saved: dict[str, Any], keys: Sequence[str]
+    run: Experiment, saved: dict[str, Any], keys: Sequence[str]
 ) -> dict[str, tuple[Any, Any]]:
     """As `changes`, of the metadata that tell of the data set; older states do not have them."""
     now = run.metadata()
@@ -105,7 +105,9 @@ def _data_changes(
     }
 
 
-def _tell_changes(run: Run, differing: dict[str, tuple[Any, Any]], where: str, doing: str) -> None:
+def _tell_changes(
+    run: Experiment, differing: dict[str, tuple[Any, Any]], where: str, doing: str
+) -> None:
     """Print where a state comes from, and what is otherwise now.
 
     Raises:

@@ -1,7 +1,7 @@
 """How arrays lie on the devices of a run.
 
-Public: `make_mesh`, `check_settings`, `on_every_device`, `rows`, `shard_batch`, `spread`,
-`using`, `whole`, `averaged`, `AXES`.
+Public: `make_mesh`, `check_batch_sizes`, `replicated_sharding`, `batch_sharding`, `shard_batch`, `fsdp_sharding`,
+`with_mesh`, `replicate`, `data_parallel_mean`, `AXES`.
 
 The mesh has two axes. Each device computes its own rows of the batch, along both axes together.
 Along `fsdp` (fully sharded data parallel), frozen weights and the optimizer's state are divided as
@@ -39,7 +39,7 @@ def make_mesh(fsdp: int = 1, devices: Any = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(-1, fsdp), AXES)
 
 
-def check_settings(config: Any, num_devices: int) -> None:
+def check_batch_sizes(config: Any, num_devices: int) -> None:
     """ValueError unless batches divide over the devices and the accumulation steps."""
     dtype = config.optimizer.reduce_dtype
     if dtype not in REDUCE_DTYPES:
@@ -63,12 +63,12 @@ def check_settings(config: Any, num_devices: int) -> None:
             )
 
 
-def on_every_device(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of what each device has whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def rows(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch: its first axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
@@ -76,13 +76,13 @@ def rows(mesh: Mesh) -> NamedSharding:
 def shard_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's rows of a batch, onto its devices."""
     return {
-        key: jax.make_array_from_process_local_data(rows(mesh), value)
+        key: jax.make_array_from_process_local_data(batch_sharding(mesh), value)
         for key, value in batch.items()
         if key != "example_id"
     }
 
 
-def spread(tree: Any, mesh: Mesh) -> Any:
+def fsdp_sharding(tree: Any, mesh: Mesh) -> Any:
     """Tree of shardings for frozen weights or the optimizer's state: large leaves over `fsdp`.
 
     Those of blocks, which a loop gathers one after the other: [L, ..., ...], divided along the
@@ -93,23 +93,23 @@ def spread(tree: Any, mesh: Mesh) -> Any:
         fsdp, shape = mesh.shape["fsdp"], leaf.shape
         axes = [i for i in range(1, len(shape)) if shape[i] % fsdp == 0]
         if fsdp == 1 or len(shape) != 3 or math.prod(shape) < _SMALL or not axes:
-            return on_every_device(mesh)
+            return replicated_sharding(mesh)
         longest = max(axes, key=lambda i: shape[i])
         return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
 
     return jax.tree.map(sharding, tree)
 
 
-def using(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """In it, what is compiled gathers the weights that `fsdp` divides, see `block_loop.gathered`."""
+def with_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """In it, what is compiled gathers the weights that `fsdp` divides, see `block_loop.gather_fsdp`."""
     return contextlib.nullcontext() if mesh.shape["fsdp"] == 1 else jax.set_mesh(mesh)
 
 
-def whole(tree: Any, mesh: Mesh) -> Any:
+def replicate(tree: Any, mesh: Mesh) -> Any:
     """`tree` with each leaf whole on each device, as it is saved; to be called by all processes."""
     if mesh.shape["fsdp"] == 1:
         return tree
-    return jax.jit(lambda x: x, out_shardings=on_every_device(mesh))(tree)
+    return jax.jit(lambda x: x, out_shardings=replicated_sharding(mesh))(tree)
 
 
 def _platform(mesh: Mesh) -> str:
@@ -117,7 +117,7 @@ def _platform(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
 
-def averaged(compute: Callable, mesh: Mesh, dtype: str) -> Callable:
+def data_parallel_mean(compute: Callable, mesh: Mesh, dtype: str) -> Callable:
     """`compute`, each device on its own rows, and the mean of the results over devices.
 
     What comes out is reduced once, after all of it is computed: XLA alone would do it leaf by leaf

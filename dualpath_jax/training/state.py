@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from dualpath_jax.models import param_tree
-from dualpath_jax.models.abstract import Outline
+from dualpath_jax.models.abstract import AbstractModel
 from dualpath_jax.training import sharding
 
 
@@ -24,12 +24,12 @@ class TrainState:
 
 def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
     """How a state lies on the devices: whole on each, but for the optimizer's along `fsdp`."""
-    everywhere = jax.tree.map(lambda leaf: sharding.on_every_device(mesh), state)
-    return everywhere.replace(opt_state=sharding.spread(state.opt_state, mesh))
+    everywhere = jax.tree.map(lambda leaf: sharding.replicated_sharding(mesh), state)
+    return everywhere.replace(opt_state=sharding.fsdp_sharding(state.opt_state, mesh))
 
 
 def abstract_state(
-    model: Outline, optimizer: optax.GradientTransformation
+    model: AbstractModel, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Any]:
     """A run's state and its frozen weights, both float32, without values."""
     trainable, frozen = param_tree.split(model.params, model.mask)

@@ -11,7 +11,7 @@ from dualpath_jax.models import param_tree, preprocess
 from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.preprocess import Batch
 from dualpath_jax.training import sharding
-from dualpath_jax.training.sharding import on_every_device
+from dualpath_jax.training.sharding import replicated_sharding
 from dualpath_jax.training.state import TrainState, state_shardings
 
 
@@ -62,7 +62,7 @@ def make_train_step(
 
     compute = grads_of if parts == 1 else accumulated
     if mesh is not None and mesh.size > 1:
-        compute = sharding.averaged(compute, mesh, config.optimizer.reduce_dtype)
+        compute = sharding.data_parallel_mean(compute, mesh, config.optimizer.reduce_dtype)
 
     def train_step(state, frozen, batch):
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -92,5 +92,5 @@ def jit_train_step(
     return jax.jit(
         make_train_step(model, config, optimizer, mesh),
         donate_argnums=0,
-        out_shardings=(state_shardings(state, mesh), on_every_device(mesh)),
+        out_shardings=(state_shardings(state, mesh), replicated_sharding(mesh)),
     )

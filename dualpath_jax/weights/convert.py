@@ -1,6 +1,6 @@
 """Checkpoints of CLIP, ViT and Swin to this project's backbone file, and that file to parameters.
 
-Public: `convert_clip`, `load_backbone`, `BackboneInfo`, `PUBLISHED_SHA256`, `parameter_shapes`.
+Public: `convert_checkpoint`, `load_backbone`, `BackboneInfo`, `PUBLISHED_SHA256`, `parameter_shapes`.
 
 A backbone file is a safetensors file that holds the image tower under the flat names of its
 module's parameter tree ("blocks/attention/qkv/kernel", [L, D, 3D]) and one metadata entry,
@@ -32,13 +32,13 @@ from flax import traverse_util
 
 from dualpath_jax.models.backbones import registry as backbone_registry
 from dualpath_jax.runtime import gcs
-from dualpath_jax.runtime.safe_read import parse_json, shown
+from dualpath_jax.runtime.safe_read import parse_json, truncated_repr
 from dualpath_jax.weights.source_checkpoint import (
     CONVERTED_KEY,
     MAX_BYTES,
     PUBLISHED_SHA256,
+    format_names,
     read_checkpoint,
-    some,
 )
 
 VERSION = 1
@@ -105,10 +105,12 @@ def _check(
     wrong = [n for n in want | have if want.get(n) != have.get(n)]
     if wrong:
         wrong = [f"{n} is {have.get(n, 'missing')}, not {want.get(n, 'known')}" for n in wrong]
-        raise ValueError(f"{path}: wrong names or shapes for {config}: {some(wrong)}")
+        raise ValueError(f"{path}: wrong names or shapes for {config}: {format_names(wrong)}")
     dtypes = {array.dtype for array in arrays.values()}
     if not dtypes <= set(_DTYPES.values()):
-        raise ValueError(f"{path} has the dtypes {some(dtypes)}; known are {some(_DTYPES)}")
+        raise ValueError(
+            f"{path} has the dtypes {format_names(dtypes)}; known are {format_names(_DTYPES)}"
+        )
 
 
 def _config(
@@ -122,7 +124,7 @@ def _config(
             "--activation=gelu (LAION, DataComp and most others)"
         )
     try:
-        return backbone_registry.named(
+        return backbone_registry.find_named_config(
             backbone_registry.FAMILIES[family].config.from_arrays(arrays, stated)
         )
     except (IndexError, ValueError, ZeroDivisionError) as error:  # of arrays of odd shapes
@@ -150,7 +152,7 @@ def _replacing(out: epath.Path) -> Iterator[epath.Path]:
         temporary.unlink(missing_ok=True)
 
 
-def convert_clip(
+def convert_checkpoint(
     checkpoint: str | os.PathLike[str],
     out: str | os.PathLike[str],
     trust: bool = False,
@@ -188,7 +190,7 @@ def convert_clip(
         raise ValueError(f"{out} is the checkpoint itself: write to another file")
     flags = {"activation": activation, "heads": heads}
     flags = {key: value for key, value in flags.items() if value is not None}
-    with gcs.reaching(out), _replacing(out) as temporary:
+    with gcs.gcs_errors(out), _replacing(out) as temporary:
         arrays, meta = _convert(checkpoint, trust, flags)
         data = safetensors.numpy.save(arrays, {CONVERTED_KEY: json.dumps(meta, sort_keys=True)})
         temporary.write_bytes(data)
@@ -227,11 +229,15 @@ def _stored_config(path: Any, meta: Mapping[str, Any]) -> backbone_registry.Back
     values = meta.get("config")
     known = backbone_registry.FAMILIES.get(family) if isinstance(family, str) else None
     if known is None or not isinstance(values, dict):
-        raise ValueError(f"{path} does not say what backbone it is (family {shown(family)})")
+        raise ValueError(
+            f"{path} does not say what backbone it is (family {truncated_repr(family)})"
+        )
     kinds = typing.get_type_hints(known.config)
     wrong = [n for n, value in values.items() if n not in kinds or not _FIELDS[kinds[n]](value)]
     if wrong:
-        raise ValueError(f"{path} describes an impossible backbone; wrong are {some(wrong)}")
+        raise ValueError(
+            f"{path} describes an impossible backbone; wrong are {format_names(wrong)}"
+        )
     try:
         return known.config(**values)
     except (TypeError, ValueError) as error:  # the former where one is missing
@@ -241,7 +247,7 @@ def _stored_config(path: Any, meta: Mapping[str, Any]) -> backbone_registry.Back
 def load_backbone(
     path: str | os.PathLike[str], config: backbone_registry.BackboneConfig
 ) -> tuple[dict[str, Any], backbone_registry.BackboneConfig, BackboneInfo]:
-    """Parameters of the frozen backbone from a file that `convert_clip` wrote.
+    """Parameters of the frozen backbone from a file that `convert_checkpoint` wrote.
 
     Args:
       path: the file, local or gs://.
@@ -283,7 +289,7 @@ def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray],
     convert = (
         f"`python scripts/convert_clip.py --checkpoint={path} --out=NEW` makes one of a checkpoint"
     )
-    with gcs.reaching(path):
+    with gcs.gcs_errors(path):
         there = epath.Path(path).is_file()
     if not there:
         raise FileNotFoundError(f"no backbone at {path}: make it from a checkpoint by {remedy}")
@@ -303,9 +309,11 @@ def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray],
     if meta.get("version") != VERSION or not {"source", "source_sha256"} <= meta.keys():
         raise ValueError(f"{path} is not a converted backbone: {convert}")
     if foreign := {t["dtype"] for _, t in tensors} - set(_DTYPES):
-        raise ValueError(f"{path} has the dtypes {some(foreign)}; known are {some(_DTYPES)}")
+        raise ValueError(
+            f"{path} has the dtypes {format_names(foreign)}; known are {format_names(_DTYPES)}"
+        )
     if empty := [name for name, t in tensors if not t["data"]]:
-        raise ValueError(f"{path} has empty parameters: {some(empty)}")
+        raise ValueError(f"{path} has empty parameters: {format_names(empty)}")
     arrays = {
         name: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"])
         for name, t in tensors

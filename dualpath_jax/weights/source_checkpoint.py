@@ -1,7 +1,7 @@
 """Other people's checkpoints: files of torch and safetensors, and their weights under our names.
 
 Public: `read_checkpoint`, `Checkpoint`, `PUBLISHED_SHA256`, `CONVERTED_KEY`, `MAX_BYTES`,
-`sha256_of`, `some`.
+`sha256_of`, `format_names`.
 
 This is the only module that imports torch, and only for checkpoints in torch's own formats. The
 names that it knows are in `weight_layouts.py`.
@@ -24,7 +24,7 @@ import numpy as np
 import safetensors
 
 from dualpath_jax.runtime import progress_bar
-from dualpath_jax.runtime.safe_read import check_size, read_json, shown
+from dualpath_jax.runtime.safe_read import check_size, read_json, truncated_repr
 from dualpath_jax.weights.layouts import LAYOUTS, TEXT_TOWER, UNSUPPORTED, Layout, Row
 
 CONVERTED_KEY = "dualpath_jax_backbone"  # metadata entry of a file that is already converted
@@ -49,7 +49,7 @@ _STATED: dict[str, Callable[[Any], bool]] = {
     "image_size": lambda value: type(value) is int and value > 0,
 }
 
-_NO_CHECKPOINT = "no CLIP, ViT or Swin"
+_NOT_A_CHECKPOINT = "no CLIP, ViT or Swin"
 _Tensors = Mapping[str, Callable[[], np.ndarray]]  # by name, read when called
 
 
@@ -131,14 +131,16 @@ def _load_torch(path: pathlib.Path, container: str) -> Mapping[str, Any]:
         if isinstance(state, Mapping):
             state = state.get(key, state)
     if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"{path} is {_NO_CHECKPOINT}: it holds no state dict")
+        raise ValueError(f"{path} is {_NOT_A_CHECKPOINT}: it holds no state dict")
     others = [
         name
         for name, value in state.items()
         if not (isinstance(name, str) and isinstance(value, torch.Tensor))
     ]
     if others:
-        raise ValueError(f"{path} is {_NO_CHECKPOINT}: entries that are no tensors: {some(others)}")
+        raise ValueError(
+            f"{path} is {_NOT_A_CHECKPOINT}: entries that are no tensors: {format_names(others)}"
+        )
     # A tensor of a few bytes may be expanded to any shape.
     _check_expansion(path, sum(t.numel() * t.element_size() for t in state.values()))
     return {name.removeprefix("module."): value for name, value in state.items()}
@@ -184,7 +186,7 @@ def sha256_of(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def some(names: Any) -> str:
+def format_names(names: Any) -> str:
     """At most eight of the names, for a message."""
     names = sorted(map(str, names))
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
@@ -205,8 +207,8 @@ def _layout(path: pathlib.Path, names: Collection[str], metadata: Mapping[str, s
         if any(re.fullmatch(layout.mark, n) for n in names):
             return name
     if names and all(re.fullmatch(TEXT_TOWER, name) for name in names):
-        raise ValueError(f"{path} holds a text tower only, no image tower: {some(names)}")
-    raise ValueError(f"{path} is {_NO_CHECKPOINT}: its names are {some(names)}")
+        raise ValueError(f"{path} holds a text tower only, no image tower: {format_names(names)}")
+    raise ValueError(f"{path} is {_NOT_A_CHECKPOINT}: its names are {format_names(names)}")
 
 
 def _our_spelling(name: str, layout: Layout) -> str:
@@ -249,11 +251,11 @@ def _rename(path: pathlib.Path, tensors: _Tensors, layout: Layout) -> dict[str, 
     left, missing = set(tensors) - known, known - set(tensors)
     if left or missing:
         raise ValueError(
-            f"{path} does not have the names of {layout.title}; left over: {some(left)}; "
-            f"missing: {some(missing)}"
+            f"{path} does not have the names of {layout.title}; left over: {format_names(left)}; "
+            f"missing: {format_names(missing)}"
         )
     parts: dict[str, np.ndarray] = {}
-    for sources, name, transform in progress_bar.over(rows, "convert", "tensors"):
+    for sources, name, transform in progress_bar.iterate_with_bar(rows, "convert", "tensors"):
         arrays = [tensors[source]() for source in sources]
         try:
             arrays = [transform(array) for array in arrays]
@@ -261,7 +263,7 @@ def _rename(path: pathlib.Path, tensors: _Tensors, layout: Layout) -> dict[str, 
             before = [parts[name]] if name in parts else []
             parts[name] = np.concatenate([*before, part], axis=-1)
         except (ValueError, TypeError):  # the latter for dtypes that do not go together
-            kinds = some({f"{array.dtype} {array.shape}" for array in arrays})
+            kinds = format_names({f"{array.dtype} {array.shape}" for array in arrays})
             raise ValueError(f"{path}: wrong shape of {sources[0]}: {kinds}") from None
     return {name: np.ascontiguousarray(part) for name, part in parts.items()}
 
@@ -282,7 +284,7 @@ def _beside(checkpoint: pathlib.Path, layout: Layout, shape: tuple) -> dict[str,
     described = stated.pop("shape")
     for key, value in stated.items():
         if not _STATED[key](value):
-            raise ValueError(f"{path} gives an impossible {key}: {shown(value)}")
+            raise ValueError(f"{path} gives an impossible {key}: {truncated_repr(value)}")
     if described != shape:
         raise ValueError(
             f"{path} describes another model, (width, depth) = {described}, than "

@@ -1,6 +1,6 @@
 """What a compiled program moves: read from its text, each loop counted as often as it runs.
 
-Public: `Program`, `Collective`. XLA's own cost analysis counts the body of a loop once.
+Public: `HloProgram`, `Collective`. XLA's own cost analysis counts the body of a loop once.
 """
 
 import collections
@@ -73,7 +73,7 @@ class _Reader:
     updated: int  # bytes that a dynamic-update-slice writes
 
 
-class Program:
+class HloProgram:
     """A compiled program, of `compiled.as_text()`."""
 
     def __init__(self, text: str):

@@ -1,6 +1,6 @@
 """Timing things that take turns, so that what disturbs the machine disturbs all of them alike.
 
-Public: `take_turns`.
+Public: `time_interleaved`.
 """
 
 import time
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def take_turns(
+def time_interleaved(
     runs: dict[str, Callable[[], Any]], rounds: int, tell: Callable[[str], None] = lambda line: None
 ) -> dict[str, list[float]]:
     """Seconds of each call by round, after one that is not counted.

@@ -1,6 +1,6 @@
 """Speed of the forward pass of each method, as the paper's Table A3 gives it.
 
-Public: `MethodSpeed`, `method_config`, `Forward`, `largest_batch`, `measure`; the command line is
+Public: `MethodSpeed`, `method_config`, `Forward`, `largest_batch`, `measure_methods`; the command line is
 scripts/benchmark_methods.py.
 
 Latency is that of one view; throughput, on an accelerator, that of the largest batch that fits.
@@ -23,7 +23,7 @@ from dualpath_jax.models.abstract import clip_shapes
 from dualpath_jax.models.forward import clip_logits
 from dualpath_jax.training import experiment
 from scripts.benchmarks import tpu_aot
-from scripts.benchmarks.interleave import take_turns
+from scripts.benchmarks.interleave import time_interleaved
 
 _PROBES = 16, 32  # batches whose memory is asked for
 
@@ -66,9 +66,9 @@ class Forward:
     def __init__(self, config: Any):
         config = config.copy_and_resolve_references()
         config.data.batch_size = config.eval.batch_size = jax.device_count()
-        videos = synthetic.synthetic_split(config.data, 1)
+        videos = synthetic.make_synthetic_split(config.data, 1)
         with contextlib.redirect_stdout(io.StringIO()):  # the table of parameters
-            made = experiment.build_run(config, "", videos)
+            made = experiment.build_experiment(config, "", videos)
         model = made.model  # of `made` nothing else is held, such as the optimizer's state
         names = ("spatial", "temporal")
         shapes = dict(zip(names, clip_shapes(config), strict=True))
@@ -111,7 +111,7 @@ def largest_batch(forward: Forward, memory: int) -> tuple[int, float]:
     size = max(1, tpu_aot.largest_power_of_two(compiled, memory))
     while True:
         try:
-            seconds = take_turns({"largest": forward.on(size)}, 5)["largest"]
+            seconds = time_interleaved({"largest": forward.on(size)}, 5)["largest"]
             return size, size / statistics.median(seconds)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or size == 1:
@@ -119,7 +119,7 @@ def largest_batch(forward: Forward, memory: int) -> tuple[int, float]:
             size //= 2
 
 
-def measure(
+def measure_methods(
     configs: dict[str, Any], rounds: int, tell: Callable[[str], None]
 ) -> dict[str, MethodSpeed]:
     """Latencies in turns, with "dualpath" among `configs`; then, on an accelerator, throughputs.
@@ -130,14 +130,14 @@ def measure(
       tell: told what is being done.
     """
     calls = {method: Forward(config).on(1) for method, config in configs.items()}
-    seconds = take_turns(calls, rounds, tell)
+    seconds = time_interleaved(calls, rounds, tell)
     latencies = {method: statistics.median(values) for method, values in seconds.items()}
     for method, latency in latencies.items():
         tell(f"{method}: {1000 * latency:.2f} ms for one view")
     calls.clear()  # and what they hold on the device
     speeds = {}
     for method, config in configs.items():
-        counted = efficiency.measure(config)
+        counted = efficiency.measure_efficiency(config)
         pairs = zip(seconds[method], seconds["dualpath"], strict=True)
         speeds[method] = MethodSpeed(
             num_frames=config.data.num_frames,

@@ -1,6 +1,6 @@
 """How fast the data pipeline is beside what others do, where its time goes, how much memory it has.
 
-Public: `prepare_files`, `compare`, `compare_lengths`, `stage_costs`, `watch_memory`, `flatness`,
+Public: `prepare_files`, `compare_loaders`, `compare_video_lengths`, `stage_costs`, `sample_memory`, `memory_deviation`,
 `LOADERS`, `Videos`; the command lines are scripts/benchmark_pipeline.py and benchmark_memory.py.
 
 Every loader gets the same clips (which frames of which video, as the pipeline chose them) and the
@@ -25,13 +25,13 @@ import psutil
 import tensorflow as tf
 
 from dualpath_jax.data import frame_ops, frame_sampling, pipeline, video_dataset
-from dualpath_jax.data.clip_assembly import compose, fill_colour, map_clips
-from dualpath_jax.data.clip_spec import ClipFormat, clip_format
-from dualpath_jax.data.datasets.annotations import Listing, Video
+from dualpath_jax.data.clip_assembly import compose_inputs, fill_color, parallel_map
+from dualpath_jax.data.clip_spec import ClipFormat, build_clip_format
+from dualpath_jax.data.datasets.annotations import DatasetIndex, Video
 from dualpath_jax.data.preparation import shard_writer
-from dualpath_jax.data.preparation.prepare import prepare
+from dualpath_jax.data.preparation.prepare import prepare_dataset
 from dualpath_jax.data.preparation.video_decoder import ANY_TAGS
-from dualpath_jax.data.unreadable_videos import BrokenVideos
+from dualpath_jax.data.unreadable_videos import UnreadableVideos
 from dualpath_jax.runtime.cpu_count import CAN_CHOOSE_CORES, num_cores
 
 # Row of the video table, frames int64 [T], and what was drawn (`clips.make_element`, no records).
@@ -41,9 +41,9 @@ Clip = tuple[int, np.ndarray, dict[str, tf.Tensor]]
 def prepare_files(paths: Sequence[str], out: str) -> video_dataset.VideoDataset:
     """Video files as a prepared data set of one class; the id of a video is its absolute path."""
     paths = [os.path.abspath(path) for path in paths]
-    listing = Listing(["any"], {"train": [Video(path, path, 0) for path in paths]})
+    listing = DatasetIndex(["any"], {"train": [Video(path, path, 0) for path in paths]})
     with contextlib.redirect_stdout(sys.stderr):
-        prepare(listing, os.sep, out, num_workers=num_cores(), progress=False)
+        prepare_dataset(listing, os.sep, out, num_workers=num_cores(), progress=False)
     return video_dataset.VideoDataset(out, "train")
 
 
@@ -110,7 +110,7 @@ def load_jpeg(videos: Videos, data: Any, training: bool, clips: Sequence[Clip]) 
         return tf.add_n([tf.shape(image)[0] for image in images])  # so that all are decoded
 
     decoded = tf.data.Dataset.from_tensor_slices(np.stack(jpegs))
-    for batch in map_clips(decoded, decode).batch(data.batch_size).prefetch(data.prefetch):
+    for batch in parallel_map(decoded, decode).batch(data.batch_size).prefetch(data.prefetch):
         yield len(batch)
 
 
@@ -159,7 +159,7 @@ def make_transform(clip: ClipFormat, data: Any) -> Callable[..., dict[str, tf.Te
     """
     chosen = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
     rest = np.setdiff1d(np.arange(clip.num_frames), chosen)
-    fill = fill_colour(data)
+    fill = fill_color(data)
 
     @tf.function(reduce_retracing=True)
     def transform(frames, element):
@@ -171,7 +171,7 @@ def make_transform(clip: ClipFormat, data: Any) -> Callable[..., dict[str, tf.Te
             return frame_ops.resize(images, size)
 
         others = scaled(rest, clip.framesets.frame_size) if clip.framesets else None
-        return compose(scaled(chosen, clip.image_size), others, element, clip, fill)
+        return compose_inputs(scaled(chosen, clip.image_size), others, element, clip, fill)
 
     return transform
 
@@ -184,7 +184,7 @@ def _load_online(
     clips: Sequence[Clip],
 ) -> Iterator[int]:
     del training  # the clips know
-    transform = make_transform(clip_format(data), data)
+    transform = make_transform(build_clip_format(data), data)
 
     def load(number: int) -> dict[str, np.ndarray]:
         video, frames, element = clips[number]
@@ -243,14 +243,14 @@ def _record(
     dataset: video_dataset.VideoDataset, data: Any, training: bool, length: int
 ) -> list[Clip]:
     """The clips that the pipeline chooses; reading them also brings the files into memory."""
-    videos, clip = Videos(dataset, length), clip_format(data)
+    videos, clip = Videos(dataset, length), build_clip_format(data)
     rows = slice(0, data.batch_size)
     if training:
-        broken = BrokenVideos(videos.ids, 0)
+        broken = UnreadableVideos(videos.ids, 0)
         training_clips = pipeline.TrainingClips(videos, clip, data, 0, broken)
-        elements = training_clips.elements(range(length // data.batch_size), rows)
+        elements = training_clips.samples(range(length // data.batch_size), rows)
     else:
-        elements = pipeline.eval_elements(videos, clip, 1, 1, data.batch_size, rows)
+        elements = pipeline.eval_samples(videos, clip, 1, 1, data.batch_size, rows)
     clips = []
     for element in elements:
         drawn = {k: tf.convert_to_tensor(v) for k, v in element.items() if k != "records"}
@@ -258,7 +258,7 @@ def _record(
     return clips
 
 
-def compare(
+def compare_loaders(
     dataset: video_dataset.VideoDataset,
     data: Any,
     training: bool,
@@ -290,14 +290,14 @@ def compare(
     return _take_turns(runs, rounds)
 
 
-def compare_lengths(
+def compare_video_lengths(
     dataset: video_dataset.VideoDataset,
     data: Any,
     lengths: Sequence[int],
     num_batches: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """The pipeline on the same videos cut (or looped) to each of `lengths` frames; see `compare`.
+    """The pipeline on the same videos cut (or looped) to each of `lengths` frames; see `compare_loaders`.
 
     Ratios are of the first length to each other.
     """
@@ -365,7 +365,7 @@ def stage_costs(prepared: str, data: Any, training: bool, num_batches: int) -> d
 
     Args:
       prepared: folder of `prepare_files`.
-      data, training, num_batches: as in `compare`.
+      data, training, num_batches: as in `compare_loaders`.
     """
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context, initializer=_use_one_core) as pool:
@@ -417,7 +417,7 @@ def _stage_of(event: str) -> str | None:
 # ---------------------------------------------------------------- memory
 
 
-def watch_memory(
+def sample_memory(
     dataset: video_dataset.VideoDataset,
     data: Any,
     training: bool,
@@ -461,7 +461,9 @@ def _endless(
         yield from pipeline.eval_batches(dataset, data, 1, 1, data.batch_size)
 
 
-def flatness(samples: Sequence[tuple[float, float, int]], after: float) -> tuple[float, float]:
+def memory_deviation(
+    samples: Sequence[tuple[float, float, int]], after: float
+) -> tuple[float, float]:
     """Median MiB of the samples after `after` minutes, and the largest deviation as a fraction."""
     values = [mib for minutes, mib, _ in samples if minutes >= after]
     if not values:

@@ -117,9 +117,9 @@ class TorchDualPath(nn.Module):
         for path in ("spatial", "temporal"):
             self.class_tokens[path] = nn.Parameter(torch.tensor(arrays[f"{path}/class_token"]))
             stacked = [_inside(arrays, f"{path}/adapters/", i) for i in range(depth)]
-            sites = sorted({name.split("/")[0] for name in stacked[0]})
+            hooks = sorted({name.split("/")[0] for name in stacked[0]})
             self.adapters[path] = nn.ModuleList(
-                nn.ModuleDict({site: Adapter(block, site) for site in sites}) for block in stacked
+                nn.ModuleDict({hook: Adapter(block, hook) for hook in hooks}) for block in stacked
             )
         self.classifier = nn.Sequential(
             _linear(arrays, "classifier/hidden"), nn.GELU(), _linear(arrays, "classifier/output")

@@ -1,7 +1,7 @@
 """Training and evaluation steps compiled for a TPU slice, on a machine without one.
 
-Public: `Chip`, `CHIPS`, `describe`, `compile_steps`, `StepReport`, `largest_batch`, `markdown`,
-`Fit`, `fits`, `fits_markdown`.
+Public: `Chip`, `CHIPS`, `describe_topology`, `compile_steps`, `StepReport`, `largest_batch`, `format_reports`,
+`Fit`, `estimate_fits`, `format_fits`.
 
 The programs are those of a run: the same functions, shardings and donations. libtpu compiles for a
 described slice (`jax.experimental.topologies`) and tells what a program needs; nothing is run.
@@ -24,7 +24,7 @@ from dualpath_jax.analysis import efficiency
 from dualpath_jax.config.ranges import check_ranges
 from dualpath_jax.data.datasets import registry as dataset_registry
 from dualpath_jax.models import registry as method_registry
-from dualpath_jax.models.abstract import Outline, clip_shapes, outline
+from dualpath_jax.models.abstract import AbstractModel, abstract_model, clip_shapes
 from dualpath_jax.training import sharding
 from dualpath_jax.training.optimizer import make_optimizer, make_schedule
 from dualpath_jax.training.state import TrainState, abstract_state, state_shardings
@@ -58,7 +58,7 @@ CHIPS = {
 _NEEDS = re.compile(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm")
 
 
-def describe(topology: str) -> tuple[Chip, list[Any]]:
+def describe_topology(topology: str) -> tuple[Chip, list[Any]]:
     """The chip and the devices of a slice, as "v5e:4x4".
 
     Raises:
@@ -143,7 +143,7 @@ def compile_steps(
       ValueError: no such slice; the batch does not divide.
       TooLarge: a step does not fit the chip's memory.
     """
-    chip, devices = describe(topology)
+    chip, devices = describe_topology(topology)
     config = copy.deepcopy(config)
     mesh = sharding.make_mesh(config.mesh.fsdp, devices)
     views = config.eval.temporal_views * config.eval.spatial_crops
@@ -151,13 +151,13 @@ def compile_steps(
     config.data.batch_size = per_chip_batch * mesh.size
     config.eval.batch_size = videos * mesh.size
     check_ranges(config)
-    sharding.check_settings(config, mesh.size)
+    sharding.check_batch_sizes(config, mesh.size)
     clips = {"train": per_chip_batch, "eval": videos * views}
     makers = {"train": _train_program, "eval": _eval_program}
     reports = []
     for step in steps:
         jitted, arguments, macs = makers[step](config, mesh)
-        with sharding.using(mesh):
+        with sharding.with_mesh(mesh):
             lowered = jitted.lower(*arguments)
         reports.append(_report(step, clips[step], chip, lowered, macs))
     return reports
@@ -169,19 +169,19 @@ def _placed(tree: Any, shardings: Any) -> Any:
     )
 
 
-def _abstract_run(config: Any, mesh: Any) -> tuple[Outline, Any, TrainState, Any]:
+def _abstract_experiment(config: Any, mesh: Any) -> tuple[AbstractModel, Any, TrainState, Any]:
     """(model, optimizer, state, frozen weights), without values, as `run.build_run` makes them."""
     num_classes = dataset_registry.NUM_CLASSES.get(
         config.data.source, dataset_registry.UNKNOWN_CLASSES
     )
-    model = outline(config, num_classes)
+    model = abstract_model(config, num_classes)
     dtype = method_registry.compute_dtype(config)
     schedule = make_schedule(config.optimizer, 1000, 100.0)
     optimizer = make_optimizer(config.optimizer, schedule, model.mask)
     state, frozen = abstract_state(model, optimizer)
     frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), frozen)
     state = _placed(state, state_shardings(state, mesh))
-    return model, optimizer, state, _placed(frozen, sharding.spread(frozen, mesh))
+    return model, optimizer, state, _placed(frozen, sharding.fsdp_sharding(frozen, mesh))
 
 
 def _batch(config: Any, mesh: Any, lead: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -195,7 +195,7 @@ def _batch(config: Any, mesh: Any, lead: tuple[int, ...]) -> dict[str, jax.Shape
         shapes["ops"] = ((*lead, layers), jnp.int32)
         shapes["op_values"] = ((*lead, layers), jnp.float32)
         shapes["tables"] = ((*lead, 3, 256), jnp.uint8)
-    rows = sharding.rows(mesh)
+    rows = sharding.batch_sharding(mesh)
     return {
         key: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
         for key, (shape, dtype) in shapes.items()
@@ -204,7 +204,7 @@ def _batch(config: Any, mesh: Any, lead: tuple[int, ...]) -> dict[str, jax.Shape
 
 def _train_program(config: Any, mesh: Any) -> tuple[Callable, tuple[Any, ...], int]:
     """(jitted function, its arguments, multiply-accumulates on a chip)."""
-    model, optimizer, state, frozen = _abstract_run(config, mesh)
+    model, optimizer, state, frozen = _abstract_experiment(config, mesh)
     jitted = jit_train_step(model.model, config, optimizer, mesh, state)
     alone = make_train_step(model.model, config, optimizer)
     batch = _batch(config, mesh, (config.data.batch_size,))
@@ -214,7 +214,7 @@ def _train_program(config: Any, mesh: Any) -> tuple[Callable, tuple[Any, ...], i
 
 def _eval_program(config: Any, mesh: Any) -> tuple[Callable, tuple[Any, ...], int]:
     """(jitted function, its arguments, multiply-accumulates on a chip)."""
-    model, _, state, frozen = _abstract_run(config, mesh)
+    model, _, state, frozen = _abstract_experiment(config, mesh)
     step = evaluate.make_eval_step(model.model, config)
     jitted = evaluate.jit_eval_step(model.model, config, mesh)
     views = config.eval.temporal_views * config.eval.spatial_crops
@@ -237,7 +237,7 @@ def _report(
         raise TooLarge(f"the {step} step with {clips} clips on a chip needs {needs}") from None
     seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
-    program = hlo_cost.Program(compiled.as_text())
+    program = hlo_cost.HloProgram(compiled.as_text())
     bytes_accessed = program.bytes_accessed()
     time_needed = max(2 * macs / (chip.tflops * 1e12), bytes_accessed / (chip.bandwidth * 1e9))
     return StepReport(
@@ -317,7 +317,7 @@ def largest_power_of_two(compiled: dict[int, int], memory: float) -> int:
 USABLE = 0.92  # of a device's memory; the rest is the runtime's, and fragments
 
 
-def fits(
+def estimate_fits(
     small: StepReport, large: StepReport, memories: Sequence[float], batches: Sequence[int]
 ) -> list[Fit]:
     """For devices with `memories`, 10^9 bytes, and batches of powers of two.
@@ -337,7 +337,7 @@ def fits(
     return rows
 
 
-def fits_markdown(rows: Sequence[Fit], batches: Sequence[int]) -> str:
+def format_fits(rows: Sequence[Fit], batches: Sequence[int]) -> str:
     """A table for people."""
     heads = [f"`accumulation_steps` for {batch}" for batch in batches]
     lines = [
@@ -351,7 +351,7 @@ def fits_markdown(rows: Sequence[Fit], batches: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def markdown(topology: str, reports: list[StepReport]) -> str:
+def format_reports(topology: str, reports: list[StepReport]) -> str:
     """A table for people; GB are 10^9 bytes."""
     lines = [
         "| slice | step | clips per chip | memory per chip, GB | temporaries per clip, GB | "

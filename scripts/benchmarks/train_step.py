@@ -1,6 +1,6 @@
 """Speed and memory of DualPath's forward pass and training step, beside PyTorch and the limit.
 
-Public: `Setting`, `compare`, `largest_difference`, `compile_seconds`, `peak_memory`,
+Public: `Setting`, `compare_frameworks`, `largest_difference`, `compile_seconds`, `peak_memory`,
 `matmul_gflops`; the command line is scripts/benchmark_step.py.
 
 Both frameworks get the same weights and the same clips, and their logits are compared before
@@ -39,13 +39,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from dualpath_jax.analysis import efficiency
 from dualpath_jax.data import synthetic
 from dualpath_jax.models import param_tree
-from dualpath_jax.models.abstract import abstract_inputs, clip_shapes, outline
+from dualpath_jax.models.abstract import abstract_inputs, abstract_model, clip_shapes
 from dualpath_jax.models.backbones import layers
 from dualpath_jax.models.methods import dualpath
 from dualpath_jax.runtime import environment
 from dualpath_jax.training import experiment, sharding
 from dualpath_jax.training.step import make_train_step
-from scripts.benchmarks.interleave import take_turns
+from scripts.benchmarks.interleave import time_interleaved
 from scripts.benchmarks.torch_dualpath import TorchDualPath
 
 NUM_CLASSES = 174
@@ -89,24 +89,26 @@ def _in_a_row(call: Callable[[], Any], fetch: Callable[[Any], Any]) -> Callable[
     return run
 
 
-def make_run(setting: Setting) -> tuple[experiment.Run, dict[str, np.ndarray]]:
+def build_random_experiment(
+    setting: Setting,
+) -> tuple[experiment.Experiment, dict[str, np.ndarray]]:
     """A run with random weights, none of them zero, and a batch of random clips; no files."""
     config = setting.config.copy_and_resolve_references()
     config.model.dtype, config.data.batch_size = setting.dtype, setting.batch_size
     config.eval.batch_size = setting.batch_size
     config.data.synthetic, config.data.randaugment_layers = True, 0
     config.data.erasing_probability, config.num_train_steps = 0.0, 1000
-    videos = synthetic.synthetic_split(config.data, setting.batch_size)
+    videos = synthetic.make_synthetic_split(config.data, setting.batch_size)
     videos.class_names = [str(i) for i in range(NUM_CLASSES)]
-    environment.compute_where_called()  # as a run does
+    environment.disable_async_dispatch()  # as a run does
     with contextlib.redirect_stdout(io.StringIO()):  # the table of parameters
-        made = experiment.build_run(config, "", videos)
+        made = experiment.build_experiment(config, "", videos)
     rng = np.random.default_rng(0)
     trainable = jax.tree.map(
         lambda leaf: leaf + 0.02 * rng.standard_normal(leaf.shape, np.float32), made.state.trainable
     )
     made.state = made.state.replace(
-        trainable=jax.device_put(trainable, sharding.on_every_device(made.mesh))
+        trainable=jax.device_put(trainable, sharding.replicated_sharding(made.mesh))
     )
     batch = {"label": rng.integers(0, NUM_CLASSES, setting.batch_size).astype(np.int32)}
     for key, shape in zip(("spatial", "temporal"), clip_shapes(config), strict=True):
@@ -114,17 +116,17 @@ def make_run(setting: Setting) -> tuple[experiment.Run, dict[str, np.ndarray]]:
     return made, batch
 
 
-def _jitted_step(made: experiment.Run) -> Callable:
+def _jitted_step(made: experiment.Experiment) -> Callable:
     step = make_train_step(made.model, made.config, made.optimizer)
     return jax.jit(step, donate_argnums=0)
 
 
 def _lowered_step(setting: Setting) -> jax.stages.Lowered:
-    made, batch = make_run(setting)
+    made, batch = build_random_experiment(setting)
     return _jitted_step(made).lower(made.state, made.frozen, sharding.shard_batch(batch, made.mesh))
 
 
-def jax_side(made: experiment.Run, batch: dict[str, np.ndarray]) -> Side:
+def jax_side(made: experiment.Experiment, batch: dict[str, np.ndarray]) -> Side:
     """This package: the real training step, and the model of evaluation on one view."""
     config, step = made.config, _jitted_step(made)
     placed = sharding.shard_batch(batch, made.mesh)
@@ -147,7 +149,7 @@ def jax_side(made: experiment.Run, batch: dict[str, np.ndarray]) -> Side:
     )
 
 
-def torch_model(made: experiment.Run) -> TorchDualPath:
+def torch_model(made: experiment.Experiment) -> TorchDualPath:
     """PyTorch's model with the weights of a run, frozen ones in the run's dtype."""
     merged = param_tree.merge(made.state.trainable, made.frozen)
     arrays = {k: np.asarray(v, np.float32) for k, v in param_tree.flatten(merged).items()}
@@ -189,7 +191,9 @@ def _use_tf32(use: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = use
 
 
-def torch_side(made: experiment.Run, batch: dict[str, np.ndarray], compiled: bool = False) -> Side:
+def torch_side(
+    made: experiment.Experiment, batch: dict[str, np.ndarray], compiled: bool = False
+) -> Side:
     """PyTorch: AdamW on what trains, autocast where the computation is bfloat16.
 
     `compiled`: by `torch.compile`, each model whole.
@@ -234,7 +238,7 @@ def torch_side(made: experiment.Run, batch: dict[str, np.ndarray], compiled: boo
     )
 
 
-SIDES: dict[str, Callable[[experiment.Run, dict[str, np.ndarray]], Side]] = {
+SIDES: dict[str, Callable[[experiment.Experiment, dict[str, np.ndarray]], Side]] = {
     "jax": jax_side,
     "torch": torch_side,
     "torch_compiled": functools.partial(torch_side, compiled=True),
@@ -242,7 +246,7 @@ SIDES: dict[str, Callable[[experiment.Run, dict[str, np.ndarray]], Side]] = {
 USUAL_SIDES = ("jax", "torch")
 
 
-def compare(
+def compare_frameworks(
     setting: Setting,
     rounds: int,
     sides: Sequence[str] = USUAL_SIDES,
@@ -300,12 +304,12 @@ def _seconds_of_a_call(
 ) -> dict[str, list[float]]:
     """As `take_turns`, where each of `runs` is asked for so many calls in a row."""
     in_a_row = {name: functools.partial(run, calls) for name, run in runs.items()}
-    seconds = take_turns(in_a_row, rounds, tell)
+    seconds = time_interleaved(in_a_row, rounds, tell)
     return {name: [value / calls for value in values] for name, values in seconds.items()}
 
 
 def largest_difference(dtype: str, ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Of logits computed in `dtype`; raises RuntimeError as `compare` does."""
+    """Of logits computed in `dtype`; raises RuntimeError as `compare_frameworks` does."""
     difference = float(np.abs(ours - theirs).max())
     if dtype == "float32" and difference > TOLERANCE:
         raise RuntimeError(f"PyTorch's logits differ by {difference:.2e}, more than {TOLERANCE}")
@@ -318,16 +322,16 @@ def _process(start: Callable | None = None, *arguments: Any) -> concurrent.futur
     return concurrent.futures.ProcessPoolExecutor(1, context, start, arguments)
 
 
-# What follows runs in a process of `compare`, which has one framework.
+# What follows runs in a process of `compare_frameworks`, which has one framework.
 
 
 def _start(setting: Setting, name: str) -> None:
     """One step, which compiles, and what a run of ours does after its first."""
     global _side
-    _side = SIDES[name](*make_run(setting))
+    _side = SIDES[name](*build_random_experiment(setting))
     _side.train_step()
     if name == "jax":
-        environment.keep_memory()
+        environment.keep_freed_memory()
 
 
 def _logits(dtype: str) -> np.ndarray:
@@ -342,9 +346,11 @@ def _run(what: str, calls: int) -> None:
 def _operations(setting: Setting) -> tuple[int, int]:
     """Of the plain model on a batch, two per multiply-accumulate: forward; forward and backward."""
     config = setting.config.copy_and_resolve_references()
-    config.model.class_only, config.model.remat = False, "none"
-    config.model.dtype = "float32"  # all products are counted so, see `efficiency.measure`
-    model = outline(config, NUM_CLASSES)
+    config.model.cls_token_only, config.model.remat = False, "none"
+    config.model.dtype = (
+        "float32"  # all products are counted so, see `efficiency.measure_efficiency`
+    )
+    model = abstract_model(config, NUM_CLASSES)
     trainable, frozen = param_tree.split(model.params, model.mask)
 
     def loss(trainable, frozen, *inputs):
@@ -404,7 +410,7 @@ def peak_memory(setting: Setting, side: str) -> float:
 
 
 def _peak_memory(setting: Setting, side: str) -> float:
-    step = SIDES[side](*make_run(setting)).train_step
+    step = SIDES[side](*build_random_experiment(setting)).train_step
     for _ in range(2):
         step()  # compiles, makes the optimizer's state, and fills what the frameworks keep
     gc.collect()
@@ -423,7 +429,7 @@ def _xla_memory(setting: Setting) -> float:
 
 
 def _torch_memory(setting: Setting, side: str) -> float:
-    step = SIDES[side](*make_run(setting)).train_step
+    step = SIDES[side](*build_random_experiment(setting)).train_step
     for _ in range(2):
         step()  # makes the optimizer's state
     before = torch.cuda.memory_allocated()

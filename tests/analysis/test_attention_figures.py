@@ -24,7 +24,7 @@ SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "visualize_attention.py
 def run(config, tmp_path):
     """A run with one checkpoint, whose trained parameters are nowhere those of the start."""
     dataset = VideoDataset(config.data.dir, "test")
-    run = experiment.build_run(config, str(tmp_path / "run"), dataset)
+    run = experiment.build_experiment(config, str(tmp_path / "run"), dataset)
     rng = np.random.default_rng(0)
     moved = jax.tree.map(
         lambda x: x + np.float32(0.1) * rng.normal(size=x.shape).astype(np.float32),
@@ -72,9 +72,9 @@ def test_what_is_missing_is_named(run, tmp_path):
 def test_heat():
     """Where nothing is attended the picture is grey; the hottest place is red, in one shade."""
     image = np.full((8, 8, 3), (200, 100, 0), np.uint8)
-    cold = image_grid.heat(image, np.zeros((2, 2)), 1.0)
+    cold = image_grid.overlay_heatmap(image, np.zeros((2, 2)), 1.0)
     assert np.array_equal(cold, np.full((8, 8, 3), 100))
-    hot = image_grid.heat(image, np.array([[0, 0], [0, 0.5]]), 0.5)
+    hot = image_grid.overlay_heatmap(image, np.array([[0, 0], [0, 0.5]]), 0.5)
     assert np.array_equal(hot[:4], cold[:4])
     assert np.array_equal(np.unique(hot[4:, 4:].reshape(-1, 3), axis=0), [(216, 25, 25)])
 
@@ -99,7 +99,9 @@ def test_script_draws_each_video_and_names_bad_ones(run, demo_data, tmp_path, mo
 def test_grid_has_every_frame_without_and_with(run, demo_data):
     model = trained_model.load(run.workdir)
     clips = model.clips(demo_data.parent / "raw" / "videos" / "48.mp4")
-    view = attention_figures.view_clip(model, {k: clips[k][:, 0] for k in ("spatial", "temporal")})
+    view = attention_figures.analyze_clip(
+        model, {k: clips[k][:, 0] for k in ("spatial", "temporal")}
+    )
     apart = view.taken_apart()
     assert apart.images["temporal"].shape == (16, 8, 8, 3)
     for kind in ("without adaptation", "with adaptation"):

@@ -83,8 +83,8 @@ def test_temporal_attention_is_that_of_the_equations(adapted):
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
 
     def enters_last(module):
-        sites, own, position = module._path("temporal")
-        token, fill = own["class_token"], (sites, own["adapters"])
+        hooks, own, position = module._path("temporal")
+        token, fill = own["class_token"], (hooks, own["adapters"])
         if not adapted:
             token, fill = None, (None, None)
         h = module._embed(temporal, token, position)
@@ -156,32 +156,34 @@ def test_without_adaptation_nothing_trained_counts_but_the_positions():
 
 def test_rollout_by_hand():
     first, second = np.array([[0.5, 0.5], [0.0, 1.0]]), np.array([[0.2, 0.8], [1.0, 0.0]])
-    rolled = attention_maps.roll_out(np.stack([first, second]).astype(np.float32))
+    rolled = attention_maps.attention_rollout(np.stack([first, second]).astype(np.float32))
     np.testing.assert_allclose(rolled, [[0.45, 0.55], [0.375, 0.625]], atol=1e-6)
-    swapped = attention_maps.roll_out(np.stack([second, first]).astype(np.float32))
+    swapped = attention_maps.attention_rollout(np.stack([second, first]).astype(np.float32))
     assert np.abs(rolled - swapped).max() > 0.01
 
 
 def test_framesets_taken_apart_are_the_frames():
     frames = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)
     tiled = framesets.tile_framesets(frames, (3, 2)).numpy()
-    assert np.array_equal(attention_maps.by_frame(tiled[None], (3, 2))[0], frames)
+    assert np.array_equal(attention_maps.split_framesets(tiled[None], (3, 2))[0], frames)
     square = framesets.tile_framesets(frames, (2, 2)).numpy()
     assert not np.array_equal(
-        attention_maps.by_frame(square[None], (4, 1))[0].ravel(), frames.ravel()
+        attention_maps.split_framesets(square[None], (4, 1))[0].ravel(), frames.ravel()
     )
 
 
 def test_share_of_uniform_attention_is_the_area():
     masks = np.zeros((1, 2, 16, 16))
     masks[0, 0, :4, :8] = 1  # an eighth of the first image, half of its first patch
-    covered = attention_maps.cover(masks, 8)
-    share = attention_maps.mean_share(np.full((1, 2, 2, 2), 0.25), covered)
+    covered = attention_maps.patch_coverage(masks, 8)
+    share = attention_maps.mean_attention_share(np.full((1, 2, 2, 2), 0.25), covered)
     np.testing.assert_allclose(share, [1 / 16])
     on_it = np.zeros((1, 2, 2, 2))
     on_it[:, :, 0, 0] = 1
-    np.testing.assert_allclose(attention_maps.mean_share(on_it, covered), [0.25])
-    np.testing.assert_allclose(attention_maps.mean_share(on_it[..., ::-1, :], covered), [0])
+    np.testing.assert_allclose(attention_maps.mean_attention_share(on_it, covered), [0.25])
+    np.testing.assert_allclose(
+        attention_maps.mean_attention_share(on_it[..., ::-1, :], covered), [0]
+    )
 
 
 def test_maps_of_clips():
@@ -191,7 +193,7 @@ def test_maps_of_clips():
     shapes = {"spatial": (2, 3, 32, 32, 3), "temporal": (2, 1, 32, 32, 3)}
     clips = {name: rng.integers(0, 256, shape, np.uint8) for name, shape in shapes.items()}
     for rollout in (False, True):
-        maps = attention_maps.class_attention(model, clips, rollout=rollout)
+        maps = attention_maps.class_token_attention(model, clips, rollout=rollout)
         assert {k: v.shape for k, v in maps.items()} == {
             "spatial": (2, 3, 4, 4),
             "temporal": (2, 1, 4, 4),
@@ -203,7 +205,9 @@ def test_other_methods_and_swin_are_refused():
     config = demo_config.get_config()
     config.model.method = "aim"
     with pytest.raises(ValueError, match="dualpath, and this model is of 'aim'"):
-        attention_maps.class_attention(types.SimpleNamespace(module=object(), config=config), {})
+        attention_maps.class_token_attention(
+            types.SimpleNamespace(module=object(), config=config), {}
+        )
     from dualpath_jax.models.backbones import swin
 
     module = DualPath(swin.MODELS["Swin-T"], num_classes=5)
@@ -214,7 +218,7 @@ def test_other_methods_and_swin_are_refused():
 def test_the_object_is_where_its_mask_says():
     """Outside of the mask every frame is the photograph; another video's mask does not cover it."""
     for number in range(8):
-        scene, other = render.scene_of("test", number), render.scene_of("test", number + 8)
+        scene, other = render.find_scene("test", number), render.find_scene("test", number + 8)
         changed = (scene.frames() != scene.background).any(axis=-1)
         assert changed.any()
         assert not changed[scene.masks() == 0].any()
@@ -228,10 +232,10 @@ def test_masks_go_the_way_of_the_videos(config, demo_data):
     (videos, objects) = (
         next(pipeline.eval_batches(source, config.data, 1, 1, 8)) for source in (dataset, masks)
     )
-    backgrounds = [render.scene_of("test", int(dataset.ids[i]) - 48).background for i in range(8)]
+    backgrounds = [render.find_scene("test", int(dataset.ids[i]) - 48).background for i in range(8)]
     small = np.stack([image.reshape(8, 9, 8, 9, 3).mean(axis=(1, 3)) for image in backgrounds])
     frames, alpha = (
-        attention_maps.by_frame(batch["temporal"][:, 0].astype(np.float32), (4, 4))
+        attention_maps.split_framesets(batch["temporal"][:, 0].astype(np.float32), (4, 4))
         for batch in (videos, objects)
     )
     changed = np.abs(frames - small[:, None]).mean(axis=-1)

@@ -10,7 +10,7 @@ import pytest
 
 from dualpath_jax.analysis import efficiency
 from dualpath_jax.config import recipes, schema
-from dualpath_jax.models.abstract import abstract_inputs, backbone_shape, outline
+from dualpath_jax.models.abstract import abstract_inputs, abstract_model, build_backbone_config
 from dualpath_jax.models.backbones import attention
 
 
@@ -84,7 +84,7 @@ def stablehlo_macs(text):
 
 def formula(config, classes):
     """Plain MACs of DualPath on a CLIP ViT for one view, by PAPER.md."""
-    shape = backbone_shape(config)
+    shape = build_backbone_config(config)
     width, tokens, e = shape.width, shape.num_tokens, shape.projection_dim
     r, s = config.model.adapter_bottleneck, config.data.num_spatial_frames
     g = config.data.num_frames // math.prod(config.data.grid)
@@ -100,7 +100,7 @@ def formula(config, classes):
 @pytest.mark.parametrize(("name", "classes"), [("ssv2_vitb", 174), ("k400_vitl", 400)])
 def test_dualpath_is_as_the_formula(name, classes):
     config = load(name)
-    counted = efficiency.measure(config)
+    counted = efficiency.measure_efficiency(config)
     assert round(counted.plain_gmacs_per_view * 1e9) == formula(config, classes)
     assert counted.gmacs_per_view < counted.plain_gmacs_per_view
     config.data.num_frames = 48  # the twin: another clip is another count
@@ -110,33 +110,33 @@ def test_dualpath_is_as_the_formula(name, classes):
 def test_cudnns_attention_counts_as_any_other(monkeypatch):
     """Twin: what is traced for a GPU in half precision has products that nobody counts."""
     config = load("ssv2_vitb")
-    want = efficiency.measure(config)
+    want = efficiency.measure_efficiency(config)
     monkeypatch.setattr(attention, "has_flash_attention", lambda: True)
     monkeypatch.setattr(attention, "_by_cudnn", lambda q, k, v, padding: v)
-    assert efficiency.measure(config) == want
-    model = outline(config, 174)
+    assert efficiency.measure_efficiency(config) == want
+    model = abstract_model(config, 174)
     forward = efficiency._forward(model)
     traced = efficiency.count_macs(forward, model.params, *abstract_inputs(config))
     assert traced < round(want.gmacs_per_view * 1e9)
 
 
-@pytest.mark.parametrize("class_only", [False, True])
-def test_count_is_that_of_the_unrolled_program(class_only):
+@pytest.mark.parametrize("cls_token_only", [False, True])
+def test_count_is_that_of_the_unrolled_program(cls_token_only):
     config = load("ssv2_vitb")
-    config.model.scan_blocks, config.model.class_only = False, class_only
-    model = outline(config, 174)
+    config.model.scan_blocks, config.model.cls_token_only = False, cls_token_only
+    model = abstract_model(config, 174)
     lowered = jax.jit(lambda p, *x: model.model.apply({"params": p}, *x)).lower(
         model.params, *abstract_inputs(config)
     )
-    counted = efficiency.measure(config)
-    want = counted.gmacs_per_view if class_only else counted.plain_gmacs_per_view
+    counted = efficiency.measure_efficiency(config)
+    want = counted.gmacs_per_view if cls_token_only else counted.plain_gmacs_per_view
     assert stablehlo_macs(lowered.as_text()) == round(want * 1e9)
 
 
 def test_skipping_the_last_block_saves_what_it_should():
     """All of the last block for N - 1 tokens; its attention reads their norms, once a head."""
     config = recipes.baseline(recipes.vit_b16(recipes.ssv2()), "linear")
-    counted = efficiency.measure(config)
+    counted = efficiency.measure_efficiency(config)
     tokens, width, heads = 197, 768, 12
     saved = (tokens - 1) * 12 * width**2 + 2 * tokens * width * (tokens - heads)
     difference = counted.plain_gmacs_per_view - counted.gmacs_per_view
@@ -154,10 +154,10 @@ def test_skipping_the_last_block_saves_what_it_should():
 )
 def test_trainable_parameters(name, trainable):
     """As PAPER.md; the other cells are in test_dualpath.py and in the configs' headers."""
-    assert efficiency.measure(load(name)).trainable_params == trainable
+    assert efficiency.measure_efficiency(load(name)).trainable_params == trainable
 
 
 def test_other_classes_are_taken_for_unknown_sources():
     config = schema.get_config()
     config.model.scan_blocks = True
-    assert efficiency.measure(config).trainable_params == 10_158_850  # with two classes
+    assert efficiency.measure_efficiency(config).trainable_params == 10_158_850  # with two classes

@@ -1,6 +1,6 @@
 """A training under faults that a seed draws, restarted until it is done. See scripts/chaos.py.
 
-Public: `FAULTS`, `Struck`, `plan_faults`, `num_steps`, `disturb`.
+Public: `FAULTS`, `FaultRecord`, `plan_faults`, `num_steps`, `run_with_faults`.
 
 What is compared with an undisturbed run must have had the same batches. The videos that `trial`
 damages are so in both runs: what takes their place must not depend on when the damage is found.
@@ -19,23 +19,23 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from dualpath_jax.runtime.preemption import EXIT_CODE
-from tests.chaos.full_disk import Disk
-from tests.chaos.trial import DAMAGED, SIZES, Life, Trial
+from tests.chaos.full_disk import LimitedDisk
+from tests.chaos.trial import DAMAGED, SIZES, TrainingFixture, TrainingProcess
 
 STEPS_PER_FAULT = 12
 REFUSED = 2  # exit status of `command.user_errors`
 
 
-class Run:
+class FaultedRun:
     """The disturbed run: one life after the other in one workdir."""
 
-    def __init__(self, trial: Trial, disk: Disk):
+    def __init__(self, trial: TrainingFixture, disk: LimitedDisk):
         self.trial, self.disk = trial, disk
         self.workdir = disk.folder / "workdir"
         self.lives = 0
         self.life = self.start()
 
-    def start(self, wrong_clock: bool = False) -> Life:
+    def start(self, wrong_clock: bool = False) -> TrainingProcess:
         """Begin another life."""
         self.lives += 1
         self.life = self.trial.start(self.workdir, f"life{self.lives:03}.txt", wrong_clock)
@@ -68,13 +68,13 @@ class Run:
         return len(list((self.workdir / "damaged_checkpoints").glob("*")))
 
 
-def _kill(run: Run, rng: np.random.Generator) -> tuple[str, str]:
+def _kill(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
     time.sleep(rng.uniform(0, 0.3))
     run.life.kill()
     return "resumed", run.recover()
 
 
-def _kill_starting(run: Run, rng: np.random.Generator) -> tuple[str, str]:
+def _kill_starting(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
     run.life.kill()
     life = run.start()
     seconds = rng.uniform(0, 10)
@@ -83,7 +83,7 @@ def _kill_starting(run: Run, rng: np.random.Generator) -> tuple[str, str]:
     return "resumed", f"after {seconds:.1f} s; {run.recover()}"
 
 
-def _kill_saving(run: Run, rng: np.random.Generator) -> tuple[str, str]:
+def _kill_saving(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
     if not run.life.until(run.half_written, pause=0.001):
         raise run.life.wrong("saved nothing more")
     time.sleep(rng.uniform(0, 0.05))
@@ -94,7 +94,7 @@ def _kill_saving(run: Run, rng: np.random.Generator) -> tuple[str, str]:
     return did, f"{where}; {run.recover()}"
 
 
-def _sigterm(run: Run, rng: np.random.Generator) -> tuple[str, str]:
+def _sigterm(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
     run.life.trains()
     time.sleep(rng.uniform(0, 0.3))
     run.life.process.send_signal(signal.SIGTERM)
@@ -107,7 +107,7 @@ def _sigterm(run: Run, rng: np.random.Generator) -> tuple[str, str]:
     return f"saved, status {EXIT_CODE}, resumed there", where
 
 
-def _sigterm_starting(run: Run, rng: np.random.Generator) -> tuple[str, str]:
+def _sigterm_starting(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
     run.life.kill()
     life = run.start()
     seconds = rng.uniform(0, 10)
@@ -120,7 +120,7 @@ def _sigterm_starting(run: Run, rng: np.random.Generator) -> tuple[str, str]:
     return f"{what}, resumed", f"after {seconds:.1f} s; {run.recover()}"
 
 
-def _torn_checkpoint(run: Run, rng: np.random.Generator) -> tuple[str, str]:
+def _torn_checkpoint(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
     run.life.until(run.saved)
     run.life.kill()
     newest = run.workdir / "checkpoints" / str(max(run.saved()))
@@ -144,14 +144,14 @@ def _torn_checkpoint(run: Run, rng: np.random.Generator) -> tuple[str, str]:
     return "not needed for restoring, resumed", where
 
 
-def _full_disk(run: Run, rng: np.random.Generator) -> tuple[str, str]:
+def _full_disk(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
     run.life.trains()
     with run.disk.full(run.life.process.pid):
         _wait_for_lost_checkpoint(run)
     return "warned, trained on", f"without the checkpoint; newest {max(run.saved(), default=0)}"
 
 
-def _full_disk_and_death(run: Run, rng: np.random.Generator) -> tuple[str, str]:
+def _full_disk_and_death(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
     run.life.trains()
     with run.disk.full(run.life.process.pid):
         _wait_for_lost_checkpoint(run)
@@ -168,13 +168,13 @@ def _full_disk_and_death(run: Run, rng: np.random.Generator) -> tuple[str, str]:
     return f"{what}, then resumed", run.recover()
 
 
-def _wait_for_lost_checkpoint(run: Run) -> None:
+def _wait_for_lost_checkpoint(run: FaultedRun) -> None:
     told = run.life.text().count("could not be written")
     if not run.life.until(lambda: run.life.text().count("could not be written") > told):
         raise run.life.wrong(f"ended with status {run.life.process.returncode} on a full disk")
 
 
-def _corrupt_records(run: Run, rng: np.random.Generator) -> tuple[str, str]:
+def _corrupt_records(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
     run.life.kill()
     before = run.trial.shard.read_bytes()
     run.trial.damage_videos(i for i in range(SIZES["train"]) if i not in DAMAGED)
@@ -186,7 +186,7 @@ def _corrupt_records(run: Run, rng: np.random.Generator) -> tuple[str, str]:
     return f"status {REFUSED}, named the videos; resumed when mended", run.recover()
 
 
-def _second_program(run: Run, rng: np.random.Generator) -> tuple[str, str]:
+def _second_program(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
     run.life.process.send_signal(signal.SIGSTOP)  # or it would be done before the other starts
     second = run.trial.start(run.workdir, f"second{run.lives:03}.txt")
     status = second.end()
@@ -196,7 +196,7 @@ def _second_program(run: Run, rng: np.random.Generator) -> tuple[str, str]:
     return f"status {REFUSED}, the first went on", "it named the first one"
 
 
-def _wrong_clock(run: Run, rng: np.random.Generator) -> tuple[str, str]:
+def _wrong_clock(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
     run.life.kill()
     for path in run.workdir.rglob("*"):
         os.utime(path, (rng.uniform(0, 4e9),) * 2)  # files from 1970 to 2096
@@ -210,7 +210,7 @@ def _wrong_clock(run: Run, rng: np.random.Generator) -> tuple[str, str]:
 
 # A fault gets the run, alive, and leaves it alive. It returns what the program did, in words for
 # the table, and details.
-FAULTS: dict[str, Callable[[Run, np.random.Generator], tuple[str, str]]] = {
+FAULTS: dict[str, Callable[[FaultedRun, np.random.Generator], tuple[str, str]]] = {
     "kill -9": _kill,
     "kill -9 while starting": _kill_starting,
     "kill -9 while saving": _kill_saving,
@@ -241,7 +241,7 @@ def num_steps(count: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Struck:
+class FaultRecord:
     """A fault that happened, at `step` by the program's own words, and what the program did."""
 
     kind: str
@@ -250,19 +250,21 @@ class Struck:
     details: str
 
 
-def disturb(trial: Trial, disk: Disk, plan: list[tuple[str, int]], seed: int) -> Iterator[Struck]:
+def run_with_faults(
+    trial: TrainingFixture, disk: LimitedDisk, plan: list[tuple[str, int]], seed: int
+) -> Iterator[FaultRecord]:
     """Train to the end under the faults of `plan`; yields each when it is over.
 
     Raises:
       Chaos: the program hung, ended otherwise than it should, or did not start again.
     """
-    run = Run(trial, disk)
+    run = FaultedRun(trial, disk)
     try:
         for number, (kind, target) in enumerate(plan):
             run.reach(target)
             step = run.life.step()
             did, details = FAULTS[kind](run, np.random.default_rng([seed, number]))
-            yield Struck(kind, step, did, details)
+            yield FaultRecord(kind, step, did, details)
         if run.life.end() != 0:
             raise run.life.wrong(f"ended with status {run.life.process.returncode}")
     finally:

@@ -1,6 +1,6 @@
 """A disk that can be full at will.
 
-Public: `Disk`.
+Public: `LimitedDisk`.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ SIZE = 128 * 2**20  # bytes of the disk
 LARGEST_FILE = 400_000  # bytes, of what is written where no disk can be mounted
 
 
-class Disk:
+class LimitedDisk:
     """A folder on a small tmpfs, which is filled when it shall be full.
 
     Mounting needs a right that not everybody has. Without it the folder is an ordinary one, and
@@ -39,7 +39,7 @@ class Disk:
         command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
         self.mounted = mount and _succeeds(command)
 
-    def __enter__(self) -> "Disk":
+    def __enter__(self) -> "LimitedDisk":
         return self
 
     def __exit__(self, *_) -> None:

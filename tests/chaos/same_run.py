@@ -1,6 +1,6 @@
 """Are two trainings the same, bit for bit? What their workdirs hold is compared.
 
-Public: `entries`, `differences`.
+Public: `read_metric_entries`, `find_run_differences`.
 """
 
 import json
@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from dualpath_jax.training.checkpoint import Checkpoints
-from dualpath_jax.training.metrics_logger import OF_THE_PROCESS
+from dualpath_jax.training.metrics_logger import PROCESS_METRICS
 
 
-def entries(workdir: str) -> list[dict[str, Any]]:
+def read_metric_entries(workdir: str) -> list[dict[str, Any]]:
     """The entries of metrics.jsonl, without what they tell of the process."""
     lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
     kept = [json.loads(line) for line in lines]
-    return [{k: v for k, v in entry.items() if k not in OF_THE_PROCESS} for entry in kept]
+    return [{k: v for k, v in entry.items() if k not in PROCESS_METRICS} for entry in kept]
 
 
-def differences(left: str, right: str) -> list[str]:
+def find_run_differences(left: str, right: str) -> list[str]:
     """What differs between two finished runs: a line each; none if they are bit for bit equal.
 
     Compared are the newest checkpoints (trainables, optimizer state, step), every entry of
@@ -28,7 +28,9 @@ def differences(left: str, right: str) -> list[str]:
     """
     states = [_state(workdir) for workdir in (left, right)]
     found = _differing("checkpoint", *states)
-    metrics = [{i: json.dumps(e) for i, e in enumerate(entries(w))} for w in (left, right)]
+    metrics = [
+        {i: json.dumps(e) for i, e in enumerate(read_metric_entries(w))} for w in (left, right)
+    ]
     found += _differing("entry of metrics.jsonl", *metrics)
     results = [json.loads((pathlib.Path(w) / "results.json").read_text()) for w in (left, right)]
     return found + _differing("results.json", *results)

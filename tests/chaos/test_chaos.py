@@ -16,7 +16,7 @@ import pytest
 from dualpath_jax.data.video_dataset import UnreadableVideo, VideoDataset
 from dualpath_jax.training.checkpoint import Checkpoints
 from tests.chaos import chaos, same_run, trial
-from tests.chaos.full_disk import LARGEST_FILE, Disk
+from tests.chaos.full_disk import LARGEST_FILE, LimitedDisk
 from tests.training.test_checkpoint import METADATA
 
 
@@ -55,12 +55,12 @@ def test_every_difference_is_seen(tmp_path):
     kernel = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
     finished(tmp_path / "a", kernel)
     finished(tmp_path / "b", kernel)
-    assert same_run.differences(tmp_path / "a", tmp_path / "b") == []
+    assert same_run.find_run_differences(tmp_path / "a", tmp_path / "b") == []
 
     def found(change, workdir=tmp_path / "b"):
         shutil.copytree(workdir, tmp_path / "c")
         change(tmp_path / "c")
-        both = same_run.differences(tmp_path / "a", tmp_path / "c")
+        both = same_run.find_run_differences(tmp_path / "a", tmp_path / "c")
         shutil.rmtree(tmp_path / "c")
         return both
 
@@ -78,19 +78,19 @@ def test_every_difference_is_seen(tmp_path):
     # One bit of one parameter; another sign of zero; another type.
     kernel[0, 0] = 0.0
     finished(tmp_path / "d", kernel)
-    assert same_run.differences(tmp_path / "a", tmp_path / "d") == ["checkpoint: kernel"]
+    assert same_run.find_run_differences(tmp_path / "a", tmp_path / "d") == ["checkpoint: kernel"]
     kernel[0, 0] = -0.0
     finished(tmp_path / "e", kernel)
-    assert same_run.differences(tmp_path / "d", tmp_path / "e") == ["checkpoint: kernel"]
+    assert same_run.find_run_differences(tmp_path / "d", tmp_path / "e") == ["checkpoint: kernel"]
     finished(tmp_path / "f", kernel.astype(np.float16))
-    assert same_run.differences(tmp_path / "e", tmp_path / "f") == ["checkpoint: kernel"]
+    assert same_run.find_run_differences(tmp_path / "e", tmp_path / "f") == ["checkpoint: kernel"]
     with pytest.raises(ValueError, match="no checkpoints in"):
-        same_run.differences(tmp_path / "a", tmp_path / "nothing")
+        same_run.find_run_differences(tmp_path / "a", tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("mount", [True, False])
 def test_full_disk(tmp_path, mount):
-    with Disk(tmp_path / "disk", mount) as disk:
+    with LimitedDisk(tmp_path / "disk", mount) as disk:
         if mount and not disk.mounted:
             pytest.skip("no right to mount")
         path = disk.folder / "file"
@@ -103,7 +103,7 @@ def test_full_disk(tmp_path, mount):
 
 def test_damaged_videos(demo_data, tmp_path):
     shutil.copytree(demo_data, tmp_path / "data")
-    trial.Trial(tmp_path, 10).damage_videos((3, 8))
+    trial.TrainingFixture(tmp_path, 10).damage_videos((3, 8))
     dataset = VideoDataset(str(tmp_path / "data"), "train")
     unreadable = []
     for video in range(len(dataset)):
@@ -116,14 +116,16 @@ def test_damaged_videos(demo_data, tmp_path):
 
 def test_a_program_that_hangs_or_ends_is_noticed(tmp_path, monkeypatch):
     def life(program):
-        return trial.Life([sys.executable, "-c", program], dict(os.environ), tmp_path / "log")
+        return trial.TrainingProcess(
+            [sys.executable, "-c", program], dict(os.environ), tmp_path / "log"
+        )
 
     ended = life("print('step 7/9  loss 1'); raise SystemExit(3)")
     assert not ended.trains()
     assert (ended.step(), ended.end()) == (7, 3)
     monkeypatch.setattr(trial, "PATIENCE", 1.0)
     hanging = life("import time; print('last words', flush=True); time.sleep(60)")
-    with pytest.raises(trial.Chaos, match=r"(?s)has been hanging for 1 s.*last words"):
+    with pytest.raises(trial.ChaosError, match=r"(?s)has been hanging for 1 s.*last words"):
         hanging.trains()
     hanging.kill()
     assert hanging.end() == -9

@@ -1,6 +1,6 @@
 """A small training, started as a process, to be disturbed. See `chaos`.
 
-Public: `Trial`, `Life`, `Chaos`, `SIZES`, `DAMAGED`.
+Public: `TrainingFixture`, `TrainingProcess`, `ChaosError`, `SIZES`, `DAMAGED`.
 
 The program is `python -m dualpath_jax.main` on the demo's model at 32 pixels, with all
 augmentation, gradient accumulation, evaluation during training, and epochs that end within a batch.
@@ -53,12 +53,12 @@ runpy.run_module("dualpath_jax.main", run_name="__main__", alter_sys=True)
 """
 
 
-class Chaos(Exception):
+class ChaosError(Exception):
     """The program did what it must not do."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class TrainingFixture:
     """What is trained: inputs and logs in `folder`, for `num_steps` steps."""
 
     folder: pathlib.Path
@@ -78,10 +78,10 @@ class Trial:
         raw = self.folder / "raw"
         render.render_demo(raw, SIZES, progress=False)
         videos, labels = str(raw / "videos"), str(raw / "labels")
-        prepare.prepare(
+        prepare.prepare_dataset(
             dataset_registry.list_videos("ssv2", videos, labels), videos, self.data, progress=False
         )
-        convert.convert_clip(setup.BACKBONE, self.folder / "backbone.safetensors")
+        convert.convert_checkpoint(setup.BACKBONE, self.folder / "backbone.safetensors")
         (self.folder / "mirrored.json").write_text(json.dumps(MIRRORED))
         (self.folder / "logs").mkdir()
         self.damage_videos(DAMAGED)
@@ -97,7 +97,9 @@ class Trial:
             content[next(p for part in parts if (p := content.find(part)) > 0)] ^= 1
         self.shard.write_bytes(content)
 
-    def start(self, workdir: pathlib.Path, log: str, wrong_clock: bool = False) -> "Life":
+    def start(
+        self, workdir: pathlib.Path, log: str, wrong_clock: bool = False
+    ) -> "TrainingProcess":
         """The program, as anybody starts it; its output goes to `logs/<log>`."""
         options = {
             **SETTINGS,
@@ -109,7 +111,7 @@ class Trial:
         program = ["-c", WRONG_CLOCK] if wrong_clock else ["-m", "dualpath_jax.main"]
         command = [sys.executable, *program, "--config=configs/demo.py", f"--workdir={workdir}"]
         command += [f"--config.{key}={value}" for key, value in options.items()]
-        return Life(command, self._environment(), self.folder / "logs" / log)
+        return TrainingProcess(command, self._environment(), self.folder / "logs" / log)
 
     def _environment(self) -> dict[str, str]:
         """Compiled programs are kept, so that a restart costs no compilation."""
@@ -123,7 +125,7 @@ class Trial:
         }
 
 
-class Life:
+class TrainingProcess:
     """The program from a start to its end."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: pathlib.Path):
@@ -167,6 +169,8 @@ class Life:
         self.process.kill()
         self.process.wait()
 
-    def wrong(self, what: str) -> Chaos:
+    def wrong(self, what: str) -> ChaosError:
         """An error for what the program did, with the end of its output."""
-        return Chaos(f"the program {what}. Its last words, of {self._log}:\n{self.text()[-3000:]}")
+        return ChaosError(
+            f"the program {what}. Its last words, of {self._log}:\n{self.text()[-3000:]}"
+        )

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from dualpath_jax.config import schema
-from dualpath_jax.models.abstract import outline
+from dualpath_jax.models.abstract import abstract_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted(
@@ -28,7 +28,7 @@ def keys(config, prefix=""):
 def test_a_config_only_overrides(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     assert set(keys(config)) == set(keys(schema.get_config()))
-    outline(config, num_classes=3)
+    abstract_model(config, num_classes=3)
 
 
 def unread(all_keys, source):

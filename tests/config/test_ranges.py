@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 from dualpath_jax.config import ranges, schema
-from dualpath_jax.config.values import flat
+from dualpath_jax.config.values import flatten_config
 from tests.config.test_configs import CONFIGS
 
 
@@ -67,4 +67,4 @@ def test_at_the_edge(key, value):
 
 
 def test_every_range_is_of_a_key():
-    assert ranges._RANGES.keys() <= flat(schema.get_config()).keys()
+    assert ranges._RANGES.keys() <= flatten_config(schema.get_config()).keys()

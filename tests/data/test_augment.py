@@ -9,13 +9,13 @@ from dualpath_jax.data import augment
 
 
 def test_test_crops():
-    assert augment.view_crop(256, 340, 0, 1) == augment.Crop(0, 42, 256, 256)
-    lefts = [augment.view_crop(256, 340, k, 3).left for k in range(3)]
+    assert augment.eval_crop(256, 340, 0, 1) == augment.Crop(0, 42, 256, 256)
+    lefts = [augment.eval_crop(256, 340, k, 3).left for k in range(3)]
     assert lefts == [0, 42, 84]
-    tops = [augment.view_crop(400, 256, k, 3).top for k in range(3)]
+    tops = [augment.eval_crop(400, 256, k, 3).top for k in range(3)]
     assert tops == [0, 72, 144]
     with pytest.raises(ValueError, match="spatial_crops=2"):
-        augment.view_crop(256, 340, 0, 2)
+        augment.eval_crop(256, 340, 0, 2)
 
 
 def test_random_crops_stay_inside_and_have_the_asked_area():
@@ -85,12 +85,12 @@ def test_mirrored_labels_of_a_file(tmp_path):
     for bad in ('[["a", "b", "c"]]', "[1]", "{", '"ab"'):
         path.write_text(bad)
         with pytest.raises(ValueError, match="must be a JSON file like"):
-            augment.read_label_swap(str(path))
+            augment.read_label_swaps(str(path))
     path.write_text('[["a", "b"], ["b", "c"]]')
     with pytest.raises(ValueError, match=r"names \['b'\] more than once"):
-        augment.read_label_swap(str(path))
+        augment.read_label_swaps(str(path))
     with pytest.raises(ValueError, match="'ssv3' must be 'ssv2' or a JSON file"):
-        augment.read_label_swap("ssv3")
+        augment.read_label_swaps("ssv3")
 
 
 def test_mirroring_left_into_right_is_refused():

@@ -69,12 +69,12 @@ def differences(videos, image_size, monkeypatch):
     """Mean absolute difference of each frameset to the one of fully decoded frames, 0..255."""
     reduced = framesets(videos, image_size)
     with monkeypatch.context() as patch:
-        decode = frame_ops.decode
+        decode = frame_ops.decode_crops
 
         def whole(jpegs, box, _, size):
             return decode(jpegs, box, 1, size)
 
-        patch.setattr(frame_ops, "decode", whole)
+        patch.setattr(frame_ops, "decode_crops", whole)
         full = framesets(videos, image_size)
     return np.abs(reduced - full).mean(axis=(1, 2, 3))
 
@@ -94,22 +94,22 @@ def test_a_smaller_margin_is_seen(monkeypatch):
 
 
 def test_a_shifted_box_is_seen(monkeypatch):
-    decode = frame_ops.decode
+    decode = frame_ops.decode_crops
 
     def shifted(jpegs, box, ratio, size):
         return decode(jpegs, box - ([4, 4, 0, 0] if ratio > 1 else 0), ratio, size)
 
-    snap = frame_ops.snap
-    monkeypatch.setattr(frame_ops, "snap", lambda box, _: np.maximum(snap(box, 4), 4))
-    monkeypatch.setattr(frame_ops, "decode", shifted)
+    snap = frame_ops.snap_box
+    monkeypatch.setattr(frame_ops, "snap_box", lambda box, _: np.maximum(snap(box, 4), 4))
+    monkeypatch.setattr(frame_ops, "decode_crops", shifted)
     assert differences(photographs(), 112, monkeypatch).max() > 4
 
 
 def test_boxes_are_cut_to_reduced_pixels():
     box = np.array([5, 8, 171, 166], np.int32)
-    assert frame_ops.snap(box, 1).tolist() == box.tolist()
-    assert frame_ops.snap(box, 2).tolist() == [6, 8, 170, 166]
-    assert frame_ops.snap(box, 4).tolist() == [8, 8, 168, 164]
+    assert frame_ops.snap_box(box, 1).tolist() == box.tolist()
+    assert frame_ops.snap_box(box, 2).tolist() == [6, 8, 170, 166]
+    assert frame_ops.snap_box(box, 4).tolist() == [8, 8, 168, 164]
 
 
 def scaled(picture, side, size):
@@ -142,7 +142,7 @@ def test_frames_keep_their_places_in_groups(size):
     jpegs = tf.unstack(tf.io.parse_example(raw, FRAME_FEATURES)["image"])
     assert len(jpegs) % frame_ops.GROUP  # the last group is a smaller one
     box = tf.constant([8, 16, 200, 230])
-    together = frame_ops.decode(jpegs, box, 1, size).numpy().astype(int)
+    together = frame_ops.decode_crops(jpegs, box, 1, size).numpy().astype(int)
     assert together.shape == (7, size, size, 3)
     for i, jpeg in enumerate(jpegs):
         cut = tf.io.decode_jpeg(jpeg, 3, dct_method="INTEGER_ACCURATE")[None, 8:208, 16:246]

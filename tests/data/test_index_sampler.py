@@ -6,7 +6,7 @@ from dualpath_jax.data import index_sampler
 
 
 def ids(seed, steps, batch, n):
-    pairs = [index_sampler.train_order(seed, step, batch, n) for step in steps]
+    pairs = [index_sampler.train_indices(seed, step, batch, n) for step in steps]
     return np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])
 
 
@@ -24,20 +24,20 @@ def test_batches_straddle_epochs_without_loss():
 
 
 def test_a_step_needs_no_other_step():
-    alone = index_sampler.train_order(5, 1_000_000, 8, 1000)
-    again = index_sampler.train_order(5, 1_000_000, 8, 1000)
+    alone = index_sampler.train_indices(5, 1_000_000, 8, 1000)
+    again = index_sampler.train_indices(5, 1_000_000, 8, 1000)
     assert np.array_equal(alone[0], again[0])
     assert alone[1].tolist() == [8000] * 8
-    assert not np.array_equal(alone[0], index_sampler.train_order(6, 1_000_000, 8, 1000)[0])
+    assert not np.array_equal(alone[0], index_sampler.train_indices(6, 1_000_000, 8, 1000)[0])
 
 
 def test_the_order_stays_what_it_is():
     """A run resumed with a newer version must see the same batches."""
-    assert index_sampler.train_order(0, 0, 8, 100)[0].tolist() == EXPECTED
+    assert index_sampler.train_indices(0, 0, 8, 100)[0].tolist() == EXPECTED
 
 
 def test_one_example():
-    examples, epochs = index_sampler.train_order(0, 2, 3, 1)
+    examples, epochs = index_sampler.train_indices(0, 2, 3, 1)
     assert examples.tolist() == [0, 0, 0]
     assert epochs.tolist() == [6, 7, 8]
 

@@ -53,7 +53,7 @@ def test_batches_follow_the_order(config):
     dataset = VideoDataset(config.data.dir, "train")
     batches = take(pipeline.train_batches(dataset, config.data, 3, 0, 6), 6)
     for step, batch in enumerate(batches):
-        expected, _ = index_sampler.train_order(3, step, 8, len(dataset))
+        expected, _ = index_sampler.train_indices(3, step, 8, len(dataset))
         assert batch["example_id"].tolist() == expected.tolist()
 
 
@@ -84,7 +84,7 @@ def test_beginning_late_reads_nothing_else(config, monkeypatch):
         lambda video, frames: read.append(video) or read_frames(video, frames),
     )
     far = 1_000_000
-    expected = index_sampler.train_order(0, far, 8, len(dataset))[0].tolist()
+    expected = index_sampler.train_indices(0, far, 8, len(dataset))[0].tolist()
     next(pipeline.train_batches(dataset, config.data, 0, far, far + 1))
     assert read == expected
     read.clear()
@@ -129,7 +129,7 @@ def test_crop_and_flip_reach_both_inputs(config, monkeypatch):
     dataset = VideoDataset(config.data.dir, "test")
     plain = next(pipeline.eval_batches(dataset, config.data, 1, 1, 8))
     flipped = augment.Crop(0, 0, 72, 72, flip=True)
-    monkeypatch.setattr(augment, "view_crop", lambda *_: flipped)
+    monkeypatch.setattr(augment, "eval_crop", lambda *_: flipped)
     mirrored = next(pipeline.eval_batches(dataset, config.data, 1, 1, 8))
 
     def close(a, b):  # sums of the resize run the other way round: one step of rounding
@@ -186,9 +186,9 @@ def test_one_warp_for_all_frames_and_the_framesets(config, monkeypatch):
     data = augmented(config, layers=1)
     rotate = (np.array([randaugment_ops.OPS.index("rotate")], np.int32), np.array([25], np.float32))
     nothing = (np.zeros(1, np.int32), np.zeros(1, np.float32))
-    monkeypatch.setattr(randaugment_ops, "draw", lambda *_: nothing)
+    monkeypatch.setattr(randaugment_ops, "draw_ops", lambda *_: nothing)
     plain = next(pipeline.train_batches(dataset, data, 0, 0, 1))
-    monkeypatch.setattr(randaugment_ops, "draw", lambda *_: rotate)
+    monkeypatch.setattr(randaugment_ops, "draw_ops", lambda *_: rotate)
     batch = next(pipeline.train_batches(dataset, data, 0, 0, 1))
 
     def distance(clip, a, b):
@@ -279,7 +279,7 @@ def test_views_differ(config):
 def test_no_stream_has_an_autotuner():
     """What ends a stream would wait for its thread, up to a minute."""
     numbers = tf.data.Dataset.range(20)
-    stream = clip_assembly.map_clips(numbers, lambda number: number + 1).batch(5).prefetch(2)
+    stream = clip_assembly.parallel_map(numbers, lambda number: number + 1).batch(5).prefetch(2)
     assert stream.options().autotune.enabled is False
     assert np.concatenate(list(stream.as_numpy_iterator())).tolist() == list(range(1, 21))
     # Twin: TensorFlow's own default is to have one.
@@ -306,7 +306,7 @@ def test_a_graph_is_built_once(config, monkeypatch):
 def test_bad_values_are_named(config):
     config.data.sampling = "sparse"
     with pytest.raises(ValueError, match="'sparse'"):
-        clip_spec.clip_format(config.data)
+        clip_spec.build_clip_format(config.data)
     config.data.sampling, config.data.num_frames = "dense", 64
     with pytest.raises(ValueError, match="data.sampling_interval"):
-        clip_spec.clip_format(config.data)
+        clip_spec.build_clip_format(config.data)

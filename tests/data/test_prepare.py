@@ -25,9 +25,9 @@ from dualpath_jax.data import video_dataset
 from dualpath_jax.data.datasets.registry import list_videos
 from dualpath_jax.data.preparation import prepare as prepare_module
 from dualpath_jax.data.preparation import shard_writer
-from dualpath_jax.data.preparation.dry_run import check
-from dualpath_jax.data.preparation.prepare import prepare
-from dualpath_jax.data.preparation.summary import Counts, in_words
+from dualpath_jax.data.preparation.dry_run import check_videos
+from dualpath_jax.data.preparation.prepare import prepare_dataset
+from dualpath_jax.data.preparation.summary import SplitCounts, format_counts
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits
 from dualpath_jax.data.video_dataset import FRAME_FEATURES, VideoDataset
 from scripts.prepare_dataset import parse_arguments
@@ -67,7 +67,7 @@ def listing_of(videos):
 
 
 def run(videos, out, **options):
-    return prepare(listing_of(videos), str(videos), str(out), **(OPTIONS | options))
+    return prepare_dataset(listing_of(videos), str(videos), str(out), **(OPTIONS | options))
 
 
 def brightness(dataset, video):
@@ -271,7 +271,7 @@ def test_videos_in_another_place_are_the_same(videos, tmp_path):
         (videos / video.path).rename(videos / f"of {number}" / video.path)
         video = dataclasses.replace(video, path=f"of {number}/{video.path}")
         listing.splits["validation"][number] = video
-    prepare(listing, str(videos), str(out), **OPTIONS)
+    prepare_dataset(listing, str(videos), str(out), **OPTIONS)
     assert contents(out) == whole
 
 
@@ -299,7 +299,7 @@ def test_broken_places(videos, tmp_path, monkeypatch):
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match="none of the 7 listed videos is in .*empty.*--videos"):
-        prepare(listing_of(videos), str(empty), str(tmp_path / "out"), **OPTIONS)
+        prepare_dataset(listing_of(videos), str(empty), str(tmp_path / "out"), **OPTIONS)
     out = tmp_path / "tiny"
     with pytest.raises(ValueError, match="none of the 7 videos could be stored"):
         run(videos, out, limits=DecodeLimits(max_pixels=10))
@@ -315,7 +315,7 @@ def test_truncated_and_empty_split(videos, tmp_path):
     for name in ("-v.mkv", "w.webm"):
         (videos / name).write_bytes(b"")
     counts = run(videos, tmp_path / "out")
-    assert counts["validation"] == Counts(listed=2, found=2, bad=2)
+    assert counts["validation"] == SplitCounts(listed=2, found=2, bad=2)
     assert counts["train"].truncated == 1
     rows = tfds.builder_from_directory(str(tmp_path / "out")).as_data_source("train")
     assert [bool(row["truncated"]) for row in rows] == [True, False, False]
@@ -450,11 +450,11 @@ def test_limited_file_size(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(OSError, match="File too large. 0 of 1 .* an unknown amount"):
-            prepare(listing, str(videos), str(out), num_workers=1, progress=False)
+            prepare_dataset(listing, str(videos), str(out), num_workers=1, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(out / "frames") == []
-    counts = prepare(listing, str(videos), str(out), num_workers=1, progress=False)
+    counts = prepare_dataset(listing, str(videos), str(out), num_workers=1, progress=False)
     assert counts["total"].num_bytes > 100_000
 
 
@@ -479,7 +479,7 @@ def test_check(videos, tmp_path, capsys, monkeypatch):
     pathlib.Path(path).write_bytes(data[: len(data) * 2 // 3])
     before = contents(tmp_path)
     options = {name: value for name, value in OPTIONS.items() if name != "videos_per_shard"}
-    checked = check(listing_of(videos), str(videos), **options)
+    checked = check_videos(listing_of(videos), str(videos), **options)
     assert contents(tmp_path) == before
     printed, error = capsys.readouterr()
     assert "note: 1 of the 5 videos of split 'train' are not in" in error
@@ -500,8 +500,10 @@ def test_check(videos, tmp_path, capsys, monkeypatch):
     assert lines[3].startswith("train: listed 5, found 4, stored 3, bad 2 (stored but truncated 1")
     names = [str(tmp_path / name) for name in ("no folder/x", "bad ü.jsonl")]
     with pytest.raises(OSError, match="no folder"):
-        check(listing_of(videos), str(videos), **options, bad_videos=names[0])
-    check(listing_of(videos), str(videos), **options | {"max_missing": 0}, bad_videos=names[1])
+        check_videos(listing_of(videos), str(videos), **options, bad_videos=names[0])
+    check_videos(
+        listing_of(videos), str(videos), **options | {"max_missing": 0}, bad_videos=names[1]
+    )
     assert pathlib.Path(names[1]).read_text().splitlines() == lines[:3]
     printed, error = capsys.readouterr()
     assert "{" not in printed
@@ -517,7 +519,7 @@ def test_check_of_splits_that_share_videos(tmp_path, capsys):
         text = f"a.avi {roles[0]}\nb.avi {roles[1]}\n"
         (lists / f"wave_test_split{division}.txt").write_text(text)
     listing = list_videos("hmdb51", str(videos), str(lists))
-    counts = check(listing, str(videos), num_workers=1, progress=False)
+    counts = check_videos(listing, str(videos), num_workers=1, progress=False)
     assert (counts["test1"].num_frames, counts["test2"].num_frames) == (3, 2)
     assert counts["total"].num_frames == 5
     lines = capsys.readouterr().out.splitlines()
@@ -537,7 +539,7 @@ def test_check_of_splits_that_share_videos(tmp_path, capsys):
     ],
 )
 def test_sizes_in_words(number, expected):
-    assert in_words(number) == expected
+    assert format_counts(number) == expected
 
 
 def command(videos, out, *more):
@@ -685,7 +687,7 @@ def test_splits_that_share_videos(tmp_path, capsys):
             lines = [f"{file} {role} \n" for file, role in zip(names, roles, strict=True)]
             (lists / f"{name}_test_split{division}.txt").write_text("".join(lines))
     listing = list_videos("hmdb51", str(videos), str(lists))
-    counts = prepare(listing, str(videos), str(out), **OPTIONS)
+    counts = prepare_dataset(listing, str(videos), str(out), **OPTIONS)
     assert list(counts) == ["train1", "test1", "train2", "test2", "train3", "test3", "total"]
     assert (counts["train1"].listed, counts["train1"].stored) == (6, 4)
     assert (counts["test2"].listed, counts["test2"].stored) == (4, 2)

@@ -32,7 +32,7 @@ def on_device(frames, *steps, last=None):
     tables = randaugment.lookup_tables(tf.constant(frames), tf.constant(ops), tf.constant(values))
     inputs = [frames[None]] if last is None else [frames[None], last[None]]
     return np.asarray(
-        preprocess.colour(inputs, ops[None], values[None], np.asarray(tables)[None])[0][0]
+        preprocess.augment_color(inputs, ops[None], values[None], np.asarray(tables)[None])[0][0]
     )
 
 
@@ -99,9 +99,9 @@ def test_a_single_colour_stays(clip):
 
 def warped(frames, *steps):
     ops = [OPS.index(name) for name, _ in steps]
-    matrix = randaugment_ops.affine(ops, [value for _, value in steps])
+    matrix = randaugment_ops.affine_matrix(ops, [value for _, value in steps])
     fill = np.array(FILL, np.float32)
-    return randaugment.warp(tf.constant(frames), matrix, fill).numpy().astype(int)
+    return randaugment.warp_frames(tf.constant(frames), matrix, fill).numpy().astype(int)
 
 
 def transform(image, *coefficients):
@@ -148,7 +148,7 @@ def test_geometry_is_relative_to_the_size(clip):
 
 
 def test_draw():
-    draws = [randaugment_ops.draw(np.random.default_rng(i), 4, 7) for i in range(3000)]
+    draws = [randaugment_ops.draw_ops(np.random.default_rng(i), 4, 7) for i in range(3000)]
     ops = np.stack([ops for ops, _ in draws])
     share = np.bincount(ops.ravel(), minlength=len(OPS)) / ops.size
     assert abs(share[0] - 0.5) < 0.02
@@ -173,7 +173,7 @@ def test_draw():
         "contrast": {0.37, 1.63},
         "brightness": {0.37, 1.63},
     }
-    again = randaugment_ops.draw(np.random.default_rng(5), 4, 7)
+    again = randaugment_ops.draw_ops(np.random.default_rng(5), 4, 7)
     assert all(np.array_equal(a, b) for a, b in zip(again, draws[5], strict=True))
 
 

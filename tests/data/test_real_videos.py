@@ -10,8 +10,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dualpath_jax.data.datasets.registry import list_videos
-from dualpath_jax.data.preparation.dry_run import check
-from dualpath_jax.data.preparation.prepare import prepare
+from dualpath_jax.data.preparation.dry_run import check_videos
+from dualpath_jax.data.preparation.prepare import prepare_dataset
 from dualpath_jax.data.video_dataset import VideoDataset
 
 CLIPS = os.environ.get("DUALPATH_TEST_VIDEOS")
@@ -30,7 +30,7 @@ REASONS = {
 def prepared(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("clips") / "out")
     listing = list_videos("folder", CLIPS)
-    return out, listing, prepare(listing, CLIPS, out, short_side=112, progress=False)
+    return out, listing, prepare_dataset(listing, CLIPS, out, short_side=112, progress=False)
 
 
 def manifest():
@@ -79,7 +79,7 @@ def test_frame_counts_and_sizes(prepared):
 
 def test_check_tells_the_same(prepared, capsys):
     out, listing, counts = prepared
-    checked = check(listing, CLIPS, short_side=112, progress=False)
+    checked = check_videos(listing, CLIPS, short_side=112, progress=False)
     for name, count in counts.items():
         assert dataclasses.replace(checked[name], num_bytes=count.num_bytes) == count
         assert checked[name].num_bytes == pytest.approx(count.num_bytes, rel=0.05)
@@ -121,7 +121,7 @@ def test_two_steps_of_training(prepared, demo_backbone, tmp_path):
     config.model.dtype = "float32"
     config.num_train_steps = 2
     dataset, validation = VideoDataset(out, "train"), VideoDataset(out, "validation")
-    run = experiment.build_run(config, str(tmp_path), dataset)
+    run = experiment.build_experiment(config, str(tmp_path), dataset)
     train.train(run, dataset, validation)
     evaluate.evaluate_and_write(run, validation)
     results = json.loads((tmp_path / "results.json").read_text())

@@ -9,7 +9,7 @@ import pytest
 
 from configs import demo
 from dualpath_jax.data import augment, pipeline, synthetic
-from dualpath_jax.training.inputs import check_inputs, open_data, train_batches_of
+from dualpath_jax.training.inputs import check_inputs, choose_train_batches, open_datasets
 from tests.helpers.processes import ROOT, environment
 
 TINY = [
@@ -40,7 +40,7 @@ def data():
 
 @pytest.mark.parametrize("framesets", [True, False])
 def test_batches_are_the_pipelines(data, framesets):
-    videos = synthetic.synthetic_split(data, 20)
+    videos = synthetic.make_synthetic_split(data, 20)
     batches = list(synthetic.train_batches(videos, data, 0, 3, 10, 1, 2, framesets=framesets))
     assert len(batches) == 7
     assert all(batch is batches[0] for batch in batches)  # nothing is made for a step
@@ -54,20 +54,20 @@ def test_batches_are_the_pipelines(data, framesets):
 @pytest.mark.parametrize(("source", "classes"), [("k400", 400), ("ssv2", 174), ("folder", 2)])
 def test_classes_of_the_data_set(data, source, classes):
     data.source = source
-    assert len(synthetic.synthetic_split(data, 3).class_names) == classes
+    assert len(synthetic.make_synthetic_split(data, 3).class_names) == classes
 
 
 def test_classes_that_mirroring_exchanges(data):
     data.source, data.flip, data.label_swap = "ssv2", True, "ssv2"
-    names = synthetic.synthetic_split(data, 3).class_names
+    names = synthetic.make_synthetic_split(data, 3).class_names
     assert len(names) == 174
     assert {name for pair in augment.SSV2_LABEL_SWAP for name in pair} <= set(names)
     data.flip = False
-    assert "0" in synthetic.synthetic_split(data, 3).class_names
+    assert "0" in synthetic.make_synthetic_split(data, 3).class_names
 
 
 def test_no_frame_is_read_for_a_step(data):
-    videos = synthetic.synthetic_split(data, 20)
+    videos = synthetic.make_synthetic_split(data, 20)
     read, original = [], videos.read_frames
     videos.read_frames = lambda *args: read.append(args) or original(*args)
 
@@ -76,9 +76,9 @@ def test_no_frame_is_read_for_a_step(data):
         assert len(list(make(videos, data, 0, 0, 5))) == 5
         return len(read)
 
-    assert reads(train_batches_of(data)) == 20  # twin: the pipeline reads every clip
+    assert reads(choose_train_batches(data)) == 20  # twin: the pipeline reads every clip
     data.synthetic = True
-    assert reads(train_batches_of(data)) == 4
+    assert reads(choose_train_batches(data)) == 4
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def test_only_a_synthetic_run_needs_no_files(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no prepared data in .* and no converted custom"):
         check_inputs(config)
     with pytest.raises(FileNotFoundError, match="no prepared videos"):
-        open_data(config)
+        open_datasets(config)
     config.data.synthetic = True
     check_inputs(config)
-    assert [len(split) for split in open_data(config)] == [1000, 40]
+    assert [len(split) for split in open_datasets(config)] == [1000, 40]

@@ -8,7 +8,7 @@ import pytest
 
 from dualpath_jax.data import index_sampler, pipeline, video_dataset
 from dualpath_jax.data.preparation.shard_writer import ShardWriter, encode_frame
-from dualpath_jax.data.unreadable_videos import BrokenVideos
+from dualpath_jax.data.unreadable_videos import UnreadableVideos
 from dualpath_jax.data.video_dataset import UnreadableVideo, VideoDataset, frame_shard_path
 
 
@@ -61,17 +61,17 @@ def test_the_next_video_takes_the_place(config, demo_data, tmp_path, how):
     bad = (5, 6, 39)
     healthy = VideoDataset(config.data.dir, "train")
     dataset = damaged(demo_data, tmp_path / "data", bad, how)
-    broken = BrokenVideos(dataset.ids, 3)
+    broken = UnreadableVideos(dataset.ids, 3)
     found = batches(dataset, config.data, broken=broken)
     assert set(broken.videos) == set(bad)
     stand_in = {5: 7, 6: 7, 39: 0}
     clips = {}  # of the healthy data, by epoch and video
     for step, batch in enumerate(batches(healthy, config.data)):
-        examples, epochs = index_sampler.train_order(0, step, 8, 40)
+        examples, epochs = index_sampler.train_indices(0, step, 8, 40)
         for row, (example, epoch) in enumerate(zip(examples, epochs, strict=True)):
             clips[epoch, example] = {key: value[row] for key, value in batch.items()}
     for step, batch in enumerate(found):
-        examples, epochs = index_sampler.train_order(0, step, 8, 40)
+        examples, epochs = index_sampler.train_indices(0, step, 8, 40)
         expected = [stand_in.get(int(i), int(i)) for i in examples]
         assert batch["example_id"].tolist() == expected
         for row, (example, epoch) in enumerate(zip(expected, epochs, strict=True)):
@@ -80,7 +80,7 @@ def test_the_next_video_takes_the_place(config, demo_data, tmp_path, how):
     # Whenever the damage is found, the batches are the same.
     assert same(batches(dataset, config.data, first=4), found[4:])
     # Twin: nothing is replaced in healthy data.
-    broken = BrokenVideos(healthy.ids, 0)
+    broken = UnreadableVideos(healthy.ids, 0)
     assert not same(batches(healthy, config.data, broken=broken), found)
     assert broken.videos == {}
 

@@ -23,14 +23,14 @@ from PIL import Image
 from dualpath_jax.data.preparation import worker_pool
 from dualpath_jax.data.preparation.video_decoder import (
     DecodeLimits,
-    Thinning,
+    FrameRateFilter,
     VideoError,
     VideoFacts,
     check_video,
     decode_frames,
     video_to_jpegs,
 )
-from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool, streams
+from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool, pull_streams
 from tests.helpers.video_files import grey_frames, noise_frames, write_video
 
 LIMITS = DecodeLimits()
@@ -283,7 +283,7 @@ def test_thinning(tmp_path, fps, kept, stored):
 
 
 def kept(stamps, fps, rate):
-    thinning = Thinning(fps, rate)
+    thinning = FrameRateFilter(fps, rate)
     return [i for i, stamp in enumerate(stamps) if thinning.keeps(stamp)]
 
 
@@ -669,7 +669,7 @@ def test_streams_keep_what_came_before_a_failure():
         [("raise", VideoError("no frames"))],
         [("sleep", 0.6), ("sleep", 0.6), ("sleep", 0.6)],  # together more than the limit, each less
     ]
-    found = list(streams(acts, jobs, DecodeLimits(seconds=1.0)))
+    found = list(pull_streams(acts, jobs, DecodeLimits(seconds=1.0)))
     assert found == [
         *((0, 0), (0, 1)),
         *((1, 2), (1, Failure("the decoding process crashed (signal 11)"))),
@@ -677,7 +677,7 @@ def test_streams_keep_what_came_before_a_failure():
         (4, Failure("no frames")),
         *[(5, 0.6)] * 3,
     ]
-    assert list(streams(acts, [], LIMITS)) == []
+    assert list(pull_streams(acts, [], LIMITS)) == []
 
 
 def touching(folder):
@@ -689,7 +689,7 @@ def touching(folder):
 
 def test_streams_are_not_made_ahead(tmp_path):
     """Four items are asked for at most; they wait until they are taken."""
-    for place, item in streams(touching, [(tmp_path,)], LIMITS):
+    for place, item in pull_streams(touching, [(tmp_path,)], LIMITS):
         assert place == 0
         time.sleep(0.1 if item < 5 else 0)
         assert len(list(tmp_path.iterdir())) <= item + 4

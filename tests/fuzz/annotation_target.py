@@ -97,7 +97,7 @@ class Annotations(Target):
         videos, dataset = folder / "videos", kind.partition("_")[0]
         listing = list_videos(dataset, str(videos), str(folder / "annotations"))
         lines = [*map(str, listing.class_names), *listing.notices]
-        for split, found in listing.stored().items():
+        for split, found in listing.videos_to_store().items():
             for video in found:
                 lines.append(summary.json_line(summary.bad_entry(split, video, Failure("none"))))
                 os.path.exists(os.path.join(videos, video.path))

@@ -1,6 +1,6 @@
 """Runs damaged files through the readers and counts what became of them.
 
-Public: `fuzz_target`, `Row`, `divide`, `table`.
+Public: `fuzz_target`, `TargetReport`, `share_inputs`, `format_table`.
 
 Each target reads in a process of its own. One that crashes or hangs is a finding like any other:
 the next case goes to a new process.
@@ -15,14 +15,14 @@ import tempfile
 import time
 from collections.abc import Mapping
 
-from dualpath_jax.runtime.progress_bar import Bar
+from dualpath_jax.runtime.progress_bar import ProgressBar
 from tests.fuzz.sandbox import (
     ACCEPTED,
     FINDING,
     REFUSED,
     Outcome,
     Target,
-    case_of,
+    make_case,
     serve,
     write_case,
 )
@@ -31,7 +31,7 @@ _START_SECONDS = 600.0  # for a process to import everything and read the seeds
 
 
 @dataclasses.dataclass
-class Row:
+class TargetReport:
     """What became of the inputs of one target; `findings` by the number of the input."""
 
     target: str
@@ -94,7 +94,7 @@ def fuzz_target(
     end: int,
     seed: int,
     kept: pathlib.Path,
-) -> Row:
+) -> TargetReport:
     """Reads the cases first ... end - 1 of a target.
 
     Args:
@@ -107,9 +107,9 @@ def fuzz_target(
     Raises:
       ValueError: the target refuses its own valid files.
     """
-    row = Row(name)
+    row = TargetReport(name)
     began = time.monotonic()
-    shown = Bar(end - first, name, "inputs")
+    shown = ProgressBar(end - first, name, "inputs")
     with shown, tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
         work = pathlib.Path(temporary) / name
         while first < end:
@@ -134,7 +134,7 @@ def fuzz_target(
     return row
 
 
-def _count(row: Row, index: int, outcome: Outcome) -> None:
+def _count(row: TargetReport, index: int, outcome: Outcome) -> None:
     row.inputs += 1
     row.accepted += outcome.kind == ACCEPTED
     row.refused += outcome.kind == REFUSED
@@ -144,17 +144,17 @@ def _count(row: Row, index: int, outcome: Outcome) -> None:
         row.findings[index] = outcome.text
 
 
-def _keep(row: Row, target: Target, seed: int, kept: pathlib.Path) -> None:
+def _keep(row: TargetReport, target: Target, seed: int, kept: pathlib.Path) -> None:
     """Writes the files of each finding, what happened, and the command that does it again."""
     for index, text in row.findings.items():
         folder = kept / f"{row.target}-{seed}-{index}"
         shutil.rmtree(folder, ignore_errors=True)
-        write_case(case_of(target, seed, index), folder / "files")
+        write_case(make_case(target, seed, index), folder / "files")
         command = f"python scripts/fuzz.py --targets {row.target} --seed={seed} --only={index}"
         (folder / "finding.txt").write_text(f"{command}\n\n{text}\n", errors="replace")
 
 
-def divide(inputs: int, shares: Mapping[str, float]) -> dict[str, int]:
+def share_inputs(inputs: int, shares: Mapping[str, float]) -> dict[str, int]:
     """How many of `inputs` each target gets, at least one."""
     total = sum(shares.values())
     counts = {name: max(1, int(inputs * share / total)) for name, share in shares.items()}
@@ -163,11 +163,11 @@ def divide(inputs: int, shares: Mapping[str, float]) -> dict[str, int]:
     return counts
 
 
-def table(rows: list[Row]) -> str:
+def format_table(rows: list[TargetReport]) -> str:
     """The rows as a table in Markdown, with a last row of sums."""
     lines = ["| target | inputs | accepted | refused with a named error | findings | seconds |"]
     lines.append("|---|---|---|---|---|---|")
-    total = Row("total")
+    total = TargetReport("total")
     for row in rows:
         total.inputs += row.inputs
         total.accepted += row.accepted

@@ -50,7 +50,7 @@ class Records(Target):
             image_size=16,
             sampling="segments",
         )
-        self._clip = clip_spec.clip_format(self._data)
+        self._clip = clip_spec.build_clip_format(self._data)
         self._elements = _Elements(self._clip)
         self._problems: list[Exception] = []
         # One for all cases: tracing it takes a hundred times as long as a clip.
@@ -105,7 +105,7 @@ class Records(Target):
             if self._problems:
                 raise self._problems[0] from None
             if not any(
-                clip_assembly.undecodable(e, self._clip, self._data) for e in self._elements
+                clip_assembly.find_decode_error(e, self._clip, self._data) for e in self._elements
             ):
                 raise
             raise video_dataset.UnreadableVideo(str(problem)) from None
@@ -125,10 +125,10 @@ class _Elements:
             height, width = int(dataset.heights[video]), int(dataset.widths[video])
             count = int(dataset.num_frames[video])
             frames = frame_sampling.sample_frames("segments", count, 4, None, rng)
-            crop = augment.view_crop(height, width, 0, 3)
+            crop = augment.eval_crop(height, width, 0, 3)
             if video % 2:
                 crop = augment.random_resized_crop(height, width, rng, (0.08, 1.0), flip=True)
-            yield clip_assembly.make_element(dataset, self._clip, video, frames, crop)
+            yield clip_assembly.make_clip_sample(dataset, self._clip, video, frames, crop)
 
 
 def _jpeg(value: int, progressive: bool) -> bytes:

@@ -1,4 +1,4 @@
-"""Watches a process that reads strangers' files: `Case`, `Outcome`, `Target`, `Watch`, `serve`.
+"""Watches a process that reads strangers' files: `Case`, `Outcome`, `Target`, `SideEffectMonitor`, `serve`.
 
 Runs in a process of its own, which may crash, hang or be killed; `harness` starts it.
 """
@@ -89,12 +89,12 @@ class Target:
     ) -> list[Outcome]:
         """The outcome of each case of a batch."""
         return [
-            outcome_of(lambda case=case, folder=folder: self.read(case.kind, folder, out))
+            run_reader(lambda case=case, folder=folder: self.read(case.kind, folder, out))
             for case, folder in zip(cases, folders, strict=True)
         ]
 
 
-def outcome_of(read: Callable[[], None]) -> Outcome:
+def run_reader(read: Callable[[], None]) -> Outcome:
     """Accepted, refused with one of `NAMED_ERRORS`, or what else was raised."""
     try:
         read()
@@ -105,7 +105,7 @@ def outcome_of(read: Callable[[], None]) -> Outcome:
     return Outcome(ACCEPTED)
 
 
-class Watch:
+class SideEffectMonitor:
     """Notes what a process changes outside one folder, and programs and connections it starts.
 
     Python's audit events tell of everything done by Python, anywhere. What libraries write
@@ -168,7 +168,7 @@ class Watch:
         return found
 
 
-def case_of(target: Target, seed: int, index: int) -> Case:
+def make_case(target: Target, seed: int, index: int) -> Case:
     """Case `index` of a target, the same for the same `seed`."""
     rng = random.Random(f"{type(target).__name__}/{seed}/{index}")
     seeds = target.seeds()
@@ -205,7 +205,7 @@ def serve(connection, target_type: type[Target], work: str, seed: int) -> None:
     cases_dir, out = around / "a/b/c/d/cases", around / "a/b/c/d/out"
     cases_dir.mkdir(parents=True)
     out.mkdir()
-    watch = Watch(around, out)
+    watch = SideEffectMonitor(around, out)
 
     def read(cases: list[Case]) -> list[Outcome]:
         folders = [cases_dir / str(i) for i in range(len(cases))]
@@ -230,7 +230,7 @@ def serve(connection, target_type: type[Target], work: str, seed: int) -> None:
             return
         for start in range(first, end, target.batch):
             indices = range(start, min(start + target.batch, end))
-            connection.send(read([case_of(target, seed, i) for i in indices]))
+            connection.send(read([make_case(target, seed, i) for i in indices]))
 
 
 def _limit_memory(memory_mb: int) -> None:

@@ -31,7 +31,7 @@ def test_short(name, tmp_path, monkeypatch):
     count, (one, other) = INPUTS[name], (tmp_path / "one", tmp_path / "other")
     kept = tmp_path / "kept"
     cases = [
-        [sandbox.case_of(target, 0, i) for i in range(20)]
+        [sandbox.make_case(target, 0, i) for i in range(20)]
         for target in (_made(name, one), _made(name, other))
     ]
     assert cases[0] == cases[1]  # whoever makes the seeds
@@ -94,9 +94,9 @@ def test_seeds_must_be_read(tmp_path):
 
 def test_damages_follow_from_the_seed(tmp_path):
     target = TARGETS["annotations"](tmp_path)
-    cases = [sandbox.case_of(target, 0, i) for i in range(200)]
-    assert cases == [sandbox.case_of(target, 0, i) for i in range(200)]
-    assert cases != [sandbox.case_of(target, 1, i) for i in range(200)]
+    cases = [sandbox.make_case(target, 0, i) for i in range(200)]
+    assert cases == [sandbox.make_case(target, 0, i) for i in range(200)]
+    assert cases != [sandbox.make_case(target, 1, i) for i in range(200)]
     assert sum(case not in target.seeds() for case in cases) > 180
 
 
@@ -110,14 +110,14 @@ def test_mutations_are_bounded():
 
 def test_shares():
     assert sum(SHARES.values()) == pytest.approx(1)
-    counts = harness.divide(20_000, SHARES)
+    counts = harness.share_inputs(20_000, SHARES)
     assert sum(counts.values()) == 20_000
     assert counts["videos"] == 1500
 
 
 def test_table():
-    row = harness.Row("a", 1200, 1000, 199, {7: "bad"}, 12.4)
-    assert harness.table([row, harness.Row("b", 1, 1)]).splitlines()[2:] == [
+    row = harness.TargetReport("a", 1200, 1000, 199, {7: "bad"}, 12.4)
+    assert harness.format_table([row, harness.TargetReport("b", 1, 1)]).splitlines()[2:] == [
         "| a | 1,200 | 1,000 | 199 | 1 | 12 |",
         "| b | 1 | 1 | 0 | 0 | 0 |",
         "| total | 1,201 | 1,001 | 199 | 1 | 12 |",

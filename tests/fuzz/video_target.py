@@ -8,8 +8,8 @@ import re
 import av
 import numpy as np
 
-from dualpath_jax.data.datasets.annotations import Listing, Video
-from dualpath_jax.data.preparation.prepare import prepare
+from dualpath_jax.data.datasets.annotations import DatasetIndex, Video
+from dualpath_jax.data.preparation.prepare import prepare_dataset
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits
 from dualpath_jax.data.video_dataset import VideoDataset
 from tests.fuzz.mutate import mutate_bytes
@@ -62,11 +62,11 @@ class Videos(Target):
         self, cases: list[Case], folders: list[pathlib.Path], out: pathlib.Path
     ) -> list[Outcome]:
         names = [f"{folder.name}/{case.kind}" for case, folder in zip(cases, folders, strict=True)]
-        listing = Listing(["a"], {"train": [Video(name, name, 0) for name in names]})
+        listing = DatasetIndex(["a"], {"train": [Video(name, name, 0) for name in names]})
         prepared = out / "prepared"
         stored = []
         try:
-            prepare(
+            prepare_dataset(
                 listing,
                 str(folders[0].parent),
                 str(prepared),

@@ -14,7 +14,7 @@ import random
 import numpy as np
 import safetensors.numpy
 
-from dualpath_jax.config.values import NO_CONFIG
+from dualpath_jax.config.values import INVALID_CONFIG_ERRORS
 from dualpath_jax.inference import trained_model
 from dualpath_jax.models.backbones import registry as backbone_registry
 from dualpath_jax.training import adapter_file
@@ -225,7 +225,7 @@ class Checkpoints(Target):
 
     def read(self, kind: str, folder: pathlib.Path, out: pathlib.Path) -> None:
         (weights,) = folder.glob("weights*")
-        convert.convert_clip(weights, out / "backbone.safetensors", activation="gelu")
+        convert.convert_checkpoint(weights, out / "backbone.safetensors", activation="gelu")
 
 
 class TorchCheckpoints(Checkpoints):
@@ -306,6 +306,6 @@ class Adapters(Target):
         assert all(isinstance(name, str) for name in metadata["class_names"])
         assert isinstance(metadata["step"], int)
         try:  # as `load`
-            trained_model.saved_config(metadata)
-        except NO_CONFIG as error:
+            trained_model.parse_saved_config(metadata)
+        except INVALID_CONFIG_ERRORS as error:
             raise ValueError(str(error)) from None

@@ -17,7 +17,7 @@ import pytest
 from dualpath_jax import evaluate, train
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.runtime import distributed
-from dualpath_jax.runtime.preemption import Preempted, Watch
+from dualpath_jax.runtime.preemption import Preempted, PreemptionGuard
 from dualpath_jax.training import experiment, sharding
 from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from tests.helpers.compiling_once import compiling_once
@@ -41,7 +41,7 @@ def run_all(config, workdir, evaluation=True, poison=0.0):
     `poison` is added to the inputs of the second training step, in the rows of this process.
     """
     dataset, test = (VideoDataset(config.data.dir, split) for split in ("train", "test"))
-    run = experiment.build_run(config, str(workdir), dataset)
+    run = experiment.build_experiment(config, str(workdir), dataset)
     seen = {"train": [], "test": []}
     inputs = train.preprocess.model_inputs
 
@@ -79,7 +79,7 @@ def straight(config, folder, me):
 def stopped(config, folder, me):
     """Told to stop after three steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Watch, "should_stop", lambda self, step: step == 3)
+        patch.setattr(PreemptionGuard, "should_stop", lambda self, step: step == 3)
         with pytest.raises(Preempted, match="checkpoints/3"):
             run_all(config, folder)
 
@@ -89,7 +89,7 @@ def apart(config, folder, me):
     own = folder / str(me)
     own.mkdir(parents=True)
     with pytest.raises(OSError, match=f"--workdir={own} is another folder for process 1 than"):
-        distributed.check_shared(str(own))
+        distributed.check_shared_workdir(str(own))
 
 
 def damaged(config, folder, me):
@@ -99,7 +99,7 @@ def damaged(config, folder, me):
         arrays = [p for p in (folder / "checkpoints/6/state").rglob("*") if p.is_file()]
         largest = max(arrays, key=lambda path: path.stat().st_size)
         largest.write_bytes(b"\0" * largest.stat().st_size)
-    distributed.check_shared(str(folder.parent))  # waits
+    distributed.check_shared_workdir(str(folder.parent))  # waits
     read = Checkpoints._read_leaves
 
     def read_or_fail(self, step, *args):
@@ -135,8 +135,8 @@ WHAT = {f.__name__: f for f in (apart, straight, stopped, damaged, skipped, time
 
 def main():
     what, address, number, me, folder, data, backbone = sys.argv[1:]
-    with distributed.ending_together(), compiling_once():
-        distributed.start(address, int(number), int(me))
+    with distributed.end_together(), compiling_once():
+        distributed.initialize(address, int(number), int(me))
         for name in what.split(","):
             config = six_steps(data, backbone)
             WHAT[name](config, pathlib.Path(folder) / name, int(me))

@@ -48,7 +48,7 @@ def noise_frames(num_frames: int, height: int = 48, width: int = 64) -> list[np.
 
 def windows_then(path: str, *arguments):
     """Runs in a worker: two windows, then what the file's name says."""
-    for number, window in enumerate(sliding_windows.windows(path, *arguments)):
+    for number, window in enumerate(sliding_windows.decode_windows(path, *arguments)):
         if number == 2 and os.path.basename(path) == "crash.mp4":
             os.kill(os.getpid(), signal.SIGSEGV)
         if number == 2 and os.path.basename(path) == "hang.mp4":

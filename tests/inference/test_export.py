@@ -37,7 +37,7 @@ np.savez(out, **{k: np.asarray(v) for k, v in logits.items()})
 @pytest.fixture
 def model(config, tmp_path):
     dataset = VideoDataset(config.data.dir, "test")
-    run = experiment.build_run(config, str(tmp_path / "run"), dataset)
+    run = experiment.build_experiment(config, str(tmp_path / "run"), dataset)
     moved = jax.tree.map(lambda x: x + 0.05 * np.cos(np.arange(x.size)).reshape(x.shape), run.state)
     checkpoints = Checkpoints(run.workdir)
     checkpoints.save(3, run.state.replace(trainable=moved.trainable), run.metadata())
@@ -48,7 +48,7 @@ def model(config, tmp_path):
 @pytest.mark.slow
 def test_reloaded_without_this_package(model, tmp_path):
     out = tmp_path / "exported"
-    export.export(model, str(out), list(export.FORMATS))
+    export.export_model(model, str(out), list(export.FORMATS))
     rng = np.random.default_rng(0)
     clips = {
         name: rng.integers(0, 256, (3, *shape), dtype=np.uint8)
@@ -82,9 +82,9 @@ def test_card(model):
 
 def test_bad_input(model, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="unknown format 'onnx': known are stablehlo, saved_model"):
-        export.export(model, str(tmp_path), ["onnx"])
+        export.export_model(model, str(tmp_path), ["onnx"])
     with pytest.raises(ValueError, match="--batch_size=0 must be at least 1"):
-        export.export(model, str(tmp_path), ["stablehlo"], batch_size=0)
+        export.export_model(model, str(tmp_path), ["stablehlo"], batch_size=0)
     monkeypatch.setattr(sys, "argv", ["export_model.py", "--workdir=nowhere", "--out=x"])
     with pytest.raises(SystemExit) as end:
         script.main()

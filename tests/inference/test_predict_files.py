@@ -39,7 +39,7 @@ def run(config, tmp_path):
     config.model.scan_blocks = False
     config.eval.temporal_views = 2
     dataset = VideoDataset(config.data.dir, "test")
-    run = experiment.build_run(config, str(tmp_path / "run"), dataset)
+    run = experiment.build_experiment(config, str(tmp_path / "run"), dataset)
     moved = jax.tree.map(lambda x: x + 0.05, run.state.trainable)
     run.state = run.state.replace(trainable=moved)
     checkpoints = Checkpoints(run.workdir)
@@ -153,7 +153,7 @@ def test_command(run, video, tmp_path, monkeypatch, capsys):
 def test_a_name_that_is_not_utf8_stops_nothing(json_, monkeypatch):
     def one_of_two_is_strange(model, videos, show, **_):
         for name in ("a_Turn\udce9.mp4", "b.mp4"):
-            show(predict_files.Found(name, ["run"], [0.5]))
+            show(predict_files.VideoResult(name, ["run"], [0.5]))
         return 0
 
     monkeypatch.setattr(predict_files, "predict_videos", one_of_two_is_strange)
@@ -174,16 +174,18 @@ def test_windows_of_a_long_video(tmp_path):
     path = str(tmp_path / "long.mp4")
     frames = [np.full((32, 48, 3), 5 * i, np.uint8) for i in range(45)]
     write_video(path, frames, rate=10)
-    found = list(sliding_windows.windows(path, 2.0, 1.0, FORMAT))
+    found = list(sliding_windows.decode_windows(path, 2.0, 1.0, FORMAT))
     assert [(w.start, w.end) for w in found] == [(0, 2), (1, 3), (2, 4), (2.5, 4.5)]
     assert [len(w.jpegs) for w in found] == [20] * 4
     whole, _ = video_decoder.video_to_jpegs(path, 256, 90, video_decoder.DecodeLimits())
     assert [w.jpegs for w in found] == [whole[s : s + 20] for s in (0, 10, 20, 25)]
     assert found[0].jpegs != found[1].jpegs
-    assert [(w.start, w.end) for w in sliding_windows.windows(path, 9, 4, FORMAT)] == [(0, 4.5)]
-    gaps = [(w.start, w.end) for w in sliding_windows.windows(path, 1, 2, FORMAT)]
+    assert [(w.start, w.end) for w in sliding_windows.decode_windows(path, 9, 4, FORMAT)] == [
+        (0, 4.5)
+    ]
+    gaps = [(w.start, w.end) for w in sliding_windows.decode_windows(path, 1, 2, FORMAT)]
     assert gaps == [(0, 1), (2, 3), (3.5, 4.5)]
-    single = list(sliding_windows.windows(path, 0.001, 0.001, FORMAT))  # a frame, at least
+    single = list(sliding_windows.decode_windows(path, 0.001, 0.001, FORMAT))  # a frame, at least
     assert [len(w.jpegs) for w in single] == [1] * 45
     assert [w.jpegs[0] for w in single] == whole
     for seconds, stride, message in (
@@ -193,7 +195,7 @@ def test_windows_of_a_long_video(tmp_path):
         (float("inf"), 1, "--window=inf must be"),
     ):
         with pytest.raises(ValueError, match=message):
-            list(sliding_windows.windows(path, seconds, stride, FORMAT))
+            list(sliding_windows.decode_windows(path, seconds, stride, FORMAT))
 
 
 def test_frames_are_those_that_it_was_trained_on(run, config, tmp_path):
@@ -212,8 +214,8 @@ def test_frames_are_those_that_it_was_trained_on(run, config, tmp_path):
     backbone = config.backbone.checkpoint
     for model in (dp.load(run.workdir), dp.load(file, backbone=backbone)):
         assert model.frame_format == run.frame_format
-        frames = trained_model.Frames(jpegs, facts.height, facts.width, "x", model.class_names)
-        want, clips = model.clips_of(frames), model.clips(path)
+        frames = trained_model.SingleVideo(jpegs, facts.height, facts.width, "x", model.class_names)
+        want, clips = model.clips_from_frames(frames), model.clips(path)
         np.testing.assert_array_equal(clips["spatial"], want["spatial"])
         usual = dataclasses.replace(model, frame_format=FORMAT).clips(path)
         assert not np.array_equal(usual["spatial"], want["spatial"])
@@ -222,7 +224,7 @@ def test_frames_are_those_that_it_was_trained_on(run, config, tmp_path):
             predict_files.predict_videos(model, [path], found.append, window=window)
             said = trained_model.Prediction.of(model.logits(want), model.class_names, 5)
             assert [one.probabilities for one in found] == [said.probabilities]
-    (window,) = sliding_windows.windows(path, 2.0, 1.0, run.frame_format)
+    (window,) = sliding_windows.decode_windows(path, 2.0, 1.0, run.frame_format)
     assert window.jpegs == jpegs
 
 
@@ -232,7 +234,7 @@ def test_windows_of_a_cut_video(tmp_path):
     options = {"movflags": "frag_keyframe+empty_moov"}
     write_video(path, noise_frames(40), rate=10, options=options, gop=5)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    found = list(sliding_windows.windows(str(path), 1, 1, FORMAT))
+    found = list(sliding_windows.decode_windows(str(path), 1, 1, FORMAT))
     whole, facts = video_decoder.video_to_jpegs(str(path), 256, 90, video_decoder.DecodeLimits())
     assert 20 <= len(whole) < 40
     assert facts.truncated
@@ -252,11 +254,13 @@ def test_windows_command(run, video, tmp_path, monkeypatch, capsys):
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == [f"{video.stem}.png"]
     # As one alone: the windows' clips are made while the model is at others.
     model = dp.load(run.workdir)
-    for one, window in zip(found, sliding_windows.windows(str(video), 1, 0.5, FORMAT), strict=True):
-        frames = trained_model.Frames(
+    for one, window in zip(
+        found, sliding_windows.decode_windows(str(video), 1, 0.5, FORMAT), strict=True
+    ):
+        frames = trained_model.SingleVideo(
             window.jpegs, window.height, window.width, "x", model.class_names
         )
-        logits = model.logits(model.clips_of(frames))
+        logits = model.logits(model.clips_from_frames(frames))
         alone = trained_model.Prediction.of(logits, model.class_names, 5)
         assert (one["class_names"], one["probabilities"]) == (
             *(alone.class_names, alone.probabilities),
@@ -349,9 +353,9 @@ def test_adapter_files_that_do_not_fit(run, tmp_path, monkeypatch, capsys):
 def test_pictures(tmp_path):
     """Each video has one; a time line of any length is drawn from a bounded number of windows."""
     jpegs = [video_decoder.to_jpeg(np.full((48, 64, 3), 8 * i, np.uint8), 90) for i in range(9)]
-    frames = trained_model.Frames(jpegs, 48, 64, "x", ["a", "$b", "c"])
+    frames = trained_model.SingleVideo(jpegs, 48, 64, "x", ["a", "$b", "c"])
     drawn = prediction_figures.Pictures(str(tmp_path), frames.class_names, top_k=2)
-    found = predict_files.Found("some/x.mp4", [], [], note="the rest of the file is missing")
+    found = predict_files.VideoResult("some/x.mp4", [], [], note="the rest of the file is missing")
     drawn.add(0, found, frames, np.array([0.2, 0.7, 0.1]))
     drawn.add(1, found, frames, np.array([0.2, 0.7, 0.1]))
     windows_seen = 5 * prediction_figures.POINTS

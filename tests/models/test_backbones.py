@@ -54,7 +54,7 @@ def _save_safetensors(state, path):
 
 def _converted(source, tmp_path, **options):
     out = tmp_path / "backbone.safetensors"
-    return convert.convert_clip(source, out, **options), convert._read_backbone(out)[0]
+    return convert.convert_checkpoint(source, out, **options), convert._read_backbone(out)[0]
 
 
 def _tree(arrays):
@@ -89,7 +89,7 @@ def test_patches_as_by_a_convolution(bias):
 
 
 def _run_block(block, params, h):
-    run = jax.jit(lambda p, h: block.apply({"params": p}, h, layers.no_sites()))
+    run = jax.jit(lambda p, h: block.apply({"params": p}, h, layers.no_hooks()))
     return run(params, h)
 
 
@@ -401,9 +401,12 @@ def test_wider_windows_are_said_and_change_nothing(tmp_path, caplog):
 
 def test_published_shapes_are_named():
     for config in (*vit.MODELS.values(), *swin.MODELS.values()):
-        assert backbone_registry.named(dataclasses.replace(config, name="custom")) == config
+        assert (
+            backbone_registry.find_named_config(dataclasses.replace(config, name="custom"))
+            == config
+        )
     larger = dataclasses.replace(B16, name="custom", image_size=384)
-    assert backbone_registry.named(larger) == dataclasses.replace(B16, image_size=384)
+    assert backbone_registry.find_named_config(larger) == dataclasses.replace(B16, image_size=384)
 
 
 def test_load_resizes_the_tables_of_another_window(small, tmp_path, caplog):
@@ -487,7 +490,7 @@ def test_backbone_parameters(name, parameters):
     config = backbone_registry.MODELS[name]
     image = jnp.zeros((1, config.image_size, config.image_size, 3))
     tree = jax.eval_shape(backbone_registry.build_backbone(config).init, jax.random.key(0), image)
-    assert param_tree.count(tree) == parameters
+    assert param_tree.count_params(tree) == parameters
 
 
 def test_method_and_backbone_that_do_not_go_together(monkeypatch):

@@ -12,8 +12,8 @@ from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.backbones import attention, vit
 from dualpath_jax.models.backbones import registry as backbone_registry
-from dualpath_jax.models.backbones.layers import Sites
-from dualpath_jax.models.methods.adapters import Adapter, ParallelAdapters, SerialAdapters
+from dualpath_jax.models.backbones.layers import BlockHooks
+from dualpath_jax.models.methods.adapters import Adapter, ParallelAdapterHooks, SerialAdapterHooks
 from dualpath_jax.models.methods.dualpath import DualPath, sincos3d
 from tests.helpers.method_cases import EXACT, apply
 
@@ -74,32 +74,34 @@ def test_trainable_parameters_of_the_paper(backbone, classes, fifth, options, ex
     )
     frames = jnp.zeros((1, 8, 224, 224, 3))
     params = jax.eval_shape(model.init, jax.random.key(0), frames, frames[:, :1])["params"]
-    mask = param_tree.trainable_mask(params, method_registry.trains("dualpath"))
+    mask = param_tree.trainable_mask(params, method_registry.is_trainable_fn("dualpath"))
     trainable, _ = param_tree.split(params, mask)
-    assert param_tree.count(trainable) == expected
+    assert param_tree.count_params(trainable) == expected
 
 
 def test_frozen_tokens_are_not_counted():
     model = DualPath(vit.MODELS["ViT-B/16"], 174, pre_attention_adapter=True, train_tokens=False)
     frames = jnp.zeros((1, 8, 224, 224, 3))
     params = jax.eval_shape(model.init, jax.random.key(0), frames, frames[:, :1])["params"]
-    assert param_tree.count(params) - param_tree.count(params["backbone"]) == 12_464_302
+    assert (
+        param_tree.count_params(params) - param_tree.count_params(params["backbone"]) == 12_464_302
+    )
 
 
 def test_backbone_parameters_of_clip():
     """86,192,640 in CLIP ViT-B/16's image tower with its projection (openai/CLIP)."""
     model = vit.ViT(vit.MODELS["ViT-B/16"])
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
-    assert param_tree.count(params) == 86_192_640
+    assert param_tree.count_params(params) == 86_192_640
 
 
 def test_parameter_names():
     names = set(param_tree.flatten(init(tiny_model(pre_attention_adapter=True))))
-    trainable = {name for name in names if method_registry.trains("dualpath")(name)}
+    trainable = {name for name in names if method_registry.is_trainable_fn("dualpath")(name)}
 
-    def adapter(path, site):
+    def adapter(path, hook):
         leaves = ("down/kernel", "down/bias", "up/kernel", "up/bias")
-        return {f"{path}/adapters/{site}/{leaf}" for leaf in leaves}
+        return {f"{path}/adapters/{hook}/{leaf}" for leaf in leaves}
 
     assert trainable == {
         "spatial/class_token",
@@ -110,8 +112,8 @@ def test_parameter_names():
         "classifier/output/kernel",
         "classifier/output/bias",
     }.union(
-        *(adapter("spatial", site) for site in ("attention", "mlp")),
-        *(adapter("temporal", site) for site in ("before", "attention", "mlp")),
+        *(adapter("spatial", hook) for hook in ("attention", "mlp")),
+        *(adapter("temporal", hook) for hook in ("before", "attention", "mlp")),
     )
     assert all(name.startswith("backbone/") for name in names - trainable)
 
@@ -138,8 +140,8 @@ def programs(model, path):
         return model.backbone.encode(h)
 
     def adapted(model, h):
-        sites = {"spatial": model.spatial_sites, "temporal": model.temporal_sites}[path]
-        return model.backbone.encode(h, sites, getattr(model, path)["adapters"])
+        hooks = {"spatial": model.spatial_sites, "temporal": model.temporal_sites}[path]
+        return model.backbone.encode(h, hooks, getattr(model, path)["adapters"])
 
     methods = (functools.partial(model.apply, method=f) for f in (frozen, adapted))
     return [jax.jit(f, compiler_options=EXACT) for f in methods]
@@ -164,15 +166,15 @@ def test_spatial_path_starts_as_the_frozen_backbone(scan_blocks):
     assert not np.array_equal(frozen, adapted)
 
 
-@pytest.mark.parametrize("class_only", [False, True])
-def test_spatial_features_start_as_clips(class_only):
-    model = tiny_model(class_only=class_only)
+@pytest.mark.parametrize("cls_token_only", [False, True])
+def test_spatial_features_start_as_clips(cls_token_only):
+    model = tiny_model(cls_token_only=cls_token_only)
     params = init(model)
     spatial, _ = tiny_inputs()
     y_sp = apply(model, params, spatial, method=DualPath.spatial_features)
 
     def features(backbone, images):
-        return backbone.pool(backbone.encode(backbone.embed(images), class_only=class_only))
+        return backbone.pool(backbone.encode(backbone.embed(images), cls_token_only=cls_token_only))
 
     images = spatial.reshape(-1, 32, 32, 3)
     clip = apply(vit.ViT(TINY), params["backbone"], images, method=features)
@@ -186,20 +188,20 @@ def test_class_only_changes_no_result():
     inputs = tiny_inputs()
     params = perturbed(init(tiny_model()), 0.1)
     out = {}
-    for class_only in (False, True):
-        model = tiny_model(class_only=class_only, pre_attention_adapter=False)
+    for cls_token_only in (False, True):
+        model = tiny_model(cls_token_only=cls_token_only, pre_attention_adapter=False)
 
         def loss(params, model=model):
             logits = model.apply({"params": params}, *inputs)
             return (logits**2).sum(), logits
 
         gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
-        out[class_only] = (logits, gradient)
+        out[cls_token_only] = (logits, gradient)
     for plain, fast in zip(*(jax.tree.leaves(out[key]) for key in (False, True)), strict=True):
         np.testing.assert_allclose(fast, plain, rtol=0, atol=1e-5 * max(1, abs(plain).max()))
-    mixing = Sites(parent=None)
-    assert not mixing.token_wise
-    encode = functools.partial(vit.ViT.encode, sites=mixing, class_only=True)
+    mixing = BlockHooks(parent=None)
+    assert not mixing.pointwise
+    encode = functools.partial(vit.ViT.encode, hooks=mixing, cls_token_only=True)
     tokens = vit.ViT(TINY).apply(
         {"params": params["backbone"]}, jnp.ones((1, TINY.num_tokens, TINY.width)), method=encode
     )
@@ -213,8 +215,8 @@ def test_a_backbone_of_one_block(scan):
     h = jax.random.normal(jax.random.key(0), (2, config.num_tokens, 24))
     params = model.init(jax.random.key(1), h, method=vit.ViT.encode)
     whole, alone = (
-        model.apply(params, h, class_only=class_only, method=vit.ViT.encode)
-        for class_only in (False, True)
+        model.apply(params, h, cls_token_only=cls_token_only, method=vit.ViT.encode)
+        for cls_token_only in (False, True)
     )
     np.testing.assert_allclose(alone, whole[:, :1], rtol=0, atol=1e-5)
 
@@ -235,13 +237,13 @@ def test_attention_and_its_gradient():
     rng = np.random.default_rng(0)
     *arrays, dy = (jnp.asarray(rng.normal(size=(2, 5, 3, 8)), jnp.float32) for _ in range(4))
     theirs = jax.nn.dot_product_attention
-    np.testing.assert_allclose(attention.attend(*arrays), theirs(*arrays), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(attention.attention(*arrays), theirs(*arrays), rtol=0, atol=1e-6)
     want = gradients(theirs, arrays, dy)
-    np.testing.assert_allclose(gradients(attention.attend, arrays, dy), want, rtol=0, atol=2e-6)
-    scaled = gradients(lambda q, k, v: attention.attend(2 * q, k, v), arrays, dy)
+    np.testing.assert_allclose(gradients(attention.attention, arrays, dy), want, rtol=0, atol=2e-6)
+    scaled = gradients(lambda q, k, v: attention.attention(2 * q, k, v), arrays, dy)
     assert np.abs(scaled - want).max() > 0.1
     rounded = [x.astype(jnp.bfloat16) for x in arrays]
-    np.testing.assert_allclose(gradients(attention.attend, rounded, dy), want, rtol=0, atol=0.05)
+    np.testing.assert_allclose(gradients(attention.attention, rounded, dy), want, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("num_images", [1, 3])
@@ -257,13 +259,17 @@ def test_attention_of_one_query_and_its_gradient(num_images):
         v = jnp.einsum("mnw,wkd->mnkd", x, value_kernel) + value_bias
         return jax.nn.dot_product_attention(q[:, None], k, v)[:, 0]
 
-    y = attention.attend_one(*arrays)
+    y = attention.single_query_attention(*arrays)
     np.testing.assert_allclose(y, plain(*arrays), rtol=0, atol=1e-6)
     want = gradients(plain, arrays, dy)
-    np.testing.assert_allclose(gradients(attention.attend_one, arrays, dy), want, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(
+        gradients(attention.single_query_attention, arrays, dy), want, rtol=0, atol=5e-6
+    )
     rounded = [array.astype(jnp.bfloat16) for array in arrays]
-    np.testing.assert_allclose(gradients(attention.attend_one, rounded, dy), want, rtol=0, atol=0.1)
-    swapped = attention.attend_one(q, x, weights[1], weights[0], weights[2])
+    np.testing.assert_allclose(
+        gradients(attention.single_query_attention, rounded, dy), want, rtol=0, atol=0.1
+    )
+    swapped = attention.single_query_attention(q, x, weights[1], weights[0], weights[2])
     assert np.abs(swapped - y).max() > 0.1
 
 
@@ -289,12 +295,12 @@ def test_pre_attention_without_residual_starts_with_zero_input():
 
 @pytest.mark.parametrize("path", ["spatial", "temporal"])
 def test_equations_of_a_block(path):
-    """Eq. 7 and eq. 9 written out in numpy-like steps against the sites."""
+    """Eq. 7 and eq. 9 written out in numpy-like steps against the hooks."""
     model = tiny_model(pre_attention_adapter=True)
     params = perturbed(init(model), 0.1)
     h, _, adapted = frozen_and_adapted(model, params, path)
-    sites = {"spatial": ParallelAdapters, "temporal": SerialAdapters}[path]
-    assert sites is not None
+    hooks = {"spatial": ParallelAdapterHooks, "temporal": SerialAdapterHooks}[path]
+    assert hooks is not None
     for layer in range(TINY.depth):
         block = jax.tree.map(lambda leaf, i=layer: leaf[i], params["backbone"]["blocks"])
         adapters = jax.tree.map(lambda leaf, i=layer: leaf[i], params[path]["adapters"])
@@ -423,17 +429,17 @@ def test_sincos3d_of_patches_over_several_frames():
     assert len(straddling) == 52
 
 
-class Doubling(Sites):
-    """A method that fills sites with visible numbers."""
+class Doubling(BlockHooks):
+    """A method that fills hooks with visible numbers."""
 
-    def tokens(self, h, block):
+    def on_input(self, h, block):
         assert isinstance(block, vit.Block)
         return h + 1
 
     def before_attention(self, x):
         return 0 * x
 
-    def output(self, h):
+    def on_output(self, h):
         return 2 * h
 
 
@@ -441,9 +447,9 @@ def test_sites_are_called_where_they_say():
     h = np.random.default_rng(0).normal(size=(1, 17, 48)).astype(np.float32)
     model = vit.ViT(TINY)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    # Zero the value and MLP outputs: what is left is what the sites do.
+    # Zero the value and MLP outputs: what is left is what the hooks do.
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
-    method = functools.partial(vit.ViT.encode, sites=Doubling(parent=None))
+    method = functools.partial(vit.ViT.encode, hooks=Doubling(parent=None))
     out = apply(model, params, h, method=method)
     expected = h
     for _ in range(TINY.depth):

@@ -15,7 +15,7 @@ from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.backbones import registry as backbone_registry
 from dualpath_jax.models.backbones import swin, vit
-from dualpath_jax.models.backbones.layers import Sites
+from dualpath_jax.models.backbones.layers import BlockHooks
 from dualpath_jax.models.methods.adapters import Adapter
 from dualpath_jax.models.methods.dualpath import DualPath, sincos3d
 from dualpath_jax.training import experiment
@@ -63,12 +63,12 @@ def test_parameters_on_swin():
     """Per stage its width; the window blocks alone, every other one (App. B.1); no tokens."""
     model = tiny_model(pre_attention_adapter=True)
     params = init(model)
-    predicate = method_registry.trains("dualpath")
+    predicate = method_registry.is_trainable_fn("dualpath")
     shapes = {n: p.shape for n, p in param_tree.flatten(params).items() if predicate(n)}
 
-    def adapter(path, site):
+    def adapter(path, hook):
         return {
-            f"{path}/adapters/stage_{stage}/{site}/{name}": (blocks, *shape)
+            f"{path}/adapters/stage_{stage}/{hook}/{name}": (blocks, *shape)
             for stage, (blocks, width) in enumerate(((2, 24), (1, 48)))
             for name, shape in {
                 "down/kernel": (width, 16),
@@ -132,7 +132,7 @@ def test_temporal_path_starts_as_the_identity_where_it_is_adapted(shifted):
                 if i % 2 and not shifted:
                     block = backbone._block(stage, (rows, columns), shifted=True)
                     params = jax.tree.map(lambda leaf, i=i: leaf[i], backbone.blocks[stage])
-                    h = block.apply({"params": params}, h, Sites(parent=None).bind({}))
+                    h = block.apply({"params": params}, h, BlockHooks(parent=None).bind({}))
             h = h.reshape(2, rows, columns, width)
             h = backbone.merge[stage](h) if stage == 0 else h
         return h
@@ -141,15 +141,15 @@ def test_temporal_path_starts_as_the_identity_where_it_is_adapted(shifted):
     np.testing.assert_allclose(adapted, reference, atol=1e-4)  # values are of order 10
 
 
-class Counting(Sites):
-    """A method that fills sites with visible numbers."""
+class Counting(BlockHooks):
+    """A method that fills hooks with visible numbers."""
 
-    def tokens(self, h, block):
+    def on_input(self, h, block):
         assert isinstance(block, swin.Block)
         assert h.shape == (1, 64, 24)
         return h + 1
 
-    def output(self, h):
+    def on_output(self, h):
         return 2 * h
 
 
@@ -161,9 +161,9 @@ def test_sites_are_called_in_the_blocks_that_they_say(shifted, times):
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     params = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape), params
-    )  # what is left is what the sites do
-    sites = Counting(shifted_windows=shifted, parent=None)
-    method = functools.partial(swin.Swin.encode, sites=sites)
+    )  # what is left is what the hooks do
+    hooks = Counting(shifted_windows=shifted, parent=None)
+    method = functools.partial(swin.Swin.encode, hooks=hooks)
     out = apply(model, params["params"], h, method=method)
     expected = h
     for _ in range(times):
@@ -253,7 +253,7 @@ def test_training_on_a_swin_of_the_config(config, tmp_path):
         for name, value in timm_swin(SWIN).state_dict().items()
     }
     safetensors.numpy.save_file(arrays, tmp_path / "timm.safetensors")
-    convert.convert_clip(tmp_path / "timm.safetensors", tmp_path / "backbone.safetensors")
+    convert.convert_checkpoint(tmp_path / "timm.safetensors", tmp_path / "backbone.safetensors")
     shape = dataclasses.asdict(SWIN)
     for key in ("name", "image_size", "activation", "eps"):
         del shape[key]
@@ -264,7 +264,7 @@ def test_training_on_a_swin_of_the_config(config, tmp_path):
     config.backbone.checkpoint = str(tmp_path / "backbone.safetensors")
     config.num_train_steps = 6
     dataset = VideoDataset(config.data.dir, "train")
-    run = experiment.build_run(config, str(tmp_path / "run"), dataset)
+    run = experiment.build_experiment(config, str(tmp_path / "run"), dataset)
     before = {n: np.asarray(x) for n, x in param_tree.flatten(run.state.trainable).items()}
     train.train(run, dataset, VideoDataset(config.data.dir, "test"))
     after = {n: np.asarray(x) for n, x in param_tree.flatten(run.state.trainable).items()}
@@ -272,4 +272,4 @@ def test_training_on_a_swin_of_the_config(config, tmp_path):
     assert np.isfinite(after["classifier/output/kernel"]).all()
     config.backbone.depths = (2, 2)
     with pytest.raises(ValueError, match=r"holds custom-swin .*\(4, 2\).*asks for.*\(2, 2\)"):
-        experiment.build_run(config, str(tmp_path / "other"), dataset)
+        experiment.build_experiment(config, str(tmp_path / "other"), dataset)

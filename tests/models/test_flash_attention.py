@@ -11,8 +11,8 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from dualpath_jax.models.backbones import attention as attention_lib
 from dualpath_jax.models.backbones import block_loop, vit
-from dualpath_jax.models.backbones.layers import Sites
-from dualpath_jax.models.methods.adapters import Adapter, ParallelAdapters
+from dualpath_jax.models.backbones.layers import BlockHooks
+from dualpath_jax.models.methods.adapters import Adapter, ParallelAdapterHooks
 from dualpath_jax.training import sharding
 
 HEADS, WIDTH = 3, 24
@@ -49,12 +49,12 @@ def gradients(function, q, k, v, dy):
 def test_same_as_plain_attention(num_tokens, with_backward, asked):
     q, k, v, dy = arrays(num_tokens)
     np.testing.assert_allclose(
-        attention_lib.flash_attend(q, k, v), on_any_device(q, k, v), rtol=0, atol=1e-6
+        attention_lib.flash_attention(q, k, v), on_any_device(q, k, v), rtol=0, atol=1e-6
     )
     assert asked == [num_tokens]
     want = gradients(on_any_device, q, k, v, dy)
     np.testing.assert_allclose(
-        gradients(attention_lib.flash_attend, q, k, v, dy), want, rtol=0, atol=2e-6
+        gradients(attention_lib.flash_attention, q, k, v, dy), want, rtol=0, atol=2e-6
     )
     assert asked == [num_tokens, with_backward]
 
@@ -65,7 +65,7 @@ def test_the_key_more_counts_where_it_is_not_hidden(monkeypatch):
         jax.nn, "dot_product_attention", lambda q, k, v, **_: on_any_device(q, k, v)
     )
     q, k, v, dy = arrays(5)
-    difference = gradients(attention_lib.flash_attend, q, k, v, dy) - gradients(
+    difference = gradients(attention_lib.flash_attention, q, k, v, dy) - gradients(
         on_any_device, q, k, v, dy
     )
     assert np.abs(difference).max() > 0.1
@@ -87,7 +87,7 @@ def lowered(function, num_tokens):
 
 
 def test_jax_takes_197_tokens(with_cudnn):
-    program = lowered(attention_lib.flash_attend, 197)
+    program = lowered(attention_lib.flash_attention, 197)
     assert program.count("@__cudnn$fmhaSoftmax(") == 1
     assert program.count("@__cudnn$fmhaSoftmaxBackward(") == 1
     assert "2x198x3x8xbf16" in program
@@ -104,23 +104,25 @@ def test_jax_does_not_take_197_tokens_as_they_are(with_cudnn):
 def on_gpu(monkeypatch):
     """Models take this machine for one with a GPU, whose attention fits 10 tokens and more."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(attention_lib, "flash_fits", lambda num_tokens, dtype: num_tokens >= 10)
+    monkeypatch.setattr(
+        attention_lib, "can_use_flash_attention", lambda num_tokens, dtype: num_tokens >= 10
+    )
 
 
 def gradient_in_training(scan=False, dtype=jnp.float32):
     """(Adapters of three blocks, function of them: their gradient by the class token.)"""
     config = vit.ViTConfig("tiny", 32, 8, WIDTH, 3, HEADS, 48)  # 17 tokens
     model = vit.ViT(config, dtype, scan, remat="cheap")
-    sites = ParallelAdapters(Adapter(4, dtype=dtype, parent=None), parent=None)
+    hooks = ParallelAdapterHooks(Adapter(4, dtype=dtype, parent=None), parent=None)
     h = jax.random.normal(jax.random.key(0), (2, config.num_tokens, WIDTH)).astype(dtype)
     params = model.init(jax.random.key(1), h[:, :2], method=vit.ViT.encode)
-    adapters = model.apply(params, jax.random.key(2), sites, 1, 2, method=vit.ViT.init_sites)
+    adapters = model.apply(params, jax.random.key(2), hooks, 1, 2, method=vit.ViT.init_hooks)
     moved = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape), adapters
     )
 
     def loss(adapters):
-        options = sites, adapters, jax.random.key(4), True
+        options = hooks, adapters, jax.random.key(4), True
         y = model.apply(params, h, *options, method=vit.ViT.encode)
         return (y.astype(jnp.float32) ** 2).sum()
 
@@ -157,14 +159,14 @@ def test_the_token_more_counts_in_all_blocks_where_it_is_not_hidden(on_gpu, monk
     )
 
 
-class OverFrames(Sites):
+class OverFrames(BlockHooks):
     """Attention over the frames of a token, as in AIM, through the block's own."""
 
-    token_wise = True
+    pointwise = True
     padding = 0
 
     @nn.compact
-    def tokens(self, h, block):
+    def on_input(self, h, block):
         scale = self.param("scale", nn.initializers.ones, (WIDTH,))
         x = block.ln_1(h).swapaxes(0, 1) * scale  # [N, frames, D]
         return h + block.attention(x, padding=self.padding).swapaxes(0, 1)
@@ -174,13 +176,13 @@ class OverFramesWithoutTheLast(OverFrames):
     padding = 1
 
 
-def over_frames(sites):
+def over_frames(hooks):
     """Output in training for twelve frames, on which attention fits `on_gpu`."""
     config = vit.ViTConfig("tiny", 32, 8, WIDTH, 3, HEADS, 48)
     model = vit.ViT(config)
     h = jax.random.normal(jax.random.key(0), (12, config.num_tokens, WIDTH))
     params = model.init(jax.random.key(1), h[:, :2], method=vit.ViT.encode)
-    filled = sites(parent=None)
+    filled = hooks(parent=None)
     scales = {"scale": jnp.ones((3, WIDTH))}
     options = filled, scales, jax.random.key(4), True
     return model.apply(params, h, *options, method=vit.ViT.encode)
@@ -236,7 +238,7 @@ def test_which_devices_have_it(platform, version, capability, there, monkeypatch
 
 @pytest.mark.parametrize("for_cpu", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "num_tokens", "class_only", "taken"),
+    ("dtype", "num_tokens", "cls_token_only", "taken"),
     [
         (jnp.bfloat16, 65, False, [65]),
         (jnp.bfloat16, 9, False, []),
@@ -244,7 +246,7 @@ def test_which_devices_have_it(platform, version, capability, there, monkeypatch
         (jnp.float32, 65, False, []),
     ],
 )
-def test_when_it_is_taken(dtype, num_tokens, class_only, taken, for_cpu, monkeypatch):
+def test_when_it_is_taken(dtype, num_tokens, cls_token_only, taken, for_cpu, monkeypatch):
     """In half precision, on many tokens, of all of them."""
     used = []
 
@@ -253,17 +255,17 @@ def test_when_it_is_taken(dtype, num_tokens, class_only, taken, for_cpu, monkeyp
         return v
 
     monkeypatch.setattr(attention_lib, "has_flash_attention", lambda: True)
-    monkeypatch.setattr(attention_lib, "flash_attend", recorder)
+    monkeypatch.setattr(attention_lib, "flash_attention", recorder)
     attention = vit.Attention(WIDTH, HEADS, for_cpu, dtype=dtype)
     x = jnp.ones((1, num_tokens, WIDTH), dtype)
     params = attention.init(jax.random.key(0), x)
     used.clear()
-    attention.apply(params, x, class_only=class_only)
+    attention.apply(params, x, cls_token_only=cls_token_only)
     assert used == taken
 
 
 def test_not_where_fsdp_divides(monkeypatch):
     monkeypatch.setattr(attention_lib, "has_flash_attention", lambda: True)
-    assert attention_lib.flash_fits(65, jnp.bfloat16)
-    with sharding.using(sharding.make_mesh(fsdp=2)):
-        assert not attention_lib.flash_fits(65, jnp.bfloat16)
+    assert attention_lib.can_use_flash_attention(65, jnp.bfloat16)
+    with sharding.with_mesh(sharding.make_mesh(fsdp=2)):
+        assert not attention_lib.can_use_flash_attention(65, jnp.bfloat16)

@@ -10,9 +10,9 @@ torch_methods = pytest.importorskip(
 )  # torch is only for conversion and tests
 
 from dualpath_jax.models.backbones import vit  # noqa: E402
-from dualpath_jax.models.backbones.layers import no_sites  # noqa: E402
+from dualpath_jax.models.backbones.layers import no_hooks  # noqa: E402
 from dualpath_jax.models.frame_model import FrameModel  # noqa: E402
-from dualpath_jax.models.methods.evl import EVL, Decoder, TemporalCrossAttention  # noqa: E402
+from dualpath_jax.models.methods.evl import EVLDecoder, EVLModel, TemporalCrossAttention  # noqa: E402
 from tests.helpers.method_cases import (  # noqa: E402
     CLASSES,
     FRAMES,
@@ -29,7 +29,7 @@ SIDE = 4  # patches along an image of TINY
 
 def frozen_block(block, h):
     """A block of the backbone, as it is."""
-    return apply(vit.Block(TINY), block, h, method=lambda b, h: b(h, no_sites()))
+    return apply(vit.Block(TINY), block, h, method=lambda b, h: b(h, no_hooks()))
 
 
 def pool(model, h):
@@ -46,7 +46,7 @@ def test_blocks_against_torch(case):
     h = np.random.default_rng(3).normal(size=(2, FRAMES, TINY.num_tokens, 48)).astype(np.float32)
 
     def encode(model, h):
-        return model.backbone.encode(h, model.sites, model.site_params)
+        return model.backbone.encode(h, model.hooks, model.hook_params)
 
     ours = apply(model, params, h.reshape(-1, *h.shape[2:]), method=encode).reshape(h.shape)
     trees = (params["backbone"]["blocks"], params["adapters"])
@@ -154,11 +154,11 @@ def test_evl_reads_outputs_queries_and_keys_of_the_last_blocks():
     config = tiny_config("evl")
     model, params = random(config)
     frames = clips(config)[0]
-    features = apply(model, params, frames, method=EVL.features)
+    features = apply(model, params, frames, method=EVLModel.features)
     assert [[x.shape for x in feature] for feature in features] == [
         [(2, FRAMES, 17, 48), (2, FRAMES, 17, 4, 12), (2, FRAMES, 17, 4, 12)]
     ] * 2
-    h = apply(model, params, frames.reshape(-1, 32, 32, 3), method=EVL.embed)
+    h = apply(model, params, frames.reshape(-1, 32, 32, 3), method=EVLModel.embed)
     blocks = backbone()["blocks"]
     for i in range(TINY.depth):
         block = jax.tree.map(lambda leaf, i=i: leaf[i], blocks)
@@ -210,9 +210,9 @@ def decode(features, p):
 def test_evl_decoder_against_numpy():
     config = tiny_config("evl")
     model, params = random(config)
-    features = apply(model, params, clips(config)[0], method=EVL.features)
+    features = apply(model, params, clips(config)[0], method=EVLModel.features)
     features = [tuple(np.asarray(x) for x in feature) for feature in features]
-    ours = apply(Decoder(TINY, CLASSES), params["head"], features)
+    ours = apply(EVLDecoder(TINY, CLASSES), params["head"], features)
     assert distance(ours, decode(features, params["head"])) < 1e-4
     assert distance(ours, apply(model, params, clips(config)[0])) < 1e-4
     # Twin: features in the other order.

@@ -20,8 +20,8 @@ from dualpath_jax.models.abstract import clip_shapes
 from dualpath_jax.models.backbones import registry as backbone_registry
 from dualpath_jax.models.backbones import swin
 from dualpath_jax.models.frame_model import AverageClassifier
-from dualpath_jax.models.methods.adapters import Adapter, Classifier
-from dualpath_jax.models.methods.aim import AIMSites
+from dualpath_jax.models.methods.adapters import Adapter, MlpClassifier
+from dualpath_jax.models.methods.aim import AIMHooks
 from dualpath_jax.models.temporal_head import TemporalClassifier
 from dualpath_jax.training import experiment
 from dualpath_jax.training.optimizer import make_optimizer
@@ -44,8 +44,8 @@ def layers(prefix, *names, leaves=("kernel", "bias")):
     return {f"{prefix}/{name}/{leaf}" for name in names for leaf in leaves}
 
 
-def adapters(*sites, prefix="adapters"):
-    return set().union(*(layers(f"{prefix}/{site}", "down", "up") for site in sites))
+def adapters(*hooks, prefix="adapters"):
+    return set().union(*(layers(f"{prefix}/{hook}", "down", "up") for hook in hooks))
 
 
 FC = layers("head", "output")
@@ -97,7 +97,7 @@ def one_step(config, model, params):
         if shape is not None
     }
     batch |= {"label": np.array([0, 3], np.int32), "mask": np.ones(2, np.float32)}
-    mask = param_tree.trainable_mask(params, method_registry.trains(config.model.method))
+    mask = param_tree.trainable_mask(params, method_registry.is_trainable_fn(config.model.method))
     config.optimizer.weight_decay = 0.0  # what moves is moved by its gradient
     optimizer = make_optimizer(config.optimizer, lambda step: 1e-2, mask)
     trainable, frozen = param_tree.split(params, mask)
@@ -118,7 +118,7 @@ def one_step(config, model, params):
 def test_heads_are_computed_in_float32(head):
     """Also where products of float32 are made of less unless told; twin: a layer that is not."""
     module, x = {
-        "classifier": (Classifier(8, 3), jnp.ones((2, 16))),
+        "classifier": (MlpClassifier(8, 3), jnp.ones((2, 16))),
         "average": (AverageClassifier(3), jnp.ones((2, 4, 16))),
         "temporal": (TemporalClassifier(TINY, 3), jnp.ones((2, 4, TINY.width))),
         "dense": (nn.Dense(3), jnp.ones((2, 16))),
@@ -201,7 +201,7 @@ def test_starts_as_the_frozen_backbone(case):
         backbone = model.backbone
         frames = frames.reshape(-1, 32, 32, 3)
         h = backbone.embed(frames, backbone.class_embedding, backbone.position_embedding)
-        h = backbone.encode(h, class_only=model.sites.token_wise)  # as the method may
+        h = backbone.encode(h, cls_token_only=model.hooks.pointwise)  # as the method may
         return backbone.pool(h, project=False).reshape(2, FRAMES, -1)
 
     leaf = params["adapters"]
@@ -236,7 +236,7 @@ def test_temporal_path_of_dualpath_at_the_start():
             h = backbone.embed(
                 framesets[:, 0], backbone.class_embedding, backbone.position_embedding
             )
-            return backbone.pool(backbone.encode(h, class_only=True) if blocks else h)
+            return backbone.pool(backbone.encode(h, cls_token_only=True) if blocks else h)
 
         return exact(model, params, run)
 
@@ -301,7 +301,7 @@ def abstract(config, backbone, classes):
         return params, model.apply({"params": params}, *inputs)
 
     params, logits = jax.eval_shape(run, jax.random.key(0))
-    mask = param_tree.trainable_mask(params, method_registry.trains(config.model.method))
+    mask = param_tree.trainable_mask(params, method_registry.is_trainable_fn(config.model.method))
     return param_tree.split(params, mask)[0], logits
 
 
@@ -314,7 +314,7 @@ def test_trainable_parameters(method, backbone, classes, keys, expected, paper):
     config.model.update_from_flattened_dict(keys)
     trainable, logits = abstract(config, backbone, classes)
     print(f"{method} {backbone} {classes} classes: {expected:,} (paper: {paper}M)")
-    assert param_tree.count(trainable) == expected
+    assert param_tree.count_params(trainable) == expected
     assert logits.shape == (1, classes)
 
 
@@ -322,7 +322,7 @@ def test_temporal_transformer_has_7_09_million():
     config = schema.get_config()
     config.model.method, config.data.sampling, config.data.num_frames = "vpt", "segments", 8
     head = abstract(config, "ViT-B/16", 51)[0]["head"]
-    assert param_tree.count(head) - param_tree.count(head["output"]) == 7_094_016
+    assert param_tree.count_params(head) - param_tree.count_params(head["output"]) == 7_094_016
 
 
 # Table 5 and A4 on SSv2, as overrides of the config: keys -> shapes of spatial and temporal,
@@ -360,7 +360,7 @@ def test_ablations(keys, spatial, temporal, expected):
     assert clip_shapes(config) == ((1, *spatial), (1, *temporal))
     trainable, logits = abstract(config, "ViT-B/16", 174)
     assert logits.shape == (1, 174)
-    assert param_tree.count(trainable) == expected
+    assert param_tree.count_params(trainable) == expected
 
 
 @pytest.mark.parametrize(
@@ -392,8 +392,8 @@ def test_randomness_is_driven_by_its_key(case, off):
 
 
 def test_drop_path_is_by_clip():
-    sites = AIMSites(Adapter(8, parent=None), num_frames=FRAMES, drop_path=0.25, parent=None)
-    bound = sites.bind({}, rngs={"dropout": jax.random.key(0)})
+    hooks = AIMHooks(Adapter(8, parent=None), num_frames=FRAMES, drop_path=0.25, parent=None)
+    bound = hooks.bind({}, rngs={"dropout": jax.random.key(0)})
     y = np.asarray(bound._drop(jnp.ones((64 * FRAMES, 3, 2)))).reshape(64, -1)
     assert np.array_equal(y, np.repeat(y[:, :1], y.shape[1], axis=1))
     assert set(np.unique(y.round(6))) == {0.0, np.float32(1 / 0.75).round(6)}
@@ -405,13 +405,13 @@ def test_training_and_evaluation_without_framesets(config, tmp_path):
     config.data.num_frames = FRAMES  # does not divide by the grid, which means nothing here
     config.num_train_steps = 2
     dataset = VideoDataset(config.data.dir, "train")
-    run = experiment.build_run(config, str(tmp_path), dataset)
+    run = experiment.build_experiment(config, str(tmp_path), dataset)
     train.train(run, dataset, dataset)
     assert int(run.state.step) == 2
     config.eval.temporal_views = 2
     scores = train.evaluate.evaluate_run(run, VideoDataset(config.data.dir, "test"))
     assert scores.num_videos == 21
-    assert run.total_params == param_tree.count(run.frozen) + run.trainable_params
+    assert run.total_params == param_tree.count_params(run.frozen) + run.trainable_params
 
 
 def test_all_methods_see_the_same_clips(config):

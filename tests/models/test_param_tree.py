@@ -20,7 +20,7 @@ def weights():
 
 def test_merge_puts_together_what_unstack_took_apart(weights):
     _, trainable, frozen, _ = weights
-    apart = param_tree.unstack(frozen)
+    apart = param_tree.unstack_blocks(frozen)
     assert len(apart["backbone"]["blocks"]["mlp"]["hidden"]["kernel"]) == 4
     assert apart["backbone"]["projection"] is frozen["backbone"]["projection"]
     merged, want = (param_tree.merge(trainable, tree) for tree in (apart, frozen))
@@ -38,6 +38,6 @@ def test_no_copy_of_a_blocks_weights(weights):
         compiled = jax.jit(loss).lower(trainable, tree, *inputs).compile()
         return compiled.memory_analysis().temp_size_in_bytes, compiled(trainable, tree, *inputs)
 
-    stacked, apart = temporaries(frozen), temporaries(param_tree.unstack(frozen))
+    stacked, apart = temporaries(frozen), temporaries(param_tree.unstack_blocks(frozen))
     assert apart[0] < stacked[0]
     np.testing.assert_allclose(apart[1], stacked[1], rtol=1e-6)

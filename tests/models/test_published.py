@@ -176,8 +176,8 @@ def test_hmdb51(videos, annotations):
     }
     sizes = {split: len(videos) for split, videos in listing.splits.items()}
     assert sizes == {"train1": 6, "test1": 3, "train2": 6, "test2": 3, "train3": 6, "test3": 3}
-    assert list(listing.stored()) == ["all"]
-    assert len(listing.stored()["all"]) == 9  # each once, unused.avi not at all
+    assert list(listing.videos_to_store()) == ["all"]
+    assert len(listing.videos_to_store()["all"]) == 9  # each once, unused.avi not at all
     assert listing.notices == ["the annotations have 3 classes, hmdb51 as published 51"]
     for name in list(annotations.iterdir()):
         if not name.name.endswith("split2.txt"):

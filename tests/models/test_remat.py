@@ -7,7 +7,7 @@ import pytest
 from dualpath_jax.analysis import efficiency
 from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
-from dualpath_jax.models.abstract import abstract_inputs, backbone_shape, outline
+from dualpath_jax.models.abstract import abstract_inputs, abstract_model, build_backbone_config
 from dualpath_jax.models.backbones import block_loop
 from tests.test_check_config import load
 
@@ -33,7 +33,7 @@ def small(name, remat, scan):
 
 def loss_of(config):
     """(loss(trainable, frozen, *inputs), its arguments without values)."""
-    model = outline(config, 174)
+    model = abstract_model(config, 174)
     trainable, frozen = param_tree.split(model.params, model.mask)
 
     def loss(trainable, frozen, *inputs):
@@ -80,7 +80,7 @@ def test_memory_falls():
 
 
 @pytest.mark.parametrize(
-    ("name", "remat", "class_only", "ratio"),
+    ("name", "remat", "cls_token_only", "ratio"),
     [
         ("ssv2_vitb", "none", False, 2.085),
         ("ssv2_vitb", "none", True, 1.914),
@@ -89,13 +89,13 @@ def test_memory_falls():
         ("ssv2_vitl", "cheap", True, 2.120),
     ],
 )
-def test_work_of_a_step(name, remat, class_only, ratio):
+def test_work_of_a_step(name, remat, cls_token_only, ratio):
     """Multiply-accumulates of forward and backward pass over those of a plain forward pass."""
     config = load(name)
-    config.model.class_only, config.model.remat = False, "none"
+    config.model.cls_token_only, config.model.remat = False, "none"
     loss, arguments = loss_of(config)
     plain = efficiency.count_macs(loss, *arguments)
-    config.model.class_only, config.model.remat = class_only, remat
+    config.model.cls_token_only, config.model.remat = cls_token_only, remat
     loss, arguments = loss_of(config)
     assert efficiency.count_macs(jax.grad(loss), *arguments) / plain == pytest.approx(
         ratio, abs=1e-3
@@ -105,6 +105,6 @@ def test_work_of_a_step(name, remat, class_only, ratio):
 def test_unknown_names():
     config = small("ssv2_vitb", "some", scan=True)
     with pytest.raises(ValueError, match="unknown model.remat='some': known are none, cheap, full"):
-        method_registry.build_model(config, backbone_shape(config), 3)
+        method_registry.build_model(config, build_backbone_config(config), 3)
     with pytest.raises(ValueError, match="'softmax' is not kept: known are attended, branch"):
-        block_loop.keep(np.zeros(3), "softmax")
+        block_loop.checkpoint_activation(np.zeros(3), "softmax")

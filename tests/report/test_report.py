@@ -84,11 +84,11 @@ def test_confused_classes_stand_side_by_side():
     pairs = [(0, 5), (1, 7), (2, 4), (3, 6)]
     for a, b in pairs:
         matrix[a, b] = matrix[b, a] = 9
-    order = statistics.similar_order(matrix)
+    order = statistics.order_by_similarity(matrix)
     assert sorted(order) == list(range(8))
     assert apart(order, pairs) == 1
     assert apart(list(range(8)), pairs) > 1  # twin: the data set's order
-    assert statistics.similar_order(np.zeros((2, 2), int)) == [0, 1]
+    assert statistics.order_by_similarity(np.zeros((2, 2), int)) == [0, 1]
 
 
 def test_most_confident_mistakes():
@@ -100,28 +100,31 @@ def test_most_confident_mistakes():
 
 def test_differences_of_settings():
     base = {"seed": 0, "data.grid": (4, 4), "data.flip": True}
-    assert statistics.differences([base, base | {"data.grid": [4, 4]}]) == {}
+    assert statistics.pairwise_differences([base, base | {"data.grid": [4, 4]}]) == {}
     changed = base | {"seed": 1, "new": "x"}
-    assert statistics.differences([base, changed]) == {"seed": [0, 1], "new": [None, "x"]}
+    assert statistics.pairwise_differences([base, changed]) == {"seed": [0, 1], "new": [None, "x"]}
 
 
 def test_interval_of_wilson():
-    assert statistics.interval(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert statistics.interval(1.0, 400)[1] == 1.0
+    assert statistics.confidence_interval(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert statistics.confidence_interval(1.0, 400)[1] == 1.0
 
 
 def test_charts():
     noisy = [(step, 1.0 if step != 7777 else 50.0) for step in range(1, 20_001)]
-    chart = line_charts.line_chart("Loss", [line_charts.Series("a", 0, noisy)], line_charts.number)
+    chart = line_charts.line_chart(
+        "Loss", [line_charts.Series("a", 0, noisy)], line_charts.format_number
+    )
     (line,) = chart.readout["series"]
     assert len(line["values"]) <= line_charts.MOST_POINTS
     assert max(line["values"]) == 50.0  # the one peak among 20,000 entries is not thinned out
     assert "from 1 at step 1 to 1 at step 20,000" in chart.summary
     assert (
-        line_charts.line_chart("Loss", [line_charts.Series("a", 0, [])], line_charts.number) is None
+        line_charts.line_chart("Loss", [line_charts.Series("a", 0, [])], line_charts.format_number)
+        is None
     )
     flat = line_charts.line_chart(
-        "Loss", [line_charts.Series("a", 0, [(5, 0.0)])], line_charts.number
+        "Loss", [line_charts.Series("a", 0, [(5, 0.0)])], line_charts.format_number
     )
     assert flat.lines[0]["dots"] == [(line_charts.RIGHT, line_charts.BOTTOM)]
 
@@ -310,7 +313,7 @@ def test_a_page_is_replaced_whole(tmp_path, report, monkeypatch):
     workdir = write_run(tmp_path / "run")
     (tmp_path / "report.html").write_text("old")
     with monkeypatch.context() as patch:
-        patch.setattr(page, "render", lambda *_: 1 / 0)
+        patch.setattr(page, "render_page", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             report(f"--workdir={workdir}")
     assert (tmp_path / "report.html").read_text() == "old"
@@ -372,14 +375,14 @@ def test_splits_of_one_run(tmp_path):
 def test_pictures_of_a_real_run(config, tmp_path):
     """Untrained, with a checkpoint; what it said is made up: videos and attention are drawn."""
     dataset = VideoDataset(config.data.dir, "test")
-    run = experiment.build_run(config, str(tmp_path), dataset)
+    run = experiment.build_experiment(config, str(tmp_path), dataset)
     checkpoints = Checkpoints(run.workdir)
     checkpoints.save(0, run.state, run.metadata())
     checkpoints.close()
     results = {"step": 0, "split": "test", "dataset": config.data.dir}
-    found = run_reader.Run(run.workdir, "run", results=results)
+    found = run_reader.RunRecord(run.workdir, "run", results=results)
     ids = dataset.ids[3:5]
-    pictures = mistake_images.strips(found, ids)
+    pictures = mistake_images.mistake_strips(found, ids)
     assert (told(found), list(pictures)) == ([], ids)
     titles = ["frames", "where the spatial path looks", "where the temporal path looks"]
     assert all([strip.title for strip in strips] == titles for strips in pictures.values())
@@ -391,9 +394,9 @@ def test_pictures_of_a_real_run(config, tmp_path):
     assert pictures[ids[1]][0].url != frames.url
     # What is missing: the weights, a checkpoint of this step, and the video.
     weights = str(tmp_path / "other.safetensors")
-    assert len(mistake_images.strips(found, ids, backbone=weights)[ids[0]]) == 1
+    assert len(mistake_images.mistake_strips(found, ids, backbone=weights)[ids[0]]) == 1
     results["step"] = 7
-    mistake_images.strips(found, [*ids, "gone"])
+    mistake_images.mistake_strips(found, [*ids, "gone"])
     messages = [
         r"no maps of attention: .*other.safetensors.*--backbone=FILE",
         r"no pictures of 1 of 3 mistakes: .* has no videos of these names.*--mode=eval",
@@ -470,7 +473,7 @@ def pages(tmp_path_factory):
             predictions.probabilities[:, 0], predictions.correct, 12
         )
         made[name] = folder / f"{name}.html"
-        made[name].write_text(page.render(found, rows if len(found) == 1 else [], {}))
+        made[name].write_text(page.render_page(found, rows if len(found) == 1 else [], {}))
     return made
 
 

@@ -40,7 +40,7 @@ def test_one_process_on_a_host_has_all_its_gpus(variables, devices, monkeypatch)
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     before = xla_bridge.CUDA_VISIBLE_DEVICES.value
     try:
-        distributed.start()
+        distributed.initialize()
         assert xla_bridge.CUDA_VISIBLE_DEVICES.value == devices
     finally:
         for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
@@ -49,7 +49,7 @@ def test_one_process_on_a_host_has_all_its_gpus(variables, devices, monkeypatch)
 
 def test_all_must_have_the_same(monkeypatch):
     facts = {"videos": ["a", "b"], "classes": ["x"]}
-    distributed.check_same(facts, "the way")  # alone
+    distributed.check_same_on_all_hosts(facts, "the way")  # alone
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     rows = []
 
@@ -58,28 +58,28 @@ def test_all_must_have_the_same(monkeypatch):
         return np.stack([row] * 3)
 
     monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
-    distributed.check_same(facts, "the way")
-    distributed.check_same(facts | {"classes": ["y"]}, "the way")
+    distributed.check_same_on_all_hosts(facts, "the way")
+    distributed.check_same_on_all_hosts(facts | {"classes": ["y"]}, "the way")
     names, videos_and_classes, _, others = rows
     gathered = {names.size: [names] * 3, others.size: [videos_and_classes] * 2 + [others]}
     monkeypatch.setattr(
         distributed.multihost_utils, "process_allgather", lambda row: np.stack(gathered[row.size])
     )
     with pytest.raises(OSError, match=r"classes: process 2 differs from process 0; the way"):
-        distributed.check_same(facts, "the way")
+        distributed.check_same_on_all_hosts(facts, "the way")
     monkeypatch.setattr(
         distributed.multihost_utils, "process_allgather", lambda row: np.stack([row, row, row + 1])
     )
     with pytest.raises(OSError, match="what is compared: process 2 differs from process 0"):
-        distributed.check_same(facts, "the way")
+        distributed.check_same_on_all_hosts(facts, "the way")
 
 
 def test_cloud_storage_that_is_unavailable_is_no_lost_process(monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     message = "UNAVAILABLE: connection closed by peer"
-    assert distributed.another_failed(jax.errors.JaxRuntimeError(message))
-    assert not distributed.another_failed(OSError("HTTP response code 503: Service Unavailable"))
-    assert not distributed.another_failed(ValueError("no videos"))
+    assert distributed.is_peer_failure(jax.errors.JaxRuntimeError(message))
+    assert not distributed.is_peer_failure(OSError("HTTP response code 503: Service Unavailable"))
+    assert not distributed.is_peer_failure(ValueError("no videos"))
 
 
 @pytest.mark.parametrize(
@@ -103,9 +103,9 @@ def test_where_compiled_programs_are_kept(processes, chosen, folder, monkeypatch
 
 def test_hosts_may_differ_in_where_files_lie_and_in_nothing_else():
     config = schema.get_config()
-    before = launch.settings(config)
+    before = launch.shared_settings(config)
     for name in ("data.dir", "backbone.checkpoint", "init_from"):
         config.update_from_flattened_dict({name: "/elsewhere"})
-    assert launch.settings(config) == before
+    assert launch.shared_settings(config) == before
     config.optimizer.learning_rate *= 2
-    assert launch.settings(config) != before
+    assert launch.shared_settings(config) != before

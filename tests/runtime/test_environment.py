@@ -22,7 +22,7 @@ def test_the_users_settings_stay(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here")
-    environment.prepare()
+    environment.configure_environment()
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=here"
     assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "2"
     folder = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -33,7 +33,7 @@ def test_the_users_settings_stay(monkeypatch, tmp_path):
 def test_a_second_start_compiles_nothing(tmp_path):
     """A program of its own, twice; the second one finds what the first one has kept."""
     program = (
-        "from dualpath_jax.runtime import environment; environment.prepare(); import jax; "
+        "from dualpath_jax.runtime import environment; environment.configure_environment(); import jax; "
         "from jax import monitoring; hits = []; "
         "monitoring.register_event_listener(lambda name, **_: hits.append(name)); "
         "jax.jit(lambda x: sum((x @ x + i).sum() for i in range(40)))(jax.numpy.ones((64, 64)));"
@@ -57,7 +57,7 @@ def test_a_second_start_compiles_nothing(tmp_path):
 FAULTS = """
 import os, resource, sys
 from dualpath_jax.runtime import environment
-environment.compute_where_called()
+environment.disable_async_dispatch()
 import jax
 step = jax.jit(lambda x: (x @ x.T).sum())
 x = jax.numpy.ones((4096, 16))
@@ -66,7 +66,7 @@ def faults():
     float(step(x))
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print([faults() for _ in range(5)])
-environment.keep_memory()
+environment.keep_freed_memory()
 print([faults() for _ in range(20)])
 """
 
@@ -88,7 +88,7 @@ def test_memory_of_a_step_is_kept(chosen):
 def test_what_a_run_had(monkeypatch):
     command = ["/usr/bin/python3", "-m", "dualpath_jax.main", "--workdir=a b"]
     monkeypatch.setattr(sys, "orig_argv", command)
-    found = json.loads(json.dumps(environment.describe()))
+    found = json.loads(json.dumps(environment.describe_environment()))
     assert found["command"] == "python -m dualpath_jax.main '--workdir=a b'"
     assert found["versions"]["jax"] == jax.__version__
     assert found["versions"]["dualpath_jax"] == dualpath_jax.__version__

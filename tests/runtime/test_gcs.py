@@ -14,7 +14,7 @@ from dualpath_jax.data.video_dataset import UnreadableVideo, VideoDataset
 from dualpath_jax.demo import setup
 from dualpath_jax.runtime import gcs as gcs_lib
 from dualpath_jax.training import experiment, restore
-from dualpath_jax.training.inputs import check_inputs, check_workdir, open_data
+from dualpath_jax.training.inputs import check_inputs, check_workdir, open_datasets
 from dualpath_jax.weights import convert
 from scripts import export_adapter
 from tests.data.test_video_dataset import NUM_FRAMES, write
@@ -90,8 +90,8 @@ def test_data_that_is_not_there(gcs):
 
 
 def test_converted_weights_go_to_gs_and_come_back(gcs, tmp_path):
-    local = convert.convert_clip(setup.BACKBONE, tmp_path / BACKBONE)
-    remote = convert.convert_clip(setup.BACKBONE, "gs://bucket/new/b.safetensors")
+    local = convert.convert_checkpoint(setup.BACKBONE, tmp_path / BACKBONE)
+    remote = convert.convert_checkpoint(setup.BACKBONE, "gs://bucket/new/b.safetensors")
     assert remote["sha256"] == local["sha256"]
     assert gcs.objects["bucket/new/b.safetensors"] == (tmp_path / BACKBONE).read_bytes()
     assert not [name for name in gcs.objects if name.endswith(".tmp")]
@@ -110,8 +110,8 @@ def test_a_bucket_that_refuses(gcs):
 def test_what_gs_needs_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
     with pytest.raises(ValueError, match=r"--workdir=gs://b .* -r requirements-gcs\.txt"):
-        gcs_lib.check_installed("gs://b", "--workdir")
-    gcs_lib.check_installed("/b", "--workdir")
+        gcs_lib.check_gcs_installed("gs://b", "--workdir")
+    gcs_lib.check_gcs_installed("/b", "--workdir")
 
 
 def small_config(root):
@@ -139,9 +139,9 @@ def do(config, workdir):
     """What the command line does."""
     check_workdir(workdir)
     check_inputs(config)
-    dataset, eval_dataset = open_data(config)
+    dataset, eval_dataset = open_datasets(config)
     with compiling_once():
-        run = experiment.build_run(config, workdir, dataset)
+        run = experiment.build_experiment(config, workdir, dataset)
         train.train(run, dataset, eval_dataset)
         return evaluate.evaluate_and_write(run, eval_dataset)
 
@@ -156,7 +156,7 @@ def learnt(text):
 @pytest.mark.slow
 def test_a_run_in_gs_is_the_run_on_disk(gcs, tmp_path, capsys):
     pytest.importorskip("google.cloud.storage")
-    convert.convert_clip(setup.BACKBONE, tmp_path / BACKBONE)
+    convert.convert_checkpoint(setup.BACKBONE, tmp_path / BACKBONE)
     gcs.put(f"bucket/{BACKBONE}", (tmp_path / BACKBONE).read_bytes())
     config = small_config(str(tmp_path))
     local = do(config, str(tmp_path / "run"))
@@ -183,9 +183,9 @@ def test_a_run_in_gs_is_the_run_on_disk(gcs, tmp_path, capsys):
     message = export_adapter.export("gs://bucket/runs/one", "gs://bucket/a.safetensors", "latest")
     assert message.startswith("wrote gs://bucket/a.safetensors: ")
     remote_config.init_from = "gs://bucket/a.safetensors"
-    dataset, _ = open_data(remote_config)
-    run = experiment.build_run(remote_config, "gs://bucket/runs/two", dataset)
-    restore.for_evaluation(run)
+    dataset, _ = open_datasets(remote_config)
+    run = experiment.build_experiment(remote_config, "gs://bucket/runs/two", dataset)
+    restore.restore_for_evaluation(run)
     assert "evaluating gs://bucket/a.safetensors\n" in capsys.readouterr().out
     assert evaluate.evaluate_run(run, dataset).top1 == remote["top1"]
 

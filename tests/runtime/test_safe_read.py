@@ -131,7 +131,7 @@ def test_label_swap_must_be_pairs(tmp_path):
     path = tmp_path / "swap.json"
     path.write_text('["ab"]')  # would unpack into two names
     with pytest.raises(ValueError, match="must be a JSON file like"):
-        augment.read_label_swap(str(path))
+        augment.read_label_swaps(str(path))
 
 
 # ---------------------------------------------------------------- weights
@@ -180,7 +180,7 @@ def test_weights_beyond_the_limit_are_not_read(tmp_path, monkeypatch):
         convert.load_backbone(path, BACKBONES["vit"])
     monkeypatch.setattr(source_checkpoint, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="more than the 1,000 that are read"):
-        convert.convert_clip(path, tmp_path / "out")
+        convert.convert_checkpoint(path, tmp_path / "out")
 
 
 def _checkpoint(tmp_path, kind, name="weights.safetensors"):
@@ -193,7 +193,7 @@ def test_a_stage_that_does_not_exist(tmp_path):
     arrays["layers.999999999.blocks.0.norm1.weight"] = np.ones(8, np.float16)
     safetensors.numpy.save_file(arrays, path)
     with pytest.raises(ValueError, match="names a stage 999999999, of at most 16"):
-        convert.convert_clip(path, tmp_path / "out")
+        convert.convert_checkpoint(path, tmp_path / "out")
 
 
 def test_empty_weights(tmp_path):
@@ -201,14 +201,14 @@ def test_empty_weights(tmp_path):
     arrays["visual.conv1.weight"] = np.ones((8, 3, 0, 4), np.float16)
     safetensors.numpy.save_file(arrays, path)
     with pytest.raises(ValueError, match="visual.conv1.weight is empty"):
-        convert.convert_clip(path, tmp_path / "out", activation="gelu")
+        convert.convert_checkpoint(path, tmp_path / "out", activation="gelu")
 
 
 def _refused_by_torch(tmp_path, state, message):
     torch = pytest.importorskip("torch")
     torch.save(state(torch), tmp_path / "a.pt")
     with pytest.raises(ValueError, match=message):
-        convert.convert_clip(tmp_path / "a.pt", tmp_path / "out")
+        convert.convert_checkpoint(tmp_path / "a.pt", tmp_path / "out")
 
 
 def test_a_small_tensor_expanded_to_a_large_one(tmp_path):
@@ -226,7 +226,7 @@ def test_a_compressed_archive_that_fills_the_memory(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", b"\0" * 10_000_000)
     with pytest.raises(ValueError, match="claims to hold 10,000,000"):
-        convert.convert_clip(tmp_path / "a.pt", tmp_path / "out")
+        convert.convert_checkpoint(tmp_path / "a.pt", tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil"])
@@ -234,7 +234,7 @@ def test_paths_in_archives(tmp_path, name):
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr(name, b"")
     with pytest.raises(ValueError, match="names files outside of itself"):
-        convert.convert_clip(tmp_path / "a.pt", tmp_path / "out")
+        convert.convert_checkpoint(tmp_path / "a.pt", tmp_path / "out")
 
 
 @pytest.mark.parametrize(("key", "value"), [("class_names", [1]), ("method", None), ("step", "5")])

@@ -21,7 +21,7 @@ def tiny(method):
 def test_rows():
     told = []
     configs = {method: tiny(method) for method in ("dualpath", "linear")}
-    speeds = methods.measure(configs, 2, told.append)
+    speeds = methods.measure_methods(configs, 2, told.append)
     assert list(speeds) == ["dualpath", "linear"]
     assert [one.num_frames for one in speeds.values()] == [16, 8]
     assert speeds["dualpath"].relative == 1.0

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from dualpath_jax.data import pipeline
-from dualpath_jax.data.clip_spec import clip_format
+from dualpath_jax.data.clip_spec import build_clip_format
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits, decode_frames
 from dualpath_jax.runtime import cpu_count
 from scripts.benchmarks import pipeline as pipeline_lib
@@ -86,7 +86,7 @@ def test_online_clips_are_the_pipelines(dataset, data, mode):
     place = [video for video, _, _ in clips].index(1)
     video, frames, element = clips[place]
     assert "records" not in element
-    transform = pipeline_lib.make_transform(clip_format(data), data)
+    transform = pipeline_lib.make_transform(build_clip_format(data), data)
 
     def difference(chosen, **changed):
         decoded = pipeline_lib.decode_pyav(videos.ids[video], chosen)
@@ -204,7 +204,7 @@ def test_files_that_are_not_there(scripts):
 @pytest.mark.parametrize("training", [True, False])
 def test_memory_is_sampled(dataset, data, training):
     told = []
-    samples = pipeline_lib.watch_memory(
+    samples = pipeline_lib.sample_memory(
         dataset, data, training, minutes=0.01, interval=0.1, report=lambda *s: told.append(s)
     )
     assert told == samples
@@ -217,17 +217,17 @@ def test_memory_is_sampled(dataset, data, training):
 
 def test_flatness():
     samples = [(1, 100.0, 1), (2, 200.0, 2), (3, 210.0, 3), (4, 205.0, 4)]
-    assert pipeline_lib.flatness(samples, 2) == (205.0, pytest.approx(5 / 205))
-    assert pipeline_lib.flatness(samples, 0)[1] == pytest.approx(1 - 100 / 202.5)
+    assert pipeline_lib.memory_deviation(samples, 2) == (205.0, pytest.approx(5 / 205))
+    assert pipeline_lib.memory_deviation(samples, 0)[1] == pytest.approx(1 - 100 / 202.5)
     with pytest.raises(ValueError, match="no sample later than 5 minutes"):
-        pipeline_lib.flatness(samples, 5)
+        pipeline_lib.memory_deviation(samples, 5)
 
 
 @pytest.mark.parametrize(("last", "code"), [(104.0, 0), (111.0, 1)])
 def test_memory_script_judges(prepared, dataset, scripts, monkeypatch, capsys, last, code):
     script = scripts("benchmark_memory")
     samples = [(3, 100.0, 1), (4, 100.0, 2), (5, last, 3)]
-    monkeypatch.setattr(pipeline_lib, "watch_memory", lambda *args: samples)
+    monkeypatch.setattr(pipeline_lib, "sample_memory", lambda *args: samples)
     monkeypatch.setattr(sys, "argv", ["benchmark_memory.py", f"--prepared={prepared}"])
     with pytest.raises(SystemExit) as end:
         script.main()

@@ -36,7 +36,7 @@ def one_device(monkeypatch):
 
 
 def test_pytorch_is_the_same_model(config):
-    made, batch = train_step.make_run(Setting(config, "float32", 2))
+    made, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
     sides = (train_step.SIDES[name] for name in train_step.USUAL_SIDES)
     ours, theirs = (make(made, batch) for make in sides)
     assert ours.forward().shape == (2, 174)
@@ -55,7 +55,7 @@ def test_another_model_is_noticed(config, monkeypatch):
             del adapters["before"]
         return model
 
-    made, batch = train_step.make_run(Setting(config, "float32", 2))
+    made, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
     ours = train_step.jax_side(made, batch).forward()
     right = train_step.torch_side(made, batch).forward()
     assert 0 < train_step.largest_difference("float32", ours, right) < train_step.TOLERANCE
@@ -69,7 +69,7 @@ def test_compiled_pytorch_is_measured_too(config, monkeypatch):
     """Both of its models, the one that trains as well, and it has a row of its own."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    made, batch = train_step.make_run(Setting(config, "float32", 2))
+    made, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
     train_step.SIDES["torch"](made, batch)
     assert not compiled  # twin
     side = train_step.SIDES["torch_compiled"](made, batch)
@@ -89,7 +89,7 @@ def test_compiled_pytorch_is_measured_too(config, monkeypatch):
 
 
 def test_several_calls_give_the_last_result(config):
-    made, batch = train_step.make_run(Setting(config, "float32", 2))
+    made, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
     ours, again = (train_step.jax_side(made, batch) for _ in range(2))
     losses = [ours.train_step() for _ in range(3)]
     assert again.train_step(3) == losses[2] != losses[0]
@@ -98,7 +98,7 @@ def test_several_calls_give_the_last_result(config):
 def test_turns_alternate(monkeypatch):
     order = []
     runs = {name: lambda name=name: order.append(name) for name in "ab"}
-    seconds = interleave.take_turns(runs, 3)
+    seconds = interleave.time_interleaved(runs, 3)
     assert order == ["a", "b", *"abbaab"]  # the first of each is not counted
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts.benchmarks.tpu_aot import StepReport, fits, fits_markdown
+from scripts.benchmarks.tpu_aot import StepReport, estimate_fits, format_fits
 
 
 def report(clips):
@@ -12,20 +12,20 @@ def report(clips):
 
 
 def test_fits():
-    rows = fits(report(8), report(16), [1.0, 2.0, 16.0, 80.0], [64, 128])
+    rows = estimate_fits(report(8), report(16), [1.0, 2.0, 16.0, 80.0], [64, 128])
     # 0.92 x 16 GB less 1 GB is 27 clips: 16 are the power of two.
     assert [row.clips for row in rows] == [0, 1, 16, 128]
     assert [row.accumulation_steps for row in rows] == [
         *({}, {64: 64, 128: 128}, {64: 4, 128: 8}, {64: 1, 128: 1})
     ]
-    lines = fits_markdown(rows, [64, 128]).splitlines()
+    lines = format_fits(rows, [64, 128]).splitlines()
     assert lines[2:5] == [
         "| 1 | 0 | none fits | none fits |",
         "| 2 | 1 | 64 | 128 |",
         "| 16 | 16 | 4 | 8 |",
     ]
     # Twin: a step that needs twice as much for a clip fits half as many.
-    assert fits(report(8), report(16), [32.0], [64])[0].clips == 32
-    assert fits(report(4), report(24), [32.0], [64])[0].clips == 32  # the same line
+    assert estimate_fits(report(8), report(16), [32.0], [64])[0].clips == 32
+    assert estimate_fits(report(4), report(24), [32.0], [64])[0].clips == 32  # the same line
     with pytest.raises(ValueError, match="a batch of 48 is not a power of two"):
-        fits(report(8), report(16), [16.0], [48])
+        estimate_fits(report(8), report(16), [16.0], [48])

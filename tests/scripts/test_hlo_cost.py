@@ -47,7 +47,7 @@ ENTRY %main (x: (s32[], f32[3,4], f32[1,4]), y: bf16[8]) -> bf16[8] {
 
 
 def test_loops_count_as_often_as_they_run():
-    program = hlo_cost.Program(TEXT)
+    program = hlo_cost.HloProgram(TEXT)
     assert program.collectives() == [
         hlo_cost.Collective("all-gather", "f32", times=3, bytes=96),
         hlo_cost.Collective("all-reduce", "bf16", times=1, bytes=16),
@@ -59,10 +59,12 @@ def test_bytes_accessed():
     # Each of 3 rounds: the slice's 16 bytes, the index' 4, 16 written; 16 + 16 in the all-reduce;
     # 16 read and 32 written by the fusion that gathers.
     # Outside: 16 read by the copy, whose result is in VMEM; 16 written by the all-reduce.
-    assert hlo_cost.Program(TEXT).bytes_accessed() == 3 * (16 + 4 + 16 + 32 + 48) + 16 + 16
-    assert hlo_cost.Program(TEXT.replace("constant(3)", "constant(1)")).bytes_accessed() == 116 + 32
+    assert hlo_cost.HloProgram(TEXT).bytes_accessed() == 3 * (16 + 4 + 16 + 32 + 48) + 16 + 16
+    assert (
+        hlo_cost.HloProgram(TEXT.replace("constant(3)", "constant(1)")).bytes_accessed() == 116 + 32
+    )
     with pytest.raises(ValueError, match="no ENTRY"):
-        hlo_cost.Program("HloModule x")
+        hlo_cost.HloProgram("HloModule x")
 
 
 FUSED = """HloModule jit_step
@@ -93,18 +95,18 @@ ENTRY %main (x: f32[5,8], i: s32[]) -> f32[5,8] {
 
 def test_bytes_of_fusions_in_fusions():
     """A row of 32 bytes is read in the innermost, and one written; the index has 4."""
-    assert hlo_cost.Program(FUSED).bytes_accessed() == 32 + 32 + 4
+    assert hlo_cost.HloProgram(FUSED).bytes_accessed() == 32 + 32 + 4
     whole = FUSED.replace(
         "ROOT %part = f32[1,8]{1,0} dynamic-slice(", "ROOT %part = f32[1,8] sort("
     )
-    assert hlo_cost.Program(whole).bytes_accessed() == 160 + 32 + 4
+    assert hlo_cost.HloProgram(whole).bytes_accessed() == 160 + 32 + 4
     other = FUSED.replace("AllocateBuffer", "Other")
-    assert hlo_cost.Program(other).bytes_accessed() == 32 + 32 + 4 + 160
+    assert hlo_cost.HloProgram(other).bytes_accessed() == 32 + 32 + 4 + 160
 
 
 def test_cycles():
-    assert hlo_cost.Program(FUSED).cycles() == 70
-    assert hlo_cost.Program(TEXT).cycles() == 0
+    assert hlo_cost.HloProgram(FUSED).cycles() == 70
+    assert hlo_cost.HloProgram(TEXT).cycles() == 0
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_near_to_what_the_compiler_counts():
     found = []
     for function in (step, looped):
         compiled = jax.jit(function).lower(*arguments).compile()
-        ours = hlo_cost.Program(compiled.as_text()).bytes_accessed()
+        ours = hlo_cost.HloProgram(compiled.as_text()).bytes_accessed()
         found.append((ours, compiled.cost_analysis()["bytes accessed"]))
     (ours, theirs), (loop_ours, loop_theirs) = found
     assert ours == pytest.approx(theirs, rel=0.25)

@@ -18,7 +18,7 @@ from orbax.checkpoint._src.path.deleter import StandardCheckpointDeleter
 
 from dualpath_jax.config import schema
 from dualpath_jax.training import checkpoint
-from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, changes
+from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, config_changes
 from tests.chaos import full_disk
 
 METADATA = {
@@ -260,7 +260,7 @@ def test_a_disk_that_is_really_full(tmp_path, mount, caplog):
     def folders():
         return sorted(path.name for path in (disk.folder / "checkpoints").iterdir())
 
-    with full_disk.Disk(tmp_path / "disk", mount) as disk:
+    with full_disk.LimitedDisk(tmp_path / "disk", mount) as disk:
         if mount and not disk.mounted:
             pytest.skip("no right to mount")
         checkpoints = Checkpoints(str(disk.folder), keep=1)
@@ -349,7 +349,7 @@ def test_changes():
     def differing(**values):
         after = schema.get_config()
         after.update_from_flattened_dict({key.replace("__", "."): v for key, v in values.items()})
-        return changes(before, json.loads(after.to_json_best_effort()))
+        return config_changes(before, json.loads(after.to_json_best_effort()))
 
     assert differing() == {}
     assert differing(log_every_steps=7, eval__batch_size=3, checkpoint__keep=9) == {}

@@ -150,7 +150,9 @@ def four(settings, two, tmp_path_factory):
 def test_two_processes_do_what_one_does(settings, one, two, tmp_path):
     workdir = two / "straight"
     training, testing = examples(workdir, 2)
-    assert training == [index_sampler.train_order(0, step, 8, 40)[0].tolist() for step in range(6)]
+    assert training == [
+        index_sampler.train_indices(0, step, 8, 40)[0].tolist() for step in range(6)
+    ]
     assert [i for batch in testing for i in batch if i >= 0] == list(range(21))
     assert values(workdir, "step") == [1, 2, 3, 4, 5, 6]
     for key in ("loss", "gradient_norm", "accuracy"):
@@ -180,7 +182,9 @@ def test_runs_go_on_with_another_number_of_processes(settings, one, two, four, t
     """Two stopped after three steps; four, and one, do the rest."""
     workdir = four / "straight"
     training, testing = examples(workdir, 4)
-    assert training == [index_sampler.train_order(0, step, 8, 40)[0].tolist() for step in (3, 4, 5)]
+    assert training == [
+        index_sampler.train_indices(0, step, 8, 40)[0].tolist() for step in (3, 4, 5)
+    ]
     assert [i for batch in testing for i in batch if i >= 0] == list(range(21))
     seen = [json.loads((workdir / f"seen{i}.json").read_text())["test"] for i in range(4)]
     shares = [sum(i >= 0 for batch in batches for i in batch) for batches in seen]

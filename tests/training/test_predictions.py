@@ -73,16 +73,18 @@ def test_of_another_evaluation(tmp_path):
 def compiled_text(step, mesh, out):
     """The program of a step on eight rows of logits, sharded by row."""
     shapes = {
-        "logits": jax.ShapeDtypeStruct((8, 2, 7), jnp.float32, sharding=sharding.rows(mesh)),
-        "label": jax.ShapeDtypeStruct((8,), jnp.int32, sharding=sharding.rows(mesh)),
-        "mask": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding.rows(mesh)),
+        "logits": jax.ShapeDtypeStruct(
+            (8, 2, 7), jnp.float32, sharding=sharding.batch_sharding(mesh)
+        ),
+        "label": jax.ShapeDtypeStruct((8,), jnp.int32, sharding=sharding.batch_sharding(mesh)),
+        "mask": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding.batch_sharding(mesh)),
     }
     return jax.jit(step, out_shardings=out).lower(shapes).compile().as_text()
 
 
 def test_sums_alone_cross_devices():
     mesh = sharding.make_mesh()
-    apart = evaluate.out_shardings(mesh)
+    apart = evaluate.eval_out_shardings(mesh)
 
     def step(batch):
         sums = evaluate.eval_step_sums(batch["logits"], batch["label"], batch["mask"])
@@ -92,13 +94,13 @@ def test_sums_alone_cross_devices():
     assert "all-reduce" in text
     assert "all-gather" not in text
     # Twin: rows that every device is to have.
-    assert "all-gather" in compiled_text(step, mesh, sharding.on_every_device(mesh))
+    assert "all-gather" in compiled_text(step, mesh, sharding.replicated_sharding(mesh))
 
 
 def test_of_a_run_each_video_once(config, tmp_path):
     config.model.temporal_path = False  # compiles sooner
     dataset = VideoDataset(config.data.dir, "test")
-    run = experiment.build_run(config, str(tmp_path), dataset)
+    run = experiment.build_experiment(config, str(tmp_path), dataset)
     results = evaluate.evaluate_and_write(run, dataset)
     names, rows = predictions.read_predictions(tmp_path, results)
     assert names == dataset.class_names

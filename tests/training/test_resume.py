@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from dualpath_jax import train
-from dualpath_jax.config.values import views_of
+from dualpath_jax.config.values import format_views
 from dualpath_jax.data import pipeline
-from dualpath_jax.runtime.preemption import EXIT_CODE, Preempted, Watch
+from dualpath_jax.runtime.preemption import EXIT_CODE, Preempted, PreemptionGuard
 from dualpath_jax.training import adapter_file, metrics_logger, restore
 from dualpath_jax.training.checkpoint import Checkpoints
 from dualpath_jax.training.inputs import check_workdir
@@ -101,7 +101,9 @@ def test_dying_anywhere_changes_nothing(config, straight, tmp_path, monkeypatch)
     assert Checkpoints(str(tmp_path / "killed"), read_only=True).latest_step() > 0
     resumed = run_all(config, tmp_path / "killed")
     assert same(resumed.state, straight.state)
-    assert same_run.entries(tmp_path / "killed") == same_run.entries(tmp_path / "straight")
+    assert same_run.read_metric_entries(tmp_path / "killed") == same_run.read_metric_entries(
+        tmp_path / "straight"
+    )
     # Twin: other data is not the same.
     other_batches(monkeypatch, lambda dataset, data, seed: (dataset, data, seed + 1))
     assert not same(run_all(config, tmp_path / "other").state, straight.state)
@@ -133,7 +135,9 @@ def test_augmented_accumulated_and_at_the_edge_of_an_epoch(config, tmp_path, mon
     for deadline in (2, 1, 2):  # in the third, fourth and sixth step
         die(config, tmp_path / "killed", monkeypatch, deadline)
     assert same(run_all(config, tmp_path / "killed").state, straight.state)
-    assert same_run.entries(tmp_path / "killed") == same_run.entries(tmp_path / "straight")
+    assert same_run.read_metric_entries(tmp_path / "killed") == same_run.read_metric_entries(
+        tmp_path / "straight"
+    )
     # Twin: augmentation matters for what is learnt.
     plain = config.data.copy_and_resolve_references()
     plain.flip = False
@@ -158,7 +162,11 @@ def test_entries_that_a_full_disk_refused_are_not_lost(config, straight, tmp_pat
     with monkeypatch.context() as patch:
         refuse_entries(patch, {4, 5})
         die(config, tmp_path / "killed", patch, 5)
-    assert [entry["step"] for entry in same_run.entries(tmp_path / "killed")] == [1, 2, 3]
+    assert [entry["step"] for entry in same_run.read_metric_entries(tmp_path / "killed")] == [
+        1,
+        2,
+        3,
+    ]
     assert Checkpoints(str(tmp_path / "killed"), read_only=True).latest_step() == 2
     with monkeypatch.context() as patch:
         refuse_entries(patch, {4, 5})
@@ -167,7 +175,9 @@ def test_entries_that_a_full_disk_refused_are_not_lost(config, straight, tmp_pat
     assert same(run.state, straight.state)
     run_all(config, tmp_path / "killed")
     for name in ("killed", "alive"):
-        assert same_run.entries(tmp_path / name) == same_run.entries(tmp_path / "straight")
+        assert same_run.read_metric_entries(tmp_path / name) == same_run.read_metric_entries(
+            tmp_path / "straight"
+        )
     # Twin: at the end nothing may be missing.
     refuse_entries(monkeypatch, {5, 6})
     with pytest.raises(OSError, match=r"of step 6, could not be written.*checkpoints/4"):
@@ -193,44 +203,48 @@ def test_a_clock_that_is_set_changes_nothing(config, straight, tmp_path, monkeyp
         run = run_all(config, workdir)
     assert saved == [2, 4, 6]
     assert same(run.state, straight.state)
-    assert same_run.entries(workdir) == same_run.entries(tmp_path / "straight")
+    assert same_run.read_metric_entries(workdir) == same_run.read_metric_entries(
+        tmp_path / "straight"
+    )
     # Which checkpoint is the newest does not go by the times of files.
     for number, path in enumerate(sorted(workdir.rglob("*"))):
         os.utime(path, (4e9 - 1e6 * number,) * 2)
     assert Checkpoints(str(workdir), read_only=True).latest_step() == 6
     # Twin: the clock that counts.
     past = time.monotonic() - 61
-    assert train.elapsed(past) >= 61
+    assert train.synced_elapsed_seconds(past) >= 61
 
 
 def test_a_torn_last_line_of_metrics_is_dropped(config, straight, tmp_path):
     path = tmp_path / "straight" / "metrics.jsonl"
-    before = same_run.entries(tmp_path / "straight")
+    before = same_run.read_metric_entries(tmp_path / "straight")
     with path.open("a") as file:
         file.write('{"step": 7, "split": "train"}\n{"step": 6, "lo')
     run_all(config, tmp_path / "straight")
-    assert same_run.entries(tmp_path / "straight") == before
+    assert same_run.read_metric_entries(tmp_path / "straight") == before
 
 
 def test_told_to_stop(config, straight, tmp_path, monkeypatch):
     """SIGTERM: the step in progress is finished and saved, and the run goes on from there."""
-    monkeypatch.setattr(Watch, "should_stop", lambda self, step: step == 3)
+    monkeypatch.setattr(PreemptionGuard, "should_stop", lambda self, step: step == 3)
     with pytest.raises(Preempted, match="checkpoints/3"):
         run_all(config, tmp_path / "stopped")
     assert Checkpoints(str(tmp_path / "stopped"), read_only=True).latest_step() == 3
     monkeypatch.undo()
     resumed = run_all(config, tmp_path / "stopped")
     assert same(resumed.state, straight.state)
-    assert same_run.entries(tmp_path / "stopped") == same_run.entries(tmp_path / "straight")
+    assert same_run.read_metric_entries(tmp_path / "stopped") == same_run.read_metric_entries(
+        tmp_path / "straight"
+    )
 
 
 def test_the_signal():
-    with Watch() as watch:
+    with PreemptionGuard() as watch:
         assert not watch.should_stop(1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert watch.should_stop(2)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process
-    with Watch() as watch:
+    with PreemptionGuard() as watch:
         assert not watch.should_stop(1)
 
 
@@ -240,18 +254,22 @@ def test_told_to_stop_when_an_evaluation_is_due(config, tmp_path, monkeypatch):
     config.eval.every_epochs = 1
     run_all(config, tmp_path / "straight")
     with monkeypatch.context() as patch:
-        patch.setattr(Watch, "should_stop", lambda self, step: step == 5)
+        patch.setattr(PreemptionGuard, "should_stop", lambda self, step: step == 5)
         with pytest.raises(Preempted, match="checkpoints/5"):
             run_all(config, tmp_path / "stopped")
-    assert [e["step"] for e in same_run.entries(tmp_path / "stopped")] == [5]
+    assert [e["step"] for e in same_run.read_metric_entries(tmp_path / "stopped")] == [5]
     run_all(config, tmp_path / "stopped")
-    assert same_run.entries(tmp_path / "stopped") == same_run.entries(tmp_path / "straight")
+    assert same_run.read_metric_entries(tmp_path / "stopped") == same_run.read_metric_entries(
+        tmp_path / "straight"
+    )
     both = [Checkpoints(str(tmp_path / n), read_only=True) for n in ("stopped", "straight")]
     assert [c.has_scores(5) for c in both] == [True, True]
     assert both[0].best_step() == both[1].best_step()
     # Once is enough.
     run_all(config, tmp_path / "stopped")
-    assert same_run.entries(tmp_path / "stopped") == same_run.entries(tmp_path / "straight")
+    assert same_run.read_metric_entries(tmp_path / "stopped") == same_run.read_metric_entries(
+        tmp_path / "straight"
+    )
 
 
 @pytest.mark.parametrize("where", ["evaluate_run", "add_scores"])
@@ -271,19 +289,21 @@ def test_ended_by_an_evaluation(where, config, tmp_path, monkeypatch):
     ended = Checkpoints(str(tmp_path / "ended"), read_only=True)
     assert (ended.latest_step(), ended.has_scores(5)) == (5, False)
     run_all(config, tmp_path / "ended")
-    assert same_run.entries(tmp_path / "ended") == same_run.entries(tmp_path / "straight")
+    assert same_run.read_metric_entries(tmp_path / "ended") == same_run.read_metric_entries(
+        tmp_path / "straight"
+    )
     assert Checkpoints(str(tmp_path / "ended"), read_only=True).has_scores(5)
 
 
 def test_ctrl_c(capfd):
     """Noted as SIGTERM is, but no scheduler is to start the command again."""
     before = signal.getsignal(signal.SIGINT)
-    with Watch() as watch:
-        assert watch.told_by is Preempted
+    with PreemptionGuard() as watch:
+        assert watch.stop_exception is Preempted
         os.kill(os.getpid(), signal.SIGINT)
         assert watch.should_stop(1)
-        assert issubclass(watch.told_by, Preempted)
-        assert watch.told_by.exit_code == 130 != EXIT_CODE
+        assert issubclass(watch.stop_exception, Preempted)
+        assert watch.stop_exception.exit_code == 130 != EXIT_CODE
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # the second one
     assert signal.getsignal(signal.SIGINT) is before
     assert "once more ends the process at once" in capfd.readouterr().err
@@ -294,13 +314,13 @@ def test_nothing_to_save():
     got = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
     try:
-        with Watch() as watch:
-            with watch.nothing_to_save():
+        with PreemptionGuard() as watch:
+            with watch.exit_on_sigterm():
                 os.kill(os.getpid(), signal.SIGTERM)
-                assert (got, watch.told) == ([signal.SIGTERM], False)
+                assert (got, watch.stop_requested) == ([signal.SIGTERM], False)
             os.kill(os.getpid(), signal.SIGTERM)
-            assert (len(got), watch.told) == (1, True)
-            with watch.nothing_to_save():  # told already: a second one ends the process
+            assert (len(got), watch.stop_requested) == (1, True)
+            with watch.exit_on_sigterm():  # told already: a second one ends the process
                 assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -337,7 +357,7 @@ def test_told_to_stop_at_the_end(config, straight, tmp_path, monkeypatch):
         close(self)
 
     for name, of, instead in (
-        ("step", Watch, ("should_stop", lambda self, step: step == 6)),
+        ("step", PreemptionGuard, ("should_stop", lambda self, step: step == 6)),
         ("saving", Checkpoints, ("close", told_meanwhile)),
     ):
         with monkeypatch.context() as patch:
@@ -346,13 +366,15 @@ def test_told_to_stop_at_the_end(config, straight, tmp_path, monkeypatch):
                 run_all(config, tmp_path / name)
         resumed = run_all(config, tmp_path / name)
         assert same(resumed.state, straight.state)
-        assert same_run.entries(tmp_path / name) == same_run.entries(tmp_path / "straight")
+        assert same_run.read_metric_entries(tmp_path / name) == same_run.read_metric_entries(
+            tmp_path / "straight"
+        )
 
 
 def test_told_to_stop_outside_of_the_loop():
     program = (
         "import os, signal; from dualpath_jax.runtime import preemption; "
-        "signal.signal(signal.SIGTERM, preemption.leave); os.kill(os.getpid(), signal.SIGTERM)"
+        "signal.signal(signal.SIGTERM, preemption.exit_at_once); os.kill(os.getpid(), signal.SIGTERM)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == EXIT_CODE
@@ -362,7 +384,7 @@ def test_told_to_stop_outside_of_the_loop():
 BUSY = """
 import hashlib, os, signal, sys, threading, time
 from dualpath_jax.runtime import preemption
-preemption.leave_when_told()
+preemption.install_sigterm_handler()
 if sys.argv[1] == "noted":
     signal.signal(signal.SIGTERM, lambda *_: print("handled"))
 def tell():
@@ -407,15 +429,15 @@ def test_changed_data(config, straight, tmp_path):
     run, _ = build(config, workdir)
     run.frame_format = dataclasses.replace(run.frame_format, fps=10.0)
     with pytest.raises(ValueError, match="frame_format of the data set: .*'fps': None.*'fps': 10"):
-        restore.for_evaluation(run)
+        restore.restore_for_evaluation(run)
     run, _ = build(config, workdir)
     run.num_videos += 1
-    restore.for_evaluation(run)
+    restore.restore_for_evaluation(run)
     checkpoints = Checkpoints(str(workdir))
     with pytest.raises(ValueError, match="num_videos of the data set: 40 -> 41"):
-        restore.for_training(run, checkpoints)
+        restore.restore_for_training(run, checkpoints)
     run.num_videos -= 1
-    assert restore.for_training(run, checkpoints) == 6
+    assert restore.restore_for_training(run, checkpoints) == 6
 
 
 def test_evaluation_leaves_a_workdir_as_it_is(config, straight, tmp_path):
@@ -424,12 +446,12 @@ def test_evaluation_leaves_a_workdir_as_it_is(config, straight, tmp_path):
     writing = workdir / "checkpoints" / "8.orbax-checkpoint-tmp"
     writing.mkdir()
     run, _ = build(config, workdir)
-    restore.for_evaluation(run)
+    restore.restore_for_evaluation(run)
     assert same(run.state, straight.state)
     for path in (workdir / "checkpoints" / "6" / "metadata").iterdir():
         path.write_bytes(b"{}")
     with pytest.raises(ValueError, match="checkpoints/6 cannot be read.*sets it aside"):
-        restore.for_evaluation(run)
+        restore.restore_for_evaluation(run)
     assert writing.exists()
     assert not (workdir / "damaged_checkpoints").exists()
 
@@ -468,7 +490,7 @@ def test_non_finite_steps_are_skipped_up_to_a_limit(config, tmp_path, monkeypatc
         run = run_all(config, tmp_path / "two")
     assert all(np.all(np.isfinite(leaf)) for leaf in leaves(run.state.trainable).values())
     assert int(run.state.skipped) == 2
-    entries = same_run.entries(tmp_path / "two")
+    entries = same_run.read_metric_entries(tmp_path / "two")
     assert [e["skipped_steps"] for e in entries] == [0, 1, 1, 2, 2, 2]
     rates = [float(run.schedule(taken)) for taken in (0, 0, 1, 1, 2, 3)]
     assert [e["learning_rate"] for e in entries] == pytest.approx(rates, rel=1e-6)
@@ -488,7 +510,9 @@ def test_skipped_steps_are_counted_across_interruptions(config, tmp_path, monkey
     resumed = run_all(config, tmp_path / "killed")
     assert int(resumed.state.skipped) == 2
     assert same(resumed.state, straight.state)
-    assert same_run.entries(tmp_path / "killed") == same_run.entries(tmp_path / "straight")
+    assert same_run.read_metric_entries(tmp_path / "killed") == same_run.read_metric_entries(
+        tmp_path / "straight"
+    )
 
 
 def test_best_checkpoint(config, tmp_path):
@@ -496,21 +520,23 @@ def test_best_checkpoint(config, tmp_path):
     config.eval.every_epochs = 1
     config.checkpoint.keep = 1
     run_all(config, tmp_path)
-    scores = {e["step"]: e["top1"] for e in same_run.entries(tmp_path) if e["split"] == "test"}
+    scores = {
+        e["step"]: e["top1"] for e in same_run.read_metric_entries(tmp_path) if e["split"] == "test"
+    }
     checkpoints = Checkpoints(str(tmp_path), read_only=True)
     assert set(scores) == {5, 10}
     assert checkpoints.best_step() == max(scores, key=scores.get)
     config.eval.checkpoint = "best"
     run, _ = build(config, tmp_path)
-    restore.for_evaluation(run)
+    restore.restore_for_evaluation(run)
     assert int(run.state.step) == checkpoints.best_step()
     at_the_end = dict.fromkeys(("top1", "top5", "mean_class_accuracy", "num_videos"), 2.0)
-    of = {"split": "test", "views": views_of(config)}
-    train.keep_scores(run, at_the_end | of | {"step": 11})
+    of = {"split": "test", "views": format_views(config)}
+    train.record_final_scores(run, at_the_end | of | {"step": 11})
     assert Checkpoints(str(tmp_path), read_only=True).best_step() == 11
     config.eval.checkpoint = "worst"
     with pytest.raises(ValueError, match="'worst': known are latest, best"):
-        restore.for_evaluation(run)
+        restore.restore_for_evaluation(run)
 
 
 def test_exported_parameters_start_another_run(config, straight, tmp_path, capsys):
@@ -520,13 +546,13 @@ def test_exported_parameters_start_another_run(config, straight, tmp_path, capsy
     config.init_from = path
     run, dataset = build(config, tmp_path / "next")
     before = leaves(run.state.trainable)
-    adapter_file.start_from(run, path)
+    adapter_file.init_from_adapter(run, path)
     assert same(run.state.trainable, straight.state.trainable)
     assert int(run.state.step) == 0
     # Other classes: the layer that names them starts afresh.
     run, _ = build(config, tmp_path / "next")
     run.class_names = [*run.class_names[:-1], "Something else"]
-    adapter_file.start_from(run, path)
+    adapter_file.init_from_adapter(run, path)
     after, trained = leaves(run.state.trainable), leaves(straight.state.trainable)
     fresh = {name for name in after if np.array_equal(after[name], before[name])}
     assert fresh == {"classifier/output/kernel", "classifier/output/bias"}
@@ -534,26 +560,28 @@ def test_exported_parameters_start_another_run(config, straight, tmp_path, capsy
     assert "starting afresh: classifier/output/" in capsys.readouterr().out
     # Evaluation of the file alone; with a run that did not start from it, which of the two?
     run, _ = build(config, tmp_path / "nothing")
-    restore.for_evaluation(run)
+    restore.restore_for_evaluation(run)
     assert same(run.state.trainable, straight.state.trainable)
     run.class_names = [*run.class_names[:-1], "Something else"]
     with pytest.raises(ValueError, match="was trained on other classes, 8 of them, than the 8 of"):
-        restore.for_evaluation(run)
+        restore.restore_for_evaluation(run)
     run, _ = build(config, tmp_path / "straight")
     with pytest.raises(ValueError, match="which one is meant: config.init_from="):
-        restore.for_evaluation(run)
+        restore.restore_for_evaluation(run)
     capsys.readouterr()
-    assert restore.for_training(run, Checkpoints(run.workdir)) == 6  # nor does a training take it
+    assert (
+        restore.restore_for_training(run, Checkpoints(run.workdir)) == 6
+    )  # nor does a training take it
     assert f"init_from={path} is left out: the run in" in capsys.readouterr().out
     config.data.grid = (2, 2)
     run, _ = build(config, tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"trained with other settings:\n  data.grid: .* -> "):
-        restore.for_evaluation(run)
+        restore.restore_for_evaluation(run)
     config.data.grid = (4, 4)
     config.init_from, config.eval.checkpoint = None, "best"
     run, _ = build(config, tmp_path / "straight")
     with pytest.raises(ValueError, match="no checkpoint in .* was evaluated by a training"):
-        restore.for_evaluation(run)
+        restore.restore_for_evaluation(run)
 
 
 def test_exported_parameters_know_what_they_belong_to(config, straight, tmp_path):
@@ -562,13 +590,13 @@ def test_exported_parameters_know_what_they_belong_to(config, straight, tmp_path
     config.model.temporal_path = False
     run, _ = build(config, tmp_path / "next")
     with pytest.raises(ValueError, match="does not build: temporal/"):
-        adapter_file.start_from(run, path)
+        adapter_file.init_from_adapter(run, path)
     config.model.method = "linear"
     run, _ = build(config, tmp_path / "next")
     with pytest.raises(ValueError, match="method 'dualpath', this run has 'linear'"):
-        adapter_file.start_from(run, path)
+        adapter_file.init_from_adapter(run, path)
     with pytest.raises(ValueError, match="is a folder: python scripts/export_adapter"):
-        adapter_file.start_from(run, str(tmp_path / "straight"))
+        adapter_file.init_from_adapter(run, str(tmp_path / "straight"))
     with pytest.raises(FileNotFoundError, match="no adapter file"):
         adapter_file.read_adapter(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="not an adapter file of this package"):

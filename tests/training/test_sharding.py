@@ -21,13 +21,13 @@ def step_on(config, dataset, devices):
     with pytest.MonkeyPatch.context() as patch:
         mesh = sharding.make_mesh(config.mesh.fsdp, jax.devices()[:devices])
         patch.setattr(sharding, "make_mesh", lambda fsdp: mesh)
-        run = experiment.build_run(config, "", dataset)
+        run = experiment.build_experiment(config, "", dataset)
     batch = next(pipeline.train_batches(dataset, config.data, 0, 0, 1))
     step = jax.jit(
         make_train_step(run.model, config, run.optimizer, mesh),
         out_shardings=(
             state_shardings(run.state, mesh),
-            sharding.on_every_device(mesh),
+            sharding.replicated_sharding(mesh),
         ),
     )
     arguments = (run.state, run.frozen, sharding.shard_batch(batch, mesh))
@@ -53,7 +53,7 @@ def dataset(config):
 
 
 def traffic(compiled):
-    return {(c.kind, c.dtype): c for c in hlo_cost.Program(compiled.as_text()).collectives()}
+    return {(c.kind, c.dtype): c for c in hlo_cost.HloProgram(compiled.as_text()).collectives()}
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_gradients_in_bfloat16(platform, axes, config, monkeypatch):
         return {"loss": batch.mean()}, {"w": trainable["w"] * (batch * frozen).mean()}
 
     def mean(dtype):
-        averaged = jax.jit(sharding.averaged(compute, mesh, dtype))
+        averaged = jax.jit(sharding.data_parallel_mean(compute, mesh, dtype))
         arguments = {"w": jnp.float32(1)}, jnp.float32(1 / 3), jnp.arange(4.0), jax.random.key(0)
         metrics, gradients = averaged(*arguments)
         assert metrics["loss"] == 1.5
@@ -100,15 +100,15 @@ def test_gradients_in_bfloat16(platform, axes, config, monkeypatch):
         assert mean("bfloat16") == sum(halves) / 2 != mean("float32")
     config.optimizer.reduce_dtype = "float16"
     with pytest.raises(ValueError, match="reduce_dtype='float16': known are float32, bfloat16"):
-        sharding.check_settings(config, 2)
+        sharding.check_batch_sizes(config, 2)
 
 
 @pytest.mark.parametrize(("fsdp", "sums"), [(1, True), (2, False)])
 def test_no_sum_where_one_device_has_all_rows(fsdp, sums):
     """Of one number, a GPU's compiler refuses it (`mesh.fsdp` of all devices)."""
     mesh = sharding.make_mesh(fsdp, jax.devices()[:2])
-    averaged = sharding.averaged(lambda w, *_: ({"loss": w}, {"w": w}), mesh, "float32")
-    with sharding.using(mesh):
+    averaged = sharding.data_parallel_mean(lambda w, *_: ({"loss": w}, {"w": w}), mesh, "float32")
+    with sharding.with_mesh(mesh):
         program = jax.make_jaxpr(averaged)(1.0, 1.0, jnp.arange(4.0), jax.random.key(0))
     assert ("psum" in str(program)) == sums
 
@@ -123,7 +123,7 @@ def test_what_is_divided():
         "classifier": np.zeros((1024, 512)),
         "step": np.zeros(()),
     }
-    specs = {name: tuple(s.spec) for name, s in sharding.spread(tree, mesh).items()}
+    specs = {name: tuple(s.spec) for name, s in sharding.fsdp_sharding(tree, mesh).items()}
     assert specs == {
         "blocks": (None, None, "fsdp"),
         "bias": (),
@@ -134,6 +134,6 @@ def test_what_is_divided():
     config = schema.get_config()
     config.mesh.fsdp, config.model.scan_blocks = 4, False
     with pytest.raises(ValueError, match="mesh.fsdp=4 divides the weights that a loop goes over"):
-        sharding.check_settings(config, 8)
+        sharding.check_batch_sizes(config, 8)
     with pytest.raises(ValueError, match=r"mesh.fsdp=3 must divide .* 8: use one of \[1, 2, 4, 8]"):
         sharding.make_mesh(3)

@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 HOLDING = """
 import subprocess, sys, time
 from dualpath_jax.runtime import file_lock
-with file_lock.claimed(sys.argv[1], "--workdir"):
+with file_lock.exclusive_lock(sys.argv[1], "--workdir"):
     child = subprocess.Popen(["sleep", "60"])
     print(child.pid, flush=True)
     time.sleep(60)
@@ -35,13 +35,13 @@ def test_a_dead_owner_holds_nothing(tmp_path):
     try:
         with (
             pytest.raises(ValueError, match=f"is in use by process {owner.pid} on "),
-            file_lock.claimed(str(tmp_path), "--workdir"),
+            file_lock.exclusive_lock(str(tmp_path), "--workdir"),
         ):
             pass
         owner.kill()
         assert owner.wait() == -signal.SIGKILL
         os.kill(child, 0)  # is there
-        with file_lock.claimed(str(tmp_path), "--workdir"):
+        with file_lock.exclusive_lock(str(tmp_path), "--workdir"):
             assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     finally:
         os.kill(child, signal.SIGKILL)
@@ -65,12 +65,12 @@ def test_read_only_workdir(tmp_path):
 
 def test_a_file_is_whole_or_not_there(tmp_path):
     path = epath.Path(tmp_path / "config.json")
-    metrics_logger.write_whole(path, "old")
+    metrics_logger.write_text_atomically(path, "old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(OSError, match=rf"cannot write {path}.*make room there"):
-            metrics_logger.write_whole(path, "new" * 1000)
+            metrics_logger.write_text_atomically(path, "new" * 1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_text() == "old"
@@ -78,24 +78,24 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 
 def test_entries_wait_for_room(tmp_path):
     """What was half written is taken back, and written whole when there is room."""
-    reporter = metrics_logger.Reporter(str(tmp_path), num_train_steps=9, batch_size=1)
+    reporter = metrics_logger.MetricsLogger(str(tmp_path), num_train_steps=9, batch_size=1)
     path = tmp_path / "metrics.jsonl"
     values = {"loss": 0.5, "learning_rate": 0.1}
     reporter.start(0)
-    reporter.progress(1, values)
+    reporter.log_step(1, values)
     assert reporter.flush()
     before = path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
     try:
         for step in (2, 3):
-            reporter.progress(step, values)
+            reporter.log_step(step, values)
             assert not reporter.flush()
             assert path.read_bytes() == before
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert reporter.flush()
-    reporter.progress(4, values)
+    reporter.log_step(4, values)
     reporter.close()
     steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
@@ -103,12 +103,12 @@ def test_entries_wait_for_room(tmp_path):
 
 def test_the_first_step_is_not_timed(tmp_path, capsys):
     """It has its own line; twin: the next one is."""
-    reporter = metrics_logger.Reporter(str(tmp_path), num_train_steps=9, batch_size=1)
+    reporter = metrics_logger.MetricsLogger(str(tmp_path), num_train_steps=9, batch_size=1)
     values = {"loss": 0.5, "learning_rate": 0.1}
     reporter.start(0)
-    reporter.first_step_done(1, values)
-    reporter.progress(1, values)
-    reporter.progress(2, values)
+    reporter.log_first_step(1, values)
+    reporter.log_step(1, values)
+    reporter.log_step(2, values)
     reporter.close()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert lines[0] == "step 1/9  loss 0.500  lr 1.00e-01"
@@ -124,7 +124,7 @@ def test_an_evaluation_of_the_split_that_is_trained_on_is_one(tmp_path):
         {"step": 3, "split": "train", "top1": 0.5},
     ]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    reporter = metrics_logger.Reporter(str(tmp_path), num_train_steps=9, batch_size=1)
+    reporter = metrics_logger.MetricsLogger(str(tmp_path), num_train_steps=9, batch_size=1)
     reporter.resume(3, evaluated=True)
     assert len(path.read_text().splitlines()) == 2
     reporter.resume(3, evaluated=False)

@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from dualpath_jax.models.backbones import registry as backbone_registry
 from dualpath_jax.models.backbones import vit
-from dualpath_jax.models.backbones.layers import Sites
+from dualpath_jax.models.backbones.layers import BlockHooks
 from dualpath_jax.weights import convert, source_checkpoint
 
 torch = pytest.importorskip("torch")
@@ -54,7 +54,7 @@ def _our_stages(params, config, images):
     position = params["position_embedding"]
     h = model.apply(variables, images, params["class_embedding"], position, method="embed")
     stages = {"embed": h}
-    sites = Sites(parent=None).bind({})
+    sites = BlockHooks(parent=None).bind({})
     block = jax.jit(lambda p, h: vit.Block(config, parent=None).apply({"params": p}, h, sites))
     for i in range(config.depth):
         h = block(jax.tree.map(operator.itemgetter(i), params["blocks"]), h)
@@ -107,7 +107,7 @@ def small_file(small_state, tmp_path_factory):
 def small_backbone(small_file, tmp_path_factory):
     """The small CLIP, converted."""
     out = tmp_path_factory.mktemp("converted") / "backbone.safetensors"
-    convert.convert_clip(small_file, out)
+    convert.convert_checkpoint(small_file, out)
     return out
 
 
@@ -129,7 +129,7 @@ def _edited(path, edit, out):
 
 def _check_parity(shape, model, stages, source, tmp_path, record_property):
     converted = tmp_path / "backbone.safetensors"
-    info = convert.convert_clip(source, converted)
+    info = convert.convert_checkpoint(source, converted)
     wanted = _config(shape, activation="gelu", eps=1e-6)  # the file's replace these
     params, config, _ = convert.load_backbone(converted, wanted)
     differences = _differences(params, config, stages(model, _torch_images(config)))
@@ -293,14 +293,14 @@ def test_torch_state_dict(kind, small_state, small_backbone, tmp_path):
     if kind == "nested":
         state = {"epoch": 3, "state_dict": {"module." + k: v for k, v in state.items()}}
     torch.save(state, path, _use_new_zipfile_serialization=kind != "legacy")
-    info = convert.convert_clip(path, tmp_path / "out", activation="quick_gelu")
+    info = convert.convert_checkpoint(path, tmp_path / "out", activation="quick_gelu")
     assert (info["container"], info["layout"]) == ("torch", "openai")
     _assert_same_arrays(_arrays(tmp_path / "out"), _arrays(small_backbone))
 
 
 def test_openai_state_dict_has_quick_gelu(small_state, tmp_path):
     torch.save({**small_state, "input_resolution": torch.tensor(32)}, tmp_path / "a.pt")
-    info = convert.convert_clip(tmp_path / "a.pt", tmp_path / "out")
+    info = convert.convert_checkpoint(tmp_path / "a.pt", tmp_path / "out")
     assert info["config"] == SMALL
 
 
@@ -308,8 +308,8 @@ def test_huggingface_state_dict(tmp_path):
     model = reference.huggingface_model(reference.SMALL, "gelu")
     model.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    a = convert.convert_clip(tmp_path / "model.safetensors", tmp_path / "a")
-    b = convert.convert_clip(tmp_path / "pytorch_model.bin", tmp_path / "b")
+    a = convert.convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "a")
+    b = convert.convert_checkpoint(tmp_path / "pytorch_model.bin", tmp_path / "b")
     assert a["config"] == b["config"] == _config(reference.SMALL, "gelu")
     assert (b["container"], b["layout"]) == ("torch", "huggingface")
     _assert_same_arrays(_arrays(tmp_path / "a"), _arrays(tmp_path / "b"))
@@ -319,8 +319,8 @@ def test_torchscript_is_opened_only_with_trust(archive, small_backbone, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("opened"))
         with pytest.raises(ValueError, match="can run code when opened.*--trust"):
-            convert.convert_clip(archive, tmp_path / "out")
-    info = convert.convert_clip(archive, tmp_path / "out", trust=True)
+            convert.convert_checkpoint(archive, tmp_path / "out")
+    info = convert.convert_checkpoint(archive, tmp_path / "out", trust=True)
     assert (info["container"], info["published"]) == ("torchscript", None)
     assert info["config"] == SMALL  # "input_resolution" says quick_gelu
     _assert_same_arrays(_arrays(tmp_path / "out"), _arrays(small_backbone))
@@ -328,7 +328,7 @@ def test_torchscript_is_opened_only_with_trust(archive, small_backbone, tmp_path
 
 def test_published_torchscript_is_opened(archive, tmp_path, monkeypatch):
     monkeypatch.setitem(convert.PUBLISHED_SHA256, source_checkpoint.sha256_of(archive), "ViT-Z/8")
-    info = convert.convert_clip(archive, tmp_path / "out")
+    info = convert.convert_checkpoint(archive, tmp_path / "out")
     assert info["published"] == "ViT-Z/8"
 
 
@@ -341,16 +341,16 @@ def test_pickle_with_code_is_refused(small_state, tmp_path):
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Code(), protocol=2))
     for name in ("a.pt", "b.pt"):
         with pytest.raises(ValueError, match="refused: other pickled objects can run code"):
-            convert.convert_clip(tmp_path / name, tmp_path / "out", activation="gelu")
+            convert.convert_checkpoint(tmp_path / name, tmp_path / "out", activation="gelu")
     assert not (tmp_path / "ran").exists()
 
 
 def test_only_torch_formats_need_torch(small_file, small_state, tmp_path, monkeypatch):
     torch.save(small_state, tmp_path / "a.pt")
     monkeypatch.setitem(sys.modules, "torch", None)
-    convert.convert_clip(small_file, tmp_path / "out")
+    convert.convert_checkpoint(small_file, tmp_path / "out")
     with pytest.raises(ValueError, match="torch, which is not installed"):
-        convert.convert_clip(tmp_path / "a.pt", tmp_path / "out", activation="gelu")
+        convert.convert_checkpoint(tmp_path / "a.pt", tmp_path / "out", activation="gelu")
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
@@ -360,7 +360,7 @@ def test_source_dtypes_are_kept(suffix, small_state, tmp_path):
     state = {k: v.to(dtypes.get(v.ndim, torch.float32)) for k, v in small_state.items()}
     source = tmp_path / f"a.{suffix}"
     (_save_safetensors if suffix == "safetensors" else torch.save)(state, source)
-    convert.convert_clip(source, tmp_path / "out", activation="gelu")
+    convert.convert_checkpoint(source, tmp_path / "out", activation="gelu")
     params, _, _ = convert.load_backbone(tmp_path / "out", SMALL)
     assert params["patch_embedding"]["kernel"].dtype == jnp.bfloat16
     assert params["blocks"]["attention"]["qkv"]["kernel"].dtype == np.float16
@@ -369,12 +369,14 @@ def test_source_dtypes_are_kept(suffix, small_state, tmp_path):
     np.testing.assert_array_equal(params["patch_embedding"]["kernel"].astype(np.float32), kernel)
     integers = {k: v.to(torch.int8) for k, v in small_state.items()}
     with pytest.raises(ValueError, match="dtypes int8; known are BF16, F16, F32"):
-        convert.convert_clip(_save_safetensors(integers, source), tmp_path / "b", activation="gelu")
+        convert.convert_checkpoint(
+            _save_safetensors(integers, source), tmp_path / "b", activation="gelu"
+        )
 
 
 def test_same_source_gives_same_bytes(small_file, small_backbone, tmp_path):
     for name in ("a", "b"):
-        info = convert.convert_clip(small_file, tmp_path / name)
+        info = convert.convert_checkpoint(small_file, tmp_path / name)
         assert (tmp_path / name).read_bytes() == small_backbone.read_bytes()
         assert info["sha256"] == source_checkpoint.sha256_of(small_backbone)
 
@@ -389,12 +391,12 @@ def _write_json(path, content):
 def test_activation_must_be_known(small_state, tmp_path):
     source = _save_safetensors(small_state, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="pass --activation=quick_gelu .*OpenAI.*=gelu .*LAION"):
-        convert.convert_clip(source, tmp_path / "out")
+        convert.convert_checkpoint(source, tmp_path / "out")
     with pytest.raises(ValueError, match="unknown activation 'relu'"):
-        convert.convert_clip(source, tmp_path / "out", activation="relu")
+        convert.convert_checkpoint(source, tmp_path / "out", activation="relu")
     with pytest.raises(ValueError, match="heads is 0"):
-        convert.convert_clip(source, tmp_path / "out", activation="gelu", heads=0)
-    info = convert.convert_clip(source, tmp_path / "out", activation="gelu", heads=4)
+        convert.convert_checkpoint(source, tmp_path / "out", activation="gelu", heads=0)
+    info = convert.convert_checkpoint(source, tmp_path / "out", activation="gelu", heads=4)
     assert info["config"] == _config(reference.SMALL, "gelu", heads=4)
 
 
@@ -411,7 +413,7 @@ def test_open_clip_config(model, expected, small_state, tmp_path):
     source = _save_safetensors(small_state, tmp_path / "a.safetensors")
     vision = {"width": 128, "layers": 3, **model.get("vision_cfg", {})}
     _write_json(tmp_path / "open_clip_config.json", {"model_cfg": {**model, "vision_cfg": vision}})
-    info = convert.convert_clip(source, tmp_path / "out")
+    info = convert.convert_checkpoint(source, tmp_path / "out")
     assert info["config"] == dataclasses.replace(SMALL, **expected)
 
 
@@ -419,25 +421,25 @@ def test_huggingface_config(tmp_path):
     model = reference.huggingface_model(reference.SMALL, "gelu")
     source = _save_safetensors(model.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="pass --activation"):
-        convert.convert_clip(source, tmp_path / "out")
+        convert.convert_checkpoint(source, tmp_path / "out")
     vision = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
     path = tmp_path / "config.json"
     _write_json(path, {"model_type": "clip", "vision_config": {**vision, "layer_norm_eps": 1e-6}})
-    info = convert.convert_clip(source, tmp_path / "out")
+    info = convert.convert_checkpoint(source, tmp_path / "out")
     assert info["config"] == dataclasses.replace(SMALL, heads=4, eps=1e-6)
     _write_json(path, {"model_type": "clip", "vision_config": {**vision, "hidden_act": "relu"}})
     with pytest.raises(ValueError, match="unknown activation 'relu'"):
-        convert.convert_clip(source, tmp_path / "out")
+        convert.convert_checkpoint(source, tmp_path / "out")
     _write_json(path, {"model_type": "clip", "vision_config": {}})  # transformers' default: B/32
     with pytest.raises(ValueError, match=r"describes another model.*\(768, 12\).*\(128, 3\)"):
-        convert.convert_clip(source, tmp_path / "out")
+        convert.convert_checkpoint(source, tmp_path / "out")
     path.write_text("{")
     with pytest.raises(ValueError, match="config.json is no valid JSON"):
-        convert.convert_clip(source, tmp_path / "out")
+        convert.convert_checkpoint(source, tmp_path / "out")
 
 
 def test_flag_wins_over_metadata(small_file, tmp_path):
-    info = convert.convert_clip(small_file, tmp_path / "out", activation="gelu")
+    info = convert.convert_checkpoint(small_file, tmp_path / "out", activation="gelu")
     assert info["config"].activation == "gelu"
 
 
@@ -466,14 +468,14 @@ def test_left_over_and_missing_names_are_listed(small_state, tmp_path):
         "visual.transformer.resblocks.1.mlp.c_fc.bias"
     )
     with pytest.raises(ValueError, match=expected):
-        convert.convert_clip(source, tmp_path / "out", activation="gelu")
+        convert.convert_checkpoint(source, tmp_path / "out", activation="gelu")
 
 
 def test_missing_block_is_named(small_state, tmp_path):
     state = {k: v for k, v in small_state.items() if ".resblocks.1." not in k}
     source = _save_safetensors(state, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"left over: .*resblocks\.2\..*missing: .*resblocks\.1\."):
-        convert.convert_clip(source, tmp_path / "out", activation="gelu")
+        convert.convert_checkpoint(source, tmp_path / "out", activation="gelu")
 
 
 def test_wrong_shapes(small_state, tmp_path):
@@ -485,7 +487,7 @@ def test_wrong_shapes(small_state, tmp_path):
     }.items():
         source = _save_safetensors({**small_state, name: value}, tmp_path / "a.safetensors")
         with pytest.raises(ValueError, match="wrong (names or )?shape"):
-            convert.convert_clip(source, tmp_path / "out", activation="gelu")
+            convert.convert_checkpoint(source, tmp_path / "out", activation="gelu")
 
 
 @pytest.mark.parametrize(
@@ -508,7 +510,7 @@ def test_other_models(names, message, tmp_path):
     torch.save(state, sources[1])
     for source in sources:
         with pytest.raises(ValueError, match=message):
-            convert.convert_clip(source, tmp_path / "out", activation="gelu")
+            convert.convert_checkpoint(source, tmp_path / "out", activation="gelu")
 
 
 @pytest.mark.parametrize(
@@ -522,14 +524,14 @@ def test_other_models(names, message, tmp_path):
 def test_other_files(content, message, tmp_path):
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        convert.convert_clip(tmp_path / "a.pt", tmp_path / "out")
+        convert.convert_checkpoint(tmp_path / "a.pt", tmp_path / "out")
 
 
 def test_state_dict_must_hold_tensors(tmp_path):
     for content in ([1], {}, {"epoch": 3}):
         torch.save(content, tmp_path / "a.pt")
         with pytest.raises(ValueError, match="no CLIP"):
-            convert.convert_clip(tmp_path / "a.pt", tmp_path / "out")
+            convert.convert_checkpoint(tmp_path / "a.pt", tmp_path / "out")
 
 
 def test_truncated_sources(small_file, small_state, archive, tmp_path):
@@ -540,30 +542,30 @@ def test_truncated_sources(small_file, small_state, archive, tmp_path):
         for size in (100, len(data) // 2, len(data) - 1):
             (tmp_path / "cut").write_bytes(data[:size])
             with pytest.raises(ValueError, match="truncated|damaged"):
-                convert.convert_clip(tmp_path / "cut", tmp_path / "out", trust=True)
+                convert.convert_checkpoint(tmp_path / "cut", tmp_path / "out", trust=True)
 
 
 def test_converted_file_is_not_converted_again(small_backbone, tmp_path):
     with pytest.raises(ValueError, match="already converted"):
-        convert.convert_clip(small_backbone, tmp_path / "out")
+        convert.convert_checkpoint(small_backbone, tmp_path / "out")
 
 
 def test_out_is_written_whole_or_not_at_all(small_file, tmp_path):
     garbage = tmp_path / "garbage"
     garbage.write_bytes(b"garbage")
     with pytest.raises(OSError, match="cannot write .*garbage"):  # before the source is looked at
-        convert.convert_clip(garbage, garbage / "out")  # a file is no folder
+        convert.convert_checkpoint(garbage, garbage / "out")  # a file is no folder
     with pytest.raises(OSError, match="cannot write .*is a directory"):
-        convert.convert_clip(garbage, tmp_path)
+        convert.convert_checkpoint(garbage, tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint file"):
-        convert.convert_clip(tmp_path / "absent", tmp_path / "out")
+        convert.convert_checkpoint(tmp_path / "absent", tmp_path / "out")
     out = tmp_path / "out"
     out.write_bytes(b"before")
     with pytest.raises(ValueError, match="is no checkpoint"):
-        convert.convert_clip(garbage, out)
+        convert.convert_checkpoint(garbage, out)
     assert out.read_bytes() == b"before"
     with pytest.raises(ValueError, match="the checkpoint itself"):
-        convert.convert_clip(small_file, small_file)
+        convert.convert_checkpoint(small_file, small_file)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["garbage", "out"]
 
 

@@ -1,6 +1,6 @@
-"""What the readers of annotations share: `Video`, `Listing`, fields, naming a wrong file.
+"""What the readers of annotations share: `Video`, `DatasetIndex`, fields, naming a wrong file.
 
-Public: `Video`, `Listing`, `SHARED`, `SPLIT_NAMES`, `split_by_hash`, `require`, `field`,
+Public: `Video`, `DatasetIndex`, `SHARED`, `SPLIT_NAMES`, `split_by_hash`, `require_file`, `read_field`,
 `looks_like`.
 """
 
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from dualpath_jax.runtime.safe_read import shown
+from dualpath_jax.runtime.safe_read import truncated_repr
 
 SHARED = "all"  # where the frames of a set lie whose splits share videos
 SPLIT_NAMES = {
@@ -40,7 +40,7 @@ class Video:
 
 
 @dataclasses.dataclass(frozen=True)
-class Listing:
+class DatasetIndex:
     """A data set as its annotations tell it.
 
     Attributes:
@@ -56,11 +56,11 @@ class Listing:
     notices: list[str] = dataclasses.field(default_factory=list)
     share_videos: bool = False
 
-    def stored_in(self, split: str) -> str:
+    def storage_split(self, split: str) -> str:
         """Under which name the frames of a split are stored."""
         return SHARED if self.share_videos else split
 
-    def stored(self) -> dict[str, list[Video]]:
+    def videos_to_store(self) -> dict[str, list[Video]]:
         """The videos to decode by where they are stored, each once."""
         if not self.share_videos:
             return self.splits
@@ -90,7 +90,7 @@ def split_by_hash(videos: Iterable[Video], validation_fraction: float) -> dict[s
     }
 
 
-def require(annotations: str | None, exists: Callable[[str], bool], what: str) -> str:
+def require_file(annotations: str | None, exists: Callable[[str], bool], what: str) -> str:
     """`annotations`, if they are there; otherwise a ValueError that says what they should be."""
     if not annotations:
         raise ValueError(f"--annotations is missing; it is {what}")
@@ -99,11 +99,11 @@ def require(annotations: str | None, exists: Callable[[str], bool], what: str) -
     return annotations
 
 
-def field(entry: Any, name: str, path: str, dataset: str) -> str:
+def read_field(entry: Any, name: str, path: str, dataset: str) -> str:
     """The text of a field of a JSON file's entry; ValueError if it has none."""
     if not isinstance(entry, dict) or entry.get(name) is None:
         raise ValueError(
-            f"an entry of {path} has no {name!r}: {shown(entry)}{looks_like(path, dataset)}"
+            f"an entry of {path} has no {name!r}: {truncated_repr(entry)}{looks_like(path, dataset)}"
         )
     return str(entry[name])
 

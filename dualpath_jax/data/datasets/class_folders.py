@@ -3,10 +3,12 @@
 import collections
 import os
 
-from dualpath_jax.data.datasets.annotations import SPLIT_NAMES, Listing, Video, split_by_hash
+from dualpath_jax.data.datasets.annotations import SPLIT_NAMES, DatasetIndex, Video, split_by_hash
 
 
-def read_folder(videos_dir: str, annotations: str | None, validation_fraction: float) -> Listing:
+def read_folder(
+    videos_dir: str, annotations: str | None, validation_fraction: float
+) -> DatasetIndex:
     """Class folders with videos in them, perhaps inside train, validation (or val) and test."""
     del annotations  # the folders say all
     folders, notices = _visible(videos_dir, "", want_folders=True)
@@ -40,7 +42,7 @@ def read_folder(videos_dir: str, annotations: str | None, validation_fraction: f
         )
     if "" in splits:
         splits = split_by_hash(splits[""], validation_fraction)
-    return Listing(class_names, dict(splits), notices)
+    return DatasetIndex(class_names, dict(splits), notices)
 
 
 def _visible(root: str, folder: str, want_folders: bool) -> tuple[list[str], list[str]]:

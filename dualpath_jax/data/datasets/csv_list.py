@@ -5,18 +5,18 @@ import os
 
 from dualpath_jax.data.datasets.annotations import (
     SPLIT_NAMES,
-    Listing,
+    DatasetIndex,
     Video,
     looks_like,
-    require,
+    require_file,
     split_by_hash,
 )
-from dualpath_jax.runtime.safe_read import open_text, shown
+from dualpath_jax.runtime.safe_read import open_text, truncated_repr
 
 _MAX_CLASSES = 100_000  # each gets a name in memory and a row in the classifier
 
 
-def read_csv(videos_dir: str, annotations: str | None, validation_fraction: float) -> Listing:
+def read_csv(videos_dir: str, annotations: str | None, validation_fraction: float) -> DatasetIndex:
     """Lines `path,label`: a file, or a folder of train.csv, validation.csv (or val.csv), test.csv.
 
     The label is what follows the last comma (Kinetics' lists, "path 12" without any comma, are read
@@ -24,7 +24,7 @@ def read_csv(videos_dir: str, annotations: str | None, validation_fraction: floa
     all of them names, whose classes are in sorted order.
     """
     del videos_dir
-    annotations = require(annotations, os.path.exists, "a CSV file or a folder with train.csv")
+    annotations = require_file(annotations, os.path.exists, "a CSV file or a folder with train.csv")
     if os.path.isdir(annotations):
         rows = {}
         for name, split in SPLIT_NAMES.items():
@@ -50,7 +50,7 @@ def read_csv(videos_dir: str, annotations: str | None, validation_fraction: floa
     }
     if not os.path.isdir(annotations):
         splits = split_by_hash(splits["train"], validation_fraction)
-    return Listing(class_names, splits)
+    return DatasetIndex(class_names, splits)
 
 
 def _read_rows(path: str) -> list[tuple[str, str]]:
@@ -69,7 +69,7 @@ def _read_rows(path: str) -> list[tuple[str, str]]:
             video, label = ",".join(fields[:-1]).strip(), fields[-1].strip()
             if not video or not label:
                 raise ValueError(
-                    f"{path}, line {number}: {shown(line.strip())} is not `path,label`"
+                    f"{path}, line {number}: {truncated_repr(line.strip())} is not `path,label`"
                 )
             rows.append((video, label))
     return rows
@@ -82,13 +82,13 @@ def _classes_of(rows: dict[str, list[tuple[str, str]]]) -> list[str]:
         for path, label in pairs:
             if label not in known:
                 raise ValueError(
-                    f"video {shown(path)} of split {split!r} has label {shown(label)}, "
+                    f"video {truncated_repr(path)} of split {split!r} has label {truncated_repr(label)}, "
                     "which no video of train.csv has"
                 )
     names = [pair for pair in rows["train"] if not pair[1].isdecimal()]
     if names and len(names) < len(rows["train"]):
         raise ValueError(
-            f"video {shown(names[0][0])} has label {shown(names[0][1])}, where others have whole "
+            f"video {truncated_repr(names[0][0])} has label {truncated_repr(names[0][1])}, where others have whole "
             "numbers: write numbers alone, or names alone. A first line with headings must be "
             "`path,label`"
         )
@@ -97,7 +97,7 @@ def _classes_of(rows: dict[str, list[tuple[str, str]]]) -> list[str]:
     digits = len(str(_MAX_CLASSES))
     if large := [n for n in known if len(n) > digits or int(n) >= _MAX_CLASSES]:
         raise ValueError(
-            f"label {shown(min(large))} is no class index below {_MAX_CLASSES:,}; number the "
+            f"label {truncated_repr(min(large))} is no class index below {_MAX_CLASSES:,}; number the "
             "classes from 0 on, or write names"
         )
     count = max(map(int, known), default=-1) + 1

@@ -3,22 +3,24 @@
 import os
 import re
 
-from dualpath_jax.data.datasets.annotations import Listing, Video, looks_like, require
-from dualpath_jax.runtime.safe_read import open_text, shown
+from dualpath_jax.data.datasets.annotations import DatasetIndex, Video, looks_like, require_file
+from dualpath_jax.runtime.safe_read import open_text, truncated_repr
 
 DIVISIONS = ("1", "2", "3")
 _FILE = re.compile(r"(.+)_test_split([123])\.txt")
 _ROLES = {"0": None, "1": "train", "2": "test"}
 
 
-def read_hmdb51(videos_dir: str, annotations: str | None, validation_fraction: float) -> Listing:
+def read_hmdb51(
+    videos_dir: str, annotations: str | None, validation_fraction: float
+) -> DatasetIndex:
     """HMDB51: {class}_test_split{1,2,3}.txt, lines `<file>.avi <0|1|2>`; videos {class}/{file}.avi.
 
     Splits are train1, test1, train2, ...: three divisions of the same videos. 0 means that a
     division does not use a video. A video's id is its path.
     """
     del videos_dir, validation_fraction  # the annotations say all
-    annotations = require(annotations, os.path.isdir, "the folder of *_test_split1.txt")
+    annotations = require_file(annotations, os.path.isdir, "the folder of *_test_split1.txt")
     found = [match for name in os.listdir(annotations) if (match := _FILE.fullmatch(name))]
     if not found:
         raise ValueError(
@@ -35,7 +37,7 @@ def read_hmdb51(videos_dir: str, annotations: str | None, validation_fraction: f
             for file, role in _read_roles(path):
                 video = Video(f"{name}/{file}", f"{name}/{file}", label)
                 splits[role + division].append(video)
-    return Listing(class_names, splits, share_videos=True)
+    return DatasetIndex(class_names, splits, share_videos=True)
 
 
 def _read_roles(path: str) -> list[tuple[str, str]]:
@@ -51,10 +53,10 @@ def _read_roles(path: str) -> list[tuple[str, str]]:
             name = name.strip()
             if not name or digit not in _ROLES:
                 raise ValueError(
-                    f"{path}, line {number}: {shown(line.strip())} is not `<file> <0|1|2>`"
+                    f"{path}, line {number}: {truncated_repr(line.strip())} is not `<file> <0|1|2>`"
                 )
             if name in roles:
-                raise ValueError(f"{path}, line {number}: {shown(name)} is there twice")
+                raise ValueError(f"{path}, line {number}: {truncated_repr(name)} is there twice")
             roles[name] = _ROLES[digit]
     used = [(name, role) for name, role in roles.items() if role]
     if not used:

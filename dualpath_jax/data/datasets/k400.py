@@ -3,15 +3,21 @@
 import csv
 import os
 
-from dualpath_jax.data.datasets.annotations import SPLIT_NAMES, Listing, Video, looks_like, require
-from dualpath_jax.runtime.safe_read import open_text, shown
+from dualpath_jax.data.datasets.annotations import (
+    SPLIT_NAMES,
+    DatasetIndex,
+    Video,
+    looks_like,
+    require_file,
+)
+from dualpath_jax.runtime.safe_read import open_text, truncated_repr
 
 NUM_CLASSES = 400
 _COLUMNS = ("youtube_id", "time_start", "time_end", "split")  # and label, perhaps is_cc
 _SUFFIXES = (".mp4", ".mkv", ".webm", ".avi")  # the first is preferred, and what is published
 
 
-def read_k400(videos_dir: str, annotations: str | None, validation_fraction: float) -> Listing:
+def read_k400(videos_dir: str, annotations: str | None, validation_fraction: float) -> DatasetIndex:
     """Kinetics-400: CSV files, or one, with a header `label,youtube_id,time_start,time_end,split`.
 
     Columns are found by name. Videos are {youtube_id}_{time_start:06d}_{time_end:06d}.mp4 anywhere
@@ -20,7 +26,7 @@ def read_k400(videos_dir: str, annotations: str | None, validation_fraction: flo
     without a label (the crawler's test file has no such column) are left out.
     """
     del validation_fraction  # it has its own splits
-    annotations = require(annotations, os.path.exists, "a folder with train.csv and val.csv")
+    annotations = require_file(annotations, os.path.exists, "a folder with train.csv and val.csv")
     rows, notices = [], []
     for path in _csv_files(annotations):
         found = _read_rows(path)
@@ -45,7 +51,7 @@ def read_k400(videos_dir: str, annotations: str | None, validation_fraction: flo
     for split, label, stem in rows:
         path = files.get(stem, stem + _SUFFIXES[0])
         splits.setdefault(split, []).append(Video(stem, path, index[label]))
-    return Listing(class_names, splits, notices + more)
+    return DatasetIndex(class_names, splits, notices + more)
 
 
 def _csv_files(annotations: str) -> list[str]:
@@ -67,7 +73,7 @@ def _read_rows(path: str) -> list[tuple[str, str, str]]:
         if missing := [name for name in _COLUMNS if name not in header]:
             raise ValueError(
                 f"{path} has no column {', '.join(missing)} (its first line is "
-                f"{shown(','.join(header))}){looks_like(path, 'k400')}"
+                f"{truncated_repr(','.join(header))}){looks_like(path, 'k400')}"
             )
         return [_read_row(row, f"{path}, line {reader.line_num}") for row in reader]
 
@@ -76,7 +82,9 @@ def _read_row(row: dict[str, str], where: str) -> tuple[str, str, str]:
     values = {name: (row[name] or "").strip() for name in _COLUMNS}
     split = SPLIT_NAMES.get(values["split"])
     if split is None:
-        raise ValueError(f"{where}: split is {shown(values['split'])}, not train, val or test")
+        raise ValueError(
+            f"{where}: split is {truncated_repr(values['split'])}, not train, val or test"
+        )
     try:
         start, end = int(values["time_start"]), int(values["time_end"])
     except ValueError as error:

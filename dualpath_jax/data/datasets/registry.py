@@ -1,8 +1,8 @@
 """Who is in a data set: which videos, in which split, of which class.
 
-Public: `list_videos`, `DATASETS`, `NUM_CLASSES`, `Listing`, `Video`.
+Public: `list_videos`, `DATASETS`, `NUM_CLASSES`, `DatasetIndex`, `Video`.
 
-To add a data set, write a reader `(videos_dir, annotations, validation_fraction) -> Listing` and
+To add a data set, write a reader `(videos_dir, annotations, validation_fraction) -> DatasetIndex` and
 name it in `DATASETS`. A reader trusts its annotations and lists videos whether or not their files
 are there; `list_videos` checks what is common to all. Splits are "train", "validation", "test",
 with a number behind where a data set is divided in several ways ("train1").
@@ -14,19 +14,19 @@ import os
 from collections.abc import Callable
 
 from dualpath_jax.data.datasets import k400
-from dualpath_jax.data.datasets.annotations import Listing, Video
+from dualpath_jax.data.datasets.annotations import DatasetIndex, Video
 from dualpath_jax.data.datasets.class_folders import read_folder
 from dualpath_jax.data.datasets.csv_list import read_csv
 from dualpath_jax.data.datasets.diving48 import read_diving48
 from dualpath_jax.data.datasets.hmdb51 import read_hmdb51
 from dualpath_jax.data.datasets.ssv2 import read_ssv2
-from dualpath_jax.runtime.safe_read import shown
+from dualpath_jax.runtime.safe_read import truncated_repr
 
 # Of the published data sets and the demo; the others' are what their annotations say.
 NUM_CLASSES = {"k400": k400.NUM_CLASSES, "ssv2": 174, "hmdb51": 51, "diving48": 48, "demo": 8}
 UNKNOWN_CLASSES = 2  # taken for those in outlines; only the classifier depends on it
 
-DATASETS: dict[str, Callable[[str, str | None, float], Listing]] = {
+DATASETS: dict[str, Callable[[str, str | None, float], DatasetIndex]] = {
     "k400": k400.read_k400,
     "ssv2": read_ssv2,
     "hmdb51": read_hmdb51,
@@ -38,7 +38,7 @@ DATASETS: dict[str, Callable[[str, str | None, float], Listing]] = {
 
 def list_videos(
     dataset: str, videos_dir: str, annotations: str | None = None, validation_fraction: float = 0.2
-) -> Listing:
+) -> DatasetIndex:
     """Reads a data set's annotations; the splits returned are not empty.
 
     Args:
@@ -84,12 +84,12 @@ def _check_split(split: str, videos: list[Video], num_classes: int) -> None:
     for video in videos:
         if video.id in seen:
             raise ValueError(
-                f"video {shown(video.id)} is twice in split {split!r}; remove one of them"
+                f"video {truncated_repr(video.id)} is twice in split {split!r}; remove one of them"
             )
         seen.add(video.id)
         if not 0 <= video.label < num_classes:
             raise ValueError(
-                f"video {shown(video.id)} of split {split!r} has label {shown(video.label)}; "
+                f"video {truncated_repr(video.id)} of split {split!r} has label {truncated_repr(video.label)}; "
                 f"there are {num_classes} classes"
             )
 
@@ -100,7 +100,9 @@ def _check_text(names: list[str]) -> None:
         for name in names:
             name.encode("utf-8", "surrogateescape")  # as file names of any bytes are kept
     except UnicodeEncodeError as error:
-        raise ValueError(f"{shown(name)} in the annotations is no text: {error.reason}") from None
+        raise ValueError(
+            f"{truncated_repr(name)} in the annotations is no text: {error.reason}"
+        ) from None
 
 
 def _check_paths(split: str, videos: list[Video]) -> None:
@@ -108,7 +110,7 @@ def _check_paths(split: str, videos: list[Video]) -> None:
     for video in videos:
         if os.path.isabs(video.path) or ".." in video.path.split("/"):
             raise ValueError(
-                f"video {shown(video.id)} of split {split!r} is in {shown(video.path)}, outside "
+                f"video {truncated_repr(video.id)} of split {split!r} is in {truncated_repr(video.path)}, outside "
                 "the folder of videos; the annotations are damaged or not to be trusted"
             )
 

@@ -2,18 +2,26 @@
 
 import os
 
-from dualpath_jax.data.datasets.annotations import Listing, Video, field, looks_like, require
-from dualpath_jax.runtime.safe_read import open_text, read_json, shown
+from dualpath_jax.data.datasets.annotations import (
+    DatasetIndex,
+    Video,
+    looks_like,
+    read_field,
+    require_file,
+)
+from dualpath_jax.runtime.safe_read import open_text, read_json, truncated_repr
 
 
-def read_ssv2(videos_dir: str, annotations: str | None, validation_fraction: float) -> Listing:
+def read_ssv2(videos_dir: str, annotations: str | None, validation_fraction: float) -> DatasetIndex:
     """Something-Something-v2: labels.json, train.json, validation.json, perhaps test.json.
 
     The files may have their older names, something-something-v2-*.json. Videos are {id}.webm or
     {id}.mp4. Test entries come without a template; test-answers.csv (id;template) supplies it.
     """
     del validation_fraction  # it has its own splits
-    annotations = require(annotations, os.path.isdir, "a folder with labels.json and train.json")
+    annotations = require_file(
+        annotations, os.path.isdir, "a folder with labels.json and train.json"
+    )
     classes = _read_classes(annotations)
     files = {entry.name for entry in os.scandir(videos_dir)}
     answers = _read_answers(annotations)
@@ -24,7 +32,7 @@ def read_ssv2(videos_dir: str, annotations: str | None, validation_fraction: flo
             continue
         videos, unanswered = [], 0
         for entry in read_json(path, list):
-            id_ = field(entry, "id", path, "ssv2")
+            id_ = read_field(entry, "id", path, "ssv2")
             template = entry.get("template")
             if template is None and split == "test":
                 template = answers.get(id_)
@@ -41,7 +49,7 @@ def read_ssv2(videos_dir: str, annotations: str | None, validation_fraction: flo
                 f"{unanswered} entries of {path} have no template and are left out; "
                 "put test-answers.csv (lines id;template) beside it to use them"
             )
-    return Listing(sorted(classes, key=classes.get), splits, notices)
+    return DatasetIndex(sorted(classes, key=classes.get), splits, notices)
 
 
 def _read_classes(annotations: str) -> dict[str, int]:
@@ -89,7 +97,7 @@ def _plain(template: str) -> str:
 def _class_of(classes: dict[str, int], template: object, id_: str, path: str) -> int:
     if not isinstance(template, str) or _plain(template) not in classes:
         raise ValueError(
-            f"video {id_[:200]} in {path} has template {shown(template)}, which labels.json does "
+            f"video {id_[:200]} in {path} has template {truncated_repr(template)}, which labels.json does "
             "not have; the files must be of one release"
         )
     return classes[_plain(template)]

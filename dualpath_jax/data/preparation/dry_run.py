@@ -1,4 +1,4 @@
-"""Looks at listed videos without storing them: `check`."""
+"""Looks at listed videos without storing them: `check_videos`."""
 
 import contextlib
 import os
@@ -7,17 +7,17 @@ from typing import TextIO
 
 import tqdm
 
-from dualpath_jax.data.datasets.annotations import Listing
+from dualpath_jax.data.datasets.annotations import DatasetIndex
 from dualpath_jax.data.preparation import summary
-from dualpath_jax.data.preparation.summary import Counts
+from dualpath_jax.data.preparation.summary import SplitCounts
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits, check_video
 from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool
 from dualpath_jax.runtime import progress_bar
 from dualpath_jax.runtime.cpu_count import num_cores
 
 
-def check(
-    listing: Listing,
+def check_videos(
+    listing: DatasetIndex,
     videos_dir: str,
     *,
     short_side: int = 256,
@@ -28,7 +28,7 @@ def check(
     max_missing: float = 0.1,
     bad_videos: str | None = None,
     progress: bool = True,
-) -> dict[str, Counts]:
+) -> dict[str, SplitCounts]:
     """Decodes every listed video as `prepare` does and tells what would become of it.
 
     Nothing is stored. Args as for `prepare`, and:
@@ -44,19 +44,21 @@ def check(
       ValueError: none of the listed videos is there.
       OSError: `bad_videos` cannot be written.
     """
-    summary.check_options(short_side, quality, fps, max_missing)
+    summary.check_prepare_options(short_side, quality, fps, max_missing)
     limits = limits or DecodeLimits()
-    missing = summary.find_missing(listing, videos_dir)
+    missing = summary.find_missing_videos(listing, videos_dir)
     for message, refused in summary.missing_in_splits(listing, videos_dir, missing, max_missing):
         print(f"note: {message}{'; preparing refuses that' if refused else ''}", file=sys.stderr)
-    videos = [(split, video) for split, found in listing.stored().items() for video in found]
+    videos = [
+        (split, video) for split, found in listing.videos_to_store().items() for video in found
+    ]
     arguments = (
         (os.path.join(videos_dir, video.path), short_side, quality, limits, fps)
         for _, video in videos
     )
-    stored = {name: [] for name in listing.stored()}
+    stored = {name: [] for name in listing.videos_to_store()}
     bad = []
-    shown = progress_bar.Bar(len(videos), "check", "videos", shown=progress)
+    shown = progress_bar.ProgressBar(len(videos), "check", "videos", shown=progress)
     pool = WorkerPool(num_workers or num_cores(), limits)
     with _opened(bad_videos) as file, shown, pool:
         results = pool.map(check_video, arguments)
@@ -72,7 +74,7 @@ def check(
             shown.update()
     counts = summary.count_splits(listing, stored, bad)
     summary.print_counts(counts)
-    print(f"the frames would take about {summary.in_words(counts['total'].num_bytes)}")
+    print(f"the frames would take about {summary.format_counts(counts['total'].num_bytes)}")
     return counts
 
 

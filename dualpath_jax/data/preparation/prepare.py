@@ -1,4 +1,4 @@
-"""Turns listed videos into prepared ones: `prepare`. See `records` for what it writes.
+"""Turns listed videos into prepared ones: `prepare_dataset`. See `records` for what it writes.
 Work is cut into shards of consecutive videos. A shard is finished when its JSON sidecar is there;
 it holds what was stored and what was bad. An interrupted run goes on after its last finished shard,
 and a finished one only prints its summary again, unless bad videos are to be tried once more.
@@ -20,13 +20,13 @@ from typing import Any, TypeAlias
 from array_record.python.array_record_module import ArrayRecordReader
 
 from dualpath_jax.data import video_dataset
-from dualpath_jax.data.datasets.registry import Listing, Video
+from dualpath_jax.data.datasets.annotations import DatasetIndex, Video
 from dualpath_jax.data.preparation import shard_writer, summary
-from dualpath_jax.data.preparation.summary import Counts
+from dualpath_jax.data.preparation.summary import SplitCounts
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits, FrameFormat, video_to_jpegs
 from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool
 from dualpath_jax.runtime.cpu_count import num_cores
-from dualpath_jax.runtime.progress_bar import Bar
+from dualpath_jax.runtime.progress_bar import ProgressBar
 
 # What became of a video: the records of its frames and its entry in the sidecar, or why not.
 _Outcome: TypeAlias = tuple[Iterable[bytes], dict] | Failure
@@ -47,8 +47,8 @@ class _Shard:
         return video_dataset.frame_shard_path(out_dir, self.split, self.index, self.count)
 
 
-def prepare(
-    listing: Listing,
+def prepare_dataset(
+    listing: DatasetIndex,
     videos_dir: str,
     out_dir: str,
     *,
@@ -61,7 +61,7 @@ def prepare(
     max_missing: float = 0.1,
     retry_bad: bool = False,
     progress: bool = True,
-) -> dict[str, Counts]:
+) -> dict[str, SplitCounts]:
     """Decodes every listed video once and stores it; goes on where an earlier run was stopped.
 
     Args:
@@ -88,7 +88,7 @@ def prepare(
         stored.
       OSError: the disk is full; finished shards are kept.
     """
-    summary.check_options(short_side, quality, fps, max_missing)
+    summary.check_prepare_options(short_side, quality, fps, max_missing)
     limits = limits or DecodeLimits()
     settings = _settings(listing, short_side, quality, fps, videos_per_shard, limits)
     shards = _cut(listing, videos_per_shard)
@@ -111,7 +111,7 @@ def prepare(
             )
             total = sum(len(shard.videos) for shard in shards)
             done = total - sum(len(videos) for _, videos in todo)
-            shown = Bar(total, "prepare", "videos", done, progress)
+            shown = ProgressBar(total, "prepare", "videos", done, progress)
             with shown, WorkerPool(num_workers or num_cores(), limits) as pool:
                 results = _counted(pool.map(video_to_jpegs, arguments), shown)
                 for i, (shard, videos) in enumerate(todo):
@@ -128,7 +128,7 @@ def prepare(
 
 
 def _settings(
-    listing: Listing,
+    listing: DatasetIndex,
     short_side: int,
     quality: int,
     fps: float | None,
@@ -156,9 +156,9 @@ def _digest(value: list) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _cut(listing: Listing, videos_per_shard: int) -> list[_Shard]:
+def _cut(listing: DatasetIndex, videos_per_shard: int) -> list[_Shard]:
     shards = []
-    for split, videos in listing.stored().items():
+    for split, videos in listing.videos_to_store().items():
         starts = range(0, len(videos), videos_per_shard)
         for i, start in enumerate(starts):
             shard = _Shard(split, i, len(starts), videos[start : start + videos_per_shard])
@@ -198,7 +198,7 @@ def _check_same(out_dir: str, new: dict, with_any_limits: bool) -> None:
     if not os.path.exists(_settings_path(out_dir)):
         if os.path.exists(os.path.join(out_dir, "dataset_info.json")):
             raise ValueError(
-                f"{out_dir!r} is a prepared data set, without the folder `prepare` by which it was "
+                f"{out_dir!r} is a prepared data set, without the folder `prepare_dataset` by which it was "
                 "made (a copy, perhaps): choose another --out, or delete this one"
             )
         return
@@ -224,10 +224,12 @@ def _change(name: str, old: dict, new: dict) -> str:
     return f"{name} was {old.get(name)}, is {new.get(name)}"
 
 
-def _refuse_missing(listing: Listing, videos_dir: str, out_dir: str, max_missing: float) -> None:
+def _refuse_missing(
+    listing: DatasetIndex, videos_dir: str, out_dir: str, max_missing: float
+) -> None:
     """Tells and lists which files are not there; ValueError if all, or too many of a split."""
     path = os.path.join(out_dir, "missing_videos.txt")
-    missing = summary.find_missing(listing, videos_dir)
+    missing = summary.find_missing_videos(listing, videos_dir)
     if not missing:
         _remove(path)  # of an earlier run
         return
@@ -239,7 +241,7 @@ def _refuse_missing(listing: Listing, videos_dir: str, out_dir: str, max_missing
         print(f"note: {message}", file=sys.stderr)
 
 
-def _counted(results: Iterator, shown: Bar) -> Iterator:
+def _counted(results: Iterator, shown: ProgressBar) -> Iterator:
     for result in results:
         shown.update()
         yield result
@@ -334,11 +336,11 @@ def _store_shard(shard: _Shard, outcomes: Iterator[_Outcome], out_dir: str) -> N
 
 
 def _finish(
-    listing: Listing, shards: list[_Shard], out_dir: str, frame_format: FrameFormat
-) -> dict[str, Counts]:
+    listing: DatasetIndex, shards: list[_Shard], out_dir: str, frame_format: FrameFormat
+) -> dict[str, SplitCounts]:
     """Writes tables and ledger from the sidecars, unless they are there; prints the summary."""
-    stored = {name: [] for name in listing.stored()}
-    frame_shards = {name: [] for name in listing.stored()}
+    stored = {name: [] for name in listing.videos_to_store()}
+    frame_shards = {name: [] for name in listing.videos_to_store()}
     bad, truncated = [], []
     for shard in shards:
         sidecar = _read_sidecar(shard, out_dir)
@@ -360,7 +362,7 @@ def _finish(
             tables = {}
             for split, videos in listing.splits.items():
                 ids = {video.id for video in videos}
-                rows = _rows(stored[listing.stored_in(split)])
+                rows = _rows(stored[listing.storage_split(split)])
                 tables[split] = [row for row in rows if row.id in ids]
             names = listing.class_names
             shard_writer.write_tables(out_dir, names, tables, frame_shards, frame_format)
@@ -398,8 +400,8 @@ def _full_disk_explained(out_dir: str, shards: list[_Shard]) -> Iterator[None]:
         need, free, standing = _disk(out_dir, shards)
         raise OSError(
             f"cannot write to {out_dir!r}: {os.strerror(error.errno)}. {standing}; the rest takes "
-            f"{'about ' + summary.in_words(need) if need else 'an unknown amount'}, and "
-            f"{summary.in_words(free)} are free. The finished shards are kept: make room and run "
+            f"{'about ' + summary.format_counts(need) if need else 'an unknown amount'}, and "
+            f"{summary.format_counts(free)} are free. The finished shards are kept: make room and run "
             "the same command again, or start anew with another --out and a smaller --short_side, "
             "--quality or --fps"
         ) from None
@@ -411,7 +413,7 @@ def _note_short_disk(out_dir: str, shards: list[_Shard]) -> None:
     if need > free:
         print(
             f"note: the disk of {out_dir!r} will be full before the end: {standing}; the rest "
-            f"takes about {summary.in_words(need)}, and {summary.in_words(free)} are free",
+            f"takes about {summary.format_counts(need)}, and {summary.format_counts(free)} are free",
             file=sys.stderr,
         )
 
@@ -424,5 +426,5 @@ def _disk(out_dir: str, shards: list[_Shard]) -> tuple[float, int, str]:
     paths = [shard.frames(out_dir) for shard in finished]
     size = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
     need = size / done * (total - done) if done else 0.0
-    standing = f"{done} of {total} videos are finished and take {summary.in_words(size)}"
+    standing = f"{done} of {total} videos are finished and take {summary.format_counts(size)}"
     return need, shutil.disk_usage(out_dir).free, standing

@@ -1,7 +1,7 @@
 """What becomes of listed videos, as `prepare` and `check` tell it.
 
-Public: `Counts`, `count_splits`, `print_counts`; the entries `bad_entry`, `stored_entry`,
-`truncated_entry`, `json_line`; `find_missing`, `missing_in_splits`; `check_options`, `in_words`.
+Public: `SplitCounts`, `count_splits`, `print_counts`; the entries `bad_entry`, `stored_entry`,
+`truncated_entry`, `json_line`; `find_missing_videos`, `missing_in_splits`; `check_prepare_options`, `format_counts`.
 """
 
 import dataclasses
@@ -9,13 +9,13 @@ import json
 import os
 from collections.abc import Iterator
 
-from dualpath_jax.data.datasets.annotations import Listing, Video
+from dualpath_jax.data.datasets.annotations import DatasetIndex, Video
 from dualpath_jax.data.preparation.video_decoder import MAX_SIDE, NOT_FOUND, VideoFacts
 from dualpath_jax.data.preparation.worker_pool import Failure
 
 
 @dataclasses.dataclass(frozen=True)
-class Counts:
+class SplitCounts:
     """How many videos; listed = stored + bad, and those found are listed and on disk.
 
     `truncated` are stored but end early; `num_frames` and `num_bytes` (JPEG) are of those stored.
@@ -57,12 +57,12 @@ def json_line(entry: dict) -> str:
 
 
 def count_splits(
-    listing: Listing, stored: dict[str, list[dict]], bad: list[dict]
-) -> dict[str, Counts]:
+    listing: DatasetIndex, stored: dict[str, list[dict]], bad: list[dict]
+) -> dict[str, SplitCounts]:
     """Counts of each split and "total"; `stored` is by where the videos are stored."""
     counts = {}
     for split, videos in listing.splits.items():
-        source, ids = listing.stored_in(split), {video.id for video in videos}
+        source, ids = listing.storage_split(split), {video.id for video in videos}
         counts[split] = _count(
             [entry for entry in stored[source] if entry["id"] in ids],
             [entry for entry in bad if entry["split"] == source and entry["id"] in ids],
@@ -71,9 +71,9 @@ def count_splits(
     return counts
 
 
-def _count(stored: list[dict], bad: list[dict]) -> Counts:
+def _count(stored: list[dict], bad: list[dict]) -> SplitCounts:
     missing = sum(entry["reason"] == NOT_FOUND for entry in bad)
-    return Counts(
+    return SplitCounts(
         listed=len(stored) + len(bad),
         found=len(stored) + len(bad) - missing,
         stored=len(stored),
@@ -84,12 +84,12 @@ def _count(stored: list[dict], bad: list[dict]) -> Counts:
     )
 
 
-def print_counts(counts: dict[str, Counts]) -> None:
+def print_counts(counts: dict[str, SplitCounts]) -> None:
     for name, count in counts.items():
         print(f"{name}: {count}")
 
 
-def in_words(num_bytes: float) -> str:
+def format_counts(num_bytes: float) -> str:
     """ "1.6 TB", "12 GB", "350 kB": two digits at least, powers of 1000."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if num_bytes < 1000:
@@ -98,9 +98,9 @@ def in_words(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
-def find_missing(listing: Listing, videos_dir: str) -> set[str]:
+def find_missing_videos(listing: DatasetIndex, videos_dir: str) -> set[str]:
     """The paths of the listing that are not there; ValueError if none is."""
-    paths = {video.path for videos in listing.stored().values() for video in videos}
+    paths = {video.path for videos in listing.videos_to_store().values() for video in videos}
     missing = {path for path in paths if not os.path.exists(os.path.join(videos_dir, path))}
     if len(missing) == len(paths):
         first = next(iter(listing.splits.values()))[0].path
@@ -112,7 +112,7 @@ def find_missing(listing: Listing, videos_dir: str) -> set[str]:
 
 
 def missing_in_splits(
-    listing: Listing, videos_dir: str, missing: set[str], max_missing: float
+    listing: DatasetIndex, videos_dir: str, missing: set[str], max_missing: float
 ) -> Iterator[tuple[str, bool]]:
     """For each split with missing videos: a sentence, and whether they are too many."""
     for split, videos in listing.splits.items():
@@ -129,7 +129,9 @@ def missing_in_splits(
         yield message, refused
 
 
-def check_options(short_side: int, quality: int, fps: float | None, max_missing: float) -> None:
+def check_prepare_options(
+    short_side: int, quality: int, fps: float | None, max_missing: float
+) -> None:
     if not 1 <= short_side <= MAX_SIDE:
         raise ValueError(f"short_side is {short_side}; it must be in 1..{MAX_SIDE:,}, as in a JPEG")
     if not 1 <= quality <= 95:

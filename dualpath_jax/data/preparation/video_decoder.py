@@ -121,7 +121,7 @@ class FrameReader:
         except BaseException:
             self._container.close()
             raise
-        self._thinning = Thinning(fps, self._rate) if fps else None
+        self._thinning = FrameRateFilter(fps, self._rate) if fps else None
         self.fps = float(min(fps, self._rate or fps)) if fps else self._rate
         self.truncated = ""
 
@@ -146,7 +146,7 @@ class FrameReader:
                 except MemoryError:
                     raise
                 except (av.FFmpegError, ValueError) as problem:
-                    error = describe(problem)
+                    error = describe_video(problem)
                     break
                 if count == self._limits.max_frames:
                     raise VideoError(
@@ -176,7 +176,7 @@ class FrameReader:
             except (av.FFmpegError, ValueError) as problem:
                 if self._started:
                     raise
-                self._bad_start = self._bad_start or describe(problem)
+                self._bad_start = self._bad_start or describe_video(problem)
                 continue
             self._started = self._started or bool(frames)
             yield from frames
@@ -229,7 +229,7 @@ class FrameReader:
         return ""
 
 
-class Thinning:
+class FrameRateFilter:
     """Which frames of a stream to keep, so that at most `fps` are left of each second.
 
     Points of time lie 1/fps apart, from the first frame on. A point keeps the first frame that is
@@ -369,7 +369,7 @@ def _open(path: str):
     except MemoryError:
         raise
     except (av.FFmpegError, ValueError, OSError) as problem:
-        raise VideoError(f"cannot be opened as a video ({describe(problem)})") from None
+        raise VideoError(f"cannot be opened as a video ({describe_video(problem)})") from None
     return container
 
 
@@ -392,6 +392,6 @@ def _to_rgb(frame: av.VideoFrame, size: tuple[int, int], turns: int) -> np.ndarr
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(), turns))
 
 
-def describe(problem: BaseException) -> str:
+def describe_video(problem: BaseException) -> str:
     """An exception in one line, for the list of bad videos."""
     return f"{type(problem).__name__}: {getattr(problem, 'strerror', None) or problem}"

@@ -1,6 +1,6 @@
 """Worker processes that survive bad files.
 
-Public: `WorkerPool`, `streams`, `Failure`; `START` and `serve` are the processes' beginning.
+Public: `WorkerPool`, `pull_streams`, `Failure`; `START` and `serve` are the processes' beginning.
 """
 
 import collections
@@ -20,12 +20,12 @@ from typing import Any
 
 import av.logging
 
-from dualpath_jax.data.preparation.video_decoder import DecodeLimits, VideoError, describe
+from dualpath_jax.data.preparation.video_decoder import DecodeLimits, VideoError, describe_video
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """What `WorkerPool.map` and `streams` yield in place of a result; `reason` in plain words."""
+    """What `WorkerPool.map` and `pull_streams` yield in place of a result; `reason` in plain words."""
 
     reason: str
 
@@ -145,7 +145,7 @@ _WAITING_BYTES = 64 * 2**20
 _READY = ...  # first message of a worker; Ellipsis stays itself when pickled
 
 
-def streams(
+def pull_streams(
     function: Callable, arguments: Sequence[tuple], limits: DecodeLimits
 ) -> Iterator[tuple[int, Any]]:
     """Runs a generator function in a killable process, for each of `arguments` in order.
@@ -276,7 +276,7 @@ def _answer(function: Callable, arguments: tuple, limits: DecodeLimits) -> bytes
     except MemoryError:
         failure = Failure(f"needs more than {limits.memory_mb} MB of memory")
     except Exception as problem:  # whatever a broken file makes a library raise
-        failure = Failure(describe(problem))
+        failure = Failure(describe_video(problem))
     return pickle.dumps(failure)
 
 

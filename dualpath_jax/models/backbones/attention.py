@@ -1,6 +1,6 @@
 """Attention of queries to keys and values, in the form that is fastest where it is computed.
 
-Public: `attend`, `attend_one`, `flash_attend`, `flash_fits`, `has_flash_attention`,
+Public: `attention`, `single_query_attention`, `flash_attention`, `can_use_flash_attention`, `has_flash_attention`,
 `attention_weights`.
 
 Axes: M images, N tokens (Q of them queries), K heads, d width of a head.
@@ -22,7 +22,7 @@ def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Attention: q [M, Q, K, d]; k, v [M, N, K, d] -> [M, Q, K, d]; softmax in float32.
 
     As `jax.nn.dot_product_attention`, but written so that little is done with arrays of
@@ -52,8 +52,8 @@ def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array
     exp, total = _exp_of_products(q, k)
     y = jnp.einsum("mkqn,mknd->mkqd", exp.astype(v.dtype), v) / total
     # What is kept is used by the backward pass alone: XLA then computes and stores it once.
-    heads = (block_loop.keep(x, "heads") for x in (q, k, v))
-    weights = (block_loop.keep(x, "weights") for x in (exp, total))
+    heads = (block_loop.checkpoint_activation(x, "heads") for x in (q, k, v))
+    weights = (block_loop.checkpoint_activation(x, "weights") for x in (exp, total))
     return y.astype(v.dtype).swapaxes(1, 2), (*heads, *weights)
 
 
@@ -70,17 +70,17 @@ def _attend_backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(_heads_first(dq, dk, dv))
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+attention.defvjp(_attend_forward, _attend_backward)
 
 
-def attend_one(
+def single_query_attention(
     q: jax.Array,
     x: jax.Array,
     key_kernel: jax.Array,
     value_kernel: jax.Array,
     value_bias: jax.Array,
 ) -> jax.Array:
-    """`attend` of one query to the keys and values of x, which are not computed for it.
+    """`attention` of one query to the keys and values of x, which are not computed for it.
 
     Its product with a key is (x W) . q = x . (W q), and its sum of values (w x) W, so that W is
     multiplied with one row for each head instead of N. A key's bias adds the same to every product,
@@ -111,16 +111,16 @@ def has_flash_attention() -> bool:
     return float(device.compute_capability) >= 8.0
 
 
-def flash_fits(num_tokens: int, dtype: Any) -> bool:
-    """Whether queries, keys and values of N tokens and such a dtype are for `flash_attend`."""
+def can_use_flash_attention(num_tokens: int, dtype: Any) -> bool:
+    """Whether queries, keys and values of N tokens and such a dtype are for `flash_attention`."""
     long = num_tokens >= 64  # of 8 tokens it takes five times as long as XLA's (H200)
     half = dtype in (jnp.bfloat16, jnp.float16)
-    return long and half and not block_loop.divided_by_fsdp() and has_flash_attention()
+    return long and half and not block_loop.is_fsdp_sharded() and has_flash_attention()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def flash_attend(q: jax.Array, k: jax.Array, v: jax.Array, padding: int = 0) -> jax.Array:
-    """`attend` by cuDNN on a GPU, which keeps no array of [M, K, N, N]; bfloat16 or float16.
+def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, padding: int = 0) -> jax.Array:
+    """`attention` by cuDNN on a GPU, which keeps no array of [M, K, N, N]; bfloat16 or float16.
 
     q, k, v [M, N, K, d] -> [M, N, K, d]. No query attends to the last `padding` keys. With a
     backward pass JAX takes even N alone (jax 0.10.2), so that odd ones get a key more there.
@@ -147,7 +147,7 @@ def _flash_attend_forward(
         return _by_cudnn(*qkv, padding + odd)[:, :num_tokens]
 
     y, backward = jax.vjp(even, q, k, v)
-    return y, jax.tree.map(lambda x: block_loop.keep(x, "attended"), backward)
+    return y, jax.tree.map(lambda x: block_loop.checkpoint_activation(x, "attended"), backward)
 
 
-flash_attend.defvjp(_flash_attend_forward, lambda padding, backward, dy: backward(dy))
+flash_attention.defvjp(_flash_attend_forward, lambda padding, backward, dy: backward(dy))

@@ -33,7 +33,7 @@ def _policy(remat: str, scan: bool) -> Any:
     return jax.checkpoint_policies.save_only_these_names(*names)
 
 
-def keep(x: jax.Array, name: str) -> jax.Array:
+def checkpoint_activation(x: jax.Array, name: str) -> jax.Array:
     """x, named so that `remat="cheap"` keeps it for the backward pass."""
     if name not in _NAMES:
         raise ValueError(f"{name!r} is not kept: known are {', '.join(sorted(_NAMES))}")
@@ -56,17 +56,17 @@ def init_stacked(init: Callable[[jax.Array], Any], rng: jax.Array, length: int) 
     return jax.vmap(init)(jax.random.split(rng, length))
 
 
-def divided_by_fsdp() -> bool:
+def is_fsdp_sharded() -> bool:
     """Whether, where this is traced, a mesh axis `fsdp` divides the frozen weights."""
     return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
 
 
-def gathered(params: Any) -> Any:
+def gather_fsdp(params: Any) -> Any:
     """Parameters of a block, whole on each device where a mesh axis `fsdp` divides them.
 
     Without it XLA may divide the computation as the weights are, and send activations round.
     """
-    if not divided_by_fsdp():
+    if not is_fsdp_sharded():
         return params
     everywhere = jax.sharding.PartitionSpec()
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, everywhere), params)
@@ -90,12 +90,12 @@ def loop_blocks(
     if scan:
         return jax.lax.scan(lambda h, layer: (body(h, layer), None), h, layers)[0]
     # Not scan(unroll=True): that still copies what the backward pass needs into stacked arrays.
-    for layer in unstacked(layers):
+    for layer in split_layers(layers):
         h = body(h, layer)
     return h
 
 
-def unstacked(layers: Any) -> list[Any]:
+def split_layers(layers: Any) -> list[Any]:
     """The trees of the L layers in a tree with leaves [L, ...].
 
     By splits: the gradient of one is a concatenation, that of leaf[i] a sum of L padded arrays.

@@ -1,9 +1,9 @@
-"""What the backbones share: the transformer block and its named sites for tuning methods.
+"""What the backbones share: the transformer block and its named hooks for tuning methods.
 
-Public: `Sites`, `Block`, `Mlp`, `dense`, `norm`, `ACTIVATIONS`, `gelu`, `quick_gelu`, `REMAT`,
-`keep`, `written_for_cpu`. The rest is for the modules of the backbones.
+Public: `BlockHooks`, `Block`, `Mlp`, `dense`, `norm`, `ACTIVATIONS`, `gelu`, `quick_gelu`, `REMAT`,
+`keep`, `use_cpu_kernels`. The rest is for the modules of the backbones.
 
-The file knows no tuning method. A method fills the sites of a block (see `Sites`); an empty site
+The file knows no tuning method. A method fills the hooks of a block (see `BlockHooks`); an empty hook
 does nothing. Axes: M images (frames or framesets, batch included), N tokens, D width, L blocks.
 """
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualpath_jax.models.backbones import cpu_kernels
-from dualpath_jax.models.backbones.block_loop import keep
+from dualpath_jax.models.backbones.block_loop import checkpoint_activation
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -33,7 +33,7 @@ def gelu(x: jax.Array) -> jax.Array:
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
-def written_for_cpu(scan_blocks: bool) -> bool:
+def use_cpu_kernels(scan_blocks: bool) -> bool:
     """Whether to compute in the forms that are fastest on a CPU, where blocks are written out."""
     return not scan_blocks and jax.default_backend() == "cpu"
 
@@ -62,25 +62,25 @@ def check_image(images: jax.Array, patch_size: int) -> None:
         )
 
 
-class Sites(nn.Module):
-    """What a tuning method may do inside a block. Override the sites that the method fills.
+class BlockHooks(nn.Module):
+    """What a tuning method may do inside a block. Override the hooks that the method fills.
 
     One instance describes one block; its parameters are stacked [L, ...] by the caller. `x`, `y`,
     `h` are [M, N, D] in the compute dtype; Swin's D and N are those of the block's stage, and its
     tokens are in the order of the map, row by row.
 
     Attributes:
-      token_wise: every site acts on each token by itself, and the class token is the first; then
+      pointwise: every hook acts on each token by itself, and the class token is the first; then
         the last block need not compute the other tokens, and a training step on a GPU may have one
         more, which is none.
-      shifted_windows: in Swin, fill the sites of the shifted-window blocks too, not only those of
+      shifted_windows: in Swin, fill the hooks of the shifted-window blocks too, not only those of
         the window blocks. Without effect in backbones that have no windows.
     """
 
-    token_wise: ClassVar[bool] = False
+    pointwise: ClassVar[bool] = False
     shifted_windows: bool = dataclasses.field(default=True, kw_only=True)
 
-    def tokens(self, h: jax.Array, block: "Block") -> jax.Array:
+    def on_input(self, h: jax.Array, block: "Block") -> jax.Array:
         """On the tokens that enter the block, which is given so that its layers may be reused."""
         del block
         return h
@@ -89,7 +89,7 @@ class Sites(nn.Module):
         """On LN(h), before attention reads it."""
         return x
 
-    def beside_attention(self, x: jax.Array) -> jax.Array | float:
+    def parallel_to_attention(self, x: jax.Array) -> jax.Array | float:
         """Parallel to attention: a term computed from LN(h), added to the residual stream."""
         del x
         return 0.0
@@ -98,7 +98,7 @@ class Sites(nn.Module):
         """On attention's output, before it joins the residual stream."""
         return y
 
-    def beside_mlp(self, x: jax.Array) -> jax.Array | float:
+    def parallel_to_mlp(self, x: jax.Array) -> jax.Array | float:
         """Parallel to the MLP: a term computed from LN(z), added to the residual stream."""
         del x
         return 0.0
@@ -107,7 +107,7 @@ class Sites(nn.Module):
         """On the MLP's output, before it joins the residual stream."""
         return y
 
-    def output(self, h: jax.Array) -> jax.Array:
+    def on_output(self, h: jax.Array) -> jax.Array:
         """On the block's output."""
         return h
 
@@ -173,60 +173,68 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         rows = x.reshape(-1, x.shape[-1])
-        y = keep(dense(self.hidden, self.dtype, self.for_cpu, name="hidden")(rows), "hidden")
+        y = checkpoint_activation(
+            dense(self.hidden, self.dtype, self.for_cpu, name="hidden")(rows), "hidden"
+        )
         y = ACTIVATIONS[self.activation](y)
         return dense(x.shape[-1], self.dtype, self.for_cpu, name="output")(y).reshape(x.shape)
 
 
 class Block(nn.Module):
-    """A pre-LN transformer block (eq. 2) that passes through the sites of a tuning method.
+    """A pre-LN transformer block (eq. 2) that passes through the hooks of a tuning method.
 
     Each backbone has its own, which sets up `ln_1`, `attention`, `ln_2` and `mlp`.
     """
 
-    def __call__(self, h: jax.Array, sites: Sites, class_only: bool = False) -> jax.Array:
+    def __call__(self, h: jax.Array, hooks: BlockHooks, cls_token_only: bool = False) -> jax.Array:
         """h [M, N, D] -> [M, N, D], or the class token alone [M, 1, D].
 
-        `sites` is bound to this block's parameters of the method.
+        `hooks` is bound to this block's parameters of the method.
         """
-        h, x, attended = self.attention_input(h, sites)
-        if class_only:
-            y = self.attention(attended, class_only=True)
+        h, x, attended = self.attention_input(h, hooks)
+        if cls_token_only:
+            y = self.attention(attended, cls_token_only=True)
             h, x = h[:, :1], x[:, :1]
         else:
             y = self.attend(attended)
-        z = keep(h + (sites.after_attention(y) + sites.beside_attention(x)), "middle")
+        z = checkpoint_activation(
+            h + (hooks.after_attention(y) + hooks.parallel_to_attention(x)), "middle"
+        )
         x = self.ln_2(z)
-        h = z + (sites.after_mlp(self.mlp(x)) + sites.beside_mlp(x))
-        return sites.output(h)
+        h = z + (hooks.after_mlp(self.mlp(x)) + hooks.parallel_to_mlp(x))
+        return hooks.on_output(h)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Attention over the tokens of the block: x [M, N, D] -> [M, N, D]."""
         return self.attention(x)
 
-    def attention_input(self, h: jax.Array, sites: Sites) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def attention_input(
+        self, h: jax.Array, hooks: BlockHooks
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The block's tokens h [M, N, D], LN(h), and what attention reads: each [M, N, D]."""
-        h = sites.tokens(h, self)
+        h = hooks.on_input(h, self)
         x = self.ln_1(h)
-        return h, x, sites.before_attention(x)
+        return h, x, hooks.before_attention(x)
 
 
-def no_sites() -> Sites:
-    """The sites of a frozen block."""
-    return Sites(parent=None).bind({})
+def no_hooks() -> BlockHooks:
+    """The hooks of a frozen block."""
+    return BlockHooks(parent=None).bind({})
 
 
-def bind_sites(sites: Sites | None, params: Any, rng: jax.Array | None) -> Sites:
-    """`sites` with one block's parameters of the method; None: the frozen block."""
-    if sites is None:
-        return no_sites()
+def bind_hooks(hooks: BlockHooks | None, params: Any, rng: jax.Array | None) -> BlockHooks:
+    """`hooks` with one block's parameters of the method; None: the frozen block."""
+    if hooks is None:
+        return no_hooks()
     variables = {} if params is None else {"params": params}
-    return sites.bind(variables, rngs=None if rng is None else {"dropout": rng})
+    return hooks.bind(variables, rngs=None if rng is None else {"dropout": rng})
 
 
-def init_block_sites(rng: jax.Array, block: Block, params: Any, h: jax.Array, sites: Sites) -> Any:
-    """Parameters of a method's sites in one `block` with `params` that h [M, N, D] enters."""
-    run = nn.init(lambda bound: block.apply({"params": params}, h, bound), sites)
+def init_block_hooks(
+    rng: jax.Array, block: Block, params: Any, h: jax.Array, hooks: BlockHooks
+) -> Any:
+    """Parameters of a method's hooks in one `block` with `params` that h [M, N, D] enters."""
+    run = nn.init(lambda bound: block.apply({"params": params}, h, bound), hooks)
     return run(rng).get("params", {})
 
 

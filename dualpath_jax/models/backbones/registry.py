@@ -1,7 +1,7 @@
 """The backbones by name: what a new one has to join.
 
 Public: `MODELS`, `CUSTOM`, `FAMILIES`, `BackboneConfig`, `backbone_config`, `build_backbone`,
-`family_of`, `named`.
+`family_of`, `find_named_config`.
 
 A backbone is a config (a frozen dataclass) and a module. In every family they offer the same.
 The config: `name`, `image_size`, `patch_size`, `width` (of the tokens that `embed` returns),
@@ -9,9 +9,9 @@ The config: `name`, `image_size`, `patch_size`, `width` (of the tokens that `emb
 `from_arrays`, `architecture`, `position_size`, `resize_position_tables`. The module:
 
     embed(images, class_token=None, position=None) -> tokens
-    encode(tokens, sites=None, site_params=None, dropout_rng=None, class_only=False) -> tokens
+    encode(tokens, hooks=None, hook_params=None, dropout_rng=None, cls_token_only=False) -> tokens
     pool(tokens, project=True) -> features [M, feature_dim]
-    init_sites(rng, sites, num_images, num_tokens) -> site_params
+    init_hooks(rng, hooks, num_images, num_tokens) -> hook_params
     __call__(images) -> (tokens, features)
 
 images [M, H, W, 3]; tokens [M, N, D] of a ViT, class token first, or a map [M, R, C, D] of a Swin.
@@ -82,7 +82,7 @@ def family_of(config: BackboneConfig) -> str:
     return next(name for name, family in FAMILIES.items() if type(config) is family.config)
 
 
-def named(config: BackboneConfig) -> BackboneConfig:
+def find_named_config(config: BackboneConfig) -> BackboneConfig:
     """`config` under the name that its architecture has in `MODELS`, if it has one there."""
     same = [
         m

@@ -1,4 +1,4 @@
-"""Swin transformer (Liu et al. 2021) with the sites of `layers.py` in its blocks.
+"""Swin transformer (Liu et al. 2021) with the hooks of `layers.py` in its blocks.
 
 Public: `SwinConfig`, `MODELS`, `Swin`, `Block`, `WindowAttention`.
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualpath_jax.models.backbones import block_loop, layers
-from dualpath_jax.models.backbones.layers import Mlp, Sites
+from dualpath_jax.models.backbones.layers import BlockHooks, Mlp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,9 @@ class WindowAttention(nn.Module):
         padded = x.shape[1:3]
         x = jnp.roll(x, (-shift, -shift), axis=(1, 2))
         x = einops.rearrange(x, "m (r a) (c b) d -> m (r c) (a b) d", a=window, b=window)
-        qkv = block_loop.keep(nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x), "qkv")
+        qkv = block_loop.checkpoint_activation(
+            nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x), "qkv"
+        )
         q, k, v = einops.rearrange(
             qkv, "m u n (three k d) -> three m u n k d", three=3, k=self.heads
         )
@@ -237,7 +239,7 @@ class PatchMerging(nn.Module):
         return nn.Dense(width, use_bias=False, dtype=self.dtype, name="reduction")(h)
 
 
-def _pairs(tree: Any) -> Any:
+def _pair_blocks(tree: Any) -> Any:
     """Leaves [L, ...] -> [L/2, 2, ...]."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, 2, *leaf.shape[1:]), tree)
 
@@ -287,16 +289,18 @@ class Swin(nn.Module):
         def init(rng):
             h = jnp.zeros((1, 1, self.config.width * 2**stage))
             block = self._block(stage, (1, 1), shifted=False)
-            return block.init(rng, h, layers.no_sites())["params"]
+            return block.init(rng, h, layers.no_hooks())["params"]
 
         return block_loop.init_stacked(init, rng, self.config.depths[stage])
 
-    def init_sites(self, rng: jax.Array, sites: Sites, num_images: int, num_tokens: int) -> Any:
-        """Parameters of a method's sites.
+    def init_hooks(
+        self, rng: jax.Array, hooks: BlockHooks, num_images: int, num_tokens: int
+    ) -> Any:
+        """Parameters of a method's hooks.
 
         Args:
           rng: of their initial values.
-          sites: says by `shifted_windows` whether it fills every block or every other one.
+          hooks: says by `shifted_windows` whether it fills every block or every other one.
           num_images: M.
           num_tokens: R C of a square map that enters the first stage.
 
@@ -310,9 +314,9 @@ class Swin(nn.Module):
             block_params = jax.tree.map(lambda leaf: leaf[0], self.blocks[stage])
 
             def init(rng, block=block, block_params=block_params, h=h):
-                return layers.init_block_sites(rng, block, block_params, h, sites)
+                return layers.init_block_hooks(rng, block, block_params, h, hooks)
 
-            length = depth if sites.shifted_windows else depth // 2
+            length = depth if hooks.shifted_windows else depth // 2
             params[f"stage_{stage}"] = block_loop.init_stacked(
                 init, jax.random.fold_in(rng, stage), length
             )
@@ -344,51 +348,51 @@ class Swin(nn.Module):
     def encode(
         self,
         h: jax.Array,
-        sites: Sites | None = None,
-        site_params: Any = None,
+        hooks: BlockHooks | None = None,
+        hook_params: Any = None,
         dropout_rng: jax.Array | None = None,
-        class_only: bool = False,
+        cls_token_only: bool = False,
     ) -> jax.Array:
         """All stages: h [M, R, C, D] -> [M, R', C', feature_dim].
 
         Args:
           h: the map that enters the first block.
-          sites: what a tuning method does inside the blocks; None for the frozen backbone.
-          site_params: its parameters, as `init_sites` gives them.
+          hooks: what a tuning method does inside the blocks; None for the frozen backbone.
+          hook_params: its parameters, as `init_hooks` gives them.
           dropout_rng: switches on the method's dropout.
-          class_only: for backbones with a class token.
+          cls_token_only: for backbones with a class token.
         """
-        del class_only
+        del cls_token_only
         for stage in range(len(self.config.depths)):
-            params = None if site_params is None else site_params[f"stage_{stage}"]
+            params = None if hook_params is None else hook_params[f"stage_{stage}"]
             rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, stage)
-            h = self.stage(stage, h, sites, params, rng)
+            h = self.stage(stage, h, hooks, params, rng)
         return h
 
     def stage(
-        self, stage: int, h: jax.Array, sites: Sites | None, site_params: Any, rng: Any
+        self, stage: int, h: jax.Array, hooks: BlockHooks | None, hook_params: Any, rng: Any
     ) -> jax.Array:
         """The blocks of one stage, then its merging: h [M, R, C, D] -> [M, R/2, C/2, 2D]."""
         rows, columns = h.shape[1:3]
-        every = sites is None or sites.shifted_windows
+        every = hooks is None or hooks.shifted_windows
         rngs = None if rng is None else jax.random.split(rng, self.config.depths[stage])
 
         def body(h, pair):
-            blocks, site_params, rngs = pair
+            blocks, hook_params, rngs = pair
             if every:
-                params = [_at(site_params, i) for i in (0, 1)]
-                bound = [layers.bind_sites(sites, params[i], _at(rngs, i)) for i in (0, 1)]
+                params = [_at(hook_params, i) for i in (0, 1)]
+                bound = [layers.bind_hooks(hooks, params[i], _at(rngs, i)) for i in (0, 1)]
             else:
-                bound = [layers.bind_sites(sites, site_params, _at(rngs, 0)), layers.no_sites()]
+                bound = [layers.bind_hooks(hooks, hook_params, _at(rngs, 0)), layers.no_hooks()]
             for i in (0, 1):
                 block = self._block(stage, (rows, columns), shifted=i == 1)
-                h = block.apply({"params": block_loop.gathered(_at(blocks, i))}, h, bound[i])
+                h = block.apply({"params": block_loop.gather_fsdp(_at(blocks, i))}, h, bound[i])
             return h
 
         pairs = (
-            _pairs(self.blocks[stage]),
-            _pairs(site_params) if every else site_params,
-            _pairs(rngs),
+            _pair_blocks(self.blocks[stage]),
+            _pair_blocks(hook_params) if every else hook_params,
+            _pair_blocks(rngs),
         )
         h = einops.rearrange(h, "m r c d -> m (r c) d")
         h = block_loop.loop_blocks(body, h, pairs, self.scan_blocks, self.remat)

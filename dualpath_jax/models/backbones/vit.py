@@ -2,7 +2,7 @@
 
 Public: `ViTConfig`, `MODELS`, `ViT`, `Block`, `resize_positions`.
 
-The sites of tuning methods are in `layers.py`, attention's products in `attend.py`. Axes: M images
+The hooks of tuning methods are in `layers.py`, attention's products in `attend.py`. Axes: M images
 (frames or framesets, batch included), N tokens (class token first), D width, K heads, L blocks, e
 projected width.
 """
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualpath_jax.models.backbones import attention, block_loop, layers
-from dualpath_jax.models.backbones.layers import Mlp, Sites
+from dualpath_jax.models.backbones.layers import BlockHooks, Mlp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Attention(nn.Module):
     a GPU attention is `attend.flash_attend` where that fits, and `attend.attend` elsewhere.
 
     `training` changes no result: all images' queries, keys and values are then split as one matrix,
-    as `block_loop.keep` has them. By a TPU's compiler (v5e) a training step has 6% fewer cycles so, and
+    as `block_loop.checkpoint_activation` has them. By a TPU's compiler (v5e) a training step has 6% fewer cycles so, and
     an evaluation a third more.
     """
 
@@ -166,11 +166,14 @@ class Attention(nn.Module):
         if jax.default_backend() == "gpu" and not self.is_initializing():
             # Three products, as cuDNN reads each from an array of its own.
             weights = self._qkv_weights()
-            parts = [block_loop.keep(rows @ kernel + bias, "qkv") for kernel, bias in weights]
+            parts = [
+                block_loop.checkpoint_activation(rows @ kernel + bias, "qkv")
+                for kernel, bias in weights
+            ]
         else:
             qkv = self.qkv(rows if self.training else x)
             if not self.for_cpu:  # there `attend` keeps them as it needs them
-                qkv = block_loop.keep(qkv, "qkv")
+                qkv = block_loop.checkpoint_activation(qkv, "qkv")
             # A split: its gradient is one concatenation, which slices' is not.
             parts = jnp.split(qkv, 3, axis=-1)
         return [y.reshape(*x.shape[:2], self.heads, -1) for y in parts]
@@ -181,19 +184,19 @@ class Attention(nn.Module):
         kernel, bias = (qkv[name].astype(self.dtype) for name in ("kernel", "bias"))
         return list(zip(jnp.split(kernel, 3, axis=-1), jnp.split(bias, 3), strict=True))
 
-    def __call__(self, x: jax.Array, class_only: bool = False, padding: int = 0) -> jax.Array:
+    def __call__(self, x: jax.Array, cls_token_only: bool = False, padding: int = 0) -> jax.Array:
         """x [M, N, D] -> [M, N, D], or what the class token attends to, [M, 1, D].
 
         The last `padding` tokens are none: with `flash_attend` nothing attends to them.
         """
-        if class_only:
+        if cls_token_only:
             y = self._attend_class(x)
         else:
             q, k, v = self.project(x)
-            if attention.flash_fits(q.shape[1], q.dtype):
-                y = attention.flash_attend(q, k, v, padding)
+            if attention.can_use_flash_attention(q.shape[1], q.dtype):
+                y = attention.flash_attention(q, k, v, padding)
             elif self.for_cpu or jax.default_backend() == "gpu":
-                y = attention.attend(q, k, v)
+                y = attention.attention(q, k, v)
             else:
                 y = jax.nn.dot_product_attention(q, k, v)  # float32 softmax, scale (D/K)^-1/2
         return self.out(einops.rearrange(y, "m n k d -> m n (k d)"))
@@ -207,7 +210,7 @@ class Attention(nn.Module):
 
         q = by_heads(x[:, 0] @ q_kernel + q_bias)
         weights = map(by_heads, (k_kernel, v_kernel, v_bias))
-        return attention.attend_one(q, x, *weights)[:, None]
+        return attention.single_query_attention(q, x, *weights)[:, None]
 
 
 class Block(layers.Block):
@@ -229,9 +232,9 @@ class Block(layers.Block):
     def attend(self, x: jax.Array) -> jax.Array:
         return self.attention(x, padding=self.padding)
 
-    def queries_and_keys(self, h: jax.Array, sites: Sites) -> tuple[jax.Array, jax.Array]:
+    def queries_and_keys(self, h: jax.Array, hooks: BlockHooks) -> tuple[jax.Array, jax.Array]:
         """Of the attention in a block that h [M, N, D] enters: two of [M, N, K, D/K]."""
-        _, _, x = self.attention_input(h, sites)
+        _, _, x = self.attention_input(h, hooks)
         q, k, _ = self.attention.project(x)
         return q, k
 
@@ -243,7 +246,7 @@ class ViT(nn.Module):
       config: its shape.
       dtype: dtype of the computation; parameters keep the dtype they are given in.
       scan_blocks: loop over the blocks in the compiled program (small program, for accelerators)
-        instead of writing them out, the form for CPUs (see `layers.written_for_cpu`). Parameters
+        instead of writing them out, the form for CPUs (see `layers.use_cpu_kernels`). Parameters
         are the same, stacked [L, ...].
       remat: what blocks keep for the backward pass, a name of `block_loop.REMAT`.
     """
@@ -273,22 +276,24 @@ class ViT(nn.Module):
             )
 
     def _block(self, training: bool = False, padding: int = 0) -> Block:
-        for_cpu = layers.written_for_cpu(self.scan_blocks)
+        for_cpu = layers.use_cpu_kernels(self.scan_blocks)
         return Block(self.config, for_cpu, training, padding, dtype=self.dtype, parent=None)
 
     def _init_blocks(self, rng: jax.Array) -> Any:
         def init(rng):
             h = jnp.zeros((1, 2, self.config.width))
-            return self._block().init(rng, h, layers.no_sites())["params"]
+            return self._block().init(rng, h, layers.no_hooks())["params"]
 
         return block_loop.init_stacked(init, rng, self.config.depth)
 
-    def init_sites(self, rng: jax.Array, sites: Sites, num_images: int, num_tokens: int) -> Any:
-        """Parameters of a method's sites, stacked [L, ...], for h [num_images, num_tokens, D]."""
+    def init_hooks(
+        self, rng: jax.Array, hooks: BlockHooks, num_images: int, num_tokens: int
+    ) -> Any:
+        """Parameters of a method's hooks, stacked [L, ...], for h [num_images, num_tokens, D]."""
         h = jnp.zeros((num_images, num_tokens, self.config.width), self.dtype)
         block = jax.tree.map(lambda leaf: leaf[0], self.blocks)
         return block_loop.init_stacked(
-            lambda rng: layers.init_block_sites(rng, self._block(), block, h, sites),
+            lambda rng: layers.init_block_hooks(rng, self._block(), block, h, hooks),
             rng,
             self.config.depth,
         )
@@ -321,78 +326,78 @@ class ViT(nn.Module):
     def encode(
         self,
         h: jax.Array,
-        sites: Sites | None = None,
-        site_params: Any = None,
+        hooks: BlockHooks | None = None,
+        hook_params: Any = None,
         dropout_rng: jax.Array | None = None,
-        class_only: bool = False,
+        cls_token_only: bool = False,
         blocks: slice = slice(None),
     ) -> jax.Array:
         """The L blocks, or some of them: h [M, N, D] -> [M, N, D].
 
         Args:
           h: tokens that enter the first block.
-          sites: what a tuning method does inside each block; None for the frozen backbone.
-          site_params: its parameters, stacked [L, ...].
+          hooks: what a tuning method does inside each block; None for the frozen backbone.
+          hook_params: its parameters, stacked [L, ...].
           dropout_rng: switches on the method's dropout; None unless in training.
-          class_only: return the class token alone, [M, 1, D], where the sites allow it: the last
+          cls_token_only: return the class token alone, [M, 1, D], where the hooks allow it: the last
             block does not compute the others.
           blocks: which blocks to run, of 0 ... L - 1.
         """
         rngs, training = None, dropout_rng is not None
         if training:
             rngs = jax.random.split(dropout_rng, self.config.depth)
-        token_wise = sites is None or sites.token_wise
+        pointwise = hooks is None or hooks.pointwise
         # One token more for all blocks, rather than one more of what each block's attention reads.
-        flash = attention.flash_fits(h.shape[1], h.dtype)
-        padding = h.shape[1] % 2 if training and token_wise and flash else 0
+        flash = attention.can_use_flash_attention(h.shape[1], h.dtype)
+        padding = h.shape[1] % 2 if training and pointwise and flash else 0
 
-        def body(h, layer, class_only=False):
-            block, site_params, rng = layer
-            bound = layers.bind_sites(sites, site_params, rng)
-            block_params = {"params": block_loop.gathered(block)}
-            return self._block(training, padding).apply(block_params, h, bound, class_only)
+        def body(h, layer, cls_token_only=False):
+            block, hook_params, rng = layer
+            bound = layers.bind_hooks(hooks, hook_params, rng)
+            block_params = {"params": block_loop.gather_fsdp(block)}
+            return self._block(training, padding).apply(block_params, h, bound, cls_token_only)
 
         def loop(h, layer_params):
             padded = jnp.pad(h, ((0, 0), (0, padding), (0, 0)))
             y = block_loop.loop_blocks(body, padded, layer_params, self.scan_blocks, self.remat)
             return y[:, : h.shape[1]]
 
-        layer_params = jax.tree.map(lambda leaf: leaf[blocks], (self.blocks, site_params, rngs))
-        if not (class_only and token_wise):
+        layer_params = jax.tree.map(lambda leaf: leaf[blocks], (self.blocks, hook_params, rngs))
+        if not (cls_token_only and pointwise):
             return loop(h, layer_params)
         first = jax.tree.map(lambda leaf: leaf[:-1], layer_params)
         last = jax.tree.map(lambda leaf: leaf[-1], layer_params)
-        return body(loop(h, first), last, class_only=True)
+        return body(loop(h, first), last, cls_token_only=True)
 
     def queries_and_keys(
-        self, h: jax.Array, index: int, sites: Sites | None = None, site_params: Any = None
+        self, h: jax.Array, index: int, hooks: BlockHooks | None = None, hook_params: Any = None
     ) -> tuple[jax.Array, jax.Array]:
         """Of block `index`, which h [M, N, D] enters: two of [M, N, K, D/K]."""
-        block, params = jax.tree.map(lambda leaf: leaf[index], (self.blocks, site_params))
-        bound = layers.bind_sites(sites, params, None)
-        variables = {"params": block_loop.gathered(block)}
+        block, params = jax.tree.map(lambda leaf: leaf[index], (self.blocks, hook_params))
+        bound = layers.bind_hooks(hooks, params, None)
+        variables = {"params": block_loop.gather_fsdp(block)}
         return self._block().apply(variables, h, bound, method=Block.queries_and_keys)
 
     def attention(
-        self, h: jax.Array, sites: Sites | None = None, site_params: Any = None, first: int = 0
+        self, h: jax.Array, hooks: BlockHooks | None = None, hook_params: Any = None, first: int = 0
     ) -> jax.Array:
         """What the tokens attend to in blocks `first` ... L - 1, averaged over heads.
 
         Args:
           h: tokens that enter block 0, [M, N, D].
-          sites, site_params: see `encode`.
+          hooks, hook_params: see `encode`.
           first: the first block whose attention is returned.
 
         Returns:
           [L - first, M, N, N] float32; rows (queries) sum to 1 over the last axis (keys).
         """
         if first:
-            h = self.encode(h, sites, site_params, blocks=slice(0, first))
+            h = self.encode(h, hooks, hook_params, blocks=slice(0, first))
         weights = []
         for i in range(first, self.config.depth):
-            q, k = self.queries_and_keys(h, i, sites, site_params)
+            q, k = self.queries_and_keys(h, i, hooks, hook_params)
             weights.append(attention.attention_weights(q, k).mean(axis=1))
-            h = self.encode(h, sites, site_params, blocks=slice(i, i + 1))
+            h = self.encode(h, hooks, hook_params, blocks=slice(i, i + 1))
         return jnp.stack(weights)
 
     def pool(self, h: jax.Array, project: bool = True) -> jax.Array:

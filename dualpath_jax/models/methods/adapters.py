@@ -1,6 +1,6 @@
 """Small trainable modules that adapt a frozen transformer.
 
-Public: `Adapter`, `ParallelAdapters` (eq. 7), `SerialAdapters` (eq. 9), `Classifier`,
+Public: `Adapter`, `ParallelAdapterHooks` (eq. 7), `SerialAdapterHooks` (eq. 9), `MlpClassifier`,
 `DepthwiseConv`.
 """
 
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualpath_jax.models.backbones import layers
-from dualpath_jax.models.backbones.block_loop import keep
-from dualpath_jax.models.backbones.layers import Sites, gelu
+from dualpath_jax.models.backbones.block_loop import checkpoint_activation
+from dualpath_jax.models.backbones.layers import BlockHooks, gelu
 
 
 class Adapter(nn.Module):
@@ -46,7 +46,9 @@ class Adapter(nn.Module):
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="ln")(x) if self.layer_norm else x
         # Kaiming normal N(0, 2/fan_in), not truncated as `he_normal` is.
         kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-        y = keep(dense(self.bottleneck, kernel_init=kaiming, name="down")(y), "down")
+        y = checkpoint_activation(
+            dense(self.bottleneck, kernel_init=kaiming, name="down")(y), "down"
+        )
         y = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(gelu(y))
         zeros = nn.initializers.zeros
         y = dense(x.shape[-1], kernel_init=zeros, name="up")(y)
@@ -54,24 +56,24 @@ class Adapter(nn.Module):
         return x + y if self.skip else y
 
 
-class ParallelAdapters(Sites):
+class ParallelAdapterHooks(BlockHooks):
     """Spatial path: one adapter beside attention, one beside the MLP (eq. 7)."""
 
-    token_wise: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = True
     adapter: Adapter
 
     def setup(self):
         self.attention = self.adapter.clone()
         self.mlp = self.adapter.clone()
 
-    def beside_attention(self, x: jax.Array) -> jax.Array:
+    def parallel_to_attention(self, x: jax.Array) -> jax.Array:
         return self.attention(x)
 
-    def beside_mlp(self, x: jax.Array) -> jax.Array:
+    def parallel_to_mlp(self, x: jax.Array) -> jax.Array:
         return self.mlp(x)
 
 
-class SerialAdapters(Sites):
+class SerialAdapterHooks(BlockHooks):
     """Temporal path: one adapter after attention, one after the MLP (eq. 9).
 
     Attributes:
@@ -81,7 +83,7 @@ class SerialAdapters(Sites):
       pre_attention_residual: x + Adapter(x) there, instead of Adapter(x).
     """
 
-    token_wise: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = True
     adapter: Adapter
     serial_skip: bool = False
     pre_attention: bool = False
@@ -97,13 +99,13 @@ class SerialAdapters(Sites):
         return self.before(x) if self.pre_attention else x
 
     def after_attention(self, y: jax.Array) -> jax.Array:
-        return self.attention(keep(y, "branch"))
+        return self.attention(checkpoint_activation(y, "branch"))
 
     def after_mlp(self, y: jax.Array) -> jax.Array:
-        return self.mlp(keep(y, "branch"))
+        return self.mlp(checkpoint_activation(y, "branch"))
 
 
-class Classifier(nn.Module):
+class MlpClassifier(nn.Module):
     """Linear(2e -> e), GELU, Linear(e -> classes), computed in float32 (sec. 4.2)."""
 
     hidden: int

@@ -1,6 +1,6 @@
 """AIM (Yang et al., ICLR 2023): spatial, temporal and joint adaptation of an image transformer.
 
-Public: `AIM`, `AIMSites`.
+Public: `AIMModel`, `AIMHooks`.
 """
 
 from typing import ClassVar
@@ -10,13 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dualpath_jax.models.backbones.layers import Sites
+from dualpath_jax.models.backbones.layers import BlockHooks
 from dualpath_jax.models.backbones.vit import Block
 from dualpath_jax.models.frame_model import FrameModel
 from dualpath_jax.models.methods.adapters import Adapter
 
 
-class AIMSites(Sites):
+class AIMHooks(BlockHooks):
     """One block of AIM; MHA_time is the same frozen attention over the T frames of a token.
 
     x = x + A_t(MHA_time(LN1(x)));  x = x + A_s(MHA(LN1(x)));  x = x + MLP(LN2(x)) + s A_j(LN2(x)),
@@ -31,7 +31,7 @@ class AIMSites(Sites):
       drop_path: rate at which a clip loses A_t, and A_j; active when a "dropout" rng is given.
     """
 
-    token_wise: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = True
     adapter: Adapter
     num_frames: int
     scale: float = 0.5
@@ -53,7 +53,7 @@ class AIMSites(Sites):
         y = self.drop(y, deterministic=not self.has_rng("dropout"))
         return einops.rearrange(y, "b t n d -> (b t) n d")
 
-    def tokens(self, h: jax.Array, block: Block) -> jax.Array:
+    def on_input(self, h: jax.Array, block: Block) -> jax.Array:
         x = einops.rearrange(h, "(b t) n d -> (b n) t d", t=self.num_frames)
         x = block.ln_1(x)
         if self.num_temporal_adapters == 2:
@@ -64,11 +64,11 @@ class AIMSites(Sites):
     def after_attention(self, y: jax.Array) -> jax.Array:
         return self.spatial(y)
 
-    def beside_mlp(self, x: jax.Array) -> jax.Array:
+    def parallel_to_mlp(self, x: jax.Array) -> jax.Array:
         return self._drop(self.joint(x))
 
 
-class AIM(FrameModel):
+class AIMModel(FrameModel):
     """`FrameModel` with learnable temporal positions, zero at the start, on all tokens of a frame.
 
     They are added with CLIP's positions, before its `ln_pre`. Parameters: those of `FrameModel`

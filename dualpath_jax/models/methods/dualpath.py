@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpath_jax.models.backbones.layers import Sites, written_for_cpu
+from dualpath_jax.models.backbones.layers import BlockHooks, use_cpu_kernels
 from dualpath_jax.models.backbones.registry import BackboneConfig, build_backbone
 from dualpath_jax.models.backbones.vit import resize_positions
 from dualpath_jax.models.methods.adapters import (
     Adapter,
-    Classifier,
-    ParallelAdapters,
-    SerialAdapters,
+    MlpClassifier,
+    ParallelAdapterHooks,
+    SerialAdapterHooks,
 )
 
 TEMPORAL_POSITIONS = ("sincos3d", "sincos3d+clip", "clip", "learned")
@@ -108,7 +108,7 @@ class DualPath(nn.Module):
         in the window blocks only (App. B.1).
       dtype: compute dtype of the transformer; features and classifier are float32.
       scan_blocks, remat: see `ViT`.
-      class_only: where the backbone has a class token, compute no other token in its last block.
+      cls_token_only: where the backbone has a class token, compute no other token in its last block.
     """
 
     config: BackboneConfig
@@ -128,7 +128,7 @@ class DualPath(nn.Module):
     dtype: Any = jnp.float32
     scan_blocks: bool = False
     remat: str = "none"
-    class_only: bool = True
+    cls_token_only: bool = True
 
     def setup(self):
         if self.temporal_position not in TEMPORAL_POSITIONS:
@@ -144,11 +144,11 @@ class DualPath(nn.Module):
                 f"table, and {self.config.name} has none: use 'sincos3d'"
             )
         self.backbone = build_backbone(self.config, self.dtype, self.scan_blocks, self.remat)
-        for_cpu = written_for_cpu(self.scan_blocks)
+        for_cpu = use_cpu_kernels(self.scan_blocks)
         adapter = self.adapter.clone(for_cpu=for_cpu, dtype=self.dtype, parent=None)
         shifted = self.adapt_shifted_windows
-        self.spatial_sites = ParallelAdapters(adapter, shifted_windows=shifted, parent=None)
-        self.temporal_sites = SerialAdapters(
+        self.spatial_sites = ParallelAdapterHooks(adapter, shifted_windows=shifted, parent=None)
+        self.temporal_sites = SerialAdapterHooks(
             adapter,
             serial_skip=self.serial_skip,
             pre_attention=self.pre_attention_adapter,
@@ -160,11 +160,11 @@ class DualPath(nn.Module):
             self.spatial = self.param("spatial", self._init_spatial)
         if self.temporal_path:
             self.temporal = self.param("temporal", self._init_temporal)
-        self.classifier = Classifier(self.config.feature_dim, self.num_classes)
+        self.classifier = MlpClassifier(self.config.feature_dim, self.num_classes)
 
     def _init_spatial(self, rng: jax.Array) -> Any:
         tokens = self.config.num_tokens
-        params = {"adapters": self.backbone.init_sites(rng, self.spatial_sites, 1, tokens)}
+        params = {"adapters": self.backbone.init_hooks(rng, self.spatial_sites, 1, tokens)}
         if self._trains_tokens:
             params["class_token"] = self.backbone.class_embedding
             params["position"] = self.backbone.position_embedding
@@ -172,7 +172,7 @@ class DualPath(nn.Module):
 
     def _init_temporal(self, rng: jax.Array) -> Any:
         tokens = self.config.num_tokens
-        params = {"adapters": self.backbone.init_sites(rng, self.temporal_sites, 1, tokens)}
+        params = {"adapters": self.backbone.init_hooks(rng, self.temporal_sites, 1, tokens)}
         if self._trains_tokens:
             params["class_token"] = self.backbone.class_embedding
         if self.temporal_position == "learned":
@@ -244,8 +244,8 @@ class DualPath(nn.Module):
         """framesets [B, G, H', W', 3], normalised -> y_TP [B, e] float32 (eq. 9, 10)."""
         return self._features(framesets, self._path("temporal"), dropout_rng)
 
-    def _path(self, name: str) -> tuple[Sites, Any, jax.Array | None]:
-        """Of the path "spatial" or "temporal": sites, parameters, positions of a clip's images."""
+    def _path(self, name: str) -> tuple[BlockHooks, Any, jax.Array | None]:
+        """Of the path "spatial" or "temporal": hooks, parameters, positions of a clip's images."""
         if name == "spatial":
             return self.spatial_sites, self.spatial, self.spatial.get("position")
         return self.temporal_sites, self.temporal, self._temporal_positions()
@@ -259,9 +259,9 @@ class DualPath(nn.Module):
 
     def _features(self, images: jax.Array, path: Any, dropout_rng: Any) -> jax.Array:
         """One path over the images of each clip, averaged: [B, images, H, W, 3] -> [B, e]."""
-        sites, params, position = path
+        hooks, params, position = path
         h = self._embed(images, params.get("class_token"), position)
-        h = self.backbone.encode(h, sites, params["adapters"], dropout_rng, self.class_only)
+        h = self.backbone.encode(h, hooks, params["adapters"], dropout_rng, self.cls_token_only)
         features = self.backbone.pool(h).astype(jnp.float32)
         return einops.reduce(features, "(b i) e -> b e", "mean", b=images.shape[0])
 
@@ -294,9 +294,9 @@ class DualPath(nn.Module):
         inputs = {"spatial": spatial, "temporal": temporal}
         weights = {}
         for name in self.paths:
-            sites, params, position = self._path(name)
+            hooks, params, position = self._path(name)
             h = self._embed(inputs[name], params.get("class_token") if adapted else None, position)
-            fill = (sites, params["adapters"]) if adapted else (None, None)
+            fill = (hooks, params["adapters"]) if adapted else (None, None)
             rows = self.backbone.attention(h, *fill, first=first)
             weights[name] = rows.reshape(len(rows), *inputs[name].shape[:2], *rows.shape[2:])
         return weights

@@ -1,6 +1,6 @@
 """EVL (Lin et al., ECCV 2022): a decoder over the features of a frozen image transformer.
 
-Public: `EVL`, `Decoder`, `TemporalCrossAttention`.
+Public: `EVLModel`, `EVLDecoder`, `TemporalCrossAttention`.
 
 Axes: B batch, T frames, N tokens (class token first), D width, K heads, M last blocks.
 """
@@ -22,7 +22,7 @@ from dualpath_jax.models.methods.adapters import DepthwiseConv
 Features = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def by_offset(weights: jax.Array, side: int) -> jax.Array:
+def gather_relative(weights: jax.Array, side: int) -> jax.Array:
     """Weights of patches as weights of rows of the table: [B, T, N, N] -> [B, T, N, rows].
 
     N patches of a grid with `side`, (2 side - 1)^2 rows in the order of `layers.relative_index`, of
@@ -73,7 +73,7 @@ class TemporalCrossAttention(nn.Module):
             weights = jax.nn.softmax(logits).mean(axis=2).astype(self.dtype)
             table = table.astype(self.dtype)
             if self.for_cpu:
-                return by_offset(weights, side) @ table
+                return gather_relative(weights, side) @ table
             return jnp.einsum("btqp,qpd->btqd", weights, table[layers.relative_index(side, side)])
 
         before = jnp.pad(look(q[:, 1:], k[:, :-1], "before"), ((0, 0), (1, 0), (1, 0), (0, 0)))
@@ -115,7 +115,7 @@ class DecoderBlock(nn.Module):
         return x + nn.Dense(width, dtype=dtype, name="output")(y)
 
 
-class Decoder(nn.Module):
+class EVLDecoder(nn.Module):
     """M decoder blocks, the i-th on the i-th feature; LayerNorm, dropout, FC on the query token.
 
     A feature gets a depth-wise temporal convolution (kernel 3) of itself, a learned temporal
@@ -162,8 +162,8 @@ class Decoder(nn.Module):
             return nn.Dense(self.num_classes, name="output")(x)
 
 
-class EVL(FrameModel):
-    """The frozen backbone, and the `Decoder` as head on the features of its last M blocks."""
+class EVLModel(FrameModel):
+    """The frozen backbone, and the `EVLDecoder` as head on the features of its last M blocks."""
 
     num_blocks: int = 4
 

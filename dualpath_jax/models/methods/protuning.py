@@ -1,6 +1,6 @@
 """Pro-tuning (ref. 54): a prompt predicted by convolutions from the output of each block.
 
-Public: `ProTuning`.
+Public: `ProTuningHooks`.
 """
 
 from typing import Any
@@ -9,12 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dualpath_jax.models.backbones.layers import Sites, gelu
+from dualpath_jax.models.backbones.layers import BlockHooks, gelu
 from dualpath_jax.models.frame_model import patch_grid
 from dualpath_jax.models.methods.adapters import DepthwiseConv
 
 
-class ProTuning(Sites):
+class ProTuningHooks(BlockHooks):
     """h + v, v = GELU(conv(h)), conv = 1x1, 5x5 depth-wise, 1x1 (eq. 5), over the patches.
 
     The class token is left out of the reshape and stays as it is. The last convolution starts at
@@ -31,7 +31,7 @@ class ProTuning(Sites):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def output(self, h: jax.Array) -> jax.Array:
+    def on_output(self, h: jax.Array) -> jax.Array:
         """h [M, N, D] -> [M, N, D]."""
         images, tokens, channels = h.shape
         side = patch_grid(tokens - self.class_tokens)

@@ -1,6 +1,6 @@
 """ST-Adapter (ref. 55): an adapter with a depth-wise 3D convolution over time, rows and columns.
 
-Public: `STAdapter`.
+Public: `STAdapterHooks`.
 """
 
 from typing import Any
@@ -10,12 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dualpath_jax.models.backbones.layers import Sites, gelu
+from dualpath_jax.models.backbones.layers import BlockHooks, gelu
 from dualpath_jax.models.frame_model import patch_grid
 from dualpath_jax.models.methods.adapters import DepthwiseConv
 
 
-class STAdapter(Sites):
+class STAdapterHooks(BlockHooks):
     """Eq. 6, or the form that its authors released.
 
     Eq. 6: s GELU(conv(LN(z) W_down)) W_up beside the MLP; W_up starts at zero. The class token of a
@@ -69,9 +69,9 @@ class STAdapter(Sites):
             patches = jnp.concatenate([convolve(y[:, :first], 1), patches], axis=1)
         return self.scale * up(gelu(patches))
 
-    def tokens(self, h: jax.Array, block: Any) -> jax.Array:
+    def on_input(self, h: jax.Array, block: Any) -> jax.Array:
         del block
         return h + self._adapt(h) if self.released else h
 
-    def beside_mlp(self, x: jax.Array) -> jax.Array | float:
+    def parallel_to_mlp(self, x: jax.Array) -> jax.Array | float:
         return 0.0 if self.released else self._adapt(x)

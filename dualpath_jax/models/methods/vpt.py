@@ -1,6 +1,6 @@
 """Visual prompt tuning (VPT, ref. 37): learnable tokens beside those of the image.
 
-Public: `DeepPrompts` (eq. 3), `ShallowPrompts`.
+Public: `DeepPromptHooks` (eq. 3), `ShallowPromptModel`.
 """
 
 import math
@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dualpath_jax.models.backbones.layers import Sites
+from dualpath_jax.models.backbones.layers import BlockHooks
 from dualpath_jax.models.frame_model import FrameModel
 
 
@@ -24,7 +24,7 @@ def _uniform(patch_size: int) -> Any:
     return init
 
 
-class DeepPrompts(Sites):
+class DeepPromptHooks(BlockHooks):
     """K prompts before the tokens of every block, [e; h] (eq. 3); the next block has its own.
 
     Attributes:
@@ -36,19 +36,19 @@ class DeepPrompts(Sites):
     patch_size: int
 
     @nn.compact
-    def tokens(self, h: jax.Array, block: Any) -> jax.Array:
+    def on_input(self, h: jax.Array, block: Any) -> jax.Array:
         """h [M, N, D] -> [M, K + N, D]."""
         del block
         shape = (self.num_prompts, h.shape[-1])
         prompts = self.param("prompts", _uniform(self.patch_size), shape).astype(h.dtype)
         return jnp.concatenate([jnp.broadcast_to(prompts, (h.shape[0], *shape)), h], axis=1)
 
-    def output(self, h: jax.Array) -> jax.Array:
+    def on_output(self, h: jax.Array) -> jax.Array:
         """h [M, K + N, D] -> [M, N, D]."""
         return h[:, self.num_prompts :]
 
 
-class ShallowPrompts(FrameModel):
+class ShallowPromptModel(FrameModel):
     """VPT-shallow: K prompts enter the first block, after the class token, and stay.
 
     Parameters: those of `FrameModel` and `prompts` [K, D].
