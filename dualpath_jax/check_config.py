@@ -1,11 +1,8 @@
-"""`--mode=check`: does a configuration hold together? Needs no weights, no data and no training.
-
-Public: `check_config`, `RecordedReads`.
-"""
+"""Checks a configuration (`--mode=check`) without weights, data or training."""
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -13,28 +10,32 @@ from ml_collections import ConfigDict
 
 from dualpath_jax import evaluate, train
 from dualpath_jax.config import schema
-from dualpath_jax.config.ranges import check_ranges
 from dualpath_jax.config.values import flatten_config
 from dualpath_jax.data import pipeline, synthetic
+from dualpath_jax.data.clip_spec import Views
 from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
-from dualpath_jax.models.abstract import abstract_model
 from dualpath_jax.training import sharding
+from dualpath_jax.training.experiment import build_abstract
 from dualpath_jax.training.inputs import choose_train_batches
-from dualpath_jax.training.optimizer import count_train_steps, make_optimizer, make_schedule
-from dualpath_jax.training.state import abstract_state
 from dualpath_jax.training.step import make_train_step
+
+# Keys that are read only when there are values.
+_READ_WITH_VALUES = {"init_from", "resume_changed", "eval.checkpoint"}
 
 
 class RecordedReads:
-    """A view of a ConfigDict that notes which keys are read.
+    """Wraps a ConfigDict and records which keys are read.
 
     Attributes of a ConfigDict, items and iteration over names work as on the original.
+
+    Attributes:
+      seen: dotted keys that were read, "data.grid", "seed", ...
     """
 
     def __init__(self, config: ConfigDict, seen: set[str] | None = None, prefix: str = ""):
         self._config, self._prefix = config, prefix
-        self.seen = set() if seen is None else seen  # "data.grid", "seed", ...
+        self.seen = set() if seen is None else seen
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._config, name)
@@ -51,64 +52,87 @@ class RecordedReads:
         return iter(self._config)
 
 
-def check_unread_keys(config: ConfigDict, seen: set[str]) -> None:
-    """ValueError for a key that is set away from its default and that nothing has read."""
+def check_unread_keys(
+    config: ConfigDict, seen: Collection[str], overrides: Collection[str] = ()
+) -> None:
+    """Checks that each key that differs from its default has been read.
+
+    Args:
+      config: the whole configuration.
+      seen: dotted keys that were read.
+      overrides: dotted keys that the command line set. If `model.method` is one of them, keys of
+        the config file for its own method lose their effect, which is only a warning.
+
+    Raises:
+      ValueError: a key is set and has no effect.
+    """
     defaults, values = flatten_config(schema.get_config()), flatten_config(config)
     unread = [key for key in values if key not in seen and values[key] != defaults.get(key)]
-    if unread:
-        settings = ", ".join(f"{key}={values[key]}" for key in unread)
-        raise ValueError(
-            f"set, but without effect for model.method={config.model.method!r} and the rest of "
-            f"this configuration: {settings}"
-        )
+    ignored = [key for key in unread if "model.method" in overrides and key not in overrides]
+    where = f"for model.method={config.model.method!r} and the rest of this configuration"
+    if ignored:
+        settings = ", ".join(f"{key}={values[key]}" for key in ignored)
+        print(f"warning: the config file sets keys without effect {where}: {settings}")
+    if wrong := [key for key in unread if key not in ignored]:
+        settings = ", ".join(f"{key}={values[key]}" for key in wrong)
+        raise ValueError(f"set, but without effect {where}: {settings}")
 
 
-# Read with values at hand alone.
-_OF_A_RUN = {"init_from", "resume_changed", "eval.checkpoint"}
+def check_config(config: ConfigDict, overrides: Collection[str] = ()) -> None:
+    """Builds everything that `config` names by shapes, and runs its pipeline on two clips.
 
+    Prints the table of parameters and the shapes of both batches.
 
-def check_config(config: ConfigDict) -> None:
-    """Build everything that `config` names without values, and run its pipeline on two clips.
+    Args:
+      config: the whole configuration.
+      overrides: dotted keys that the command line set, see `check_unread_keys`.
 
-    Prints the parameter table. Raises ValueError for what does not go together, also for a key that
-    is set and has no effect.
+    Raises:
+      ValueError: settings contradict each other, or a key is set that has no effect.
     """
     start = time.monotonic()
-    check_ranges(config)
+    schema.check_values(config)
+
+    # The configuration with batches of two clips, which records what is read.
     small = copy.deepcopy(config)
     small.data.batch_size = small.eval.batch_size = 2
     small.optimizer.accumulation_steps = min(2, config.optimizer.accumulation_steps)
     log = RecordedReads(small)
     sharding.check_batch_sizes(RecordedReads(config, log.seen), jax.device_count())
+
+    # Model, optimizer and schedule by shapes.
     videos = synthetic.make_synthetic_split(log.data, num_videos=2)
-    model = abstract_model(log, len(videos.class_names))
-    print(param_tree.parameter_table(model.params, model.mask))
     steps_per_epoch = len(videos) / log.data.batch_size
-    num_steps = max(1, count_train_steps(log, steps_per_epoch))
+    abstract = build_abstract(log, len(videos.class_names), steps_per_epoch)
+    print(param_tree.parameter_table(abstract.model.params, abstract.model.mask))
+    num_steps = max(1, abstract.num_train_steps)
     train.make_loop_schedule(log, num_steps, steps_per_epoch)
-    schedule = make_schedule(log.optimizer, num_steps, steps_per_epoch)
-    optimizer = make_optimizer(log.optimizer, schedule, model.mask)
-    state, frozen = abstract_state(model, optimizer)
+
+    # A batch of each kind through the step that it is for.
     framesets = method_registry.uses_framesets(log.model.method)
     train_batches = choose_train_batches(log.data)
     batch = next(train_batches(videos, log.data, log.seed, 0, num_steps, framesets=framesets))
     _print_batch("training", batch)
-    train_step = make_train_step(model.model, log, optimizer)
+    module = abstract.model.module
+    train_step = make_train_step(module, log, abstract.optimizer)
     del batch["example_id"]
-    new, _ = jax.eval_shape(train_step, state, frozen, batch)
-    views = (log.eval.temporal_views, log.eval.spatial_crops)
+    state, _ = jax.eval_shape(train_step, abstract.state, abstract.frozen, batch)
+    views = Views(log.eval.temporal_views, log.eval.spatial_crops)
     batch = next(
-        pipeline.eval_batches(videos, log.data, *views, log.eval.batch_size, framesets=framesets)
+        pipeline.eval_batches(videos, log.data, views, log.eval.batch_size, framesets=framesets)
     )
     _print_batch("evaluation", batch)
+    eval_step = evaluate.make_eval_step(module, log)
     del batch["example_id"]
-    jax.eval_shape(evaluate.make_eval_step(model.model, log), new.trainable, frozen, batch)
+    jax.eval_shape(eval_step, state.trainable, abstract.frozen, batch)
+
+    # What was not read.
     source = f"{log.data.dir} ({log.data.source}), {log.data.train_split} and {log.eval.split}"
-    print(f"data: {source}; weights: {log.backbone.checkpoint}; neither was looked at")
-    log.seen |= _OF_A_RUN
+    print(f"data: {source}; weights: {log.backbone.checkpoint}; neither was read")
+    log.seen |= _READ_WITH_VALUES
     if config.num_train_steps is not None:
-        log.seen.add("num_epochs")  # the recipe's, which it takes the place of
-    check_unread_keys(config, log.seen)
+        log.seen.add("num_epochs")  # num_train_steps takes its place
+    check_unread_keys(config, log.seen, overrides)
     print(f"configuration holds together ({time.monotonic() - start:.1f} s)", flush=True)
 
 

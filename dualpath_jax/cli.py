@@ -7,8 +7,6 @@ Public: `build_parser`, `positive`, `add_model_options`, `load_model`, `check_ou
 import argparse
 import ast
 import contextlib
-import os
-import pathlib
 import sys
 import traceback
 from collections.abc import Callable
@@ -63,17 +61,6 @@ def load_model(arguments: argparse.Namespace):
         )
     path = arguments.workdir or arguments.adapter
     return trained_model.load(path, arguments.backbone, arguments.checkpoint)
-
-
-def check_output_file(option: str, name: str) -> None:
-    """ValueError, before any work, where the file that an option names cannot be written."""
-    path = pathlib.Path(name)
-    if path.is_dir():
-        raise ValueError(f"{option}={name} is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise ValueError(f"{option}={name}: there is no folder {path.parent}; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{option}={name}: {path.parent} cannot be written; choose another folder")
 
 
 def run_app(main: Callable[[list[str]], None]) -> None:

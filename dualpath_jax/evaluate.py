@@ -1,8 +1,4 @@
-"""Multi-view evaluation: every video counts once, whatever the batch and the number of devices.
-
-Public: `Scores`, `eval_step_sums`, `clip_logits`, `flat_views`, `view_logits`, `make_eval_step`,
-`jit_eval_step`, `eval_out_shardings`, `evaluate_batches`, `evaluate_run`, `evaluate_and_write`, `write_mean_results`.
-"""
+"""Evaluates a run with several views of each video; every video counts exactly once."""
 
 import collections
 import dataclasses
@@ -17,11 +13,13 @@ from etils import epath
 
 from dualpath_jax.config.values import format_views
 from dualpath_jax.data import pipeline
-from dualpath_jax.data.video_dataset import VideoDataset
+from dualpath_jax.data.clip_spec import Views
+from dualpath_jax.data.video_source import VideoSource
 from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.forward import view_logits
 from dualpath_jax.models.preprocess import Batch
+from dualpath_jax.runtime import files
 from dualpath_jax.runtime.progress_bar import ProgressBar
 from dualpath_jax.training.experiment import Experiment
 from dualpath_jax.training.metrics_logger import format_scores
@@ -32,20 +30,24 @@ from dualpath_jax.training.sharding import (
     shard_batch,
     with_mesh,
 )
+from dualpath_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Result over a split. Accuracies are fractions in 0..1."""
+    """Holds the result on a split. Accuracies are fractions in 0..1.
+
+    `mean_class_accuracy` is over the classes that occur in the split.
+    """
 
     top1: float
     top5: float
-    mean_class_accuracy: float  # over the classes that occur in the split
+    mean_class_accuracy: float
     num_videos: int
 
 
 def eval_step_sums(logits: jax.Array, label: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Sums over a batch, from which `Scores` follow.
+    """Returns the sums over a batch from which `Scores` follow.
 
     Args:
       logits: [B, V, classes] float32.
@@ -75,12 +77,12 @@ def evaluate_batches(
     batches: Iterator[dict[str, Any]],
     on_batch: Callable[[int], None] = lambda videos: None,
 ) -> Scores:
-    """Scores over `batches`. The sums of one are waited for when the next one is under way.
+    """Returns the scores over `batches`; a batch's sums are read while the next one computes.
 
     Args:
       eval_step: batch -> the sums of `eval_step_sums`, over all hosts.
       batches: one pass over a split, padded with mask 0.
-      on_batch: told the number of videos counted so far, after each batch.
+      on_batch: called after each batch with the number of videos counted so far.
     """
     total: dict[str, np.ndarray] = {}
     for sums in _one_late(map(eval_step, batches)):
@@ -102,7 +104,7 @@ def evaluate_batches(
 
 
 def _one_late(results: Iterator[Any]) -> Iterator[Any]:
-    """Each result when there is the one after it."""
+    """Yields each result once the one after it is there."""
     before = collections.deque()
     for result in results:
         before.append(result)
@@ -114,7 +116,7 @@ def _one_late(results: Iterator[Any]) -> Iterator[Any]:
 def make_eval_step(
     model: Any, config: Any
 ) -> Callable[[Any, Any, Batch], tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]]:
-    """The pure evaluation (trainable, frozen, batch with views) -> (sums, rows), to be jitted.
+    """Returns the pure evaluation (trainable, frozen, batch with views) -> (sums, rows), to be jitted.
 
     `sums` are those of `eval_step_sums`; `rows`, one for each video, of `top_predictions`.
     """
@@ -127,98 +129,118 @@ def make_eval_step(
 
 
 def eval_out_shardings(mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
-    """Of what the evaluation gives: rows stay where their videos are, sums alone cross devices."""
+    """Returns the shardings of (sums, rows): rows stay with their videos, only sums cross devices."""
     return replicated_sharding(mesh), batch_sharding(mesh)
 
 
 def jit_eval_step(model: Any, config: Any, mesh: jax.sharding.Mesh) -> Callable:
-    """`make_eval_step`, jitted."""
+    """Returns the jitted `make_eval_step`."""
     return jax.jit(make_eval_step(model, config), out_shardings=eval_out_shardings(mesh))
 
 
-def evaluate_run(
-    run: Experiment, dataset: VideoDataset, predictions: PredictionWriter | None = None
-) -> Scores:
-    """Scores of `run.state` on every video of `dataset`; each one's row goes to `predictions`.
+class Evaluator:
+    """Evaluates states of a run on one split; the program is compiled once.
 
-    A batch has `eval.batch_size` videos, or fewer where they are not that many.
+    A batch has `eval.batch_size` videos, or fewer if the split is smaller.
+
+    Args:
+      experiment: the run.
+      dataset: the split.
     """
-    config, devices = run.config, run.mesh.size
-    if run.eval_step is None:  # compiled once for all evaluations of a run
-        run.eval_step = jit_eval_step(run.model, config, run.mesh)
-    batches = pipeline.eval_batches(
-        dataset,
-        config.data,
-        config.eval.temporal_views,
-        config.eval.spatial_crops,
-        min(config.eval.batch_size, -(-len(dataset) // devices) * devices),
-        jax.process_index(),
-        jax.process_count(),
-        framesets=method_registry.uses_framesets(config.model.method),
-    )
 
-    waiting = collections.deque()  # of which video, and what was said of it
+    def __init__(self, experiment: Experiment, dataset: VideoSource):
+        self._experiment, self._dataset = experiment, dataset
+        self._step = jit_eval_step(experiment.model, experiment.config, experiment.mesh)
 
-    def step(batch: Batch) -> dict[str, jax.Array]:
-        with with_mesh(run.mesh):
-            sums, top = run.eval_step(run.state.trainable, run.frozen, shard_batch(batch, run.mesh))
-        waiting.append((batch["example_id"], batch["label"], top))
-        return sums
+    def evaluate(self, state: TrainState, predictions: PredictionWriter | None = None) -> Scores:
+        """Returns the scores of `state` on every video; `predictions` gets one row for each."""
+        mesh, frozen = self._experiment.mesh, self._experiment.frozen
+        waiting = collections.deque()  # of each batch whose sums are computed: ids, labels, rows
 
-    first = jax.process_index() == 0
-    with ProgressBar(len(dataset), "evaluate", "videos", shown=first) as bar:
+        def step(batch: Batch) -> dict[str, jax.Array]:
+            with with_mesh(mesh):
+                sums, rows = self._step(state.trainable, frozen, shard_batch(batch, mesh))
+            waiting.append((batch["example_id"], batch["label"], rows))
+            return sums
 
-        def on_batch(videos: int) -> None:
-            bar.update_to(videos)
-            ids, labels, top = waiting.popleft()
-            if predictions is not None:
-                probabilities, classes = map(gather_local_rows, top)
-                predictions.add(ids, labels, classes, probabilities)
+        is_main = jax.process_index() == 0
+        with ProgressBar(len(self._dataset), "evaluate", "videos", shown=is_main) as bar:
 
-        return evaluate_batches(step, batches, on_batch)
+            def on_batch(videos: int) -> None:
+                bar.update_to(videos)
+                ids, labels, rows = waiting.popleft()
+                if predictions is not None:
+                    probabilities, classes = map(gather_local_rows, rows)
+                    predictions.add(ids, labels, classes, probabilities)
+
+            return evaluate_batches(step, self._batches(), on_batch)
+
+    def _batches(self) -> Iterator[Batch]:
+        config, devices = self._experiment.config, self._experiment.mesh.size
+        return pipeline.eval_batches(
+            self._dataset,
+            config.data,
+            Views(config.eval.temporal_views, config.eval.spatial_crops),
+            min(config.eval.batch_size, -(-len(self._dataset) // devices) * devices),
+            jax.process_index(),
+            jax.process_count(),
+            framesets=method_registry.uses_framesets(config.model.method),
+        )
 
 
-def evaluate_and_write(run: Experiment, dataset: VideoDataset) -> dict[str, Any]:
-    """Score the run on `dataset`, print the scores, write results.json and return what it holds.
+def evaluate_and_write(
+    experiment: Experiment, state: TrainState, dataset: VideoSource
+) -> dict[str, Any]:
+    """Evaluates `state` on `dataset`, prints the scores and writes results.json.
 
-    What it said of each video is written to predictions/, see `predictions`.
+    The predictions for each video go to predictions/, see `training.predictions`.
+
+    Returns:
+      What results.json holds.
     """
+    config, step = experiment.config, int(state.step)
     header = {
-        "step": int(run.state.step),
-        "split": run.config.eval.split,
-        "views": format_views(run.config),
-        "class_names": list(run.class_names),
+        "step": step,
+        "split": config.eval.split,
+        "views": format_views(config),
+        "class_names": list(experiment.class_names),
     }
-    predictions = PredictionWriter(run.workdir, header, dataset.ids)
-    scores = evaluate_run(run, dataset, predictions)
+    predictions = PredictionWriter(experiment.workdir, header, dataset.ids)
+    scores = Evaluator(experiment, dataset).evaluate(state, predictions)
     predictions.close()
-    results = write_results(run, scores)
-    print(f"{run.config.eval.split}  {format_scores(scores)}  views {results['views']}")
-    print(f"wrote {run.workdir}/results.json", flush=True)
+    results = write_results(experiment, step, scores)
+    print(f"{config.eval.split}  {format_scores(scores)}  views {results['views']}")
+    print(f"wrote {experiment.workdir}/results.json", flush=True)
     return results
 
 
-def write_results(run: Experiment, scores: Scores) -> dict[str, Any]:
-    """Write `results.json` into the workdir (atomically) and return what it holds."""
-    config = run.config
+def write_results(experiment: Experiment, step: int, scores: Scores) -> dict[str, Any]:
+    """Writes results.json into the workdir and returns what it holds.
+
+    Args:
+      experiment: the run.
+      step: number of updates of the evaluated state.
+      scores: of `config.eval.split`.
+    """
+    config = experiment.config
     results = {
         **dataclasses.asdict(scores),
         "views": format_views(config),
-        "total_params": run.total_params,
-        "trainable_params": run.trainable_params,
-        "step": int(run.state.step),
+        "total_params": experiment.total_params,
+        "trainable_params": experiment.trainable_params,
+        "step": step,
         "dataset": config.data.dir,
         "split": config.eval.split,
-        "backbone": run.backbone.name,
-        "backbone_sha256": run.backbone.sha256,
-        "synthetic": config.data.synthetic,  # then the scores mean nothing
+        "backbone": experiment.backbone.name,
+        "backbone_sha256": experiment.backbone.sha256,
+        "synthetic": config.data.synthetic,  # the scores then mean nothing
     }
-    _write_json(run.workdir, results)
+    _write_json(experiment.workdir, results)
     return results
 
 
 def write_mean_results(workdir: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write `results.json` of several splits: their mean scores, and under "splits" each one's."""
+    """Writes results.json of several splits: their mean scores, and each one's under "splits"."""
     scores = ("top1", "top5", "mean_class_accuracy")
     mean = {name: sum(result[name] for result in results) / len(results) for name in scores}
     _write_json(workdir, {**mean, "splits": {result["split"]: result for result in results}})
@@ -228,9 +250,6 @@ def write_mean_results(workdir: str, results: list[dict[str, Any]]) -> dict[str,
 
 
 def _write_json(workdir: str, results: dict[str, Any]) -> None:
-    if jax.process_index() != 0:
-        return
-    path = epath.Path(workdir) / "results.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    temporary.replace(path)
+    """Writes results.json; only process 0 does."""
+    if jax.process_index() == 0:
+        files.write_text(epath.Path(workdir) / "results.json", json.dumps(results, indent=2) + "\n")

@@ -1,17 +1,17 @@
-"""What the command line starts: training and evaluation in a workdir that nobody else uses.
-
-Public: `train_and_evaluate`, `shared_settings`.
-"""
+"""Launches what the command line asks for: training and evaluation in a workdir of their own."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 from dualpath_jax import evaluate, train
-from dualpath_jax.config.values import flatten_config
+from dualpath_jax.config.loading import check_known_keys
+from dualpath_jax.config.values import apply_renames, flatten_config
 from dualpath_jax.demo import setup
 from dualpath_jax.runtime import distributed, environment, file_lock
-from dualpath_jax.training import experiment, restore
+from dualpath_jax.training import restore
+from dualpath_jax.training.experiment import build_experiment
 from dualpath_jax.training.inputs import (
     check_inputs,
     check_workdir,
@@ -20,55 +20,84 @@ from dualpath_jax.training.inputs import (
     open_datasets,
 )
 
-# What may differ: files lie where they lie on each host, and nothing else waits for batches.
-_OF_A_HOST = ("data.dir", "data.prefetch", "backbone.checkpoint", "init_from")
+# Settings that may differ between hosts: paths on their own disks, and what nothing else waits for.
+_HOST_SETTINGS = ("data.dir", "data.prefetch", "backbone.checkpoint", "init_from")
 
 
 def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
-    """Each run that `config` asks for: train (unless only evaluation is wanted), then evaluate.
+    """Performs each run that `config` asks for: trains, if `training`, and evaluates.
+
+    Args:
+      config: the whole configuration.
+      workdir: for checkpoints and results, local or gs://.
+      training: False evaluates a checkpoint of the workdir.
 
     Raises:
-      ValueError, OSError, FloatingPointError: what the user can mend, with the remedy.
-      Preempted: told to stop; the state is saved.
+      ValueError, OSError, FloatingPointError: what the user can fix, with the remedy.
+      Preempted: a signal stopped the run; the state is saved.
     """
+    upgrade_config(config)
     environment.disable_async_dispatch()
-    with _claimed(workdir):
-        own = shared_settings(config) | {"--mode": training}
-        distributed.check_same_on_all_hosts(own, "give all hosts the same config file and options")
+    with _claim_workdir(workdir):
+        settings = shared_settings(config) | {"--mode": training}
+        remedy = "give all hosts the same config file and options"
+        distributed.check_same_on_all_hosts(settings, remedy)
         if config.data.source == "demo" and not config.data.synthetic:
             with file_lock.waiting_lock(config.data.dir):
                 setup.ensure_demo_data(config)
         check_inputs(config)
-        results = []
-        for part, folder in expand_splits(config, workdir):
-            if distributed.is_main_process():
-                check_workdir(folder)
-            dataset, eval_dataset = open_datasets(part)
-            splits = {"training videos": dataset, "evaluation videos": eval_dataset}
-            distributed.check_same_on_all_hosts(
-                {name: dataset_fingerprint(one) for name, one in splits.items()},
-                "give all hosts the same (on each host's own disk: copy the data set again)",
-            )
-            run = experiment.build_experiment(part, folder, dataset)
-            if training:
-                train.train(run, dataset, eval_dataset)
-            else:
-                restore.restore_for_evaluation(run)
-            results.append(evaluate.evaluate_and_write(run, eval_dataset))
-            if training:
-                train.record_final_scores(run, results[-1])
+        results = [
+            _run_split(split_config, folder, training)
+            for split_config, folder in expand_splits(config, workdir)
+        ]
         if len(results) > 1:
             evaluate.write_mean_results(workdir, results)
 
 
+def _run_split(config: Any, workdir: str, training: bool) -> dict[str, Any]:
+    """Trains, if `training`, and evaluates one run; returns what results.json holds."""
+    if distributed.is_main_process():
+        check_workdir(workdir)
+    dataset, eval_dataset = open_datasets(config)
+    distributed.check_same_on_all_hosts(
+        {
+            "training videos": dataset_fingerprint(dataset),
+            "evaluation videos": dataset_fingerprint(eval_dataset),
+        },
+        "give all hosts the same (on each host's own disk: copy the data set again)",
+    )
+    experiment, state = build_experiment(config, workdir, dataset)
+    if training:
+        state = train.train(experiment, state, dataset, eval_dataset)
+    else:
+        state = restore.restore_for_evaluation(experiment, state)
+    results = evaluate.evaluate_and_write(experiment, state, eval_dataset)
+    if training:
+        train.record_final_scores(experiment, results)
+    return results
+
+
+def upgrade_config(config: Any) -> None:
+    """Renames keys and values of older versions in place, with a line for each.
+
+    Raises:
+      ValueError: the config file sets a key that does not exist.
+    """
+    with config.unlocked():
+        for line in apply_renames(config):
+            print(line, file=sys.stderr)
+    check_known_keys(config)
+
+
 def shared_settings(config: Any) -> dict[str, Any]:
-    """Values by dotted key, without those that may differ from host to host."""
-    return {key: value for key, value in flatten_config(config).items() if key not in _OF_A_HOST}
+    """Returns the settings, by dotted key, that must be the same on all hosts."""
+    settings = flatten_config(config)
+    return {key: value for key, value in settings.items() if key not in _HOST_SETTINGS}
 
 
 @contextlib.contextmanager
-def _claimed(workdir: str) -> Iterator[None]:
-    """Process 0 makes the workdir and holds it; the others wait for that."""
+def _claim_workdir(workdir: str) -> Iterator[None]:
+    """Makes the workdir and locks it in process 0, for which the other processes wait."""
     with contextlib.ExitStack() as stack:
         if distributed.is_main_process():
             check_workdir(workdir)

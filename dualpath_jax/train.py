@@ -1,7 +1,4 @@
-"""Training: the step and the loop.
-
-Public: `make_train_step`, `jit_train_step`, `LoopSchedule`, `make_loop_schedule`, `train`, `record_final_scores`.
-"""
+"""Trains a run: the loop over steps, with logs, checkpoints, evaluations and preemption."""
 
 import contextlib
 import dataclasses
@@ -16,50 +13,65 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from dualpath_jax import evaluate
 from dualpath_jax.config.values import format_views
 from dualpath_jax.data.unreadable_videos import UnreadableVideos
-from dualpath_jax.data.video_dataset import VideoDataset
+from dualpath_jax.data.video_source import VideoSource
+from dualpath_jax.evaluate import Evaluator, Scores
 from dualpath_jax.models import registry as method_registry
-from dualpath_jax.runtime import environment
+from dualpath_jax.runtime import environment, files
 from dualpath_jax.runtime.preemption import PreemptionGuard
 from dualpath_jax.training import adapter_file, restore, sharding
 from dualpath_jax.training.checkpoint import Checkpoints
 from dualpath_jax.training.experiment import Experiment
 from dualpath_jax.training.inputs import choose_train_batches
-from dualpath_jax.training.metrics_logger import MetricsLogger, write_text_atomically
+from dualpath_jax.training.metrics_logger import MetricsLogger
 from dualpath_jax.training.sharding import shard_batch
+from dualpath_jax.training.state import TrainState
 from dualpath_jax.training.step import jit_train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopSchedule:
-    """At which steps the loop does something besides training. Steps done, counted from 1."""
+    """Decides after which steps the loop logs, saves and evaluates.
+
+    Steps are counted as done, from 1.
+
+    Attributes:
+      num_steps: length of the training.
+      log_every, save_every: steps between two logs, two checkpoints.
+      save_seconds: seconds after the last checkpoint at which one is saved in any case.
+      keep: number of newest checkpoints that are kept.
+      eval_every: steps between two evaluations; 0: only at the end.
+      profile_first: first profiled step, counted from the start of the process.
+      profile_steps: number of profiled steps; 0: none.
+    """
 
     num_steps: int
     log_every: int
     save_every: int
-    save_seconds: float  # and when so much time has gone by since the last checkpoint
+    save_seconds: float
     keep: int
-    eval_every: int  # 0: only at the end
-    profile_first: int  # counted from the start of the process
+    eval_every: int
+    profile_first: int
     profile_steps: int
 
     def should_log(self, done: int) -> bool:
+        """Returns whether to log after `done` steps."""
         return done == self.num_steps or done % self.log_every == 0
 
     def should_save(self, done: int, seconds: float = 0.0) -> bool:
-        """`seconds`: since the last checkpoint."""
+        """Returns whether to save after `done` steps, `seconds` after the last checkpoint."""
         if done == self.num_steps or done % self.save_every == 0 or self.should_evaluate(done):
             return True
         return seconds >= self.save_seconds
 
     def should_evaluate(self, done: int) -> bool:
+        """Returns whether to evaluate after `done` steps; the end is not part of the loop."""
         return self.eval_every > 0 and done % self.eval_every == 0 and done < self.num_steps
 
 
 def make_loop_schedule(config: Any, num_train_steps: int, steps_per_epoch: float) -> LoopSchedule:
-    """The plan of `config`."""
+    """Returns the schedule of the loop that `config` asks for."""
     eval_every = config.eval.every_epochs * steps_per_epoch
     return LoopSchedule(
         num_steps=num_train_steps,
@@ -76,9 +88,9 @@ def make_loop_schedule(config: Any, num_train_steps: int, steps_per_epoch: float
 def check_finite(
     step: int, metrics: dict[str, float], max_skipped: int, checkpoints: Checkpoints
 ) -> None:
-    """FloatingPointError, with what is saved, when loss or gradient of `step` is not finite.
+    """Raises FloatingPointError, naming the last checkpoint, if loss or gradient is not finite.
 
-    Or, where such steps are skipped, when there were more than `max_skipped` of them.
+    With `max_skipped` above 0 such steps are skipped, and only one more than that is an error.
     """
     loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
     if np.isfinite(loss) and np.isfinite(norm):
@@ -97,115 +109,183 @@ def check_finite(
     )
 
 
-def train(run: Experiment, dataset: VideoDataset, eval_dataset: VideoDataset) -> None:
-    """Train to `run.num_train_steps`, resuming from the workdir's last checkpoint.
+def train(
+    experiment: Experiment, state: TrainState, dataset: VideoSource, eval_dataset: VideoSource
+) -> TrainState:
+    """Trains to `experiment.num_train_steps`, resuming from the workdir's newest checkpoint.
+
+    Args:
+      experiment: of `build_experiment`.
+      state: the initial state, used when the workdir has no checkpoint; donated.
+      dataset: the training split.
+      eval_dataset: the split that is evaluated during training.
+
+    Returns:
+      The state after the last step.
 
     Raises:
-      Preempted: told to stop (SIGTERM, SIGINT); the state is saved.
+      Preempted: SIGTERM or SIGINT stopped the run; the state is saved.
       FloatingPointError: loss or gradient is not finite.
       OSError: the last checkpoint could not be written.
     """
-    config = run.config
-    plan = make_loop_schedule(config, run.num_train_steps, run.steps_per_epoch)
-    checkpoints = Checkpoints(run.workdir, plan.keep)
-    first_step = restore.restore_for_training(run, checkpoints)
+    config = experiment.config
+    loop = make_loop_schedule(config, experiment.num_train_steps, experiment.steps_per_epoch)
+
+    # Where the run begins: at the newest checkpoint, an adapter file, or fresh parameters.
+    checkpoints = Checkpoints(experiment.workdir, loop.keep)
+    first_step, state = restore.restore_for_training(experiment, state, checkpoints)
     if not first_step and config.init_from:
-        adapter_file.init_from_adapter(run, config.init_from)
+        state, _ = adapter_file.init_from_adapter(experiment, state, config.init_from)
     if jax.process_index() == 0:
-        text = config.to_json_best_effort(indent=2) + "\n"
-        write_text_atomically(epath.Path(run.workdir) / "config.json", text)
-        start = {"first_step": first_step, "num_train_steps": plan.num_steps}
-        text = json.dumps(environment.describe_environment() | start, indent=2) + "\n"
-        write_text_atomically(epath.Path(run.workdir) / "environment.json", text)
-    reporter = MetricsLogger(run.workdir, plan.num_steps, config.data.batch_size)
-    train_step = jit_train_step(run.model, config, run.optimizer, run.mesh, run.state)
-    broken = UnreadableVideos(dataset.ids, config.data.max_broken_videos)
-    batches = choose_train_batches(config.data)(
+        _describe_run(experiment, first_step)
+
+    # What each step needs: program, batches, log.
+    train_step = jit_train_step(
+        experiment.model, config, experiment.optimizer, experiment.mesh, state
+    )
+    unreadable = UnreadableVideos(dataset.ids, config.data.max_broken_videos)
+    batches = _train_batches(experiment, dataset, first_step, unreadable)
+    logger = MetricsLogger(experiment.workdir, loop.num_steps, config.data.batch_size)
+    logger.resume(first_step, checkpoints.has_scores(first_step))
+    recorder = _Recorder(experiment, loop, checkpoints, logger, Evaluator(experiment, eval_dataset))
+    logger.start(first_step)
+
+    # An evaluation that the last process began and did not finish.
+    if first_step and loop.should_evaluate(first_step) and not checkpoints.has_scores(first_step):
+        recorder.evaluate(first_step, state)
+
+    stopping, pending = False, None
+    with PreemptionGuard() as guard, profile_steps(loop, experiment.workdir) as profile:
+        for step in range(first_step, loop.num_steps):
+            done = step + 1
+            profile(step - first_step)
+            with logger.measure_data_wait():
+                batch = shard_batch(next(batches), experiment.mesh)
+            state, metrics = train_step(state, experiment.frozen, batch)
+            # The metrics of a step are read while the next one computes.
+            if pending is not None:
+                recorder.check_finite(step, jax.device_get(pending))
+            pending = metrics
+            logger.update_progress(done)
+            if step == first_step:
+                logger.log_first_step(done, metrics)
+                environment.keep_freed_memory()
+            stopping = guard.should_stop(done)
+            saving = stopping or recorder.should_save(done)
+            if saving or loop.should_log(done):
+                pending = None
+                recorder.log(done, jax.device_get(metrics), len(unreadable.videos))
+            if saving:
+                recorder.save(done, state)
+            if loop.should_evaluate(done) and not stopping:
+                recorder.evaluate_saved(done, state, guard)
+            if stopping:
+                break
+        checkpoints.close()
+        logger.close()
+        if loop.num_steps > first_step and (stopping or guard.stop_requested):
+            raise guard.stop_exception(f"told to stop; saved {checkpoints.path(done)}")
+    return state
+
+
+def _describe_run(experiment: Experiment, first_step: int) -> None:
+    """Writes config.json and environment.json into the workdir."""
+    workdir = epath.Path(experiment.workdir)
+    config = experiment.config.to_json_best_effort(indent=2)
+    files.write_text(workdir / "config.json", config + "\n")
+    start = {"first_step": first_step, "num_train_steps": experiment.num_train_steps}
+    description = json.dumps(environment.describe_environment() | start, indent=2)
+    files.write_text(workdir / "environment.json", description + "\n")
+
+
+def _train_batches(
+    experiment: Experiment, dataset: VideoSource, first_step: int, unreadable: UnreadableVideos
+) -> Iterator[dict[str, Any]]:
+    """Returns this host's training batches from `first_step` to the last step."""
+    config = experiment.config
+    return choose_train_batches(config.data)(
         dataset,
         config.data,
         config.seed,
         first_step,
-        run.num_train_steps,
+        experiment.num_train_steps,
         jax.process_index(),
         jax.process_count(),
         framesets=method_registry.uses_framesets(config.model.method),
-        broken=broken,
+        unreadable=unreadable,
     )
-    max_skipped = config.optimizer.max_skipped_steps
-    reporter.resume(first_step, checkpoints.has_scores(first_step))
-    reporter.start(first_step)
-
-    if first_step and plan.should_evaluate(first_step) and not checkpoints.has_scores(first_step):
-        # Told to stop there, or ended while it was evaluated.
-        scores = evaluate_and_log(run, eval_dataset, reporter, first_step)
-        checkpoints.add_scores(first_step, scores, reporter.flush())
-    pending = None  # metrics of the step before: read while the next one computes
-    last_save = time.monotonic()
-    with PreemptionGuard() as watch, profile_steps(plan, run.workdir) as profile:
-        for step in range(first_step, plan.num_steps):
-            profile(step - first_step)
-            with reporter.measure_data_wait():
-                batch = shard_batch(next(batches), run.mesh)
-            run.state, metrics = train_step(run.state, run.frozen, batch)
-            if pending is not None:
-                check_finite(step, jax.device_get(pending), max_skipped, checkpoints)
-            pending = metrics
-            done = step + 1
-            reporter.update_progress(done)
-            if step == first_step:
-                reporter.log_first_step(done, metrics)
-                environment.keep_freed_memory()
-            stops = watch.should_stop(done)
-            saves = stops or plan.should_save(
-                done, synced_elapsed_seconds(last_save) if plan.should_log(done) else 0.0
-            )
-            if saves or plan.should_log(done):
-                values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-                check_finite(done, values, max_skipped, checkpoints)
-                pending = None
-            if plan.should_log(done):
-                taken = step - values.get("skipped_steps", 0)  # as the optimizer counts
-                values["learning_rate"] = float(run.schedule(taken))
-                reporter.log_step(done, values | {"broken_videos": len(broken.videos)})
-            if saves:
-                state = sharding.replicate(run.state, run.mesh)
-                checkpoints.save(done, state, run.metadata(), reporter.flush())
-                last_save = time.monotonic()
-            if plan.should_evaluate(done) and not stops:
-                checkpoints.wait()  # it is on disk, whatever becomes of the evaluation
-                kept = checkpoints.latest_step() == done  # or had no room there
-                with watch.exit_on_sigterm() if kept else contextlib.nullcontext():
-                    scores = evaluate_and_log(run, eval_dataset, reporter, done)
-                checkpoints.add_scores(done, scores, reporter.flush())
-            if stops:
-                break
-        checkpoints.close()
-        reporter.close()
-        if plan.num_steps > first_step and (stops or watch.stop_requested):
-            raise watch.stop_exception(f"told to stop; saved {checkpoints.path(done)}")
 
 
-def evaluate_and_log(
-    run: Experiment, dataset: VideoDataset, reporter: MetricsLogger, done: int
-) -> dict[str, Any]:
-    """Scores after `done` steps, reported, for `Checkpoints.add_scores`."""
-    scores = evaluate.evaluate_run(run, dataset)
-    split = run.config.eval.split
-    reporter.log_scores(done, split, scores)
-    of = {"split": split, "views": format_views(run.config)}
-    return dataclasses.asdict(scores) | of
+class _Recorder:
+    """Checks, logs, saves and evaluates the steps of one training run."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        loop: LoopSchedule,
+        checkpoints: Checkpoints,
+        logger: MetricsLogger,
+        evaluator: Evaluator,
+    ):
+        self._experiment, self._loop = experiment, loop
+        self._checkpoints, self._logger, self._evaluator = checkpoints, logger, evaluator
+        self._last_save = time.monotonic()
+
+    def check_finite(self, step: int, metrics: dict[str, Any]) -> None:
+        """Raises FloatingPointError as the function of the same name does."""
+        max_skipped = self._experiment.config.optimizer.max_skipped_steps
+        check_finite(step, metrics, max_skipped, self._checkpoints)
+
+    def should_save(self, done: int) -> bool:
+        """Returns whether to save after `done` steps; the clock is read only at logged steps."""
+        seconds = 0.0
+        if self._loop.should_log(done):
+            seconds = synced_elapsed_seconds(self._last_save)
+        return self._loop.should_save(done, seconds)
+
+    def log(self, done: int, metrics: dict[str, Any], num_unreadable: int) -> None:
+        """Checks the metrics of step `done` and, where that is due, logs them."""
+        values = {key: float(value) for key, value in metrics.items()}
+        self.check_finite(done, values)
+        if self._loop.should_log(done):
+            updates = done - 1 - values.get("skipped_steps", 0)  # as the optimizer counts
+            values["learning_rate"] = float(self._experiment.schedule(updates))
+            self._logger.log_step(done, values | {"broken_videos": num_unreadable})
+
+    def save(self, done: int, state: TrainState) -> None:
+        """Saves the state after `done` steps in the background."""
+        state = sharding.replicate(state, self._experiment.mesh)
+        metadata = self._experiment.metadata()
+        self._checkpoints.save(done, state, metadata, self._logger.flush())
+        self._last_save = time.monotonic()
+
+    def evaluate_saved(self, done: int, state: TrainState, guard: PreemptionGuard) -> None:
+        """Evaluates a state that `save` was given; SIGTERM then ends the process at once."""
+        self._checkpoints.wait()  # the checkpoint is complete, whatever becomes of the evaluation
+        is_saved = self._checkpoints.latest_step() == done  # unless the disk was full
+        with guard.exit_on_sigterm() if is_saved else contextlib.nullcontext():
+            self.evaluate(done, state)
+
+    def evaluate(self, done: int, state: TrainState) -> None:
+        """Evaluates the state after `done` steps, and adds the scores to log and checkpoint."""
+        config = self._experiment.config
+        scores = self._evaluator.evaluate(state)
+        self._logger.log_scores(done, config.eval.split, scores)
+        origin = {"split": config.eval.split, "views": format_views(config)}
+        entry = dataclasses.asdict(scores) | origin
+        self._checkpoints.add_scores(done, entry, self._logger.flush())
 
 
-def record_final_scores(run: Experiment, results: dict[str, Any]) -> None:
-    """Note what `evaluate_and_write` says of a finished training in its checkpoint."""
-    names = [field.name for field in dataclasses.fields(evaluate.Scores)] + ["split", "views"]
-    checkpoints = Checkpoints(run.workdir, run.config.checkpoint.keep)
+def record_final_scores(experiment: Experiment, results: dict[str, Any]) -> None:
+    """Adds the results of a finished training (`evaluate_and_write`) to its checkpoint."""
+    names = [field.name for field in dataclasses.fields(Scores)] + ["split", "views"]
+    checkpoints = Checkpoints(experiment.workdir, experiment.config.checkpoint.keep)
     checkpoints.add_scores(results["step"], {name: results[name] for name in names})
     checkpoints.close()
 
 
 def synced_elapsed_seconds(since: float) -> float:
-    """Seconds since `since` (of time.monotonic) by the clock of process 0, so that all agree."""
+    """Returns the seconds since `since` (time.monotonic) by process 0's clock, on all processes."""
     seconds = time.monotonic() - since
     if jax.process_count() == 1:
         return seconds
@@ -214,9 +294,10 @@ def synced_elapsed_seconds(since: float) -> float:
 
 @contextlib.contextmanager
 def profile_steps(plan: LoopSchedule, workdir: str) -> Iterator[Callable[[int], None]]:
-    """JAX's profiler over the planned steps, as many of them as there are.
+    """Profiles the scheduled steps with JAX's profiler.
 
-    Gives what is to be called before each step, with how many this process has done.
+    Yields:
+      A function to call before each step, with the number of steps that this process has done.
     """
     tracing = False
 

@@ -1,11 +1,12 @@
-"""How much of the class token's attention falls on the demo's moving object.
+"""Measures how much of the class token's attention falls on the demo's moving object.
 
     python scripts/attention_share.py --workdirs runs/demo runs/demo_seed1 runs/demo_seed2
 
-Prints a Markdown table: for each run of configs/demo.py, each path, without and with adaptation,
-the mean over the videos that evaluation sees. Beside it stand the object's share of the area, which
-uniform attention would have, and what attention to the one patch with most of the object would
-have. Attention is that of the last block to the patches.
+Prints a Markdown table of the share for each run of configs/demo.py and each path, without and with
+adaptation, averaged over the videos of the evaluated split. Two columns are for comparison: "area"
+is the object's share of the area, which uniform attention would have; "at most" is the share that
+attention to the one patch with most of the object would have. The attention is that of the last
+block to the patches, or with --rollout that of all blocks.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from dualpath_jax.runtime import progress_bar  # noqa: E402
 COLUMNS = ("area", "without adaptation", "with adaptation", "at most")
 
 
-def shares(model, rollout: bool) -> dict[str, np.ndarray]:
-    """path -> the `COLUMNS`, means over the videos of the evaluated split."""
+def compute_shares(model, rollout: bool) -> dict[str, np.ndarray]:
+    """Computes the `COLUMNS` of each path, averaged over the videos of the evaluated split."""
     from dualpath_jax.analysis import attention_maps
     from dualpath_jax.data import pipeline
     from dualpath_jax.data.video_dataset import VideoDataset
@@ -37,36 +38,36 @@ def shares(model, rollout: bool) -> dict[str, np.ndarray]:
     batches = [
         pipeline.eval_batches(source, *settings, config.eval.batch_size) for source in sources
     ]
-    found: dict[str, list] = {path: [] for path in model.module.paths}
-    shown = progress_bar.ProgressBar(len(dataset), f"seed {config.seed}", "videos")
+    shares: dict[str, list] = {path: [] for path in model.module.paths}
+    bar = progress_bar.ProgressBar(len(dataset), f"seed {config.seed}", "videos")
     for videos, objects in zip(*batches, strict=True):
         real = videos["mask"] > 0
         clips, masks = (
-            {p: b[p][real].reshape(-1, *b[p].shape[2:]) for p in found} for b in (videos, objects)
+            {p: b[p][real].reshape(-1, *b[p].shape[2:]) for p in shares} for b in (videos, objects)
         )
         maps = [
-            attention_maps.class_token_attention(model, clips, kind, rollout)
-            for kind in (False, True)
+            attention_maps.class_token_attention(model, clips, adapted, rollout)
+            for adapted in (False, True)
         ]
-        for path in found:
-            covered = attention_maps.patch_coverage(masks[path][..., 0] / 255, patch)
-            area, most = covered.mean(axis=(1, 2, 3)), covered.max(axis=(2, 3)).mean(axis=1)
-            columns = [attention_maps.mean_attention_share(m[path], covered) for m in maps]
-            found[path].append([area, *columns, most])
-        shown.update(int(real.sum()))
-    shown.close()
-    return {path: np.concatenate(parts, axis=1).mean(axis=1) for path, parts in found.items()}
+        for path in shares:
+            coverage = attention_maps.patch_coverage(masks[path][..., 0] / 255, patch)
+            area, most = coverage.mean(axis=(1, 2, 3)), coverage.max(axis=(2, 3)).mean(axis=1)
+            columns = [attention_maps.mean_attention_share(m[path], coverage) for m in maps]
+            shares[path].append([area, *columns, most])
+        bar.update(int(real.sum()))
+    bar.close()
+    return {path: np.concatenate(parts, axis=1).mean(axis=1) for path, parts in shares.items()}
 
 
-def table(workdirs: list[str], backbone: str | None, rollout: bool) -> list[str]:
-    """The lines of the table."""
+def build_table(workdirs: list[str], backbone: str | None, rollout: bool) -> list[str]:
+    """Computes the shares of the runs and returns the lines of the table."""
     from dualpath_jax.inference import trained_model
 
     lines = [f"| path | run | {' | '.join(COLUMNS)} |", "|---|---|---|---|---|---|"]
     runs = {}
     for workdir in workdirs:
         model = trained_model.load(workdir, backbone=backbone)
-        runs[f"seed {model.config.seed}"] = shares(model, rollout)
+        runs[f"seed {model.config.seed}"] = compute_shares(model, rollout)
     for path in dict.fromkeys(path for run in runs.values() for path in run):
         rows = {name: run[path] for name, run in runs.items() if path in run}
         if len(rows) > 1:
@@ -77,21 +78,27 @@ def table(workdirs: list[str], backbone: str | None, rollout: bool) -> list[str]
 
 
 def parser() -> argparse.ArgumentParser:
-    made = build_parser(__doc__)
-    made.add_argument("--workdirs", nargs="+", required=True, help="of runs of configs/demo.py")
-    made.add_argument("--backbone", help="converted backbone, if not where the runs had it")
-    made.add_argument(
-        "--rollout", action="store_true", help="through all blocks, instead of the last one alone"
+    """Returns the parser of the command line."""
+    parser = build_parser(__doc__)
+    parser.add_argument(
+        "--workdirs", nargs="+", required=True, help="folders of runs of configs/demo.py"
     )
-    progress_bar.add_quiet_option(made)
-    return made
+    parser.add_argument(
+        "--backbone", help="file of the converted backbone, if it is not where the runs had it"
+    )
+    parser.add_argument(
+        "--rollout", action="store_true", help="attention through all blocks, not only the last one"
+    )
+    progress_bar.add_quiet_option(parser)
+    return parser
 
 
 def main() -> None:
+    """Prints the table."""
     args = parser().parse_args()
     progress_bar.set_quiet(args.quiet)
     with user_errors():
-        print("\n".join(table(args.workdirs, args.backbone, args.rollout)))
+        print("\n".join(build_table(args.workdirs, args.backbone, args.rollout)))
 
 
 if __name__ == "__main__":

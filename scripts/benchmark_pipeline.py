@@ -1,13 +1,13 @@
-"""Clips per second of the data pipeline beside online decoding and the limit, on your videos.
+"""Compares the data pipeline's clips per second with online decoding and the limit.
 
     pip install -r requirements-bench.txt
     python scripts/benchmark_pipeline.py --videos=FOLDER
 
-Prepares the videos into a temporary folder (or --prepared), then times in turn, on the same clips
-and cores: this pipeline; decord and PyAV decoding the files for each clip, with the same crops and
-augmentation; and libjpeg decoding the same frames from memory, the limit. Clips are those of
-Kinetics-400's recipe. Ratios are medians over rounds. Then the cost of each stage, and the
-pipeline on videos of 300 frames and of 60.
+Prepares the videos in a temporary folder (or in --prepared). Then it times in turns, on the same
+clips and cores: this pipeline; decord and PyAV, which decode the files for each clip, with the same
+crops and augmentation; and libjpeg, which decodes the same frames from memory, the limit. The clips
+are those of the recipe for Kinetics-400. Ratios are medians over rounds. Last, it measures the cost
+of each stage, and the pipeline on videos of 300 and of 60 frames.
 """
 
 import argparse
@@ -18,21 +18,22 @@ import pathlib
 import sys
 import tempfile
 
-# The process that measures the stages imports this file again: its main is guarded.
+# The process that measures the stages imports this file again, therefore `main` is guarded.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
 from dualpath_jax.cli import build_parser, positive  # noqa: E402
 
-LENGTHS = (300, 60)
+VIDEO_LENGTHS = (300, 60)  # frames
 
 
 def parser() -> argparse.ArgumentParser:
-    made = build_parser(__doc__)
-    add = made.add_argument
+    """Returns the parser of the command line."""
+    result = build_parser(__doc__)
+    add = result.add_argument
     add("--videos", nargs="+", required=True, help="folder of video files, or the files")
-    add("--prepared", help="folder for the prepared videos, to be kept for another run")
+    add("--prepared", help="folder for the prepared videos, which another run can reuse")
     add("--frames", type=positive(int), nargs="+", default=[16, 48], help="frames per clip (16 48)")
-    add("--rounds", type=positive(int), default=5, help="times each loader is measured (5)")
+    add("--rounds", type=positive(int), default=5, help="measurements of each loader (5)")
     add(
         "--batches",
         type=positive(int),
@@ -41,39 +42,50 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--batch_size", type=positive(int), default=32, help="clips per batch (32)")
     add("--json", action="store_true", help="print JSON instead of Markdown")
-    return made
+    return result
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parses and checks the command line."""
     arguments = parser().parse_args()
     if arguments.batches < 2:
         parser().error("--batches must be at least 2")
     return arguments
 
 
-def video_files(names: list[str]) -> list[str]:
-    """The files themselves, or those in the folder; not hidden ones."""
+def find_video_files(names: list[str]) -> list[str]:
+    """Returns the given files and the files in the given folders, without hidden files.
+
+    Raises:
+      ValueError: a name does not exist, or there are no files.
+    """
     files = []
     for path in map(pathlib.Path, names):
         if not path.exists():
-            raise ValueError(f"there is no {path}; check --videos")
-        inside = sorted(path.iterdir()) if path.is_dir() else [path]
-        files += [str(file) for file in inside if file.is_file() and file.name[0] != "."]
+            raise ValueError(f"{path} does not exist; check --videos")
+        candidates = sorted(path.iterdir()) if path.is_dir() else [path]
+        files += [str(file) for file in candidates if file.is_file() and file.name[0] != "."]
     if not files:
-        raise ValueError(f"no files in {', '.join(names)}; check --videos")
+        raise ValueError(f"there are no files in {', '.join(names)}; check --videos")
     return files
 
 
-def benchmark_data(frames: int, batch_size: int):
-    """`config.data` of Kinetics-400's recipe for clips of so many frames."""
+def make_data_config(num_frames: int, batch_size: int):
+    """Returns `config.data` of the recipe for Kinetics-400 for clips of `num_frames` frames."""
     from dualpath_jax.config import recipes
 
-    data = recipes.k400().data
-    data.num_frames, data.batch_size = frames, batch_size
-    return data
+    data_config = recipes.k400().data
+    data_config.num_frames, data_config.batch_size = num_frames, batch_size
+    return data_config
 
 
-def measure(arguments: argparse.Namespace, folder: str) -> dict:
+def measure_pipeline(arguments: argparse.Namespace, folder: str) -> dict:
+    """Measures all cases; prepares the videos in `folder`.
+
+    Returns:
+      {"videos", "cores": numbers; "cases": results of `compare_loaders` with "frames", "mode" and
+      "stages"; "lengths": result of `compare_video_lengths` with "frames"}.
+    """
     from dualpath_jax.runtime.cpu_count import num_cores
     from scripts.benchmarks import pipeline
 
@@ -81,20 +93,21 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict:
     if importlib.util.find_spec("decord") is None:
         print("decord is not installed: pip install -r requirements-bench.txt", file=sys.stderr)
         loaders.remove("decord")
-    dataset = pipeline.prepare_files(video_files(arguments.videos), folder)
-    how_often = arguments.batches, arguments.rounds
+    dataset = pipeline.prepare_files(find_video_files(arguments.videos), folder)
+    counts = arguments.batches, arguments.rounds
     cases = []
     for frames in arguments.frames:
-        data = benchmark_data(frames, arguments.batch_size)
+        data_config = make_data_config(frames, arguments.batch_size)
         for training in (True, False):
             case = {"frames": frames, "mode": "training" if training else "test"}
             print(f"{frames} frames, {case['mode']} ...", file=sys.stderr, flush=True)
-            case |= pipeline.compare_loaders(dataset, data, training, *how_often, loaders)
-            case["stages"] = pipeline.stage_costs(folder, data, training, arguments.batches)
+            case |= pipeline.compare_loaders(dataset, data_config, training, *counts, loaders)
+            case["stages"] = pipeline.stage_costs(folder, data_config, training, arguments.batches)
             cases.append(case)
-    data = benchmark_data(arguments.frames[0], arguments.batch_size)
-    print(f"videos of {LENGTHS[0]} and {LENGTHS[1]} frames ...", file=sys.stderr, flush=True)
-    lengths = pipeline.compare_video_lengths(dataset, data, LENGTHS, *how_often)
+    data_config = make_data_config(arguments.frames[0], arguments.batch_size)
+    long, short = VIDEO_LENGTHS
+    print(f"videos of {long} and {short} frames ...", file=sys.stderr, flush=True)
+    lengths = pipeline.compare_video_lengths(dataset, data_config, VIDEO_LENGTHS, *counts)
     return {
         "videos": len(dataset),
         "cores": num_cores(),
@@ -103,8 +116,8 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict:
     }
 
 
-def markdown(result: dict) -> str:
-    """The tables for people."""
+def format_markdown(result: dict) -> str:
+    """Formats the result of `measure_pipeline` as Markdown tables."""
     names = list(result["cases"][0]["clips_per_second"])
     others = names[1:]
     lines = [
@@ -128,7 +141,7 @@ def markdown(result: dict) -> str:
         cells = [f"{case['frames']}, {case['mode']}", *(f"{c:.2f}" for c in [*costs, sum(costs)])]
         lines.append(f"| {' | '.join(cells)} |")
     lengths = result["lengths"]
-    long, short = map(str, LENGTHS)
+    long, short = map(str, VIDEO_LENGTHS)
     lines += [
         "",
         f"Videos of {long} frames: {lengths['clips_per_second'][long]:.1f} clips/s; of {short}: "
@@ -143,10 +156,10 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            result = measure(arguments, arguments.prepared or folder)
+            result = measure_pipeline(arguments, arguments.prepared or folder)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
-    print(json.dumps(result, indent=1) if arguments.json else markdown(result))
+    print(json.dumps(result, indent=1) if arguments.json else format_markdown(result))
 
 
 if __name__ == "__main__":

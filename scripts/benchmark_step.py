@@ -1,15 +1,15 @@
-"""DualPath's forward pass and training step beside PyTorch, on this machine.
+"""Compares DualPath's forward pass and training step with PyTorch on this machine.
 
     pip install -r requirements-bench.txt
     python scripts/benchmark_step.py
     python scripts/benchmark_step.py --config=k400_vitb --batch_size=4 --json
 
-The same model with the same weights in PyTorch (scripts/benchmarks/torch_dualpath.py), checked to give
-the same logits, takes turns with ours: forward pass and training step, float32 and bfloat16, and
-the memory that a step needs. No data and no weights are needed. The limit is a product of two
-square matrices in the faster framework. On a GPU take more clips, as --batch_size=32; float32 is
-computed there in TF32, as JAX does unless told, by both. --torch_compile measures PyTorch's model
-compiled by torch.compile as well.
+The same model with the same weights in PyTorch (scripts/benchmarks/torch_dualpath.py) must give the
+same logits, and is then timed in turns with ours: forward pass and training step, in float32 and
+bfloat16, and the memory that a step needs. Data and weights are not needed. The limit is a product
+of two square matrices in the faster framework. On a GPU use more clips, such as --batch_size=32;
+both compute float32 there in TF32, JAX's default. --torch_compile also measures PyTorch's model
+compiled by torch.compile.
 """
 
 import argparse
@@ -19,84 +19,101 @@ import os
 import pathlib
 import sys
 
-# Processes that measure memory import this file again: its main is guarded.
+# Processes that measure memory import this file again, therefore `main` is guarded.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
 from dualpath_jax.cli import build_parser, positive
 from dualpath_jax.runtime import environment
 
-_PEERS = {"torch": "", "torch_compiled": ", torch.compile"}  # and how a table calls them
+# Frameworks to compare with -> suffix of their rows in the tables.
+_ROW_SUFFIXES = {"torch": "", "torch_compiled": ", torch.compile"}
 
 
 def parser() -> argparse.ArgumentParser:
-    made = build_parser(__doc__)
-    add = made.add_argument
-    add("--config", default="ssv2_vitb", help="of dualpath, as in configs/ (ssv2_vitb)")
+    """Returns the parser of the command line."""
+    result = build_parser(__doc__)
+    add = result.add_argument
+    add("--config", default="ssv2_vitb", help="name of a dualpath config in configs/ (ssv2_vitb)")
     add("--batch_size", type=positive(int), default=1, help="clips (1)")
-    add("--rounds", type=positive(int), default=5, help="times each is measured (5)")
-    help_ = "forward passes or steps in a row of a measurement (10 on a GPU, else 1)"
+    add("--rounds", type=positive(int), default=5, help="measurements of each framework (5)")
+    help_ = "forward passes or steps in a row in one measurement (10 on a GPU, else 1)"
     add("--calls", type=positive(int), help=help_)
-    add("--torch_compile", action="store_true", help="PyTorch by torch.compile as well")
+    add("--torch_compile", action="store_true", help="also measure PyTorch with torch.compile")
     dtypes = ["float32", "bfloat16"]
-    help_ = "of the computation (float32 bfloat16)"
+    help_ = "compute dtypes to measure (float32 bfloat16)"
     add("--dtypes", nargs="+", default=dtypes, choices=dtypes, help=help_)
-    help_ = "loop over blocks instead of writing them out; always so on a TPU"
+    help_ = "scan over the blocks instead of unrolling them; a TPU always scans"
     add("--scan_blocks", action="store_true", help=help_)
     add("--remat", default="cheap", help="config.model.remat (cheap)")
     add("--json", action="store_true", help="print JSON instead of Markdown")
-    return made
+    return result
 
 
-def measure(settings: list, rounds: int, sides: list[str]) -> dict:
-    """By what is measured, with the ratios of each dtype; a `step_benchmark.Setting` for each."""
+def measure_settings(settings: list, rounds: int, frameworks: list[str]) -> dict:
+    """Measures speed, memory, compile time and the matrix product rate for each setting.
+
+    Args:
+      settings: a `train_step.Setting` for each dtype.
+      rounds: number of measurements of each framework.
+      frameworks: names in `train_step.RUNNERS`, "jax" first.
+
+    Returns:
+      {"forward", "train_step": ratios of each dtype to the other frameworks and to the limit;
+      "matmul_limit_gflops": by dtype; "dtypes": by dtype, the result of `compare_frameworks` with
+      "step_mib" and "compile_seconds"}.
+    """
     from scripts.benchmarks import train_step
 
     result: dict = {"forward": {}, "train_step": {}, "matmul_limit_gflops": {}, "dtypes": {}}
     for setting in settings:
         dtype = setting.dtype
 
-        def tell(line: str, dtype: str = dtype) -> None:
+        def log(line: str, dtype: str = dtype) -> None:
             print(f"{dtype}: {line}", file=sys.stderr, flush=True)
 
-        tell("compiling")
-        seconds = train_step.compile_seconds(setting)
-        tell("matrix product")
-        limit = train_step.matmul_gflops(dtype)
-        compared = train_step.compare_frameworks(setting, rounds, sides, tell)
-        tell("memory")
-        compared["step_mib"] = {s: train_step.peak_memory(setting, s) for s in sides}
+        log("compiling")
+        seconds = train_step.measure_compile_seconds(setting)
+        log("matrix product")
+        limit = train_step.measure_matmul_gflops(dtype)
+        compared = train_step.compare_frameworks(setting, rounds, frameworks, log)
+        log("memory")
+        compared["step_mib"] = {
+            name: train_step.measure_peak_memory(setting, name) for name in frameworks
+        }
         compared["compile_seconds"] = seconds
         result["matmul_limit_gflops"][dtype] = limit
         result["dtypes"][dtype] = compared
-        for what in ("forward", "train_step"):
-            for side in sides[1:]:
-                name = f"ratio_vs_{side}"
-                result[what][f"{name}_{dtype}"] = compared[what][name]
-            fraction = compared[what]["gflops"] / limit
-            result[what].setdefault("fraction_of_matmul_limit", {})[dtype] = fraction
+        for part in ("forward", "train_step"):
+            for framework in frameworks[1:]:
+                name = f"ratio_vs_{framework}"
+                result[part][f"{name}_{dtype}"] = compared[part][name]
+            fraction = compared[part]["gflops"] / limit
+            result[part].setdefault("fraction_of_matmul_limit", {})[dtype] = fraction
     return result
 
 
-def markdown(result: dict) -> str:
-    """The tables for people."""
+def format_markdown(result: dict) -> str:
+    """Formats the result of `measure_settings` as Markdown tables."""
     lines = [
         "| | ours, s | PyTorch, s | PyTorch / ours | of the matrix product rate |",
         "|---|---|---|---|---|",
     ]
     for dtype, compared in result["dtypes"].items():
-        for what in ("forward", "train_step"):
-            row, fraction = compared[what], result[what]["fraction_of_matmul_limit"][dtype]
-            name = f"{what.replace('_', ' ')}, {dtype}".replace("train step", "training step")
-            for side in [side for side in _PEERS if side in row]:
-                lines.append(
-                    f"| {name}{_PEERS[side]} | {row['jax']:#.3g} | {row[side]:#.3g} "
-                    f"| {row[f'ratio_vs_{side}']:.2f} | {fraction:.2f} |"
-                )
+        for part in ("forward", "train_step"):
+            row, fraction = compared[part], result[part]["fraction_of_matmul_limit"][dtype]
+            name = f"{part.replace('_', ' ')}, {dtype}".replace("train step", "training step")
+            for framework, suffix in _ROW_SUFFIXES.items():
+                if framework in row:
+                    lines.append(
+                        f"| {name}{suffix} | {row['jax']:#.3g} | {row[framework]:#.3g} "
+                        f"| {row[f'ratio_vs_{framework}']:.2f} | {fraction:.2f} |"
+                    )
     lines += ["", "| memory of a training step, MiB | ours | PyTorch |", "|---|---|---|"]
     for dtype, compared in result["dtypes"].items():
         memory = compared["step_mib"]
-        for side in [side for side in _PEERS if side in memory]:
-            lines.append(f"| {dtype}{_PEERS[side]} | {memory['jax']:.0f} | {memory[side]:.0f} |")
+        for framework, suffix in _ROW_SUFFIXES.items():
+            if framework in memory:
+                lines.append(f"| {dtype}{suffix} | {memory['jax']:.0f} | {memory[framework]:.0f} |")
     limits = (f"{d} {g:.0f} GFLOP/s" for d, g in result["matmul_limit_gflops"].items())
     compiled = (f"{d} {c['compile_seconds']:.1f} s" for d, c in result["dtypes"].items())
     lines += ["", f"Our training step is compiled in: {', '.join(compiled)}."]
@@ -108,7 +125,7 @@ def main() -> None:
     try:
         config = importlib.import_module(f"configs.{arguments.config}").get_config()
     except ModuleNotFoundError:
-        sys.exit(f"error: no configs/{arguments.config}.py; check --config")
+        sys.exit(f"error: configs/{arguments.config}.py does not exist; check --config")
     import jax
 
     from scripts.benchmarks import train_step
@@ -119,13 +136,13 @@ def main() -> None:
     settings = [
         train_step.Setting(config, dtype, arguments.batch_size, calls) for dtype in arguments.dtypes
     ]
-    sides = [*train_step.USUAL_SIDES, *["torch_compiled"] * arguments.torch_compile]
-    result = measure(settings, arguments.rounds, sides)
-    print(json.dumps(result, indent=1) if arguments.json else markdown(result))
+    frameworks = [*train_step.DEFAULT_RUNNERS, *["torch_compiled"] * arguments.torch_compile]
+    result = measure_settings(settings, arguments.rounds, frameworks)
+    print(json.dumps(result, indent=1) if arguments.json else format_markdown(result))
 
 
 if __name__ == "__main__":
-    # On a GPU JAX would take three quarters of the memory and leave PyTorch the rest.
+    # By default JAX reserves three quarters of a GPU's memory, which PyTorch could not use.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     environment.configure_environment()
     main()

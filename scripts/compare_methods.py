@@ -1,12 +1,12 @@
-"""Every tuning method on the demo's videos and backbone: equal steps, learning rate by validation.
+"""Compares all tuning methods on the demo: equal steps, learning rate chosen by validation.
 
     python scripts/compare_methods.py --out=runs/compare
 
-For each method: one training per learning rate of the grid, seed 0, scored on the validation split;
-then seeds 0, 1 and 2 at the best one, scored on the test split. Each score is kept in
-OUT/scores.json as it comes; the same command goes on where it was interrupted, and ends with the
-table of docs/methods_on_the_demo.md. Step times are taken at the end, the methods in turn, as
-ratios to DualPath's; `--only_times` takes these alone, in a few minutes.
+For each method: one training per learning rate of the grid with seed 0, scored on the validation
+split; then seeds 0, 1 and 2 at the best learning rate, scored on the test split. Each score is
+stored in OUT/scores.json at once; after an interruption, the same command resumes. It ends with the
+table of docs/methods_on_the_demo.md. Step times are measured last, the methods in turn, and given
+as ratios to DualPath's; `--only_times` only measures these, which takes a few minutes.
 """
 
 import argparse
@@ -21,11 +21,11 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from dualpath_jax.cli import build_parser, positive
-from dualpath_jax.runtime import environment
+from dualpath_jax.runtime import environment, files
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
-METHODS = {  # what a method needs on a backbone of width 96 and depth 4
+METHOD_SETTINGS = {  # changes to the configuration for a backbone of width 96 and depth 4
     "dualpath": {"data.grid": (2, 2), "data.frame_scale": 2},
     "aim": {"model.aim.num_temporal_adapters": 2, "model.aim.scale": 1.0},
     "st_adapter": {"model.st_adapter.width": 48},
@@ -40,21 +40,21 @@ METHODS = {  # what a method needs on a backbone of width 96 and depth 4
 
 
 def method_config(method: str, learning_rate: float, seed: int, steps: int):
-    """The demo's configuration with 4 frames, for one run."""
+    """Returns the demo's configuration with 4 frames, for one run."""
     from configs import demo
 
     config = demo.get_config()
     config.data.num_frames = 4
     config.model.method = method
-    config.update_from_flattened_dict(METHODS[method])
+    config.update_from_flattened_dict(METHOD_SETTINGS[method])
     config.optimizer.learning_rate = learning_rate
     config.seed = seed
     config.num_train_steps = config.checkpoint.every_steps = steps
     return config
 
 
-def build(config, workdir: str):
-    """(run, training split); what is printed goes to the workdir's log."""
+def build_experiment(config, workdir: str):
+    """Builds the experiment of a configuration; returns it with its training split."""
     from dualpath_jax.data.video_dataset import VideoDataset
     from dualpath_jax.training import experiment
     from dualpath_jax.training.inputs import check_workdir
@@ -64,8 +64,14 @@ def build(config, workdir: str):
     return experiment.build_experiment(config, workdir, dataset), dataset
 
 
-def score(config, workdir: str, split: str) -> dict:
-    """Train, or take the finished training in `workdir`, and score on `split`."""
+def train_and_score(config, workdir: str, split: str) -> dict:
+    """Trains in `workdir`, unless the training is finished, and evaluates on `split`.
+
+    Output goes to the workdir's log.txt.
+
+    Returns:
+      top1 (0..1) and trainable_params.
+    """
     import jax
 
     from dualpath_jax import evaluate, train
@@ -73,7 +79,7 @@ def score(config, workdir: str, split: str) -> dict:
 
     os.makedirs(workdir, exist_ok=True)
     with open(f"{workdir}/log.txt", "a") as log, contextlib.redirect_stdout(log):
-        run, dataset = build(config, workdir)
+        run, dataset = build_experiment(config, workdir)
         train.train(run, dataset, dataset)
         scores = evaluate.evaluate_run(run, VideoDataset(config.data.dir, split))
     jax.clear_caches()
@@ -81,7 +87,14 @@ def score(config, workdir: str, split: str) -> dict:
 
 
 def time_steps(configs: dict, out: str, rounds: int = 9, steps: int = 4) -> dict[str, float]:
-    """Median over rounds of a method's step time over that of `dualpath` in the same round."""
+    """Measures step times as ratios to `dualpath`'s in the same round; returns their medians.
+
+    Args:
+      configs: configuration by method; contains "dualpath".
+      out: folder; gets a subfolder `timing`.
+      rounds: how often all methods are timed in turn.
+      steps: steps per method and round.
+    """
     import jax
 
     from dualpath_jax.data import pipeline
@@ -92,12 +105,13 @@ def time_steps(configs: dict, out: str, rounds: int = 9, steps: int = 4) -> dict
     ready = {}
     for method, config in configs.items():
         with open(os.devnull, "w") as log, contextlib.redirect_stdout(log):
-            run, dataset = build(config, f"{out}/timing")
+            run, dataset = build_experiment(config, f"{out}/timing")
         framesets = method_registry.uses_framesets(method)
         batch = next(pipeline.train_batches(dataset, config.data, 0, 0, 1, framesets=framesets))
         step = jax.jit(make_train_step(run.model, config, run.optimizer), donate_argnums=0)
         batch = sharding.shard_batch(batch, run.mesh)
         ready[method] = [step, step(run.state, run.frozen, batch)[0], run.frozen, batch]
+    # The methods take turns, so that a slow moment of the machine affects all of them.
     times: dict[str, list[float]] = {method: [] for method in ready}
     for _ in range(rounds):
         for method, (step, state, frozen, batch) in ready.items():
@@ -111,39 +125,39 @@ def time_steps(configs: dict, out: str, rounds: int = 9, steps: int = 4) -> dict
     return {m: statistics.median(own / base for own, base in p) for m, p in pairs.items()}
 
 
-class Scores:
-    """What has been scored, in a JSON file that is replaced at once."""
+class ScoreCache:
+    """Stores results by key in a JSON file, which is replaced atomically."""
 
     def __init__(self, path: pathlib.Path):
         self._path = path
         self._entries = json.loads(path.read_text()) if path.exists() else {}
 
     def get(self, key: str, make) -> dict:
-        """The entry `key`; made and stored where it is missing."""
+        """Returns the entry `key`; creates it by `make()` and stores it if it is missing."""
         if key not in self._entries:
             self._entries[key] = make()
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self._entries, indent=1) + "\n")
-            temporary.replace(self._path)
+            files.write_text(self._path, json.dumps(self._entries, indent=1) + "\n")
         return self._entries[key]
 
 
-def compare(out: pathlib.Path, methods: list[str], steps: int) -> list[dict]:
-    """One row for each method."""
-    scores, rows, best = Scores(out / "scores.json"), [], {}
+def compare_methods(out: pathlib.Path, methods: list[str], steps: int) -> list[dict]:
+    """Trains and scores all methods; returns a row of results for each."""
+    scores, rows, best = ScoreCache(out / "scores.json"), [], {}
 
-    def one(method, learning_rate, seed, split):
+    def score_run(method, learning_rate, seed, split):
         config = method_config(method, learning_rate, seed, steps)
         name = f"{method}/steps{steps}_lr{learning_rate:g}_seed{seed}"
         start = time.monotonic()
-        entry = scores.get(f"{name}/{split}", lambda: score(config, f"{out}/{name}", split))
+        entry = scores.get(
+            f"{name}/{split}", lambda: train_and_score(config, f"{out}/{name}", split)
+        )
         print(f"{name}  {split} {entry['top1']:.4f}  {time.monotonic() - start:.0f} s", flush=True)
         return entry
 
     for method in methods:
-        search = {lr: one(method, lr, 0, "validation")["top1"] for lr in LEARNING_RATES}
+        search = {lr: score_run(method, lr, 0, "validation")["top1"] for lr in LEARNING_RATES}
         best[method] = max(search, key=search.get)
-        tests = [one(method, best[method], seed, "test") for seed in SEEDS]
+        tests = [score_run(method, best[method], seed, "test") for seed in SEEDS]
         rows.append(
             {
                 "method": method,
@@ -161,8 +175,8 @@ def compare(out: pathlib.Path, methods: list[str], steps: int) -> list[dict]:
     return rows
 
 
-def markdown(rows: list[dict]) -> str:
-    """The rows, best first."""
+def format_table(rows: list[dict]) -> str:
+    """Formats the rows as a Markdown table, best method first."""
     lines = [
         "| method | trainable parameters | learning rate | top-1, mean of 3 seeds "
         "| lowest - highest | step time / DualPath's |",
@@ -179,23 +193,29 @@ def markdown(rows: list[dict]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = build_parser(__doc__)
-    made.add_argument(
+    """Returns the parser of the command line."""
+    arg_parser = build_parser(__doc__)
+    arg_parser.add_argument(
         "--out", default="runs/compare", help="folder for runs and scores (runs/compare)"
     )
-    made.add_argument(
+    arg_parser.add_argument(
         "--methods",
         nargs="+",
-        default=list(METHODS),
-        choices=list(METHODS),
+        default=list(METHOD_SETTINGS),
+        choices=list(METHOD_SETTINGS),
         metavar="NAME",
-        help=f"which of {', '.join(METHODS)} (all)",
+        help=f"methods to compare, of {', '.join(METHOD_SETTINGS)} (all)",
     )
-    made.add_argument(
-        "--steps", type=positive(int), default=250, help="steps of 16 clips, equal for all (250)"
+    arg_parser.add_argument(
+        "--steps",
+        type=positive(int),
+        default=250,
+        help="training steps of 16 clips, equal for all methods (250)",
     )
-    made.add_argument("--only_times", action="store_true", help="no training, step times alone")
-    return made
+    arg_parser.add_argument(
+        "--only_times", action="store_true", help="only measure step times, without training"
+    )
+    return arg_parser
 
 
 def main() -> None:
@@ -217,7 +237,7 @@ def main() -> None:
         for method, ratio in time_steps(configs, str(out)).items():
             print(f"{method:12} step time / DualPath's {ratio:.2f}")
         return
-    print(markdown(compare(out, args.methods, args.steps)))
+    print(format_table(compare_methods(out, args.methods, args.steps)))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python scripts/convert_clip.py --checkpoint=ViT-B-16.pt --out=clip_vitb16.safetensors
 
-CLIP of OpenAI, open_clip or Hugging Face; ViT of timm or Hugging Face; Swin of its authors, timm or
-Hugging Face. Which one it is, is seen from the names in the file. A file of torch's own needs torch
-(the CPU build is enough); safetensors files do not.
+Supported are CLIP of OpenAI, open_clip or Hugging Face; ViT of timm or Hugging Face; Swin of its
+authors, timm or Hugging Face. The kind is detected from the names in the file. A torch file (.pt,
+.bin) needs torch (the CPU build is enough); a safetensors file does not.
 """
 
 import argparse
@@ -19,25 +19,28 @@ from dualpath_jax.weights import convert  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
-    made = build_parser(__doc__)
-    made.add_argument("--checkpoint", required=True, help="checkpoint, a local file")
-    made.add_argument("--out", required=True, help="safetensors file to write, local or gs://")
-    made.add_argument(
+    """Returns the parser of the command line."""
+    parser = build_parser(__doc__)
+    parser.add_argument("--checkpoint", required=True, help="checkpoint, a local file")
+    parser.add_argument("--out", required=True, help="safetensors file to write, local or gs://")
+    parser.add_argument(
         "--trust",
         action="store_true",
         help="open a TorchScript archive that OpenAI did not publish; it can run code",
     )
-    made.add_argument(
+    parser.add_argument(
         "--activation",
         choices=("quick_gelu", "gelu"),
-        help="of the MLPs, where neither the checkpoint nor a config beside it says",
+        help="activation of the MLPs; needed if neither the checkpoint nor the publisher's config "
+        "next to it states it",
     )
-    made.add_argument("--heads", type=int, help="attention heads of a ViT; default: width / 64")
-    progress_bar.add_quiet_option(made)
-    return made
+    parser.add_argument("--heads", type=int, help="attention heads of a ViT; default: width / 64")
+    progress_bar.add_quiet_option(parser)
+    return parser
 
 
 def main() -> int:
+    """Converts the checkpoint, prints a summary and returns the exit status."""
     options = vars(parser().parse_args())
     progress_bar.set_quiet(options.pop("quiet"))
     try:

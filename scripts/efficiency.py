@@ -1,10 +1,10 @@
-"""Parameters and multiply-accumulates of configurations, beside the paper's figures.
+"""Counts parameters and multiply-accumulates of configurations, next to the paper's numbers.
 
     python scripts/efficiency.py
     python scripts/efficiency.py --config=ssv2_vitb:32 --json
     python scripts/efficiency.py --figure=figure1.png
 
-Without --config: all rows of the paper's tables. Neither data nor weights are needed.
+Without --config, all rows of the paper's tables are counted. Neither data nor weights are needed.
 """
 
 import argparse
@@ -21,26 +21,27 @@ from dualpath_jax.cli import build_parser
 from dualpath_jax.runtime import progress_bar
 
 
-def load(name: str):
-    """The configuration `name` or `name:argument` of the folder configs."""
+def load_config(name: str):
+    """Loads the configuration `name` or `name:argument` from the folder configs."""
     file, _, argument = name.partition(":")
     if not (pathlib.Path(__file__).parents[1] / "configs" / f"{file}.py").exists():
-        raise ValueError(f"no configs/{file}.py: known are {', '.join(efficiency.PAPER_ROWS)}")
+        names = ", ".join(efficiency.PAPER_ROWS)
+        raise ValueError(f"there is no configs/{file}.py: choose from {names}")
     module = importlib.import_module(f"configs.{file}")
     return module.get_config(argument) if argument else module.get_config()
 
 
-def row(name: str) -> dict:
-    """What is counted, and what the paper prints, for one configuration."""
-    counted = dataclasses.asdict(efficiency.measure_efficiency(load(name)))
+def build_row(name: str) -> dict:
+    """Counts one configuration and returns the counts and the paper's numbers."""
+    counted = dataclasses.asdict(efficiency.measure_efficiency(load_config(name)))
     paper = efficiency.PAPER_ROWS.get(name)
     return {"config": name, **counted, "paper": dataclasses.asdict(paper) if paper else None}
 
 
-def markdown(rows: list[dict]) -> str:
-    """The rows as a table."""
+def format_markdown(rows: list[dict]) -> str:
+    """Formats the rows as a Markdown table."""
 
-    def printed(row, key, unit=""):
+    def format_printed(row, key, unit=""):
         value = (row["paper"] or {}).get(key)
         return "" if value is None else f"{value:g}{unit}"
 
@@ -52,18 +53,18 @@ def markdown(rows: list[dict]) -> str:
     for r in rows:
         cells = [
             f"`{r['config']}`",
-            *(f"{r['trainable_params']:,}", printed(r, "trainable_params", "M")),
-            *(f"{r['total_params']:,}", printed(r, "total_params", "M")),
+            *(f"{r['trainable_params']:,}", format_printed(r, "trainable_params", "M")),
+            *(f"{r['total_params']:,}", format_printed(r, "total_params", "M")),
             *(f"{r['plain_gmacs_per_view']:.1f}", f"{r['gmacs_per_view']:.1f}", r["views"]),
             *(f"{r['plain_gmacs_per_video']:.0f}", f"{r['gmacs_per_video']:.0f}"),
-            printed(r, "gflops"),
+            format_printed(r, "gflops"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def figure(rows: list[dict], path: str) -> None:
-    """Fig. 1: top-1 (paper) over trainable parameters (counted), area by GFLOPs (paper)."""
+def draw_figure(rows: list[dict], path: str) -> None:
+    """Draws Fig. 1: top-1 (paper) over trainable parameters (counted), area by GFLOPs (paper)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -71,7 +72,7 @@ def figure(rows: list[dict], path: str) -> None:
 
     drawing, axes = pyplot.subplots(1, 2, figsize=(13, 6.5), constrained_layout=True)
     for axis, data in zip(axes, ("K400", "SSv2"), strict=True):
-        points = [r for r in rows if _is_point(r, data)]
+        points = [r for r in rows if _belongs_in_figure(r, data)]
         points.sort(key=lambda r: -r["paper"]["top1"])
         for number, r in enumerate(points, start=1):
             paper, millions = r["paper"], r["trainable_params"] / 1e6
@@ -111,7 +112,8 @@ def figure(rows: list[dict], path: str) -> None:
     print(f"wrote {path}")
 
 
-def _is_point(r: dict, data: str) -> bool:
+def _belongs_in_figure(r: dict, data: str) -> bool:
+    """Checks whether a row is of the data set, has the paper's numbers and is not an ablation."""
     paper, argument = r["paper"], r["config"].partition(":")[2]
     if not paper or paper["data"] != data or not (paper["top1"] and paper["gflops"]):
         return False
@@ -119,32 +121,35 @@ def _is_point(r: dict, data: str) -> bool:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = build_parser(__doc__)
-    made.add_argument(
+    """Returns the parser of the command line."""
+    parser = build_parser(__doc__)
+    parser.add_argument(
         "--config", nargs="*", help="names as in configs/, NAME or NAME:ARGUMENT (all rows)"
     )
-    made.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
-    made.add_argument(
+    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    parser.add_argument(
         "--figure", metavar="FILE", help="PNG or SVG of Fig. 1 to write, instead of printing"
     )
-    progress_bar.add_quiet_option(made)
-    return made
+    progress_bar.add_quiet_option(parser)
+    return parser
 
 
 def main() -> None:
+    """Counts the configurations and prints a table or JSON, or writes the figure."""
     args = parser().parse_args()
     progress_bar.set_quiet(args.quiet)
     names = args.config or list(efficiency.PAPER_ROWS)
     try:
         rows = [
-            row(name) for name in progress_bar.iterate_with_bar(names, "count", "configurations")
+            build_row(name)
+            for name in progress_bar.iterate_with_bar(names, "count", "configurations")
         ]
         if args.figure:
-            figure(rows, args.figure)
+            draw_figure(rows, args.figure)
             return
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(json.dumps(rows, indent=1) if args.json else markdown(rows))
+    print(json.dumps(rows, indent=1) if args.json else format_markdown(rows))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The trained parameters of a run as one safetensors file, for --config.init_from.
+"""Writes the trained parameters of a run to one safetensors file, for --config.init_from.
 
     python scripts/export_adapter.py --workdir=runs/demo --out=demo.safetensors
 
-The backbone is not in it. The run may be going on.
+The file does not contain the backbone. The run may still be in progress.
 """
 
 import argparse
@@ -12,11 +12,18 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dualpath_jax.cli import build_parser, check_output_file, user_errors  # noqa: E402
+from dualpath_jax.cli import build_parser, user_errors  # noqa: E402
+from dualpath_jax.runtime import files  # noqa: E402
 
 
 def export(workdir: str, out: str, which: str) -> str:
-    """Write the file; returns what to print."""
+    """Writes the adapter file of a run and returns a line that describes it.
+
+    Args:
+      workdir: folder of the run, local or gs://.
+      out: .safetensors file to write, local or gs://.
+      which: checkpoint, "latest" or "best" (by top-1 during training).
+    """
     from etils import epath
 
     from dualpath_jax.inference import trained_model
@@ -33,23 +40,26 @@ def export(workdir: str, out: str, which: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = build_parser(__doc__)
-    made.add_argument("--workdir", required=True, help="of the run, local or gs://")
-    made.add_argument("--out", required=True, help="file to write, .safetensors; local or gs://")
-    made.add_argument(
+    """Returns the parser of the command line."""
+    arg_parser = build_parser(__doc__)
+    arg_parser.add_argument("--workdir", required=True, help="workdir of the run, local or gs://")
+    arg_parser.add_argument(
+        "--out", required=True, help="file to write, .safetensors; local or gs://"
+    )
+    arg_parser.add_argument(
         "--checkpoint",
         choices=["latest", "best"],
         default="latest",
         help="the newest, or the best by top-1 during training (latest)",
     )
-    return made
+    return arg_parser
 
 
 def main() -> None:
     args = parser().parse_args()
     with user_errors():
         if "://" not in args.out:
-            check_output_file("--out", args.out)
+            files.check_output_file("--out", args.out)
         print(export(args.workdir, args.out, args.checkpoint))
 
 

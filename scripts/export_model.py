@@ -4,7 +4,7 @@
     python scripts/export_model.py --workdir=runs/demo --out=exported --batch_size=8
 
 Writes OUT/model.stablehlo (for jax.export, on CPU, CUDA and TPU), OUT/saved_model (TensorFlow),
-OUT/class_names.json and OUT/model_card.md, which says what goes in and what comes out.
+OUT/class_names.json and OUT/model_card.md, which describes the inputs and outputs.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import os
 import pathlib
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # traced there, the program fits every platform
+os.environ["JAX_PLATFORMS"] = "cpu"  # a program traced on the CPU fits every platform
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
@@ -21,23 +21,24 @@ from dualpath_jax.runtime import environment
 
 
 def parser() -> argparse.ArgumentParser:
-    made = cli.build_parser(__doc__)
-    add = made.add_argument
-    cli.add_model_options(made)
+    """Returns the parser of the command line."""
+    arg_parser = cli.build_parser(__doc__)
+    add = arg_parser.add_argument
+    cli.add_model_options(arg_parser)
     add("--out", required=True, help="folder to write")
     add(
         "--batch_size",
         type=cli.positive(int),
-        help="views that the model takes at once (any number)",
+        help="number of views per call (any number)",
     )
     add(
         "--formats",
         nargs="+",
         default=["stablehlo", "saved_model"],
         choices=["stablehlo", "saved_model"],
-        help="what to write (stablehlo saved_model)",
+        help="formats to write (stablehlo saved_model)",
     )
-    return made
+    return arg_parser
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
         model = cli.load_model(arguments)
         results = export.read_results(arguments.workdir) if arguments.workdir else None
         export.export_model(model, arguments.out, arguments.formats, arguments.batch_size, results)
-    print(f"wrote {arguments.out}/model_card.md and what it describes")
+    print(f"wrote {arguments.out}/model_card.md and the files that it describes")
 
 
 if __name__ == "__main__":

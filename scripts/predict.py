@@ -1,13 +1,13 @@
-"""What a trained model says of videos: the most probable classes of each.
+"""Predicts the most probable classes of videos with a trained model.
 
     python scripts/predict.py --workdir=runs/demo data/demo/raw/videos
     python scripts/predict.py --adapter=mine.safetensors --backbone=clip.safetensors clip.mp4 --json
     python scripts/predict.py --workdir=runs/demo --window=2 --stride=1 --pictures=DIR long.mp4
 
 Each video is sampled, cropped and averaged over views as in evaluation. With --window a video is
-cut into windows, each of them treated as a video, with a line for each. --pictures draws some
-frames of each video over its most probable classes, or over their probability in time. A video that
-cannot be read is reported; the others are done all the same, and the exit status is then 1.
+cut into windows; each window is treated like a video and gets its own line. --pictures draws some
+frames of each video above its most probable classes, or above their probabilities over time. An
+unreadable video is reported, the others are still predicted, and the exit status is 1.
 """
 
 import argparse
@@ -24,38 +24,39 @@ from dualpath_jax.runtime import environment
 
 
 def parser() -> argparse.ArgumentParser:
-    made = cli.build_parser(__doc__)
-    add = made.add_argument
-    cli.add_model_options(made)
+    """Returns the parser of the command line."""
+    arg_parser = cli.build_parser(__doc__)
+    add = arg_parser.add_argument
+    cli.add_model_options(arg_parser)
     add("videos", nargs="+", help="video files, or folders of them")
-    add("--top_k", type=int, default=5, help="classes to name (5)")
-    add("--window", type=float, help="length of a window of a long video, seconds (none)")
-    add("--stride", type=float, help="from one window to the next, seconds (half a window)")
-    add("--features", help="file .npz for y_SP, y_TP (of dualpath) and logits of every view")
-    add("--pictures", metavar="DIR", help="folder for a picture of each video, VIDEO.png")
+    add("--top_k", type=int, default=5, help="number of classes to print (5)")
+    add("--window", type=float, help="length of a window of a long video, seconds (no windows)")
+    add("--stride", type=float, help="seconds from one window to the next (half a window)")
+    add("--features", help=".npz file for the logits of every view, and for dualpath y_SP and y_TP")
+    add("--pictures", metavar="DIR", help="folder for an image of each video, VIDEO.png")
     limits, positive = DecodeLimits(), cli.positive
-    for name, default, what in (
-        ("seconds", limits.seconds, "seconds of decoding a video, or a window of one"),
+    for name, default, description in (
+        ("seconds", limits.seconds, "seconds for decoding a video, or a window of one"),
         ("frames", limits.max_frames, "frames of a whole video"),
     ):
-        help_ = f"most {what} ({default:,})"
+        help_ = f"maximum {description} ({default:,})"
         add(f"--max_{name}", type=positive(type(default)), default=default, help=help_)
     add("--json", action="store_true", help="print a line of JSON for each video or window")
-    add("--quiet", action="store_true", help="no progress; there is none without a terminal")
-    return made
+    add("--quiet", action="store_true", help="show no progress, as without a terminal")
+    return arg_parser
 
 
 def main() -> None:
     arguments = parser().parse_args()
     from dualpath_jax.inference import predict_files
 
-    def show(found: predict_files.VideoResult) -> None:
+    def show(result: predict_files.VideoResult) -> None:
         if arguments.json:
-            print(json.dumps(dataclasses.asdict(found)), flush=True)
+            print(json.dumps(dataclasses.asdict(result)), flush=True)
         else:
-            print(predict_files.format_result(found), flush=True)
+            print(predict_files.format_result(result), flush=True)
 
-    sys.stdout.reconfigure(errors="surrogateescape")  # file names may hold any bytes
+    sys.stdout.reconfigure(errors="surrogateescape")  # file names may contain any bytes
     with cli.user_errors():
         videos = predict_files.find_videos(arguments.videos)
         bad = predict_files.predict_videos(

@@ -1,9 +1,9 @@
-"""Writes a training batch, as the model gets it, as PNG: one row per clip.
+"""Writes a training batch as the model sees it to a PNG file: one row per clip.
 
     python scripts/show_batch.py --config=configs/demo.py --out=batch.png
 
-Shows what sampling, cropping and augmentation do to your videos, colour operations included, up to
-normalisation. Needs prepared data, no weights.
+Shows the effect of sampling, cropping and augmentation on your videos: everything up to
+normalization, color operations included. Needs prepared data, but no weights.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from dualpath_jax.cli import build_parser  # noqa: E402
 
 GAP = 8  # pixels between pictures
 LINE = 16  # pixels for a line of text
-MIN_WIDTH = 480  # pixels, so that small pictures leave room for their label
+MIN_WIDTH = 480  # pixels; leaves room for the label of small pictures
 
 
 def load_config(name: str):
-    """The configuration of a file, "FILE" or "FILE:ARGUMENT"."""
+    """Loads the configuration of a file, "FILE" or "FILE:ARGUMENT"."""
     path, _, argument = name.partition(":")
     spec = importlib.util.spec_from_file_location("config", path)
     if spec is None or not os.path.exists(path):
@@ -35,16 +35,16 @@ def load_config(name: str):
     return module.get_config(argument) if argument else module.get_config()
 
 
-def drawn(batch: dict, i: int) -> str:
-    """The operations of RandAugment for clip `i`, as text; empty without."""
+def format_operations(batch: dict, i: int) -> str:
+    """Returns the operations of RandAugment on clip `i` as text; "" without any."""
     from dualpath_jax.data.randaugment_ops import OPS
 
     pairs = zip(batch["ops"][i], batch["op_values"][i], strict=True) if "ops" in batch else ()
     return "".join(f"; {OPS[op]}" + (f" {value:.3g}" if value else "") for op, value in pairs if op)
 
 
-def colour(batch: dict) -> dict:
-    """`batch` with its images after the operations that the device does."""
+def apply_color_operations(batch: dict) -> dict:
+    """Returns `batch` with the color operations applied, which training applies on the device."""
     from dualpath_jax.models import preprocess
 
     if "ops" not in batch:
@@ -56,9 +56,9 @@ def colour(batch: dict) -> dict:
     return batch | {k: np.asarray(x).round().astype(np.uint8) for k, x in pairs}
 
 
-def draw(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
-    """One row per clip: its label, its spatial frames, its framesets if the method takes them."""
-    from dualpath_jax.analysis.image_grid import text_font
+def draw_batch(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
+    """Draws one row per clip: label, spatial frames, and framesets if the method uses them."""
+    from dualpath_jax.analysis.image_grid import load_font
 
     clips = []
     for i in range(len(batch["label"])):
@@ -68,9 +68,10 @@ def draw(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
         width = max(sum(p.shape[1] + GAP for p in pictures), MIN_WIDTH)
         height = max(p.shape[0] for p in pictures) + LINE + GAP
         canvas = Image.new("RGB", (width, height), "white")
-        name = class_names[batch["label"][i]]
-        text = f"video {batch['example_id'][i]}, class {batch['label'][i]}: {name}{drawn(batch, i)}"
-        ImageDraw.Draw(canvas).text((0, 2), text, fill="black", font=text_font(10))
+        label = batch["label"][i]
+        text = f"video {batch['example_id'][i]}, class {label}: {class_names[label]}"
+        text += format_operations(batch, i)
+        ImageDraw.Draw(canvas).text((0, 2), text, fill="black", font=load_font(10))
         left = 0
         for picture in pictures:
             canvas.paste(Image.fromarray(picture), (left, LINE))
@@ -80,27 +81,32 @@ def draw(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = build_parser(__doc__)
-    made.add_argument("--config", required=True, help="config file, FILE or FILE:ARGUMENT")
-    made.add_argument("--out", required=True, help="PNG file to write")
-    made.add_argument("--data_dir", help="instead of the config's data.dir")
-    made.add_argument("--step", type=int, default=0, help="training step whose batch is shown (0)")
-    made.add_argument("--clips", type=int, default=8, help="clips shown (8)")
-    made.add_argument("--zoom", type=int, default=1, help="factor of enlargement (1)")
-    return made
+    """Returns the parser of the command line."""
+    arg_parser = build_parser(__doc__)
+    arg_parser.add_argument("--config", required=True, help="config file, FILE or FILE:ARGUMENT")
+    arg_parser.add_argument("--out", required=True, help="PNG file to write")
+    arg_parser.add_argument(
+        "--data_dir", help="folder of the prepared data (the config's data.dir)"
+    )
+    arg_parser.add_argument("--step", type=int, default=0, help="training step of the batch (0)")
+    arg_parser.add_argument("--clips", type=int, default=8, help="number of clips to show (8)")
+    arg_parser.add_argument(
+        "--zoom", type=int, default=1, help="factor by which images are enlarged (1)"
+    )
+    return arg_parser
 
 
 def main() -> None:
     args = parser().parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from dualpath_jax.config.ranges import check_ranges
+    from dualpath_jax.config.schema import check_values
     from dualpath_jax.data import pipeline
     from dualpath_jax.data.video_dataset import VideoDataset
     from dualpath_jax.models import registry as method_registry
 
     try:
         config = load_config(args.config)
-        check_ranges(config)
+        check_values(config)
         dataset = VideoDataset(args.data_dir or config.data.dir, config.data.train_split)
         batches = pipeline.train_batches(
             dataset,
@@ -111,7 +117,7 @@ def main() -> None:
             framesets=method_registry.uses_framesets(config.model.method),
         )
         batch = {key: value[: args.clips] for key, value in next(batches).items()}
-        draw(colour(batch), dataset.class_names, args.zoom).save(args.out)
+        draw_batch(apply_color_operations(batch), dataset.class_names, args.zoom).save(args.out)
     except (ValueError, OSError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,9 +1,9 @@
-"""Where the model looks: heat maps of the class token's attention over videos.
+"""Draws where the model looks: heat maps of the class token's attention over videos.
 
     python scripts/visualize_attention.py --workdir=runs/demo --out=attention VIDEO...
 
-Writes DIR/<video>.png (frames, framesets, and these taken apart; without and with adaptation) and
-DIR/<video>.gif (the clip under both paths' maps). The clip is the middle view of evaluation.
+Writes DIR/<video>.png (frames, framesets, and the framesets' frames; without and with adaptation)
+and DIR/<video>.gif (the clip with both paths' maps). The clip is the middle view of evaluation.
 """
 
 import argparse
@@ -16,8 +16,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 from dualpath_jax.cli import build_parser, user_errors  # noqa: E402
 
 
-def draw(args: argparse.Namespace) -> int:
-    """Pictures of each video; returns how many could not be read."""
+def draw_videos(args: argparse.Namespace) -> int:
+    """Writes the pictures of each video; returns the number of videos that cannot be read."""
     from dualpath_jax.analysis import attention_figures, image_grid
     from dualpath_jax.data.preparation.video_decoder import VideoError
     from dualpath_jax.inference import trained_model
@@ -43,20 +43,24 @@ def draw(args: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = build_parser(__doc__)
-    made.add_argument("videos", nargs="+", metavar="VIDEO", help="video files")
-    made.add_argument("--workdir", required=True, help="of the run, local or gs://")
-    made.add_argument("--backbone", help="converted backbone, if not where the run had it")
-    made.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
-    made.add_argument(
-        "--rollout", action="store_true", help="through all blocks, instead of the last one alone"
+    """Returns the parser of the command line."""
+    parser = build_parser(__doc__)
+    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="video files")
+    parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
+    parser.add_argument(
+        "--backbone", help="file of the converted backbone, if it is not where the run had it"
     )
-    return made
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
+    parser.add_argument(
+        "--rollout", action="store_true", help="attention through all blocks, not only the last one"
+    )
+    return parser
 
 
 def main() -> None:
+    """Draws the videos; exits with status 1 if some cannot be read."""
     with user_errors():
-        bad = draw(parser().parse_args())
+        bad = draw_videos(parser().parse_args())
     sys.exit(1 if bad else 0)
 
 

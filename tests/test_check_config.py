@@ -53,7 +53,9 @@ def test_header_gives_the_parameters(name):
     text = (ROOT / "configs" / f"{name}.py").read_text()
     assert f"python -m dualpath_jax.main --config=configs/{name}.py" in text
     config = load(name)
-    classes = dataset_registry.NUM_CLASSES.get(config.data.source, dataset_registry.UNKNOWN_CLASSES)
+    classes = dataset_registry.NUM_CLASSES.get(
+        config.data.source, dataset_registry.PLACEHOLDER_NUM_CLASSES
+    )
     model = abstract_model(config, classes)
     trainable = param_tree.count_params(param_tree.split(model.params, model.mask)[0])
     total = param_tree.count_params(model.params)

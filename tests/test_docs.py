@@ -15,27 +15,35 @@ from absl import flags
 from ml_collections import config_flags
 
 import dualpath_jax.main
-from tests.helpers.documents import PAGES, ROOT, anchors, commands, example, links, table_messages
+from tests.helpers.documents import (
+    PAGES,
+    ROOT,
+    find_anchors,
+    find_commands,
+    find_example,
+    find_links,
+    find_table_messages,
+)
 from tests.helpers.video_files import write_video
 
 EXTENDING = ROOT / "docs" / "extending.md"
-COMMANDS = [(str(page.relative_to(ROOT)), c) for page in PAGES for c in commands(page)]
+COMMANDS = [(str(page.relative_to(ROOT)), c) for page in PAGES for c in find_commands(page)]
 POD = {"POD_NAME": "pod", "POD_ZONE": "us-west4-a", "POD_ACCELERATOR": "v5litepod-16"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links(page):
-    for file, anchor in links(page):
+    for file, anchor in find_links(page):
         target = page.parent / file if file else page
         assert target.exists(), f"{file} of {page}"
-        assert not anchor or anchor in anchors(target), f"{file}#{anchor} of {page}"
+        assert not anchor or anchor in find_anchors(target), f"{file}#{anchor} of {page}"
 
 
 def test_a_broken_link_is_seen(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A title, with marks\n\n[a](b.md#c) and ![d](e.png), [f](https://g.org)\n")
-    assert links(page) == [("b.md", "c"), ("e.png", "")]
-    assert anchors(page) == {"a-title-with-marks"}
+    assert find_links(page) == [("b.md", "c"), ("e.png", "")]
+    assert find_anchors(page) == {"a-title-with-marks"}
 
 
 def test_every_page_can_be_reached():
@@ -44,7 +52,7 @@ def test_every_page_can_be_reached():
         page = todo.pop()
         if page not in reached:
             reached.add(page)
-            files = [(page.parent / file).resolve() for file, _ in links(page) if file]
+            files = [(page.parent / file).resolve() for file, _ in find_links(page) if file]
             todo += [file for file in files if file.suffix == ".md"]
     assert set(PAGES) <= reached
 
@@ -164,7 +172,7 @@ def unknown_parts(messages, texts):
 
 
 def test_the_program_can_say_every_message_of_troubleshooting():
-    messages, texts = table_messages(ROOT / "docs" / "troubleshooting.md"), constants()
+    messages, texts = find_table_messages(ROOT / "docs" / "troubleshooting.md"), constants()
     assert len(messages) > 40
     assert unknown_parts(messages, texts) == set()
     assert unknown_parts({"x": ["config.data.dir is not sett"]}, texts)
@@ -187,7 +195,7 @@ def tables():
 
 def run_example(name):
     """The names that an example of docs/extending.md leaves behind."""
-    parts, names = example(EXTENDING, name), {"__name__": "example"}
+    parts, names = find_example(EXTENDING, name), {"__name__": "example"}
     assert len(parts) == 2
     for part in parts:
         exec(compile(part, f"{EXTENDING.name}, {name}", "exec"), names)

@@ -9,16 +9,16 @@ import pytest
 
 from configs import hmdb51_vitb
 from dualpath_jax.data.datasets.registry import list_videos
-from dualpath_jax.data.preparation.prepare import prepare_dataset
+from dualpath_jax.data.preparation.prepare import PrepareOptions, prepare_dataset
 from dualpath_jax.training.checkpoint import Checkpoints
 from dualpath_jax.training.inputs import expand_splits
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.processes import ROOT, make_environment
 from tests.helpers.video_files import write_video
 
 
 def run(*args, cwd=ROOT):
     command = [sys.executable, "-m", "dualpath_jax.main", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment())
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=make_environment())
 
 
 def test_the_owners_command_names_what_is_missing(tmp_path):
@@ -123,7 +123,8 @@ def test_all_splits_of_hmdb51(demo_backbone, tmp_path):
             lines = [f"{file} {role}\n" for file, role in zip(files, roles, strict=True)]
             (lists / f"{name}_test_split{division}.txt").write_text("".join(lines))
     listing = list_videos("hmdb51", str(videos), str(lists))
-    prepare_dataset(listing, str(videos), str(data), short_side=32, progress=False)
+    options = PrepareOptions(short_side=32, progress=False)
+    prepare_dataset(listing, str(videos), str(data), options)
     args = [
         "--config=configs/demo.py",
         f"--workdir={tmp_path / 'run'}",

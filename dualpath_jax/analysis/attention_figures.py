@@ -1,7 +1,4 @@
-"""What a model looks at in one clip, drawn: both paths, with and without adaptation (Fig. 4, A1).
-
-Public: `ClipAttention`, `middle_view_clips`, `analyze_clip`, `draw_grid`, `draw_animation`.
-"""
+"""Draws where a model looks in one clip: both paths, with and without adaptation (Fig. 4, A1)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,20 +10,23 @@ from PIL import Image
 from dualpath_jax.analysis import attention_maps, image_grid
 from dualpath_jax.data import frame_sampling
 
-TILE = 96  # pixels along a frame, at least
-COLUMNS = 16  # frames in a row of the grid
-_KINDS = {"without adaptation": False, "with adaptation": True}
+_TILE_SIZE = 96  # shortest side of a drawn frame, in pixels
+_MAX_COLUMNS = 16  # frames in a row of the grid
+# Kind of map -> does the adapted model produce it?
+_ADAPTED = {"without adaptation": False, "with adaptation": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipAttention:
-    """A clip and where the class token looks in it.
+    """Holds a clip, and the class token's attention to it.
 
     Attributes:
-      images: path -> uint8 [n, H, W, 3] that it sees, "spatial" S frames, "temporal" G framesets.
-      maps: kind ("without adaptation", "with adaptation") -> path -> [n, H, W], sum 1 per image.
-      grid: (across, down) frames of a frameset.
-      num_frames: T.
+      images: input of each path, uint8 [n, H, W, 3]: n = S frames for "spatial", n = G framesets
+        for "temporal".
+      maps: kind ("without adaptation" or "with adaptation") -> path -> [n, H, W]; each image's map
+        sums to 1.
+      grid: number of frames of a frameset, (across, down).
+      num_frames: T, the number of frames of the clip.
     """
 
     images: dict[str, np.ndarray]
@@ -34,37 +34,55 @@ class ClipAttention:
     grid: tuple[int, int]
     num_frames: int
 
-    def taken_apart(self) -> "ClipAttention":
-        """With the T frames of the framesets, in time order, in their place."""
+    def split_framesets(self) -> "ClipAttention":
+        """Returns a copy whose temporal path has T single frames, in time order, not framesets.
 
-        def apart(path: str, images: np.ndarray) -> np.ndarray:
-            return (
-                attention_maps.split_framesets(images[None], self.grid)[0]
-                if path == "temporal"
-                else images
-            )
+        The copy's temporal maps sum to 1 over the frames of a frameset, not over a frame.
+        """
 
-        def all_apart(by_path: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            return {path: apart(path, images) for path, images in by_path.items()}
+        def split(by_path: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            if "temporal" not in by_path:
+                return by_path
+            framesets = by_path["temporal"][None]
+            frames = attention_maps.split_framesets(framesets, self.grid)[0]
+            return by_path | {"temporal": frames}
 
-        maps = {kind: all_apart(by_path) for kind, by_path in self.maps.items()}
-        return dataclasses.replace(self, images=all_apart(self.images), maps=maps)
+        maps = {kind: split(by_path) for kind, by_path in self.maps.items()}
+        return dataclasses.replace(self, images=split(self.images), maps=maps)
 
-    def overlays(self, path: str, kind: str, size: tuple[int, int]) -> list[np.ndarray]:
-        """The path's images under its maps, at `size` (width, height); the hottest is of them."""
+    def draw_overlays(self, path: str, kind: str, size: tuple[int, int]) -> list[np.ndarray]:
+        """Draws the path's maps over its images, on one color scale.
+
+        Args:
+          path: "spatial" or "temporal".
+          kind: kind of map.
+          size: (width, height) of the results in pixels.
+
+        Returns:
+          n images, uint8 [height, width, 3].
+        """
         maps = self.maps[kind][path]
-        plain = self.plain(path, size)
+        images = self.resize_images(path, size)
         return [
-            image_grid.overlay_heatmap(x, m, maps.max()) for x, m in zip(plain, maps, strict=True)
+            image_grid.overlay_heatmap(image, heatmap, maps.max())
+            for image, heatmap in zip(images, maps, strict=True)
         ]
 
-    def plain(self, path: str, size: tuple[int, int]) -> list[np.ndarray]:
-        """The path's images at `size` (width, height)."""
+    def resize_images(self, path: str, size: tuple[int, int]) -> list[np.ndarray]:
+        """Returns the path's images, uint8 [height, width, 3], at `size` (width, height)."""
         return [image_grid.upscale(image, size) for image in self.images[path]]
 
 
 def middle_view_clips(batch: dict[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
-    """Of clips with all views [B, V, ...], the one in the middle of time and picture [B, ...]."""
+    """Picks the view in the middle of time and image from clips with all views.
+
+    Args:
+      batch: clips, [B, V, ...].
+      config: of the model; gives the numbers of temporal views and spatial crops.
+
+    Returns:
+      "spatial" and "temporal", as far as the batch has them, [B, ...].
+    """
     crops = config.eval.spatial_crops
     view = config.eval.temporal_views // 2 * crops + crops // 2
     return {key: batch[key][:, view] for key in ("spatial", "temporal") if key in batch}
@@ -74,20 +92,23 @@ def analyze_clip(
     model: Any,
     clips: dict[str, np.ndarray],
     rollout: bool = False,
-    kinds: Sequence[str] = tuple(_KINDS),
+    kinds: Sequence[str] = tuple(_ADAPTED),
 ) -> ClipAttention:
-    """The maps of one clip.
+    """Computes the attention maps of one clip.
 
     Args:
-      model: of `trained.load`.
+      model: a `TrainedModel`, see `trained_model.load`.
       clips: uint8 "spatial" [1, S, H, W, 3] and "temporal" [1, G, H', W', 3].
-      rollout: see `attention.roll_out`.
-      kinds: of the maps, see `ClipAttention`.
+      rollout: see `attention_maps.attention_rollout`; if False, the last block's attention is used.
+      kinds: kinds of maps to compute, see `ClipAttention`.
+
+    Raises:
+      ValueError: the model has another method than dualpath, or no class token.
     """
     patch = model.module.config.patch_size
     maps = {}
     for kind in kinds:
-        by_path = attention_maps.class_token_attention(model, clips, _KINDS[kind], rollout)
+        by_path = attention_maps.class_token_attention(model, clips, _ADAPTED[kind], rollout)
         maps[kind] = {
             path: attention_maps.upsample_to_pixels(m, patch)[0] for path, m in by_path.items()
         }
@@ -99,67 +120,73 @@ def analyze_clip(
     )
 
 
-def _scaled(image: np.ndarray, side: int) -> tuple[int, int]:
-    """(width, height) of the image, a whole number of times larger until `side` is reached."""
+def _scale_size(image: np.ndarray, side: int) -> tuple[int, int]:
+    """Scales (width, height) by the least integer that makes both at least `side` pixels."""
     height, width = image.shape[:2]
     factor = max(1, -(-side // min(height, width)))
     return width * factor, height * factor
 
 
 def draw_grid(view: ClipAttention, title: str) -> Image.Image:
-    """Frames, framesets, and these taken apart: plain, without and with adaptation."""
+    """Draws frames, framesets and the framesets' frames: plain, without and with adaptation."""
     rows = []
     names = {"spatial": "spatial path, sampled frames", "temporal": "temporal path, framesets"}
     for path, images in view.images.items():
-        size = _scaled(images[0], TILE if path == "spatial" else 2 * TILE)
-        rows += _rows(view, path, names[path], size)
+        size = _scale_size(images[0], _TILE_SIZE if path == "spatial" else 2 * _TILE_SIZE)
+        rows += _build_rows(view, path, names[path], size)
     if "temporal" in view.images:
-        apart = view.taken_apart()
-        size = _scaled(apart.images["temporal"][0], TILE)
-        rows += _rows(apart, "temporal", "temporal path, framesets taken apart, frames", size)
+        frames = view.split_framesets()
+        size = _scale_size(frames.images["temporal"][0], _TILE_SIZE)
+        rows += _build_rows(frames, "temporal", "temporal path, frames of the framesets", size)
     first = dataclasses.replace(rows[0], title=f"{title}    {rows[0].title}")
     return image_grid.draw_grid([first, *rows[1:]])
 
 
-def _rows(view: ClipAttention, path: str, name: str, size: tuple[int, int]) -> list[image_grid.Row]:
-    """Plain, without, with: side by side where there is room for it, else under one another."""
-    series = {"as sampled": view.plain(path, size)}
-    series |= {kind: view.overlays(path, kind, size) for kind in _KINDS}
+def _build_rows(
+    view: ClipAttention, path: str, name: str, size: tuple[int, int]
+) -> list[image_grid.Row]:
+    """Arranges a path's images: plain, without and with adaptation.
+
+    The three are next to each other if they fit in one row; otherwise each has rows of its own.
+    """
+    series = {"as sampled": view.resize_images(path, size)}
+    series |= {kind: view.draw_overlays(path, kind, size) for kind in _ADAPTED}
     count = len(view.images[path])
     if count * len(series) <= 6:
-        beside = [picture for group in series.values() for picture in group]
-        return [image_grid.Row(f"{name}: {' | '.join(series)}", beside)]
+        pictures = [picture for group in series.values() for picture in group]
+        return [image_grid.Row(f"{name}: {' | '.join(series)}", pictures)]
     return [
-        image_grid.Row(f"{name} {start + 1}-{min(start + COLUMNS, count)}: {kind}", group)
-        for start in range(0, count, COLUMNS)
-        for kind, whole in series.items()
-        for group in [whole[start : start + COLUMNS]]
+        image_grid.Row(f"{name} {start + 1}-{min(start + _MAX_COLUMNS, count)}: {kind}", group)
+        for start in range(0, count, _MAX_COLUMNS)
+        for kind, pictures in series.items()
+        for group in [pictures[start : start + _MAX_COLUMNS]]
     ]
 
 
 def draw_animation(view: ClipAttention) -> list[Image.Image]:
-    """The clip, a picture for each of T frames: without and with adaptation, both paths.
+    """Draws one picture for each of the T frames: both paths, without and with adaptation.
 
     The spatial path shows the sampled frame that is nearest in time.
     """
-    apart = view.taken_apart()
-    size = (2 * TILE, 2 * TILE)
-    shown = {}
-    for path in apart.images:
-        for kind in _KINDS:
-            shown[path, kind] = apart.overlays(path, kind, size)
-    chosen = np.arange(view.num_frames)
+    view = view.split_framesets()
+    size = (2 * _TILE_SIZE, 2 * _TILE_SIZE)
+    overlays = {
+        (path, kind): view.draw_overlays(path, kind, size)
+        for path in view.images
+        for kind in _ADAPTED
+    }
+    sampled = np.arange(view.num_frames)
     if "spatial" in view.images:
-        chosen = frame_sampling.spatial_subset(view.num_frames, len(view.images["spatial"]))
-    frames = []
+        sampled = frame_sampling.spatial_subset(view.num_frames, len(view.images["spatial"]))
+    pictures = []
     for t in range(view.num_frames):
-        place = {"spatial": int(np.abs(chosen - t).argmin()), "temporal": t}
+        index = {"spatial": int(np.abs(sampled - t).argmin()), "temporal": t}
         rows = [
             image_grid.Row(
-                f"{' | '.join(apart.images)} path, {kind}",
-                [shown[path, kind][place[path]] for path in apart.images],
+                f"{' | '.join(view.images)} path, {kind}",
+                [overlays[path, kind][index[path]] for path in view.images],
             )
-            for kind in _KINDS
+            for kind in _ADAPTED
         ]
-        frames.append(image_grid.draw_grid(rows))
-    return frames
+        pictures.append(image_grid.draw_grid(rows))
+    return pictures

@@ -1,11 +1,8 @@
-"""Where the class token looks: heat maps of the last block, or rolled out over all blocks.
-
-Public: `class_token_attention`, `attention_rollout`, `upsample_to_pixels`, `split_framesets`, `patch_coverage`,
-`mean_attention_share`.
+"""Computes where the class token looks: maps of the last block, or rolled out over all blocks.
 
 Axes: B clips, n images of a clip (S frames or G framesets), h, w patches down and across an image,
-H, W its pixels. A map is the class token's attention to the patches, divided by their sum: its
-attention to itself is left out, so that uniform attention gives every pixel the same.
+H, W its pixels. A map is the class token's attention to the patches, divided by their sum. Its
+attention to itself is left out; therefore uniform attention gives every pixel the same value.
 """
 
 import functools
@@ -24,29 +21,30 @@ from dualpath_jax.models.methods.dualpath import DualPath
 def class_token_attention(
     model: Any, clips: dict[str, np.ndarray], adapted: bool = True, rollout: bool = False
 ) -> dict[str, np.ndarray]:
-    """Maps of both paths (Fig. 4, A1), heads averaged.
+    """Computes the maps of both paths (Fig. 4, A1), averaged over the heads.
 
     Args:
-      model: of `trained.load`, tuned by dualpath on a ViT.
+      model: a `TrainedModel`, see `trained_model.load`; its method is dualpath on a ViT.
       clips: uint8 "spatial" [B, S, H, W, 3] and "temporal" [B, G, H', W', 3].
-      adapted: the tuned model; otherwise the frozen backbone at the same positions (eq. 2).
-      rollout: see `attention_rollout`; otherwise the attention of the last block alone.
+      adapted: use the tuned model; if False, use the frozen backbone with the same position
+        embeddings (eq. 2).
+      rollout: see `attention_rollout`; if False, use only the last block's attention.
 
     Returns:
-      "spatial" [B, S, h, w] and "temporal" [B, G, h, w], of the paths that the model has: float32,
-      the sum over each image is 1.
+      "spatial" [B, S, h, w] and "temporal" [B, G, h, w], as far as the model has these paths, in
+      float32. The map of each image sums to 1.
 
     Raises:
-      ValueError: another method, or a backbone without a class token.
+      ValueError: the model has another method, or its backbone has no class token.
     """
     if not isinstance(model.module, DualPath):
         raise ValueError(
-            f"attention is shown of model.method=dualpath, and this model is of "
+            "attention maps need model.method=dualpath, but this model was tuned with "
             f"{model.config.model.method!r}"
         )
     dtype = method_registry.compute_dtype(model.config)
     inputs = preprocess.model_inputs(clips, model.config.data, dtype)
-    maps = _maps(model.module, adapted, rollout)(model.params, *inputs)
+    maps = _build_map_fn(model.module, adapted, rollout)(model.params, *inputs)
     patch = model.module.config.patch_size
     return {
         name: np.asarray(rows).reshape(*rows.shape[:2], clips[name].shape[2] // patch, -1)
@@ -55,8 +53,8 @@ def class_token_attention(
 
 
 @functools.lru_cache(maxsize=8)
-def _maps(module: DualPath, adapted: bool, rollout: bool) -> Any:
-    """The compiled function (params, spatial, temporal) -> path -> [B, n, patches]."""
+def _build_map_fn(module: DualPath, adapted: bool, rollout: bool) -> Any:
+    """Builds the compiled function (params, spatial, temporal) -> path -> [B, n, patches]."""
 
     def maps(params, spatial, temporal):
         weights = module.apply(
@@ -70,12 +68,13 @@ def _maps(module: DualPath, adapted: bool, rollout: bool) -> Any:
 
 
 def attention_rollout(weights: jax.Array) -> jax.Array:
-    """Attention rollout (Abnar and Zuidema 2020): what reaches the tokens through all blocks.
+    """Computes attention rollout (Abnar and Zuidema 2020): attention through all blocks.
 
-    The residual connection counts as half of a block: the product of (attention + identity) / 2.
+    It is the product of (attention + identity) / 2 over the blocks: the residual connection counts
+    as half of a block.
 
     Args:
-      weights: [L, ..., N, N], rows sum to 1; block 0 first.
+      weights: attention of each block, [L, ..., N, N], block 0 first; rows sum to 1.
 
     Returns:
       [..., N, N], rows sum to 1.
@@ -85,20 +84,20 @@ def attention_rollout(weights: jax.Array) -> jax.Array:
 
 
 def upsample_to_pixels(maps: np.ndarray, patch_size: int) -> np.ndarray:
-    """Maps [..., h, w] -> [..., H, W]: each patch's share, spread evenly over its pixels."""
+    """Spreads each patch's share evenly over its pixels: [..., h, w] -> [..., H, W]."""
     pixels = maps.repeat(patch_size, axis=-2).repeat(patch_size, axis=-1)
     return pixels / patch_size**2
 
 
 def split_framesets(framesets: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Framesets taken apart, undoing `tile_framesets`.
+    """Splits framesets into their frames: the inverse of `framesets.tile_framesets`.
 
     Args:
-      framesets: [B, G, down fh, across fw, ...].
-      grid: (across, down).
+      framesets: [B, G, down * fh, across * fw, ...]; a frame has fh x fw pixels.
+      grid: number of frames of a frameset, (across, down).
 
     Returns:
-      [B, T, fh, fw, ...], in time order.
+      The frames in time order, [B, T, fh, fw, ...].
     """
     across, down = grid
     pattern = "b g (down h) (across w) ... -> b (g down across) h w ..."
@@ -106,21 +105,29 @@ def split_framesets(framesets: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def patch_coverage(masks: np.ndarray, patch_size: int) -> np.ndarray:
-    """How much of each patch is object: masks [B, n, H, W], 0..1, of its pixels -> [B, n, h, w]."""
+    """Computes the share of each patch that an object covers.
+
+    Args:
+      masks: the object's share of each pixel, 0..1, [B, n, H, W].
+      patch_size: side of a patch in pixels.
+
+    Returns:
+      [B, n, h, w], 0..1.
+    """
     pattern = "b n (h p) (w q) -> b n h w"
     return einops.reduce(masks, pattern, "mean", p=patch_size, q=patch_size)
 
 
-def mean_attention_share(maps: np.ndarray, covered: np.ndarray) -> np.ndarray:
-    """The share of each map that falls on an object, averaged over the images of a clip.
+def mean_attention_share(maps: np.ndarray, coverage: np.ndarray) -> np.ndarray:
+    """Computes the share of attention that falls on an object, averaged over a clip's images.
 
-    A patch's attention counts as spread evenly over its pixels.
+    A patch's attention is assumed to be spread evenly over its pixels.
 
     Args:
-      maps: [B, n, h, w], the sum over each image is 1.
-      covered: [B, n, h, w], of `patch_coverage`.
+      maps: [B, n, h, w]; the map of each image sums to 1.
+      coverage: result of `patch_coverage`, [B, n, h, w].
 
     Returns:
-      [B] in 0..1; of uniform maps, the object's share of the area.
+      [B], 0..1. For uniform maps it is the object's share of the area.
     """
-    return (maps * covered).sum(axis=(-2, -1)).mean(axis=-1)
+    return (maps * coverage).sum(axis=(-2, -1)).mean(axis=-1)

@@ -1,11 +1,9 @@
-"""Parameters and multiply-accumulates of a configuration, beside what the paper prints.
+"""Counts parameters and multiply-accumulates of a configuration; lists the paper's numbers.
 
-Public: `count_macs`, `Efficiency`, `measure_efficiency`, `PAPER_ROWS`, `PaperRow`.
-
-Convention: one multiply-accumulate (MAC) for each product inside a matrix product or a convolution,
-embedding, adapters and classifier included; nothing for norms, activations, softmax and other
-elementwise work. The paper's "GFLOPs" are printed as they stand, without its convention, and do not
-follow from its architecture (PAPER.md).
+A multiply-accumulate (MAC) is counted for each product inside a matrix product or a convolution,
+including the embedding, adapters and classifier. Norms, activations, softmax and other elementwise
+operations are not counted. The paper's "GFLOPs" are listed as printed: the paper does not state its
+convention, and its numbers do not follow from its architecture (PAPER.md).
 """
 
 import copy
@@ -17,21 +15,26 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from dualpath_jax.config.ranges import check_ranges
+from dualpath_jax.config.schema import check_values
 from dualpath_jax.data.datasets import registry as dataset_registry
 from dualpath_jax.models import param_tree
 from dualpath_jax.models.abstract import AbstractModel, abstract_inputs, abstract_model
 
 
 def count_macs(function: Callable, *args: Any) -> int:
-    """Multiply-accumulates of the matrix products and convolutions that `function` traces to.
+    """Counts the multiply-accumulates of the matrix products and convolutions in `function`.
 
-    A loop counts as often as it runs, which XLA's own cost analysis does not do.
+    A loop's body is counted as often as it runs. XLA's own cost analysis counts it only once.
+
+    Args:
+      function: function that JAX can trace.
+      *args: its arguments, arrays or their `jax.ShapeDtypeStruct`.
     """
-    return _jaxpr_macs(jax.make_jaxpr(function)(*args).jaxpr)
+    return _count_jaxpr_macs(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _jaxpr_macs(jaxpr: core.Jaxpr) -> int:
+def _count_jaxpr_macs(jaxpr: core.Jaxpr) -> int:
+    """Counts the multiply-accumulates of a jaxpr, including the jaxprs inside it."""
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -45,11 +48,12 @@ def _jaxpr_macs(jaxpr: core.Jaxpr) -> int:
             total += equation.outvars[0].aval.size * kernel.size // features
         else:
             times = params["length"] if name == "scan" else 1
-            total += times * sum(_jaxpr_macs(inner) for inner in _inner_jaxprs(params))
+            total += times * sum(_count_jaxpr_macs(inner) for inner in _find_inner_jaxprs(params))
     return total
 
 
-def _inner_jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
+def _find_inner_jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
+    """Returns the jaxprs among an equation's parameters: bodies of loops, called functions."""
     values = [v for p in params.values() for v in (p if isinstance(p, (tuple, list)) else (p,))]
     values = [value.jaxpr if isinstance(value, core.ClosedJaxpr) else value for value in values]
     return [value for value in values if isinstance(value, core.Jaxpr)]
@@ -57,15 +61,18 @@ def _inner_jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-    """Of one configuration.
+    """Holds the counts of one configuration.
 
     Attributes:
-      total_params, trainable_params: counts; those of the backbone that are not used included.
-      plain_gmacs_per_view: 10^9 multiply-accumulates of a forward pass for one view, every token of
-        every block computed.
-      gmacs_per_view: those that are executed (`model.cls_token_only`).
-      plain_gmacs_per_video, gmacs_per_video: of all test views.
-      views: frames x clips x crops.
+      total_params: number of parameters, including the backbone's unused ones.
+      trainable_params: number of parameters that are trained.
+      plain_gmacs_per_view: 10^9 multiply-accumulates of a forward pass of one view, if every token
+        of every block is computed.
+      gmacs_per_view: 10^9 multiply-accumulates that are executed for one view: without those that
+        `model.cls_token_only` saves.
+      plain_gmacs_per_video: `plain_gmacs_per_view` times the number of test views.
+      gmacs_per_video: `gmacs_per_view` times the number of test views.
+      views: "frames x clips x crops" of a test video, for example "16x1x3".
     """
 
     total_params: int
@@ -77,23 +84,32 @@ class Efficiency:
     views: str
 
 
-def _forward(model: AbstractModel) -> Callable:
+def _build_forward_fn(model: AbstractModel) -> Callable:
+    """Returns the function (params, *inputs) -> logits of a model."""
     return lambda params, *inputs: model.model.apply({"params": params}, *inputs)
 
 
 def measure_efficiency(config: Any) -> Efficiency:
-    """Count what `config` describes, abstractly: no weights, no data, no computation."""
+    """Counts parameters and multiply-accumulates of a configuration.
+
+    The model is only traced: neither weights nor data are needed. If the number of classes of
+    `data.source` is not known, a placeholder is used.
+
+    Raises:
+      ValueError: a value of the configuration is invalid.
+    """
     num_classes = dataset_registry.NUM_CLASSES.get(
-        config.data.source, dataset_registry.UNKNOWN_CLASSES
+        config.data.source, dataset_registry.PLACEHOLDER_NUM_CLASSES
     )
-    check_ranges(config)
+    check_values(config)
     config, macs = copy.deepcopy(config), []
-    # A GPU's attention in half precision is cuDNN's (`attend.flash_fits`), which is not counted.
+    # On a GPU, attention in half precision is a cuDNN call (`attention.can_use_flash_attention`),
+    # whose products cannot be counted; float32 avoids it.
     config.model.dtype = "float32"
     for cls_token_only in (False, True):
         config.model.cls_token_only = cls_token_only
         model = abstract_model(config, num_classes)
-        macs.append(count_macs(_forward(model), model.params, *abstract_inputs(config)))
+        macs.append(count_macs(_build_forward_fn(model), model.params, *abstract_inputs(config)))
     views = config.eval.temporal_views * config.eval.spatial_crops
     trainable, _ = param_tree.split(model.params, model.mask)
     return Efficiency(
@@ -109,9 +125,15 @@ def measure_efficiency(config: Any) -> Efficiency:
 
 @dataclasses.dataclass(frozen=True)
 class PaperRow:
-    """What the paper prints (tables 1-5, A2): millions of parameters, GFLOPs per video, top-1.
+    """Holds a row of the paper's tables (1-5, A2), as printed; None where nothing is printed.
 
-    None: not printed.
+    Attributes:
+      data: data set.
+      label: method, backbone and setting.
+      total_params: number of parameters, in millions.
+      trainable_params: number of trained parameters, in millions.
+      gflops: GFLOPs per video.
+      top1: top-1 accuracy in percent.
     """
 
     data: str
@@ -124,7 +146,7 @@ class PaperRow:
 
 _K400, _SSV2, _HMDB51 = "K400", "SSv2", "HMDB51"
 
-# By config file and argument, as `--config=configs/<name>.py:<argument>` takes them.
+# The keys are config files with their arguments, as in `--config=configs/<name>.py:<argument>`.
 PAPER_ROWS = {
     "k400_vitb": PaperRow(_K400, "DualPath B/16", 96, 10, 710, 85.4),
     "k400_vitl": PaperRow(_K400, "DualPath L/14", 330, 27, 1868, 87.7),

@@ -1,145 +1,609 @@
-"""Every key of a configuration, once, with its default. Other configs only override.
+"""Defines every configuration key once: name, default, allowed values and meaning.
 
-A value marked `ours` is not in the paper (see README, "What differs from the paper").
+`KEYS` is the one table. From it come the `ConfigDict` that config files override (`get_config`), the
+check of a configuration (`check_values`), `--help_config` (`format_keys`) and docs/configuration.md
+(`markdown_table`; python -m dualpath_jax.config.schema prints it).
+
+A description that ends in "ours" marks a default that the paper does not give (see README, "What
+differs from the paper"). Upper limits are far above what anybody trains: a configuration may come
+with an untrusted file.
 """
+
+import dataclasses
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+_INFINITY = float("inf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Describes an interval of numbers; `open_low` and `open_high` exclude its ends."""
+
+    low: float
+    high: float = _INFINITY
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low < value if self.open_low else self.low <= value
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == _INFINITY:
+            return f"above {self.low:g}" if self.open_low else f"{self.low:g} or more"
+        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"in {left}{self.low:g}, {self.high:g}{right}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Optional:
+    """Stands for a default of None; the key takes values of `kind` or None."""
+
+    kind: type
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """Describes a configuration key.
+
+    Attributes:
+      name: dotted, "data.batch_size".
+      default: its value unless a config file or the command line changes it.
+      description: what it sets, one sentence.
+      allowed: a `Range` of each number, a tuple of choices, or None for any value of its type.
+        None as a value is always allowed where the default is `Optional`.
+    """
+
+    name: str
+    default: Any
+    description: str
+    allowed: Range | tuple[Any, ...] | None = None
+
+
+_COUNT, _NOT_NEGATIVE, _POSITIVE = Range(1), Range(0), Range(0, open_low=True)
+_FRACTION, _RATE = Range(0, 1), Range(0, 1, open_high=True)
+_SIZE, _WIDTH, _DEPTH = Range(1, 4096), Range(1, 2**16), Range(1, 256)
+
+# Literal, as this module may not import the registries; a test compares them.
+_METHODS = (
+    *("dualpath", "full", "linear", "vpt", "adaptformer", "protuning", "st_adapter"),
+    *("videoprompt", "aim", "evl"),
+)
+_BACKBONES = (
+    *("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336", "ViT-B/16-IN21K", "ViT-L/16-IN21K"),
+    *("Swin-T", "Swin-S", "Swin-B", "custom", "custom-swin"),
+)
+_SOURCES = ("k400", "ssv2", "hmdb51", "diving48", "folder", "csv", "demo")
+
+KEYS = (
+    Key(
+        "seed",
+        0,
+        "Seed of all randomness: initial parameters, order of examples, augmentation.",
+    ),
+    Key("num_epochs", 30, "Length of the training in epochs; ours.", _NOT_NEGATIVE),
+    Key(
+        "num_train_steps",
+        Optional(int),
+        "Length of the training in steps, used instead of num_epochs when set.",
+        _NOT_NEGATIVE,
+    ),
+    Key(
+        "log_every_steps",
+        50,
+        "Steps between two progress lines and entries in metrics.jsonl.",
+        _COUNT,
+    ),
+    Key(
+        "init_from",
+        Optional(str),
+        "Adapter file (scripts/export_adapter.py) whose parameters the run starts from.",
+    ),
+    Key(
+        "resume_changed",
+        False,
+        "Resumes from a checkpoint even if it was saved with other settings.",
+    ),
+    # data
+    Key("data.dir", Optional(str), "Output folder of scripts/prepare_dataset.py, local or gs://."),
+    Key(
+        "data.source",
+        "folder",
+        "Data set that was prepared (its --dataset); demo renders and prepares it on first use.",
+        _SOURCES,
+    ),
+    Key("data.train_split", "train", "Split that is trained on."),
+    Key(
+        "data.split",
+        Optional(str),
+        "HMDB51: split 1, 2, 3 or all, instead of the 1 in the names of the splits.",
+    ),
+    Key("data.batch_size", 64, "Clips per step, over all devices and hosts.", _COUNT),
+    Key("data.image_size", 224, "Height and width of a spatial frame, pixels.", _SIZE),
+    Key(
+        "data.num_frames",
+        32,
+        "T, frames sampled from a video (sec. 3.2: 8 for the baselines).",
+        _SIZE,
+    ),
+    Key(
+        "data.num_spatial_frames",
+        8,
+        "S, frames of the spatial path; only dualpath uses it.",
+        _SIZE,
+    ),
+    Key(
+        "data.grid",
+        (4, 4),
+        "(w, h), frames across and down a frameset; only dualpath uses it.",
+        _SIZE,
+    ),
+    Key(
+        "data.frame_scale",
+        4,
+        "Factor by which a frame is reduced in a frameset; only dualpath uses it.",
+        _SIZE,
+    ),
+    Key(
+        "data.sampling",
+        "dense",
+        "How frames are sampled: dense takes a clip at sampling_interval, segments the whole video.",
+        ("dense", "segments"),
+    ),
+    Key(
+        "data.sampling_interval",
+        Optional(int),
+        "Frames from one sampled frame to the next; None: 4, 2, 1 for T = 16, 32, 48 (sec. 5.1).",
+        _COUNT,
+    ),
+    Key(
+        "data.crop_scale",
+        (0.08, 1.0),
+        "Smallest and largest part of a frame's area in a random resized crop; ours.",
+        Range(0, 1, open_low=True),
+    ),
+    Key(
+        "data.crop_ratio",
+        (3 / 4, 4 / 3),
+        "Smallest and largest width / height of a random resized crop; ours.",
+        _POSITIVE,
+    ),
+    Key(
+        "data.flip",
+        True,
+        "Mirrors half of the training clips; label_swap handles left and right; ours.",
+    ),
+    Key(
+        "data.label_swap",
+        Optional(str),
+        "Pairs of classes that a flip exchanges: ssv2, or a JSON file of pairs.",
+    ),
+    Key(
+        "data.randaugment_layers",
+        0,
+        "N, RandAugment operations drawn per clip; 0 switches RandAugment off.",
+        _NOT_NEGATIVE,
+    ),
+    Key("data.randaugment_magnitude", 7.0, "M, RandAugment's magnitude; ours.", Range(0, 10)),
+    Key(
+        "data.erasing_probability",
+        0.0,
+        "Probability of erasing a box in all frames of a clip.",
+        _FRACTION,
+    ),
+    Key(
+        "data.mean",
+        (0.48145466, 0.4578275, 0.40821073),
+        "Mean of red, green and blue that the backbone expects, 0..1; CLIP's.",
+    ),
+    Key(
+        "data.std",
+        (0.26862954, 0.26130258, 0.27577711),
+        "Standard deviation of red, green and blue that the backbone expects; CLIP's.",
+        _POSITIVE,
+    ),
+    Key(
+        "data.prefetch",
+        2,
+        "Batches made ahead of the step that needs them; -1 lets tf.data choose.",
+        Range(-1),
+    ),
+    Key(
+        "data.max_broken_videos",
+        100,
+        "Unreadable videos that are replaced in training; one more stops it.",
+        _NOT_NEGATIVE,
+    ),
+    Key(
+        "data.synthetic",
+        False,
+        "Times the device: one made-up batch, random weights, no files.",
+    ),
+    # mesh
+    Key(
+        "mesh.fsdp",
+        1,
+        "Devices that share frozen weights and optimizer state; must divide their number.",
+        _COUNT,
+    ),
+    # backbone
+    Key(
+        "backbone.name",
+        "ViT-B/16",
+        "Name of the backbone; custom takes the keys below.",
+        _BACKBONES,
+    ),
+    Key("backbone.checkpoint", Optional(str), "Output file of scripts/convert_clip.py."),
+    Key(
+        "backbone.patch_size",
+        Optional(int),
+        "P, side of a patch, pixels; None here and below: that of the named backbone.",
+        _SIZE,
+    ),
+    Key(
+        "backbone.width", Optional(int), "D, width of the tokens; Swin: of the first stage.", _WIDTH
+    ),
+    Key("backbone.depth", Optional(int), "ViT: L, number of blocks.", _DEPTH),
+    Key("backbone.depths", Optional(tuple), "Swin: number of blocks in each stage.", _DEPTH),
+    Key(
+        "backbone.heads", Optional(int), "K, attention heads; must be those of the weights.", _WIDTH
+    ),
+    Key("backbone.mlp_dim", Optional(int), "Width of the MLP's hidden layer.", _WIDTH),
+    Key("backbone.window_size", Optional(int), "Swin: side of a window, tokens.", _SIZE),
+    Key(
+        "backbone.projection_dim",
+        Optional(int),
+        "ViT: e, width of CLIP's joint space; custom backbones may have none.",
+        _WIDTH,
+    ),
+    Key("backbone.pre_norm", Optional(bool), "ViT: CLIP's LayerNorm before the first block."),
+    Key("backbone.patch_bias", Optional(bool), "ViT: a bias in the patch embedding (ImageNet)."),
+    # model
+    Key("model.method", "dualpath", "Tuning method.", _METHODS),
+    Key("model.spatial_path", True, "dualpath: False is Table 5, without spatial adaptation."),
+    Key("model.temporal_path", True, "dualpath: False is Table 5, without temporal adaptation."),
+    Key("model.adapter_bottleneck", 128, "dualpath: R, width of an adapter.", _WIDTH),
+    Key("model.adapter_scale", 1.0, "dualpath: s, factor on an adapter's output; ours."),
+    Key(
+        "model.adapter_dropout",
+        0.0,
+        "dualpath: dropout rate in an adapter, after its activation; ours.",
+        _RATE,
+    ),
+    Key("model.adapter_layer_norm", False, "dualpath: a LayerNorm before each adapter; ours."),
+    Key(
+        "model.serial_skip",
+        False,
+        "dualpath, temporal path: y + Adapter(y) instead of eq. 9's Adapter(y).",
+    ),
+    Key(
+        "model.pre_attention_adapter",
+        False,
+        "dualpath, temporal path: one more adapter before attention (SSv2).",
+    ),
+    Key(
+        "model.pre_attention_residual",
+        True,
+        "dualpath: that adapter computes x + Adapter(x) instead of Adapter(x); ours.",
+    ),
+    Key(
+        "model.temporal_position",
+        "sincos3d",
+        "dualpath: position encoding of the framesets' patches.",
+        ("sincos3d", "sincos3d+clip", "clip", "learned"),
+    ),
+    Key(
+        "model.train_tokens",
+        True,
+        "dualpath: trains class tokens and spatial positions (sec. 4).",
+    ),
+    Key(
+        "model.adapt_shifted_windows",
+        False,
+        "dualpath on a Swin: adapters also in the shifted-window blocks (not in App. B.1).",
+    ),
+    Key(
+        "model.dtype",
+        "bfloat16",
+        "Dtype of the computation; trainable parameters are float32; ours.",
+        ("float32", "bfloat16"),
+    ),
+    Key(
+        "model.scan_blocks",
+        Optional(bool),
+        "True scans over the blocks, False unrolls them; None: unrolled on a GPU, else scanned.",
+    ),
+    Key(
+        "model.remat",
+        "save_matmuls",
+        "Activation checkpointing: none saves everything, save_matmuls the outputs of large "
+        "products, full block inputs only.",
+        ("none", "save_matmuls", "full"),
+    ),
+    Key(
+        "model.cls_token_only",
+        True,
+        "ViT: the last block computes only what the class token needs; same result.",
+    ),
+    Key(
+        "model.vpt.num_prompts",
+        10,
+        "vpt: K, prompts; VPT's own choices are 1, 5, 10, 50, 100, 200; ours.",
+        _WIDTH,
+    ),
+    Key("model.vpt.deep", True, "vpt: new prompts in each block; False is VPT-shallow."),
+    Key("model.adaptformer.bottleneck", 64, "adaptformer: R, width of an adapter.", _WIDTH),
+    Key("model.adaptformer.scale", 0.1, "adaptformer: s, factor on an adapter's output."),
+    Key("model.adaptformer.parallel", True, "adaptformer: eq. 4; False is the serial Fig. 2c."),
+    Key(
+        "model.protuning.width",
+        96,
+        "protuning: channels between the 1x1 convolutions; ours, gives its 9M.",
+        _WIDTH,
+    ),
+    Key(
+        "model.st_adapter.form",
+        "paper",
+        "st_adapter: eq. 6 of the paper, or the form that its authors released.",
+        ("paper", "released"),
+    ),
+    Key("model.st_adapter.width", 384, "st_adapter: R, width; its authors'.", _WIDTH),
+    Key(
+        "model.st_adapter.kernel_size",
+        (3, 1, 1),
+        "st_adapter: kernel over frames, rows, columns; odd numbers; its authors'.",
+        _SIZE,
+    ),
+    Key(
+        "model.st_adapter.scale",
+        1.0,
+        "st_adapter: s, factor on an adapter's output in eq. 6; ours.",
+    ),
+    Key(
+        "model.videoprompt.num_prompts",
+        32,
+        "videoprompt: prompts before the frames; its authors' 16 + 16.",
+        _WIDTH,
+    ),
+    Key(
+        "model.aim.bottleneck",
+        Optional(int),
+        "aim: R, width of an adapter; None: D/4, its authors'.",
+        _WIDTH,
+    ),
+    Key("model.aim.scale", 0.5, "aim: s of joint adaptation; its authors'; 1.0 on SSv2."),
+    Key(
+        "model.aim.num_temporal_adapters",
+        1,
+        "aim: adapters around temporal attention; its authors'; 2 on SSv2.",
+        (1, 2),
+    ),
+    Key(
+        "model.aim.drop_path",
+        0.2,
+        "aim: stochastic depth of temporal and joint adaptation, by clip; its authors'.",
+        _RATE,
+    ),
+    Key("model.aim.dropout", 0.5, "aim: dropout rate before the classifier; its authors'.", _RATE),
+    Key("model.evl.num_blocks", 4, "evl: M, last blocks that are decoded; its authors'."),
+    Key(
+        "model.evl.mlp_dropout", 0.5, "evl: dropout rate in the decoder's MLP; its authors'.", _RATE
+    ),
+    Key("model.evl.dropout", 0.5, "evl: dropout rate before the classifier; its authors'.", _RATE),
+    # optimizer
+    Key(
+        "optimizer.learning_rate",
+        3e-4,
+        "Peak learning rate of AdamW; the schedule is a cosine to zero.",
+        _POSITIVE,
+    ),
+    Key("optimizer.weight_decay", 5e-2, "Weight decay, on kernels only (ours).", _NOT_NEGATIVE),
+    Key(
+        "optimizer.warmup_epochs",
+        3.0,
+        "Epochs of linear warm-up, at most half of the training; ours.",
+        _NOT_NEGATIVE,
+    ),
+    Key("optimizer.b1", 0.9, "AdamW's decay of the first moment; ours.", _RATE),
+    Key("optimizer.b2", 0.999, "AdamW's decay of the second moment; ours.", _RATE),
+    Key(
+        "optimizer.clip_norm",
+        Optional(float),
+        "Largest global gradient norm; None does not clip.",
+        _POSITIVE,
+    ),
+    Key("optimizer.label_smoothing", 0.0, "Label smoothing; ours.", _RATE),
+    Key(
+        "optimizer.accumulation_steps",
+        1,
+        "Parts of a batch that are computed one after the other.",
+        _COUNT,
+    ),
+    Key(
+        "optimizer.reduce_dtype",
+        "float32",
+        "Dtype of gradients between devices, along mesh axis data.",
+        ("float32", "bfloat16"),
+    ),
+    Key(
+        "optimizer.max_skipped_steps",
+        0,
+        "Steps with a non-finite loss or gradient that are skipped; one more stops the training.",
+        _NOT_NEGATIVE,
+    ),
+    # eval
+    Key("eval.split", "validation", "Split that results.json is about."),
+    Key("eval.batch_size", 32, "Videos per evaluation step, over all devices and hosts.", _COUNT),
+    Key("eval.temporal_views", 3, "Clips per video.", Range(1, 1024)),
+    Key("eval.spatial_crops", 1, "Crops per clip.", (1, 3)),
+    Key(
+        "eval.every_epochs",
+        0,
+        "Epochs between evaluations during training; 0 evaluates only at the end.",
+        _NOT_NEGATIVE,
+    ),
+    Key(
+        "eval.checkpoint",
+        "latest",
+        "Checkpoint that --mode=eval takes: the latest, or the best by top-1 during training.",
+        ("latest", "best"),
+    ),
+    # checkpoint
+    Key(
+        "checkpoint.every_steps",
+        1000,
+        "Steps between checkpoints; evaluations and the end are saved as well.",
+        _COUNT,
+    ),
+    Key(
+        "checkpoint.every_minutes",
+        15.0,
+        "Minutes after which a checkpoint is saved in any case, checked when progress is logged.",
+        _POSITIVE,
+    ),
+    Key(
+        "checkpoint.keep",
+        3,
+        "Newest checkpoints that are kept, in addition to the best by top-1.",
+        _COUNT,
+    ),
+    # profile
+    Key(
+        "profile.first_step",
+        10,
+        "First step that is traced, counted from the start of the process.",
+        _NOT_NEGATIVE,
+    ),
+    Key(
+        "profile.num_steps",
+        0,
+        "Steps that JAX's profiler traces into the workdir; 0 traces none.",
+        _NOT_NEGATIVE,
+    ),
+)
+
+_BY_NAME = {key.name: key for key in KEYS}
+_ADDED_CHOICES: dict[str, list[Any]] = {}
+
+# Keys and values of older versions, and what they are called now.
+RENAMED_KEYS = {"model.class_only": "model.cls_token_only"}
+RENAMED_VALUES = {("model.remat", "cheap"): "save_matmuls"}
+
 
 def get_config() -> ConfigDict:
+    """Returns every key with its default; config files change the values they need."""
     config = ConfigDict()
-    config.seed = 0  # of all randomness: initial parameters, order of examples, augmentation
-    config.num_epochs = 30  # length of the training; ours
-    config.num_train_steps = placeholder(int)  # length in steps, instead of num_epochs
-    config.log_every_steps = 50  # a progress line and an entry in metrics.jsonl
-    config.init_from = placeholder(str)  # file of scripts/export_adapter.py to start from
-    config.resume_changed = False  # go on from a checkpoint that had other settings than these
-
-    config.data = ConfigDict()
-    config.data.dir = placeholder(str)  # output folder of scripts/prepare_dataset.py
-    config.data.source = "folder"  # its --dataset, such as ssv2; or demo: rendered on first use
-    config.data.train_split = "train"  # the split that is trained on
-    config.data.split = placeholder(str)  # HMDB51: 1, 2, 3 or all, instead of the 1 in the names
-    config.data.batch_size = 64  # clips per step, over all devices and hosts
-    config.data.image_size = 224  # H = W of a spatial frame, pixels
-    config.data.num_frames = 32  # T, frames sampled from a video (sec. 3.2: 8 for the baselines)
-    config.data.num_spatial_frames = 8  # S, the subset for the spatial path; dualpath alone
-    config.data.grid = (4, 4)  # (w, h), frames across and down a frameset; dualpath alone
-    config.data.frame_scale = 4  # how much a frame is reduced in a frameset; dualpath alone
-    config.data.sampling = "dense"  # dense: a clip at sampling_interval; segments: whole video
-    config.data.sampling_interval = placeholder(int)  # None: 4, 2, 1 for T = 16, 32, 48 (sec. 5.1)
-    config.data.crop_scale = (0.08, 1.0)  # random resized crop: part of the frame's area; ours
-    config.data.crop_ratio = (3 / 4, 4 / 3)  # random resized crop: width / height; ours
-    config.data.flip = True  # mirror clips half of the time; left / right: see label_swap; ours
-    config.data.label_swap = placeholder(str)  # classes that flip exchanges: ssv2, or a JSON file
-    config.data.randaugment_layers = 0  # N, operations drawn per clip; 0: no RandAugment
-    config.data.randaugment_magnitude = 7.0  # M, 0..10; ours
-    config.data.erasing_probability = 0.0  # of erasing a box in all frames of a clip
-    config.data.mean = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
-    config.data.std = (0.26862954, 0.26130258, 0.27577711)  # CLIP's
-    config.data.prefetch = 2  # batches made ahead of the step that needs them
-    config.data.max_broken_videos = 100  # unreadable ones replaced in training; one more stops it
-    config.data.synthetic = False  # time the device: one made-up batch, random weights, no files
-
-    config.mesh = ConfigDict()
-    config.mesh.fsdp = 1  # devices that share frozen weights and optimizer; divides their number
-
-    config.backbone = ConfigDict()
-    config.backbone.name = "ViT-B/16"  # a name of dualpath_jax.models.backbones.MODELS or CUSTOM
-    config.backbone.checkpoint = placeholder(str)  # output file of scripts/convert_clip.py
-    config.backbone.patch_size = placeholder(int)  # P, pixels; None here and below: the name's own
-    config.backbone.width = placeholder(int)  # D; Swin, here and below: of the first stage
-    config.backbone.depth = placeholder(int)  # ViT: L, number of blocks
-    config.backbone.depths = placeholder(tuple)  # Swin: L of each stage
-    config.backbone.heads = placeholder(int)  # K; that of the weights
-    config.backbone.mlp_dim = placeholder(int)  # width of the MLP's hidden layer
-    config.backbone.window_size = placeholder(int)  # Swin: side of a window, tokens
-    config.backbone.projection_dim = placeholder(int)  # ViT: e, CLIP's joint space; custom: or none
-    config.backbone.pre_norm = placeholder(bool)  # ViT: CLIP's LayerNorm before the first block
-    config.backbone.patch_bias = placeholder(bool)  # ViT: a bias in the patch embedding (ImageNet)
-
-    config.model = ConfigDict()
-    config.model.method = "dualpath"  # a name of dualpath_jax.models.tuning.METHODS
-    # From here to train_tokens: dualpath alone.
-    config.model.spatial_path = True  # False: Table 5, "without spatial adaptation"
-    config.model.temporal_path = True  # False: Table 5, "without temporal adaptation"
-    config.model.adapter_bottleneck = 128  # R
-    config.model.adapter_scale = 1.0  # s, factor on an adapter's output; ours
-    config.model.adapter_dropout = 0.0  # inside an adapter, after its activation; ours
-    config.model.adapter_layer_norm = False  # a LayerNorm of its own before an adapter; ours
-    config.model.serial_skip = False  # temporal path: y + Adapter(y) instead of eq. 9's Adapter(y)
-    config.model.pre_attention_adapter = False  # temporal path: an adapter before MHA (SSv2)
-    config.model.pre_attention_residual = True  # x + Adapter(x) there, instead of Adapter(x); ours
-    config.model.temporal_position = "sincos3d"  # or sincos3d+clip, clip, learned
-    config.model.train_tokens = True  # class tokens and spatial positions train (sec. 4)
-    config.model.adapt_shifted_windows = False  # Swin: adapters in these blocks too (not App. B.1)
-    config.model.dtype = "bfloat16"  # of the computation; trainable parameters are float32; ours
-    config.model.scan_blocks = placeholder(bool)  # False: write blocks out; None: on a GPU alone
-    config.model.remat = "cheap"  # kept for the backward pass: none: all; cheap; full: block inputs
-    config.model.cls_token_only = (
-        True  # ViT's last block: only what the class token needs; same result
-    )
-
-    config.model.vpt = ConfigDict()
-    config.model.vpt.num_prompts = 10  # K; one of VPT's own 1, 5, 10, 50, 100, 200; ours
-    config.model.vpt.deep = True  # new prompts for each block; False: VPT-shallow, the first alone
-
-    config.model.adaptformer = ConfigDict()
-    config.model.adaptformer.bottleneck = 64  # R
-    config.model.adaptformer.scale = 0.1  # s
-    config.model.adaptformer.parallel = True  # eq. 4; False: the serial form of Fig. 2c
-
-    config.model.protuning = ConfigDict()
-    config.model.protuning.width = 96  # channels between the 1x1 convolutions; ours: gives its 9M
-
-    config.model.st_adapter = ConfigDict()
-    config.model.st_adapter.form = "paper"  # eq. 6; released: as its authors published it
-    config.model.st_adapter.width = 384  # R; its authors'
-    config.model.st_adapter.kernel_size = (3, 1, 1)  # frames, rows, columns; its authors'
-    config.model.st_adapter.scale = 1.0  # s; ours in eq. 6, none in the released form
-
-    config.model.videoprompt = ConfigDict()
-    config.model.videoprompt.num_prompts = 32  # before the frames; its authors' 16 + 16
-
-    config.model.aim = ConfigDict()
-    config.model.aim.bottleneck = placeholder(int)  # R of its adapters; None: D/4, its authors'
-    config.model.aim.scale = 0.5  # s of joint adaptation; its authors'; 1.0 on SSv2
-    config.model.aim.num_temporal_adapters = 1  # its authors'; 2 on SSv2
-    config.model.aim.drop_path = 0.2  # of temporal and joint adaptation, by clip; its authors'
-    config.model.aim.dropout = 0.5  # before the FC; its authors'
-
-    config.model.evl = ConfigDict()
-    config.model.evl.num_blocks = 4  # M, last blocks that are decoded; its authors'
-    config.model.evl.mlp_dropout = 0.5  # in the decoder's MLP; its authors'
-    config.model.evl.dropout = 0.5  # before the FC; its authors'
-
-    config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 3e-4  # at the top of the schedule; AdamW, cosine to zero
-    config.optimizer.weight_decay = 5e-2  # on kernels only; ours in that
-    config.optimizer.warmup_epochs = 3.0  # linear; at most half of the training; ours
-    config.optimizer.b1 = 0.9  # AdamW; ours
-    config.optimizer.b2 = 0.999  # AdamW; ours
-    config.optimizer.clip_norm = placeholder(float)  # largest global gradient norm; None: no limit
-    config.optimizer.label_smoothing = 0.0  # ours
-    config.optimizer.accumulation_steps = 1  # parts of a batch computed one after the other
-    config.optimizer.reduce_dtype = "float32"  # of gradients along mesh axis `data`; or bfloat16
-    config.optimizer.max_skipped_steps = 0  # non-finite steps left out; one more stops training
-
-    config.eval = ConfigDict()
-    config.eval.split = "validation"  # the split that results.json is about
-    config.eval.batch_size = 32  # videos per step, over all devices and hosts
-    config.eval.temporal_views = 3  # clips per video
-    config.eval.spatial_crops = 1  # crops per clip, 1 or 3
-    config.eval.every_epochs = 0  # evaluate during training; 0: only at the end
-    config.eval.checkpoint = "latest"  # that --mode=eval takes; best: by top-1 during training
-
-    config.checkpoint = ConfigDict()
-    config.checkpoint.every_steps = 1000  # and at evaluations and the end
-    config.checkpoint.every_minutes = 15.0  # or so long after the last; looked at when logged
-    config.checkpoint.keep = 3  # newest ones kept, beside the best by top-1
-
-    config.profile = ConfigDict()
-    config.profile.first_step = 10  # first traced step, counted from the start of the process
-    config.profile.num_steps = 0  # steps traced by the JAX profiler into the workdir; 0: none
+    for key in KEYS:
+        *groups, name = key.name.split(".")
+        group = config
+        for part in groups:
+            if part not in group:
+                group[part] = ConfigDict()
+            group = group[part]
+        optional = isinstance(key.default, Optional)
+        group[name] = placeholder(key.default.kind) if optional else key.default
     return config
+
+
+def choices(name: str) -> tuple[Any, ...] | None:
+    """Returns the values that key `name` may have, or None if it is not restricted to a list."""
+    allowed = _BY_NAME[name].allowed
+    if not isinstance(allowed, tuple):
+        return None
+    return (*allowed, *_ADDED_CHOICES.get(name, ()))
+
+
+def add_choice(name: str, value: Any) -> None:
+    """Allows one more value of key `name`, for methods and backbones outside this repository."""
+    if choices(name) is None:
+        raise ValueError(f"{name} is not restricted to a list of values")
+    _ADDED_CHOICES.setdefault(name, []).append(value)
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """Checks each value of a configuration by itself; what belongs together is checked in use.
+
+    Args:
+      config: a `ConfigDict` with the keys of `KEYS`.
+
+    Raises:
+      ValueError: a value is not allowed; the message names key, value and what is allowed.
+      TypeError: a value is not of its key's type, which only an untrusted file can cause.
+    """
+    for key in KEYS:
+        value = _look_up(config, key.name)
+        if value is None or key.allowed is None:
+            continue
+        if isinstance(key.allowed, tuple):
+            known = choices(key.name)
+            if value not in known:
+                listed = ", ".join(map(str, known))
+                raise ValueError(f"unknown {key.name}={value!r}: known are {listed}")
+            continue
+        numbers = value if isinstance(value, tuple | list) else (value,)
+        if not all(number in key.allowed for number in numbers):
+            raise ValueError(f"{key.name}={value} must be {key.allowed}")
+    for name in ("data.crop_scale", "data.crop_ratio"):
+        value = _look_up(config, name)
+        if len(value) != 2 or value[0] > value[1]:
+            raise ValueError(f"{name}={value} must be the smallest and the largest")
+
+
+def _look_up(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def _describe_default(key: Key) -> str:
+    if isinstance(key.default, Optional):
+        return f"None ({key.default.kind.__name__})"
+    return repr(key.default)
+
+
+def _describe_allowed(key: Key) -> str:
+    if isinstance(key.allowed, tuple):
+        return ", ".join(map(str, choices(key.name)))
+    return "" if key.allowed is None else str(key.allowed)
+
+
+def format_keys() -> str:
+    """Returns all keys as text for a terminal, which --help_config prints."""
+
+    def lines() -> Iterator[str]:
+        for key in KEYS:
+            yield f"--config.{key.name}={_describe_default(key)}"
+            text = key.description
+            if allowed := _describe_allowed(key):
+                text += f" Allowed: {allowed}."
+            yield textwrap.fill(text, 96, initial_indent="    ", subsequent_indent="    ")
+
+    return "\n".join(lines())
+
+
+def markdown_table() -> str:
+    """Returns all keys as the Markdown page docs/configuration.md."""
+    lines = [
+        "# Configuration keys",
+        "",
+        "`python -m dualpath_jax.config.schema` writes this page from `dualpath_jax/config/schema.py`. "
+        "Set a key",
+        "in a config file (`config.data.batch_size = 32`) or on the command line "
+        "(`--config.data.batch_size=32`).",
+        "",
+        "| key | default | allowed values | meaning |",
+        "|---|---|---|---|",
+    ]
+    for key in KEYS:
+        cells = (f"`{key.name}`", f"`{_describe_default(key)}`", _describe_allowed(key))
+        lines.append(f"| {' | '.join(cells)} | {key.description} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown_table(), end="")

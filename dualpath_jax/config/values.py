@@ -1,22 +1,38 @@
-"""Values of configurations, of those too that older versions of this package wrote.
-
-Public: `flatten_config`, `format_views`, `restore_config`, `INVALID_CONFIG_ERRORS`.
-"""
+"""Reads and compares configurations, also those that older versions of this package saved."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from dualpath_jax.config import schema
 
-# What is raised where a stranger's values are taken for a configuration, and are none.
+# What is raised when values from an untrusted file are not a configuration.
 INVALID_CONFIG_ERRORS = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
+
+# Keys that may differ from those of a checkpoint, since they do not change what is learned.
+SAFE_CHANGES = (
+    "backbone.checkpoint",  # its hash is compared instead
+    "checkpoint.",
+    "data.dir",
+    "data.max_broken_videos",
+    "data.prefetch",
+    "eval.",
+    "init_from",
+    "log_every_steps",
+    "model.cls_token_only",
+    "model.remat",
+    "model.scan_blocks",
+    "optimizer.accumulation_steps",
+    "optimizer.max_skipped_steps",
+    "profile.",
+    "resume_changed",
+)
 
 
 def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
+    """Returns the values of a nested configuration by dotted key."""
     values: dict[str, Any] = {}
     for name in config:
         value = config[name]
@@ -28,24 +44,75 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 
 
 def format_views(config: Any) -> str:
-    """Frames x clips x crops, as the paper counts."""
+    """Returns the views of an evaluation as the paper writes them, frames x clips x crops."""
     views = (config.data.num_frames, config.eval.temporal_views, config.eval.spatial_crops)
     return "x".join(map(str, views))
 
 
+def apply_renames(config: MutableMapping[str, Any]) -> list[str]:
+    """Replaces keys and values of older versions in a nested configuration, in place.
+
+    Returns:
+      A line for each replacement that names the new key or value.
+    """
+    lines = []
+    for old, new in schema.RENAMED_KEYS.items():
+        *groups, name = old.split(".")
+        group = _find_group(config, groups)
+        if group is not None and name in group:
+            _find_group(config, new.split(".")[:-1])[new.split(".")[-1]] = group[name]
+            del group[name]
+            lines.append(f"config.{old} is now called config.{new}")
+    for (key, old), new in schema.RENAMED_VALUES.items():
+        *groups, name = key.split(".")
+        group = _find_group(config, groups)
+        if group is not None and name in group and group[name] == old:
+            group[name] = new
+            lines.append(f"config.{key}={old} is now called config.{key}={new}")
+    return lines
+
+
+def _find_group(config: Any, groups: list[str]) -> Any:
+    for name in groups:
+        if not isinstance(config, Mapping | ConfigDict) or name not in config:
+            return None
+        config = config[name]
+    return config if isinstance(config, Mapping | ConfigDict) else None
+
+
 def restore_config(saved: Mapping[str, Any]) -> ConfigDict:
-    """The configuration that a run saved; a key that it lacks is younger, and as by default.
+    """Restores a saved configuration and fills keys added since then with their defaults.
 
     Args:
       saved: nested, of the values that JSON has, as in config.json and in checkpoints.
 
     Returns:
-      All keys of dualpath_jax/config/schema.py and those of `saved`; lists where JSON has no tuples.
+      All keys of `schema.KEYS` and those of `saved`; lists where JSON has no tuples.
 
     Raises:
-      NO_CONFIG: `saved` is no configuration.
+      INVALID_CONFIG_ERRORS: `saved` is not a configuration.
     """
+    saved = json.loads(json.dumps(saved))
+    apply_renames(saved)
     config = ConfigDict(json.loads(schema.get_config().to_json_best_effort()))
     with config.ignore_type():
         config.update(saved)
     return config
+
+
+def config_changes(
+    saved: Mapping[str, Any], current: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Compares two configurations, leaving out the keys of `SAFE_CHANGES`.
+
+    Args:
+      saved, current: nested dicts, as `Experiment.metadata()["config"]`.
+
+    Returns:
+      (saved, current) values by dotted key, where they differ.
+    """
+    old, new = (flatten_config(restore_config(config)) for config in (saved, current))
+    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return {
+        key: (old.get(key), new.get(key)) for key in differing if not key.startswith(SAFE_CHANGES)
+    }

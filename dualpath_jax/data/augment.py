@@ -1,7 +1,6 @@
-"""Cutting, mirroring and erasing of clips. One draw serves all frames of a clip.
+"""Draws the crop, the mirroring and the erased box of a clip, which all its frames share.
 
-Public: `Crop`, `random_resized_crop`, `eval_crop`, `random_erasing`, `read_label_swaps`,
-`mirrored_labels`. RandAugment is in `randaugment`.
+RandAugment is in `randaugment_ops` and `randaugment`.
 """
 
 import collections
@@ -14,7 +13,7 @@ import numpy as np
 
 from dualpath_jax.runtime.safe_read import read_json
 
-# Something-Something-v2's classes of which one is the mirror image of the other.
+# Pairs of Something-Something-v2 classes of which one is the mirror image of the other.
 SSV2_LABEL_SWAP = (
     ("Pulling something from left to right", "Pulling something from right to left"),
     ("Pushing something from left to right", "Pushing something from right to left"),
@@ -27,7 +26,15 @@ SSV2_LABEL_SWAP = (
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """A box in pixels of the stored frames, to become the model's square, mirrored if `flip`."""
+    """Describes the box of the stored frames that becomes the model's square input.
+
+    Attributes:
+      top: first row of the box, in pixels of the stored frames.
+      left: first column of the box.
+      height: number of rows of the box.
+      width: number of columns of the box.
+      flip: True to exchange left and right.
+    """
 
     top: int
     left: int
@@ -44,14 +51,18 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = False,
 ) -> Crop:
-    """A box of random area and aspect ratio (Szegedy et al. 2015), mirrored half of the time.
+    """Draws a box of random area and aspect ratio (Szegedy et al. 2015).
 
     Args:
-      height, width: size of the stored frames, pixels.
-      rng: randomness of this example.
-      scale: smallest and largest part of the frame's area.
-      ratio: smallest and largest width / height.
-      flip: allow mirroring.
+      height: height of the stored frames, in pixels.
+      width: width of the stored frames, in pixels.
+      rng: random generator of this example.
+      scale: smallest and largest area of the box, as fractions of the frame's area.
+      ratio: smallest and largest width / height of the box.
+      flip: mirror half of the boxes.
+
+    Returns:
+      The box; a square of the frame's short side if ten draws do not fit into the frame.
     """
     for _ in range(10):
         area = rng.uniform(*scale) * height * width
@@ -59,7 +70,7 @@ def random_resized_crop(
         box_width, box_height = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
             break
-    else:  # nothing fitted (a very long frame): a square of the short side
+    else:  # no draw fitted, because the frame is very long
         box_width = box_height = min(height, width)
     top = int(rng.integers(height - box_height + 1))
     left = int(rng.integers(width - box_width + 1))
@@ -67,12 +78,22 @@ def random_resized_crop(
 
 
 def eval_crop(height: int, width: int, crop: int, num_crops: int) -> Crop:
-    """Test crop `crop` of 1 (centred) or 3 (along the long side): a square of the short side."""
+    """Returns a square test crop, as large as the short side of the frame.
+
+    Args:
+      height: height of the stored frames, in pixels.
+      width: width of the stored frames, in pixels.
+      crop: index of the crop, 0..num_crops-1.
+      num_crops: 1 (the center) or 3 (along the long side).
+
+    Raises:
+      ValueError: another number of crops.
+    """
     if num_crops not in (1, 3):
         raise ValueError(f"eval.spatial_crops={num_crops} must be 1 or 3")
     side = min(height, width)
-    place = 0.5 if num_crops == 1 else crop / 2
-    return Crop(round((height - side) * place), round((width - side) * place), side, side)
+    position = 0.5 if num_crops == 1 else crop / 2
+    return Crop(round((height - side) * position), round((width - side) * position), side, side)
 
 
 def random_erasing(
@@ -82,17 +103,17 @@ def random_erasing(
     area: tuple[float, float] = (0.02, 1 / 3),
     ratio: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> np.ndarray:
-    """The box to erase in every frame of a clip (Zhong et al. 2020, with timm's defaults).
+    """Draws the box to erase in every frame of a clip (Zhong et al. 2020, timm's defaults).
 
     Args:
-      side: of the square frame, pixels.
-      rng: randomness of this example.
-      probability: that anything is erased.
-      area: smallest and largest part of the frame's area.
-      ratio: smallest and largest height / width.
+      side: side of the square frame, in pixels.
+      rng: random generator of this example.
+      probability: probability that a box is erased.
+      area: smallest and largest area of the box, as fractions of the frame's area.
+      ratio: smallest and largest height / width of the box.
 
     Returns:
-      int32 [4]: top, left, height, width; zeros for nothing.
+      int32 [4]: top, left, height, width, in pixels; all zeros to erase nothing.
     """
     if rng.random() < probability:
         for _ in range(10):
@@ -106,13 +127,14 @@ def random_erasing(
 
 
 def read_label_swaps(label_swap: str | None) -> list[tuple[str, str]]:
-    """Pairs of class names that mirroring exchanges, as `data.label_swap` gives them.
+    """Returns the pairs of class names that mirroring exchanges.
 
     Args:
-      label_swap: "ssv2", or a JSON file [["a name", "its mirror image"], ...]; None: no pairs.
+      label_swap: `config.data.label_swap`: "ssv2", the path of a JSON file
+        [["a name", "its mirror image"], ...], or None for no pairs.
 
     Raises:
-      ValueError: no such file, or it holds something else.
+      ValueError: the file does not exist, or it holds something else.
     """
     if label_swap is None:
         return []
@@ -129,45 +151,48 @@ def read_label_swaps(label_swap: str | None) -> list[tuple[str, str]]:
         raise ValueError(f"data.label_swap={label_swap!r} must be {shape}")
     pairs = [(str(a), str(b)) for a, b in content]
     counts = collections.Counter(name for pair in pairs for name in pair)
-    twice = sorted(name for name, count in counts.items() if count > 1)
-    if twice:
-        raise ValueError(f"data.label_swap={label_swap!r} names {twice} more than once")
+    repeated = sorted(name for name, count in counts.items() if count > 1)
+    if repeated:
+        raise ValueError(f"data.label_swap={label_swap!r} names {repeated} more than once")
     return pairs
 
 
 def mirrored_labels(class_names: Sequence[str], label_swap: str | None) -> np.ndarray:
-    """The class of a mirrored clip, by the class of the clip: int32 [classes].
+    """Returns the class that a clip of each class has after mirroring.
 
     Args:
-      class_names: one per class.
-      label_swap: see `read_label_swaps`.
+      class_names: name of each class, by class index.
+      label_swap: `config.data.label_swap`, see `read_label_swaps`.
+
+    Returns:
+      int32 [classes]: class index of the mirrored clip, by class index of the clip.
 
     Raises:
-      ValueError: a name of `label_swap` is no class; or two classes are each other with left and
-        right exchanged, and `label_swap` does not name them.
+      ValueError: `label_swap` names an unknown class, or two class names differ only by left and
+        right and `label_swap` does not name them.
     """
-    places = {name: i for i, name in enumerate(class_names)}
+    labels = {name: label for label, name in enumerate(class_names)}
     mirrored = np.arange(len(class_names), dtype=np.int32)
     for pair in read_label_swaps(label_swap):
-        unknown = [name for name in pair if name not in places]
+        unknown = [name for name in pair if name not in labels]
         if unknown:
             raise ValueError(
-                f"data.label_swap={label_swap!r} names {unknown[0]!r}, which is no class of the "
+                f"data.label_swap={label_swap!r} names {unknown[0]!r}, which is not a class of the "
                 f"data: its {len(class_names)} classes are {', '.join(class_names[:5])}, ..."
             )
-        a, b = (places[name] for name in pair)
+        a, b = (labels[name] for name in pair)
         mirrored[[a, b]] = b, a
-    for name, place in places.items():
-        other = places.get(_exchange_sides(name), place)
-        if other != place and mirrored[place] == place:
+    for name, label in labels.items():
+        other = labels.get(_swap_left_right(name), label)
+        if other != label and mirrored[label] == label:
             raise ValueError(
                 f"data.flip=True would mirror clips of {name!r} into {class_names[other]!r} and "
-                "keep their label: set data.flip=False, or name such pairs by data.label_swap"
+                "keep their label: set data.flip=False, or name such pairs in data.label_swap"
             )
     return mirrored
 
 
-def _exchange_sides(name: str) -> str:
-    """`name` with left for right and right for left."""
+def _swap_left_right(name: str) -> str:
+    """Replaces left by right and right by left in a class name."""
     sides = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
-    return re.sub("|".join(sides), lambda found: sides[found.group()], name)
+    return re.sub("|".join(sides), lambda match: sides[match.group()], name)

@@ -1,16 +1,12 @@
-"""What a clip is, and how its stored records become the model's inputs. TensorFlow ops.
+"""Assembles the model's inputs from the stored records of a clip, with TensorFlow ops.
 
-Public: `ClipFormat`, `clip_format`, `make_clip_sample`, `compose_inputs`, `fill_color`, `decode_clips`,
-`parallel_map`, `build_clip_fn`, `find_decode_error`.
-
-An element is what the pipeline's generators yield for one clip: its raw records, what was drawn for
-it, and its label. A clip is cut, scaled, warped (RandAugment's geometry), mirrored and erased, then
-tiled.
+The frames of a clip are cut, scaled, warped (RandAugment's geometry), mirrored and erased; then the
+framesets are tiled.
 """
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import tensorflow as tf
@@ -19,33 +15,71 @@ from dualpath_jax.data import augment, frame_ops, frame_sampling, randaugment
 from dualpath_jax.data.clip_spec import ClipFormat
 from dualpath_jax.data.dataset_metadata import DECODE_ERRORS
 from dualpath_jax.data.framesets import tile_framesets
-from dualpath_jax.data.video_dataset import FRAME_FEATURES, VideoDataset
+from dualpath_jax.data.video_dataset import FRAME_FEATURES
+from dualpath_jax.data.video_source import VideoSource
 from dualpath_jax.runtime.cpu_count import num_cores
 
 
+class ClipSample(TypedDict, total=False):
+    """Holds what the pipeline's generators yield for one clip: raw records and what was drawn.
+
+    Attributes:
+      records: bytes [T], serialized tf.train.Example of each frame.
+      box: int32 [4], top, left, height and width of the crop, pixels of the stored frame.
+      decode_ratio: int32, place in `frame_ops.RATIOS` of the JPEG decoder's scale.
+      flip: bool, mirror the clip.
+      label: int32.
+      mask: float32, 0 for padding.
+      example_id: int64, row in the video table; -1 for padding.
+      ops, op_values, matrix: int32 [N], float32 [N], float32 [3, 3]; only with RandAugment.
+      erase: int32 [4], box in pixels of the smallest input; only with random erasing.
+    """
+
+    records: list[bytes]
+    box: np.ndarray
+    decode_ratio: np.int32
+    flip: bool
+    label: np.int32
+    mask: np.float32
+    example_id: np.int64
+    ops: np.ndarray
+    op_values: np.ndarray
+    matrix: np.ndarray
+    erase: np.ndarray
+
+
 def make_clip_sample(
-    dataset: VideoDataset,
+    dataset: VideoSource,
     clip: ClipFormat,
     example: int,
     frames: np.ndarray,
     crop: augment.Crop,
     real: bool = True,
-) -> dict[str, Any]:
-    """An element: numpy values and the records of `frames` (int64 [T]), of video `example`.
+) -> ClipSample:
+    """Reads the records of a clip and returns them as a sample, without augmentation's draws.
 
-    One that is not `real` is padding: mask 0, example_id -1. UnreadableVideo if it cannot be read.
+    Args:
+      dataset: the split.
+      clip: what a clip is.
+      example: row of the video in the table.
+      frames: int64 [T], indices of the frames.
+      crop: part of each frame, and whether it is mirrored.
+      real: False for padding, which has mask 0 and example_id -1.
+
+    Raises:
+      UnreadableVideo: a record cannot be read.
     """
     side = min(crop.height, crop.width)
     # Crops are cut alike with and without framesets, so that all methods see the same clips.
-    unit = frame_ops.decode_ratio(side, max(1, clip.image_size // 4))
+    unit = frame_ops.choose_decode_ratio(side, max(1, clip.image_size // 4))
     ratio = 1
     if clip.framesets:
-        ratio = min(unit, frame_ops.decode_ratio(side, clip.framesets.frame_size))
+        ratio = min(unit, frame_ops.choose_decode_ratio(side, clip.framesets.frame_size))
     box = np.array([crop.top, crop.left, crop.height, crop.width], np.int32)
     return {
         "records": dataset.read_frames(example, frames),
         "box": frame_ops.snap_box(box, unit),
-        "decode_ratio": np.int32(frame_ops.RATIOS.index(ratio)),  # its place
+        "decode_ratio": np.int32(frame_ops.DECODE_RATIOS.index(ratio)),  # its place
         "flip": crop.flip,
         "label": np.int32(dataset.labels[example]),
         "mask": np.float32(real),
@@ -56,37 +90,36 @@ def make_clip_sample(
 def compose_inputs(
     spatial: tf.Tensor,
     others: tf.Tensor | None,
-    element: dict[str, tf.Tensor],
+    sample: dict[str, tf.Tensor],
     clip: ClipFormat,
     fill: np.ndarray,
 ) -> dict[str, tf.Tensor]:
-    """Scaled frames of one clip to its inputs, with what was drawn for it.
+    """Composes a clip's inputs from its scaled frames and what was drawn for it.
 
     Args:
       spatial: uint8 [S, H, W, 3].
       others: uint8 [T - S, fh, fw, 3], the frames that only feed framesets; None without these.
-      element: of it "flip", "label", "mask", "example_id"; where there, "ops", "op_values" and
-        "matrix" (RandAugment) and "erase".
+      sample: the clip's `ClipSample` as tensors.
       clip: what a clip is.
-      fill: of `fill_color`.
+      fill: see `fill_color`.
     """
-    if "matrix" in element:
-        spatial = randaugment.warp_frames(spatial, element["matrix"], fill)
+    if "matrix" in sample:
+        spatial = randaugment.warp_frames(spatial, sample["matrix"], fill)
         if clip.framesets is not None:
-            others = randaugment.warp_frames(others, element["matrix"], fill)
+            others = randaugment.warp_frames(others, sample["matrix"], fill)
     images = [spatial]
     if clip.framesets is not None:
         chosen = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
         rest = np.setdiff1d(np.arange(clip.num_frames), chosen)
         small = tf.concat([frame_ops.resize(spatial, clip.framesets.frame_size), others], 0)
         images.append(tf.gather(small, np.argsort(np.concatenate([chosen, rest]))))  # in time order
-    images = tf.cond(element["flip"], lambda: [frame_ops.mirror(x) for x in images], lambda: images)
-    colour = {}
-    if "ops" in element:
-        colour = {key: element[key] for key in ("ops", "op_values")}
-        colour["tables"] = randaugment.lookup_tables(images[-1], *colour.values())
-    if "erase" in element:
-        box = element["erase"]  # in pixels of the last, so that it is the same part of both
+    images = tf.cond(sample["flip"], lambda: [frame_ops.mirror(x) for x in images], lambda: images)
+    color = {}
+    if "ops" in sample:
+        color = {key: sample[key] for key in ("ops", "op_values")}
+        color["tables"] = randaugment.lookup_tables(images[-1], *color.values())
+    if "erase" in sample:
+        box = sample["erase"]  # in pixels of the last, so that it is the same part of both
 
         def erased() -> list[tf.Tensor]:
             side = images[-1].shape[1]
@@ -96,24 +129,24 @@ def compose_inputs(
     inputs = {"spatial": images[0]}
     if clip.framesets is not None:
         inputs["temporal"] = tile_framesets(images[1], clip.framesets.grid)
-    return inputs | {key: element[key] for key in ("label", "mask", "example_id")} | colour
+    return inputs | {key: sample[key] for key in ("label", "mask", "example_id")} | color
 
 
 def fill_color(data: Any) -> np.ndarray:
-    """The colour of what is erased or comes from outside: 0 when normalised; float32 [3]."""
+    """Returns the color of erased pixels and of those from outside, float32 [3]; 0 when normalized."""
     return 255 * np.array(data.mean, np.float32)
 
 
 def _assemble(
-    element: dict[str, tf.Tensor], clip: ClipFormat, fill: np.ndarray
+    sample: dict[str, tf.Tensor], clip: ClipFormat, fill: np.ndarray
 ) -> dict[str, tf.Tensor]:
-    """Raw records of one clip to its inputs: see the module's docstring."""
-    jpegs = tf.io.parse_example(element["records"], FRAME_FEATURES)["image"]
+    """Decodes the records of one clip and composes its inputs."""
+    jpegs = tf.io.parse_example(sample["records"], FRAME_FEATURES)["image"]
     jpegs = tf.unstack(jpegs, clip.num_frames)
     chosen = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
 
     def read(indices: np.ndarray, ratio: int, size: int) -> tf.Tensor:
-        return frame_ops.decode_crops([jpegs[i] for i in indices], element["box"], ratio, size)
+        return frame_ops.decode_crops([jpegs[i] for i in indices], sample["box"], ratio, size)
 
     spatial, others = read(chosen, 1, clip.image_size), None
     if clip.framesets is not None:
@@ -121,13 +154,13 @@ def _assemble(
         rest = np.setdiff1d(np.arange(clip.num_frames), chosen)
         others = tf.zeros([0, size, size, 3], tf.uint8)
         if rest.size:
-            branches = [lambda r=ratio: read(rest, r, size) for ratio in frame_ops.RATIOS]
-            others = tf.switch_case(element["decode_ratio"], branches)
-    return compose_inputs(spatial, others, element, clip, fill)
+            branches = [lambda r=ratio: read(rest, r, size) for ratio in frame_ops.DECODE_RATIOS]
+            others = tf.switch_case(sample["decode_ratio"], branches)
+    return compose_inputs(spatial, others, sample, clip, fill)
 
 
 def _signature(clip: ClipFormat, layers: int, erasing: bool) -> dict[str, tf.TensorSpec]:
-    """Of the elements of `make_clip_sample`, with what RandAugment (`layers`) and erasing drew."""
+    """Returns the tensor specs of a `ClipSample` with what RandAugment (`layers`) and erasing drew."""
     signature = {
         "records": tf.TensorSpec([clip.num_frames], tf.string),
         "box": tf.TensorSpec([4], tf.int32),
@@ -150,37 +183,37 @@ def _signature(clip: ClipFormat, layers: int, erasing: bool) -> dict[str, tf.Ten
 def _traced(
     clip: ClipFormat, fill: tuple[float, ...], layers: int, erasing: bool
 ) -> Callable[[dict[str, Any]], dict[str, tf.Tensor]]:
-    """`_assemble` as a graph, built once for all passes over a data set and all clips."""
+    """Returns `_assemble` as a graph, which all passes over a data set and all clips share."""
 
-    def assemble(element: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return _assemble(element, clip, np.array(fill, np.float32))
+    def assemble(sample: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return _assemble(sample, clip, np.array(fill, np.float32))
 
     signature = [_signature(clip, layers, erasing)]
     return tf.function(assemble, input_signature=signature, autograph=False)
 
 
 def decode_clips(
-    elements: Iterator[dict[str, Any]],
+    samples: Iterator[ClipSample],
     clip: ClipFormat,
     data: Any,
     problems: list[Exception],
     training: bool = False,
 ) -> tf.data.Dataset:
-    """Elements to clips (see `pipeline`, without the axis B), in order, decoded in parallel.
+    """Decodes samples to clips (see `pipeline`, without the axis B), in order and in parallel.
 
     Args:
-      elements: of `make_clip_sample`; in training with what RandAugment and erasing drew.
+      samples: of `make_clip_sample`; in training with what RandAugment and erasing drew.
       clip: what a clip is.
       data: `config.data`.
-      problems: gets what `elements` raises, of which TensorFlow passes on the text only.
-      training: do the elements have what `data` says of RandAugment and erasing?
+      problems: gets the exceptions of `samples`, of which TensorFlow passes on only the text.
+      training: True if the samples have RandAugment's and erasing's draws, as `data` asks.
     """
     layers = data.randaugment_layers if training else 0
     erasing = training and data.erasing_probability > 0
 
     def generate():
         try:
-            yield from elements
+            yield from samples
         except Exception as problem:
             problems.append(problem)
             raise
@@ -206,17 +239,17 @@ def parallel_map(clips: tf.data.Dataset, function: Callable[..., Any]) -> tf.dat
 
 
 def build_clip_fn(clip: ClipFormat, data: Any) -> Callable[[dict[str, Any]], dict[str, tf.Tensor]]:
-    """What `decode_clips` does to an element, as a function.
+    """Returns the function that `decode_clips` applies, for clips that come one by one.
 
-    For clips that come one by one; a tf.data pipeline takes longer to build than to make a clip.
+    Building a tf.data pipeline takes longer than making a clip.
     """
     return _traced(clip, tuple(fill_color(data)), layers=0, erasing=False)
 
 
-def find_decode_error(element: dict[str, Any], clip: ClipFormat, data: Any) -> str:
-    """Why the records of an element cannot be made into a clip; "" if they can."""
+def find_decode_error(sample: ClipSample, clip: ClipFormat, data: Any) -> str:
+    """Returns why the records of a sample cannot be decoded; "" if they can."""
     try:
-        _assemble({k: tf.convert_to_tensor(v) for k, v in element.items()}, clip, fill_color(data))
+        _assemble({k: tf.convert_to_tensor(v) for k, v in sample.items()}, clip, fill_color(data))
     except DECODE_ERRORS as problem:
         return str(problem)
     return ""

@@ -1,20 +1,23 @@
-"""Describes what a clip is: its frames, their sizes, and its framesets. Needs no TensorFlow."""
+"""Defines the format of a clip: its frames, their sizes, and its framesets. No TensorFlow."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from dualpath_jax.data import frame_sampling
 
 
 @dataclasses.dataclass(frozen=True)
 class FramesetShape:
-    """How T frames of `image_size` pixels become framesets.
+    """Describes how T frames become framesets.
 
     Attributes:
       num_frames: T.
       grid: (w, h), frames across and down.
-      frame_scale: how much each frame is reduced.
-      image_size: side of an unreduced frame, pixels.
+      frame_scale: factor by which each frame is reduced.
+      image_size: side of a frame before the reduction, in pixels.
+
+    Raises:
+      ValueError: T is not a multiple of w h, or `image_size` not one of `frame_scale`.
     """
 
     num_frames: int
@@ -36,25 +39,48 @@ class FramesetShape:
 
     @property
     def num_framesets(self) -> int:
-        """G = T / (w h)."""
+        """Returns G = T / (w h)."""
         return self.num_frames // (self.grid[0] * self.grid[1])
 
     @property
     def frame_size(self) -> int:
-        """Side of a frame inside the frameset, pixels."""
+        """Returns the side of a frame in the frameset, in pixels."""
         return self.image_size // self.frame_scale
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of a frameset, pixels."""
+        """Returns (height, width) of a frameset, in pixels."""
         return self.grid[1] * self.frame_size, self.grid[0] * self.frame_size
+
+
+class Views(NamedTuple):
+    """Counts the views of a video in evaluation: V = temporal x spatial.
+
+    Attributes:
+      temporal: clips per video.
+      spatial: crops per clip, 1 or 3.
+    """
+
+    temporal: int
+    spatial: int
+
+    @property
+    def total(self) -> int:
+        """Returns V, the number of views of a video."""
+        return self.temporal * self.spatial
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipFormat:
-    """What a clip is. See the keys of the same names under `data` in dualpath_jax/config/schema.py.
+    """Describes a clip, with the keys of the same names in `config.data` (config/schema.py).
 
-    Without framesets, `framesets` is None and the spatial frames are all frames.
+    Attributes:
+      num_frames: T, frames of a clip.
+      image_size: side of a spatial frame, in pixels.
+      num_spatial_frames: S; T without framesets.
+      sampling: "dense" or "segments", see `frame_sampling`.
+      sampling_interval: distance between frames of dense clips; None takes the paper's.
+      framesets: their shape; None for methods without framesets.
     """
 
     num_frames: int
@@ -65,30 +91,38 @@ class ClipFormat:
     framesets: FramesetShape | None
 
 
-def build_clip_format(data: Any, framesets: bool = True) -> ClipFormat:
-    """Clip format of `config.data`; ValueError for values that do not go together.
+def build_clip_format(data_config: Any, framesets: bool = True) -> ClipFormat:
+    """Builds and checks the clip format of a configuration.
 
     Args:
-      data: `config.data`.
-      framesets: spatial frames and framesets (DualPath), or every frame at full size (the other
-        methods, for which `num_spatial_frames`, `grid` and `frame_scale` mean nothing).
+      data_config: `config.data`.
+      framesets: True for spatial frames and framesets (DualPath). False for every frame at full
+        size (other methods), which ignores `num_spatial_frames`, `grid` and `frame_scale`.
+
+    Raises:
+      ValueError: the values do not fit together.
     """
-    shape, num_spatial = None, data.num_frames
+    shape, num_spatial = None, data_config.num_frames
     if framesets:
-        shape = FramesetShape(data.num_frames, tuple(data.grid), data.frame_scale, data.image_size)
-        num_spatial = data.num_spatial_frames
-    frame_sampling.spatial_subset(data.num_frames, num_spatial)
-    if data.sampling not in frame_sampling.SAMPLINGS:
+        shape = FramesetShape(
+            data_config.num_frames,
+            tuple(data_config.grid),
+            data_config.frame_scale,
+            data_config.image_size,
+        )
+        num_spatial = data_config.num_spatial_frames
+    frame_sampling.spatial_subset(data_config.num_frames, num_spatial)
+    if data_config.sampling not in frame_sampling.SAMPLINGS:
         known = ", ".join(frame_sampling.SAMPLINGS)
-        raise ValueError(f"unknown data.sampling {data.sampling!r}: known are {known}")
-    interval = data.sampling_interval if data.sampling == "dense" else None
-    if data.sampling == "dense" and interval is None:
-        frame_sampling.default_interval(data.num_frames)
+        raise ValueError(f"unknown data.sampling {data_config.sampling!r}: known are {known}")
+    interval = data_config.sampling_interval if data_config.sampling == "dense" else None
+    if data_config.sampling == "dense" and interval is None:
+        frame_sampling.default_interval(data_config.num_frames)
     return ClipFormat(
-        num_frames=data.num_frames,
-        image_size=data.image_size,
+        num_frames=data_config.num_frames,
+        image_size=data_config.image_size,
         num_spatial_frames=num_spatial,
-        sampling=data.sampling,
+        sampling=data_config.sampling,
         sampling_interval=interval,
         framesets=shape,
     )

@@ -1,10 +1,7 @@
-"""What prepared videos say of themselves, checked.
+"""Reads and checks the metadata of prepared videos: splits, classes, frame format, video table.
 
-Public: `read_splits`, `read_class_names`, `read_frame_format`, `parse_frame_format`, `read_video_table`,
-`DECODE_ERRORS`.
-
-Prepared data may come from others, or from a disk that fails. What is read here is relied on
-afterwards without another look. Everything raises ValueError for what cannot be so.
+Prepared data may come from others, or from a failing disk. All later code relies on these values
+without checking them again. Every function here therefore raises ValueError for impossible values.
 """
 
 import math
@@ -20,9 +17,9 @@ from dualpath_jax.data.preparation.video_decoder import MAX_SIDE, FrameFormat
 from dualpath_jax.runtime.safe_read import read_json, truncated_repr
 
 _REMEDY = "check the disk and prepare the data set again with another --out"
-_MAX_RECORDS = 2**40  # of a shard; so that sums stay within an int64
-# What TensorFlow raises for a record that it cannot decode: the second where its message quotes the
-# record's bytes, and Python cannot make text of them.
+_MAX_RECORDS = 2**40  # per shard; keeps sums within an int64
+# TensorFlow raises one of these for a record that it cannot decode. It is a UnicodeDecodeError if
+# the error message quotes bytes of the record that are not valid text.
 DECODE_ERRORS = (tf.errors.OpError, UnicodeDecodeError)
 _FEATURES = {
     "id": tf.io.FixedLenFeature((), tf.string),
@@ -37,9 +34,17 @@ _FEATURES = {
 
 
 def read_splits(data_dir: str) -> dict[str, list[int]]:
-    """Records per shard of each split, by a TFDS directory's dataset_info.json.
+    """Reads the number of records in each shard of each split from a TFDS dataset_info.json.
 
-    FileNotFoundError if there is none.
+    Args:
+      data_dir: folder of a TFDS data set, local or gs://.
+
+    Returns:
+      Split name -> number of records in each shard.
+
+    Raises:
+      FileNotFoundError: `data_dir` does not have a dataset_info.json.
+      ValueError: the file is damaged.
     """
     path = os.path.join(data_dir, "dataset_info.json")
     if not epath.Path(path).exists():
@@ -50,11 +55,11 @@ def read_splits(data_dir: str) -> dict[str, list[int]]:
     splits = read_json(path, dict).get("splits")
     if not isinstance(splits, list):
         raise ValueError(f"{path} is damaged: splits is {truncated_repr(splits)}; {_REMEDY}")
-    return dict(_read_split(path, split) for split in splits)
+    return dict(_parse_split(path, split) for split in splits)
 
 
-def _read_split(path: str, split: Any) -> tuple[str, list[int]]:
-    """(name, records per shard); JSON has the numbers as strings."""
+def _parse_split(path: str, split: Any) -> tuple[str, list[int]]:
+    """Returns (name, records per shard) of a split; the JSON file has numbers as strings."""
     name, lengths = (
         split.get(k) if isinstance(split, dict) else 0 for k in ("name", "shardLengths")
     )
@@ -68,7 +73,11 @@ def _read_split(path: str, split: Any) -> tuple[str, list[int]]:
 
 
 def read_class_names(data_dir: str) -> list[str]:
-    """The name of each class index."""
+    """Reads the name of each class, by class index, from class_names.json.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
     path = os.path.join(data_dir, "class_names.json")
     names = read_json(path, list)
     if not names or not all(isinstance(name, str) for name in names):
@@ -77,7 +86,14 @@ def read_class_names(data_dir: str) -> list[str]:
 
 
 def read_frame_format(data_dir: str) -> FrameFormat:
-    """How the frames are stored; of a data set that does not say so, as is usual."""
+    """Reads how the frames are stored from frame_format.json.
+
+    Returns:
+      The frame format; the default one if the file does not exist.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
     path = os.path.join(data_dir, "frame_format.json")
     if not epath.Path(path).exists():
         return FrameFormat()
@@ -85,15 +101,23 @@ def read_frame_format(data_dir: str) -> FrameFormat:
 
 
 def parse_frame_format(values: dict[str, Any], where: str) -> FrameFormat:
-    """The fields of a `FrameFormat`, checked; `where` they stand is for messages."""
+    """Checks the fields of a `FrameFormat`.
+
+    Args:
+      values: field name -> value.
+      where: source of the values, for error messages.
+
+    Raises:
+      ValueError: a field is missing or impossible.
+    """
     side, quality, fps = (values.get(key) for key in ("short_side", "quality", "fps"))
-    sound = {
+    is_valid = {
         "short_side": side is None or type(side) is int and 1 <= side <= MAX_SIDE,
         "quality": type(quality) is int and 1 <= quality <= 95,
         "fps": fps is None or type(fps) in (int, float) and 0 < fps < math.inf,
     }
-    for name, good in sound.items():
-        if not good:
+    for name, valid in is_valid.items():
+        if not valid:
             raise ValueError(
                 f"{where} is damaged: {name} is {truncated_repr(values.get(name))}; {_REMEDY}"
             )
@@ -103,16 +127,21 @@ def parse_frame_format(values: dict[str, Any], where: str) -> FrameFormat:
 def read_video_table(
     path: str, num_videos: int, num_classes: int, shards: list[int]
 ) -> dict[str, Any]:
-    """The columns of a video table.
+    """Reads the columns of a video table.
 
     Args:
-      path: of its one shard.
-      num_videos: how many rows it must have.
-      num_classes: labels are below.
-      shards: frame records of each shard. A video's are in one of them.
+      path: path of the table's only shard, local or gs://.
+      num_videos: number of rows that the table must have.
+      num_classes: number of classes; labels must be smaller.
+      shards: number of frame records in each shard. The frames of a video are in one shard.
 
     Returns:
-      "id" (bytes) and the numbers of `records.VideoRow`, int64 or float32: [num_videos] each.
+      Column name -> array [num_videos]: "id" (bytes), and int64 or float32 for the other fields of
+      `shard_writer.VideoRow`.
+
+    Raises:
+      OSError: Cloud Storage cannot be read.
+      ValueError: the table is damaged or has impossible values.
     """
     try:
         rows = ArrayRecordReader(path).read_all()
@@ -124,20 +153,21 @@ def read_video_table(
     table = {name: column.numpy() for name, column in columns.items()}
     if len(rows) != num_videos:
         raise ValueError(f"{path} has {len(rows)} videos instead of {num_videos}; {_REMEDY}")
+    # The frames of each video must be in one shard: the one that holds its first frame.
     ends = np.cumsum(shards)
     first, count = table["first_frame"], table["num_frames"]
     inside = (first >= 0) & (first < sum(shards)) & (count >= 1) & (count <= sum(shards))
     shard = np.searchsorted(ends, np.where(inside, first, 0), side="right")
     inside &= np.where(inside, first + np.where(inside, count, 0), 0) <= ends[shard]
-    sound = {
+    is_valid = {
         "label": (table["label"] >= 0) & (table["label"] < num_classes),
         "frames": inside,
         "height": (table["height"] >= 1) & (table["height"] <= MAX_SIDE),
         "width": (table["width"] >= 1) & (table["width"] <= MAX_SIDE),
         "fps": np.isfinite(table["fps"]) & (table["fps"] >= 0),
     }
-    for name, good in sound.items():
-        if not good.all():
-            video = table["id"][np.argmin(good)]
+    for name, valid in is_valid.items():
+        if not valid.all():
+            video = table["id"][np.argmin(valid)]
             raise ValueError(f"{path} is damaged: impossible {name} of video {video!r}; {_REMEDY}")
     return table

@@ -1,22 +1,26 @@
-"""Which frames of a video make a clip. Pure numpy: frame counts in, frame indices out.
+"""Chooses the frames of a video that make a clip.
 
-Public: `dense_indices`, `segment_indices`, `spatial_subset`, `default_interval`, `sample_frames`.
+Pure numpy: frame counts in, frame indices out.
 """
 
 import numpy as np
 
-# Sec. 5.1: sampling intervals 4, 2, 1 for T = 16, 32, 48.
-PAPER_INTERVALS = {16: 4, 32: 2, 48: 1}
+# Sampling interval by T (sec. 5.1).
+_PAPER_INTERVALS = {16: 4, 32: 2, 48: 1}
 
 
 def default_interval(num_frames: int) -> int:
-    """The paper's sampling interval for T = `num_frames`; ValueError where it gives none."""
-    if num_frames not in PAPER_INTERVALS:
+    """Returns the paper's sampling interval for T = `num_frames` (sec. 5.1).
+
+    Raises:
+      ValueError: the paper does not use this number of frames.
+    """
+    if num_frames not in _PAPER_INTERVALS:
         raise ValueError(
             f"the paper gives no sampling interval for num_frames={num_frames}: set "
-            f"data.sampling_interval (known: {PAPER_INTERVALS})"
+            f"data.sampling_interval (known: {_PAPER_INTERVALS})"
         )
-    return PAPER_INTERVALS[num_frames]
+    return _PAPER_INTERVALS[num_frames]
 
 
 def dense_indices(
@@ -27,14 +31,18 @@ def dense_indices(
     view: int = 0,
     num_views: int = 1,
 ) -> np.ndarray:
-    """A dense clip: T frames, `interval` apart; indices wrap round a video that is too short.
+    """Samples a dense clip: T frames, `interval` apart.
+
+    Indices wrap around in a video that is too short.
 
     Args:
-      video_frames: frames in the video, >= 1.
+      video_frames: number of frames in the video, at least 1.
       num_frames: T.
-      interval: distance of sampled frames.
-      rng: draws the start (training); None takes test view `view` of `num_views`, whose starts are
-        evenly spaced from the first possible to the last (a single view is centred).
+      interval: distance between sampled frames.
+      rng: draws the start (training). None takes test view `view`.
+      view: index of the test view, 0..num_views-1.
+      num_views: number of test views. Their starts are evenly spaced from the first possible start
+        to the last; a single view is centered.
 
     Returns:
       int64 [T], each in [0, video_frames).
@@ -55,24 +63,38 @@ def segment_indices(
     view: int = 0,
     num_views: int = 1,
 ) -> np.ndarray:
-    """One frame of each of T equal segments of the whole video (SSv2's dynamic sampling).
+    """Samples one frame from each of T equal segments of the video (SSv2's dynamic sampling).
 
     Args:
-      video_frames: frames in the video, >= 1; with fewer than T, segments share frames.
+      video_frames: number of frames in the video, at least 1. With fewer than T frames, segments
+        share frames.
       num_frames: T.
-      rng: draws a frame in each segment (training); None takes the same place in every segment:
-        the middle, or for test view `view` of `num_views` the middle of that part of the segment.
+      rng: draws a frame in each segment (training). None takes test view `view`.
+      view: index of the test view, 0..num_views-1.
+      num_views: number of test views. Each segment is divided into as many parts, and a view takes
+        the middle of its part in every segment.
 
     Returns:
       int64 [T], non-decreasing, each in [0, video_frames).
     """
-    place = (view + 0.5) / num_views if rng is None else rng.random(num_frames)
-    position = (np.arange(num_frames) + place) * (video_frames / num_frames)
+    offset = (view + 0.5) / num_views if rng is None else rng.random(num_frames)
+    position = (np.arange(num_frames) + offset) * (video_frames / num_frames)
     return np.minimum(position.astype(np.int64), video_frames - 1)
 
 
 def spatial_subset(num_frames: int, num_spatial: int) -> np.ndarray:
-    """Places of the S spatial frames among the T: floor((k + 0.5) T / S); int64 [S]."""
+    """Returns the positions of the S spatial frames among the T frames of a clip.
+
+    Args:
+      num_frames: T.
+      num_spatial: S.
+
+    Returns:
+      int64 [S], each in [0, T): floor((k + 0.5) T / S) for k = 0..S-1.
+
+    Raises:
+      ValueError: S is not between 1 and T.
+    """
     if not 1 <= num_spatial <= num_frames:
         raise ValueError(
             f"num_spatial_frames={num_spatial} must be between 1 and num_frames={num_frames}"
@@ -92,7 +114,23 @@ def sample_frames(
     view: int = 0,
     num_views: int = 1,
 ) -> np.ndarray:
-    """Frame indices int64 [T] by `sampling` ("dense" or "segments"); see those functions."""
+    """Samples the frames of a clip.
+
+    Args:
+      sampling: "dense" (`dense_indices`) or "segments" (`segment_indices`).
+      video_frames: number of frames in the video, at least 1.
+      num_frames: T.
+      interval: distance between frames of dense clips; None takes the paper's.
+      rng: draws a training clip. None takes test view `view`.
+      view: index of the test view, 0..num_views-1.
+      num_views: number of test views.
+
+    Returns:
+      int64 [T], each in [0, video_frames).
+
+    Raises:
+      ValueError: `sampling` is unknown, or the paper does not give an interval for T.
+    """
     if sampling == "dense":
         interval = default_interval(num_frames) if interval is None else interval
         return dense_indices(video_frames, num_frames, interval, rng, view, num_views)

@@ -1,21 +1,18 @@
-"""Grid framesets: w x h consecutive frames as one image (sec. 4.2, Fig. 3). TensorFlow ops.
-
-Public: `FramesetShape`, `tile_framesets`.
-"""
+"""Builds grid framesets: w x h consecutive frames as one image (sec. 4.2, Fig. 3)."""
 
 import tensorflow as tf
 
 
 def tile_framesets(frames: tf.Tensor, grid: tuple[int, int]) -> tf.Tensor:
-    """Lay frames out row by row in time order.
+    """Tiles frames row by row in time order.
 
     Args:
-      frames: [T, fh, fw, C], each already scaled to its place (tiling first and scaling the mosaic
-        would bleed across frames).
-      grid: (w, h), frames across and down.
+      frames: [T, fh, fw, C], any dtype, already scaled to their size in the grid. (Scaling the
+        tiled image instead would mix pixels of neighboring frames.)
+      grid: (w, h), frames across and down; T is a multiple of w h.
 
     Returns:
-      [G, h fh, w fw, C]; frameset g holds frames g w h ... (g + 1) w h - 1.
+      [G, h fh, w fw, C] with G = T / (w h); frameset g holds frames g w h ... (g + 1) w h - 1.
     """
     across, down = grid
     _, height, width, channels = frames.shape

@@ -1,8 +1,7 @@
-"""Which example stands at which place of which step: a pure function of (seed, step).
+"""Chooses the examples of each training step, as a pure function of (seed, step).
 
-Public: `train_indices`, `example_seed`.
-
-Nothing is remembered between steps, so resuming is a seek and every host can compute its own share.
+There is no state between steps. A run can therefore resume at any step, and every host can compute
+its own share.
 """
 
 import numpy as np
@@ -12,31 +11,31 @@ import tensorflow as tf
 def train_indices(
     seed: int, step: int, batch_size: int, num_examples: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Examples of training step `step`.
+    """Returns the examples of training step `step`.
 
-    Every epoch is a permutation of all examples of its own; a batch may straddle two epochs, and no
+    Every epoch is its own permutation of all examples. A batch may straddle two epochs, and no
     example is dropped.
 
     Args:
-      seed: of the run.
+      seed: seed of the run.
       step: global step, from 0.
-      batch_size: B over all hosts.
-      num_examples: n.
+      batch_size: B, over all hosts.
+      num_examples: n, number of examples of the split.
 
     Returns:
       (example indices int64 [B] in [0, n), epochs int64 [B]).
     """
     position = step * batch_size + np.arange(batch_size, dtype=np.int64)
-    epoch, place = np.divmod(position, num_examples)
-    index = np.zeros_like(place)
+    epoch, offset = np.divmod(position, num_examples)
+    index = np.zeros_like(offset)
     for number in np.unique(epoch) if num_examples > 1 else ():
         rows = epoch == number
         index[rows] = tf.random.experimental.index_shuffle(
-            place[rows], np.array([seed % 2**31, number], np.int64), np.int64(num_examples - 1)
+            offset[rows], np.array([seed % 2**31, number], np.int64), np.int64(num_examples - 1)
         ).numpy()
     return index, epoch
 
 
 def example_seed(seed: int, epoch: int, example: int) -> np.random.SeedSequence:
-    """Seed of all random choices for one example in one epoch: a function of these three alone."""
+    """Returns the seed of all random choices for one example in one epoch."""
     return np.random.SeedSequence([seed % 2**32, epoch, example])

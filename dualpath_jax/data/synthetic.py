@@ -12,16 +12,16 @@ import numpy as np
 from PIL import Image
 
 from dualpath_jax.data import augment, pipeline
-from dualpath_jax.data.datasets.registry import NUM_CLASSES, UNKNOWN_CLASSES
+from dualpath_jax.data.datasets.registry import NUM_CLASSES, PLACEHOLDER_NUM_CLASSES
 from dualpath_jax.data.preparation.shard_writer import encode_frame
 from dualpath_jax.data.preparation.video_decoder import FrameFormat
 
 
 class SyntheticVideos:
-    """Stands in for `records.VideoDataset`: same attributes, every frame the same smooth noise.
+    """Implements `VideoSource` with videos whose every frame is the same smooth noise.
 
     Args:
-      class_names: one per class; labels go round.
+      class_names: one per class; labels repeat in this order.
       num_videos: length of the split.
       num_frames: of each video.
       height, width: of each frame, pixels.
@@ -54,17 +54,17 @@ class SyntheticVideos:
         return len(self.ids)
 
     def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
-        """The record of a frame, as often as there are indices; see `VideoDataset.read_frames`."""
+        """Returns the record of the one frame, once for each index."""
         del video_index
         return [self._record] * len(frame_indices)
 
 
 def make_synthetic_split(data: Any, num_videos: int) -> SyntheticVideos:
-    """A split for `config.data`: as many classes as its `source` has, or else 2.
+    """Returns a split for `config.data` with as many classes as its `source` has, or 2.
 
-    Classes are called 0, 1, ...; the first of them as `label_swap` asks, where clips are mirrored.
+    Classes are called 0, 1, ...; the first ones as `label_swap` asks, if clips are mirrored.
     """
-    names = [str(i) for i in range(NUM_CLASSES.get(data.source, UNKNOWN_CLASSES))]
+    names = [str(i) for i in range(NUM_CLASSES.get(data.source, PLACEHOLDER_NUM_CLASSES))]
     if data.flip:
         swapped = [name for pair in augment.read_label_swaps(data.label_swap) for name in pair]
         names[: len(swapped)] = swapped
@@ -74,6 +74,6 @@ def make_synthetic_split(data: Any, num_videos: int) -> SyntheticVideos:
 def train_batches(
     dataset: SyntheticVideos, data: Any, seed: int, first_step: int, num_steps: int, *args, **kwargs
 ) -> Iterator[pipeline.Batch]:
-    """As `pipeline.train_batches`, but its first batch alone is made, and serves for every step."""
+    """Yields the first batch of `pipeline.train_batches` for every step."""
     batch = next(pipeline.train_batches(dataset, data, seed, 0, 1, *args, **kwargs))
     return itertools.repeat(batch, num_steps - first_step)

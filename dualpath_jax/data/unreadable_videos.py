@@ -1,7 +1,4 @@
-"""Videos that turn out unreadable while training: counted, told, replaced, and limited.
-
-Public: `UnreadableVideos`.
-"""
+"""Replaces videos that cannot be read during training, logs them and limits their number."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -10,23 +7,23 @@ from absl import logging
 
 from dualpath_jax.data.video_dataset import UnreadableVideo
 
-Element = TypeVar("Element")
+_Clip = TypeVar("_Clip")
 
 
 class UnreadableVideos:
-    """Which videos could not be read so far in this process.
+    """Records the videos that this process could not read, and replaces their clips.
 
-    A clip of which a frame cannot be read or decoded gives its place to a clip of the next video of
-    the split (after the last comes the first), as that would be in the same epoch; if that fails
-    too, of the one after it. So what takes whose place follows from the stored data alone, and not
-    from when the damage was found.
-
-    Attributes:
-      videos: why, by the video's place in the split.
+    If a frame of a clip cannot be read or decoded, a clip of the next video of the split replaces
+    it, as drawn for the same epoch. If that one fails too, the video after it is next; the first
+    video follows the last. The replacement therefore depends only on the stored data, and not on
+    when the damage was noticed.
 
     Args:
       ids: names of the split's videos.
-      limit: `config.data.max_broken_videos`, more are an error.
+      limit: `config.data.max_broken_videos`; more unreadable videos are an error.
+
+    Attributes:
+      videos: reason of the failure, by the video's index in the split.
     """
 
     def __init__(self, ids: Sequence[str], limit: int):
@@ -35,13 +32,21 @@ class UnreadableVideos:
         self.videos: dict[int, str] = {}
         self._clips: set[tuple[int, int]] = set()
 
-    def note(self, example: int, reason: str) -> None:
-        """Video `example` cannot be read. ValueError with the list when it is one too many."""
+    def record_video(self, example: int, reason: str) -> None:
+        """Records that video `example` cannot be read.
+
+        Args:
+          example: index of the video in the split.
+          reason: text of the error.
+
+        Raises:
+          ValueError: more than `limit` videos cannot be read; the message lists them.
+        """
         if example in self.videos:
             return
         self.videos[example] = reason
         logging.warning(
-            "video %r cannot be read, the next one takes its place: %s", self._ids[example], reason
+            "video %r cannot be read; the next one replaces it: %s", self._ids[example], reason
         )
         if len(self.videos) > self._limit:
             names = ", ".join(repr(self._ids[i]) for i in self.videos)
@@ -51,15 +56,25 @@ class UnreadableVideos:
                 "disk and prepare the data set again with another --out, or allow more"
             )
 
-    def note_clip(self, example: int, epoch: int, reason: str) -> None:
-        """The clip of `example` in `epoch` was read, but holds what cannot be decoded."""
+    def record_clip(self, example: int, epoch: int, reason: str) -> None:
+        """Records that the clip of `example` in `epoch` was read but cannot be decoded.
+
+        Raises:
+          ValueError: more than `limit` videos cannot be read.
+        """
         self._clips.add((example, epoch))
-        self.note(example, reason)
+        self.record_video(example, reason)
 
-    def replace(self, example: int, epoch: int, make: Callable[[int, int], Element]) -> Element:
-        """make(example, epoch), or the same of the first video after it that can be read.
+    def make_or_replace(self, example: int, epoch: int, make: Callable[[int, int], _Clip]) -> _Clip:
+        """Makes the clip of `example`, or of the first video after it that can be read.
 
-        `make` raises UnreadableVideo where it cannot read.
+        Args:
+          example: index of the video in the split.
+          epoch: epoch of the clip.
+          make: returns the clip of a video in an epoch; raises UnreadableVideo if it fails.
+
+        Raises:
+          ValueError: more than `limit` videos, or all of them, cannot be read.
         """
         for candidate in (*range(example, len(self._ids)), *range(example)):
             if (candidate, epoch) in self._clips:
@@ -67,5 +82,5 @@ class UnreadableVideos:
             try:
                 return make(candidate, epoch)
             except UnreadableVideo as problem:
-                self.note(candidate, str(problem))
+                self.record_video(candidate, str(problem))
         raise ValueError("no video of the split can be read")

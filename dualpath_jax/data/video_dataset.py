@@ -1,15 +1,12 @@
-"""Prepared videos on disk: a video table and frame records, both readable as TFDS data sets.
+"""Reads prepared videos: a video table and frame records, both readable as TFDS data sets.
 
-Public: `VideoDataset`, `UnreadableVideo`, `FRAME_FEATURES`; for writing `VideoRow`, `ShardWriter`,
-`encode_frame`, `encode_row`, `frame_shard_path`, `write_tables`, `write_atomically`.
-
-    OUT/                       TFDS data set "videos": one record per video (`VideoRow`)
+    OUT/                       TFDS data set "videos": one record per video (`shard_writer.VideoRow`)
     OUT/class_names.json       the class names, exactly
     OUT/frame_format.json      the fields of `decode.FrameFormat`
     OUT/frames/                TFDS data set "frames": one JPEG per record, split names as in OUT,
                                or one split "all" where the splits of OUT share videos
 
-The frames of a video are consecutive records, and videos stand in the order of the table. One
+The frames of a video are consecutive records, and videos are in the order of the table. One
 record per frame, uncompressed, makes the cost of a clip follow the frames chosen and not the
 length of the video.
 """
@@ -24,7 +21,7 @@ import tensorflow as tf
 from array_record.python.array_record_module import ArrayRecordReader
 
 from dualpath_jax.data import dataset_metadata
-from dualpath_jax.data.datasets.annotations import SHARED
+from dualpath_jax.data.datasets.annotations import SHARED_SPLIT
 
 tf.config.set_visible_devices([], "GPU")  # accelerators belong to JAX
 
@@ -35,11 +32,11 @@ _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # for random acce
 
 
 class UnreadableVideo(ValueError):
-    """Stored frames of a video that are damaged."""
+    """Reports that stored frames of a video are damaged."""
 
 
 class VideoDataset:
-    """A split of prepared videos: the video table in memory, frames by random access.
+    """Reads a split of prepared videos: the table is in memory, frames are read by random access.
 
     Attributes:
       ids: list of str [n].
@@ -57,7 +54,7 @@ class VideoDataset:
 
     Raises:
       FileNotFoundError: nothing (finished) in `data_dir`.
-      OSError: Cloud Storage does not give it.
+      OSError: Cloud Storage does not deliver it.
       ValueError: there is no such split, it holds no videos, or what is stored is damaged.
     """
 
@@ -74,12 +71,12 @@ class VideoDataset:
         self.class_names = dataset_metadata.read_class_names(data_dir)
         self.frame_format = dataset_metadata.read_frame_format(data_dir)
         frames = dataset_metadata.read_splits(os.path.join(data_dir, "frames"))
-        stored_in = split if split in frames else SHARED
-        if not sum(frames.get(stored_in, [])):
+        storage_split = split if split in frames else SHARED_SPLIT
+        if not sum(frames.get(storage_split, [])):
             raise ValueError(
                 f"{data_dir} has no frames of split {split!r}; prepare the data set again"
             )
-        lengths = frames[stored_in]
+        lengths = frames[storage_split]
         path = _shard_path(data_dir, "videos", split, 0, 1)
         table = dataset_metadata.read_video_table(
             path, sum(splits[split]), len(self.class_names), lengths
@@ -93,7 +90,7 @@ class VideoDataset:
         self.widths = table["width"]
         self._shard_ends = np.cumsum(lengths)
         self._shard_paths = [
-            frame_shard_path(data_dir, stored_in, shard, len(lengths))
+            frame_shard_path(data_dir, storage_split, shard, len(lengths))
             for shard in range(len(lengths))
         ]
         self._readers: dict[int, ArrayRecordReader] = {}
@@ -103,7 +100,7 @@ class VideoDataset:
         return len(self.ids)
 
     def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
-        """Raw records of some frames of one video; may be called from several threads.
+        """Reads the raw records of some frames of one video; threads may call this at the same time.
 
         Args:
           video_index: row of the table, 0..n-1.
@@ -114,8 +111,8 @@ class VideoDataset:
 
         Raises:
           IndexError: a frame that the video does not have.
-          UnreadableVideo: the file is damaged; checksums tell.
-          OSError: Cloud Storage does not give it.
+          UnreadableVideo: the file is damaged, by its checksums.
+          OSError: Cloud Storage does not deliver it.
         """
         frames = np.asarray(frame_indices, np.int64)
         count = self.num_frames[video_index]
@@ -149,7 +146,7 @@ class VideoDataset:
 
 
 def frame_shard_path(out_dir: str, split: str, shard: int, num_shards: int) -> str:
-    """Path of a shard of frame records, by TFDS's naming."""
+    """Returns the path of a shard of frame records, named as TFDS names them."""
     return _shard_path(os.path.join(out_dir, "frames"), "frames", split, shard, num_shards)
 
 
@@ -158,17 +155,17 @@ def _shard_path(data_dir: str, name: str, split: str, shard: int, num_shards: in
 
 
 def _allow_open_files(num_shards: int) -> None:
-    """Each shard of a data set stays open: allow so many files, for two of them and all else."""
+    """Raises the limit of open files: each shard of two data sets stays open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * num_shards + 512
     if soft < wanted and soft != resource.RLIM_INFINITY:
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with contextlib.suppress(OSError, ValueError):  # macOS has a limit that it does not tell
+        with contextlib.suppress(OSError, ValueError):  # macOS has a limit that it does not report
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _check_reached(path: str, error: RuntimeError) -> None:
-    """OSError if array_record's `error` is of the way to the file and not of the records."""
+    """Raises OSError if array_record's `error` is about access to the file, not its records."""
     if path.startswith("gs://") and path in str(error):
         raise OSError(f"cannot read from Cloud Storage: {error}") from None
     if "open() failed" in str(error):

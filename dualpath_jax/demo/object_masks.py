@@ -1,7 +1,4 @@
-"""Where the moving object of the demo's videos is, by the renderer's own code.
-
-Public: `ObjectMasks`.
-"""
+"""Provides masks of the moving object in the demo's videos, from the renderer's own code."""
 
 import io
 from collections.abc import Sequence
@@ -15,26 +12,26 @@ from dualpath_jax.demo import render
 
 
 class ObjectMasks:
-    """Stands in for the demo's `VideoDataset`: its videos with the object white, all else black.
+    """Replaces the demo's `VideoDataset`: the object is white and everything else is black.
 
-    The pipeline makes batches of it as of the videos, so that masks are sampled, cut, scaled and
-    tiled as these are.
+    The pipeline treats it like the videos: masks are sampled, cropped, scaled and tiled in the
+    same way.
 
     Args:
       dataset: a split of the prepared demo.
-      split: its name.
+      split: name of the split.
 
     Raises:
-      ValueError: it is not the demo as `demo.render_demo` makes it.
+      ValueError: the data set is not the demo that `render.render_demo` writes.
     """
 
     def __init__(self, dataset: VideoDataset, split: str):
         if list(dataset.class_names) != render.class_names():
             raise ValueError(
-                f"the object's place is known in the demo's videos alone, and the classes here are "
+                f"object masks exist only for the demo's videos, but the classes here are "
                 f"{', '.join(dataset.class_names[:3])}, ...: pass runs of configs/demo.py"
             )
-        first = min(map(int, dataset.ids))
+        first = min(map(int, dataset.ids))  # ids count through all splits
         self._numbers = [int(video) - first for video in dataset.ids]
         self.ids, self.labels = dataset.ids, dataset.labels
         self.class_names = dataset.class_names
@@ -46,14 +43,14 @@ class ObjectMasks:
         return len(self.ids)
 
     def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
-        """Records of the masks of some frames; see `VideoDataset.read_frames`."""
+        """Returns the masks of frames as records; see `VideoDataset.read_frames`."""
         masks = render.find_scene(self._split, self._numbers[video_index]).masks()
-        return [_record(masks[frame]) for frame in frame_indices]
+        return [_encode_mask(masks[frame]) for frame in frame_indices]
 
 
-def _record(mask: np.ndarray) -> bytes:
-    """float32 [size, size], 0..1, as a stored frame."""
+def _encode_mask(mask: np.ndarray) -> bytes:
+    """Encodes a mask, float32 [size, size] in 0..1, as a stored frame."""
     buffer = io.BytesIO()
-    grey = Image.fromarray(np.round(255 * mask).astype(np.uint8)).convert("RGB")
-    grey.save(buffer, "JPEG", quality=100, subsampling=0)
+    gray = Image.fromarray(np.round(255 * mask).astype(np.uint8)).convert("RGB")
+    gray.save(buffer, "JPEG", quality=100, subsampling=0)
     return encode_frame(buffer.getvalue())

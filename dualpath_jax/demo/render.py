@@ -1,11 +1,9 @@
-"""The embedded data set: an object moves over photographs; only order tells its classes apart.
+"""Renders the embedded data set: an object moves over a photograph.
 
-Public: `CLASSES`, `PHOTOS`, `SIZES`, `Scene`, `render_clip`, `render_demo`, `find_scene`,
-`class_names`.
-
-Reversing a clip of one class of a pair gives a clip of the other, so neither one frame nor an
-unordered set of frames can do better than chance between the two: 0.5 overall, 0.125 with nothing.
-The photographs come with scikit-image and are in the public domain or CC0.
+The eight classes are four pairs of opposite actions. A clip of one class of a pair, reversed, is a
+clip of the other. Therefore a model that ignores the order of frames cannot distinguish the two,
+and its accuracy is at most 0.5 (chance is 0.125). The photographs come with scikit-image and are in
+the public domain or CC0.
 """
 
 import concurrent.futures
@@ -23,7 +21,7 @@ from PIL import Image
 from dualpath_jax.runtime.cpu_count import num_cores
 from dualpath_jax.runtime.progress_bar import ProgressBar
 
-# Something-Something-v2's kind of templates; a pair of opposite actions stands together.
+# Templates as in Something-Something-v2; classes 2 i and 2 i + 1 are opposite actions.
 CLASSES = (
     "Moving [something] to the left",
     "Moving [something] to the right",
@@ -35,8 +33,8 @@ CLASSES = (
     "[Something] disappears",
 )
 
-# Backgrounds by split. Those of the test videos are seen neither in training and validation nor in
-# the pretraining of the backbone.
+# Backgrounds by split. Those of the test videos occur neither in training and validation nor in the
+# pretraining of the backbone.
 _TRAIN_PHOTOS = (
     "astronaut",
     "chelsea",
@@ -50,10 +48,10 @@ _TRAIN_PHOTOS = (
     "brick",
 )
 PHOTOS = {"train": _TRAIN_PHOTOS, "validation": _TRAIN_PHOTOS, "test": ("coffee", "rocket")}
-# CLIP's, as for any backbone of its kind (PAPER: Recipe).
+# CLIP's normalization of RGB in 0..1, as for any CLIP backbone (PAPER: Recipe).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-# Clips by split, NUM_FRAMES frames of FRAME_SIZE x FRAME_SIZE pixels each.
+# Number of clips by split; each has NUM_FRAMES frames of FRAME_SIZE x FRAME_SIZE pixels.
 SIZES = {"train": 8000, "validation": 160, "test": 400}
 NUM_FRAMES = 16
 FRAME_SIZE = 72
@@ -72,7 +70,7 @@ COLORS = {
 
 @functools.cache
 def load_photo(name: str) -> Image.Image:
-    """A scikit-image photograph as RGB, short side at most 192 pixels."""
+    """Loads a scikit-image photograph as RGB, short side at most 192 pixels."""
     import skimage.data
 
     photo = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
@@ -81,10 +79,10 @@ def load_photo(name: str) -> Image.Image:
 
 
 def crop_photo(photo: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random square of the photograph, turned, mirrored and graded: uint8 [size, size, 3].
+    """Crops a random square and rotates, mirrors and grades it: uint8 [size, size, 3].
 
-    The colour grade (order of the channels, a gain and a gamma for each) makes many backgrounds out
-    of few photographs.
+    The color grade (a permutation of the channels, and a gain and a gamma for each) makes many
+    backgrounds out of few photographs.
     """
     side = np.exp(rng.uniform(np.log(0.2), 0)) * min(photo.size)
     left, top = (rng.uniform(0, extent - side) for extent in photo.size)
@@ -99,7 +97,12 @@ def crop_photo(photo: Image.Image, size: int, rng: np.random.Generator) -> np.nd
 
 
 def shape_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Distance-like function of a shape of radius 1 about the origin: below 1 inside."""
+    """Returns a distance-like function of a shape of radius 1 at the origin: below 1 inside.
+
+    Args:
+      shape: one of `SHAPES`.
+      x, y: coordinates of any shapes that broadcast.
+    """
     x, y = np.abs(x), np.abs(y)
     if shape == "disc":
         return np.sqrt(x * x + y * y)
@@ -112,25 +115,31 @@ def shape_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Track:
-    """Where the object is: centre and radius as parts of the frame, opacity; each [frames]."""
+    """Describes the motion of the object over the frames.
+
+    Attributes:
+      x, y: center of the object, [frames], in 0..1 of the frame's side.
+      radius: [frames], in 0..1 of the frame's side.
+      opacity: [frames], in 0..1.
+    """
 
     x: np.ndarray
     y: np.ndarray
     radius: np.ndarray
     opacity: np.ndarray
 
-    def places(self) -> Iterator[tuple[float, float, float, float]]:
-        """(x, y, radius, opacity) of each frame."""
+    def states(self) -> Iterator[tuple[float, float, float, float]]:
+        """Returns an iterator over (x, y, radius, opacity) of each frame."""
         return zip(self.x, self.y, self.radius, self.opacity, strict=True)
 
 
 def draw_track(label: int, num_frames: int, rng: np.random.Generator) -> Track:
-    """A random track of class `label`; the odd class of a pair is the even one reversed in time."""
+    """Draws a random track of class `label`; an odd class is the even one reversed in time."""
     time = np.linspace(0, 1, num_frames)
     still = np.ones(num_frames)
     x, y, radius, opacity = 0.5 * still, 0.5 * still, rng.uniform(0.16, 0.26) * still, still
     pair, backwards = divmod(label, 2)
-    if pair in (0, 1):  # a straight line, right to left or bottom to top, with a little drift
+    if pair in (0, 1):  # a straight line, right to left or bottom to top, with a slight drift
         length = rng.uniform(0.48, 0.66)
         start = rng.uniform(0.17 + length, 0.83)
         along = start - length * time
@@ -149,13 +158,15 @@ def draw_track(label: int, num_frames: int, rng: np.random.Generator) -> Track:
     return track
 
 
-def _cover(
+def _rasterize_object(
     shape: str, x: float, y: float, radius: float, opacity: float, size: int
 ) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-    """The object in a frame of `size` x `size` pixels: its window, distance and alpha, both [h, w].
+    """Rasterizes the object in a frame of `size` x `size` pixels.
 
-    The window is the square that the object can reach (a diamond's tips are the farthest); for the
-    distance see `shape_distance`; alpha, 0..1, is how much of each pixel is object.
+    Returns:
+      (window, distance, alpha). The window is the pair of slices (rows, columns) that covers the
+      object; a diamond's tips are the farthest. In the window, distance [h, w] is
+      `shape_distance`, and alpha [h, w] in 0..1 is the object's share of each pixel.
     """
     pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
     reach = 1.3 * radius + 1 / size
@@ -166,43 +177,60 @@ def _cover(
     down = (pixels[rows] - np.float32(y)) / np.float32(radius)
     distance = shape_distance(shape, across[None, :], down[:, None])
     alpha = np.clip((1 - distance) * np.float32(radius * size) + 0.5, 0, 1)
-    alpha *= np.float32(opacity)  # one pixel of antialiasing at the edge
+    alpha *= np.float32(opacity)  # the edge is antialiased over one pixel
     return (rows, columns), distance, alpha
 
 
-def paint(
-    background: np.ndarray, track: Track, shape: str, colour: tuple[int, int, int]
+def paint_object(
+    background: np.ndarray, track: Track, shape: str, color: tuple[int, int, int]
 ) -> np.ndarray:
-    """The object over a photograph: uint8 [size, size, 3] -> uint8 [frames, size, size, 3]."""
+    """Paints the object over a photograph.
+
+    Args:
+      background: uint8 [size, size, 3].
+      track: motion of the object.
+      shape: one of `SHAPES`.
+      color: RGB, 0..255.
+
+    Returns:
+      uint8 [frames, size, size, 3].
+    """
     frames = np.repeat(background[None], len(track.x), axis=0)
-    for frame, place in zip(frames, track.places(), strict=True):
-        window, distance, alpha = _cover(shape, *place, background.shape[0])
+    for frame, state in zip(frames, track.states(), strict=True):
+        window, distance, alpha = _rasterize_object(shape, *state, background.shape[0])
         shade = np.clip(1.15 - 0.45 * distance, 0.6, 1.1)[..., None]
-        thing = np.minimum(np.asarray(colour, np.float32) * shade, 255)
+        painted = np.minimum(np.asarray(color, np.float32) * shade, 255)
         behind = frame[window]
-        frame[window] = (behind + (thing - behind) * alpha[..., None] + 0.5).astype(np.uint8)
+        frame[window] = (behind + (painted - behind) * alpha[..., None] + 0.5).astype(np.uint8)
     return frames
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a clip shows: a photograph, uint8 [size, size, 3], and the object before it."""
+    """Describes the content of a clip.
+
+    Attributes:
+      background: photograph, uint8 [size, size, 3].
+      track: motion of the object in front of it.
+      shape: one of `SHAPES`.
+      color: of the object, RGB, 0..255.
+    """
 
     background: np.ndarray
     track: Track
     shape: str
-    colour: tuple[int, int, int]
+    color: tuple[int, int, int]
 
     def frames(self) -> np.ndarray:
-        """The clip: uint8 [frames, size, size, 3]."""
-        return paint(self.background, self.track, self.shape, self.colour)
+        """Renders the clip: uint8 [frames, size, size, 3]."""
+        return paint_object(self.background, self.track, self.shape, self.color)
 
     def masks(self) -> np.ndarray:
-        """How much of each pixel is object: float32 [frames, size, size], 0..1."""
+        """Returns the object's share of each pixel: float32 [frames, size, size] in 0..1."""
         size = self.background.shape[0]
         masks = np.zeros((len(self.track.x), size, size), np.float32)
-        for mask, place in zip(masks, self.track.places(), strict=True):
-            window, _, alpha = _cover(self.shape, *place, size)
+        for mask, state in zip(masks, self.track.states(), strict=True):
+            window, _, alpha = _rasterize_object(self.shape, *state, size)
             mask[window] = alpha
         return masks
 
@@ -210,37 +238,52 @@ class Scene:
 def draw_scene(
     photo: Image.Image, label: int, num_frames: int, size: int, rng: np.random.Generator
 ) -> Scene:
-    """A random scene of class `label` over `photo`."""
+    """Draws a random scene of class `label` over `photo`.
+
+    Args:
+      photo: background, see `load_photo`.
+      label: class, an index into `CLASSES`.
+      num_frames: length of the clip.
+      size: side of a frame, pixels.
+      rng: source of all random choices.
+    """
     background = crop_photo(photo, size, rng)
     track = draw_track(label, num_frames, rng)
     shape = SHAPES[rng.integers(len(SHAPES))]
     mean = background.mean(axis=(0, 1))
-    contrast = sorted(COLORS.values(), key=lambda colour: -np.abs(colour - mean).sum())
-    colour = contrast[rng.integers(len(contrast) // 2)]  # of those far from the background's mean
-    return Scene(background, track, shape, colour)
+    # Choose among the half of the colors that differ most from the background's mean.
+    by_contrast = sorted(COLORS.values(), key=lambda color: -np.abs(color - mean).sum())
+    color = by_contrast[rng.integers(len(by_contrast) // 2)]
+    return Scene(background, track, shape, color)
 
 
 def render_clip(
     photo: Image.Image, label: int, num_frames: int, size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """A clip of class `label` over `photo`: uint8 [num_frames, size, size, 3]."""
+    """Renders a random clip, uint8 [num_frames, size, size, 3]; see `draw_scene`."""
     return draw_scene(photo, label, num_frames, size, rng).frames()
 
 
 def find_scene(split: str, number: int) -> Scene:
-    """What video `number` of a split of the demo shows; class `number` modulo 8."""
+    """Returns the scene of video `number` of a split of the demo; its class is `number` % 8."""
     rng = np.random.default_rng([list(SIZES).index(split), number])
     photo = load_photo(PHOTOS[split][rng.integers(len(PHOTOS[split]))])
     return draw_scene(photo, number % len(CLASSES), NUM_FRAMES, FRAME_SIZE, rng)
 
 
 def class_names() -> list[str]:
-    """The classes as the annotations name them, without brackets."""
+    """Returns the classes as the annotations name them, without brackets."""
     return [_template_key(template) for template in CLASSES]
 
 
 def write_video(frames: np.ndarray, path: pathlib.Path, fps: int = 12) -> None:
-    """H.264 in an .mp4: frames uint8 [frames, height, width, 3], even height and width."""
+    """Writes frames as H.264 in an .mp4 file.
+
+    Args:
+      frames: uint8 [frames, height, width, 3], RGB; height and width are even.
+      path: file to write.
+      fps: frames per second.
+    """
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.height, stream.width = frames.shape[1:3]
@@ -249,7 +292,7 @@ def write_video(frames: np.ndarray, path: pathlib.Path, fps: int = 12) -> None:
             "preset": "veryfast",
             "crf": "18",
             "threads": "1",
-            # With a lookahead thread a frame's type depends on which thread was faster.
+            # With a lookahead thread, frame types would depend on the timing of threads.
             "x264-params": "sync-lookahead=0:rc-lookahead=0",
         }
         for frame in frames:
@@ -258,6 +301,7 @@ def write_video(frames: np.ndarray, path: pathlib.Path, fps: int = 12) -> None:
 
 
 def _render_range(videos: pathlib.Path, split: str, first: int, numbers: range) -> int:
+    """Renders the videos `numbers` of a split, whose first id is `first`; returns how many."""
     for number in numbers:
         frames = find_scene(split, number).frames()
         write_video(frames, videos / f"{first + number}.mp4")
@@ -265,13 +309,15 @@ def _render_range(videos: pathlib.Path, split: str, first: int, numbers: range) 
 
 
 def render_demo(out: str, sizes: dict[str, int] | None = None, progress: bool = True) -> None:
-    """Write the demo set as Something-Something-v2 ships: `videos/{id}.mp4` and JSON `labels/`.
+    """Writes the demo in the layout of Something-Something-v2: `videos/{id}.mp4`, JSON `labels/`.
+
+    The same version of the encoder writes the same bytes every time.
 
     Args:
-      out: folder; complete when `labels/labels.json` is there, which is written last.
-      sizes: clips by split; default `SIZES`. One version of the encoder gives the same bytes every
-        time.
-      progress: show how far it is, see `bar`.
+      out: folder to write. It is complete once it has `labels/labels.json`, which is written last;
+        a complete folder is left as it is.
+      sizes: number of clips by split; None for `SIZES`.
+      progress: True shows a progress bar, see `ProgressBar`.
     """
     out = pathlib.Path(out)
     if (out / "labels" / "labels.json").exists():
@@ -280,10 +326,10 @@ def render_demo(out: str, sizes: dict[str, int] | None = None, progress: bool = 
     videos, labels = out / "videos", out / "labels"
     videos.mkdir(parents=True, exist_ok=True)
     labels.mkdir(exist_ok=True)
-    context = multiprocessing.get_context("spawn")  # the parent may hold threads of JAX
+    context = multiprocessing.get_context("spawn")  # the parent may have threads of JAX
     with (
         concurrent.futures.ProcessPoolExecutor(num_cores(), mp_context=context) as pool,
-        ProgressBar(sum(sizes.values()), "render", "videos", shown=progress) as shown,
+        ProgressBar(sum(sizes.values()), "render", "videos", shown=progress) as bar,
     ):
         jobs, first = [], 0
         for split, size in sizes.items():
@@ -292,10 +338,12 @@ def render_demo(out: str, sizes: dict[str, int] | None = None, progress: bool = 
                 jobs.append(pool.submit(_render_range, videos, split, first, numbers))
             first += size
         for job in concurrent.futures.as_completed(jobs):
-            shown.update(job.result())
+            bar.update(job.result())
     first = 0
     for split, size in sizes.items():
-        entries = [_annotation(first + number, number % len(CLASSES)) for number in range(size)]
+        entries = [
+            _make_annotation(first + number, number % len(CLASSES)) for number in range(size)
+        ]
         (labels / f"{split}.json").write_text(json.dumps(entries, indent=0))
         first += size
     names = {name: str(i) for i, name in enumerate(class_names())}
@@ -303,10 +351,12 @@ def render_demo(out: str, sizes: dict[str, int] | None = None, progress: bool = 
 
 
 def _template_key(template: str) -> str:
+    """Removes the brackets of a template."""
     return template.replace("[", "").replace("]", "")
 
 
-def _annotation(video: int, label: int) -> dict:
+def _make_annotation(video: int, label: int) -> dict:
+    """Returns an entry of the annotations of a split."""
     template = CLASSES[label]
     return {
         "id": str(video),

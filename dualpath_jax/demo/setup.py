@@ -1,7 +1,4 @@
-"""The embedded demo: its videos are rendered, then go the way of anybody's data.
-
-Public: `ensure_demo_data`.
-"""
+"""Sets up the embedded demo: renders its videos, prepares them and converts its backbone."""
 
 import pathlib
 from typing import Any
@@ -18,12 +15,20 @@ BACKBONE = pathlib.Path(__file__).parent / "demo_backbone.safetensors"
 
 
 def ensure_demo_data(config: Any) -> None:
-    """Render, prepare and convert what `config` needs and is not there yet."""
+    """Creates the prepared videos and the converted backbone of `config` if they do not exist.
+
+    Args:
+      config: a configuration of the demo; `data.dir` and `backbone.checkpoint` are written.
+
+    Raises:
+      ValueError: `data.dir` is in Cloud Storage and has no prepared demo.
+    """
     if not (epath.Path(config.data.dir) / "dataset_info.json").exists():
         if "://" in config.data.dir:
             raise ValueError(
-                f"no prepared demo in config.data.dir={config.data.dir}: it is rendered into a "
-                "local folder; do that and copy it with gcloud storage rsync --recursive"
+                f"no prepared demo in config.data.dir={config.data.dir}: the demo can only be "
+                "rendered into a local folder; do that, then copy the folder with gcloud storage "
+                "rsync --recursive"
             )
         raw = pathlib.Path(config.data.dir) / "raw"
         render.render_demo(raw)

@@ -1,12 +1,10 @@
-"""The forward pass of a trained model for programs that do not have this package.
+"""Exports the forward pass of a trained model for programs that do not have this package.
 
-Public: `build_serving_fn`, `export_model`, `FORMATS`, `model_card`; the command line is scripts/export_model.py.
-
-The exported function takes one view of each video as evaluation crops it, and has normalisation and
-weights inside:
+The command line is scripts/export_model.py. The exported function takes one view of each video,
+cropped as in evaluation; normalization and weights are inside:
 
     spatial   [B, S, H, W, 3] uint8, RGB, 0..255
-    temporal  [B, G, H', W', 3] uint8: framesets (dualpath alone)
+    temporal  [B, G, H', W', 3] uint8: framesets (only for the method dualpath)
     result    [B, classes] float32: logits
 """
 
@@ -24,12 +22,13 @@ from dualpath_jax.inference import trained_model
 from dualpath_jax.models import param_tree
 from dualpath_jax.models.abstract import clip_shapes
 from dualpath_jax.models.forward import clip_logits
+from dualpath_jax.runtime import files
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def build_serving_fn(model: trained_model.TrainedModel) -> Callable[..., jax.Array]:
-    """(spatial) or (spatial, temporal) -> logits, see the module."""
+    """Returns the function (spatial) or (spatial, temporal) -> logits, see the module docstring."""
 
     def logits(*views: jax.Array) -> jax.Array:
         clips = dict(zip(("spatial", "temporal"), views, strict=False))
@@ -39,14 +38,15 @@ def build_serving_fn(model: trained_model.TrainedModel) -> Callable[..., jax.Arr
 
 
 def input_shapes(model: trained_model.TrainedModel) -> dict[str, tuple[int, ...]]:
-    """Shapes of what `build_serving_fn` takes, without the batch."""
+    """Returns the input shapes of `build_serving_fn` by name, without the batch axis."""
     named = zip(("spatial", "temporal"), clip_shapes(model.config), strict=True)
     return {name: shape[1:] for name, shape in named if shape is not None}
 
 
-def _stablehlo(
+def _write_stablehlo(
     model: trained_model.TrainedModel, out: pathlib.Path, batch_size: int | None
 ) -> None:
+    """Writes OUT/model.stablehlo."""
     batch = "b" if batch_size is None else str(batch_size)
     shapes = list(input_shapes(model).values())
     texts = [", ".join([batch, *map(str, shape)]) for shape in shapes]
@@ -54,14 +54,14 @@ def _stablehlo(
         [jax.ShapeDtypeStruct((1, *shape), np.uint8) for shape in shapes], texts
     )
     exported = jax.export.export(jax.jit(build_serving_fn(model)), platforms=PLATFORMS)(*arguments)
-    temporary = out / "model.stablehlo.tmp"
-    temporary.write_bytes(exported.serialize())
-    temporary.replace(out / "model.stablehlo")
+    with files.atomic_path(out / "model.stablehlo") as temporary:
+        temporary.write_bytes(exported.serialize())
 
 
-def _saved_model(
+def _write_saved_model(
     model: trained_model.TrainedModel, out: pathlib.Path, batch_size: int | None
 ) -> None:
+    """Writes OUT/saved_model."""
     import tensorflow as tf
     from jax.experimental import jax2tf
 
@@ -89,15 +89,16 @@ def _saved_model(
     temporary.rename(out / "saved_model")
 
 
-# How each format is written; what it is called and how it is read again, for the card.
+# By format: the function that writes it, its description, and the code that reads it (the last two
+# for the model card).
 FORMATS = {
     "stablehlo": (
-        _stablehlo,
+        _write_stablehlo,
         "`model.stablehlo`: a `jax.export` artifact for CPU, CUDA and TPU",
         'jax.export.deserialize(open("model.stablehlo", "rb").read()).call({inputs})',
     ),
     "saved_model": (
-        _saved_model,
+        _write_saved_model,
         "`saved_model/`: a TensorFlow SavedModel",
         'tf.saved_model.load("saved_model").logits({inputs})["logits"]',
     ),
@@ -111,21 +112,21 @@ def export_model(
     batch_size: int | None = None,
     results: dict[str, Any] | None = None,
 ) -> None:
-    """Write `model` in each of `formats`, and `model_card.md` beside them.
+    """Writes `model` in each of `formats`, with class_names.json and model_card.md.
 
     Args:
-      model: of `trained.load`.
-      out: folder, local; made if it is not there.
-      formats: names of `FORMATS`.
-      batch_size: B; None: any.
-      results: of the run's results.json, for the card.
+      model: a model from `trained_model.load`.
+      out: local folder to write; it is created if it does not exist.
+      formats: keys of `FORMATS`.
+      batch_size: B of the exported function; None accepts any.
+      results: content of the run's results.json for the model card; None if unknown.
 
     Raises:
-      ValueError: an unknown format or a batch size below 1.
+      ValueError: a format is unknown, or the batch size is below 1.
     """
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
-        raise ValueError(f"unknown format {unknown[0]!r}: known are {', '.join(FORMATS)}")
+        raise ValueError(f"unknown format {unknown[0]!r}: choose from {', '.join(FORMATS)}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"--batch_size={batch_size} must be at least 1")
     folder = pathlib.Path(out)
@@ -133,75 +134,97 @@ def export_model(
     for name in formats:
         FORMATS[name][0](model, folder, batch_size)
     (folder / "class_names.json").write_text(json.dumps(model.class_names, indent=1) + "\n")
-    (folder / "model_card.md").write_text(model_card(model, formats, batch_size, results))
+    (folder / "model_card.md").write_text(format_model_card(model, formats, batch_size, results))
 
 
 def read_results(workdir: str) -> dict[str, Any] | None:
-    """What results.json of a run holds, None if there is none."""
+    """Reads results.json of a run; returns None if it does not exist."""
     path = epath.Path(workdir) / "results.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def model_card(
+def format_model_card(
     model: trained_model.TrainedModel,
     formats: list[str],
     batch_size: int | None,
     results: dict[str, Any] | None,
 ) -> str:
-    """What a stranger needs to know to use the exported model, as Markdown."""
-    config, shapes = model.config, input_shapes(model)
-    batch = "B" if batch_size is None else batch_size
-    views = f"{config.eval.temporal_views} clips x {config.eval.spatial_crops} crops"
-    trainable = param_tree.count_params(model.params) - param_tree.count_params(
-        model.params["backbone"]
-    )
+    """Returns a Markdown text that explains how to use the exported model.
+
+    Args:
+      model: the exported model.
+      formats: keys of `FORMATS` that were written.
+      batch_size: B of the exported function; None for any.
+      results: content of the run's results.json; None if unknown.
+    """
+    config = model.config
+    total = param_tree.count_params(model.params)
+    trainable = total - param_tree.count_params(model.params["backbone"])
     lines = [
         f"# {config.model.method} on {config.backbone.name}, {len(model.class_names)} classes",
         "",
         f"Action recognition in video, trained for {model.step} steps with dualpath_jax on "
         f"`{config.data.source}` data.",
         "",
+        *_format_inputs(model, batch_size),
+        "",
+        "## Files",
+        "",
+        *_format_files(model, formats),
+        "## Parameters",
+        "",
+        f"{total:,}, of which {trainable:,} outside the backbone.",
+        "",
+        "## Scores",
+        "",
+        _format_scores(model, results),
+        "",
+        "## License",
+        "",
+        "The weights of the backbone and the videos it was adapted to have their own licenses, "
+        "which also apply to models made from them. This card does not list them.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _format_inputs(model: trained_model.TrainedModel, batch_size: int | None) -> list[str]:
+    """Returns the model card's section on input and output."""
+    config = model.config
+    batch = "B" if batch_size is None else batch_size
+    views = f"{config.eval.temporal_views} clips x {config.eval.spatial_crops} crops"
+    return [
         "## Input and output",
         "",
         *(
             f"- `{name}`: uint8 [{batch}, {', '.join(map(str, shape))}], RGB, 0..255"
-            for name, shape in shapes.items()
+            for name, shape in input_shapes(model).items()
         ),
-        f"- result: float32 [{batch}, {len(model.class_names)}], logits; names of the classes, in "
-        "order, in `class_names.json`",
+        f"- result: float32 [{batch}, {len(model.class_names)}], logits; `class_names.json` has "
+        "the names of the classes in this order",
         "",
         f"One view of each video: {config.data.num_frames} frames, sampled by "
         f"`{config.data.sampling}`. Evaluation averages the probabilities (softmax) over {views}. "
-        "Normalisation by mean and standard deviation is inside.",
-        "",
-        "## Files",
-        "",
+        "The exported function normalizes by mean and standard deviation itself.",
     ]
+
+
+def _format_files(model: trained_model.TrainedModel, formats: list[str]) -> list[str]:
+    """Returns the model card's list of files, each with the code that reads it."""
+    inputs = ", ".join(input_shapes(model))
+    lines = []
     for name in formats:
-        _, what, code = FORMATS[name]
-        lines += [f"- {what}", "", f"      {code.format(inputs=', '.join(shapes))}", ""]
-    lines += [
-        "## Parameters",
-        "",
-        f"{param_tree.count_params(model.params):,}, of which {trainable:,} outside the backbone.",
-        "",
-        "## Scores",
-        "",
-    ]
+        _, description, code = FORMATS[name]
+        lines += [f"- {description}", "", f"      {code.format(inputs=inputs)}", ""]
+    return lines
+
+
+def _format_scores(model: trained_model.TrainedModel, results: dict[str, Any] | None) -> str:
+    """Returns the model card's line on the scores of the exported step."""
     if results is None or "top1" not in results or results.get("step") != model.step:
-        lines.append("None: at this step the run has not been evaluated.")
-    else:
-        lines.append(
-            f"Top-1 {results['top1']:.4f}, top-5 {results.get('top5', float('nan')):.4f} on "
-            f"{results.get('num_videos', 'the')} videos of split `{results.get('split')}`, views "
-            f"{results.get('views')} (step {results.get('step')})."
-        )
-    lines += [
-        "",
-        "## Licence",
-        "",
-        "The weights of the backbone and the videos it was adapted to have licences of their own, "
-        "which go on to what was made of them; this card does not know them.",
-        "",
-    ]
-    return "\n".join(lines)
+        return "There are none: the run has not been evaluated at this step."
+    return (
+        f"Top-1 {results['top1']:.4f}, top-5 {results.get('top5', float('nan')):.4f} on "
+        f"{results.get('num_videos', 'the')} videos of split `{results.get('split')}`, views "
+        f"{results.get('views')} (step {results.get('step')})."
+    )

@@ -1,7 +1,4 @@
-"""A trained model on video files: what scripts/predict.py does.
-
-Public: `VideoResult`, `find_videos`, `predict_videos`, `format_result`.
-"""
+"""Applies a trained model to video files, for scripts/predict.py."""
 
 import collections
 import dataclasses
@@ -13,15 +10,15 @@ import numpy as np
 import tqdm
 
 from dualpath_jax.analysis import prediction_figures
-from dualpath_jax.cli import check_output_file
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.preparation import video_decoder
 from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool, pull_streams
 from dualpath_jax.inference import sliding_windows, trained_model
+from dualpath_jax.runtime import files
 from dualpath_jax.runtime.cpu_count import num_cores
 from dualpath_jax.runtime.progress_bar import ProgressBar
 
-# Files of a folder that are taken for videos.
+# In a folder, files with these suffixes count as videos.
 VIDEO_SUFFIXES = frozenset(
     (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 )
@@ -29,13 +26,14 @@ VIDEO_SUFFIXES = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class VideoResult:
-    """What was found out about a video, or a window of one.
+    """Holds the prediction for a video, or for a window of one.
 
     Attributes:
-      video: path.
-      class_names, probabilities: the most probable first; empty for a video that cannot be read.
-      start, end: seconds, of a window; else None.
-      note: why the video cannot be read, or what of it is missing; "" if all is well.
+      video: path of the file.
+      class_names: the most probable classes, most probable first; empty for an unreadable video.
+      probabilities: probabilities of these classes, in 0..1.
+      start, end: seconds from the beginning of the video for a window; otherwise None.
+      note: why the video is unreadable, or which part of it is missing; "" without a problem.
     """
 
     video: str
@@ -47,15 +45,17 @@ class VideoResult:
 
 
 def find_videos(paths: Sequence[str]) -> list[str]:
-    """The files of `paths`, and those in its folders that have a video's suffix, sorted.
+    """Returns the files among `paths`, and the videos in the folders among them.
+
+    Folders are searched recursively for `VIDEO_SUFFIXES`; the videos of a folder are sorted.
 
     Raises:
-      FileNotFoundError: a path is not there, or a folder has no video.
+      FileNotFoundError: a path does not exist, or a folder has no video.
     """
     videos = []
     for path in paths:
         if not os.path.exists(path):
-            raise FileNotFoundError(f"no video or folder {path!r}")
+            raise FileNotFoundError(f"there is no video or folder {path!r}")
         if not os.path.isdir(path):
             videos.append(path)
             continue
@@ -85,79 +85,122 @@ def predict_videos(
     progress: bool = False,
     limits: video_decoder.DecodeLimits | None = None,
 ) -> int:
-    """Show what `model` says of each video, or of each window; returns how many are bad.
+    """Predicts videos or their windows, calls `show` with each result, and counts bad videos.
 
-    All are decoded in processes that can be killed, within `limits`, whose seconds are for a whole
-    video or for a window: whole videos several at a time, windows one after the other. The windows
-    before the place where a video turns out to be bad are shown.
+    Videos are decoded in processes that can be killed: whole videos several at a time, windows one
+    after the other. If a video turns out to be bad, its earlier windows have already been shown.
 
     Args:
-      top_k: classes of each.
-      window, stride: seconds; None: whole videos; half a window.
-      features: file .npz to write, with `video` (and `start`, `end`) and for each an entry of
-        every array of `Trained.features`.
-      pictures: folder for a picture of each video, see `prediction_view`.
-      progress: show how far it is, see `bar`.
-      limits: what one video may cost; None: the usual ones.
+      model: the model.
+      videos: paths of video files.
+      show: called with each result in order.
+      top_k: number of classes per result.
+      window: length of a window, seconds; None predicts whole videos.
+      stride: seconds from one window to the next; None for half a window.
+      features: .npz file to write: `video` (for windows also `start` and `end`) and each array of
+        `TrainedModel.features`, all with one row per result.
+      pictures: folder for an image of each video, see `prediction_figures`.
+      progress: True shows a progress bar, see `ProgressBar`.
+      limits: limits of decoding, whose `seconds` apply to each video or window; None for the
+        defaults.
 
     Raises:
-      ValueError: an option makes no sense.
+      ValueError: an option is out of range or needs another one.
     """
+    _check_options(top_k, window, stride, features)
+    parts = _decode_parts(model, videos, window, stride, limits or video_decoder.DecodeLimits())
+    figures = None
+    if pictures:
+        figures = prediction_figures.PredictionFigures(pictures, model.class_names, top_k)
+    bad, feature_rows = set(), []
+    with ProgressBar(len(videos), "predict", "videos", shown=progress) as bar:
+        for part, clips in _make_clips_ahead(model, parts):
+            bar.update_to(part.number)
+            result, arrays = _predict_part(model, part, clips, top_k, bool(features))
+            if arrays is None:
+                bad.add(result.video)
+            else:
+                if features:
+                    feature_rows.append((result, arrays))
+                if figures:
+                    probabilities = trained_model.mean_probabilities(arrays["logits"])
+                    figures.add(part.number, result, part.frames, probabilities)
+            with tqdm.tqdm.external_write_mode():
+                show(result)
+        bar.update_to(len(videos))
+    if figures:
+        figures.close()
+    if features:
+        _write_features(features, feature_rows)
+    return len(bad)
+
+
+def _check_options(
+    top_k: int, window: float | None, stride: float | None, features: str | None
+) -> None:
+    """Raises ValueError if options of `predict_videos` are out of range or do not fit together."""
     if top_k < 1:
         raise ValueError(f"--top_k={top_k} must be at least 1")
     if features and not features.endswith(".npz"):
         raise ValueError(f"--features={features!r} must end with .npz")
     if features:
-        check_output_file("--features", features)
+        files.check_output_file("--features", features)
     if stride is not None and window is None:
         raise ValueError(f"--stride={stride:g} needs --window")
-    limits = limits or video_decoder.DecodeLimits()
-    if window is None:
-        parts = _whole(model, videos, limits)
-    else:
-        stride = window / 2 if stride is None else stride
-        sliding_windows.check_windows(window, stride)
-        parts = _windows(model, videos, window, stride, limits)
-    drawn = prediction_figures.Pictures(pictures, model.class_names, top_k) if pictures else None
-    bad, kept, places = set(), [], []
-    with ProgressBar(len(videos), "predict", "videos", shown=progress) as bar:
-        for part, clips in _with_clips(model, parts):
-            bar.update_to(part.number)
-            found = part.found
-            if clips is None:
-                bad.add(found.video)
-            else:
-                arrays = model.features(clips) if features else {"logits": model.logits(clips)}
-                said = trained_model.Prediction.of(arrays["logits"], model.class_names, top_k)
-                found = dataclasses.replace(found, **dataclasses.asdict(said))
-                if features:
-                    kept.append(arrays)
-                    places.append(found)
-                if drawn:
-                    probabilities = trained_model.mean_probabilities(arrays["logits"])
-                    drawn.add(part.number, found, part.frames, probabilities)
-            with tqdm.tqdm.external_write_mode():
-                show(found)
-        bar.update_to(len(videos))
-    if drawn:
-        drawn.close()
-    if features:
-        _write_features(features, kept, places)
-    return len(bad)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """A video or a window: the number of its video, its frames (None: bad), what is known of it."""
+class _VideoPart:
+    """Holds a decoded video or window.
+
+    Attributes:
+      number: index of the video.
+      frames: the frames; None if decoding failed.
+      result: the result so far, without a prediction.
+    """
 
     number: int
     frames: trained_model.SingleVideo | None
-    found: VideoResult
+    result: VideoResult
 
 
-def _whole(
+def _predict_part(
+    model: trained_model.TrainedModel,
+    part: _VideoPart,
+    clips: pipeline.Batch | None,
+    top_k: int,
+    with_features: bool,
+) -> tuple[VideoResult, dict[str, np.ndarray] | None]:
+    """Returns the result of a part and the model's arrays, which are None for a bad part.
+
+    The arrays are `TrainedModel.features`, or without `with_features` only the logits.
+    """
+    if clips is None:
+        return part.result, None
+    arrays = model.features(clips) if with_features else {"logits": model.logits(clips)}
+    prediction = trained_model.Prediction.from_logits(arrays["logits"], model.class_names, top_k)
+    return dataclasses.replace(part.result, **dataclasses.asdict(prediction)), arrays
+
+
+def _decode_parts(
+    model: trained_model.TrainedModel,
+    videos: Sequence[str],
+    window: float | None,
+    stride: float | None,
+    limits: video_decoder.DecodeLimits,
+) -> Iterator[_VideoPart]:
+    """Checks the windows and returns an iterator over the decoded videos or windows."""
+    if window is None:
+        return _decode_whole_videos(model, videos, limits)
+    stride = window / 2 if stride is None else stride
+    sliding_windows.check_windows(window, stride)
+    return _decode_windows(model, videos, window, stride, limits)
+
+
+def _decode_whole_videos(
     model: trained_model.TrainedModel, videos: Sequence[str], limits: video_decoder.DecodeLimits
-) -> Iterator[_Part]:
+) -> Iterator[_VideoPart]:
+    """Yields whole videos, decoded in several processes."""
     stored = model.frame_format
     sizes = (stored.short_side, stored.quality)
     arguments = [(video, *sizes, limits, stored.fps) for video in videos]
@@ -166,77 +209,80 @@ def _whole(
         results = pool.map(video_decoder.video_to_jpegs, arguments)
         for number, (video, result) in enumerate(zip(videos, results, strict=True)):
             if isinstance(result, Failure):
-                yield _Part(number, None, VideoResult(video, [], [], note=result.reason))
+                yield _VideoPart(number, None, VideoResult(video, [], [], note=result.reason))
                 continue
-            jpegs, facts = result
+            jpegs, info = result
             frames = trained_model.SingleVideo(
-                jpegs, facts.height, facts.width, video, model.class_names
+                jpegs, info.height, info.width, video, model.class_names
             )
-            yield _Part(number, frames, VideoResult(video, [], [], note=facts.truncated))
+            yield _VideoPart(number, frames, VideoResult(video, [], [], note=info.truncated))
 
 
-def _windows(
+def _decode_windows(
     model: trained_model.TrainedModel,
     videos: Sequence[str],
     seconds: float,
     stride: float,
     limits: video_decoder.DecodeLimits,
-) -> Iterator[_Part]:
+) -> Iterator[_VideoPart]:
+    """Yields the windows of all videos, decoded one after the other."""
     arguments = [(video, seconds, stride, model.frame_format) for video in videos]
-    for number, one in pull_streams(sliding_windows.decode_windows, arguments, limits):
+    for number, item in pull_streams(sliding_windows.decode_windows, arguments, limits):
         video = videos[number]
-        if isinstance(one, Failure):
-            yield _Part(number, None, VideoResult(video, [], [], note=one.reason))
+        if isinstance(item, Failure):
+            yield _VideoPart(number, None, VideoResult(video, [], [], note=item.reason))
             continue
         frames = trained_model.SingleVideo(
-            one.jpegs, one.height, one.width, video, model.class_names
+            item.jpegs, item.height, item.width, video, model.class_names
         )
-        yield _Part(number, frames, VideoResult(video, [], [], one.start, one.end, one.note))
+        result = VideoResult(video, [], [], item.start, item.end, item.note)
+        yield _VideoPart(number, frames, result)
 
 
-_AHEAD = 2  # parts whose clips are made while the model is at an earlier one
+_MAX_WAITING_PARTS = 2  # parts whose clips are made while the model computes an earlier one
 
 
-def _with_clips(
-    model: trained_model.TrainedModel, parts: Iterable[_Part]
-) -> Iterator[tuple[_Part, pipeline.Batch | None]]:
-    """Each part with its clips, in order."""
+def _make_clips_ahead(
+    model: trained_model.TrainedModel, parts: Iterable[_VideoPart]
+) -> Iterator[tuple[_VideoPart, pipeline.Batch | None]]:
+    """Yields each part with its clips (None for a bad one), in order.
+
+    A thread makes the clips of later parts while the caller uses those of an earlier one.
+    """
     waiting = collections.deque()
     with futures.ThreadPoolExecutor(1) as executor:
         for part in parts:
-            made = executor.submit(model.clips_from_frames, part.frames) if part.frames else None
-            waiting.append((part, made))
-            if len(waiting) > _AHEAD:
-                part, made = waiting.popleft()
-                yield part, made and made.result()
-        for part, made in waiting:
-            yield part, made and made.result()
+            clips = executor.submit(model.clips_from_frames, part.frames) if part.frames else None
+            waiting.append((part, clips))
+            if len(waiting) > _MAX_WAITING_PARTS:
+                part, clips = waiting.popleft()
+                yield part, clips and clips.result()
+        for part, clips in waiting:
+            yield part, clips and clips.result()
 
 
-def _write_features(
-    path: str, kept: Sequence[dict[str, np.ndarray]], places: Sequence[VideoResult]
-) -> None:
-    """All arrays [videos or windows, V, ...], in the order of `video`."""
-    table = {"video": np.array([found.video for found in places], dtype=str)}
-    if places and places[0].start is not None:
-        table["start"] = np.array([found.start for found in places])
-        table["end"] = np.array([found.end for found in places])
-    for name in kept[0] if kept else ():
-        table[name] = np.stack([arrays[name] for arrays in kept])
-    temporary = f"{path}.tmp.npz"
-    np.savez(temporary, **table)
-    os.replace(temporary, path)
+def _write_features(path: str, rows: Sequence[tuple[VideoResult, dict[str, np.ndarray]]]) -> None:
+    """Writes the features of all results as arrays [results, V, ...], with the results' names."""
+    results = [result for result, _ in rows]
+    table = {"video": np.array([result.video for result in results], dtype=str)}
+    if results and results[0].start is not None:
+        table["start"] = np.array([result.start for result in results])
+        table["end"] = np.array([result.end for result in results])
+    for name in rows[0][1] if rows else ():
+        table[name] = np.stack([arrays[name] for _, arrays in rows])
+    with files.atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **table)
 
 
-def format_result(found: VideoResult) -> str:
-    """For people."""
-    name = found.video
-    if found.start is not None:
-        name += f"  {found.start:.1f}-{found.end:.1f} s"
-    if not found.class_names:
-        return f"{name}  cannot be read: {found.note}"
+def format_result(result: VideoResult) -> str:
+    """Formats a result as one line of text."""
+    name = result.video
+    if result.start is not None:
+        name += f"  {result.start:.1f}-{result.end:.1f} s"
+    if not result.class_names:
+        return f"{name}  cannot be read: {result.note}"
     classes = "  ".join(
         f"{probability:.3f} {label}"
-        for label, probability in zip(found.class_names, found.probabilities, strict=True)
+        for label, probability in zip(result.class_names, result.probabilities, strict=True)
     )
-    return f"{name}  {classes}" + (f"  ({found.note})" if found.note else "")
+    return f"{name}  {classes}" + (f"  ({result.note})" if result.note else "")

@@ -1,7 +1,6 @@
-"""A trained model from its workdir, and video files as evaluation would see them.
+"""Loads trained models and predicts the classes of video files, as evaluation does.
 
-Public: `TrainedModel`, `Prediction`, `SingleVideo`, `mean_probabilities`, `load`, `read_trained_params`,
-`parse_saved_config`; `load` is `dualpath_jax.load`.
+`load` is `dualpath_jax.load`.
 """
 
 import dataclasses
@@ -19,9 +18,10 @@ from etils import epath
 from flax import traverse_util
 from PIL import Image
 
-from dualpath_jax.config.ranges import check_ranges
+from dualpath_jax.config.schema import check_values
 from dualpath_jax.config.values import INVALID_CONFIG_ERRORS, restore_config
 from dualpath_jax.data import dataset_metadata, pipeline
+from dualpath_jax.data.clip_spec import Views
 from dualpath_jax.data.preparation import video_decoder
 from dualpath_jax.data.preparation.shard_writer import encode_frame
 from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool
@@ -37,10 +37,10 @@ _MAX_POSITIONS = 2**28  # ViT-L's, of 96 frames at 336 pixels, are 57 million
 
 
 class SingleVideo:
-    """Stands in for `records.VideoDataset`: the frames of one video, of class 0.
+    """Implements `VideoSource` with the decoded frames of one video, of class 0.
 
     Args:
-      jpegs: files in memory, as `decode.video_to_jpegs` makes them.
+      jpegs: files in memory, see `video_decoder.video_to_jpegs`.
       height, width: of each, pixels.
       name: of the video, for messages.
       class_names: of the model.
@@ -59,18 +59,18 @@ class SingleVideo:
         return 1
 
     def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
-        """Records of some frames; see `VideoDataset.read_frames`."""
+        """Returns the records of some frames, see `VideoDataset.read_frames`."""
         del video_index
         return [encode_frame(self._jpegs[frame]) for frame in frame_indices]
 
     def image(self, frame: int) -> Image.Image:
-        """One frame, RGB."""
+        """Returns one frame, RGB."""
         return Image.open(io.BytesIO(self._jpegs[frame])).convert("RGB")
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a model says of a video.
+    """Holds the predicted classes of a video.
 
     Attributes:
       class_names: the most probable first.
@@ -81,8 +81,10 @@ class Prediction:
     probabilities: list[float]
 
     @classmethod
-    def of(cls, logits: np.ndarray, class_names: Sequence[str], top_k: int) -> "Prediction":
-        """From logits [V, classes]."""
+    def from_logits(
+        cls, logits: np.ndarray, class_names: Sequence[str], top_k: int
+    ) -> "Prediction":
+        """Returns the `top_k` most probable classes by logits [V, classes] of all views."""
         probabilities = mean_probabilities(logits)
         best = np.argsort(-probabilities, kind="stable")[: max(1, top_k)]
         return cls([class_names[i] for i in best], [float(probabilities[i]) for i in best])
@@ -90,7 +92,7 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """A trained model.
+    """Predicts videos with a trained model.
 
     Attributes:
       config: of its run.
@@ -109,13 +111,13 @@ class TrainedModel:
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False)
 
     def clips(self, video: str | os.PathLike[str]) -> pipeline.Batch:
-        """All views of a video file, as `pipeline.eval_batches` makes them: a batch of one.
+        """Returns all views of a video file as `pipeline.eval_batches` makes them, a batch of one.
 
-        The file is decoded in a process that can be killed, with the limits of
-        `decode.DecodeLimits`. It starts with the first video, and is kept for those to come.
+        The file is decoded in a process that can be killed, with the limits of `DecodeLimits`. It
+        starts with the first video and serves all later ones.
 
         Raises:
-          decode.VideoError: the file cannot be decoded, or hangs or crashes the decoder.
+          video_decoder.VideoError: the file cannot be decoded, or hangs or crashes the decoder.
         """
         path = os.fspath(video)
         stored = self.frame_format
@@ -131,17 +133,14 @@ class TrainedModel:
         )
 
     def clips_from_frames(self, frames: SingleVideo) -> pipeline.Batch:
-        """As `clips`, of frames that are decoded already; or of a data set of one prepared video.
-
-        Threads may call it at the same time.
-        """
+        """Returns what `clips` does for decoded frames; threads may call this at the same time."""
         return self._make_clips(frames)
 
     @functools.cached_property
     def _make_clips(self) -> pipeline.EvalClips:
-        views = (self.config.eval.temporal_views, self.config.eval.spatial_crops)
+        views = Views(self.config.eval.temporal_views, self.config.eval.spatial_crops)
         framesets = method_registry.uses_framesets(self.config.model.method)
-        return pipeline.EvalClips(self.config.data, *views, framesets)
+        return pipeline.EvalClips(self.config.data, views, framesets)
 
     @functools.cached_property
     def _pool(self) -> WorkerPool:
@@ -168,19 +167,22 @@ class TrainedModel:
         return jax.jit(features)
 
     def logits(self, clips: pipeline.Batch) -> np.ndarray:
-        """Logits [V, classes] float32 of the views of `clips`, which `clips` or `clips_of` made."""
+        """Returns logits [V, classes] float32 of the views that `clips` or `clips_from_frames` made."""
         return np.asarray(self._logits(self.params, model_arrays(clips)))[0]
 
     def predict(self, video: str | os.PathLike[str], top_k: int = 5) -> Prediction:
-        """The `top_k` most probable classes of a video file, by all views of evaluation.
+        """Returns the `top_k` most probable classes of a video file, by all views of evaluation.
 
         Raises:
-          decode.VideoError: as `clips`.
+          video_decoder.VideoError: see `clips`.
         """
-        return Prediction.of(self.logits(self.clips(video)), self.class_names, top_k)
+        return Prediction.from_logits(self.logits(self.clips(video)), self.class_names, top_k)
 
     def features(self, clips: pipeline.Batch) -> dict[str, np.ndarray]:
-        """`logits` [V, classes] and, of dualpath, `y_SP` and `y_TP` [V, e] (eq. 8, 10), float32."""
+        """Returns `logits` [V, classes] and, for dualpath, `y_SP` and `y_TP` [V, e] (eq. 8, 10).
+
+        All are float32.
+        """
         if self.config.model.method != "dualpath":
             return {"logits": self.logits(clips)}
         return {
@@ -189,23 +191,23 @@ class TrainedModel:
 
 
 def mean_probabilities(logits: np.ndarray) -> np.ndarray:
-    """Of logits [V, classes] of the views of a video: [classes] float32 in 0..1."""
+    """Returns probabilities [classes], float32, 0..1, averaged over the views of logits [V, classes]."""
     return np.asarray(jax.nn.softmax(logits, axis=-1)).mean(axis=0)
 
 
 def model_arrays(clips: pipeline.Batch) -> dict[str, np.ndarray]:
-    """What a model takes of a batch."""
+    """Returns the arrays of a batch that a model takes: "spatial" and, with framesets, "temporal"."""
     return {key: clips[key] for key in ("spatial", "temporal") if key in clips}
 
 
 def read_trained_params(
     path: str, which: str = "latest"
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(trainable parameters by path, metadata with "step") of a run or an adapter file.
+    """Reads (trainable parameters by path, metadata with "step") of a run or an adapter file.
 
     Args:
       path: workdir of a run, or a file of scripts/export_adapter.py; local or gs://.
-      which: of a run's checkpoints "latest", or "best" by top-1 during training.
+      which: checkpoint of a run: "latest", or "best" by top-1 during training.
 
     Raises:
       OSError: no such file.
@@ -215,7 +217,7 @@ def read_trained_params(
         return adapter_file.read_adapter(path)
     if not (epath.Path(path) / "checkpoints").is_dir():
         raise ValueError(f"no checkpoints in {path}: pass the --workdir of a training run")
-    checkpoints = Checkpoints(path, read_only=True)  # the run may be going on
+    checkpoints = Checkpoints(path, read_only=True)  # the run may still be training
     step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
     if step is None:
         found = "evaluated during training (config.eval.every_epochs)" if which == "best" else "yet"
@@ -234,7 +236,7 @@ def read_trained_params(
 
 
 def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> TrainedModel:
-    """A trained model, without its data set.
+    """Loads a trained model; its data set is not needed.
 
         import dualpath_jax as dp
         model = dp.load("runs/demo")
@@ -242,8 +244,8 @@ def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> 
 
     Args:
       path: workdir of a run, or a file of scripts/export_adapter.py; local or gs://.
-      backbone: file of the converted backbone, where it is not where the run had it.
-      checkpoint: of a run "latest", or "best" by top-1 during training.
+      backbone: file of the converted backbone; None: the one that the run used.
+      checkpoint: of a run: "latest", or "best" by top-1 during training.
 
     Raises:
       OSError: a file is not there.
@@ -272,12 +274,14 @@ def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> 
         )
     module = method_registry.build_model(config, shape, len(saved["class_names"]))
     flat = param_tree.flatten({"backbone": frozen})
-    dtype = method_registry.compute_dtype(config)  # of what is frozen, as in `run.init_params`
+    dtype = method_registry.compute_dtype(
+        config
+    )  # of the frozen weights, as in `experiment.init_params`
     params = {name: jnp.asarray(leaf).astype(dtype) for name, leaf in flat.items()}
     params |= {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
     params = traverse_util.unflatten_dict(params, sep="/")
     class_names, step = list(saved["class_names"]), saved["step"]
-    stored = saved.get("frame_format")  # files of older versions do not say
+    stored = saved.get("frame_format")  # older files do not have it
     frames = (
         video_decoder.FrameFormat()
         if stored is None
@@ -287,13 +291,13 @@ def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> 
 
 
 def parse_saved_config(saved: dict[str, Any]) -> Any:
-    """The config in the metadata of a checkpoint or an adapter file, which may be a stranger's.
+    """Parses the config in the metadata of a checkpoint or an adapter file, which may be untrusted.
 
     Raises:
       NO_CONFIG: it is none, or one of a model larger than any.
     """
     config = restore_config(saved["config"])
-    check_ranges(config)
+    check_values(config)
     if not isinstance(config.backbone.checkpoint, str | None):
         raise ValueError(
             f"backbone.checkpoint={truncated_repr(config.backbone.checkpoint)} is no path"
@@ -306,15 +310,19 @@ def parse_saved_config(saved: dict[str, Any]) -> Any:
 
 
 def _check(path: str, leaves: dict[str, np.ndarray], saved: dict[str, Any]) -> Any:
-    """The config of a trained model; ValueError unless the model that it builds has its leaves."""
+    """Returns the config of a trained model whose parameters are `leaves`.
+
+    Raises:
+      ValueError: the config is invalid, or the model that it builds has other parameters.
+    """
     remedy = "take the file of the run itself, or write it again (scripts/export_adapter.py)"
     try:
         config = parse_saved_config(saved)
-        outline = abstract.abstract_model(config, len(saved["class_names"]))
+        model = abstract.abstract_model(config, len(saved["class_names"]))
     except INVALID_CONFIG_ERRORS as error:
         raise ValueError(f"{path}: its config builds no model ({error}): {remedy}") from None
-    trains = param_tree.flatten(outline.mask)
-    shapes = {n: p.shape for n, p in param_tree.flatten(outline.params).items() if trains[n]}
+    trains = param_tree.flatten(model.mask)
+    shapes = {n: p.shape for n, p in param_tree.flatten(model.params).items() if trains[n]}
     for name in sorted(shapes.keys() | leaves.keys()):
         has = f"{name} of shape {leaves[name].shape}" if name in leaves else f"no {name}"
         wants = f"{name} of shape {shapes[name]}" if name in shapes else f"no {name}"

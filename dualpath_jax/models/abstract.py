@@ -1,8 +1,9 @@
-"""Builds models without values: shapes of inputs and parameters, and which parameters train."""
+"""Describes models without values: shapes of inputs and parameters, and which parameters train."""
 
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -12,10 +13,25 @@ from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.backbones import registry as backbone_registry
 
 
-def clip_shapes(config: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Shapes of `spatial` [1, S, H, W, 3] and `temporal` [1, G, H', W', 3] for one clip.
+@dataclasses.dataclass(frozen=True)
+class AbstractModel:
+    """Describes a model without values.
 
-    For a method without framesets S is T and `temporal` None.
+    Attributes:
+      module: the Flax module.
+      params: its parameter tree; leaves are `jax.ShapeDtypeStruct`.
+      mask: tree of bool, True where a parameter trains.
+    """
+
+    module: nn.Module
+    params: Any
+    mask: Any
+
+
+def clip_shapes(config: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Returns the shapes of `spatial` [1, S, H, W, 3] and `temporal` [1, G, H', W', 3] of one clip.
+
+    For a method without framesets, S is T and the shape of `temporal` is None.
     """
     clip = clip_spec.build_clip_format(
         config.data, method_registry.uses_framesets(config.model.method)
@@ -27,7 +43,7 @@ def clip_shapes(config: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
 
 
 def abstract_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct | None, ...]:
-    """`spatial` and `temporal` of one clip as the model takes them, without values."""
+    """Returns the abstract inputs of the model for one clip: `spatial` and `temporal`, float32."""
     return tuple(
         None if shape is None else jax.ShapeDtypeStruct(shape, jnp.float32)
         for shape in clip_shapes(config)
@@ -35,7 +51,7 @@ def abstract_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct | None, ...]:
 
 
 def build_backbone_config(config: Any) -> backbone_registry.BackboneConfig:
-    """The backbone that `config` names, at its image size."""
+    """Returns the shape of the backbone that `config` names, at its image size."""
     return backbone_registry.backbone_config(
         config.backbone.name,
         image_size=config.data.image_size,
@@ -43,19 +59,19 @@ def build_backbone_config(config: Any) -> backbone_registry.BackboneConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class AbstractModel:
-    """A model without values: leaves of `params` are `jax.ShapeDtypeStruct`, of `mask` bool."""
+def abstract_model(
+    config: Any, num_classes: int, backbone: backbone_registry.BackboneConfig | None = None
+) -> AbstractModel:
+    """Returns the model that `config` describes, its parameters' shapes and which of them train.
 
-    model: Any
-    params: Any
-    mask: Any
-
-
-def abstract_model(config: Any, num_classes: int) -> AbstractModel:
-    """The model that `config` describes, its parameters and which of them train."""
-    model = method_registry.build_model(config, build_backbone_config(config), num_classes)
-    inputs = abstract_inputs(config)
-    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-    mask = param_tree.trainable_mask(params, method_registry.is_trainable_fn(config.model.method))
-    return AbstractModel(model, params, mask)
+    Args:
+      config: the whole configuration.
+      num_classes: width of the logits.
+      backbone: shape of the loaded weights; None: the one that `config` names.
+    """
+    if backbone is None:
+        backbone = build_backbone_config(config)
+    module = method_registry.build_model(config, backbone, num_classes)
+    params = jax.eval_shape(module.init, jax.random.key(0), *abstract_inputs(config))["params"]
+    is_trainable = method_registry.is_trainable_fn(config.model.method)
+    return AbstractModel(module, params, param_tree.trainable_mask(params, is_trainable))

@@ -1,6 +1,4 @@
-"""Methods that see T single frames: a backbone, what is tuned inside its blocks, a head.
-
-Public: `FrameModel`, `AverageClassifier`, `patch_grid`.
+"""Defines the model of all methods that see T single frames: backbone, hooks and head.
 
 Axes: B batch, T frames, M = B T images, N tokens (class token first), D width, L blocks.
 """
@@ -18,20 +16,26 @@ from dualpath_jax.models.backbones.layers import BlockHooks
 from dualpath_jax.models.backbones.registry import BackboneConfig, build_backbone
 
 
-def patch_grid(tokens: int) -> int:
-    """Side of the square that `tokens` patches make; ValueError when they make none."""
-    side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise ValueError(f"{tokens} patches are not a square: the method needs square images")
+def patch_grid_side(num_patches: int) -> int:
+    """Returns the side of the square grid that `num_patches` patches form.
+
+    Raises:
+      ValueError: `num_patches` is not a square number.
+    """
+    side = math.isqrt(num_patches)
+    if side * side != num_patches:
+        raise ValueError(
+            f"{num_patches} patches do not form a square grid: the method needs square images"
+        )
     return side
 
 
 class AverageClassifier(nn.Module):
-    """One FC on the average of the frames (sec. 3.1), computed in float32.
+    """Applies one FC to the average of the frame features (sec. 3.1), in float32.
 
     Attributes:
       num_classes: width of the output.
-      dropout: rate on the average; active when `dropout_rng` is given.
+      dropout: dropout rate on the average, in [0, 1); active when `dropout_rng` is given.
     """
 
     num_classes: int
@@ -39,7 +43,7 @@ class AverageClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, dropout_rng: jax.Array | None = None) -> jax.Array:
-        """x [B, T, D] float32 -> logits [B, classes] float32."""
+        """Maps frame features x [B, T, D] float32 to logits [B, classes] float32."""
         x = x.mean(axis=1)
         x = nn.Dropout(self.dropout)(x, deterministic=dropout_rng is None, rng=dropout_rng)
         with layers.full_precision():
@@ -47,18 +51,18 @@ class AverageClassifier(nn.Module):
 
 
 class FrameModel(nn.Module):
-    """Each frame through the backbone, then a head on the T frame features.
+    """Runs each frame through the backbone, then a head on the T frame features.
 
-    Parameters: `backbone`, `adapters` (those of `hooks`, stacked [L, ...]), `head`.
+    Parameters: `backbone`, `adapters` (the parameters of `hooks`, stacked [L, ...]), `head`.
 
     Attributes:
       config: the backbone's shape.
       num_frames: T.
       head: (frame features [B, T, D] float32, dropout_rng or None) -> logits [B, classes].
-      hooks: what the method does inside a block; None for the backbone as it is.
+      hooks: the method's computations inside a block; None leaves the blocks unchanged.
       dtype: compute dtype of the transformer; frame features and head are float32.
       scan_blocks, remat: see `ViT`.
-      cls_token_only: where the backbone has a class token, compute no other token in its last block.
+      cls_token_only: if the backbone has a class token, its last block computes only that token.
     """
 
     config: BackboneConfig
@@ -77,19 +81,24 @@ class FrameModel(nn.Module):
             self.hook_params = self.param("adapters", self._init_adapters)
 
     def _init_adapters(self, rng: jax.Array) -> Any:
+        """Initializes the parameters of `hooks` for all blocks, stacked [L, ...]."""
         hooks = self.hooks.clone(parent=None)
         return self.backbone.init_hooks(rng, hooks, self.num_frames, self.config.num_tokens)
 
     def start_from_backbone(self, params: Any) -> Any:
-        """`params` as they are: nothing starts at the backbone's values but the backbone."""
+        """Returns `params` unchanged: no parameter of the method starts at a backbone value."""
         return params
 
     def embed(self, images: jax.Array) -> jax.Array:
-        """images [M, H, W, 3] -> the tokens that enter the first block [M, N, D]."""
+        """Maps images [M, H, W, 3] to the tokens [M, N, D] that enter the first block."""
         return self.backbone.embed(images)
 
     def features(self, frames: jax.Array, dropout_rng: jax.Array | None = None) -> Any:
-        """What the head reads: LN'd class tokens, frames [B, T, H, W, 3] -> [B, T, D] float32."""
+        """Returns the head's input: pooled features [B, T, D] float32 of frames [B, T, H, W, 3].
+
+        The feature of a frame is its class token after the final LayerNorm; a backbone without a
+        class token averages its tokens.
+        """
         h = self.embed(einops.rearrange(frames, "b t h w c -> (b t) h w c"))
         h = self.backbone.encode(h, self.hooks, self.hook_params, dropout_rng, self.cls_token_only)
         x = self.backbone.pool(h, project=False).astype(jnp.float32)
@@ -101,24 +110,29 @@ class FrameModel(nn.Module):
         temporal: jax.Array | None = None,
         dropout_rng: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits of a batch of clips; see `tuning.Method.build`.
+        """Computes the logits of a batch of clips; see `registry.Method.build`.
 
         Args:
-          spatial: [B, T, H, W, 3], normalised as the weights want it.
-          temporal: None; these methods take no framesets.
-          dropout_rng: switches on dropout and stochastic depth (training).
+          spatial: [B, T, H, W, 3] frames, normalized with the mean and std of the pretraining.
+          temporal: must be None, because these methods do not use framesets.
+          dropout_rng: key that switches on dropout and stochastic depth (training), or None.
 
         Returns:
           [B, classes] float32.
+
+        Raises:
+          ValueError: `temporal` is given, or `spatial` does not have T frames.
         """
         if temporal is not None:
             raise ValueError(
-                f"this method takes no framesets, but got temporal of shape {temporal.shape}"
+                "this method does not use framesets, but got an array `temporal` of shape "
+                f"{temporal.shape}: pass None"
             )
         if spatial.shape[1] != self.num_frames:
             raise ValueError(
-                f"clips of {spatial.shape[1]} frames, but the model is built for data.num_frames="
-                f"{self.num_frames}: spatial must be [B, {self.num_frames}, H, W, 3]"
+                f"the clips have {spatial.shape[1]} frames, but the model is built for "
+                f"data.num_frames={self.num_frames}: the shape of spatial must be "
+                f"[B, {self.num_frames}, H, W, 3]"
             )
         rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
         return self.head(self.features(spatial, rngs[0]), rngs[1])

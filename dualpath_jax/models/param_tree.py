@@ -1,10 +1,7 @@
-"""Parameter trees: what trains, what decays, splitting, counting.
+"""Masks, splits, merges and counts parameter trees.
 
-Public: `trainable_mask`, `decay_mask`, `split`, `merge`, `unstack_blocks`, `flatten`, `count_params`,
-`parameter_groups`, `parameter_table`.
-
-A tree split into trainable and frozen leaves keeps its structure; the holes are
-`optax.MaskedNode`, which has no leaves, as in optax's own masks.
+A tree that is split into trainable and frozen leaves keeps its structure. The holes are
+`optax.MaskedNode`, a node without leaves, as in optax's own masks.
 """
 
 import math
@@ -18,29 +15,35 @@ import optax
 Tree = Any
 
 
-def path_name(path: tuple) -> str:
-    """A jax key path as "spatial/adapters/attention/down/kernel"."""
+def _path_name(path: tuple) -> str:
+    """Formats a JAX key path, such as "spatial/adapters/attention/down/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Leaves by path."""
+    """Returns the leaves of a tree by their paths, such as "classifier/output/bias"."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {path_name(path): leaf for path, leaf in leaves}
+    return {_path_name(path): leaf for path, leaf in leaves}
 
 
 def trainable_mask(params: Tree, predicate: Callable[[str], bool]) -> Tree:
-    """Tree of bool: does the leaf train? The predicate is asked for every leaf."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: predicate(path_name(path)), params)
+    """Returns a tree of bool that is True where `predicate(path)` says that the leaf trains."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: predicate(_path_name(path)), params)
 
 
 def decay_mask(params: Tree) -> Tree:
-    """Tree of bool: weight decay on kernels only; not on biases, norms, class tokens, positions."""
+    """Returns a tree of bool that is True where weight decay applies.
+
+    Only kernels decay: not biases, norms, class tokens or positions.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def split(params: Tree, mask: Tree) -> tuple[Tree, Tree]:
-    """(trainable, frozen): each the whole tree, `optax.MaskedNode` where the other has leaves."""
+    """Splits `params` into (trainable, frozen) by a tree of bool.
+
+    Each result has the whole structure, with `optax.MaskedNode` where the other has a leaf.
+    """
     hole = optax.MaskedNode()
     trainable = jax.tree.map(lambda leaf, train: leaf if train else hole, params, mask)
     frozen = jax.tree.map(lambda leaf, train: hole if train else leaf, params, mask)
@@ -48,39 +51,43 @@ def split(params: Tree, mask: Tree) -> tuple[Tree, Tree]:
 
 
 def merge(trainable: Tree, frozen: Tree) -> Tree:
-    """Inverse of `split`, and of `unstack_blocks`."""
+    """Merges the results of `split`; frozen leaves may come from `unstack_blocks`."""
 
     def is_hole(node):
         return isinstance(node, optax.MaskedNode)
 
-    def fill(ours, theirs):
-        if not is_hole(ours):
-            return ours
-        return jnp.stack(theirs) if isinstance(theirs, tuple) else theirs
+    def fill(trainable_leaf, frozen_leaf):
+        if not is_hole(trainable_leaf):
+            return trainable_leaf
+        return jnp.stack(frozen_leaf) if isinstance(frozen_leaf, tuple) else frozen_leaf
 
     return jax.tree.map(fill, trainable, frozen, is_leaf=is_hole)
 
 
 def unstack_blocks(frozen: Tree) -> Tree:
-    """Frozen weights with those of the blocks as tuples of the L blocks' own, where stacked.
+    """Unstacks frozen block weights [L, ...] into tuples of L arrays.
 
-    For programs that write the blocks out: they are given each block's weights where they lie and
-    `merge` them inside. From a stack they would copy them out, every time.
+    Unrolled programs use these arrays in place and `merge` them inside; from a stack they would
+    slice (copy) the weights of each block at every step.
     """
 
-    def of_blocks(path, leaf):
-        return tuple(leaf) if path_name(path).startswith("backbone/blocks") else leaf
+    def unstack(path, leaf):
+        return tuple(leaf) if _path_name(path).startswith("backbone/blocks") else leaf
 
-    return jax.tree_util.tree_map_with_path(of_blocks, frozen)
+    return jax.tree_util.tree_map_with_path(unstack, frozen)
 
 
 def count_params(tree: Tree) -> int:
-    """Number of parameters."""
+    """Counts the parameters of a tree."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def parameter_groups(params: Tree, mask: Tree) -> dict[str, list[int]]:
-    """Group of parameters -> [how many, of these trainable, of these decayed]; "total" is last."""
+    """Counts [all, trainable, decayed] parameters of each group.
+
+    A group is "backbone" or the first two parts of a path, such as "spatial/adapters". The last
+    entry is "total".
+    """
     decays = flatten(decay_mask(params))
     trained = flatten(mask)
     groups: dict[str, list[int]] = {}
@@ -96,7 +103,7 @@ def parameter_groups(params: Tree, mask: Tree) -> dict[str, list[int]]:
 
 
 def parameter_table(params: Tree, mask: Tree) -> str:
-    """`parameter_groups` for people."""
+    """Formats `parameter_groups` as a text table."""
     rows = [("group", "parameters", "trainable", "decayed")]
     for group, row in parameter_groups(params, mask).items():
         rows.append((group, *(f"{n:,}" for n in row)))

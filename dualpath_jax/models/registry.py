@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from dualpath_jax.models.backbones.block_loop import check_remat
-from dualpath_jax.models.backbones.layers import BlockHooks, use_cpu_kernels
+from dualpath_jax.models.backbones.kernels import choose_kernels
+from dualpath_jax.models.backbones.layers import BlockHooks
 from dualpath_jax.models.backbones.registry import FAMILIES, BackboneConfig, family_of
 from dualpath_jax.models.frame_model import AverageClassifier, FrameModel
 from dualpath_jax.models.methods.adapters import Adapter
@@ -67,6 +68,7 @@ def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> 
         scale=model.adapter_scale,
         dropout=model.adapter_dropout,
         layer_norm=model.adapter_layer_norm,
+        kernels=choose_kernels(resolve_scan_blocks(config)),
         parent=None,
     )
     frame_size = data.image_size // data.frame_scale
@@ -213,7 +215,7 @@ def _build_evl(config: Any, backbone: BackboneConfig, num_classes: int) -> EVLMo
         num_classes,
         mlp_dropout=options.mlp_dropout,
         dropout=options.dropout,
-        for_cpu=use_cpu_kernels(resolve_scan_blocks(config)),
+        kernels=choose_kernels(resolve_scan_blocks(config)),
         dtype=compute_dtype(config),
         parent=None,
     )

@@ -1,7 +1,4 @@
-"""The temporal transformer classifier of sec. 3.1, shared by the methods without one of their own.
-
-Public: `TemporalClassifier`.
-"""
+"""Defines the temporal transformer classifier (sec. 3.1) of the methods without their own head."""
 
 import flax.linen as nn
 import jax
@@ -12,8 +9,12 @@ from dualpath_jax.models.backbones.registry import BackboneConfig
 from dualpath_jax.models.backbones.vit import Block, ViTConfig
 
 
-def block_config(config: BackboneConfig, width: int) -> ViTConfig:
-    """Shape of the block for features of `width`: a ViT's own, or heads of 64 and an MLP of 4 D."""
+def _block_config(config: BackboneConfig, width: int) -> ViTConfig:
+    """Returns the shape of the transformer block for features of width D = `width`.
+
+    On a ViT it is the shape of the backbone's blocks; otherwise the heads have width 64 and the
+    MLP has width 4 D.
+    """
     if isinstance(config, ViTConfig):
         return config
     return ViTConfig(
@@ -30,16 +31,17 @@ def block_config(config: BackboneConfig, width: int) -> ViTConfig:
 
 
 class TemporalClassifier(nn.Module):
-    """One transformer block over the frames, then an FC on their average (sec. 3.1, ref. 39).
+    """Applies one transformer block over the frames, then an FC on their average (sec. 3.1).
 
-    The block has the shape of the backbone's (`block_config`); learnable positions are added to
-    the frame features before it. All in float32. 7.09M parameters without the FC at D = 768, T = 8.
+    The block has the shape of a backbone block (see `_block_config`). Learnable positions are added
+    to the frame features first. Everything is computed in float32. At D = 768 and T = 8 it has
+    7.09M parameters without the FC.
 
     Attributes:
       config: the backbone's shape.
       num_classes: width of the output.
-      num_prompts: learnable tokens put before the frames; they do not enter the average
-        (VideoPrompt, ref. 39, without its text branch).
+      num_prompts: number of learnable tokens placed before the frames; they do not enter the
+        average (VideoPrompt, ref. 39, without its text branch).
     """
 
     config: BackboneConfig
@@ -48,7 +50,10 @@ class TemporalClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, dropout_rng: jax.Array | None = None) -> jax.Array:
-        """x [B, T, D] float32 -> logits [B, classes] float32. It has no dropout."""
+        """Maps frame features x [B, T, D] float32 to logits [B, classes] float32.
+
+        `dropout_rng` is ignored, because the head does not use dropout.
+        """
         del dropout_rng
         normal = nn.initializers.normal(0.02)
         x = x + self.param("position", normal, x.shape[1:])
@@ -57,6 +62,6 @@ class TemporalClassifier(nn.Module):
             prompts = jnp.broadcast_to(prompts, (x.shape[0], *prompts.shape))
             x = jnp.concatenate([prompts, x], axis=1)
         with layers.full_precision():
-            block = Block(block_config(self.config, x.shape[-1]), name="block")
+            block = Block(_block_config(self.config, x.shape[-1]), name="block")
             x = block(x, layers.no_hooks())[:, self.num_prompts :].mean(axis=1)
             return nn.Dense(self.num_classes, name="output")(x)

@@ -1,4 +1,5 @@
-"""A training run as one page: read (runs.py), counted (figures.py), drawn (charts.py, mistakes.py).
+"""Renders training runs as one HTML page: `page.render_page`, called by scripts/report.py.
 
-Public: `page.render_page`, which scripts/report.py calls.
+`run_reader` reads the workdirs, `statistics` computes the numbers, `line_charts` and
+`mistake_images` draw, and `page` assembles the page.
 """

@@ -1,8 +1,6 @@
-"""Line charts as numbers: ticks, paths, and the values of the read-out. page.html draws them.
+"""Computes line charts as numbers (ticks, SVG paths, read-out values), which page.html draws.
 
-Public: `Series`, `Chart`, `line_chart`, `calibration_chart`.
-
-Places are in units of the SVG's viewBox, WIDTH x HEIGHT, from its upper left corner.
+Positions are in units of the SVG's viewBox, WIDTH x HEIGHT, from its upper left corner.
 """
 
 import dataclasses
@@ -16,36 +14,38 @@ from matplotlib import ticker
 from dualpath_jax.report.statistics import CalibrationBins
 
 WIDTH, HEIGHT = 400, 220
-LEFT, RIGHT, TOP, BOTTOM = 50, 374, 10, 186  # of the plot
-MOST_POINTS = 1000  # of a line; more are thinned out
+LEFT, RIGHT, TOP, BOTTOM = 50, 374, 10, 186  # edges of the plot area
+MAX_POINTS = 1000  # per line; a longer one is thinned out
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A line.
+    """Holds one line of a chart.
 
     Attributes:
-      name: for legend and read-out.
-      colour: its number among the page's colours.
-      points: (step, value), finite, steps not falling.
-      dots: draw the points alone, not a line through them.
+      name: label for the legend and the read-out.
+      color: index into the page's colors.
+      points: (step, value) pairs of finite numbers; steps do not decrease.
+      dots: True draws only the points, without a line through them.
     """
 
     name: str
-    colour: int
+    color: int
     points: list[tuple[float, float]]
     dots: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart to draw.
+    """Holds a chart that is ready to draw.
 
     Attributes:
-      title, summary: the second for those who do not see it.
-      x_ticks, y_ticks: (place, label).
-      lines: for each series name, colour, path (SVG) or dots, places (x, y).
-      readout: JSON for page.js: the scale, and steps and values of each series.
+      title: heading of the chart.
+      summary: text for screen readers.
+      x_ticks, y_ticks: (position, label) pairs.
+      lines: one dict per series: name, color, path (SVG path data, or "") and dots (list of
+        (x, y) positions).
+      readout: data for page.js (JSON): the scale, and the steps and values of each series.
     """
 
     title: str
@@ -57,44 +57,47 @@ class Chart:
 
 
 def format_percent(value: float, digits: int = 1) -> str:
-    """0.125 -> "12.5%"."""
+    """Formats a fraction as a percentage: 0.125 -> "12.5%"."""
     return f"{100 * value:.{digits}f}%"
 
 
 def format_number(value: float) -> str:
-    """Four digits."""
+    """Formats a number with four significant digits."""
     return f"{value:.4g}"
 
 
 def line_chart(
-    title: str, series: Sequence[Series], form: Callable[[float], str], whole: bool = False
+    title: str,
+    series: Sequence[Series],
+    formatter: Callable[[float], str],
+    unit_scale: bool = False,
 ) -> Chart | None:
-    """Values against steps, from zero up.
+    """Returns a chart of values against steps; the vertical scale includes zero.
 
     Args:
-      title: of the chart.
-      series: lines; those without points are left out.
-      form: `format_percent` or `format_number`, for labels.
-      whole: the scale is 0..1.
+      title: heading of the chart.
+      series: the lines; those without points are left out.
+      formatter: `format_percent` or `format_number`, for labels.
+      unit_scale: True fixes the vertical scale to 0..1.
 
     Returns:
-      None where there is no point.
+      The chart, or None if no line has a point.
     """
     series = [line for line in series if line.points]
     if not series:
         return None
     steps, values = np.array([point for line in series for point in line.points]).T
-    x = _scale(0.0, steps.max(), LEFT, RIGHT)
-    low, high = (0.0, 1.0) if whole else (min(0.0, values.min()), values.max())
-    y_ticks = _ticks(low, high)
-    y = _scale(y_ticks[0], max(y_ticks[-1], high), BOTTOM, TOP)
+    x = _make_scale(0.0, steps.max(), LEFT, RIGHT)
+    low, high = (0.0, 1.0) if unit_scale else (min(0.0, values.min()), values.max())
+    y_ticks = _choose_ticks(low, high)
+    y = _make_scale(y_ticks[0], max(y_ticks[-1], high), BOTTOM, TOP)
     lines, readout = [], []
     for line in series:
-        thin = _thinned(line.points)
-        places = [(round(x(step), 1), round(y(value), 1)) for step, value in thin]
-        dots = places if line.dots or len(places) == 1 else []
-        path = "" if dots else "M" + "L".join(f"{px:g} {py:g}" for px, py in places)
-        lines.append({"name": line.name, "colour": line.colour, "path": path, "dots": dots})
+        thin = _thin_points(line.points)
+        positions = [(round(x(step), 1), round(y(value), 1)) for step, value in thin]
+        dots = positions if line.dots or len(positions) == 1 else []
+        path = "" if dots else "M" + "L".join(f"{px:g} {py:g}" for px, py in positions)
+        lines.append({"name": line.name, "color": line.color, "path": path, "dots": dots})
         readout.append(
             {
                 "name": line.name,
@@ -102,49 +105,55 @@ def line_chart(
                 "values": [value for _, value in thin],
             }
         )
-    x_values = [tick for tick in _ticks(0, steps.max()) if tick <= steps.max()]
+    x_values = [tick for tick in _choose_ticks(0, steps.max()) if tick <= steps.max()]
     return Chart(
         title=title,
-        summary=f"{title}: " + "; ".join(_told(line, form) for line in series),
+        summary=f"{title}: " + "; ".join(_describe_line(line, formatter) for line in series),
         x_ticks=[(x(tick), f"{tick:,.0f}") for tick in x_values],
-        y_ticks=[(y(tick), _label(tick, form)) for tick in y_ticks],
+        y_ticks=[(y(tick), _format_tick(tick, formatter)) for tick in y_ticks],
         lines=lines,
         readout={
             "first": [0.0, LEFT],
             "last": [float(steps.max()), RIGHT],
-            "percent": form is format_percent,
+            "percent": formatter is format_percent,
             "series": readout,
         },
     )
 
 
-def _label(value: float, form: Callable[[float], str]) -> str:
-    return f"{100 * value:g}%" if form is format_percent else form(value)
+def _format_tick(value: float, formatter: Callable[[float], str]) -> str:
+    """Formats a tick; percentages have no more digits than they need."""
+    return f"{100 * value:g}%" if formatter is format_percent else formatter(value)
 
 
-def _told(line: Series, form: Callable[[float], str]) -> str:
-    (first, begin), (last, end) = line.points[0], line.points[-1]
-    return f"{line.name} from {form(begin)} at step {first:,.0f} to {form(end)} at step {last:,.0f}"
+def _describe_line(line: Series, formatter: Callable[[float], str]) -> str:
+    """Returns the first and last value of a line as text."""
+    (first_step, first), (last_step, last) = line.points[0], line.points[-1]
+    return (
+        f"{line.name} from {formatter(first)} at step {first_step:,.0f} "
+        f"to {formatter(last)} at step {last_step:,.0f}"
+    )
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Round values that cover low..high."""
+def _choose_ticks(low: float, high: float) -> list[float]:
+    """Returns round values that cover low..high."""
     if not high > low:
         high = low + 1.0
-    found = ticker.MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    return [float(value) for value in found]
+    values = ticker.MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [float(value) for value in values]
 
 
-def _scale(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:
+def _make_scale(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:
+    """Returns the linear function that maps low..high to begin..end."""
     span = high - low if high > low else 1.0
     return lambda value: begin + (value - low) / span * (end - begin)
 
 
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `MOST_POINTS`: of each stretch its lowest and its highest point."""
-    if len(points) <= MOST_POINTS:
+def _thin_points(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Returns at most `MAX_POINTS` points: the lowest and the highest of each stretch."""
+    if len(points) <= MAX_POINTS:
         return points
-    size = math.ceil(len(points) / (MOST_POINTS // 2))
+    size = math.ceil(len(points) / (MAX_POINTS // 2))
     kept: list[tuple[float, float]] = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
@@ -154,13 +163,15 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def calibration_chart(bins: CalibrationBins) -> dict[str, Any]:
-    """Bars of accuracy by confidence: places, with the numbers of each bin for its title.
+    """Returns a bar chart of accuracy by confidence.
 
     Returns:
-      bars (x, y, width, height, low, high, count, accuracy, confidence and its place), x_ticks,
-      y_ticks, diagonal.
+      A dict with x_ticks and y_ticks ((position, label) pairs), diagonal (x1, y1, x2, y2), and
+      bars, one dict per bin with videos. A bar's rectangle is x, y, width and height; (middle,
+      expected) is the position of its mean confidence on the diagonal; low, high, count, accuracy
+      and confidence are the numbers of the bin.
     """
-    x, y = _scale(0, 1, LEFT, RIGHT), _scale(0, 1, BOTTOM, TOP)
+    x, y = _make_scale(0, 1, LEFT, RIGHT), _make_scale(0, 1, BOTTOM, TOP)
     bars = []
     for low, high, count, accuracy, confidence in zip(
         bins.edges[:-1], bins.edges[1:], bins.count, bins.accuracy, bins.confidence, strict=True

@@ -1,7 +1,4 @@
-"""Pictures of some evaluated videos: frames, and where both paths of the model look in them.
-
-Public: `Strip`, `mistake_strips`.
-"""
+"""Draws evaluated videos: their frames, and the attention of the model's paths over them."""
 
 import base64
 import contextlib
@@ -21,22 +18,23 @@ from dualpath_jax.inference import trained_model
 from dualpath_jax.report.run_reader import RunRecord
 from dualpath_jax.runtime import progress_bar
 
-TILES = 4  # pictures side by side
-HEIGHT = 112  # pixels of such a picture
-SMALL_TILES, SMALL_ROWS = 8, 2  # of the frames of framesets, which are small
-_QUALITY = 80  # of the JPEG
-_KIND = "with adaptation"  # of the maps of attention
+_TILES_PER_ROW = 4  # images side by side
+TILE_HEIGHT = 112  # pixels of such an image
+_SMALL_TILES_PER_ROW, _SMALL_ROWS = 8, 2  # for frames of framesets, which are small
+_JPEG_QUALITY = 80
+_ATTENTION_KIND = "with adaptation"  # kind of the attention maps, see `ClipAttention`
 
 
 @dataclasses.dataclass(frozen=True)
 class Strip:
-    """Pictures side by side, in one row or more.
+    """Holds a JPEG of images of one size, side by side in one row or more.
 
     Attributes:
-      title: what they are.
+      title: caption.
       url: "data:image/jpeg;base64,...".
       width, height: pixels.
-      percent: of the room there is, so that pictures are equally large in strips of fewer.
+      percent: share of the available width, 1..100. A strip with fewer images gets less of it,
+        so that images are equally large in all strips.
     """
 
     title: str
@@ -46,8 +44,8 @@ class Strip:
     percent: int
 
 
-class _One:
-    """One video of a data set in the place of the whole, for `pipeline.EvalClips`."""
+class _SingleVideoDataset:
+    """Presents one video of a data set as a data set of its own, for `pipeline.EvalClips`."""
 
     def __init__(self, dataset: VideoDataset, row: int):
         self._dataset, self._row = dataset, row
@@ -59,7 +57,7 @@ class _One:
         return 1
 
     def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
-        """See `VideoDataset.read_frames`."""
+        """Returns records of frames; see `VideoDataset.read_frames`."""
         del video_index
         return self._dataset.read_frames(self._row, frame_indices)
 
@@ -67,141 +65,150 @@ class _One:
 def mistake_strips(
     run: RunRecord, ids: Sequence[str], data_dir: str | None = None, backbone: str | None = None
 ) -> dict[str, list[Strip]]:
-    """Pictures of the videos `ids` by id; what cannot be shown is added to `run.missing`.
+    """Draws the videos `ids`: their frames, and attention over them if the model allows it.
+
+    Anything that cannot be drawn is added to `run.missing`.
 
     Args:
-      run: evaluated, with predictions.
-      ids: videos of the split that was evaluated.
-      data_dir: of the prepared data, where they are not where the run had them.
-      backbone: likewise, file of the converted backbone.
+      run: an evaluated run.
+      ids: ids of videos in the split that was evaluated.
+      data_dir: folder of the prepared data; None for the run's own.
+      backbone: file of the converted backbone; None for the run's own.
+
+    Returns:
+      The strips of each video, by id.
     """
     if not ids:
         return {}
     folder = data_dir or run.results.get("dataset")
     if not isinstance(folder, str) or run.results.get("synthetic"):
-        run.report_missing("no pictures of mistakes: the videos were made up (data.synthetic)")
+        run.report_missing("no images of mistakes: the videos are synthetic (data.synthetic)")
         return {}
     try:
         dataset = VideoDataset(folder, str(run.results.get("split")))
     except FileNotFoundError:
-        what = f"no pictures of mistakes: no prepared videos in {folder}"
         run.report_missing(
-            f"{what}; --data_dir=DIR tells where they are now", _preparation(run, folder)
+            f"no images of mistakes: there are no prepared videos in {folder}; if they were moved, "
+            "give their folder by --data_dir=DIR",
+            _preparation_command(run, folder),
         )
         return {}
     except (ValueError, OSError) as problem:
-        run.report_missing(f"no pictures of mistakes: {_line(problem)}")
+        run.report_missing(f"no images of mistakes: {_one_line(problem)}")
         return {}
-    place = {name: row for row, name in enumerate(dataset.ids)}
-    rows = [place[name] for name in ids if name in place]
+    row_of = {name: row for row, name in enumerate(dataset.ids)}
+    rows = [row_of[name] for name in ids if name in row_of]
     if len(rows) < len(ids):
         run.report_missing(
-            f"no pictures of {len(ids) - len(rows)} of {len(ids)} mistakes: {folder} has no "
-            f"videos of these names, so it was prepared anew since the evaluation",
+            f"no images of {len(ids) - len(rows)} of {len(ids)} mistakes: {folder} has no videos "
+            "with these names; it was prepared again after the evaluation",
             run.command("eval"),
         )
-    found: dict[str, list[Strip]] = {}
-    with progress_bar.ProgressBar(len(rows), "pictures of mistakes", "videos") as progress:
-        maps = _attention(run, dataset, rows, backbone) if rows else iter(())
+    strips: dict[str, list[Strip]] = {}
+    with progress_bar.ProgressBar(len(rows), "images of mistakes", "videos") as progress:
+        attention = _attention_strips(run, dataset, rows, backbone) if rows else iter(())
         for row in rows:
             name = dataset.ids[row]
             try:
-                found[name] = [_frames(dataset, row), *next(maps, [])]
+                strips[name] = [_draw_frame_strip(dataset, row), *next(attention, [])]
             except (ValueError, OSError, *DECODE_ERRORS) as problem:
-                run.report_missing(f"no pictures of {name!r} and what follows: {_line(problem)}")
+                run.report_missing(f"no images of {name!r} and later ones: {_one_line(problem)}")
                 break
             progress.update()
-    return found
+    return strips
 
 
-def _preparation(run: RunRecord, folder: str) -> str:
-    """The command that prepares the videos of a run."""
+def _preparation_command(run: RunRecord, folder: str) -> str:
+    """Returns the command that prepares the videos of a run."""
     source = run.settings.get("data.source", "DATASET")
     if source == "demo":
-        return run.command("eval")  # renders it anew
+        return run.command("eval")  # this renders the demo again
     return (
         f"python scripts/prepare_dataset.py --dataset={source} --videos=VIDEOS "
         f"--annotations=ANNOTATIONS --out={folder}"
     )
 
 
-def _attention(
+def _attention_strips(
     run: RunRecord, dataset: VideoDataset, rows: Sequence[int], backbone: str | None
 ) -> Iterator[list[Strip]]:
-    """For each video the strips of the paths; ends early where the model cannot show them."""
+    """Yields the attention strips of each video; ends early if the model cannot draw them."""
     try:
-        model = _model(run, backbone)
+        model = _load_evaluated_model(run, backbone)
     except (ValueError, OSError, KeyError, AttributeError) as problem:
         run.report_missing(
-            f"no maps of attention: {_line(problem)}. Where its backbone is, is told by",
+            f"no attention maps: {_one_line(problem)}. If the backbone was moved, give its file",
             f"python scripts/report.py --workdir={run.workdir} --backbone=FILE --out=report.html",
         )
         return
     for row in rows:
         clip = attention_figures.middle_view_clips(
-            model.clips_from_frames(_One(dataset, row)), model.config
+            model.clips_from_frames(_SingleVideoDataset(dataset, row)), model.config
         )
         try:
-            view = attention_figures.analyze_clip(model, clip, kinds=[_KIND])
+            view = attention_figures.analyze_clip(model, clip, kinds=[_ATTENTION_KIND])
         except ValueError as problem:  # another method, or no class token
-            run.report_missing(f"no maps of attention: {_line(problem)}")
+            run.report_missing(f"no attention maps: {_one_line(problem)}")
             return
-        yield _paths(view)
+        yield _draw_attention_strips(view)
 
 
-def _model(run: RunRecord, backbone: str | None) -> trained_model.TrainedModel:
-    """The model that was evaluated: the newest checkpoint, or else the best."""
+def _load_evaluated_model(run: RunRecord, backbone: str | None) -> trained_model.TrainedModel:
+    """Loads the model that was evaluated: the newest checkpoint, otherwise the best."""
     model, step = trained_model.load(run.workdir, backbone), run.results["step"]
     if model.step != step:
-        with contextlib.suppress(ValueError):  # there is no best one
+        with contextlib.suppress(ValueError):  # the run has no best checkpoint
             model = trained_model.load(run.workdir, backbone, "best")
     if model.step != step:
         raise ValueError(f"the checkpoint of step {step}, which was evaluated, is gone")
     return model
 
 
-def _paths(view: attention_figures.ClipAttention) -> list[Strip]:
-    """Attention of the tuned model over spatial frames, and over the frames of the framesets."""
-    apart, found = view.taken_apart(), []
+def _draw_attention_strips(view: attention_figures.ClipAttention) -> list[Strip]:
+    """Draws attention over the spatial frames, and over the frames of the framesets."""
+    apart, strips = view.split_framesets(), []
     for path, images in apart.images.items():
-        tiles, rows = (TILES, 1) if path == "spatial" else (SMALL_TILES, SMALL_ROWS)
-        down = HEIGHT * TILES // tiles
-        across = round(down * images.shape[2] / images.shape[1])
-        over = apart.overlays(path, _KIND, (across, down))
-        chosen = [over[i] for i in _spread(len(over), tiles * rows)]
-        found.append(_strip(f"where the {path} path looks", chosen, tiles))
-    return found
+        tiles, rows = (
+            (_TILES_PER_ROW, 1) if path == "spatial" else (_SMALL_TILES_PER_ROW, _SMALL_ROWS)
+        )
+        height = TILE_HEIGHT * _TILES_PER_ROW // tiles
+        width = round(height * images.shape[2] / images.shape[1])
+        overlays = apart.draw_overlays(path, _ATTENTION_KIND, (width, height))
+        chosen = [overlays[i] for i in _evenly_spaced(len(overlays), tiles * rows)]
+        strips.append(_make_strip(f"where the {path} path looks", chosen, tiles))
+    return strips
 
 
-def _frames(dataset: VideoDataset, row: int) -> Strip:
-    """Frames of a video, evenly spaced."""
-    records = dataset.read_frames(row, _spread(int(dataset.num_frames[row]), TILES))
-    pictures = []
+def _draw_frame_strip(dataset: VideoDataset, row: int) -> Strip:
+    """Draws evenly spaced frames of a video."""
+    records = dataset.read_frames(row, _evenly_spaced(int(dataset.num_frames[row]), _TILES_PER_ROW))
+    images = []
     for record in records:
         jpeg = tf.io.parse_single_example(record, FRAME_FEATURES)["image"].numpy()
         with Image.open(io.BytesIO(jpeg)) as image:
-            width = max(1, round(HEIGHT * image.width / image.height))
-            pictures.append(np.asarray(image.convert("RGB").resize((width, HEIGHT))))
-    return _strip("frames", pictures, TILES)
+            width = max(1, round(TILE_HEIGHT * image.width / image.height))
+            images.append(np.asarray(image.convert("RGB").resize((width, TILE_HEIGHT))))
+    return _make_strip("frames", images, _TILES_PER_ROW)
 
 
-def _spread(count: int, most: int) -> list[int]:
-    """Up to `most` of `count` places, evenly spaced, the middles of equal parts."""
-    number = min(count, most)
+def _evenly_spaced(count: int, limit: int) -> list[int]:
+    """Returns up to `limit` indices below `count`: the middles of equal parts."""
+    number = min(count, limit)
     return [int((k + 0.5) * count / number) for k in range(number)]
 
 
-def _strip(title: str, pictures: Sequence[np.ndarray], tiles: int) -> Strip:
-    """Pictures of one size, `tiles` in a row; what is left over of the last row is not shown."""
-    columns = min(len(pictures), tiles)
-    rows = len(pictures) // columns
-    grid = np.stack(pictures[: rows * columns]).reshape(rows, columns, *pictures[0].shape)
+def _make_strip(title: str, images: Sequence[np.ndarray], tiles: int) -> Strip:
+    """Joins images of one size, `tiles` in a row; an incomplete last row is left out."""
+    columns = min(len(images), tiles)
+    rows = len(images) // columns
+    grid = np.stack(images[: rows * columns]).reshape(rows, columns, *images[0].shape)
     image = Image.fromarray(einops.rearrange(grid, "r c h w rgb -> (r h) (c w) rgb"))
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
+    image.save(buffer, "JPEG", quality=_JPEG_QUALITY, optimize=True)
     url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return Strip(title, url, image.width, image.height, 100 * columns // tiles)
 
 
-def _line(problem: Exception) -> str:
+def _one_line(problem: Exception) -> str:
+    """Returns an error's message on one line, at most 300 characters."""
     return " ".join(str(problem).split())[:300]

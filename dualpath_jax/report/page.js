@@ -1,9 +1,9 @@
 "use strict";
-// The page without this is complete but for read-outs, sorting and the confusion matrix.
+// Without this script the page lacks only read-outs, sorting and the confusion matrix.
 
 const asPercent = (value) => `${(100 * value).toFixed(1)}%`;
 
-/** Values of a chart at the step nearest to the pointer, or chosen by the arrow keys. */
+/** Shows the values of a chart at the step nearest to the pointer or chosen by arrow keys. */
 function readOut(figure) {
   const { first, last, percent, series } = JSON.parse(figure.dataset.chart);
   const svg = figure.querySelector("svg");
@@ -18,19 +18,19 @@ function readOut(figure) {
   function show(index) {
     chosen = Math.min(Math.max(index, 0), steps.length - 1);
     const step = steps[chosen];
-    const told = [];
+    const texts = [];
     for (const line of series) {
       const apart = line.steps.map((other) => Math.abs(other - step));
       const least = Math.min(...apart);
-      if (least > 0.02 * (last[0] - first[0])) continue; // it has nothing here
+      if (least > 0.02 * (last[0] - first[0])) continue; // this line has no value here
       const value = line.values[apart.indexOf(least)];
       const text = percent ? asPercent(value) : String(+value.toPrecision(4));
-      told.push(series.length > 1 ? `${line.name} ${text}` : text);
+      texts.push(series.length > 1 ? `${line.name} ${text}` : text);
     }
     cursor.setAttribute("x1", place(step));
     cursor.setAttribute("x2", place(step));
     cursor.style.visibility = "visible";
-    output.textContent = `step ${step.toLocaleString("en")}: ${told.join(", ")}`;
+    output.textContent = `step ${step.toLocaleString("en")}: ${texts.join(", ")}`;
   }
 
   function rest() {
@@ -56,7 +56,7 @@ function readOut(figure) {
   });
 }
 
-/** Tables whose headings sort: numbers from the highest, names from A. */
+/** Makes the headings of a table sort it: numbers from the highest, names from A. */
 function sortable(table) {
   const headings = [...table.tHead.rows[0].cells];
   const key = (row, column) => {
@@ -82,7 +82,7 @@ function sortable(table) {
   });
 }
 
-/** The confusion matrix on a canvas: a window of it is drawn, one cell is chosen. */
+/** Draws the confusion matrix on a canvas: a part of it is visible, one cell is chosen. */
 function confusionMatrix(canvas, data) {
   const { names, videos, cells, orders } = data;
   const size = names.length;
@@ -105,7 +105,7 @@ function confusionMatrix(canvas, data) {
     draw();
   }
 
-  /** A text that fits, by leaving out its middle: names often differ at their ends. */
+  /** Shortens a text to fit. It drops the middle, because names often differ at their ends. */
   function shortened(text, room) {
     if (context.measureText(text).width <= room) return text;
     for (let kept = text.length - 1; kept > 2; kept -= 1) {
@@ -120,12 +120,12 @@ function confusionMatrix(canvas, data) {
     const scale = window.devicePixelRatio || 1;
     const width = canvas.clientWidth;
     const style = getComputedStyle(document.documentElement);
-    const colour = (name) => style.getPropertyValue(name).trim();
+    const color = (name) => style.getPropertyValue(name).trim();
     const font = `13px ${getComputedStyle(document.body).fontFamily}`;
     context.font = font;
     const longest = Math.max(...names.map((name) => context.measureText(name).width)) + 12;
     const room = Math.round(clamp(longest, 40, width * 0.3));
-    const named = (width - room) / shown.across >= 14; // else there is no room for names
+    const named = (width - room) / shown.across >= 14; // false if there is no room for names
     const gutter = named ? room : 24;
     const side = width - gutter - 1;
     const cell = side / shown.across;
@@ -141,45 +141,45 @@ function confusionMatrix(canvas, data) {
     context.beginPath();
     context.rect(gutter, gutter, side, side);
     context.clip();
-    context.fillStyle = colour("--raised");
+    context.fillStyle = color("--raised");
     context.fillRect(gutter, gutter, side, side);
     const first = { row: Math.floor(shown.row), column: Math.floor(shown.column) };
     const end = Math.ceil(shown.across) + 1;
     for (let row = first.row; row < Math.min(first.row + end, size); row += 1) {
       for (let column = first.column; column < Math.min(first.column + end, size); column += 1) {
-        if (row !== column) drawCell(row, column, cell, gutter, colour);
+        if (row !== column) drawCell(row, column, cell, gutter, color);
       }
     }
-    for (let place = 0; place < size; place += 1) drawCell(place, place, cell, gutter, colour);
+    for (let place = 0; place < size; place += 1) drawCell(place, place, cell, gutter, color);
     if (chosen) {
-      context.strokeStyle = colour("--text");
+      context.strokeStyle = color("--text");
       context.lineWidth = 2;
       const x = gutter + (chosen.column - shown.column) * cell;
       const y = gutter + (chosen.row - shown.row) * cell;
       context.strokeRect(x - 1, y - 1, Math.max(cell, 4) + 1, Math.max(cell, 4) + 1);
     }
     context.restore();
-    drawNames(named, cell, gutter, side, colour("--text"));
+    drawNames(named, cell, gutter, side, color("--text"));
   }
 
-  function drawCell(row, column, cell, gutter, colour) {
+  function drawCell(row, column, cell, gutter, color) {
     const n = count.get(order[row] * size + order[column]);
     if (!n) return;
     const x = gutter + (column - shown.column) * cell;
     const y = gutter + (row - shown.row) * cell;
     const shade = 0.15 + 0.85 * Math.sqrt(n / videos[order[row]]);
-    context.fillStyle = `rgba(${colour(row === column ? "--right" : "--wrong")}, ${shade})`;
-    // At least 2 pixels, so that a single mistake is seen among 400 classes.
+    context.fillStyle = `rgba(${color(row === column ? "--right" : "--wrong")}, ${shade})`;
+    // At least 2 pixels: a single mistake among 400 classes stays visible.
     const drawn = Math.max(cell - (cell > 8 ? 1 : 0), 2);
     context.fillRect(x, y, drawn, drawn);
     if (cell < 24) return;
-    context.fillStyle = shade > 0.6 ? colour("--ground") : colour("--text");
+    context.fillStyle = shade > 0.6 ? color("--ground") : color("--text");
     context.textAlign = "center";
     context.fillText(String(n), x + cell / 2, y + cell / 2, cell - 4);
   }
 
-  function drawNames(named, cell, gutter, side, colour) {
-    context.fillStyle = colour;
+  function drawNames(named, cell, gutter, side, color) {
+    context.fillStyle = color;
     if (!named) {
       context.textAlign = "left";
       context.fillText("taken for →", gutter, gutter / 2);
@@ -210,11 +210,11 @@ function confusionMatrix(canvas, data) {
 
   function choose(row, column) {
     chosen = { row: clamp(row, 0, size - 1), column: clamp(column, 0, size - 1) };
-    const [label, says] = [order[chosen.row], order[chosen.column]];
-    const n = count.get(label * size + says) ?? 0;
+    const [label, predicted] = [order[chosen.row], order[chosen.column]];
+    const n = count.get(label * size + predicted) ?? 0;
     const all = videos[label];
     const share = all ? `, ${asPercent(n / all)}` : "";
-    const relation = label === says ? "is recognised" : `is taken for “${names[says]}”`;
+    const relation = label === predicted ? "is recognized" : `is taken for “${names[predicted]}”`;
     output.textContent = `“${names[label]}” ${relation}: ${n} of ${all} videos${share}`;
   }
 
@@ -225,7 +225,7 @@ function confusionMatrix(canvas, data) {
     fit();
   }
 
-  /** Zoom so that the point (row, column) stays where it is. */
+  /** Zooms and keeps the point (row, column) in place. */
   function zoom(factor, row, column) {
     const across = clamp(shown.across / factor, leastShown, size);
     const kept = across / shown.across;
@@ -311,7 +311,7 @@ function confusionMatrix(canvas, data) {
     button.addEventListener("click", () => {
       choose(order.indexOf(+button.dataset.label), order.indexOf(+button.dataset.predicted));
       const apart = Math.abs(chosen.row - chosen.column);
-      shown.across = clamp(apart + 6, 12, size); // the two classes, and some beside them
+      shown.across = clamp(apart + 6, 12, size); // the two classes and some next to them
       shown.row = chosen.row + 0.5 - shown.across / 2;
       shown.column = chosen.column + 0.5 - shown.across / 2;
       fit();

@@ -1,7 +1,4 @@
-"""The page: what the template needs, put together, and rendered. One file, no network.
-
-Public: `render_page`.
-"""
+"""Renders the report of one or several runs as one HTML file that loads nothing else."""
 
 import base64
 import hashlib
@@ -22,24 +19,27 @@ from dualpath_jax.report.mistake_images import Strip
 from dualpath_jax.report.run_reader import RunRecord, format_value, metric_points
 
 _FOLDER = pathlib.Path(__file__).parent
-WORST_PAIRS = 20
-_CURVES = (  # title, key of metrics.jsonl, form, is the scale 0..1?
+_NUM_WORST_PAIRS = 20
+_CURVES = (  # (title, key of metrics.jsonl, label formatter, True if the scale is 0..1)
     ("Loss", "loss", format_number, False),
     ("Learning rate", "learning_rate", format_number, False),
     ("Accuracy", "accuracy", format_percent, True),
-    ("Waiting for data, share of the time", "data_wait", format_percent, False),
+    ("Share of time spent waiting for data", "data_wait", format_percent, False),
 )
 
 
 def render_page(
     runs: Sequence[RunRecord], mistakes: Sequence[int], strips: dict[str, list[Strip]]
 ) -> str:
-    """The page of one run, or the comparison of several.
+    """Renders the page of one run, or the comparison of several.
 
     Args:
-      runs: at least one.
-      mistakes: of one run: the videos to show, rows of its predictions.
-      strips: their pictures, by id.
+      runs: at least one run.
+      mistakes: rows of the predictions to show as mistakes; used for a single run only.
+      strips: the images of these videos, by id.
+
+    Returns:
+      The HTML text.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
@@ -53,15 +53,15 @@ def render_page(
         "number": format_number,
         "text": format_value,
     }
-    script, style = (_own(name) for name in ("page.js", "page.css"))
+    script, style = (_read_asset(name) for name in ("page.js", "page.css"))
     context = {
         "runs": runs,
         "script": script,
         "style": style,
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "missing": [(run, missing) for run in runs for missing in run.missing],
-        "figures": _figure_rows(runs),
-        "charts": [chart for chart in _curves(runs) if chart],
+        "figures": _summary_rows(runs),
+        "charts": [chart for chart in _curve_charts(runs) if chart],
         "size": (
             line_charts.WIDTH,
             line_charts.HEIGHT,
@@ -70,98 +70,101 @@ def render_page(
             line_charts.TOP,
             line_charts.BOTTOM,
         ),
-        "parameters": _parameters(runs),
-        "settings": _settings(runs),
-        "environments": _environments(runs),
+        "parameters": _parameter_tables(runs),
+        "settings": _setting_differences(runs),
+        "environments": _environment_rows(runs),
     }
     if len(runs) == 1:
-        context |= _of_one(runs[0], mistakes, strips)
+        context |= _single_run_context(runs[0], mistakes, strips)
     else:
-        context |= _classes_side_by_side(runs)
+        context |= _class_comparison(runs)
     html = environment.get_template("page.html").render(context)
-    return html.encode("utf-8", "replace").decode()  # ids of videos may hold any bytes
+    return html.encode("utf-8", "replace").decode()  # video ids may contain any bytes
 
 
-def _own(name: str) -> markupsafe.Markup:
-    """A file of this package, to be put into the page as it is."""
+def _read_asset(name: str) -> markupsafe.Markup:
+    """Reads a file of this package as markup, which the template does not escape."""
     return markupsafe.Markup((_FOLDER / name).read_text(encoding="utf-8"))
 
 
-def _curves(runs: Sequence[RunRecord]) -> list[line_charts.Chart | None]:
-    found = []
-    for title, key, form, whole in _CURVES:
+def _curve_charts(runs: Sequence[RunRecord]) -> list[line_charts.Chart | None]:
+    """Draws the training curves, one chart per metric; None for a metric that no run has."""
+    charts = []
+    for title, key, formatter, unit_scale in _CURVES:
         series = []
-        for colour, run in enumerate(runs):
+        for color, run in enumerate(runs):
             prefix = "" if len(runs) == 1 else f"{run.name}, "
             name = f"{prefix}training" if key == "accuracy" else run.name
-            series.append(Series(name, colour, list(metric_points(run.training, key))))
+            series.append(Series(name, color, list(metric_points(run.training, key))))
             if key == "accuracy":
-                colour = colour + 1 if len(runs) == 1 else colour
-                series.append(Series(f"{prefix}evaluation", colour, _top1(run), dots=True))
-        found.append(line_chart(title, series, form, whole))
-    return found
+                color = color + 1 if len(runs) == 1 else color
+                series.append(Series(f"{prefix}evaluation", color, _top1_points(run), dots=True))
+        charts.append(line_chart(title, series, formatter, unit_scale))
+    return charts
 
 
-def _top1(run: RunRecord) -> list[tuple[float, float]]:
-    """Of the evaluations on the way and of the last one."""
-    found = dict(metric_points(run.evaluations, "top1"))
+def _top1_points(run: RunRecord) -> list[tuple[float, float]]:
+    """Returns (step, top-1) of the evaluations during training and of the final one."""
+    points = dict(metric_points(run.evaluations, "top1"))
     if run.results:
-        found[float(run.results["step"])] = float(run.results["top1"])
-    return sorted(found.items())
+        points[float(run.results["step"])] = float(run.results["top1"])
+    return sorted(points.items())
 
 
-def _calibration(run: RunRecord) -> statistics.CalibrationBins | None:
+def _calibration_bins(run: RunRecord) -> statistics.CalibrationBins | None:
+    """Returns the calibration of a run; None without predictions."""
     if run.predictions is None:
         return None
-    return statistics.calibration(run.predictions.probabilities[:, 0], run.predictions.correct)
+    return statistics.calibration_bins(run.predictions.probabilities[:, 0], run.predictions.correct)
 
 
-def _figure_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Name of a figure, and its value in each run; rows that no run has are left out."""
-    columns = [_figures(run) for run in runs]
+def _summary_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Returns (name, value in each run) for each quantity that at least one run has."""
+    columns = [_summarize_run(run) for run in runs]
     names = list(dict.fromkeys(name for column in columns for name in column))
     return [(name, [column.get(name, "–") for column in columns]) for name in names]
 
 
-def _figures(run: RunRecord) -> dict[str, str]:
-    results, found = run.results, {}
+def _summarize_run(run: RunRecord) -> dict[str, str]:
+    """Returns the scores and sizes of a run as text, by name."""
+    results, summary = run.results, {}
     if results:
         videos = results["num_videos"]
         for name, key in (("top-1", "top1"), ("top-5", "top5")):
-            right = round(results[key] * videos)
-            found[name] = f"{format_percent(results[key], 2)} ({right:,} of {videos:,})"
+            correct = round(results[key] * videos)
+            summary[name] = f"{format_percent(results[key], 2)} ({correct:,} of {videos:,})"
         if videos:
             low, high = statistics.confidence_interval(results["top1"], videos)
-            found["top-1, 95% interval"] = f"{format_percent(low)} to {format_percent(high)}"
-        found["mean class accuracy"] = format_percent(results["mean_class_accuracy"], 2)
-    if bins := _calibration(run):
-        found["calibration error (ECE)"] = f"{bins.ece:.3f}"
+            summary["top-1, 95% interval"] = f"{format_percent(low)} to {format_percent(high)}"
+        summary["mean class accuracy"] = format_percent(results["mean_class_accuracy"], 2)
+    if bins := _calibration_bins(run):
+        summary["calibration error (ECE)"] = f"{bins.ece:.3f}"
     if results:
-        found["videos"] = f"{videos:,}"
-        found["views (frames x clips x crops)"] = format_value(results.get("views"))
-        found["split"] = format_value(results.get("split"))
-        found["data set"] = format_value(results.get("dataset"))
-        found["after step"] = f"{results['step']:,}"
+        summary["videos"] = f"{videos:,}"
+        summary["views (frames x clips x crops)"] = format_value(results.get("views"))
+        summary["split"] = format_value(results.get("split"))
+        summary["data set"] = format_value(results.get("dataset"))
+        summary["after step"] = f"{results['step']:,}"
     if run.training:
-        found["trained steps"] = f"{run.training[-1]['step']:,}"
+        summary["trained steps"] = f"{run.training[-1]['step']:,}"
     if run.num_train_steps is not None:
-        found["planned steps"] = f"{run.num_train_steps:,}"
+        summary["planned steps"] = f"{run.num_train_steps:,}"
     broken = list(metric_points(run.training, "broken_videos"))
     if broken and broken[-1][1]:
-        found["broken videos replaced in training"] = f"{broken[-1][1]:,.0f}"
+        summary["broken videos replaced in training"] = f"{broken[-1][1]:,.0f}"
     if run.parameters:
         total, trainable, _ = run.parameters["total"]
-        found["trainable parameters"] = f"{trainable:,} of {total:,}"
+        summary["trainable parameters"] = f"{trainable:,} of {total:,}"
     if run.config:
-        found["method"] = format_value(run.settings.get("model.method"))
-        found["backbone"] = format_value(run.settings.get("backbone.name"))
+        summary["method"] = format_value(run.settings.get("model.method"))
+        summary["backbone"] = format_value(run.settings.get("backbone.name"))
     if results:
-        found["SHA-256 of the backbone"] = format_value(results.get("backbone_sha256"))
-    return found
+        summary["SHA-256 of the backbone"] = format_value(results.get("backbone_sha256"))
+    return summary
 
 
-def _parameters(runs: Sequence[RunRecord]) -> list[tuple[str, dict[str, list[int]]]]:
-    """Tables of parameters, each with the names of the runs that have it."""
+def _parameter_tables(runs: Sequence[RunRecord]) -> list[tuple[str, dict[str, list[int]]]]:
+    """Returns the distinct tables of parameters, each with the names of the runs that have it."""
     tables: list[tuple[list[str], dict[str, list[int]]]] = []
     for run in runs:
         names = next((names for names, table in tables if table == run.parameters), None)
@@ -172,8 +175,8 @@ def _parameters(runs: Sequence[RunRecord]) -> list[tuple[str, dict[str, list[int
     return [(", ".join(names), table) for names, table in tables]
 
 
-def _settings(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
-    """One run against dualpath_jax/config/schema.py, several against each other."""
+def _setting_differences(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
+    """Compares one run with the defaults of config/schema.py, or several with each other."""
     known = [run for run in runs if run.config]
     if not known:
         return None
@@ -185,19 +188,23 @@ def _settings(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
     return {"names": names, "rows": statistics.pairwise_differences(columns)}
 
 
-def _environments(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    facts = [traverse_util.flatten_dict(run.environment, sep=", ") for run in runs]
-    keys = list(dict.fromkeys(key for one in facts for key in one))
+def _environment_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Returns (name, value in each run) for each entry of environment.json."""
+    columns = [traverse_util.flatten_dict(run.environment, sep=", ") for run in runs]
+    keys = list(dict.fromkeys(key for column in columns for key in column))
     return [
-        (key.replace("_", " "), [format_value(one[key]) if key in one else "–" for one in facts])
+        (
+            key.replace("_", " "),
+            [format_value(column[key]) if key in column else "–" for column in columns],
+        )
         for key in keys
     ]
 
 
-def _of_one(
+def _single_run_context(
     run: RunRecord, mistakes: Sequence[int], strips: dict[str, list[Strip]]
 ) -> dict[str, Any]:
-    """What only the page of a single run has."""
+    """Returns the template's variables that only the page of a single run has."""
     predictions, names = run.predictions, run.class_names
     if predictions is None:
         return {"classes": [], "confusion": None, "mistakes": [], "bins": None}
@@ -216,7 +223,7 @@ def _of_one(
     ]
     rows, columns = np.nonzero(matrix)
     cells = np.stack([rows, columns, matrix[rows, columns]], axis=1)
-    bins = _calibration(run)
+    bins = _calibration_bins(run)
     return {
         "classes": sorted(classes, key=lambda row: row["accuracy"]),
         "confusion": {
@@ -230,14 +237,14 @@ def _of_one(
         },
         "pairs": [
             {"label": i, "predicted": j, "count": count, "share": count / int(videos[i])}
-            for i, j, count in statistics.worst_pairs(matrix, WORST_PAIRS)
+            for i, j, count in statistics.worst_pairs(matrix, _NUM_WORST_PAIRS)
         ],
         "names": names,
         "mistakes": [
             {
                 "id": predictions.ids[row],
                 "label": names[int(predictions.labels[row])],
-                "guesses": _guesses(run, row),
+                "guesses": _top_guesses(run, row),
                 "strips": strips.get(predictions.ids[row], []),
             }
             for row in mistakes
@@ -247,33 +254,41 @@ def _of_one(
     }
 
 
-def _guesses(run: RunRecord, row: int) -> list[tuple[str, float]]:
-    """The three most probable classes of a video, and its label where it comes next."""
+def _top_guesses(run: RunRecord, row: int) -> list[tuple[str, float]]:
+    """Returns the three most probable classes of a video, and its label if it follows later.
+
+    The label follows only if it is among the stored classes (the K most probable).
+    """
     label, names = run.predictions.labels[row], run.class_names
-    both = zip(run.predictions.classes[row], run.predictions.probabilities[row], strict=True)
+    guesses = zip(run.predictions.classes[row], run.predictions.probabilities[row], strict=True)
     return [
         (names[int(number)], float(probability))
-        for place, (number, probability) in enumerate(both)
-        if place < 3 or number == label
+        for rank, (number, probability) in enumerate(guesses)
+        if rank < 3 or number == label
     ]
 
 
-def _classes_side_by_side(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """Accuracy of each class by run, those that differ most first; of runs with equal classes."""
+def _class_comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """Returns the accuracy of each class in each run, the largest difference first.
+
+    The tables are empty unless at least two runs have predictions, all with the same classes.
+    """
     known = [run for run in runs if run.predictions is not None]
     if len(known) < 2 or any(run.class_names != known[0].class_names for run in known):
         return {"compared": [], "classes": []}
     columns = []
     for run in known:
-        found, names = run.predictions, run.class_names
-        matrix = statistics.confusion_matrix(found.labels, found.classes[:, 0], len(names))
+        predictions, num_classes = run.predictions, len(run.class_names)
+        matrix = statistics.confusion_matrix(
+            predictions.labels, predictions.classes[:, 0], num_classes
+        )
         columns.append(statistics.class_counts(matrix))
     rows = []
     for i, name in enumerate(known[0].class_names):
         accuracies = [int(ok[i]) / int(n[i]) if n[i] else None for n, ok in columns]
-        there = [accuracy for accuracy in accuracies if accuracy is not None]
-        if there:
-            spread = max(there) - min(there)
+        known_accuracies = [accuracy for accuracy in accuracies if accuracy is not None]
+        if known_accuracies:
+            spread = max(known_accuracies) - min(known_accuracies)
             rows.append({"name": name, "accuracies": accuracies, "spread": spread})
     rows.sort(key=lambda row: -row["spread"])
     return {"compared": [run.name for run in known], "classes": rows}

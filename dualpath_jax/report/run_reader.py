@@ -1,6 +1,6 @@
-"""What runs left in their workdirs, read for a report. What is not there is told, not an error.
+"""Reads the results of runs from their workdirs for a report.
 
-Public: `RunRecord`, `MissingResult`, `Predictions`, `read_runs`.
+A missing or damaged file is not an error: it is listed in `RunRecord.missing`.
 """
 
 import dataclasses
@@ -23,14 +23,20 @@ from dualpath_jax.training.metrics_logger import is_evaluation
 from dualpath_jax.training.predictions import read_predictions
 
 _PROGRAM = "python -m dualpath_jax.main"
-_LEFT = ("config.json", "metrics.jsonl", "results.json", "environment.json")  # any of these
-_SCORES = ("top1", "top5", "mean_class_accuracy")  # of results.json, in 0..1
-_COUNTS = ("num_videos", "step")  # likewise
+# A workdir has at least one of these files.
+_RUN_FILES = ("config.json", "metrics.jsonl", "results.json", "environment.json")
+_SCORE_KEYS = ("top1", "top5", "mean_class_accuracy")  # keys of results.json, values in 0..1
+_COUNT_KEYS = ("num_videos", "step")  # keys of results.json, whole numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class MissingResult:
-    """Something that the report would show, and the command that makes it ("" where none does)."""
+    """Describes something that the report cannot show.
+
+    Attributes:
+      what: short description.
+      command: command line that creates it; "" if no command does.
+    """
 
     what: str
     command: str = ""
@@ -38,7 +44,7 @@ class MissingResult:
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What the evaluation said of n videos; most probable class first, K of them.
+    """Holds the K most probable classes of n evaluated videos, most probable first.
 
     Attributes:
       ids: names of the videos.
@@ -54,25 +60,27 @@ class Predictions:
 
     @property
     def correct(self) -> np.ndarray:
-        """bool [n]: is the most probable class the label?"""
+        """Returns bool [n]: True where the most probable class is the label."""
         return self.classes[:, 0] == self.labels
 
 
 @dataclasses.dataclass
 class RunRecord:
-    """What is known of a run. Whatever could not be read is empty, and listed in `missing`.
+    """Holds the results of a run. Anything unreadable is empty here and listed in `missing`.
 
     Attributes:
-      workdir: its folder.
-      name: short, different for each run of a report.
-      config: of config.json, nested, with defaults for keys that are younger; {} if not known.
-      training, evaluations: entries of metrics.jsonl: of steps, and of evaluations on the way.
-      results: of results.json.
-      environment: of environment.json.
-      class_names: one per class; "class 3" where a name is unknown.
-      predictions: of every evaluated video.
-      parameters: see `params.parameter_groups`.
-      num_train_steps: that the run is to have; None where nothing tells.
+      workdir: folder of the run.
+      name: short name, different for each run of a report.
+      config: config.json as nested dicts, with defaults for keys added since; {} if unknown.
+      training: entries of metrics.jsonl about training steps.
+      evaluations: entries of metrics.jsonl about evaluations during training.
+      results: content of results.json.
+      environment: content of environment.json.
+      class_names: one per class; "class 3" if the name of class 3 is unknown.
+      predictions: the predictions for every evaluated video; None if unknown.
+      parameters: table of parameter counts, see `param_tree.parameter_groups`.
+      num_train_steps: planned number of training steps; None if unknown.
+      missing: what could not be read.
     """
 
     workdir: str
@@ -90,11 +98,17 @@ class RunRecord:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The configuration by dotted key."""
+        """Returns the configuration by dotted key."""
         return flatten_config(self.config)
 
     def command(self, mode: str = "train") -> str:
-        """The command line that trains or evaluates this run; CONFIG where it is not known."""
+        """Returns the command line that trains or evaluates this run.
+
+        The config file is written as CONFIG if the recorded command is unknown.
+
+        Args:
+          mode: "train" or "eval".
+        """
         words = [*_PROGRAM.split(), "--config=configs/CONFIG.py"]
         recorded = self.environment.get("command")
         if isinstance(recorded, str) and recorded.startswith(f"{_PROGRAM} "):
@@ -104,17 +118,19 @@ class RunRecord:
         return shlex.join([*words, "--mode=eval"] if mode == "eval" else words)
 
     def report_missing(self, what: str, command: str = "") -> None:
-        """Something is missing."""
+        """Adds an entry to `missing`."""
         self.missing.append(MissingResult(what, command))
 
 
 def read_runs(workdirs: Sequence[str]) -> list[RunRecord]:
-    """The runs of some workdirs; one that holds several splits (HMDB51's "all") is several runs.
+    """Reads the runs of some workdirs.
+
+    A workdir that holds several splits (HMDB51's "all") counts as several runs.
 
     Raises:
-      ValueError: not a workdir, or one that is named twice; says which.
+      ValueError: a folder is not a workdir, or it is named twice; the message names it.
     """
-    folders = [folder for workdir in workdirs for folder in _folders(workdir)]
+    folders = [folder for workdir in workdirs for folder in _find_run_folders(workdir)]
     resolved = [os.path.realpath(folder) for folder in folders]
     for folder, path in zip(folders, resolved, strict=True):
         if resolved.count(path) > 1:
@@ -125,12 +141,16 @@ def read_runs(workdirs: Sequence[str]) -> list[RunRecord]:
     return [_read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
-def _folders(workdir: str) -> list[str]:
-    """`workdir`, or the workdirs of its splits; ValueError if it is none."""
+def _find_run_folders(workdir: str) -> list[str]:
+    """Returns `workdir`, or the workdirs of its splits.
+
+    Raises:
+      ValueError: it is not a local workdir.
+    """
     if "://" in workdir:
         raise ValueError(
-            f"--workdir={workdir} is in Cloud Storage, and reports are made of local folders: copy "
-            "it with gcloud storage rsync --recursive"
+            f"--workdir={workdir} is in Cloud Storage, but a report reads local folders: copy it "
+            "with gcloud storage rsync --recursive"
         )
     path = pathlib.Path(workdir)
     if not path.is_dir():
@@ -139,28 +159,31 @@ def _folders(workdir: str) -> list[str]:
     if _is_workdir(path) and (path / "config.json").exists() or not splits:
         if not _is_workdir(path):
             raise ValueError(
-                f"--workdir={workdir} is not that of a training run: it has none of "
-                f"{', '.join(_LEFT)}; give the --workdir of dualpath_jax.main"
+                f"--workdir={workdir} is not the folder of a training run: it has none of "
+                f"{', '.join(_RUN_FILES)}; give the --workdir of dualpath_jax.main"
             )
         return [workdir]
     return splits
 
 
 def _is_workdir(path: pathlib.Path) -> bool:
-    return any((path / name).exists() for name in _LEFT)
+    return any((path / name).exists() for name in _RUN_FILES)
 
 
 def _read_run(workdir: str, name: str) -> RunRecord:
+    """Reads one workdir."""
     run = RunRecord(workdir, name)
-    run.environment = _read(run, "environment.json", "train", "versions, devices and command")
-    run.config = _config(run)
+    run.environment = _read_json_file(
+        run, "environment.json", "train", "versions, devices and command"
+    )
+    run.config = _read_config(run)
     _read_metrics(run)
     _read_results(run)
     if run.results:
         try:
             names, rows = read_predictions(workdir, run.results)
-            run.predictions = _predictions(rows)
-            run.class_names = _checked_names(names)
+            run.predictions = _parse_predictions(rows)
+            run.class_names = _parse_class_names(names)
         except ValueError as problem:
             run.predictions = None
             run.report_missing(
@@ -172,31 +195,40 @@ def _read_run(workdir: str, name: str) -> RunRecord:
     return run
 
 
-def _read(run: RunRecord, name: str, mode: str, what: str) -> dict[str, Any]:
-    """A JSON file of the workdir; empty where it is not there or damaged."""
+def _read_json_file(run: RunRecord, name: str, mode: str, content: str) -> dict[str, Any]:
+    """Reads a JSON file of the workdir; returns {} and reports it if it is missing or damaged.
+
+    Args:
+      run: the run; gets an entry in `missing`.
+      name: name of the file.
+      mode: --mode of the command that writes the file, "train" or "eval".
+      content: what the file holds, in the plural, for the report.
+    """
     path = pathlib.Path(run.workdir) / name
     try:
         return read_json(path, dict)
     except FileNotFoundError:
-        run.report_missing(f"no {name}: {what} are not known", run.command(mode))
+        run.report_missing(f"no {name}: the {content} are unknown", run.command(mode))
     except (ValueError, OSError) as problem:
         run.report_missing(f"{name} cannot be read: {problem}", run.command(mode))
     return {}
 
 
-def _config(run: RunRecord) -> dict[str, Any]:
-    """`Run.config`."""
-    saved = _read(run, "config.json", "train", "settings")
+def _read_config(run: RunRecord) -> dict[str, Any]:
+    """Reads `RunRecord.config`."""
+    saved = _read_json_file(run, "config.json", "train", "settings")
     try:
         return restore_config(saved).to_dict() if saved else {}
     except (AttributeError, KeyError, TypeError, ValueError) as problem:
         reason = " ".join(str(problem).split())
-        run.report_missing(f"config.json is no configuration ({reason})", run.command("train"))
+        run.report_missing(
+            f"config.json is not a valid configuration ({reason})", run.command("train")
+        )
         return {}
 
 
 def _is_number(value: Any) -> bool:
-    """A finite number that can be drawn."""
+    """Returns True for a finite number of a magnitude that charts can draw."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and -1e18 < value < 1e18
 
@@ -210,13 +242,14 @@ def _is_count(value: Any) -> bool:
 
 
 def _read_metrics(run: RunRecord) -> None:
+    """Reads metrics.jsonl and the planned number of steps."""
     path = epath.Path(run.workdir) / "metrics.jsonl"
     entries, bad = [], 0
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             entry = parse_json(line, dict, path)
         except ValueError:
-            bad += 1  # the process died while it wrote this, or the file is damaged
+            bad += 1  # the process died while writing this line, or the file is damaged
             continue
         if _is_count(entry.get("step")) and isinstance(entry.get("split"), str):
             entries.append(entry)
@@ -225,30 +258,31 @@ def _read_metrics(run: RunRecord) -> None:
     run.training = [entry for entry in entries if not is_evaluation(entry)]
     run.evaluations = [entry for entry in entries if is_evaluation(entry)]
     if bad:
-        run.report_missing(f"lines of metrics.jsonl that cannot be read, and are left out: {bad}")
+        run.report_missing(f"metrics.jsonl has unreadable lines, which are left out: {bad}")
     total = run.config.get("num_train_steps") or run.environment.get("num_train_steps")
     run.num_train_steps = total if _is_count(total) else None
     if not run.training:
         run.report_missing(
-            "no entries of training in metrics.jsonl: there are no curves", run.command()
+            "no entries about training in metrics.jsonl: there are no curves", run.command()
         )
         return
     last = run.training[-1]["step"]
     if run.num_train_steps is not None and last < run.num_train_steps:
         what = f"the training is not finished: step {last:,} of {run.num_train_steps:,}"
-        run.report_missing(f"{what}; the same command goes on", run.command())
+        run.report_missing(f"{what}; the same command resumes it", run.command())
 
 
 def _read_results(run: RunRecord) -> None:
+    """Reads results.json and checks its values."""
     name = "results.json"
     if not (pathlib.Path(run.workdir) / name).exists():
-        run.report_missing("no evaluation: there are no final figures", run.command("eval"))
+        run.report_missing("no evaluation: there are no final scores", run.command("eval"))
         return
-    results = _read(run, name, "eval", "final figures")
+    results = _read_json_file(run, name, "eval", "final scores")
     if not results:
         return
-    wrong = [key for key in _SCORES if not _is_fraction(results.get(key))]
-    wrong += [key for key in _COUNTS if not _is_count(results.get(key))]
+    wrong = [key for key in _SCORE_KEYS if not _is_fraction(results.get(key))]
+    wrong += [key for key in _COUNT_KEYS if not _is_count(results.get(key))]
     if wrong:
         values = ", ".join(f"{key}={truncated_repr(results.get(key))}" for key in wrong)
         run.report_missing(f"{name} is damaged ({values})", run.command("eval"))
@@ -256,15 +290,19 @@ def _read_results(run: RunRecord) -> None:
     run.results = results
     if run.training and results["step"] < run.training[-1]["step"]:
         run.report_missing(
-            f"the evaluation is of step {results['step']:,}, and the training is further",
+            f"the evaluation is of step {results['step']:,}, but the training is further",
             run.command("eval"),
         )
 
 
-def _predictions(rows: list[dict[str, Any]]) -> Predictions:
-    """ValueError where a row is damaged."""
+def _parse_predictions(rows: list[dict[str, Any]]) -> Predictions:
+    """Converts rows of predictions to arrays.
+
+    Raises:
+      ValueError: a row is damaged.
+    """
     try:
-        found = Predictions(
+        predictions = Predictions(
             ids=[str(row["id"]) for row in rows],
             labels=np.array([row["label"] for row in rows], np.int64),
             classes=np.array([row["classes"] for row in rows], np.int64),
@@ -272,35 +310,41 @@ def _predictions(rows: list[dict[str, Any]]) -> Predictions:
         )
     except (KeyError, TypeError, ValueError, OverflowError) as problem:
         raise ValueError(f"the predictions are damaged ({problem})") from None
-    shape = found.classes.shape
-    probable = found.probabilities
+    shape = predictions.classes.shape
+    probabilities = predictions.probabilities
     if (
         len(shape) != 2
         or 0 in shape
-        or probable.shape != shape
-        or not ((probable >= 0) & (probable <= 1.001)).all()  # rounded, of float32
-        or min(found.labels.min(), found.classes.min()) < 0
+        or probabilities.shape != shape
+        # Rounded float32 values may exceed 1 slightly.
+        or not ((probabilities >= 0) & (probabilities <= 1.001)).all()
+        or min(predictions.labels.min(), predictions.classes.min()) < 0
     ):
-        raise ValueError("the predictions are damaged (not of classes and probabilities)")
-    return found
+        raise ValueError("the predictions are damaged (these are not classes and probabilities)")
+    return predictions
 
 
-def _checked_names(names: Any) -> list[str]:
+def _parse_class_names(names: Any) -> list[str]:
+    """Returns class names from a file as text; [] if they are not a list."""
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _read_class_names(run: RunRecord) -> None:
-    """Names from the predictions, else of a checkpoint, else of the data set; numbers at last."""
-    sources = iter([_names_of_checkpoint, _names_of_data])
+    """Completes `run.class_names`, which may hold names from the predictions.
+
+    Without any it takes them from a checkpoint, otherwise from the data set. Classes that still
+    lack a name are numbered.
+    """
+    sources = iter([_class_names_from_checkpoint, _class_names_from_data])
     while not run.class_names and (source := next(sources, None)):
-        run.class_names = _checked_names(source(run))
+        run.class_names = _parse_class_names(source(run))
     needed = 0
     if run.predictions is not None:
         needed = 1 + int(max(run.predictions.labels.max(), run.predictions.classes.max()))
     if needed > 100_000:
         run.predictions = None
         run.report_missing(
-            f"the predictions are damaged (a class {needed - 1:,})", run.command("eval")
+            f"the predictions are damaged (they have a class {needed - 1:,})", run.command("eval")
         )
     elif needed > len(run.class_names):
         known = len(run.class_names)
@@ -308,7 +352,8 @@ def _read_class_names(run: RunRecord) -> None:
         run.class_names += [f"class {number}" for number in range(known, needed)]
 
 
-def _names_of_checkpoint(run: RunRecord) -> Any:
+def _class_names_from_checkpoint(run: RunRecord) -> Any:
+    """Returns the class names in the newest checkpoint; [] without one."""
     if not (pathlib.Path(run.workdir) / "checkpoints").is_dir():
         return []
     checkpoints = Checkpoints(run.workdir, read_only=True)
@@ -321,7 +366,8 @@ def _names_of_checkpoint(run: RunRecord) -> Any:
         return []
 
 
-def _names_of_data(run: RunRecord) -> Any:
+def _class_names_from_data(run: RunRecord) -> Any:
+    """Returns the class names of the prepared data; [] if it is not there."""
     folder = run.settings.get("data.dir")
     try:
         return dataset_metadata.read_class_names(folder) if folder else []
@@ -330,29 +376,30 @@ def _names_of_data(run: RunRecord) -> Any:
 
 
 def _count_parameters(run: RunRecord) -> None:
+    """Sets `run.parameters` from the model that the run's configuration describes."""
     if not run.config or not run.class_names:
-        what = "settings" if not run.config else "number of classes"
-        run.report_missing(f"no table of parameters: the {what} is not known", run.command("eval"))
+        unknown = "configuration" if not run.config else "number of classes"
+        run.report_missing(f"no table of parameters: the {unknown} is unknown", run.command("eval"))
         return
     try:
         config = ml_collections.ConfigDict(run.config)
-        outline = abstract.abstract_model(config, len(run.class_names))
+        model = abstract.abstract_model(config, len(run.class_names))
     except INVALID_CONFIG_ERRORS as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         run.report_missing(
             f"no table of parameters: config.json does not describe a model ({reason})"
         )
         return
-    run.parameters = param_tree.parameter_groups(outline.params, outline.mask)
+    run.parameters = param_tree.parameter_groups(model.params, model.mask)
 
 
 def metric_points(entries: list[dict[str, Any]], key: str) -> Iterator[tuple[float, float]]:
-    """(step, value) of the entries that have a finite number under `key`."""
+    """Yields (step, value) of the entries that have a finite number under `key`."""
     for entry in entries:
         if _is_number(entry.get(key)):
             yield float(entry["step"]), float(entry[key])
 
 
 def format_value(value: Any) -> str:
-    """A setting or a fact for people; a text without its quotes."""
+    """Formats a value for the page: text as it is, anything else as Python writes it."""
     return value if isinstance(value, str) else repr(value)

@@ -1,9 +1,6 @@
-"""The numbers of a report: accuracy of classes, confusions, calibration, mistakes, settings.
+"""Computes the numbers of a report: class accuracy, confusions, calibration, mistakes, settings.
 
-Public: `confidence_interval`, `class_counts`, `confusion_matrix`, `order_by_similarity`, `worst_pairs`, `CalibrationBins`,
-`calibration`, `confident_mistakes`, `pairwise_differences`.
-
-C classes, n videos.
+Shapes: C classes, n videos.
 """
 
 import dataclasses
@@ -16,45 +13,52 @@ from scipy import stats
 from scipy.cluster import hierarchy
 from scipy.spatial import distance
 
-NUM_BINS = 15  # of Guo et al. 2017, whose ECE this is
+_NUM_BINS = 15  # as in Guo et al. 2017, who define the expected calibration error (ECE)
 
 
 def confidence_interval(fraction: float, number: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a fraction of `number` videos: chance in which videos they are."""
+    """Returns Wilson's 95% confidence interval (low, high) of a fraction of `number` videos.
+
+    It accounts only for the random choice of the videos.
+    """
     test = stats.binomtest(min(round(fraction * number), number), number)
-    found = test.proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
+    interval = test.proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """[C, C] int64: number of videos by (label, predicted class), both [n]."""
+    """Counts videos by (label, predicted class): int64 [C, C] from two arrays of int64 [n]."""
     flat = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
     return flat.reshape(num_classes, num_classes)
 
 
 def class_counts(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(videos, correct ones) of each class [C], by a confusion matrix."""
+    """Returns the videos and the correct ones per class, each [C], from a confusion matrix."""
     return matrix.sum(axis=1), np.diag(matrix)
 
 
 def order_by_similarity(matrix: np.ndarray) -> list[int]:
-    """Classes so that those taken for each other stand side by side.
+    """Orders the classes so that those often confused with each other are neighbors.
 
-    Average linkage by the share of confusions, leaves in their optimal order (Bar-Joseph 2001).
+    Clusters by average linkage on the share of confusions; the leaves are in their optimal order
+    (Bar-Joseph 2001).
+
+    Args:
+      matrix: [C, C], see `confusion_matrix`.
     """
     size = len(matrix)
     if size < 3:
         return list(range(size))
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    apart = 1 - (share + share.T) / 2
-    np.fill_diagonal(apart, 0)
-    condensed = distance.squareform(apart, checks=False)
+    dissimilarity = 1 - (share + share.T) / 2
+    np.fill_diagonal(dissimilarity, 0)
+    condensed = distance.squareform(dissimilarity, checks=False)
     tree = hierarchy.linkage(condensed, "average", optimal_ordering=True)
     return hierarchy.leaves_list(tree).tolist()
 
 
 def worst_pairs(matrix: np.ndarray, number: int) -> list[tuple[int, int, int]]:
-    """The most frequent confusions: (label, predicted class, videos), most first."""
+    """Returns the most frequent confusions as (label, predicted class, videos), most first."""
     wrong = matrix - np.diag(np.diag(matrix))
     best = np.argsort(-wrong, axis=None, kind="stable")[:number]
     pairs = zip(*np.unravel_index(best, wrong.shape), strict=True)
@@ -63,12 +67,12 @@ def worst_pairs(matrix: np.ndarray, number: int) -> list[tuple[int, int, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationBins:
-    """Videos by the probability of their most probable class, in bins of equal width.
+    """Holds calibration by bins of equal width in the probability of the most probable class.
 
     Attributes:
-      edges: [bins + 1], 0..1; a bin holds its upper edge and not its lower one.
-      count: [bins] videos.
-      confidence, accuracy: [bins] means, 0..1; nan in an empty bin.
+      edges: [bins + 1] in 0..1; a bin includes its upper edge and not its lower one.
+      count: [bins] videos per bin.
+      confidence, accuracy: [bins] means per bin in 0..1; NaN in an empty bin.
       ece: expected calibration error, the mean of |accuracy - confidence| over videos.
     """
 
@@ -79,16 +83,22 @@ class CalibrationBins:
     ece: float
 
 
-def calibration(
-    confidence: np.ndarray, correct: np.ndarray, bins: int = NUM_BINS
+def calibration_bins(
+    confidence: np.ndarray, correct: np.ndarray, bins: int = _NUM_BINS
 ) -> CalibrationBins:
-    """Probabilities [n] in 0..1 and whether they were right, bool [n]."""
+    """Bins the probabilities of the most probable classes.
+
+    Args:
+      confidence: [n] in 0..1, the probability of each video's most probable class.
+      correct: bool [n], True where that class is the label.
+      bins: number of bins.
+    """
     edges = np.linspace(0, 1, bins + 1)
-    place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
-    count = np.bincount(place, minlength=bins)
+    index = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    count = np.bincount(index, minlength=bins)
     with np.errstate(invalid="ignore"):  # 0 / 0 where a bin is empty
-        mean = np.bincount(place, weights=confidence, minlength=bins) / count
-        accuracy = np.bincount(place, weights=correct, minlength=bins) / count
+        mean = np.bincount(index, weights=confidence, minlength=bins) / count
+        accuracy = np.bincount(index, weights=correct, minlength=bins) / count
     gap = np.where(count > 0, np.abs(accuracy - mean), 0)
     return CalibrationBins(
         edges, count, mean, accuracy, float((gap * count).sum() / len(confidence))
@@ -96,16 +106,16 @@ def calibration(
 
 
 def confident_mistakes(confidence: np.ndarray, correct: np.ndarray, number: int) -> list[int]:
-    """Videos that are wrong with the highest probability [n], highest first."""
+    """Returns the rows of the wrong videos with the highest confidence [n], highest first."""
     wrong = np.flatnonzero(~correct)
     return wrong[np.argsort(-confidence[wrong], kind="stable")][:number].tolist()
 
 
 def pairwise_differences(settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Keys whose values are not the same in all of `settings`: key -> value in each, None if none.
+    """Returns the keys whose values differ between runs, with the value of each run.
 
-    A tuple equals the list that JSON makes of it.
+    Values are compared as JSON, where a tuple equals a list. A missing key counts as None.
     """
-    keys = sorted({key for one in settings for key in one})
-    rows = {key: [json.loads(json.dumps(one.get(key))) for one in settings] for key in keys}
+    keys = sorted({key for by_key in settings for key in by_key})
+    rows = {key: [json.loads(json.dumps(by_key.get(key))) for by_key in settings] for key in keys}
     return {key: row for key, row in rows.items() if any(value != row[0] for value in row)}

@@ -1,8 +1,4 @@
-"""Several processes that do one run together, one on each host: how they start and end.
-
-Public: `initialize`, `end_together`, `is_peer_failure`, `is_main_process`, `process_label`, `check_same_on_all_hosts`,
-`check_shared_workdir`, `share_compiled_programs`.
-"""
+"""Starts and ends the processes of one run, usually one per host, and checks what they share."""
 
 import contextlib
 import faulthandler
@@ -29,10 +25,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dualpath_jax.runtime import environment
 from dualpath_jax.runtime.preemption import EXIT_CODE
 
-HEARTBEAT_SECONDS = 30  # a process that is silent for so long is dead
-GRACE_SECONDS = 3  # in which the others may print an error of their own before process 0 leaves
-# What JAX, Gloo and NCCL say when the other end of a connection is gone.
-GONE = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|coordination service", re.IGNORECASE)
+HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this long counts as dead
+_GRACE_SECONDS = 3  # time for the others to print their own errors before process 0 exits
+# Parts of the messages of JAX, Gloo and NCCL when the other end of a connection is gone.
+_LOST_CONNECTION = re.compile(
+    "Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|coordination service", re.IGNORECASE
+)
 
 
 def initialize(
@@ -40,19 +38,19 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Join the other processes of the run, if there are any. Before JAX touches a device.
+    """Joins the other processes of the run, if there are any; call it before JAX uses a device.
 
-    What is not given, JAX's own detection finds out (Cloud TPU pods, Slurm, Open MPI, Kubernetes).
-    Where that finds nothing and nothing is given, or `num_processes` is 1, this process is alone.
-    All but process 0 print nothing to standard output from here on.
+    JAX detects the arguments that are missing (Cloud TPU pods, Slurm, Open MPI, Kubernetes). If all
+    are missing and it detects no cluster, or if `num_processes` is 1, this is the only process.
+    Otherwise, all processes but process 0 print nothing to standard output from now on.
 
     Args:
-      coordinator_address: host:port, where process 0 listens.
-      num_processes: of the run.
-      process_id: this one's number, from 0.
+      coordinator_address: host:port on which process 0 listens.
+      num_processes: number of processes in the run.
+      process_id: index of this process, from 0.
 
     Raises:
-      ValueError: what is given is not enough or not possible.
+      ValueError: the arguments are incomplete or impossible.
     """
     given = {
         "--coordinator_address": coordinator_address,
@@ -67,82 +65,88 @@ def initialize(
     try:
         jax.distributed.initialize(*given.values(), heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
-        if len(missing) == len(given):  # no cluster that JAX knows of
+        if len(missing) == len(given):  # JAX has detected no cluster
             return
-        remedy = f"; pass {', '.join(missing)} as well" if missing else ""
+        remedy = f"; also pass {', '.join(missing)}" if missing else ""
         raise ValueError(
             f"cannot start several processes: {str(error).rstrip('.')}{remedy}"
         ) from None
-    if "JAX_LOCAL_DEVICE_IDS" not in os.environ and _alone_on_host():
-        # Under Slurm and Open MPI JAX shows each process one GPU, that of its number on the host.
+    if "JAX_LOCAL_DEVICE_IDS" not in os.environ and _is_only_process_on_host():
+        # Under Slurm and Open MPI, JAX shows each process only the GPU of its index on the host.
         jax.config.update("jax_cuda_visible_devices", "all")
         jax.config.update("jax_rocm_visible_devices", "all")
     if jax.process_count() > 1:
-        _meet()
+        _connect_processes()
 
 
-def _alone_on_host() -> bool:
-    """Is this the only process on its host, by what Open MPI or Slurm say? False without them."""
+def _is_only_process_on_host() -> bool:
+    """Returns whether Open MPI or Slurm started only this process here; False without them."""
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in os.environ:
         return os.environ["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
     tasks, nodes = (os.environ.get(f"SLURM_{name}") for name in ("NTASKS", "STEP_NUM_NODES"))
     return tasks is not None and tasks == nodes
 
 
-def _meet() -> None:
-    """Connect processes and devices, and tell which process is where."""
-    # Now, while all are here: Gloo waits 30 s for the others when it connects, later for ever.
+def _connect_processes() -> None:
+    """Connects processes and devices, and prints the host of each process."""
+    # Connect now, while all processes are running: Gloo waits 30 s for the others when it
+    # connects, and forever later.
     name = socket.gethostname().encode()[:64].ljust(64)
     names = multihost_utils.process_allgather(np.frombuffer(name, np.uint8))
     sharding = NamedSharding(Mesh(np.asarray(jax.devices()), ("data",)), PartitionSpec("data"))
     ones = np.ones(jax.local_device_count(), np.int32)
     jax.jit(jnp.sum)(jax.make_array_from_process_local_data(sharding, ones)).block_until_ready()
     if not is_main_process():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     hosts = [bytes(row).decode().strip() for row in names.reshape(-1, 64)]
     where = ", ".join(f"{i} on {host}" for i, host in enumerate(hosts))
     print(f"{len(hosts)} processes, {jax.device_count()} devices: {where}", flush=True)
 
 
-def check_same_on_all_hosts(facts: dict[str, Any], remedy: str) -> None:
-    """OSError with the remedy where not all processes have the same facts, JSON by their names.
+def check_same_on_all_hosts(values: dict[str, Any], remedy: str) -> None:
+    """Checks that all processes have the same values; otherwise they would wait for each other.
 
-    Each would go its own way with them, and all would wait for each other.
+    Args:
+      values: JSON values by name.
+      remedy: the end of the error message.
+
+    Raises:
+      OSError: a value differs between processes; the message names it and the processes.
     """
     if jax.process_count() == 1:
         return
-    # Their names first: rows of different lengths cannot be gathered.
-    for some in ({"what is compared": sorted(facts)}, facts):
-        texts = (json.dumps(some[name], sort_keys=True) for name in sorted(some))
+    # Compare the names first: rows of different lengths cannot be gathered.
+    for group in ({"the compared values": sorted(values)}, values):
+        texts = (json.dumps(group[name], sort_keys=True) for name in sorted(group))
         own = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
         rows = multihost_utils.process_allgather(np.frombuffer(own, np.uint8))
-        rows = rows.reshape(jax.process_count(), len(some), -1)
-        for name, column in zip(sorted(some), rows.swapaxes(0, 1), strict=True):
-            others = [str(i) for i, digest in enumerate(column) if np.any(digest != column[0])]
-            if others:
-                other = ", ".join(others)
-                raise OSError(f"{name}: process {other} differs from process 0; {remedy}")
+        rows = rows.reshape(jax.process_count(), len(group), -1)
+        for name, column in zip(sorted(group), rows.swapaxes(0, 1), strict=True):
+            differing = [str(i) for i, digest in enumerate(column) if np.any(digest != column[0])]
+            if differing:
+                processes = ", ".join(differing)
+                raise OSError(f"{name}: process {processes} differs from process 0; {remedy}")
 
 
 def is_main_process() -> bool:
-    """Is this the process that prints and writes for all?"""
+    """Returns whether this is process 0, which prints and writes for all."""
     return jax.process_index() == 0
 
 
 def process_label() -> str:
-    """What stands before this process's errors: nothing where it is alone."""
-    if not jax.distributed.is_initialized():  # asked before process_count(), which starts devices
+    """Returns the prefix of this process's errors, empty if it is the only process."""
+    if not jax.distributed.is_initialized():  # checked first: process_count() starts devices
         return ""
     return f"process {jax.process_index()} of {jax.process_count()}: "
 
 
 @contextlib.contextmanager
 def end_together() -> Iterator[None]:
-    """Around the whole program: no process stays when another one fails.
+    """Ends all processes of the run when one of them fails; wraps the whole program.
 
-    Left by an error, a process ends at once, without JAX's barrier at exit: there it would seem
-    alive to the others, which wait for it. JAX's coordination service notices, names it to the
-    others, and ends them (SIGABRT).
+    A process that fails exits at once, without JAX's barrier at exit: in that barrier it would seem
+    alive to the others, which would wait for it. JAX's coordination service notices the exit, names
+    the process to the others, and ends them (SIGABRT).
     """
     try:
         yield
@@ -150,28 +154,28 @@ def end_together() -> Iterator[None]:
         if not jax.distributed.is_initialized():
             raise
         if isinstance(error, SystemExit) and error.code in (None, 0, EXIT_CODE):
-            raise  # all of them do so
+            raise  # all processes exit this way
         if is_peer_failure(error):
-            _wait_for_the_end(error)
+            _wait_for_termination(error)
         if not isinstance(error, SystemExit):
             traceback.print_exc()
-        _leave(error.code if isinstance(error, SystemExit) else 1)
+        _exit_process(error.code if isinstance(error, SystemExit) else 1)
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Does `error` only say that another process is gone?"""
-    # Cloud Storage is "unavailable" as well, by an OSError.
+    """Returns whether `error` only reports that another process is gone."""
+    # An OSError is not a peer failure: Cloud Storage can be "unavailable" too.
     if not jax.distributed.is_initialized() or isinstance(error, SystemExit | OSError):
         return False
-    return bool(GONE.search(str(error)))
+    return bool(_LOST_CONNECTION.search(str(error)))
 
 
-def _wait_for_the_end(error: BaseException) -> NoReturn:
-    """The coordination service knows which process is gone, says so and ends this one."""
-    faulthandler.disable()  # its stack traces would bury the number
+def _wait_for_termination(error: BaseException) -> NoReturn:
+    """Waits until the coordination service names the lost process and ends this one."""
+    faulthandler.disable()  # its stack traces would bury the index of the process
     line = " ".join(str(error).split())
     print(
-        f"{process_label()}another process is gone ({line}). Its number follows within "
+        f"{process_label()}another process is gone ({line}). Its index follows within "
         f'{HEARTBEAT_SECONDS} s; "the leader" is process 0',
         file=sys.stderr,
         flush=True,
@@ -180,22 +184,25 @@ def _wait_for_the_end(error: BaseException) -> NoReturn:
     os._exit(1)
 
 
-def _leave(status: int) -> NoReturn:
-    if is_main_process():  # it holds the coordination service: the others end with it
-        time.sleep(GRACE_SECONDS)
+def _exit_process(status: int) -> NoReturn:
+    """Exits without JAX's barrier."""
+    if is_main_process():  # it runs the coordination service: the others end with it
+        time.sleep(_GRACE_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def share_compiled_programs(workdir: str) -> None:
-    """Keep several processes' compiled programs in the workdir, unless the user chose a folder.
+    """Keeps compiled programs in the workdir if there are several processes.
 
-    Process 0 alone writes them, so that the others would find none on hosts of their own and
-    compile at every start. On GPUs they would also wait for process 0, which finds its own: JAX
-    has them share out the tuning of products.
+    Only process 0 writes compiled programs. In folders local to their hosts the other processes
+    would find none, and compile at every start. On GPUs they would also wait for process 0, which
+    finds its own: JAX distributes the autotuning of matrix products among the processes.
+
+    A folder that the user has chosen stays.
     """
-    usual = environment.cache_folder()  # its name tells the kind of processor
+    usual = environment.cache_folder()  # its name identifies the kind of CPU
     if jax.process_count() > 1 and jax.config.jax_compilation_cache_dir == str(usual):
         compilation_cache.reset_cache()
         folder = f"{workdir}/compiled_programs/{usual.name}"
@@ -203,7 +210,11 @@ def share_compiled_programs(workdir: str) -> None:
 
 
 def check_shared_workdir(workdir: str) -> None:
-    """OSError unless all processes see the folder that process 0 sees; waits for all of them."""
+    """Checks that all processes see the workdir of process 0; waits for all of them.
+
+    Raises:
+      OSError: a process sees another folder.
+    """
     if jax.process_count() == 1:
         return
     path = epath.Path(workdir) / ".shared"
@@ -211,12 +222,12 @@ def check_shared_workdir(workdir: str) -> None:
     if is_main_process():
         path.write_text(str(token))
     multihost_utils.sync_global_devices("workdir written")
-    sees = path.exists() and path.read_text() == str(token)
-    seen = multihost_utils.process_allgather(np.asarray(sees)).reshape(-1)
+    is_visible = path.exists() and path.read_text() == str(token)
+    visible = multihost_utils.process_allgather(np.asarray(is_visible)).reshape(-1)
     if is_main_process():
         path.unlink()
-    if not seen.all():
+    if not visible.all():
         raise OSError(
-            f"--workdir={workdir} is another folder for process {int(np.argmin(seen))} than for "
-            "process 0: choose one that all hosts share, or gs://..."
+            f"--workdir={workdir} is another folder for process {int(np.argmin(visible))} than for "
+            "process 0; choose one that all hosts share, or gs://..."
         )

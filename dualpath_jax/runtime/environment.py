@@ -1,7 +1,8 @@
-"""What JAX, TensorFlow and glibc are told, and what a run had. What the user has set stays.
+"""Sets what JAX, TensorFlow and glibc read at start, and describes the environment of a run.
 
-Public: `configure_environment`, before JAX and TensorFlow are imported; `disable_async_dispatch`, before JAX makes
-its first array, and `keep_freed_memory`, after the first step; `cache_folder`; `describe_environment`.
+Settings that the user has made stay. Order of the calls: `configure_environment` before JAX and
+TensorFlow are imported, `disable_async_dispatch` before JAX makes its first array, and
+`keep_freed_memory` after the first step.
 """
 
 import collections
@@ -20,26 +21,26 @@ from dualpath_jax.runtime.cpu_count import num_cores
 from dualpath_jax.version import __version__
 
 # Packages that decide what a training computes, and how fast.
-PACKAGES = (
+_PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow"),
     *("tensorflow-cpu", "array_record", "ml_collections"),
 )
 
 _XLA_FLAGS = (
-    # On CPU, XLA's YNNPACK fusions make the demo's training step 1.2 times slower (jax 0.10.2).
+    # On CPUs, XLA's YNNPACK fusions make the demo's training step slower (jax 0.10.2).
     "--xla_cpu_experimental_ynn_fusion_type=",
-    # On GPU, cuBLAS adds biases itself, and programs compile in 0.7 of the time; equally fast.
+    # On GPUs, cuBLAS is as fast, adds biases itself, and programs compile sooner.
     "--xla_gpu_enable_triton_gemm=false",
-    # On GPU, products of both paths with the same weights, joined, cost copies of all they return.
+    # On GPUs, merging the products of both paths, which share weights, copies all their outputs.
     "--xla_gpu_dot_merger_threshold_mb=0",
 )
 
-# Of glibc's malloc.h, for mallopt.
+# Parameters of `mallopt`, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def configure_environment() -> None:
-    """Quiet TensorFlow, measured XLA flags, and compiled programs kept for the next start."""
+    """Quiets TensorFlow, sets XLA flags, and makes JAX keep compiled programs for later starts."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("XLA_FLAGS", " ".join(_XLA_FLAGS))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder()))
@@ -47,9 +48,9 @@ def configure_environment() -> None:
 
 
 def disable_async_dispatch() -> None:
-    """Steps on a CPU run in the thread that calls them, as `keep_freed_memory` needs it.
+    """Makes steps on a CPU run in the calling thread, as `keep_freed_memory` requires.
 
-    To be called before JAX makes its first array. On other devices it changes nothing.
+    Call it before JAX makes its first array. It changes nothing on other devices.
     """
     import jax
 
@@ -57,13 +58,14 @@ def disable_async_dispatch() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Where JAX computes on a CPU: what a step frees stays with the process for the next one.
+    """Makes glibc keep the memory that a step on a CPU frees, so that the next step reuses it.
 
-    To be called when the first step is done: what compiling it took is given back. glibc gives
-    blocks as large as a step's back to the system at once, and the next step waits for as many new
-    pages: 300,000 with ViT-B/16. Of other threads' blocks it keeps none, see
-    `disable_async_dispatch`. Other C libraries stay as they are, and processes whose user has set
-    GLIBC_TUNABLES or glibc's MALLOC_ variables.
+    Otherwise glibc returns blocks as large as a step's to the system at once, and the next step
+    waits for new pages (docs/notes/measurements.md).
+
+    Call it after the first step: it first returns the memory that compilation used. It affects only
+    blocks of the calling thread, see `disable_async_dispatch`. It does nothing on other devices and
+    with other C libraries, or if the user has set GLIBC_TUNABLES or glibc's MALLOC_ variables.
     """
     import jax
 
@@ -77,27 +79,32 @@ def keep_freed_memory() -> None:
 
 
 def cache_folder() -> pathlib.Path:
-    """Where compiled programs are kept: apart for each kind of processor, as homes are shared.
+    """Returns the folder for compiled programs: one for each kind of CPU, as homes are shared.
 
-    In $XDG_CACHE_HOME or ~/.cache. JAX_COMPILATION_CACHE_DIR chooses another folder, and
-    JAX_ENABLE_COMPILATION_CACHE=false none.
+    The folder is in $XDG_CACHE_HOME or ~/.cache. JAX_COMPILATION_CACHE_DIR chooses another one, and
+    JAX_ENABLE_COMPILATION_CACHE=false switches the cache off.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    kind = platform.machine() + platform.processor()
+    cpu_kind = platform.machine() + platform.processor()
     info = pathlib.Path("/proc/cpuinfo")  # Linux
     if info.exists():
         lines = info.read_text().splitlines()
-        kind += next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    digest = hashlib.sha256(kind.encode()).hexdigest()[:12]
+        cpu_kind += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    digest = hashlib.sha256(cpu_kind.encode()).hexdigest()[:12]
     return pathlib.Path(cache) / "dualpath_jax" / f"compiled-{digest}"
 
 
 def describe_environment() -> dict[str, Any]:
-    """What this process runs on, for JSON: `command`, `versions`, `devices` by kind, and so on."""
+    """Returns what this process runs on, for JSON.
+
+    Returns:
+      A dictionary with the keys command, versions (by package), devices (their number by kind),
+      processes, cpu_cores, platform and xla_flags.
+    """
     import jax
 
     versions = {"dualpath_jax": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
+    for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {

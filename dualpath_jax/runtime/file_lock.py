@@ -1,4 +1,4 @@
-"""One program at a time in a folder: `exclusive_lock`, `waiting_lock`."""
+"""Locks a folder, so that only one program works in it at a time."""
 
 import contextlib
 import fcntl
@@ -9,14 +9,16 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def exclusive_lock(folder: str, option: str) -> Iterator[None]:
-    """Hold `folder` (on a local disk) against a second program; its owner's death frees it.
+    """Locks a local folder against a second program while the block runs.
+
+    The operating system releases the lock when its owner dies.
 
     Args:
-      folder: an existing folder. On storage without files ("gs://...") nothing is held.
-      option: what names the folder on the command line, for the message.
+      folder: an existing folder. Storage without files ("gs://...") is not locked.
+      option: the command line option that names the folder, for the message.
 
     Raises:
-      ValueError: another program holds it; says which.
+      ValueError: another program holds the lock; the message names it.
     """
     if "://" in folder:
         yield
@@ -31,7 +33,7 @@ def exclusive_lock(folder: str, option: str) -> Iterator[None]:
                 "for it, stop it, or choose another folder"
             ) from None
         owner = f"process {os.getpid()} on {socket.gethostname()}\n"
-        with contextlib.suppress(OSError):  # of a full disk; then the message names nobody
+        with contextlib.suppress(OSError):  # on a full disk; then the message names no owner
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), owner.encode())
         yield
@@ -39,9 +41,10 @@ def exclusive_lock(folder: str, option: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def waiting_lock(folder: str) -> Iterator[None]:
-    """Hold `folder`, made if it is not there, as soon as nobody else does: waits.
+    """Locks a folder while the block runs; waits until no other program holds the lock.
 
-    On storage without files ("gs://...") nothing is held.
+    Args:
+      folder: created if it does not exist. Storage without files ("gs://...") is not locked.
     """
     if "://" in folder:
         yield

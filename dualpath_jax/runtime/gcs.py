@@ -1,9 +1,7 @@
-"""Cloud Storage ("gs://..."): what it needs, and its errors in words.
+"""Checks what Cloud Storage ("gs://...") needs, and turns its errors into readable ones.
 
-Public: `check_gcs_installed`, `gcs_errors`.
-
-Files there are read and written by the calls that local files have (etils.epath, array_record,
-orbax); only what goes wrong is different.
+Files in Cloud Storage are read and written with the same calls as local files (etils.epath,
+array_record, orbax). Only their errors differ.
 """
 
 import contextlib
@@ -11,11 +9,14 @@ from collections.abc import Iterator
 
 
 def check_gcs_installed(path: str, option: str) -> None:
-    """ValueError if `path` is in Cloud Storage and orbax would miss its client library there.
+    """Checks that orbax's client library is installed if `path` is in Cloud Storage.
 
     Args:
-      path: where checkpoints are to be.
-      option: what names it on the command line, for the message.
+      path: the folder for checkpoints.
+      option: the command line option that names it, for the message.
+
+    Raises:
+      ValueError: the library is missing.
     """
     if not str(path).startswith("gs://"):
         return
@@ -30,16 +31,20 @@ def check_gcs_installed(path: str, option: str) -> None:
 
 @contextlib.contextmanager
 def gcs_errors(path: str) -> Iterator[None]:
-    """Around the first use of `path`: OSError with the remedy where Cloud Storage refuses it."""
+    """Reports errors of Cloud Storage with a remedy; wraps the first use of `path`.
+
+    Raises:
+      OSError: Cloud Storage refuses `path`.
+    """
     if not str(path).startswith("gs://"):
         yield
         return
-    import tensorflow as tf  # what etils.epath reads Cloud Storage by
+    import tensorflow as tf  # etils.epath reads Cloud Storage through it
 
     try:
         yield
     except tf.errors.OpError as error:
         raise OSError(
             f"cannot reach {path}: {' '.join(error.message.split())[:300]}. Check its name, and "
-            "that this machine's account may use the bucket (gcloud storage ls says so)"
+            "that this machine's account may use the bucket (test it with gcloud storage ls)"
         ) from None

@@ -1,7 +1,4 @@
-"""Being told to stop: a machine that is taken away sends SIGTERM first, Ctrl-C is SIGINT.
-
-Public: `EXIT_CODE`, `Preempted`, `Interrupted`, `PreemptionGuard`, `exit_at_once`, `install_sigterm_handler`.
-"""
+"""Handles requests to stop: SIGTERM, which a preempted machine sends first, and Ctrl-C (SIGINT)."""
 
 import collections
 import contextlib
@@ -17,100 +14,106 @@ EXIT_CODE = 75  # sysexits.h's EX_TEMPFAIL: run the same command again
 
 
 class Preempted(Exception):
-    """The run was told to stop, and has saved where it is."""
+    """Reports that the run was stopped by SIGTERM and has saved its state."""
 
     exit_code = EXIT_CODE
 
 
 class Interrupted(Preempted):
-    """By Ctrl-C: it is not meant to be started again."""
+    """Reports that the run was stopped by Ctrl-C and is not meant to be started again."""
 
-    exit_code = 128 + signal.SIGINT  # as a shell has it
+    exit_code = 128 + signal.SIGINT  # the status that a shell reports
 
 
 def exit_at_once(*_) -> None:
-    """A handler of SIGTERM for when there is nothing to save: ends the process at once."""
-    os.write(2, b"told to stop; the same command goes on from the last checkpoint\n")
+    """Ends the process at once; handles SIGTERM while there is nothing to save."""
+    os.write(2, b"stopped by SIGTERM; the same command resumes from the last checkpoint\n")
     os._exit(EXIT_CODE)
 
 
 def install_sigterm_handler() -> None:
-    """Install `exit_at_once`, also for while Python waits for a compiled program or for a compiler.
+    """Installs `exit_at_once`, which then also runs while a program computes or compiles.
 
-    Python's handlers are called in the main thread when that executes Python again, minutes later
-    perhaps. The number of a signal is written to a pipe at once, which a thread reads: it leaves
-    where `exit_at_once` is installed, and ends the process when a signal comes for the second time.
+    The main thread calls Python's signal handlers only when it executes Python code again, perhaps
+    minutes later. Python writes a signal's number to a pipe at once, and a thread reads it. The
+    thread ends the process if `exit_at_once` is installed, or when a signal comes a second time.
     """
     signal.signal(signal.SIGTERM, exit_at_once)
-    ours, theirs = os.pipe()
-    os.set_blocking(theirs, False)
-    signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
-    threading.Thread(target=_watch_signal_pipe, args=(ours,), daemon=True).start()
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    threading.Thread(target=_watch_signal_pipe, args=(read_end,), daemon=True).start()
 
 
 def _watch_signal_pipe(pipe: int) -> None:
-    told = collections.Counter()
+    """Reads signal numbers from `pipe` and ends the process where it must not wait."""
+    counts = collections.Counter()
     while numbers := os.read(pipe, 1):
         number = numbers[0]
-        told[number] += 1
+        counts[number] += 1
         if number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) is exit_at_once:
                 exit_at_once()
-            elif told[number] > 1:
-                os._exit(128 + number)  # as a shell has it
+            elif counts[number] > 1:
+                os._exit(128 + number)  # the status that a shell reports
 
 
 class PreemptionGuard:
-    """Notes SIGTERM and SIGINT while it is entered; all hosts hear of it at one step.
+    """Records SIGTERM and SIGINT inside its `with` block; all hosts learn of them at one step.
 
-    Alone, a second signal ends the process at once. With several processes JAX's preemption service
-    takes SIGTERM, on any of them and however often, and agrees on the step; SIGINT ends them.
+    With a single process, a second signal ends it at once. With several processes, JAX's preemption
+    service handles SIGTERM on any of them, however often it comes, and agrees on the step; SIGINT
+    ends them.
 
     Attributes:
-      told_by: what to raise when the state is saved.
-      told: has a signal come? Of one process alone.
+      stop_exception: the exception class to raise once the state is saved.
+      stop_requested: True once a signal has come. It is set only with a single process.
     """
 
     def __init__(self):
         self.stop_exception = Preempted
         self.stop_requested = False
-        self._before = {}
+        self._previous_handlers = {}
 
     def __enter__(self) -> "PreemptionGuard":
-        # Signals are the main thread's; with several processes JAX's service has its own handler.
+        # Only the main thread may set handlers; with several processes JAX's service has its own.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+                self._previous_handlers[number] = signal.signal(number, self._record_signal)
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     @contextlib.contextmanager
     def exit_on_sigterm(self) -> Iterator[None]:
-        """SIGTERM does inside what it did before `PreemptionGuard` was entered."""
-        before = self._before.get(signal.SIGTERM)
-        if before is None or self.stop_requested:
+        """Restores the SIGTERM handler from before the guard was entered while the block runs."""
+        previous = self._previous_handlers.get(signal.SIGTERM)
+        if previous is None or self.stop_requested:
             yield
             return
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if self.stop_requested else self._note)
+            handler = signal.SIG_DFL if self.stop_requested else self._record_signal
+            signal.signal(signal.SIGTERM, handler)
 
-    def _note(self, number: int, frame: object) -> None:
+    def _record_signal(self, number: int, frame: object) -> None:
+        """Requests a stop; the next signal ends the process."""
         del frame
         self.stop_requested = True
-        for each in self._before:
+        for each in self._previous_handlers:
             signal.signal(each, signal.SIG_DFL)
         if number == signal.SIGINT:
             self.stop_exception = Interrupted
-            os.write(2, b"\nsaving after this step; once more ends the process at once\n")
+            os.write(
+                2, b"\nsaving after this step; press Ctrl-C again to end the process at once\n"
+            )
 
     def should_stop(self, step: int) -> bool:
-        """Is `step` the one to stop after? To be asked on every host, for every step."""
+        """Returns whether to stop after `step`; to be called on every host, for every step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.stop_requested

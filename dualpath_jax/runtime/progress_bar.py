@@ -1,9 +1,8 @@
-"""How far a long piece of work is: a bar on a terminal, in a log a line now and then.
+"""Shows the progress of a long task: a bar on a terminal, an occasional line in a log.
 
-Public: `ProgressBar`, `iterate_with_bar`, `print_above_bar`, `set_quiet`, `add_quiet_option`.
-
-Bars go to standard error, so that results can be sent elsewhere. `set_quiet` switches all of it off
-in this process, for `--quiet`. Light: decoding processes import what imports this.
+Bars go to standard error, so that results can be redirected. `set_quiet` switches all progress off
+in this process, for `--quiet`. This module imports little, because video decoding processes load
+it.
 """
 
 import argparse
@@ -15,25 +14,28 @@ from typing import TypeVar
 
 import tqdm
 
-SECONDS = 30.0  # between two lines in a log
+_LINE_INTERVAL_SECONDS = 30.0  # between two lines in a log
 _Item = TypeVar("_Item")
 _quiet = False
 
 
 def set_quiet(quiet: bool = True) -> None:
-    """No bars and no `print_above_bar` in this process from here on (or all of them again)."""
+    """Switches bars and `print_above_bar` off in this process, or on again."""
     global _quiet
     _quiet = quiet
 
 
 def add_quiet_option(parser: argparse.ArgumentParser) -> None:
-    """The option of every script that shows progress."""
-    help_ = f"no progress; without a terminal it is a line every {SECONDS:g} s"
+    """Adds `--quiet`, which every script with progress has."""
+    help_ = (
+        "show no progress (default: a bar on a terminal, otherwise a line every "
+        f"{_LINE_INTERVAL_SECONDS:g} s)"
+    )
     parser.add_argument("--quiet", action="store_true", help=help_)
 
 
 def print_above_bar(line: str) -> None:
-    """Print a line above the bars; no work ends because it goes to a file on a full disk."""
+    """Prints a line above the bars; ignores errors, such as a full disk under the log file."""
     if not _quiet:
         with contextlib.suppress(OSError):
             tqdm.tqdm.write(line, file=sys.stdout)
@@ -41,40 +43,43 @@ def print_above_bar(line: str) -> None:
 
 
 class ProgressBar:
-    """Counts `unit`s up to `total`; use it in a `with` statement.
+    """Counts `unit`s up to `total`; used in a `with` statement.
 
     Args:
-      total: how many there are.
-      what: the work, such as "prepare".
+      total: the number of units.
+      task: the name of the work, such as "prepare".
       unit: what is counted, such as "videos".
-      done: how many were done before.
-      shown: False for a bar that is never seen, as in all processes but the first.
-      clock: seconds; for tests.
+      done: the number of units that were done before.
+      shown: False for a bar that is never displayed, as in all processes but the first.
+      clock: returns the time in seconds; tests pass their own.
+
+    Attributes:
+      done: the number of units done, including those from before.
     """
 
     def __init__(
         self,
         total: int,
-        what: str,
+        task: str,
         unit: str,
         done: int = 0,
         shown: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):
         shown = shown and not _quiet
-        terminal = shown and sys.stderr.isatty()
+        on_terminal = shown and sys.stderr.isatty()
         self._bar = tqdm.tqdm(
             total=total,
             initial=done,
-            desc=what,
+            desc=task,
             unit=f" {unit}",
-            disable=not terminal,
+            disable=not on_terminal,
             dynamic_ncols=True,
         )
-        self._total, self._what, self._unit = total, what, unit
+        self._total, self._task, self._unit = total, task, unit
         self._first = self.done = done
-        self._lines, self._clock = shown and not terminal, clock
-        self._begin = self._told = clock()
+        self._prints_lines, self._clock = shown and not on_terminal, clock
+        self._start_time = self._last_line_time = clock()
 
     def __enter__(self) -> "ProgressBar":
         return self
@@ -83,44 +88,44 @@ class ProgressBar:
         self.close()
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Closes the bar and leaves its last state on the terminal."""
         self._bar.close()
 
     def update(self, number: int = 1) -> None:
-        """So many more are done."""
+        """Counts `number` more units as done."""
         self._bar.update(number)
         self.done += number
         now = self._clock()
-        if self._lines and now - self._told >= SECONDS:
-            self._told = now
-            left = (now - self._begin) * (self._total - self.done) / (self.done - self._first or 1)
+        if self._prints_lines and now - self._last_line_time >= _LINE_INTERVAL_SECONDS:
+            self._last_line_time = now
+            remaining, done_here = self._total - self.done, self.done - self._first
+            left = format_duration((now - self._start_time) * remaining / (done_here or 1))
             with contextlib.suppress(OSError):
-                print(
-                    f"{self._so_far()}, {format_duration(left)} left", file=sys.stderr, flush=True
-                )
+                print(f"{self._format_count()}, {left} left", file=sys.stderr, flush=True)
 
     def postpone_line(self) -> None:
-        """Another line told how far it is: a log needs none of this bar for a while."""
-        self._told = self._clock()
+        """Delays the next log line, because the caller has just printed one of its own."""
+        self._last_line_time = self._clock()
 
     def update_to(self, done: int) -> None:
-        """`done` are done, those from before included."""
+        """Sets the number of units done, including those from before."""
         self.update(done - self.done)
 
-    def _so_far(self) -> str:
+    def _format_count(self) -> str:
+        """Returns the current count, such as "prepare: 70 of 100 videos (70%)"."""
         part = self.done / max(self._total, 1)
-        return f"{self._what}: {self.done:,} of {self._total:,} {self._unit} ({part:.0%})"
+        return f"{self._task}: {self.done:,} of {self._total:,} {self._unit} ({part:.0%})"
 
 
-def iterate_with_bar(items: Collection[_Item], what: str, unit: str) -> Iterator[_Item]:
-    """`items`, under a bar."""
-    with ProgressBar(len(items), what, unit) as bar:
+def iterate_with_bar(items: Collection[_Item], task: str, unit: str) -> Iterator[_Item]:
+    """Yields the items and shows a progress bar."""
+    with ProgressBar(len(items), task, unit) as bar:
         for item in items:
             yield item
             bar.update()
 
 
 def format_duration(seconds: float) -> str:
-    """3725.4 -> "1:02:05"."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+    """Returns a duration as hours, minutes and seconds: 3725.4 -> "1:02:05"."""
+    rounded = round(seconds)
+    return f"{rounded // 3600}:{rounded // 60 % 60:02}:{rounded % 60:02}"

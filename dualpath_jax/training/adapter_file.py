@@ -1,11 +1,9 @@
-"""Trained parameters as one portable file: safetensors with metadata, no pickle, no optimizer.
+"""Writes and reads trained parameters as one file: safetensors with metadata, no pickle.
 
-Public: `write_adapter`, `read_adapter`, `init_from_adapter`.
-
-    tensors    every trainable parameter by its path ("spatial/class_token"), float32
-    metadata   "dualpath_jax": JSON with format (1), method, backbone_name, backbone_sha256,
-               class_names, config, version and step, and frame_format unless the run is of an
-               older version
+tensors    every trainable parameter by its path ("spatial/class_token"), float32
+metadata   "dualpath_jax": JSON with format (1), method, backbone_name, backbone_sha256,
+           class_names, config, version and step, and frame_format unless the run is of an
+           older version
 """
 
 import contextlib
@@ -22,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from dualpath_jax.models import abstract, param_tree
-from dualpath_jax.runtime import gcs
+from dualpath_jax.runtime import files, gcs
 from dualpath_jax.runtime.safe_read import check_size, parse_json, truncated_repr
-from dualpath_jax.training import experiment
+from dualpath_jax.training.experiment import Experiment
+from dualpath_jax.training.state import TrainState
 from dualpath_jax.weights.source_checkpoint import MAX_BYTES
 
 FORMAT = 1
@@ -41,7 +40,7 @@ _KEYS = {
 
 
 def write_adapter(path: str, leaves: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
-    """Write the file, whole or not at all.
+    """Writes an adapter file, complete or not at all.
 
     Args:
       path: of the new file, local or gs://.
@@ -52,15 +51,21 @@ def write_adapter(path: str, leaves: dict[str, np.ndarray], metadata: dict[str, 
     if "frame_format" in metadata:
         kept["frame_format"] = metadata["frame_format"]
     text = json.dumps({"format": FORMAT} | kept)
-    temporary = epath.Path(f"{path}.incomplete")
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
-    with gcs.gcs_errors(path):
+    with files.atomic_path(path) as temporary:
         temporary.write_bytes(save(arrays, metadata={"dualpath_jax": text}))
-        temporary.replace(path)
 
 
 def read_adapter(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(leaves by path, metadata) of a file of `write_adapter`; ValueError if it is none."""
+    """Reads an adapter file.
+
+    Returns:
+      (trainable parameters by path, float32; metadata).
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not an adapter file, or it is damaged.
+    """
     with gcs.gcs_errors(path):
         if not epath.Path(path).exists():
             raise FileNotFoundError(f"no adapter file {path!r}")
@@ -109,7 +114,7 @@ def _check_metadata(path: str, metadata: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _local(path: str) -> Iterator[str]:
-    """The file itself, or a copy of one in Cloud Storage."""
+    """Yields the path of a local file, or of a temporary copy of one in Cloud Storage."""
     if not path.startswith("gs://"):
         yield path
         return
@@ -120,16 +125,25 @@ def _local(path: str) -> Iterator[str]:
 
 
 def init_from_adapter(
-    run: experiment.Experiment, path: str, training: bool = True
-) -> dict[str, Any]:
-    """Take the trained parameters of an adapter file as the start of `run`, at step 0.
+    run: Experiment, state: TrainState, path: str, training: bool = True
+) -> tuple[TrainState, dict[str, Any]]:
+    """Replaces the trainable parameters of an initial state by those of an adapter file.
 
-    Where the file was trained on other classes, the layer that names them starts afresh, to be
-    trained. Returns the file's metadata.
+    If the file was trained on other classes, the layers that depend on the number of classes keep
+    their fresh parameters.
+
+    Args:
+      run: the run.
+      state: its initial state, at step 0.
+      path: of the adapter file, local or gs://.
+      training: False if the state is only evaluated; the classes must then be the same.
+
+    Returns:
+      The new state and the file's metadata.
 
     Raises:
-      ValueError: the file belongs to another method or backbone, has other parameters, or, where
-        `run` is not trained, other classes.
+      ValueError: the file belongs to another method or backbone, has other parameters, or, if
+        `training` is False, other classes.
     """
     leaves, metadata = read_adapter(path)
     own = run.metadata()
@@ -139,14 +153,14 @@ def init_from_adapter(
                 f"config.init_from={path!r} was trained with {key} {metadata[key]!r}, this run has "
                 f"{own[key]!r}: use the same one"
             )
-    target = param_tree.flatten(run.state.trainable)
+    target = param_tree.flatten(state.trainable)
     fresh = set()
     if metadata["class_names"] != run.class_names:
         if not training:
             raise ValueError(
-                f"config.init_from={path!r} was trained on other classes, "
-                f"{len(metadata['class_names'])} of them, than the {len(run.class_names)} of the "
-                "data set, of which it says nothing: train on these, or evaluate on its own data"
+                f"config.init_from={path!r} predicts {len(metadata['class_names'])} classes, but "
+                f"the data set has {len(run.class_names)} different ones. Fine-tune it on this "
+                "data set, or evaluate it on the one it was trained on"
             )
         fresh = _class_leaves(run)
         print(f"init_from: other classes than in {path}; starting afresh: {', '.join(fresh)}")
@@ -169,14 +183,13 @@ def init_from_adapter(
         leaf if name in fresh else jax.device_put(leaves[name].astype(leaf.dtype), leaf.sharding)
         for name, leaf in target.items()
     ]
-    trainable = jax.tree.unflatten(jax.tree.structure(run.state.trainable), new)
-    run.state = run.state.replace(trainable=trainable)
+    trainable = jax.tree.unflatten(jax.tree.structure(state.trainable), new)
     print(f"started from {path}, trained for {metadata['step']} steps", flush=True)
-    return metadata
+    return state.replace(trainable=trainable), metadata
 
 
-def _class_leaves(run: experiment.Experiment) -> set[str]:
-    """Parameters whose shape follows the number of classes."""
+def _class_leaves(run: Experiment) -> set[str]:
+    """Returns the paths of the parameters whose shape depends on the number of classes."""
     shapes = [
         {name: leaf.shape for name, leaf in param_tree.flatten(outline.params).items()}
         for outline in (abstract.abstract_model(run.config, n) for n in (3, 4))

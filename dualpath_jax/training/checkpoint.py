@@ -26,34 +26,15 @@ from orbax.checkpoint._src.futures import future, signaling_client
 
 from dualpath_jax.config.values import (
     INVALID_CONFIG_ERRORS,
-    flatten_config,
     format_views,
     restore_config,
 )
 from dualpath_jax.models import param_tree
-from dualpath_jax.training.metrics_logger import write_text_atomically
+from dualpath_jax.runtime import files
 
 _MAX_BYTES = 32 * 2**30  # of the arrays of a checkpoint; ViT-L, fully tuned, has 4 GB
 METRIC = "top1"  # by which the best checkpoint is the best
 _MAX_ERRORS = 10  # that one save may give, one by one
-# What may differ from the checkpoint's configuration: none of it changes what is learnt.
-SAFE_CHANGES = (
-    "backbone.checkpoint",  # compared by its hash
-    "checkpoint.",
-    "data.dir",
-    "data.max_broken_videos",
-    "data.prefetch",
-    "eval.",
-    "init_from",
-    "log_every_steps",
-    "model.cls_token_only",
-    "model.remat",
-    "model.scan_blocks",
-    "optimizer.accumulation_steps",
-    "optimizer.max_skipped_steps",
-    "profile.",
-    "resume_changed",
-)
 
 # Orbax gives up waiting by the wall clock, so that a save fails when that is set meanwhile.
 BY_A_STEADY_CLOCK = (async_checkpointer, future, signaling_client)
@@ -205,7 +186,7 @@ class Checkpoints:
             saved = self.read_metadata(step) | {"scores": scores}
             saved["sha256"] = _digest_json(saved)
             if jax.process_index() == 0:  # the file of orbax's JsonCheckpointHandler
-                write_text_atomically(
+                files.write_text(
                     self.directory / str(step) / "metadata/metadata", json.dumps(saved)
                 )
         except (DamagedCheckpoint, OSError) as error:
@@ -369,21 +350,6 @@ class Checkpoints:
                 f"{self.directory}; make room there and run the same command again, which goes on "
                 f"from {self.path(self.latest_step())}"
             )
-
-
-def config_changes(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ and that matter for what is learnt: (saved, current) by dotted key.
-
-    Both are configurations as nested dicts, as `metadata()["config"]` of a run.
-    """
-    old, new = (
-        flatten_config(restore_config(config))
-        for config in (saved, json.loads(json.dumps(current)))
-    )
-    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return {
-        key: (old.get(key), new.get(key)) for key in differing if not key.startswith(SAFE_CHANGES)
-    }
 
 
 def _evaluated_as(config: dict[str, Any]) -> dict[str, str]:

@@ -1,44 +1,86 @@
-"""A run: configuration, data and weights checked and brought together, before any video is read.
+"""Builds a run from its configuration: model, optimizer, initial state and frozen weights.
 
-Public: `Experiment`, `TrainState`, `build_experiment`, `divide`, `Outline`, `outline`, `abstract_inputs`,
-`check_workdir`, `check_inputs`, `open_data`, `train_batches_of`, `state_shardings`,
-`abstract_state`.
+`build_abstract` describes a run by shapes only. Training, --mode=check and compilation for TPUs
+all begin there; `build_experiment` adds the values.
 """
 
 import dataclasses
 import json
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-from dualpath_jax.config.ranges import check_ranges
+from dualpath_jax.config.schema import check_values
 from dualpath_jax.data.preparation.video_decoder import FrameFormat
-from dualpath_jax.data.video_dataset import VideoDataset
+from dualpath_jax.data.video_source import VideoSource
 from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
-from dualpath_jax.models.abstract import abstract_inputs, build_backbone_config, clip_shapes
+from dualpath_jax.models.abstract import (
+    AbstractModel,
+    abstract_inputs,
+    abstract_model,
+    build_backbone_config,
+)
+from dualpath_jax.models.backbones.registry import BackboneConfig
 from dualpath_jax.runtime import progress_bar
 from dualpath_jax.training import sharding
 from dualpath_jax.training.optimizer import count_train_steps, make_optimizer, make_schedule
-from dualpath_jax.training.state import TrainState, state_shardings
+from dualpath_jax.training.state import TrainState, abstract_state, state_shardings
 from dualpath_jax.version import __version__
 from dualpath_jax.weights import convert
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class AbstractExperiment:
+    """Describes a run without values: arrays are `jax.ShapeDtypeStruct`.
+
+    Attributes:
+      model: the module, its parameters and which of them train.
+      num_train_steps: length of the training.
+      schedule: learning rate by step.
+      optimizer: AdamW on what trains.
+      state: what training changes, float32.
+      frozen: the frozen weights in the compute dtype; `optax.MaskedNode` where a parameter trains.
+    """
+
+    model: AbstractModel
+    num_train_steps: int
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    frozen: Any
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything a training or an evaluation needs, checked and on the devices."""
+    """Holds what a training or an evaluation needs and does not change; see `TrainState`.
+
+    Attributes:
+      config: the whole configuration.
+      workdir: folder of checkpoints and results, local or gs://.
+      model: the Flax module.
+      mesh: all devices, see `sharding.make_mesh`.
+      class_names: one per class.
+      frame_format: how the training frames are stored.
+      backbone: where the frozen weights come from.
+      frozen: the frozen weights, on the devices.
+      optimizer, schedule: AdamW on what trains, and its learning rate by step.
+      num_train_steps: length of the training.
+      steps_per_epoch: training videos / batch size.
+      total_params, trainable_params: numbers of parameters.
+      num_videos: number of training videos.
+    """
 
     config: Any
     workdir: str
-    model: Any
+    model: nn.Module
     mesh: jax.sharding.Mesh
     class_names: list[str]
     frame_format: FrameFormat
     backbone: convert.BackboneInfo
-    state: TrainState
     frozen: Any
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
@@ -46,11 +88,10 @@ class Experiment:
     steps_per_epoch: float
     total_params: int
     trainable_params: int
-    num_videos: int  # to train on
-    eval_step: Any = None  # jitted, from the first evaluation on
+    num_videos: int
 
     def metadata(self) -> dict[str, Any]:
-        """What a checkpoint of this run belongs to."""
+        """Returns what a checkpoint of this run belongs to, for JSON."""
         return {
             "method": self.config.model.method,
             "backbone_name": self.backbone.name,
@@ -63,67 +104,116 @@ class Experiment:
         }
 
 
-def init_params(model: Any, config: Any, backbone: Any) -> Any:
-    """Fresh parameters from `config.seed`, with the converted backbone in place unless it is None.
+def build_abstract(
+    config: Any,
+    num_classes: int,
+    steps_per_epoch: float,
+    backbone: BackboneConfig | None = None,
+) -> AbstractExperiment:
+    """Describes the run of `config` by shapes; computes nothing and reads no file.
 
-    What trains is float32; the rest has the compute dtype.
+    Args:
+      config: the whole configuration.
+      num_classes: of the data set.
+      steps_per_epoch: training videos / batch size.
+      backbone: shape of the loaded weights; None: the one that `config` names.
+    """
+    model = abstract_model(config, num_classes, backbone)
+    num_train_steps = count_train_steps(config, steps_per_epoch)
+    schedule = make_schedule(config.optimizer, num_train_steps, steps_per_epoch)
+    optimizer = make_optimizer(config.optimizer, schedule, model.mask)
+    state, frozen = abstract_state(model, optimizer)
+    dtype = method_registry.compute_dtype(config)
+    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), frozen)
+    return AbstractExperiment(model, num_train_steps, schedule, optimizer, state, frozen)
+
+
+def init_params(model: nn.Module, config: Any, backbone: Any) -> Any:
+    """Returns fresh parameters from `config.seed`.
+
+    Args:
+      model: of `method_registry.build_model`.
+      config: the whole configuration.
+      backbone: the converted backbone's parameters, which take the place of the fresh ones; None
+        keeps random ones.
+
+    Returns:
+      The parameter tree. What trains is float32; the frozen rest has the compute dtype.
     """
     inputs = [None if x is None else jnp.zeros(x.shape) for x in abstract_inputs(config)]
     params = dict(jax.jit(model.init)(jax.random.key(config.seed), *inputs)["params"])
     if backbone is not None:
         params["backbone"] = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), backbone)
     params = model.start_from_backbone(params)
-    mask = param_tree.trainable_mask(params, method_registry.is_trainable_fn(config.model.method))
+    is_trainable = method_registry.is_trainable_fn(config.model.method)
+    mask = param_tree.trainable_mask(params, is_trainable)
     dtype = method_registry.compute_dtype(config)
     return jax.tree.map(lambda leaf, train: leaf if train else leaf.astype(dtype), params, mask)
 
 
-def build_experiment(config: Any, workdir: str, dataset: VideoDataset) -> Experiment:
-    """Check the configuration against data and backbone; build model and state. Reads no video."""
-    check_ranges(config)
+def build_experiment(
+    config: Any, workdir: str, dataset: VideoSource
+) -> tuple[Experiment, TrainState]:
+    """Checks the configuration against data and backbone, and builds model and initial state.
+
+    Args:
+      config: the whole configuration.
+      workdir: of the run; nothing is written there.
+      dataset: the training split, of which no video is read.
+
+    Raises:
+      ValueError, OSError: what the user can fix, with the remedy.
+    """
+    # The configuration by itself.
+    check_values(config)
     mesh = sharding.make_mesh(config.mesh.fsdp)
     sharding.check_batch_sizes(config, mesh.size)
-    predicate = method_registry.is_trainable_fn(config.model.method)
-    clip_shapes(config)
-    backbone, shape = None, build_backbone_config(config)
-    if config.data.synthetic:
-        info = convert.BackboneInfo(shape.name, *["random"] * 3)  # no real run resumes from it
-    else:
-        backbone, shape, info = convert.load_backbone(config.backbone.checkpoint, shape)
-        if config.backbone.heads not in (None, shape.heads):
-            raise ValueError(
-                f"backbone.heads={config.backbone.heads}, but {config.backbone.checkpoint} has "
-                f"{shape.heads} (scripts/convert_clip.py --heads): set it to that"
-            )
-    model = method_registry.build_model(config, shape, len(dataset.class_names))
-    params = init_params(model, config, backbone)
-    mask = param_tree.trainable_mask(params, predicate)
-    steps_per_epoch = len(dataset) / config.data.batch_size
-    num_train_steps = count_train_steps(config, steps_per_epoch)
-    schedule = make_schedule(config.optimizer, num_train_steps, steps_per_epoch)
-    optimizer = make_optimizer(config.optimizer, schedule, mask)
-    trainable, frozen = param_tree.split(params, mask)
-    # Two arrays: one buffer in two places of a donated state is freed twice.
+    abstract_inputs(config)
+
+    # The frozen weights and the model that they fit.
+    weights, backbone, info = _load_backbone(config)
+    num_classes, steps_per_epoch = len(dataset.class_names), len(dataset) / config.data.batch_size
+    abstract = build_abstract(config, num_classes, steps_per_epoch, backbone)
+    params = init_params(abstract.model.module, config, weights)
+    progress_bar.print_above_bar(param_tree.parameter_table(params, abstract.model.mask))
+
+    # What training changes, and what it does not.
+    trainable, frozen = param_tree.split(params, abstract.model.mask)
+    # Two arrays: one buffer in two places of a donated state would be freed twice.
     step, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
-    state = TrainState(step, trainable, optimizer.init(params), skipped)
+    state = TrainState(step, trainable, abstract.optimizer.init(params), skipped)
     if not method_registry.resolve_scan_blocks(config):
         frozen = param_tree.unstack_blocks(frozen)
-    progress_bar.print_above_bar(param_tree.parameter_table(params, mask))
-    return Experiment(
+    experiment = Experiment(
         config=config,
         workdir=workdir,
-        model=model,
+        model=abstract.model.module,
         mesh=mesh,
         class_names=dataset.class_names,
         frame_format=dataset.frame_format,
         backbone=info,
-        state=jax.device_put(state, state_shardings(state, mesh)),
         frozen=jax.device_put(frozen, sharding.fsdp_sharding(frozen, mesh)),
-        optimizer=optimizer,
-        schedule=schedule,
-        num_train_steps=num_train_steps,
+        optimizer=abstract.optimizer,
+        schedule=abstract.schedule,
+        num_train_steps=abstract.num_train_steps,
         steps_per_epoch=steps_per_epoch,
         total_params=param_tree.count_params(params),
         trainable_params=param_tree.count_params(trainable),
         num_videos=len(dataset),
     )
+    return experiment, jax.device_put(state, state_shardings(state, mesh))
+
+
+def _load_backbone(config: Any) -> tuple[Any, BackboneConfig, convert.BackboneInfo]:
+    """Returns the frozen weights, their shape and source; random weights (None) for synthetic data."""
+    backbone = build_backbone_config(config)
+    if config.data.synthetic:
+        # No real run resumes from a source of this name.
+        return None, backbone, convert.BackboneInfo(backbone.name, *["random"] * 3)
+    weights, backbone, info = convert.load_backbone(config.backbone.checkpoint, backbone)
+    if config.backbone.heads not in (None, backbone.heads):
+        raise ValueError(
+            f"backbone.heads={config.backbone.heads}, but {config.backbone.checkpoint} has "
+            f"{backbone.heads} (scripts/convert_clip.py --heads): set it to that"
+        )
+    return weights, backbone, info

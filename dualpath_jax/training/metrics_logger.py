@@ -1,6 +1,6 @@
 """Progress of a run: lines for people, metrics.jsonl and TensorBoard events for tools.
 
-Public: `MetricsLogger`, `is_evaluation`, `write_text_atomically`, `PROCESS_METRICS`.
+Public: `MetricsLogger`, `is_evaluation`, `PROCESS_METRICS`.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from absl import logging
 from clu import metric_writers
 from etils import epath
 
-from dualpath_jax.runtime import gcs, progress_bar
+from dualpath_jax.runtime import files, gcs, progress_bar
 
 # Keys of metrics.jsonl that tell of the process and not of learning.
 PROCESS_METRICS = ("clips_per_second", "data_wait", "broken_videos")
@@ -52,7 +52,7 @@ class MetricsLogger:
                 lost = entry["step"] == step and is_evaluation(entry) and not evaluated
                 if entry["step"] <= step and not lost:
                     kept.append(line + "\n")
-        write_text_atomically(self._path, "".join(kept))
+        files.write_text(self._path, "".join(kept))
 
     def start(self, step: int) -> None:
         """Begin timing at `step`."""
@@ -152,18 +152,6 @@ class MetricsLogger:
 def is_evaluation(entry: dict[str, Any]) -> bool:
     """Is an entry of metrics.jsonl that of an evaluation, maybe of the split that is trained on?"""
     return "top1" in entry
-
-
-def write_text_atomically(path: epath.Path, text: str) -> None:
-    """A text file that is there whole or not at all; OSError with the remedy."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with gcs.gcs_errors(os.fspath(path)):
-            temporary.write_text(text)
-            temporary.replace(path)
-    except OSError as error:
-        remedy = "make room there, or see to it that it can be written, and run the same command"
-        raise OSError(f"cannot write {path}: {error}; {remedy} again") from None
 
 
 def _append(path: epath.Path, text: str) -> None:

@@ -8,7 +8,13 @@ from dualpath_jax.models import param_tree
 
 
 def make_schedule(optimizer: Any, num_train_steps: int, steps_per_epoch: float) -> optax.Schedule:
-    """Linear warm-up, for half of the steps at most, then cosine to zero at the last step."""
+    """Returns the learning rate by step: linear warm-up, then a cosine to zero at the last step.
+
+    Args:
+      optimizer: `config.optimizer`; its warm-up takes at most half of the steps.
+      num_train_steps: length of the training.
+      steps_per_epoch: training videos / batch size.
+    """
     warmup = min(round(optimizer.warmup_epochs * steps_per_epoch), num_train_steps // 2)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else optimizer.learning_rate,
@@ -21,7 +27,7 @@ def make_schedule(optimizer: Any, num_train_steps: int, steps_per_epoch: float) 
 def make_optimizer(
     optimizer: Any, schedule: optax.Schedule, mask: Any
 ) -> optax.GradientTransformation:
-    """AdamW on the leaves that `mask` names; weight decay on kernels alone."""
+    """Returns AdamW on the leaves where `mask` is True, with weight decay only on kernels."""
     adamw = optax.adamw(
         schedule,
         b1=optimizer.b1,
@@ -35,7 +41,10 @@ def make_optimizer(
 
 
 def count_train_steps(config: Any, steps_per_epoch: float) -> int:
-    """`num_train_steps`, or what `num_epochs` come to: a step at least, unless they are 0."""
+    """Returns the length of the training in steps.
+
+    It is `num_train_steps` where set; else `num_epochs` in steps, at least 1 unless they are 0.
+    """
     if config.num_train_steps is not None:
         return config.num_train_steps
     return max(round(config.num_epochs * steps_per_epoch), min(1, config.num_epochs))

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dualpath_jax.runtime import gcs
-from dualpath_jax.training.metrics_logger import write_text_atomically
+from dualpath_jax.runtime import files, gcs
 
 FOLDER = "predictions"
 SHARED_WITH_RESULTS = ("step", "split", "views")  # what the first line shares with results.json
@@ -88,7 +87,7 @@ class PredictionWriter:
         """
         with gcs.gcs_errors(str(self._path)):
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_text_atomically(self._path, "\n".join(self._lines) + "\n")
+            files.write_text(self._path, "\n".join(self._lines) + "\n")
             if jax.process_index() == 0:
                 for path in self._folder.glob("*"):
                     if self._share not in path.name:

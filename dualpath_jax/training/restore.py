@@ -1,53 +1,62 @@
-"""What a run starts from: a checkpoint of its workdir, or an adapter file.
-
-Public: `restore_for_training`, `restore_for_evaluation`.
-"""
+"""Restores the state that a run starts from: a checkpoint of its workdir, or an adapter file."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
+from dualpath_jax.config.values import config_changes
 from dualpath_jax.training import adapter_file
-from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, config_changes
+from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from dualpath_jax.training.experiment import Experiment
+from dualpath_jax.training.state import TrainState
 
-# Of the settings, what decides how videos become the model's inputs and these logits.
-_SEEN_BY_THE_MODEL = (
+# Settings that decide how videos become the model's inputs, and these its logits.
+_MODEL_SETTINGS = (
     "model.",
     *("data.num_frames", "data.num_spatial_frames", "data.sampling", "data.grid"),
     *("data.frame_scale", "data.image_size", "data.mean", "data.std"),
 )
 
 
-def restore_for_training(run: Experiment, checkpoints: Checkpoints) -> int:
-    """Load the latest whole checkpoint into `run.state`.
+def restore_for_training(
+    run: Experiment, state: TrainState, checkpoints: Checkpoints
+) -> tuple[int, TrainState]:
+    """Restores the newest complete checkpoint.
+
+    Args:
+      run: the run.
+      state: its initial state, with the structure and shardings that the result has.
+      checkpoints: of the run's workdir.
 
     Returns:
-      Its step; 0 where there is none.
+      The step of the checkpoint and its state; 0 and `state` if there is no checkpoint.
 
     Raises:
       ValueError: it was trained with other settings or data, and `config.resume_changed` is off.
     """
-    restored = checkpoints.restore_newest(run.state, run.metadata())
+    restored = checkpoints.restore_newest(state, run.metadata())
     if restored is None:
-        return 0
+        return 0, state
     step, state = restored
     saved, where = checkpoints.read_metadata(step), checkpoints.path(step)
     differing = config_changes(saved["config"], run.metadata()["config"])
     differing |= _data_changes(run, saved, ("frame_format", "num_videos"))
-    _tell_changes(run, differing, where, "resumed from")
+    _report_changes(run, differing, where, "resumed from")
     file = run.config.init_from
     if file and file != saved["config"].get("init_from"):
-        print(f"init_from={file} is left out: the run in {run.workdir} has begun", flush=True)
-    run.state = state
-    return step
+        print(f"init_from={file} is ignored: the run in {run.workdir} has begun", flush=True)
+    return step, state
 
 
-def restore_for_evaluation(run: Experiment) -> None:
-    """Load the checkpoint that `config.eval.checkpoint` names, or else `config.init_from`.
+def restore_for_evaluation(run: Experiment, state: TrainState) -> TrainState:
+    """Restores the checkpoint that `config.eval.checkpoint` names, or else `config.init_from`.
 
-    Nothing of the workdir is changed: a training may be going on there.
+    The workdir is not changed: a training may be running there.
+
+    Args:
+      run: the run.
+      state: its initial state, with the structure and shardings that the result has.
 
     Raises:
       ValueError: there is no such checkpoint, a damaged one, or one that was trained with other
@@ -67,7 +76,7 @@ def restore_for_evaluation(run: Experiment) -> None:
                 "(eval.every_epochs, or its end): take the latest"
             )
         try:
-            state = checkpoints.restore(step, run.state, run.metadata())
+            state = checkpoints.restore(step, state, run.metadata())
             saved = checkpoints.read_metadata(step)
         except DamagedCheckpoint as damage:
             raise ValueError(f"{damage}; a training in {run.workdir} sets it aside") from None
@@ -78,25 +87,25 @@ def restore_for_evaluation(run: Experiment) -> None:
             )
         differing = config_changes(saved["config"], run.metadata()["config"])
         where = checkpoints.path(step)
-        run.state = state
     elif file:
-        saved, where = adapter_file.init_from_adapter(run, file, training=False), file
+        state, saved = adapter_file.init_from_adapter(run, state, file, training=False)
+        where = file
         differing = config_changes(saved["config"], run.metadata()["config"])
-        differing = {k: v for k, v in differing.items() if k.startswith(_SEEN_BY_THE_MODEL)}
+        differing = {k: v for k, v in differing.items() if k.startswith(_MODEL_SETTINGS)}
     else:
         raise ValueError(
             f"no checkpoint in {run.workdir}/checkpoints: train first, --mode=train, or pass "
             "--config.init_from=FILE"
         )
-    _tell_changes(
-        run, differing | _data_changes(run, saved, ("frame_format",)), where, "evaluating"
-    )
+    differing |= _data_changes(run, saved, ("frame_format",))
+    _report_changes(run, differing, where, "evaluating")
+    return state
 
 
 def _data_changes(
     run: Experiment, saved: dict[str, Any], keys: Sequence[str]
 ) -> dict[str, tuple[Any, Any]]:
-    """As `changes`, of the metadata that tell of the data set; older states do not have them."""
+    """Compares the metadata `keys` of the data set, which older checkpoints do not have."""
     now = run.metadata()
     return {
         f"{key} of the data set": (saved[key], now[key])
@@ -105,18 +114,18 @@ def _data_changes(
     }
 
 
-def _tell_changes(
+def _report_changes(
     run: Experiment, differing: dict[str, tuple[Any, Any]], where: str, doing: str
 ) -> None:
-    """Print where a state comes from, and what is otherwise now.
+    """Prints where a state comes from, and which settings have changed since.
 
     Raises:
-      ValueError: something is, and `config.resume_changed` is off.
+      ValueError: some have changed, and `config.resume_changed` is off.
     """
     listed = "".join(f"\n  {key}: {old} -> {new}" for key, (old, new) in differing.items())
     if differing and not run.config.resume_changed:
         raise ValueError(
             f"{where} was trained with other settings:{listed}\nUse those, or another --workdir; "
-            "or go on with the new ones by --config.resume_changed=True"
+            "or continue with the new ones by --config.resume_changed=True"
         )
     print(f"{doing} {where}" + (f" with other settings:{listed}" if listed else ""), flush=True)

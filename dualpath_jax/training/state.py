@@ -14,24 +14,31 @@ from dualpath_jax.training import sharding
 
 @flax.struct.dataclass
 class TrainState:
-    """What training changes. `trainable` has `optax.MaskedNode` in place of frozen leaves."""
+    """Holds what training changes.
 
-    step: jax.Array  # int32 scalar, number of updates done
-    trainable: Any  # float32
+    Attributes:
+      step: int32 scalar, number of updates done.
+      trainable: float32 parameters; `optax.MaskedNode` in place of frozen leaves.
+      opt_state: state of the optimizer.
+      skipped: int32 scalar, steps skipped because loss or gradient was not finite.
+    """
+
+    step: jax.Array
+    trainable: Any
     opt_state: optax.OptState
-    skipped: jax.Array  # int32 scalar, steps left out since loss or gradient was not finite
+    skipped: jax.Array
 
 
 def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """How a state lies on the devices: whole on each, but for the optimizer's along `fsdp`."""
-    everywhere = jax.tree.map(lambda leaf: sharding.replicated_sharding(mesh), state)
-    return everywhere.replace(opt_state=sharding.fsdp_sharding(state.opt_state, mesh))
+    """Returns the shardings of a state: replicated, except the optimizer's, divided along `fsdp`."""
+    replicated = jax.tree.map(lambda leaf: sharding.replicated_sharding(mesh), state)
+    return replicated.replace(opt_state=sharding.fsdp_sharding(state.opt_state, mesh))
 
 
 def abstract_state(
     model: AbstractModel, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Any]:
-    """A run's state and its frozen weights, both float32, without values."""
+    """Returns a run's initial state and its frozen weights as shapes, both float32."""
     trainable, frozen = param_tree.split(model.params, model.mask)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, model.params)

@@ -1,8 +1,12 @@
-"""Defines the loss and the training step."""
+"""Defines the loss and the training step.
+
+To train with another loss, pass a function with the signature of `loss_fn` to `make_train_step`.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,56 +15,90 @@ from dualpath_jax.models import param_tree, preprocess
 from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.preprocess import Batch
 from dualpath_jax.training import sharding
-from dualpath_jax.training.sharding import replicated_sharding
 from dualpath_jax.training.state import TrainState, state_shardings
 
+Metrics = dict[str, jax.Array]
+# (model, config, params, batch, dropout_rng) -> (loss, metrics), means over the batch.
+LossFn = Callable[[nn.Module, Any, Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
+# (trainable, frozen, batch, rng) -> (metrics, gradients), means over the batch.
+_GradientFn = Callable[[Any, Any, Batch, jax.Array], tuple[Metrics, Any]]
 
-def make_train_step(
-    model: Any,
-    config: Any,
-    optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh | None = None,
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The pure update (state, frozen, batch) -> (state, metrics), to be jitted.
 
-    Over the devices of `mesh`, if given, the rows of the batch are divided and the gradients
-    averaged, in `optimizer.reduce_dtype`.
+def loss_fn(
+    model: nn.Module, config: Any, params: Any, batch: Batch, dropout_rng: jax.Array
+) -> tuple[jax.Array, Metrics]:
+    """Computes softmax cross-entropy with label smoothing, averaged over the batch.
+
+    Args:
+      model: called as `method_registry.Method.build` says.
+      config: the whole configuration.
+      params: all parameters, frozen and trainable.
+      batch: uint8 clips and int32 labels, see `data.pipeline`.
+      dropout_rng: jax key of this step.
+
+    Returns:
+      The loss, a float32 scalar, and the metrics "loss" and "accuracy" (top-1, 0..1).
     """
-    parts = config.optimizer.accumulation_steps
     dtype = method_registry.compute_dtype(config)
+    inputs = preprocess.model_inputs(batch, config.data, dtype)
+    logits = model.apply({"params": params}, *inputs, dropout_rng)
+    target = jax.nn.one_hot(batch["label"], logits.shape[-1])
+    target = optax.smooth_labels(target, config.optimizer.label_smoothing)
+    loss = optax.softmax_cross_entropy(logits, target).mean()
+    accuracy = (logits.argmax(-1) == batch["label"]).mean()
+    return loss, {"loss": loss, "accuracy": accuracy}
 
-    def loss_fn(trainable, frozen, batch, rng):
-        logits = model.apply(
-            {"params": param_tree.merge(trainable, frozen)},
-            *preprocess.model_inputs(batch, config.data, dtype),
-            rng,
-        )
-        target = jax.nn.one_hot(batch["label"], logits.shape[-1])
-        target = optax.smooth_labels(target, config.optimizer.label_smoothing)
-        loss = optax.softmax_cross_entropy(logits, target).mean()
-        return loss, (logits.argmax(-1) == batch["label"]).mean()
 
-    def grads_of(trainable, frozen, batch, rng):
-        (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            trainable, frozen, batch, rng
-        )
-        return {"loss": loss, "accuracy": accuracy}, grads
+def _accumulate(compute: _GradientFn, parts: int) -> _GradientFn:
+    """Returns `compute` as the mean over `parts` of the batch, computed one after the other."""
 
     def accumulated(trainable, frozen, batch, rng):
-        # Strided parts, so that each device keeps its own rows: [B, ...] -> [parts, B/parts, ...].
+        # Strided parts keep each row on its device: [B, ...] -> [parts, B/parts, ...].
         batch = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
         )
 
         def body(total, part):
             index, part = part
-            new = grads_of(trainable, frozen, part, jax.random.fold_in(rng, index))
+            new = compute(trainable, frozen, part, jax.random.fold_in(rng, index))
             return jax.tree.map(lambda a, b: a + b / parts, total, new), None
 
-        zeros = jax.tree.map(jnp.zeros_like, ({"loss": 0.0, "accuracy": 0.0}, trainable))
+        one = jax.tree.map(lambda x: x[0], batch)
+        shapes = jax.eval_shape(compute, trainable, frozen, one, rng)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return jax.lax.scan(body, zeros, (jnp.arange(parts), batch))[0]
 
-    compute = grads_of if parts == 1 else accumulated
+    return accumulated
+
+
+def make_train_step(
+    model: nn.Module,
+    config: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh | None = None,
+    loss_fn: LossFn = loss_fn,
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+    """Returns the pure update (state, frozen, batch) -> (state, metrics), to be jitted.
+
+    Args:
+      model: the Flax module.
+      config: the whole configuration.
+      optimizer: of `optimizer.make_optimizer`.
+      mesh: its devices share the rows of the batch and average gradients in
+        `optimizer.reduce_dtype`; None: one device.
+      loss_fn: see `LossFn`.
+    """
+
+    def compute(trainable, frozen, batch, rng):
+        def loss(trainable):
+            params = param_tree.merge(trainable, frozen)
+            return loss_fn(model, config, params, batch, rng)
+
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+        return metrics, grads
+
+    if config.optimizer.accumulation_steps > 1:
+        compute = _accumulate(compute, config.optimizer.accumulation_steps)
     if mesh is not None and mesh.size > 1:
         compute = sharding.data_parallel_mean(compute, mesh, config.optimizer.reduce_dtype)
 
@@ -72,9 +110,9 @@ def make_train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         new = TrainState(state.step + 1, trainable, opt_state, state.skipped)
         if config.optimizer.max_skipped_steps:
-            ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-            stay = state.replace(step=state.step + 1, skipped=state.skipped + 1)
-            new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, stay)
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+            unchanged = state.replace(step=state.step + 1, skipped=state.skipped + 1)
+            new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, unchanged)
             metrics["skipped_steps"] = new.skipped
         return new, metrics
 
@@ -82,15 +120,16 @@ def make_train_step(
 
 
 def jit_train_step(
-    model: Any,
+    model: nn.Module,
     config: Any,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
     state: TrainState,
+    loss_fn: LossFn = loss_fn,
 ) -> Callable:
-    """`make_train_step`, jitted: a new state takes the place of the old and lies as it does."""
+    """Returns the jitted `make_train_step`: the new state replaces `state`, with its shardings."""
     return jax.jit(
-        make_train_step(model, config, optimizer, mesh),
+        make_train_step(model, config, optimizer, mesh, loss_fn),
         donate_argnums=0,
-        out_shardings=(state_shardings(state, mesh), replicated_sharding(mesh)),
+        out_shardings=(state_shardings(state, mesh), sharding.replicated_sharding(mesh)),
     )

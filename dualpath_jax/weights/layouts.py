@@ -1,8 +1,6 @@
-"""Names of weights in other people's checkpoints, and what they are called here.
+"""Defines how published checkpoints name their weights, and which of our names they map to.
 
-Public: `LAYOUTS`, `Layout`, `Row`, `TEXT_TOWER`, `UNSUPPORTED`.
-
-To read another layout, add a table of its names and an entry in `LAYOUTS`.
+To support another layout, add a table of its names and an entry in `LAYOUTS`.
 Axes: L blocks, D width, P patch side, N tokens, e projected width, w side of a window, K heads.
 """
 
@@ -17,28 +15,36 @@ from absl import logging
 
 from dualpath_jax.weights import source_configs
 
-_same = np.asarray
-_linear = functools.partial(np.transpose, axes=(1, 0))  # torch [out, in] -> Flax [in, out]
-_conv = functools.partial(np.transpose, axes=(2, 3, 1, 0))  # [D, 3, P, P] -> [P, P, 3, D]
-_class_token = functools.partial(np.squeeze, axis=(0, 1))  # [1, 1, D] -> [D]
-_positions = functools.partial(np.squeeze, axis=0)  # [1, N, D] -> [N, D]
+# Transforms from a source's array to ours.
+_identity = np.asarray
+_transpose_linear = functools.partial(np.transpose, axes=(1, 0))  # [out, in] -> [in, out]
+_transpose_conv = functools.partial(np.transpose, axes=(2, 3, 1, 0))  # [D, 3, P, P] -> [P, P, 3, D]
+_squeeze_class_token = functools.partial(np.squeeze, axis=(0, 1))  # [1, 1, D] -> [D]
+_squeeze_positions = functools.partial(np.squeeze, axis=0)  # [1, N, D] -> [N, D]
 
-# Source name, our name, transform. "{s}" runs over the stages, "{next}" is the stage after it;
-# "{i}" runs over the blocks (of a stage), which are stacked [L, ...]. Rows that share our name are
-# concatenated along its last axis in the order of the rows.
+# A row is (source name, our name, transform). In the names, "{s}" runs over the stages, "{next}" is
+# the stage after it, and "{i}" runs over the blocks of a stage, which are stacked to [L, ...]. Rows
+# that share our name are concatenated along the last axis, in the order of the rows.
 Row = tuple[str, str, Callable[[np.ndarray], np.ndarray]]
 _Table = tuple[Row, ...]
 
 
-def _block_rows(ours: str, source: str, names: Mapping[str, str]) -> _Table:
-    """Rows for weight and bias of each layer of a block; `names`: ours -> the source's."""
+def _build_block_rows(ours: str, source: str, names: Mapping[str, str]) -> _Table:
+    """Builds the rows for the weight and bias of each layer of a block.
+
+    Args:
+      ours: prefix of our names.
+      source: prefix of the source's names.
+      names: the source's name of each layer by our name. Several names separated by spaces are
+        concatenated.
+    """
     rows = []
     for our_name, source_name in names.items():
         norm = our_name.startswith("ln_")
-        kernel, transform = ("scale", _same) if norm else ("kernel", _linear)
-        for name in source_name.split():  # several: concatenated
+        kernel, transform = ("scale", _identity) if norm else ("kernel", _transpose_linear)
+        for name in source_name.split():
             rows.append((f"{source}{name}.weight", f"{ours}{our_name}/{kernel}", transform))
-            rows.append((f"{source}{name}.bias", f"{ours}{our_name}/bias", _same))
+            rows.append((f"{source}{name}.bias", f"{ours}{our_name}/bias", _identity))
     return tuple(rows)
 
 
@@ -47,14 +53,14 @@ def _block_rows(ours: str, source: str, names: Mapping[str, str]) -> _Table:
 
 _OPENAI_BLOCK = "visual.transformer.resblocks.{i}."
 _OPENAI: _Table = (
-    ("visual.class_embedding", "class_embedding", _same),
-    ("visual.positional_embedding", "position_embedding", _same),
-    ("visual.conv1.weight", "patch_embedding/kernel", _conv),
-    ("visual.ln_pre.weight", "ln_pre/scale", _same),
-    ("visual.ln_pre.bias", "ln_pre/bias", _same),
-    (_OPENAI_BLOCK + "attn.in_proj_weight", "blocks/attention/qkv/kernel", _linear),
-    (_OPENAI_BLOCK + "attn.in_proj_bias", "blocks/attention/qkv/bias", _same),
-    *_block_rows(
+    ("visual.class_embedding", "class_embedding", _identity),
+    ("visual.positional_embedding", "position_embedding", _identity),
+    ("visual.conv1.weight", "patch_embedding/kernel", _transpose_conv),
+    ("visual.ln_pre.weight", "ln_pre/scale", _identity),
+    ("visual.ln_pre.bias", "ln_pre/bias", _identity),
+    (_OPENAI_BLOCK + "attn.in_proj_weight", "blocks/attention/qkv/kernel", _transpose_linear),
+    (_OPENAI_BLOCK + "attn.in_proj_bias", "blocks/attention/qkv/bias", _identity),
+    *_build_block_rows(
         "blocks/",
         _OPENAI_BLOCK,
         {
@@ -65,17 +71,17 @@ _OPENAI: _Table = (
             "mlp/output": "mlp.c_proj",
         },
     ),
-    ("visual.ln_post.weight", "ln_post/scale", _same),
-    ("visual.ln_post.bias", "ln_post/bias", _same),
-    ("visual.proj", "projection", _same),  # [D, e] already
+    ("visual.ln_post.weight", "ln_post/scale", _identity),
+    ("visual.ln_post.bias", "ln_post/bias", _identity),
+    ("visual.proj", "projection", _identity),  # [D, e] already
 )
 _HUGGINGFACE: _Table = (
-    ("vision_model.embeddings.class_embedding", "class_embedding", _same),
-    ("vision_model.embeddings.position_embedding.weight", "position_embedding", _same),
-    ("vision_model.embeddings.patch_embedding.weight", "patch_embedding/kernel", _conv),
-    ("vision_model.pre_layrnorm.weight", "ln_pre/scale", _same),  # the name is spelt so
-    ("vision_model.pre_layrnorm.bias", "ln_pre/bias", _same),
-    *_block_rows(
+    ("vision_model.embeddings.class_embedding", "class_embedding", _identity),
+    ("vision_model.embeddings.position_embedding.weight", "position_embedding", _identity),
+    ("vision_model.embeddings.patch_embedding.weight", "patch_embedding/kernel", _transpose_conv),
+    ("vision_model.pre_layrnorm.weight", "ln_pre/scale", _identity),  # [sic]
+    ("vision_model.pre_layrnorm.bias", "ln_pre/bias", _identity),
+    *_build_block_rows(
         "blocks/",
         "vision_model.encoder.layers.{i}.",
         {
@@ -87,13 +93,13 @@ _HUGGINGFACE: _Table = (
             "mlp/output": "mlp.fc2",
         },
     ),
-    ("vision_model.post_layernorm.weight", "ln_post/scale", _same),
-    ("vision_model.post_layernorm.bias", "ln_post/bias", _same),
-    ("visual_projection.weight", "projection", _linear),
+    ("vision_model.post_layernorm.weight", "ln_post/scale", _identity),
+    ("vision_model.post_layernorm.bias", "ln_post/bias", _identity),
+    ("visual_projection.weight", "projection", _transpose_linear),
 )
 
-# What else a CLIP checkpoint holds.
-TEXT_TOWER = (
+# Names that a CLIP checkpoint has in addition to its image tower.
+TEXT_TOWER_NAMES = (
     r"positional_embedding|text_projection(\.weight)?|logit_scale|logit_bias|attn_mask"
     r"|token_embedding\.weight|ln_final\.(weight|bias)|transformer\.resblocks\.\d+\..+"
     r"|input_resolution|context_length|vocab_size"  # OpenAI's bookkeeping
@@ -101,7 +107,8 @@ TEXT_TOWER = (
     r"|text_model\..+|vision_model\.embeddings\.position_ids"  # Hugging Face
 )
 
-UNSUPPORTED = {
+# Prefixes of the names of image towers that are not supported, with a description for messages.
+UNSUPPORTED_PREFIXES = {
     "visual.layer1.": "a ResNet image tower",
     "visual.trunk.": "an image tower of timm",
     "visual.attn_pool.": "an image tower with attention pooling (CoCa)",
@@ -111,7 +118,7 @@ UNSUPPORTED = {
 # ---------------------------------------------------------------- ImageNet ViT
 
 
-_TIMM_BLOCK = {
+_TIMM_BLOCK_NAMES = {
     "ln_1": "norm1",
     "attention/qkv": "attn.qkv",
     "attention/out": "attn.proj",
@@ -120,17 +127,18 @@ _TIMM_BLOCK = {
     "mlp/output": "mlp.fc2",
 }
 _TIMM_VIT: _Table = (
-    ("cls_token", "class_embedding", _class_token),
-    ("pos_embed", "position_embedding", _positions),
-    ("patch_embed.proj.weight", "patch_embedding/kernel", _conv),
-    ("patch_embed.proj.bias", "patch_embedding/bias", _same),
-    *_block_rows("blocks/", "blocks.{i}.", _TIMM_BLOCK),
-    ("norm.weight", "ln_post/scale", _same),
-    ("norm.bias", "ln_post/bias", _same),
+    ("cls_token", "class_embedding", _squeeze_class_token),
+    ("pos_embed", "position_embedding", _squeeze_positions),
+    ("patch_embed.proj.weight", "patch_embedding/kernel", _transpose_conv),
+    ("patch_embed.proj.bias", "patch_embedding/bias", _identity),
+    *_build_block_rows("blocks/", "blocks.{i}.", _TIMM_BLOCK_NAMES),
+    ("norm.weight", "ln_post/scale", _identity),
+    ("norm.bias", "ln_post/bias", _identity),
 )
 
 
-def _huggingface_block(attention: str) -> dict[str, str]:
+def _huggingface_block_names(attention: str) -> dict[str, str]:
+    """Returns Hugging Face's names of a block's layers by our name."""
     qkv = " ".join(f"attention.{attention}.{name}" for name in ("query", "key", "value"))
     return {
         "ln_1": "layernorm_before",
@@ -143,20 +151,20 @@ def _huggingface_block(attention: str) -> dict[str, str]:
 
 
 _HUGGINGFACE_VIT: _Table = (
-    ("embeddings.cls_token", "class_embedding", _class_token),
-    ("embeddings.position_embeddings", "position_embedding", _positions),
-    ("embeddings.patch_embeddings.projection.weight", "patch_embedding/kernel", _conv),
-    ("embeddings.patch_embeddings.projection.bias", "patch_embedding/bias", _same),
-    *_block_rows("blocks/", "encoder.layer.{i}.", _huggingface_block("attention")),
-    ("layernorm.weight", "ln_post/scale", _same),
-    ("layernorm.bias", "ln_post/bias", _same),
+    ("embeddings.cls_token", "class_embedding", _squeeze_class_token),
+    ("embeddings.position_embeddings", "position_embedding", _squeeze_positions),
+    ("embeddings.patch_embeddings.projection.weight", "patch_embedding/kernel", _transpose_conv),
+    ("embeddings.patch_embeddings.projection.bias", "patch_embedding/bias", _identity),
+    *_build_block_rows("blocks/", "encoder.layer.{i}.", _huggingface_block_names("attention")),
+    ("layernorm.weight", "ln_post/scale", _identity),
+    ("layernorm.bias", "ln_post/bias", _identity),
 )
 
 
 # ---------------------------------------------------------------- Swin
 
 
-def _swin_table(
+def _build_swin_table(
     patch: str,
     patch_norm: str,
     stage: str,
@@ -165,41 +173,42 @@ def _swin_table(
     merge: str,
     norm: str,
 ) -> _Table:
+    """Builds the table of a Swin from one publisher's prefixes of the names of its parts."""
     return (
-        (f"{patch}.weight", "patch_embedding/kernel", _conv),
-        (f"{patch}.bias", "patch_embedding/bias", _same),
-        (f"{patch_norm}.weight", "patch_norm/scale", _same),
-        (f"{patch_norm}.bias", "patch_norm/bias", _same),
-        *_block_rows("blocks_{s}/", f"{stage}.blocks.{{i}}.", block),
+        (f"{patch}.weight", "patch_embedding/kernel", _transpose_conv),
+        (f"{patch}.bias", "patch_embedding/bias", _identity),
+        (f"{patch_norm}.weight", "patch_norm/scale", _identity),
+        (f"{patch_norm}.bias", "patch_norm/bias", _identity),
+        *_build_block_rows("blocks_{s}/", f"{stage}.blocks.{{i}}.", block),
         (
             f"{stage}.blocks.{{i}}.{bias}.relative_position_bias_table",
             "blocks_{s}/attention/relative_position_bias",
-            _same,
+            _identity,
         ),
-        (f"{merge}.norm.weight", "merge_{s}/norm/scale", _same),
-        (f"{merge}.norm.bias", "merge_{s}/norm/bias", _same),
-        (f"{merge}.reduction.weight", "merge_{s}/reduction/kernel", _linear),
-        (f"{norm}.weight", "norm/scale", _same),
-        (f"{norm}.bias", "norm/bias", _same),
+        (f"{merge}.norm.weight", "merge_{s}/norm/scale", _identity),
+        (f"{merge}.norm.bias", "merge_{s}/norm/bias", _identity),
+        (f"{merge}.reduction.weight", "merge_{s}/reduction/kernel", _transpose_linear),
+        (f"{norm}.weight", "norm/scale", _identity),
+        (f"{norm}.bias", "norm/bias", _identity),
     )
 
 
-_timm_swin = functools.partial(
-    _swin_table,
+_build_timm_swin_table = functools.partial(
+    _build_swin_table,
     patch="patch_embed.proj",
     patch_norm="patch_embed.norm",
     stage="layers.{s}",
-    block=_TIMM_BLOCK,
+    block=_TIMM_BLOCK_NAMES,
     bias="attn",
     norm="norm",
 )
-_TIMM_SWIN = _timm_swin(merge="layers.{next}.downsample")
-_MICROSOFT_SWIN = _timm_swin(merge="layers.{s}.downsample")
-_HUGGINGFACE_SWIN = _swin_table(
+_TIMM_SWIN = _build_timm_swin_table(merge="layers.{next}.downsample")
+_MICROSOFT_SWIN = _build_timm_swin_table(merge="layers.{s}.downsample")
+_HUGGINGFACE_SWIN = _build_swin_table(
     patch="embeddings.patch_embeddings.projection",
     patch_norm="embeddings.norm",
     stage="encoder.layers.{s}",
-    block=_huggingface_block("self"),
+    block=_huggingface_block_names("self"),
     bias="attention.self",
     merge="encoder.layers.{s}.downsample",
     norm="layernorm",
@@ -207,10 +216,10 @@ _HUGGINGFACE_SWIN = _swin_table(
 
 
 def _widen_windows(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tables of relative positions [L, (2w-1)^2, K] of all stages, for the largest window of all.
+    """Widens the tables of relative positions of all stages to the largest window.
 
-    At a small image size the originals shrink windows and tables of the last stages. The positions
-    that are added do not occur at that size; they get zeros.
+    The tables are [L, (2w-1)^2, K]. At a small image size, the published models shrink the windows
+    and tables of the last stages. The added positions do not occur at that size and are zero.
     """
     tables = {n: a for n, a in arrays.items() if n.endswith("relative_position_bias")}
     sides = {name: math.isqrt(table.shape[1]) for name, table in tables.items()}
@@ -230,57 +239,59 @@ def _widen_windows(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------- layouts
 
 
-def _vit_shape(arrays: Mapping[str, np.ndarray]) -> tuple[int, int]:
+def _get_vit_shape(arrays: Mapping[str, np.ndarray]) -> tuple[int, int]:
+    """Returns (width, depth) of a ViT."""
     depth, width = arrays["blocks/ln_1/scale"].shape
     return width, depth
 
 
-def _swin_shape(arrays: Mapping[str, np.ndarray]) -> tuple[int, tuple[int, ...]]:
+def _get_swin_shape(arrays: Mapping[str, np.ndarray]) -> tuple[int, tuple[int, ...]]:
+    """Returns the width of a Swin's first stage, and the depth of each stage."""
     stages = sum(name.endswith("/ln_1/scale") for name in arrays)
     shapes = [arrays[f"blocks_{s}/ln_1/scale"].shape for s in range(stages)]
     return shapes[0][1], tuple(depth for depth, _ in shapes)
 
 
-def _read_nothing(config: Mapping[str, Any]) -> None:
-    """The publisher's config, if any, says nothing that is needed."""
+def _ignore_config(config: Mapping[str, Any]) -> None:
+    """Ignores the publisher's config: it states nothing that is needed."""
     del config
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one publisher names the weights of one kind of model.
+    """Describes how one publisher names the weights of one kind of model.
 
     Attributes:
-      title: of what has these names, for messages.
-      family: a name of `backbones.FAMILIES`.
-      mark: regular expression; a checkpoint with a name that matches has this layout.
-      table: all names that a checkpoint must have.
-      ignored: regular expression of names that it may have besides; no others are accepted.
-      shape: (width, depth) of the arrays, depth a tuple where there are stages.
-      prefix: what the names may begin with.
-      aliases: (regular expression, replacement) that give the table's spelling of a name.
-      stated: what the layout itself says about activation and eps.
-      config_file: the publisher's config, in the checkpoint's folder.
-      read_config: its reader, see `weight_configs.py`.
-      finish: last change to the arrays under our names.
+      title: kind of model, for messages.
+      family: a key of `FAMILIES` in `models/backbones/registry.py`.
+      marker: regular expression. A checkpoint has this layout if any of its names matches.
+      table: rows for all names that a checkpoint must have.
+      ignored: regular expression of additional names that it may have. All others are refused.
+      get_shape: returns (width, depth) of the arrays; depth is a tuple if there are stages.
+      prefix: optional prefix of the names, which is removed.
+      aliases: pairs (regular expression, replacement) that turn a name into the table's spelling.
+      stated: values that every checkpoint with this layout has, such as activation and eps.
+      config_file: file name of the publisher's config, in the checkpoint's folder.
+      read_config: reads that config, see `source_configs.py`.
+      postprocess: makes the last change to the arrays under our names.
     """
 
     title: str
     family: str
-    mark: str
+    marker: str
     table: _Table
     ignored: str
-    shape: Callable[[Mapping[str, np.ndarray]], tuple]
+    get_shape: Callable[[Mapping[str, np.ndarray]], tuple]
     prefix: str = ""
     aliases: tuple[tuple[str, str], ...] = ()
     stated: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     config_file: str = "config.json"
-    read_config: Callable[[Mapping[str, Any]], dict[str, Any] | None] = _read_nothing
-    finish: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = dict
+    read_config: Callable[[Mapping[str, Any]], dict[str, Any] | None] = _ignore_config
+    postprocess: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = dict
 
 
-def _transformers_5(attention: str) -> tuple[tuple[str, str], ...]:
-    """State dicts in memory since transformers 5; its files keep the older names."""
+def _transformers_5_aliases(attention: str) -> tuple[tuple[str, str], ...]:
+    """Returns aliases for state dicts of transformers 5; its files keep the older names."""
     return (
         (r"^layers\.", "encoder.layer."),
         (r"\.attention\.q_proj\.", f".attention.{attention}.query."),
@@ -293,69 +304,74 @@ def _transformers_5(attention: str) -> tuple[tuple[str, str], ...]:
     )
 
 
-_VIT = {"title": "an ImageNet ViT", "family": "vit", "shape": _vit_shape}
-_SWIN = {"title": "a Swin", "family": "swin", "shape": _swin_shape, "finish": _widen_windows}
+_VIT = {"title": "an ImageNet ViT", "family": "vit", "get_shape": _get_vit_shape}
+_SWIN = {
+    "title": "a Swin",
+    "family": "swin",
+    "get_shape": _get_swin_shape,
+    "postprocess": _widen_windows,
+}
 _GELU = {"activation": "gelu"}
-_BUFFERS = r"|.+\.relative_position_index|.+\.attn_mask"  # of Swin, which are computed
+_SWIN_BUFFERS = r"|.+\.relative_position_index|.+\.attn_mask"  # computed, not weights
 
 LAYOUTS = {
-    "openai": Layout(  # open_clip's too
+    "openai": Layout(  # also used by open_clip
         title="a CLIP ViT",
         family="vit",
-        mark=r"visual\..+",
+        marker=r"visual\..+",
         table=_OPENAI,
-        ignored=TEXT_TOWER,
-        shape=_vit_shape,
+        ignored=TEXT_TOWER_NAMES,
+        get_shape=_get_vit_shape,
         config_file="open_clip_config.json",
         read_config=source_configs.read_open_clip,
     ),
     "huggingface": Layout(
         title="a CLIP ViT",
         family="vit",
-        mark=r"(vision_model|visual_projection)\..+",
+        marker=r"(vision_model|visual_projection)\..+",
         table=_HUGGINGFACE,
-        ignored=TEXT_TOWER,
-        shape=_vit_shape,
+        ignored=TEXT_TOWER_NAMES,
+        get_shape=_get_vit_shape,
         read_config=source_configs.read_huggingface_clip,
     ),
     "timm-vit": Layout(
         **_VIT,
-        mark=r"blocks\.\d+\.attn\.qkv\.weight",
+        marker=r"blocks\.\d+\.attn\.qkv\.weight",
         table=_TIMM_VIT,
         ignored=r"head\..+|pre_logits\..+",
         stated={**_GELU, "eps": 1e-6},
     ),
     "huggingface-vit": Layout(
         **_VIT,
-        mark=r"(vit\.)?(encoder\.layer|layers)\.\d+\.layernorm_before\.weight",
+        marker=r"(vit\.)?(encoder\.layer|layers)\.\d+\.layernorm_before\.weight",
         table=_HUGGINGFACE_VIT,
         ignored=r"classifier\..+|pooler\..+",
         prefix="vit.",
-        aliases=_transformers_5("attention"),
+        aliases=_transformers_5_aliases("attention"),
         stated={**_GELU, "eps": 1e-12},
         read_config=source_configs.read_huggingface_vit,
     ),
-    "microsoft-swin": Layout(  # the release of Swin's authors; old files of timm
+    "microsoft-swin": Layout(  # Swin's authors and old files of timm
         **_SWIN,
-        mark=r"layers\.0\.downsample\..+",
+        marker=r"layers\.0\.downsample\..+",
         table=_MICROSOFT_SWIN,
-        ignored=r"head\..+" + _BUFFERS,
+        ignored=r"head\..+" + _SWIN_BUFFERS,
         stated={**_GELU, "eps": 1e-5},
     ),
     "timm-swin": Layout(
         **_SWIN,
-        mark=r"layers\.\d+\.blocks\.\d+\.attn\.qkv\.weight",
+        marker=r"layers\.\d+\.blocks\.\d+\.attn\.qkv\.weight",
         table=_TIMM_SWIN,
-        ignored=r"head\..+" + _BUFFERS,
+        ignored=r"head\..+" + _SWIN_BUFFERS,
         stated={**_GELU, "eps": 1e-5},
     ),
     "huggingface-swin": Layout(
         **_SWIN,
-        mark=r"(swin\.)?encoder\.layers\.\d+\.blocks\.\d+\.layernorm_before\.weight",
+        marker=r"(swin\.)?encoder\.layers\.\d+\.blocks\.\d+\.layernorm_before\.weight",
         table=_HUGGINGFACE_SWIN,
-        ignored=r"classifier\..+|pooler\..+" + _BUFFERS,
+        ignored=r"classifier\..+|pooler\..+" + _SWIN_BUFFERS,
         prefix="swin.",
-        aliases=_transformers_5("self"),
+        aliases=_transformers_5_aliases("self"),
         stated={**_GELU, "eps": 1e-5},
         read_config=source_configs.read_huggingface_swin,
     ),

@@ -1,10 +1,7 @@
-"""Other people's checkpoints: files of torch and safetensors, and their weights under our names.
-
-Public: `read_checkpoint`, `Checkpoint`, `PUBLISHED_SHA256`, `CONVERTED_KEY`, `MAX_BYTES`,
-`sha256_of`, `format_names`.
+"""Reads published checkpoints (torch and safetensors files) and renames their weights to our names.
 
 This is the only module that imports torch, and only for checkpoints in torch's own formats. The
-names that it knows are in `weight_layouts.py`.
+known names are in `layouts.py`.
 """
 
 import collections
@@ -25,7 +22,13 @@ import safetensors
 
 from dualpath_jax.runtime import progress_bar
 from dualpath_jax.runtime.safe_read import check_size, read_json, truncated_repr
-from dualpath_jax.weights.layouts import LAYOUTS, TEXT_TOWER, UNSUPPORTED, Layout, Row
+from dualpath_jax.weights.layouts import (
+    LAYOUTS,
+    TEXT_TOWER_NAMES,
+    UNSUPPORTED_PREFIXES,
+    Layout,
+    Row,
+)
 
 CONVERTED_KEY = "dualpath_jax_backbone"  # metadata entry of a file that is already converted
 
@@ -37,52 +40,55 @@ PUBLISHED_SHA256 = {
     "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02": "ViT-L/14@336px",
 }
 
-MAX_BYTES = 64 * 2**30  # of a file; CLIP's largest with its text tower has 10 GB in float32
-_MAX_EXPANSION = 2  # bytes in memory to bytes on disk: tied weights are stored once
+MAX_BYTES = 64 * 2**30  # of a file; the largest CLIP with its text tower has 10 GB in float32
+_MAX_EXPANSION = 2  # ratio of bytes in memory to bytes on disk: tied weights are stored once
 _MAX_STAGES = 16
 
-# What a config may state.
-_STATED: dict[str, Callable[[Any], bool]] = {
+# For each value that a publisher's config may state: is it valid?
+_STATED_CHECKS: dict[str, Callable[[Any], bool]] = {
     "activation": lambda value: isinstance(value, str),
     "heads": lambda value: type(value) is int and value > 0,
     "eps": lambda value: type(value) in (int, float) and 0 < value < 1,
     "image_size": lambda value: type(value) is int and value > 0,
 }
 
-_NOT_A_CHECKPOINT = "no CLIP, ViT or Swin"
-_Tensors = Mapping[str, Callable[[], np.ndarray]]  # by name, read when called
+_NOT_A_CHECKPOINT = "not a CLIP, ViT or Swin checkpoint"
+_TensorReaders = Mapping[str, Callable[[], np.ndarray]]  # by name; called to read the tensor
 
 
 # ---------------------------------------------------------------- files
 
 
-def _container(path: pathlib.Path) -> str:
-    """ "safetensors", "torchscript" or "torch", by the file's bytes; executes nothing in it."""
+def _detect_container(path: pathlib.Path) -> str:
+    """Returns "safetensors", "torchscript" or "torch".
+
+    Looks only at the file's bytes and executes nothing in it.
+    """
     with path.open("rb") as file:
         head = file.read(64)
     if not head:
         raise ValueError(f"{path} is empty")
-    if head[8:9] == b"{":  # after the header's length, 8 bytes
+    if head[8:9] == b"{":  # follows the 8 bytes of the header's length
         return "safetensors"
     if head.startswith(b"PK\x03\x04"):
-        return _zip_container(path)
+        return _detect_zip_container(path)
     if head.startswith(b"\x80"):  # a pickle: torch.save before torch 1.6
         return "torch"
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
-    raise ValueError(f"{path} is no checkpoint: neither safetensors nor a file of torch")
+    raise ValueError(f"{path} is not a checkpoint: it is neither a safetensors nor a torch file")
 
 
-def _zip_container(path: pathlib.Path) -> str:
-    """ "torchscript" or "torch", by the names in an archive, which is not unpacked."""
+def _detect_zip_container(path: pathlib.Path) -> str:
+    """Returns "torchscript" or "torch" by the names in an archive, without unpacking it."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except Exception as error:  # of many kinds, BadZipFile is only one
+    except Exception as error:  # many types; BadZipFile is only one of them
         raise ValueError(f"{path} is truncated or damaged: {error}") from None
     names = [member.filename for member in members]
     if any(name.startswith("/") or ".." in name.split("/") for name in names):
-        raise ValueError(f"{path} names files outside of itself and is refused")
+        raise ValueError(f"{path} is refused: it contains paths outside the archive")
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         return "torchscript"
     _check_expansion(path, sum(member.file_size for member in members))
@@ -90,44 +96,48 @@ def _zip_container(path: pathlib.Path) -> str:
 
 
 def _check_expansion(path: pathlib.Path, num_bytes: int) -> None:
-    """ValueError if a file claims to hold far more than it has bytes."""
+    """Raises ValueError if a file claims to hold far more bytes than it has."""
     size = path.stat().st_size
     if num_bytes > _MAX_EXPANSION * size:
         raise ValueError(
-            f"{path} has {size:,} bytes and claims to hold {num_bytes:,}: it is damaged, or made "
-            "to fill the memory"
+            f"{path} has {size:,} bytes but claims to hold {num_bytes:,}: it is damaged, or was "
+            "made to exhaust the memory"
         )
 
 
 def _torch_to_numpy(tensor: Any) -> np.ndarray:
+    """Converts a torch tensor to an array of the same dtype, bfloat16 included."""
     import torch
 
     tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:  # unknown to numpy itself
+    if tensor.dtype == torch.bfloat16:  # numpy itself has no bfloat16
         return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
     return tensor.numpy()
 
 
 def _load_torch(path: pathlib.Path, container: str) -> Mapping[str, Any]:
-    """State dict in a file of torch; all but a TorchScript archive without running code from it."""
+    """Returns the state dict in a torch file.
+
+    Opening a TorchScript archive can run code from it; opening any other torch file cannot.
+    """
     import torch
 
     try:
         if container == "torchscript":
             return torch.jit.load(path, map_location="cpu").state_dict()
-        # Mapped, as torch's old format asks a file for as many bytes as the file itself says.
+        # The file is mapped because torch's old format requests as many bytes as the file claims.
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             state = torch.load(data, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, or is damaged, and is refused: other pickled objects "
-            "can run code when loaded. Save the state dict alone, best as safetensors. "
+            "can run code when loaded. Save only the state dict, preferably as safetensors. "
             f"torch says: {str(error)[:200].partition(chr(10))[0]}"
         ) from None
     except Exception as error:  # a damaged pickle makes torch raise nearly anything
         message = f"{type(error).__name__}: {error}"[:200]
         raise ValueError(f"{path} is truncated or damaged: {message}") from None
-    for key in ("state_dict", "model"):  # the latter in the files of Swin's authors
+    for key in ("state_dict", "model"):  # "model" is used by Swin's authors
         if isinstance(state, Mapping):
             state = state.get(key, state)
     if not isinstance(state, Mapping) or not state:
@@ -139,114 +149,136 @@ def _load_torch(path: pathlib.Path, container: str) -> Mapping[str, Any]:
     ]
     if others:
         raise ValueError(
-            f"{path} is {_NOT_A_CHECKPOINT}: entries that are no tensors: {format_names(others)}"
+            f"{path} is {_NOT_A_CHECKPOINT}: these entries are not tensors: {format_names(others)}"
         )
-    # A tensor of a few bytes may be expanded to any shape.
+    # A tensor that stores a few bytes may be expanded to any shape.
     _check_expansion(path, sum(t.numel() * t.element_size() for t in state.values()))
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def _open(path: pathlib.Path, container: str) -> tuple[_Tensors, dict[str, str]]:
-    """The tensors, not read yet, and the file's metadata."""
+def _open_tensors(path: pathlib.Path, container: str) -> tuple[_TensorReaders, dict[str, str]]:
+    """Returns readers of the tensors by name, and the file's metadata."""
     if container == "safetensors":
         try:
             file = safetensors.safe_open(path, "numpy")
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is truncated or damaged: {error}") from None
-        reads = {n: functools.partial(file.get_tensor, n) for n in sorted(file.keys())}
-        return _checked(path, reads), file.metadata() or {}
+        readers = {n: functools.partial(file.get_tensor, n) for n in sorted(file.keys())}
+        return _wrap_readers(path, readers), file.metadata() or {}
     try:
         state = _load_torch(path, container)
     except ModuleNotFoundError:
         raise ValueError(
-            f"{path} is in a format of torch, which is not installed: install torch (its CPU build "
-            "is enough) or use the safetensors file of the same model"
+            f"{path} is a torch file, but torch is not installed: install torch (the CPU build is "
+            "enough) or use the safetensors file of the same model"
         ) from None
-    reads = {n: functools.partial(_torch_to_numpy, tensor) for n, tensor in state.items()}
-    return _checked(path, reads), {}
+    readers = {n: functools.partial(_torch_to_numpy, tensor) for n, tensor in state.items()}
+    return _wrap_readers(path, readers), {}
 
 
-def _checked(path: pathlib.Path, reads: _Tensors) -> _Tensors:
-    """`reads` that raise ValueError for a tensor without values, or of a kind unknown to numpy."""
+def _wrap_readers(path: pathlib.Path, readers: _TensorReaders) -> _TensorReaders:
+    """Makes the readers raise ValueError for a tensor that is empty or unknown to numpy."""
 
     def read(name: str) -> np.ndarray:
         try:
-            array = reads[name]()
-        except Exception as error:  # safetensors, torch and numpy each have their own
+            array = readers[name]()
+        except Exception as error:  # safetensors, torch and numpy each raise their own types
             raise ValueError(f"{path}: {name} cannot be read: {error}") from None
         if array.size == 0:
             raise ValueError(f"{path}: {name} is empty, of shape {array.shape}")
         return array
 
-    return {name: functools.partial(read, name) for name in reads}
+    return {name: functools.partial(read, name) for name in readers}
 
 
-def sha256_of(path: pathlib.Path) -> str:
+def compute_sha256(path: pathlib.Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def format_names(names: Any) -> str:
-    """At most eight of the names, for a message."""
+    """Lists at most eight of the names, sorted, for a message."""
     names = sorted(map(str, names))
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return (", ".join(names[:8]) or "none") + more
 
 
-# ---------------------------------------------------------------- names to our names
+# ---------------------------------------------------------------- renaming
 
 
-def _layout(path: pathlib.Path, names: Collection[str], metadata: Mapping[str, str]) -> str:
-    """The name in `LAYOUTS` of what has these names; ValueError for what is none of them."""
+def _detect_layout(path: pathlib.Path, names: Collection[str], metadata: Mapping[str, str]) -> str:
+    """Returns the name in `LAYOUTS` of the layout that these weights have.
+
+    Raises:
+      ValueError: the file is already converted, or the weights have no known layout.
+    """
     if CONVERTED_KEY in metadata:
         raise ValueError(f"{path} is already converted")
-    for prefix, what in UNSUPPORTED.items():
+    for prefix, tower in UNSUPPORTED_PREFIXES.items():
         if any(name.startswith(prefix) for name in names):
-            raise ValueError(f"{path} has {what}; of CLIP only its ViT is supported")
+            raise ValueError(f"{path} has {tower}: of the CLIP models, only the ViTs are supported")
     for name, layout in LAYOUTS.items():
-        if any(re.fullmatch(layout.mark, n) for n in names):
+        if any(re.fullmatch(layout.marker, n) for n in names):
             return name
-    if names and all(re.fullmatch(TEXT_TOWER, name) for name in names):
-        raise ValueError(f"{path} holds a text tower only, no image tower: {format_names(names)}")
+    if names and all(re.fullmatch(TEXT_TOWER_NAMES, name) for name in names):
+        raise ValueError(f"{path} holds only a text tower, no image tower: {format_names(names)}")
     raise ValueError(f"{path} is {_NOT_A_CHECKPOINT}: its names are {format_names(names)}")
 
 
-def _our_spelling(name: str, layout: Layout) -> str:
-    """`name` as the layout's table spells it."""
+def _normalize_name(name: str, layout: Layout) -> str:
+    """Returns `name` as the layout's table spells it."""
     name = name.removeprefix(layout.prefix)
     for pattern, replacement in layout.aliases:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def _depths(table: tuple[Row, ...], names: Collection[str]) -> list[int]:
-    """Blocks of each stage (one stage, where the table knows none), at least one each."""
+def _count_blocks(table: tuple[Row, ...], names: Collection[str]) -> list[int]:
+    """Counts the blocks of each stage, at least one each.
+
+    A table without stages counts as one stage.
+    """
     source = next(source for source, _, _ in table if "{i}" in source)
     pattern = re.escape(source).replace(r"\{s\}", r"(?P<s>\d+)").replace(r"\{i\}", r"\d+")
     matches = (re.fullmatch(pattern, name) for name in names)
-    found = collections.Counter(int(m.groupdict().get("s", 0)) for m in matches if m)
-    if max(found, default=0) >= _MAX_STAGES:
-        raise ValueError(f"it names a stage {max(found)}, of at most {_MAX_STAGES}")
-    return [max(1, found[stage]) for stage in range(max(found, default=0) + 1)]
+    counts = collections.Counter(int(m.groupdict().get("s", 0)) for m in matches if m)
+    last_stage = max(counts, default=0)
+    if last_stage >= _MAX_STAGES:
+        raise ValueError(
+            f"a weight belongs to stage {last_stage}, but at most {_MAX_STAGES} are supported"
+        )
+    return [max(1, counts[stage]) for stage in range(last_stage + 1)]
 
 
-def _rows(table: tuple[Row, ...], depths: list[int]) -> Iterator[tuple[list[str], str, Callable]]:
-    """The table written out: source names (of all blocks of a stage), our name, transform."""
+def _expand_table(
+    table: tuple[Row, ...], depths: list[int]
+) -> Iterator[tuple[list[str], str, Callable]]:
+    """Yields the table's rows for all stages and blocks.
+
+    A row is (the source names of all blocks of a stage, our name, transform).
+    """
     for source, name, transform in table:
         stages = 1
         if "{s}" in name:
-            stages = len(depths) if "{i}" in source else len(depths) - 1  # or between two stages
+            stages = len(depths) if "{i}" in source else len(depths) - 1  # one between two stages
         for s in range(stages):
             blocks = range(depths[s] if "{i}" in source else 1)
             sources = [source.format(s=s, next=s + 1, i=i) for i in blocks]
             yield sources, name.format(s=s), transform
 
 
-def _rename(path: pathlib.Path, tensors: _Tensors, layout: Layout) -> dict[str, np.ndarray]:
-    """All of `tensors` under our flat names; ValueError that lists left-over and missing names."""
-    tensors = {_our_spelling(name, layout): tensor for name, tensor in tensors.items()}
+def _rename_tensors(
+    path: pathlib.Path, tensors: _TensorReaders, layout: Layout
+) -> dict[str, np.ndarray]:
+    """Reads all of `tensors` and returns them under our flat names.
+
+    Raises:
+      ValueError: names are left over or missing (the message lists both), or shapes are wrong.
+    """
+    tensors = {_normalize_name(name, layout): tensor for name, tensor in tensors.items()}
     tensors = {n: t for n, t in tensors.items() if not re.fullmatch(layout.ignored, n)}
-    rows = list(_rows(layout.table, _depths(layout.table, tensors)))
+    rows = list(_expand_table(layout.table, _count_blocks(layout.table, tensors)))
     known = {source for sources, _, _ in rows for source in sources}
     left, missing = set(tensors) - known, known - set(tensors)
     if left or missing:
@@ -260,51 +292,58 @@ def _rename(path: pathlib.Path, tensors: _Tensors, layout: Layout) -> dict[str, 
         try:
             arrays = [transform(array) for array in arrays]
             part = np.stack(arrays) if name.startswith("blocks") else arrays[0]  # [L, ...]
-            before = [parts[name]] if name in parts else []
-            parts[name] = np.concatenate([*before, part], axis=-1)
-        except (ValueError, TypeError):  # the latter for dtypes that do not go together
-            kinds = format_names({f"{array.dtype} {array.shape}" for array in arrays})
-            raise ValueError(f"{path}: wrong shape of {sources[0]}: {kinds}") from None
+            previous = [parts[name]] if name in parts else []
+            parts[name] = np.concatenate([*previous, part], axis=-1)
+        except (ValueError, TypeError):  # TypeError: the dtypes have no common type
+            shapes = format_names({f"{array.dtype} {array.shape}" for array in arrays})
+            raise ValueError(f"{path}: wrong shape of {sources[0]}: {shapes}") from None
     return {name: np.ascontiguousarray(part) for name, part in parts.items()}
 
 
-def _beside(checkpoint: pathlib.Path, layout: Layout, shape: tuple) -> dict[str, Any]:
-    """What the publisher's config beside the checkpoint states: activation, heads, eps, size.
+def _read_publisher_config(
+    checkpoint: pathlib.Path, layout: Layout, shape: tuple
+) -> dict[str, Any]:
+    """Returns the values stated by the publisher's config next to the checkpoint.
 
-    ValueError if it describes a model of another `shape`, (width, depth).
+    The keys are "activation", "heads", "eps" and "image_size", as far as the config states them.
+    The dict is empty if there is no config.
+
+    Raises:
+      ValueError: the config is invalid, or describes a model of another `shape`, (width, depth).
     """
     path = checkpoint.with_name(layout.config_file)
     config = read_json(path, dict) if path.is_file() else {}
     try:
         stated = layout.read_config(config)
     except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} describes no model of its publisher's: {error}") from None
+        raise ValueError(f"{path} does not describe a model of its publisher's: {error}") from None
     if stated is None:
         return {}
     described = stated.pop("shape")
     for key, value in stated.items():
-        if not _STATED[key](value):
+        if not _STATED_CHECKS[key](value):
             raise ValueError(f"{path} gives an impossible {key}: {truncated_repr(value)}")
     if described != shape:
         raise ValueError(
-            f"{path} describes another model, (width, depth) = {described}, than "
-            f"{checkpoint.name}, {shape}: put the matching one there, or none"
+            f"{path} describes another model: its (width, depth) is {described}, but that of "
+            f"{checkpoint.name} is {shape}. Replace it with the matching config, or remove it"
         )
     return stated
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """The image tower of a checkpoint.
+class SourceCheckpoint:
+    """Holds the image tower of a checkpoint.
 
     Attributes:
-      arrays: by our flat names, blocks of a stage stacked [L, ...], in the source's dtypes.
+      arrays: weights by our flat names, in the source's dtypes. The blocks of a stage are stacked
+        [L, ...].
       container: "safetensors", "torch" or "torchscript".
-      layout: a name of `LAYOUTS`.
-      family: a name of `backbones.FAMILIES`.
-      sha256: of the file.
-      stated: activation, heads, eps and image_size, as far as the layout, the file or the config
-        beside it says.
+      layout: a key of `LAYOUTS`.
+      family: a key of `FAMILIES` in `models/backbones/registry.py`.
+      sha256: SHA-256 of the file.
+      stated: "activation", "heads", "eps" and "image_size", as far as the layout, the file or the
+        publisher's config next to it states them.
     """
 
     arrays: dict[str, np.ndarray]
@@ -315,35 +354,40 @@ class Checkpoint:
     stated: dict[str, Any]
 
 
-def read_checkpoint(path: pathlib.Path, trust: bool) -> Checkpoint:
-    """Read the image tower of the checkpoint at `path`.
+def read_checkpoint(path: pathlib.Path, trust: bool) -> SourceCheckpoint:
+    """Reads the image tower of the checkpoint at `path`.
 
     Args:
-      path: local file, recognised by its content.
-      trust: open a TorchScript archive that is none of OpenAI's published ones.
+      path: local file; its format is detected from its content.
+      trust: open a TorchScript archive that is not one of OpenAI's published ones.
+
+    Returns:
+      The weights under our names, and all that the checkpoint states about them.
 
     Raises:
-      ValueError: refused, damaged, of no known layout, or left-over or missing names (both are
-        listed).
+      ValueError: the file is refused or damaged, has no known layout, or has left-over or missing
+        names (the message lists both).
     """
     check_size(path, MAX_BYTES)
-    container, sha256 = _container(path), sha256_of(path)
+    container, sha256 = _detect_container(path), compute_sha256(path)
     if container == "torchscript" and not (trust or sha256 in PUBLISHED_SHA256):
         raise ValueError(
-            f"{path} is a TorchScript archive, a program that can run code when opened, and "
-            f"its SHA-256 {sha256} is none of the four that OpenAI published. Use the safetensors "
-            "file of the same model, or pass --trust if you trust where it came from"
+            f"{path} is a TorchScript archive, a program that can run code when opened, and its "
+            f"SHA-256 {sha256} is not one of the four that OpenAI published. Use the safetensors "
+            "file of the same model, or pass --trust if you trust its source"
         )
-    tensors, metadata = _open(path, container)
-    name = _layout(path, tensors, metadata)
+    tensors, metadata = _open_tensors(path, container)
+    name = _detect_layout(path, tensors, metadata)
     layout = LAYOUTS[name]
-    arrays = _rename(path, tensors, layout)
+    arrays = _rename_tensors(path, tensors, layout)
     try:
-        arrays = layout.finish(arrays)
-        shape = layout.shape(arrays)
-    except (IndexError, ValueError) as error:  # fewer axes than there must be
+        arrays = layout.postprocess(arrays)
+        shape = layout.get_shape(arrays)
+    except (IndexError, ValueError) as error:  # an array has too few axes
         raise ValueError(f"{path}: wrong shapes for {layout.title}: {error}") from None
-    stated = {**layout.stated, **_beside(path, layout, shape)}  # later ones win
-    stated |= {"activation": "quick_gelu"} if "input_resolution" in tensors else {}  # OpenAI's mark
+    # Later values win: layout, publisher's config, OpenAI's marker, the file's own metadata.
+    stated = {**layout.stated, **_read_publisher_config(path, layout, shape)}
+    if "input_resolution" in tensors:  # only OpenAI's own files have it
+        stated["activation"] = "quick_gelu"
     stated |= {key: metadata[key] for key in ("activation", "heads") if key in metadata}
-    return Checkpoint(arrays, container, name, layout.family, sha256, stated)
+    return SourceCheckpoint(arrays, container, name, layout.family, sha256, stated)

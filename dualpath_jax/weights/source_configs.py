@@ -1,11 +1,11 @@
-"""The configs that publishers put beside their checkpoints.
+"""Reads the configs that publishers put next to their checkpoints.
 
-Public: `read_open_clip`, `read_huggingface_clip`, `read_huggingface_vit`, `read_huggingface_swin`.
+Each function takes the parsed JSON ({} if there is no file). It returns the stated values: "shape",
+the (width, depth) of the described model, and "activation", "heads", "eps" and "image_size" as far
+as the publisher's configs have them. It returns None if the config is of another kind.
 
-Each takes the JSON ({} where there is none) and returns what it states: "shape", the (width, depth)
-of the model that it describes, and "activation", "heads", "eps", "image_size" as far as they are
-there; None where it is of another kind. Such files leave defaults out: those of open_clip's
-CLIPVisionCfg and of transformers' CLIPVisionConfig, ViTConfig and SwinConfig.
+Such configs leave out default values. The defaults here are those of open_clip's CLIPVisionCfg and
+of transformers' CLIPVisionConfig, ViTConfig and SwinConfig.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from typing import Any
 
 
 def read_open_clip(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Reads open_clip's `open_clip_config.json`."""
     if "model_cfg" not in config:
         return None
     vision = config["model_cfg"].get("vision_cfg", {})
@@ -26,6 +27,7 @@ def read_open_clip(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def read_huggingface_clip(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Reads the `config.json` of a Hugging Face CLIP, with or without its text tower."""
     if not str(config.get("model_type")).startswith("clip"):
         return None
     vision = config.get("vision_config", config)
@@ -38,6 +40,7 @@ def read_huggingface_clip(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def read_huggingface_vit(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Reads the `config.json` of a Hugging Face ViT."""
     if config.get("model_type") != "vit":
         return None
     return {
@@ -49,6 +52,7 @@ def read_huggingface_vit(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def read_huggingface_swin(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Reads the `config.json` of a Hugging Face Swin; its depth is a tuple over the stages."""
     if config.get("model_type") != "swin":
         return None
     return {

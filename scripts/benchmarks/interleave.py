@@ -1,7 +1,4 @@
-"""Timing things that take turns, so that what disturbs the machine disturbs all of them alike.
-
-Public: `time_interleaved`.
-"""
+"""Times several calls in turns, so that a disturbance of the machine affects all of them."""
 
 import time
 from collections.abc import Callable
@@ -9,23 +6,26 @@ from typing import Any
 
 
 def time_interleaved(
-    runs: dict[str, Callable[[], Any]], rounds: int, tell: Callable[[str], None] = lambda line: None
+    calls: dict[str, Callable[[], Any]], rounds: int, log: Callable[[str], None] = lambda line: None
 ) -> dict[str, list[float]]:
-    """Seconds of each call by round, after one that is not counted.
+    """Times each call once per round, after a first call that is not counted.
 
     Args:
-      runs: by name; each call waits for its result.
-      rounds: times each is called; in every second round the last comes first.
-      tell: told what is being done.
+      calls: functions by name; each waits for its result.
+      rounds: number of timed calls of each function; every second round runs in reverse order.
+      log: receives a line about each step.
+
+    Returns:
+      Seconds of each round, by name.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for name, call in runs.items():
-        tell(f"{name}: compiling")
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for name, call in calls.items():
+        log(f"{name}: compiling")
         call()
     for number in range(rounds):
-        tell(f"round {number + 1} of {rounds}")
-        for name in list(runs)[:: 1 if number % 2 == 0 else -1]:
+        log(f"round {number + 1} of {rounds}")
+        for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
             start = time.perf_counter()
-            runs[name]()
+            calls[name]()
             seconds[name].append(time.perf_counter() - start)
     return seconds

@@ -1,10 +1,8 @@
-"""How fast the data pipeline is beside what others do, where its time goes, how much memory it has.
+"""Compares the data pipeline's speed with other loaders; measures its stages and memory.
 
-Public: `prepare_files`, `compare_loaders`, `compare_video_lengths`, `stage_costs`, `sample_memory`, `memory_deviation`,
-`LOADERS`, `Videos`; the command lines are scripts/benchmark_pipeline.py and benchmark_memory.py.
-
-Every loader gets the same clips (which frames of which video, as the pipeline chose them) and the
-same cores: those that this process may run on.
+Every loader gets the same clips (the pipeline chooses the videos and frames) and the same cores,
+those that this process may use. The command lines are scripts/benchmark_pipeline.py and
+scripts/benchmark_memory.py.
 """
 
 import concurrent.futures
@@ -29,26 +27,27 @@ from dualpath_jax.data.clip_assembly import compose_inputs, fill_color, parallel
 from dualpath_jax.data.clip_spec import ClipFormat, build_clip_format
 from dualpath_jax.data.datasets.annotations import DatasetIndex, Video
 from dualpath_jax.data.preparation import shard_writer
-from dualpath_jax.data.preparation.prepare import prepare_dataset
-from dualpath_jax.data.preparation.video_decoder import ANY_TAGS
+from dualpath_jax.data.preparation.prepare import PrepareOptions, prepare_dataset
+from dualpath_jax.data.preparation.video_decoder import IGNORE_TAG_ERRORS
 from dualpath_jax.data.unreadable_videos import UnreadableVideos
 from dualpath_jax.runtime.cpu_count import CAN_CHOOSE_CORES, num_cores
 
-# Row of the video table, frames int64 [T], and what was drawn (`clips.make_element`, no records).
+# Row of the video table, frames int64 [T], and the other fields of `make_clip_sample`.
 Clip = tuple[int, np.ndarray, dict[str, tf.Tensor]]
 
 
 def prepare_files(paths: Sequence[str], out: str) -> video_dataset.VideoDataset:
-    """Video files as a prepared data set of one class; the id of a video is its absolute path."""
+    """Prepares video files as a data set of one class; a video's id is its absolute path."""
     paths = [os.path.abspath(path) for path in paths]
     listing = DatasetIndex(["any"], {"train": [Video(path, path, 0) for path in paths]})
     with contextlib.redirect_stdout(sys.stderr):
-        prepare_dataset(listing, os.sep, out, num_workers=num_cores(), progress=False)
+        options = PrepareOptions(num_workers=num_cores(), progress=False)
+        prepare_dataset(listing, os.sep, out, options)
     return video_dataset.VideoDataset(out, "train")
 
 
-class Videos:
-    """`dataset` repeated to `length` videos."""
+class RepeatedVideos:
+    """Repeats the videos of `dataset` up to `length` videos, with the interface of a data set."""
 
     def __init__(self, dataset: video_dataset.VideoDataset, length: int):
         rows = np.arange(length) % len(dataset)
@@ -57,60 +56,70 @@ class Videos:
         self.ids = [dataset.ids[row] for row in rows]
         self.labels, self.num_frames = dataset.labels[rows], dataset.num_frames[rows]
         self.heights, self.widths = dataset.heights[rows], dataset.widths[rows]
-        self.last_frames = np.zeros(0, np.int64)  # that were read
+        self.last_frames = np.zeros(0, np.int64)  # the frames of the last read
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def read_frames(self, video_index: int, frame_indices: np.ndarray) -> list[bytes]:
-        """See `records.VideoDataset.read_frames`."""
+        """Reads frames, see `VideoDataset.read_frames`, and notes them in `last_frames`."""
         self.last_frames = np.array(frame_indices)
         return self._dataset.read_frames(self._rows[video_index], frame_indices)
 
 
 # ---------------------------------------------------------------- loaders
-# A loader yields the number of clips in each batch that it has made.
+# A loader yields the number of clips of each batch that it has loaded.
 
 
-def load_ours(videos: Videos, data: Any, training: bool, clips: Sequence[Clip]) -> Iterator[int]:
-    """The pipeline itself; testing takes one centred view of each video."""
-    del clips  # it chooses them
+def load_ours(
+    videos: RepeatedVideos, data_config: Any, training: bool, clips: Sequence[Clip]
+) -> Iterator[int]:
+    """Loads with this package's pipeline; testing takes one centered view of each video."""
+    del clips  # the pipeline chooses them
     if training:
-        steps = len(videos) // data.batch_size
-        batches = pipeline.train_batches(videos, data, 0, 0, steps)
+        steps = len(videos) // data_config.batch_size
+        batches = pipeline.train_batches(videos, data_config, 0, 0, steps)
     else:
-        batches = pipeline.eval_batches(videos, data, 1, 1, data.batch_size)
+        batches = pipeline.eval_batches(videos, data_config, 1, 1, data_config.batch_size)
     for batch in batches:
         yield len(batch["label"])
 
 
-def load_decord(videos: Videos, data: Any, training: bool, clips: Sequence[Clip]) -> Iterator[int]:
-    """Videos decoded for each clip by decord, one clip per core at a time."""
-    return _load_online(decode_decord, videos, data, training, clips)
+def load_decord(
+    videos: RepeatedVideos, data_config: Any, training: bool, clips: Sequence[Clip]
+) -> Iterator[int]:
+    """Decodes the video of each clip with decord, one clip per core at a time."""
+    return _load_online(decode_decord, videos, data_config, training, clips)
 
 
-def load_pyav(videos: Videos, data: Any, training: bool, clips: Sequence[Clip]) -> Iterator[int]:
-    """Videos decoded for each clip by PyAV, one clip per core at a time."""
-    return _load_online(decode_pyav, videos, data, training, clips)
+def load_pyav(
+    videos: RepeatedVideos, data_config: Any, training: bool, clips: Sequence[Clip]
+) -> Iterator[int]:
+    """Decodes the video of each clip with PyAV, one clip per core at a time."""
+    return _load_online(decode_pyav, videos, data_config, training, clips)
 
 
-def load_jpeg(videos: Videos, data: Any, training: bool, clips: Sequence[Clip]) -> Iterator[int]:
-    """The limit: the stored JPEGs of the clips decoded whole, from memory, and thrown away."""
+def load_jpeg(
+    videos: RepeatedVideos, data_config: Any, training: bool, clips: Sequence[Clip]
+) -> Iterator[int]:
+    """Decodes the clips' stored JPEGs fully, from memory, and discards them: the speed limit."""
     del training
-    raw = [videos.read_frames(video, frames) for video, frames, _ in clips]
+    records = [videos.read_frames(video, frames) for video, frames, _ in clips]
     jpegs = [
-        tf.io.parse_example(clip, video_dataset.FRAME_FEATURES)["image"].numpy() for clip in raw
+        tf.io.parse_example(clip, video_dataset.FRAME_FEATURES)["image"].numpy() for clip in records
     ]
 
     def decode(clip):
         images = [
             tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
-            for jpeg in tf.unstack(clip, data.num_frames)
+            for jpeg in tf.unstack(clip, data_config.num_frames)
         ]
-        return tf.add_n([tf.shape(image)[0] for image in images])  # so that all are decoded
+        return tf.add_n([tf.shape(image)[0] for image in images])  # forces all to be decoded
 
     decoded = tf.data.Dataset.from_tensor_slices(np.stack(jpegs))
-    for batch in parallel_map(decoded, decode).batch(data.batch_size).prefetch(data.prefetch):
+    for batch in (
+        parallel_map(decoded, decode).batch(data_config.batch_size).prefetch(data_config.prefetch)
+    ):
         yield len(batch)
 
 
@@ -123,7 +132,7 @@ LOADERS: dict[str, Callable[..., Iterator[int]]] = {
 
 
 def decode_decord(path: str, frames: np.ndarray) -> np.ndarray:
-    """Frames [T] of a video as uint8 [T, H, W, 3]: decord seeks, decodes and picks."""
+    """Decodes frames [T] of a video with decord, which seeks, as uint8 [T, H, W, 3]."""
     import decord
 
     reader = decord.VideoReader(path, num_threads=1)
@@ -131,12 +140,13 @@ def decode_decord(path: str, frames: np.ndarray) -> np.ndarray:
 
 
 def decode_pyav(path: str, frames: np.ndarray) -> np.ndarray:
-    """Frames [T] of a video as uint8 [T, H, W, 3]: from the key frame before the first to the last.
+    """Decodes frames [T] of a video with PyAV as uint8 [T, H, W, 3].
 
-    Frames are told by their time stamps, as if the frame rate were constant.
+    Decoding begins at the key frame before the first frame. Frames are identified by their time
+    stamps, which assumes a constant frame rate.
     """
-    wanted, found = set(frames.tolist()), {}
-    with av.open(path, **ANY_TAGS) as container:
+    wanted, decoded = set(frames.tolist()), {}
+    with av.open(path, **IGNORE_TAG_ERRORS) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_type = "NONE"  # the cores are busy with other clips
         ticks = 1 / (stream.average_rate * stream.time_base)  # per frame
@@ -145,60 +155,62 @@ def decode_pyav(path: str, frames: np.ndarray) -> np.ndarray:
         for frame in container.decode(stream):
             index = round(((frame.pts or 0) - start) / ticks)
             if index in wanted:
-                found[index] = frame.to_ndarray(format="rgb24")
+                decoded[index] = frame.to_ndarray(format="rgb24")
             if index >= frames.max():
                 break
-    near = {i: min(found, key=lambda j, i=i: abs(i - j)) for i in wanted}
-    return np.stack([found[near[i]] for i in frames.tolist()])
+    nearest = {i: min(decoded, key=lambda j, i=i: abs(i - j)) for i in wanted}
+    return np.stack([decoded[nearest[i]] for i in frames.tolist()])
 
 
-def make_transform(clip: ClipFormat, data: Any) -> Callable[..., dict[str, tf.Tensor]]:
-    """(frames uint8 [T, H, W, 3], element) -> what the pipeline makes of such a clip.
+def make_transform(clip: ClipFormat, data_config: Any) -> Callable[..., dict[str, tf.Tensor]]:
+    """Returns a function (frames uint8 [T, H, W, 3], sample) -> the clip's model inputs.
 
-    The element is one of `clips.make_element`, without records.
+    It applies the pipeline's crops and augmentation. The sample has the fields of
+    `make_clip_sample` without records.
     """
     chosen = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
     rest = np.setdiff1d(np.arange(clip.num_frames), chosen)
-    fill = fill_color(data)
+    fill = fill_color(data_config)
 
     @tf.function(reduce_retracing=True)
-    def transform(frames, element):
-        top, left, height, width = tf.unstack(element["box"])
+    def transform(frames, sample):
+        top, left, height, width = tf.unstack(sample["box"])
         frames = frames[:, top : top + height, left : left + width]
 
-        def scaled(indices, size):
+        def resize_frames(indices, size):
             images = tf.ensure_shape(tf.gather(frames, indices), [len(indices), None, None, 3])
             return frame_ops.resize(images, size)
 
-        others = scaled(rest, clip.framesets.frame_size) if clip.framesets else None
-        return compose_inputs(scaled(chosen, clip.image_size), others, element, clip, fill)
+        others = resize_frames(rest, clip.framesets.frame_size) if clip.framesets else None
+        return compose_inputs(resize_frames(chosen, clip.image_size), others, sample, clip, fill)
 
     return transform
 
 
 def _load_online(
     decode: Callable[[str, np.ndarray], np.ndarray],
-    videos: Videos,
-    data: Any,
+    videos: RepeatedVideos,
+    data_config: Any,
     training: bool,
     clips: Sequence[Clip],
 ) -> Iterator[int]:
-    del training  # the clips know
-    transform = make_transform(build_clip_format(data), data)
+    """Decodes and transforms the clips in threads, one per core; yields the size of each batch."""
+    del training  # the clips already belong to training or testing
+    transform = make_transform(build_clip_format(data_config), data_config)
 
-    def load(number: int) -> dict[str, np.ndarray]:
-        video, frames, element = clips[number]
+    def load_clip(number: int) -> dict[str, np.ndarray]:
+        video, frames, sample = clips[number]
         images = decode(videos.ids[video], frames)
         stored = [videos.heights[video], videos.widths[video]] * 2
-        scale = np.tile(images.shape[1:3], 2) / stored  # the box is one of the stored frames
-        box = tf.cast(tf.round(tf.cast(element["box"], tf.float64) * scale), tf.int32)
-        inputs = transform(images, element | {"box": box})
+        scale = np.tile(images.shape[1:3], 2) / stored  # the box refers to the stored frames
+        box = tf.cast(tf.round(tf.cast(sample["box"], tf.float64) * scale), tf.int32)
+        inputs = transform(images, sample | {"box": box})
         return {key: value.numpy() for key, value in inputs.items()}
 
     with concurrent.futures.ThreadPoolExecutor(num_cores()) as pool:
-        made = pool.map(load, range(len(clips)))
-        for _ in range(len(clips) // data.batch_size):
-            loaded = [next(made) for _ in range(data.batch_size)]
+        results = pool.map(load_clip, range(len(clips)))
+        for _ in range(len(clips) // data_config.batch_size):
+            loaded = [next(results) for _ in range(data_config.batch_size)]
             batch = {key: np.stack([clip[key] for clip in loaded]) for key in loaded[0]}
             yield len(batch["spatial"])
 
@@ -206,8 +218,8 @@ def _load_online(
 # ---------------------------------------------------------------- comparisons
 
 
-def _time(batches: Iterator[int]) -> tuple[float, float]:
-    """(clips per second, CPU milliseconds per clip) of all batches after the first."""
+def _measure_speed(batches: Iterator[int]) -> tuple[float, float]:
+    """Returns (clips per second, CPU milliseconds per clip) of all batches after the first."""
     next(batches)  # starts threads and traces functions
     wall, cpu = time.perf_counter(), time.process_time()
     count = sum(batches)
@@ -215,13 +227,16 @@ def _time(batches: Iterator[int]) -> tuple[float, float]:
     return count / wall, 1e3 * cpu / count
 
 
-def _take_turns(runs: dict[str, Callable[[], Iterator[int]]], rounds: int) -> dict[str, Any]:
-    """Times `runs` in alternating order; medians, and the ratios of the first."""
+def _compare_speeds(runs: dict[str, Callable[[], Iterator[int]]], rounds: int) -> dict[str, Any]:
+    """Times `runs` in alternating order; see the result of `compare_loaders`.
+
+    The ratios compare the first of `runs` with each other one.
+    """
     speeds: dict[str, list[float]] = {name: [] for name in runs}
     costs: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
         for name in list(runs)[:: 1 if number % 2 == 0 else -1]:
-            speed, cost = _time(runs[name]())
+            speed, cost = _measure_speed(runs[name]())
             speeds[name].append(speed)
             costs[name].append(cost)
     first, *others = runs
@@ -239,81 +254,85 @@ def _take_turns(runs: dict[str, Callable[[], Iterator[int]]], rounds: int) -> di
     }
 
 
-def _record(
-    dataset: video_dataset.VideoDataset, data: Any, training: bool, length: int
+def _record_clips(
+    dataset: video_dataset.VideoDataset, data_config: Any, training: bool, length: int
 ) -> list[Clip]:
-    """The clips that the pipeline chooses; reading them also brings the files into memory."""
-    videos, clip = Videos(dataset, length), build_clip_format(data)
-    rows = slice(0, data.batch_size)
+    """Returns the clips that the pipeline chooses; this also loads the files into memory."""
+    videos, clip = RepeatedVideos(dataset, length), build_clip_format(data_config)
+    rows = slice(0, data_config.batch_size)
     if training:
         broken = UnreadableVideos(videos.ids, 0)
-        training_clips = pipeline.TrainingClips(videos, clip, data, 0, broken)
-        elements = training_clips.samples(range(length // data.batch_size), rows)
+        training_clips = pipeline.TrainingClips(videos, clip, data_config, 0, broken)
+        samples = training_clips.samples(range(length // data_config.batch_size), rows)
     else:
-        elements = pipeline.eval_samples(videos, clip, 1, 1, data.batch_size, rows)
+        samples = pipeline.eval_samples(videos, clip, 1, 1, data_config.batch_size, rows)
     clips = []
-    for element in elements:
-        drawn = {k: tf.convert_to_tensor(v) for k, v in element.items() if k != "records"}
-        clips.append((int(element["example_id"]), videos.last_frames, drawn))
+    for sample in samples:
+        drawn = {k: tf.convert_to_tensor(v) for k, v in sample.items() if k != "records"}
+        clips.append((int(sample["example_id"]), videos.last_frames, drawn))
     return clips
 
 
 def compare_loaders(
     dataset: video_dataset.VideoDataset,
-    data: Any,
+    data_config: Any,
     training: bool,
     num_batches: int,
     rounds: int,
     loaders: Sequence[str] = tuple(LOADERS),
 ) -> dict[str, Any]:
-    """Clips per second of the pipeline and of other loaders on the same clips.
+    """Measures clips per second of the pipeline and of other loaders on the same clips.
 
     Args:
       dataset: from `prepare_files`.
-      data: `config.data`.
-      training: training clips, or one centred view of each video.
+      data_config: `config.data`.
+      training: training clips, or one centered view of each video.
       num_batches: at least 2; the first is not timed.
-      rounds: how often each loader is timed, in alternating order.
+      rounds: number of measurements of each loader, in alternating order.
       loaders: names in `LOADERS`, "ours" first.
 
     Returns:
-      {"clips_per_second", "cpu_ms_per_clip": median of each loader; "ratios": clips per second of
-      ours to those of each other, the median of the rounds' ratios; "cpu_ratios": the same by CPU
-      time, which other programs on the machine disturb less; "rounds": clips per second of each}.
+      {"clips_per_second", "cpu_ms_per_clip": the median of each loader; "ratios": ratio of our
+      clips per second to each other loader's, the median over rounds; "cpu_ratios": the same by
+      CPU time, which other programs on the machine disturb less; "rounds": clips per second of
+      each loader in each round}.
     """
-    length = num_batches * data.batch_size
-    clips = _record(dataset, data, training, length)
+    length = num_batches * data_config.batch_size
+    clips = _record_clips(dataset, data_config, training, length)
     runs = {
-        name: lambda load=LOADERS[name]: load(Videos(dataset, length), data, training, clips)
+        name: lambda load=LOADERS[name]: load(
+            RepeatedVideos(dataset, length), data_config, training, clips
+        )
         for name in loaders
     }
-    return _take_turns(runs, rounds)
+    return _compare_speeds(runs, rounds)
 
 
 def compare_video_lengths(
     dataset: video_dataset.VideoDataset,
-    data: Any,
+    data_config: Any,
     lengths: Sequence[int],
     num_batches: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """The pipeline on the same videos cut (or looped) to each of `lengths` frames; see `compare_loaders`.
+    """Compares the pipeline's speed on the same videos, cut or looped to each of `lengths` frames.
 
-    Ratios are of the first length to each other.
+    Returns:
+      As `compare_loaders`, by length; the ratios compare the first length with each other one.
     """
     with tempfile.TemporaryDirectory() as folder:
         runs = {}
         for length in lengths:
-            cut = _write_cut(dataset, os.path.join(folder, str(length)), length)
-            videos = Videos(cut, num_batches * data.batch_size)
-            runs[str(length)] = lambda videos=videos: load_ours(videos, data, True, [])
-        return _take_turns(runs, rounds)
+            cut = _write_cut_videos(dataset, os.path.join(folder, str(length)), length)
+            videos = RepeatedVideos(cut, num_batches * data_config.batch_size)
+            runs[str(length)] = lambda videos=videos: load_ours(videos, data_config, True, [])
+        return _compare_speeds(runs, rounds)
 
 
-def _write_cut(
+def _write_cut_videos(
     dataset: video_dataset.VideoDataset, out: str, length: int
 ) -> video_dataset.VideoDataset:
-    """A data set of the same stored frames with `length` of them in every video."""
+    """Writes a data set of the same stored frames with `length` frames in every video."""
     os.makedirs(os.path.join(out, "frames"))
     writer = shard_writer.ShardWriter(video_dataset.frame_shard_path(out, "train", 0, 1))
     rows = []
@@ -341,7 +360,8 @@ def _write_cut(
 
 # ---------------------------------------------------------------- stages
 
-_OPS = {  # TensorFlow's name of an operation -> stage; others are "flip, tile, erase"
+# TensorFlow's name of an operation -> stage; all other operations are "flip, tile, erase".
+_OP_STAGES = {
     "PyFunc": "read",  # the generator: order, choice of frames, crop, records
     "ParseExampleV2": "read",
     "DecodeAndCropJpeg": "decode, crop",
@@ -351,65 +371,76 @@ _OPS = {  # TensorFlow's name of an operation -> stage; others are "flip, tile, 
     "ResizeArea": "resize",
     "Cast": "resize",
     "Round": "resize",
-    "ExecuteAsyncOnStream": "warp",  # what XLA has compiled
+    "ExecuteAsyncOnStream": "warp",  # compiled by XLA
 }
 STAGES = ("read", "decode, crop", "resize", "warp", "flip, tile, erase", "batch and the rest")
 
 
-def stage_costs(prepared: str, data: Any, training: bool, num_batches: int) -> dict[str, float]:
-    """CPU milliseconds per clip of each of `STAGES`, on one core, without overlap.
+def stage_costs(
+    prepared: str, data_config: Any, training: bool, num_batches: int
+) -> dict[str, float]:
+    """Measures CPU milliseconds per clip of each of `STAGES`, on one core, without overlap.
 
-    TensorFlow's profiler says how long each operation of the running pipeline takes. The last stage
-    is what remains of the CPU time that a clip costs without the profiler. Runs in a process of its
-    own.
+    TensorFlow's profiler reports the duration of each operation of the running pipeline. The last
+    stage is the rest of the CPU time that a clip takes without the profiler. The measurement runs
+    in a new process.
 
     Args:
       prepared: folder of `prepare_files`.
-      data, training, num_batches: as in `compare_loaders`.
+      data_config: `config.data`.
+      training: training clips, or one centered view of each video.
+      num_batches: at least 2; the first is not timed.
     """
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context, initializer=_use_one_core) as pool:
-        return pool.submit(_stage_costs, prepared, data, training, num_batches).result()
+        return pool.submit(_stage_costs, prepared, data_config, training, num_batches).result()
 
 
 def _use_one_core() -> None:
+    """Restricts this process to one core, where the system allows it."""
     if CAN_CHOOSE_CORES:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
-def _stage_costs(prepared: str, data: Any, training: bool, num_batches: int) -> dict[str, float]:
+def _stage_costs(
+    prepared: str, data_config: Any, training: bool, num_batches: int
+) -> dict[str, float]:
+    """Implements `stage_costs` in the process that it starts."""
     from jax.profiler import ProfileData
 
-    videos = Videos(video_dataset.VideoDataset(prepared, "train"), num_batches * data.batch_size)
-    total = _time(load_ours(videos, data, training, []))[1]
+    videos = RepeatedVideos(
+        video_dataset.VideoDataset(prepared, "train"), num_batches * data_config.batch_size
+    )
+    total = _measure_speed(load_ours(videos, data_config, training, []))[1]
     costs = dict.fromkeys(STAGES, 0.0)
     with tempfile.TemporaryDirectory() as folder:
         options = tf.profiler.experimental.ProfilerOptions(python_tracer_level=0)
         tf.profiler.experimental.start(folder, options)
         wall, cpu = time.perf_counter(), time.process_time()
-        count = sum(load_ours(videos, data, training, []))
+        count = sum(load_ours(videos, data_config, training, []))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         tf.profiler.experimental.stop()
         trace = next(pathlib.Path(folder).rglob("*.xplane.pb")).read_bytes()
     for plane in ProfileData.from_serialized_xspace(trace).planes:
         for line in plane.lines:
             for event in line.events:
-                if stage := _stage_of(event.name):
+                if stage := _find_stage(event.name):
                     costs[stage] += event.duration_ns / 1e6 / count
-    # Other programs on the core lengthen every operation alike: give them their part of CPU time.
+    # Other programs on the core lengthen all operations: keep only our share of the time.
     costs = {stage: cost * cpu / wall for stage, cost in costs.items()}
     costs["batch and the rest"] = max(0.0, total - sum(costs.values()))
     return costs
 
 
-def _stage_of(event: str) -> str | None:
+def _find_stage(event: str) -> str | None:
+    """Returns the stage of a profiler event, or None if it is not an operation of a stage."""
     operation = event.split("#")[0].split(":")[-1]  # "map/Cast:Cast#...#" is one run of a Cast
-    if operation in _OPS:
-        return _OPS[operation]
-    # What the generator does in Python is inside its PyFunc, and the iterator is round everything.
+    if operation in _OP_STAGES:
+        return _OP_STAGES[operation]
+    # The generator's own operations are part of its PyFunc, and the iterator contains everything.
     if operation in ("IteratorGetNext", "MakeIterator", "RandomIndexShuffle"):
         return None
-    if "Dataset" in operation or not hasattr(tf.raw_ops, operation):  # or no operation
+    if "Dataset" in operation or not hasattr(tf.raw_ops, operation):
         return None
     return "flip, tile, erase"
 
@@ -419,7 +450,7 @@ def _stage_of(event: str) -> str | None:
 
 def sample_memory(
     dataset: video_dataset.VideoDataset,
-    data: Any,
+    data_config: Any,
     training: bool,
     minutes: float,
     interval: float,
@@ -428,19 +459,19 @@ def sample_memory(
     """Reads `dataset` in a loop and samples the resident memory of this process.
 
     Args:
-      dataset: a small one.
-      data: `config.data`.
-      training: training batches without end; or pass after pass, as in testing.
-      minutes: how long.
+      dataset: a small data set.
+      data_config: `config.data`.
+      training: read endless training batches; otherwise repeat passes, as in testing.
+      minutes: duration.
       interval: seconds between samples.
-      report: told each sample.
+      report: receives each sample.
 
     Returns:
       Samples (minutes since the start, MiB, clips read so far).
     """
     process, samples, clips = psutil.Process(), [], 0
     start, due = time.monotonic(), interval
-    for batch in _endless(dataset, data, training):
+    for batch in _endless_batches(dataset, data_config, training):
         clips += int(batch["mask"].sum())
         now = time.monotonic() - start
         if now >= due:
@@ -452,21 +483,30 @@ def sample_memory(
     return samples
 
 
-def _endless(
-    dataset: video_dataset.VideoDataset, data: Any, training: bool
+def _endless_batches(
+    dataset: video_dataset.VideoDataset, data_config: Any, training: bool
 ) -> Iterator[pipeline.Batch]:
+    """Yields training or test batches without end."""
     if training:
-        yield from pipeline.train_batches(dataset, data, 0, 0, sys.maxsize)
+        yield from pipeline.train_batches(dataset, data_config, 0, 0, sys.maxsize)
     while True:
-        yield from pipeline.eval_batches(dataset, data, 1, 1, data.batch_size)
+        yield from pipeline.eval_batches(dataset, data_config, 1, 1, data_config.batch_size)
 
 
 def memory_deviation(
     samples: Sequence[tuple[float, float, int]], after: float
 ) -> tuple[float, float]:
-    """Median MiB of the samples after `after` minutes, and the largest deviation as a fraction."""
+    """Returns the median MiB of samples and the largest deviation from it as a fraction.
+
+    Args:
+      samples: from `sample_memory`.
+      after: ignore samples of the first `after` minutes.
+
+    Raises:
+      ValueError: no sample is left.
+    """
     values = [mib for minutes, mib, _ in samples if minutes >= after]
     if not values:
-        raise ValueError(f"no sample later than {after:g} minutes: run longer")
+        raise ValueError(f"there is no sample later than {after:g} minutes: run longer")
     median = statistics.median(values)
     return median, max(abs(value / median - 1) for value in values)

@@ -1,10 +1,11 @@
-"""DualPath in PyTorch, as a user of PyTorch would write it, to compare speed and memory with.
+"""Defines DualPath in PyTorch, as a user of PyTorch would write it, for comparisons of speed.
 
-Public: `TorchDualPath`. Imports torch, which only the benchmarks need (requirements-bench.txt).
+It follows the equations of sec. 4 for CLIP backbones with the defaults of
+dualpath_jax/config/schema.py and, if the parameters contain it, SSv2's adapter before attention.
+Every layer is torch's own; attention is `scaled_dot_product_attention`. Torch is needed only for
+the benchmarks (requirements-bench.txt).
 
-Written from the equations of sec. 4 for CLIP backbones with the defaults of dualpath_jax/config/schema.py and, if
-the parameters have it, SSv2's adapter before attention. Every layer is torch's own; attention is
-`scaled_dot_product_attention`. Axes: B batch, S frames, G framesets, N tokens, D width, K heads.
+Axes: B batch, S frames, G framesets, M images, N tokens, D width, K heads.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from torch.nn import functional
 
 
 def _linear(arrays: Mapping[str, np.ndarray], name: str) -> nn.Linear:
+    """Makes a linear layer from the arrays below `name`."""
     kernel, bias = arrays[f"{name}/kernel"], arrays[f"{name}/bias"]
     layer = nn.Linear(*kernel.shape)
     layer.weight.data = torch.tensor(kernel.T.copy())
@@ -24,19 +26,22 @@ def _linear(arrays: Mapping[str, np.ndarray], name: str) -> nn.Linear:
 
 
 def _layer_norm(arrays: Mapping[str, np.ndarray], name: str, eps: float) -> nn.LayerNorm:
+    """Makes a LayerNorm from the arrays below `name`."""
     layer = nn.LayerNorm(arrays[f"{name}/scale"].shape[0], eps=eps)
     layer.weight.data = torch.tensor(arrays[f"{name}/scale"])
     layer.bias.data = torch.tensor(arrays[f"{name}/bias"])
     return layer
 
 
-def _inside(arrays: Mapping[str, np.ndarray], prefix: str, index: int) -> dict[str, np.ndarray]:
-    """The arrays below `prefix`, of block `index` of the stacked ones."""
+def _block_arrays(
+    arrays: Mapping[str, np.ndarray], prefix: str, index: int
+) -> dict[str, np.ndarray]:
+    """Returns the arrays of block `index` from the stacked arrays below `prefix`."""
     return {k[len(prefix) :]: v[index] for k, v in arrays.items() if k.startswith(prefix)}
 
 
 class Adapter(nn.Module):
-    """W_up GELU(W_down x)."""
+    """Applies W_up GELU(W_down x)."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], name: str):
         super().__init__()
@@ -47,7 +52,7 @@ class Adapter(nn.Module):
 
 
 class Block(nn.Module):
-    """A frozen block; what the two paths do in it is eq. 7 and eq. 9."""
+    """Applies a frozen block with the adapters of a path: eq. 7 (spatial) or eq. 9 (temporal)."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], heads: int, eps: float):
         super().__init__()
@@ -57,25 +62,26 @@ class Block(nn.Module):
         self.hidden, self.output = (_linear(arrays, f"mlp/{name}") for name in ("hidden", "output"))
 
     def attention(self, x: torch.Tensor) -> torch.Tensor:
-        """[M, N, D] -> [M, N, D]."""
+        """Applies self-attention to x [M, N, D]; the shape stays."""
         m, n, d = x.shape
         qkv = self.qkv(x).view(m, n, 3, self.heads, d // self.heads)
         y = functional.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
         return self.out(y.transpose(1, 2).reshape(m, n, d))
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """Applies the MLP with CLIP's QuickGELU to x [M, N, D]."""
         x = self.hidden(x)
         return self.output(x * torch.sigmoid(1.702 * x))
 
     def spatial(self, h: torch.Tensor, adapters: nn.ModuleDict) -> torch.Tensor:
-        """Eq. 7."""
+        """Applies eq. 7 to h [M, N, D]."""
         x = self.ln_1(h)
         z = h + self.attention(x) + adapters["attention"](x)
         x = self.ln_2(z)
         return z + self.mlp(x) + adapters["mlp"](x)
 
     def temporal(self, h: torch.Tensor, adapters: nn.ModuleDict) -> torch.Tensor:
-        """Eq. 9."""
+        """Applies eq. 9 to h [M, N, D]."""
         x = self.ln_1(h)
         if "before" in adapters:
             x = x + adapters["before"](x)
@@ -84,13 +90,13 @@ class Block(nn.Module):
 
 
 class TorchDualPath(nn.Module):
-    """The two paths over one frozen CLIP ViT, and the classifier.
+    """Runs the two paths over one frozen CLIP ViT, then the classifier.
 
     Args:
-      arrays: parameters of `models.dualpath.DualPath` by path, float32.
+      arrays: parameters of `methods.dualpath.DualPath` by path, float32.
       temporal_position: p_TP [G, N, D] float32.
       heads: K.
-      eps: of the LayerNorms.
+      eps: epsilon of the LayerNorms.
     """
 
     def __init__(
@@ -107,7 +113,7 @@ class TorchDualPath(nn.Module):
         self.patch.weight.data = torch.tensor(patch.transpose(3, 2, 0, 1).copy())
         names = ("ln_pre", "ln_post")
         self.ln_pre, self.ln_post = (_layer_norm(arrays, f"backbone/{n}", eps) for n in names)
-        blocks = [_inside(arrays, "backbone/blocks/", i) for i in range(depth)]
+        blocks = [_block_arrays(arrays, "backbone/blocks/", i) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(block, heads, eps) for block in blocks)
         self.projection = nn.Parameter(torch.tensor(arrays["backbone/projection"]))
         self.requires_grad_(False)
@@ -116,17 +122,17 @@ class TorchDualPath(nn.Module):
         self.class_tokens, self.adapters = nn.ParameterDict(), nn.ModuleDict()
         for path in ("spatial", "temporal"):
             self.class_tokens[path] = nn.Parameter(torch.tensor(arrays[f"{path}/class_token"]))
-            stacked = [_inside(arrays, f"{path}/adapters/", i) for i in range(depth)]
-            hooks = sorted({name.split("/")[0] for name in stacked[0]})
+            adapters = [_block_arrays(arrays, f"{path}/adapters/", i) for i in range(depth)]
+            hooks = sorted({name.split("/")[0] for name in adapters[0]})
             self.adapters[path] = nn.ModuleList(
-                nn.ModuleDict({hook: Adapter(block, hook) for hook in hooks}) for block in stacked
+                nn.ModuleDict({hook: Adapter(block, hook) for hook in hooks}) for block in adapters
             )
         self.classifier = nn.Sequential(
             _linear(arrays, "classifier/hidden"), nn.GELU(), _linear(arrays, "classifier/output")
         )
 
     def _features(self, images: torch.Tensor, path: str) -> torch.Tensor:
-        """[B, images, 3, H, W] -> [B, e]."""
+        """Maps the images of each clip [B, images, 3, H, W] to features of a path [B, e]."""
         batch, count = images.shape[:2]
         patches = self.patch(images.flatten(0, 1)).flatten(2).transpose(1, 2)
         token = self.class_tokens[path].expand(len(patches), 1, -1).to(patches.dtype)
@@ -140,6 +146,6 @@ class TorchDualPath(nn.Module):
         return features.view(batch, count, -1).mean(1)
 
     def forward(self, spatial: torch.Tensor, temporal: torch.Tensor) -> torch.Tensor:
-        """Normalised [B, S, 3, H, W] and [B, G, 3, H', W'] -> logits [B, classes]."""
+        """Maps normalized [B, S, 3, H, W] and [B, G, 3, H', W'] to logits [B, classes]."""
         y = [self._features(spatial, "spatial"), self._features(temporal, "temporal")]
         return self.classifier(torch.cat(y, -1))

@@ -1,10 +1,8 @@
-"""Training and evaluation steps compiled for a TPU slice, on a machine without one.
+"""Compiles training and evaluation steps for a TPU slice on a machine without a TPU.
 
-Public: `Chip`, `CHIPS`, `describe_topology`, `compile_steps`, `StepReport`, `largest_batch`, `format_reports`,
-`Fit`, `estimate_fits`, `format_fits`.
-
-The programs are those of a run: the same functions, shardings and donations. libtpu compiles for a
-described slice (`jax.experimental.topologies`) and tells what a program needs; nothing is run.
+The programs are those of a run, with the same functions, shardings and donations. libtpu compiles
+them for a described slice (`jax.experimental.topologies`) and reports their requirements; no
+program is run. The command line is scripts/compile_tpu.py.
 """
 
 import copy
@@ -21,7 +19,7 @@ import jax.numpy as jnp
 
 from dualpath_jax import evaluate
 from dualpath_jax.analysis import efficiency
-from dualpath_jax.config.ranges import check_ranges
+from dualpath_jax.config.schema import check_values
 from dualpath_jax.data.datasets import registry as dataset_registry
 from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.abstract import AbstractModel, abstract_model, clip_shapes
@@ -34,13 +32,13 @@ from scripts.benchmarks import hlo_cost
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Of one TPU chip, as cloud.google.com/tpu/docs/system-architecture-tpu-vm states.
+    """Describes a TPU chip, as in cloud.google.com/tpu/docs/system-architecture-tpu-vm.
 
     Attributes:
-      memory: GiB of HBM.
+      memory: HBM in GiB.
       tflops: 10^12 operations per second in bfloat16.
       bandwidth: 10^9 bytes per second of its HBM.
-      options: what libtpu wants to know besides the slice.
+      options: further arguments of libtpu's description of a slice.
     """
 
     memory: int
@@ -50,27 +48,27 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip(32, 275, 1200, {"chip_config_name": "megacore"}),  # else each core a device
+    "v4": Chip(32, 275, 1200, {"chip_config_name": "megacore"}),  # else each core is a device
     "v5e": Chip(16, 197, 800),
     "v5p": Chip(95, 459, 2765),
     "v6e": Chip(32, 918, 1600),
 }
-_NEEDS = re.compile(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm")
+_MEMORY_NEEDED = re.compile(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm")
 
 
 def describe_topology(topology: str) -> tuple[Chip, list[Any]]:
-    """The chip and the devices of a slice, as "v5e:4x4".
+    """Returns the chip and the devices of a slice, such as "v5e:4x4".
 
     Raises:
-      ValueError: there is no such slice, or libtpu is missing.
+      ValueError: there is no such slice, or libtpu is missing or in use.
     """
     kind = topology.split(":")[0]
     if kind not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
         raise ValueError(
-            f"--topology={topology!r} must be a kind and its chips, as v5e:4x4; known kinds are "
-            f"{', '.join(CHIPS)}"
+            f"--topology={topology!r} must be a kind and its chips, such as v5e:4x4; known kinds "
+            f"are {', '.join(CHIPS)}"
         )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine is not a TPU host
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
@@ -81,7 +79,7 @@ def describe_topology(topology: str) -> tuple[Chip, list[Any]]:
     except (RuntimeError, NotImplementedError) as error:
         if "lockfile" in str(error):
             raise ValueError(
-                "another process uses libtpu: wait for its end, or let several use it by "
+                "another process uses libtpu: wait until it ends, or allow several processes by "
                 "ALLOW_MULTIPLE_LIBTPU_LOAD=1"
             ) from error
         if "libtpu" in str(error) or "Unknown" in str(error) or "not found" in str(error):
@@ -93,21 +91,23 @@ def describe_topology(topology: str) -> tuple[Chip, list[Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """Of a compiled step, for one chip.
+    """Holds the requirements of a compiled step on one chip.
 
     Attributes:
       step: "train" or "eval".
-      per_chip_batch: clips (views, in evaluation) on a chip.
-      compile_seconds: on this machine.
-      arguments, temporaries: bytes of the chip's memory that each are given.
-      peak: bytes of it at the fullest moment, arguments included. It decides whether a step fits:
-        temporaries are given more than is needed at once.
-      flops: two for each multiply-accumulate of matrix products and convolutions that are executed.
-      bytes_accessed: of the chip's memory, see `hlo.Program.bytes_accessed`.
-      cycles: of the chip, the compiler's own estimates for each instruction, added; each branch of
-        what is drawn (RandAugment's operations) counts. To compare programs for one kind of chip.
+      per_chip_batch: clips (in evaluation views) on a chip.
+      compile_seconds: time to compile on this machine.
+      arguments: bytes of the chip's memory that the arguments occupy.
+      temporaries: bytes that are reserved for temporaries.
+      peak: largest number of bytes in use at once, arguments included. It decides whether a step
+        fits: the temporaries are not all in use at once.
+      flops: operations of the executed matrix products and convolutions, two for each
+        multiply-accumulate.
+      bytes_accessed: traffic with the chip's memory, see `hlo_cost.HloProgram.bytes_accessed`.
+      cycles: sum of the compiler's estimates for each instruction, with every branch of a random
+        choice (RandAugment's operations); compare it only between programs for one kind of chip.
       collectives: traffic between chips.
-      clips_per_second: roofline estimate for one chip: the longer of `flops` at the chip's peak and
+      clips_per_second: roofline estimate for one chip: the slower of `flops` at the chip's peak and
         `bytes_accessed` at its bandwidth.
     """
 
@@ -125,22 +125,23 @@ class StepReport:
 
 
 class TooLarge(Exception):
-    """A program needs more memory than a chip has."""
+    """Reports that a program needs more memory than a chip has."""
 
 
 def compile_steps(
     config: Any, topology: str, per_chip_batch: int, steps: tuple[str, ...] = ("train", "eval")
 ) -> list[StepReport]:
-    """Compile the steps of `config` for `topology`.
+    """Compiles the steps of `config` for `topology`.
 
     Args:
-      config: of a run; its batch sizes are replaced.
-      topology: as "v5e:4x4".
+      config: configuration of a run; the batch sizes are replaced in a copy.
+      topology: such as "v5e:4x4".
       per_chip_batch: clips per chip in training; in evaluation as many views, rounded up to whole
         videos.
+      steps: "train", "eval" or both.
 
     Raises:
-      ValueError: no such slice; the batch does not divide.
+      ValueError: there is no such slice, or the batch is not divisible as the config asks.
       TooLarge: a step does not fit the chip's memory.
     """
     chip, devices = describe_topology(topology)
@@ -150,7 +151,7 @@ def compile_steps(
     videos = -(-per_chip_batch // views)
     config.data.batch_size = per_chip_batch * mesh.size
     config.eval.batch_size = videos * mesh.size
-    check_ranges(config)
+    check_values(config)
     sharding.check_batch_sizes(config, mesh.size)
     clips = {"train": per_chip_batch, "eval": videos * views}
     makers = {"train": _train_program, "eval": _eval_program}
@@ -159,20 +160,21 @@ def compile_steps(
         jitted, arguments, macs = makers[step](config, mesh)
         with sharding.with_mesh(mesh):
             lowered = jitted.lower(*arguments)
-        reports.append(_report(step, clips[step], chip, lowered, macs))
+        reports.append(_compile_and_report(step, clips[step], chip, lowered, macs))
     return reports
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    """Adds shardings to the abstract arrays of a tree."""
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings
     )
 
 
 def _abstract_experiment(config: Any, mesh: Any) -> tuple[AbstractModel, Any, TrainState, Any]:
-    """(model, optimizer, state, frozen weights), without values, as `run.build_run` makes them."""
+    """Returns model, optimizer, state and frozen weights of an experiment, without values."""
     num_classes = dataset_registry.NUM_CLASSES.get(
-        config.data.source, dataset_registry.UNKNOWN_CLASSES
+        config.data.source, dataset_registry.PLACEHOLDER_NUM_CLASSES
     )
     model = abstract_model(config, num_classes)
     dtype = method_registry.compute_dtype(config)
@@ -180,12 +182,14 @@ def _abstract_experiment(config: Any, mesh: Any) -> tuple[AbstractModel, Any, Tr
     optimizer = make_optimizer(config.optimizer, schedule, model.mask)
     state, frozen = abstract_state(model, optimizer)
     frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), frozen)
-    state = _placed(state, state_shardings(state, mesh))
-    return model, optimizer, state, _placed(frozen, sharding.fsdp_sharding(frozen, mesh))
+    state = _with_shardings(state, state_shardings(state, mesh))
+    return model, optimizer, state, _with_shardings(frozen, sharding.fsdp_sharding(frozen, mesh))
 
 
-def _batch(config: Any, mesh: Any, lead: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Clips as the pipeline gives them, with the leading axes `lead` ([B], or videos and views)."""
+def _abstract_batch(
+    config: Any, mesh: Any, lead: tuple[int, ...]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Describes a batch of the pipeline with the leading axes `lead`: [B] or [videos, views]."""
     shapes = {"label": (lead[:1], jnp.int32), "mask": (lead[:1], jnp.float32)}
     for key, shape in zip(("spatial", "temporal"), clip_shapes(config), strict=True):
         if shape is not None:
@@ -203,39 +207,44 @@ def _batch(config: Any, mesh: Any, lead: tuple[int, ...]) -> dict[str, jax.Shape
 
 
 def _train_program(config: Any, mesh: Any) -> tuple[Callable, tuple[Any, ...], int]:
-    """(jitted function, its arguments, multiply-accumulates on a chip)."""
+    """Returns the jitted training step, its arguments and the multiply-accumulates on a chip."""
     model, optimizer, state, frozen = _abstract_experiment(config, mesh)
     jitted = jit_train_step(model.model, config, optimizer, mesh, state)
-    alone = make_train_step(model.model, config, optimizer)
-    batch = _batch(config, mesh, (config.data.batch_size,))
-    macs = efficiency.count_macs(alone, state, frozen, batch) // mesh.size
+    unsharded = make_train_step(model.model, config, optimizer)
+    batch = _abstract_batch(config, mesh, (config.data.batch_size,))
+    macs = efficiency.count_macs(unsharded, state, frozen, batch) // mesh.size
     return jitted, (state, frozen, batch), macs
 
 
 def _eval_program(config: Any, mesh: Any) -> tuple[Callable, tuple[Any, ...], int]:
-    """(jitted function, its arguments, multiply-accumulates on a chip)."""
+    """Returns the jitted evaluation step, its arguments and the multiply-accumulates on a chip."""
     model, _, state, frozen = _abstract_experiment(config, mesh)
     step = evaluate.make_eval_step(model.model, config)
     jitted = evaluate.jit_eval_step(model.model, config, mesh)
     views = config.eval.temporal_views * config.eval.spatial_crops
-    batch = _batch(config, mesh, (config.eval.batch_size, views))
+    batch = _abstract_batch(config, mesh, (config.eval.batch_size, views))
     arguments = (state.trainable, frozen, batch)
     return jitted, arguments, efficiency.count_macs(step, *arguments) // mesh.size
 
 
-def _report(
+def _compile_and_report(
     step: str, clips: int, chip: Chip, lowered: jax.stages.Lowered, macs: int
 ) -> StepReport:
+    """Compiles a lowered step and reports its requirements.
+
+    Raises:
+      TooLarge: the step does not fit the chip's memory.
+    """
     start = time.monotonic()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        match = _NEEDS.search(str(error))
+        match = _MEMORY_NEEDED.search(str(error))
         needs = f"{match[1]} {match[2]}B of {match[3]} {match[4]}B" if match else "too much memory"
         raise TooLarge(f"the {step} step with {clips} clips on a chip needs {needs}") from None
-    seconds = time.monotonic() - start
+    compile_seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     program = hlo_cost.HloProgram(compiled.as_text())
     bytes_accessed = program.bytes_accessed()
@@ -243,7 +252,7 @@ def _report(
     return StepReport(
         step=step,
         per_chip_batch=clips,
-        compile_seconds=seconds,
+        compile_seconds=compile_seconds,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
@@ -255,13 +264,16 @@ def _report(
     )
 
 
-def largest_batch(
-    config: Any, topology: str, start: int, tell: Callable[[str], None] = print
+def find_largest_batch(
+    config: Any, topology: str, start: int, log: Callable[[str], None] = print
 ) -> tuple[int, list[StepReport]]:
-    """The largest number of training clips on a chip that fits, and its compilation.
+    """Finds the largest number of training clips on a chip that fits.
 
-    A power of two or 1.5 times one: batches are made of such. From `start` on it is doubled while
-    it fits, or halved until it does; then what is half-way is tried.
+    It is a power of two or 1.5 times a power of two. The search doubles `start` while it fits, or
+    halves it until it fits, and then tries 1.5 times the result.
+
+    Returns:
+      (clips on a chip, the report of their training step in a list).
 
     Raises:
       TooLarge: one clip does not fit.
@@ -276,9 +288,9 @@ def largest_batch(
                 if size == 1:
                     raise
                 fits[size] = None
-                tell(str(error))
+                log(str(error))
             else:
-                tell(f"{size} clips on a chip fit: {fits[size][0].peak / 1e9:.2f} GB")
+                log(f"{size} clips on a chip fit: {fits[size][0].peak / 1e9:.2f} GB")
         return fits[size]
 
     size = start
@@ -293,12 +305,12 @@ def largest_batch(
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """What fits a device by the line through the memory of two compiled batches: an estimate.
+    """Holds an estimate of how many clips fit a device.
 
     Attributes:
-      memory: 10^9 bytes that the device has.
-      clips: per device, the largest power of two that fits; 0: not one.
-      accumulation_steps: by batch size, on one device.
+      memory: the device's memory, 10^9 bytes.
+      clips: the largest power of two that fits the device; 0 if not even one clip fits.
+      accumulation_steps: on one device, by batch size.
     """
 
     memory: float
@@ -307,20 +319,35 @@ class Fit:
 
 
 def largest_power_of_two(compiled: dict[int, int], memory: float) -> int:
-    """The batch that fits `memory` bytes by the line through two batches' bytes; 0: not one."""
-    (few, least), (many, most) = compiled.items()
-    slope = (most - least) / (many - few)
-    room = few + (memory - least) / slope
-    return 2 ** math.floor(math.log2(room)) if room >= 1 else 0
+    """Estimates the largest power of two of clips that fit `memory` bytes, by linear extrapolation.
+
+    Args:
+      compiled: required bytes of two batch sizes, the smaller one first.
+      memory: bytes of the device.
+
+    Returns:
+      The number of clips; 0 if not even one clip fits.
+    """
+    (few, few_bytes), (many, many_bytes) = compiled.items()
+    bytes_per_clip = (many_bytes - few_bytes) / (many - few)
+    clips = few + (memory - few_bytes) / bytes_per_clip
+    return 2 ** math.floor(math.log2(clips)) if clips >= 1 else 0
 
 
-USABLE = 0.92  # of a device's memory; the rest is the runtime's, and fragments
+# Of a device's memory; the runtime and fragmentation take the rest.
+USABLE_FRACTION = 0.92
 
 
 def estimate_fits(
     small: StepReport, large: StepReport, memories: Sequence[float], batches: Sequence[int]
 ) -> list[Fit]:
-    """For devices with `memories`, 10^9 bytes, and batches of powers of two.
+    """Estimates how many clips fit devices, from the reports of two batch sizes.
+
+    Args:
+      small: report of the training step with the smaller batch.
+      large: report of the training step with the larger batch.
+      memories: memories of the devices, 10^9 bytes.
+      batches: batch sizes, powers of two, whose accumulation steps are computed.
 
     Raises:
       ValueError: a batch is not a power of two.
@@ -331,14 +358,14 @@ def estimate_fits(
     compiled = {report.per_chip_batch: report.peak for report in (small, large)}
     rows = []
     for memory in memories:
-        clips = largest_power_of_two(compiled, USABLE * memory * 1e9)
+        clips = largest_power_of_two(compiled, USABLE_FRACTION * memory * 1e9)
         steps = {batch: max(1, batch // clips) for batch in batches} if clips else {}
         rows.append(Fit(memory, clips, steps))
     return rows
 
 
 def format_fits(rows: Sequence[Fit], batches: Sequence[int]) -> str:
-    """A table for people."""
+    """Formats estimates as a Markdown table."""
     heads = [f"`accumulation_steps` for {batch}" for batch in batches]
     lines = [
         "| ".join(["", "memory of a device, GB ", "clips per device ", *(f"{h} " for h in heads)])
@@ -352,19 +379,20 @@ def format_fits(rows: Sequence[Fit], batches: Sequence[int]) -> str:
 
 
 def format_reports(topology: str, reports: list[StepReport]) -> str:
-    """A table for people; GB are 10^9 bytes."""
+    """Formats reports as a Markdown table; GB are 10^9 bytes."""
     lines = [
         "| slice | step | clips per chip | memory per chip, GB | temporaries per clip, GB | "
         "TFLOP | GB accessed | cycles, 10^6 | between chips, MB | compiled in | "
         "clips/s per chip, estimate |",
         "|" + "---|" * 11,
     ]
-    for one in reports:
-        traffic = ", ".join(f"{c.bytes / 1e6:.2f} {c.kind} {c.dtype}" for c in one.collectives)
+    for report in reports:
+        traffic = ", ".join(f"{c.bytes / 1e6:.2f} {c.kind} {c.dtype}" for c in report.collectives)
         lines.append(
-            f"| {topology} | {one.step} | {one.per_chip_batch} | {one.peak / 1e9:.2f} | "
-            f"{one.temporaries / one.per_chip_batch / 1e9:.3f} | {one.flops / 1e12:.2f} | "
-            f"{one.bytes_accessed / 1e9:.1f} | {one.cycles / 1e6:.0f} | "
-            f"{traffic or 'none'} | {one.compile_seconds:.0f} s | {one.clips_per_second:.0f} |"
+            f"| {topology} | {report.step} | {report.per_chip_batch} | {report.peak / 1e9:.2f} | "
+            f"{report.temporaries / report.per_chip_batch / 1e9:.3f} | "
+            f"{report.flops / 1e12:.2f} | {report.bytes_accessed / 1e9:.1f} | "
+            f"{report.cycles / 1e6:.0f} | {traffic or 'none'} | {report.compile_seconds:.0f} s | "
+            f"{report.clips_per_second:.0f} |"
         )
     return "\n".join(lines)

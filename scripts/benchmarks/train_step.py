@@ -1,14 +1,13 @@
-"""Speed and memory of DualPath's forward pass and training step, beside PyTorch and the limit.
-
-Public: `Setting`, `compare_frameworks`, `largest_difference`, `compile_seconds`, `peak_memory`,
-`matmul_gflops`; the command line is scripts/benchmark_step.py.
+"""Compares speed and memory of DualPath's forward pass and training step with PyTorch's.
 
 Both frameworks get the same weights and the same clips, and their logits are compared before
-anything is timed. They take turns, each in a process of its own, as it is used: in one, PyTorch
-would find the memory that ours keeps between steps, and threads of both would be in each other's
-way. Ratios are medians over rounds of what was measured in the same round. On a GPU each measures
-several calls in a row, as in a training, and float32 is what JAX makes of it there, products in
-TF32, in both; the logits are compared in full float32.
+anything is timed. They are timed in turns, each in its own process: within one process PyTorch
+would reuse the memory that JAX keeps between steps, and the threads of both would disturb each
+other. A ratio is the median over rounds of the ratios within a round. On a GPU a measurement
+contains several calls in a row, as in training, and both frameworks compute float32 products in
+TF32, JAX's default there; only the logits are compared in full float32.
+
+The command line is scripts/benchmark_step.py.
 """
 
 import concurrent.futures
@@ -26,8 +25,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 with contextlib.suppress(ImportError):
-    # Of PyTorch's builds for GPUs. First imported after TensorFlow, as PyTorch's optimizers do, it
-    # ends the process (Triton 3.7, TensorFlow 2.21).
+    # Part of PyTorch's GPU builds. It crashes the process if it is imported after TensorFlow, as by
+    # PyTorch's optimizers (Triton 3.7, TensorFlow 2.21).
     import triton  # noqa: F401
 
 import jax
@@ -41,27 +40,29 @@ from dualpath_jax.data import synthetic
 from dualpath_jax.models import param_tree
 from dualpath_jax.models.abstract import abstract_inputs, abstract_model, clip_shapes
 from dualpath_jax.models.backbones import layers
+from dualpath_jax.models.forward import clip_logits
 from dualpath_jax.models.methods import dualpath
 from dualpath_jax.runtime import environment
-from dualpath_jax.training import experiment, sharding
+from dualpath_jax.training import sharding
+from dualpath_jax.training.experiment import Experiment, build_experiment
 from dualpath_jax.training.step import make_train_step
 from scripts.benchmarks.interleave import time_interleaved
 from scripts.benchmarks.torch_dualpath import TorchDualPath
 
 NUM_CLASSES = 174
-TOLERANCE = 1e-4  # of the logits in float32
+TOLERANCE = 1e-4  # largest absolute difference of the logits in float32
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is measured.
+    """Describes what to measure.
 
     Attributes:
-      config: of a run with `model.method` "dualpath" on a CLIP ViT.
-      dtype: "float32" or "bfloat16", of the computation; what trains is float32.
+      config: configuration with `model.method` "dualpath" on a CLIP ViT.
+      dtype: compute dtype, "float32" or "bfloat16"; trainable parameters are float32.
       batch_size: B clips.
-      calls: of forward pass or step in a row, for which is waited at the end alone.
+      calls: number of calls in a row in one measurement, which waits only for the last.
     """
 
     config: Any
@@ -71,15 +72,20 @@ class Setting:
 
 
 @dataclasses.dataclass
-class Side:
-    """One framework, ready to run: each waits for the last result of so many calls and gives it."""
+class Runner:
+    """Holds the functions that run one framework; they return the result of the last call.
 
-    forward: Callable[..., np.ndarray]  # (calls=1) -> logits [B, classes] float32
-    train_step: Callable[..., float]  # (calls=1) -> loss
+    Attributes:
+      forward: (calls=1) -> logits [B, classes] float32.
+      train_step: (calls=1) -> loss.
+    """
+
+    forward: Callable[..., np.ndarray]
+    train_step: Callable[..., float]
 
 
-def _in_a_row(call: Callable[[], Any], fetch: Callable[[Any], Any]) -> Callable[..., Any]:
-    """`call` once or several times, then `fetch` of what the last gave."""
+def _repeat(call: Callable[[], Any], fetch: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Returns run(calls=1), which calls `call` that often and fetches the last result."""
 
     def run(calls: int = 1) -> Any:
         for _ in range(calls):
@@ -91,8 +97,12 @@ def _in_a_row(call: Callable[[], Any], fetch: Callable[[Any], Any]) -> Callable[
 
 def build_random_experiment(
     setting: Setting,
-) -> tuple[experiment.Experiment, dict[str, np.ndarray]]:
-    """A run with random weights, none of them zero, and a batch of random clips; no files."""
+) -> tuple[Experiment, dict[str, np.ndarray]]:
+    """Builds an experiment with random nonzero weights and a batch of random clips, without files.
+
+    Returns:
+      (experiment, batch): the batch has uint8 "spatial" and "temporal" and int32 "label".
+    """
     config = setting.config.copy_and_resolve_references()
     config.model.dtype, config.data.batch_size = setting.dtype, setting.batch_size
     config.eval.batch_size = setting.batch_size
@@ -102,106 +112,123 @@ def build_random_experiment(
     videos.class_names = [str(i) for i in range(NUM_CLASSES)]
     environment.disable_async_dispatch()  # as a run does
     with contextlib.redirect_stdout(io.StringIO()):  # the table of parameters
-        made = experiment.build_experiment(config, "", videos)
+        experiment = build_experiment(config, "", videos)
     rng = np.random.default_rng(0)
     trainable = jax.tree.map(
-        lambda leaf: leaf + 0.02 * rng.standard_normal(leaf.shape, np.float32), made.state.trainable
+        lambda leaf: leaf + 0.02 * rng.standard_normal(leaf.shape, np.float32),
+        experiment.state.trainable,
     )
-    made.state = made.state.replace(
-        trainable=jax.device_put(trainable, sharding.replicated_sharding(made.mesh))
+    experiment.state = experiment.state.replace(
+        trainable=jax.device_put(trainable, sharding.replicated_sharding(experiment.mesh))
     )
     batch = {"label": rng.integers(0, NUM_CLASSES, setting.batch_size).astype(np.int32)}
     for key, shape in zip(("spatial", "temporal"), clip_shapes(config), strict=True):
         batch[key] = rng.integers(0, 256, (setting.batch_size, *shape[1:]), dtype=np.uint8)
-    return made, batch
+    return experiment, batch
 
 
-def _jitted_step(made: experiment.Experiment) -> Callable:
-    step = make_train_step(made.model, made.config, made.optimizer)
+def _jit_step(experiment: Experiment) -> Callable:
+    """Returns the jitted training step (state, frozen, batch) -> (state, metrics)."""
+    step = make_train_step(experiment.model, experiment.config, experiment.optimizer)
     return jax.jit(step, donate_argnums=0)
 
 
-def _lowered_step(setting: Setting) -> jax.stages.Lowered:
-    made, batch = build_random_experiment(setting)
-    return _jitted_step(made).lower(made.state, made.frozen, sharding.shard_batch(batch, made.mesh))
+def _lower_step(setting: Setting) -> jax.stages.Lowered:
+    """Lowers the training step."""
+    experiment, batch = build_random_experiment(setting)
+    return _jit_step(experiment).lower(
+        experiment.state, experiment.frozen, sharding.shard_batch(batch, experiment.mesh)
+    )
 
 
-def jax_side(made: experiment.Experiment, batch: dict[str, np.ndarray]) -> Side:
-    """This package: the real training step, and the model of evaluation on one view."""
-    config, step = made.config, _jitted_step(made)
-    placed = sharding.shard_batch(batch, made.mesh)
+def make_jax_runner(experiment: Experiment, batch: dict[str, np.ndarray]) -> Runner:
+    """Makes the runner of this package: its training step, and evaluation's forward pass."""
+    config, step = experiment.config, _jit_step(experiment)
+    placed = sharding.shard_batch(batch, experiment.mesh)
 
     @jax.jit
     def forward(trainable, frozen, batch):
         params = param_tree.merge(trainable, frozen)
-        return forward.clip_logits(made.model, config, params, batch)
+        return clip_logits(experiment.model, config, params, batch)
 
-    state = jax.tree.map(jnp.copy, made.state)
+    state = jax.tree.map(jnp.copy, experiment.state)
 
     def train_step() -> jax.Array:
         nonlocal state
-        state, metrics = step(state, made.frozen, placed)
+        state, metrics = step(state, experiment.frozen, placed)
         return metrics["loss"]
 
-    return Side(
-        _in_a_row(lambda: forward(made.state.trainable, made.frozen, placed), np.asarray),
-        _in_a_row(train_step, float),
+    return Runner(
+        _repeat(lambda: forward(experiment.state.trainable, experiment.frozen, placed), np.asarray),
+        _repeat(train_step, float),
     )
 
 
-def torch_model(made: experiment.Experiment) -> TorchDualPath:
-    """PyTorch's model with the weights of a run, frozen ones in the run's dtype."""
-    merged = param_tree.merge(made.state.trainable, made.frozen)
+def make_torch_model(experiment: Experiment) -> TorchDualPath:
+    """Makes the PyTorch model with an experiment's weights; frozen ones have the compute dtype."""
+    merged = param_tree.merge(experiment.state.trainable, experiment.frozen)
     arrays = {k: np.asarray(v, np.float32) for k, v in param_tree.flatten(merged).items()}
-    position = made.model.apply({"params": merged}, method=dualpath.DualPath._temporal_positions)
+    position = experiment.model.apply(
+        {"params": merged}, method=dualpath.DualPath._temporal_positions
+    )
     model = TorchDualPath(
-        arrays, np.asarray(position, np.float32), made.model.config.heads, made.model.config.eps
+        arrays,
+        np.asarray(position, np.float32),
+        experiment.model.config.heads,
+        experiment.model.config.eps,
     )
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            parameter.data = parameter.data.to(_TORCH_DTYPES[made.config.model.dtype])
+            parameter.data = parameter.data.to(_TORCH_DTYPES[experiment.config.model.dtype])
     return model
 
 
 def torch_device() -> str:
-    """Where PyTorch computes: on a GPU if JAX does."""
+    """Returns the device of PyTorch: "cuda" if JAX computes on a GPU, else "cpu".
+
+    Raises:
+      RuntimeError: JAX computes on a GPU, but PyTorch cannot.
+    """
     if jax.default_backend() != "gpu":
         return "cpu"
     if not torch.cuda.is_available():
-        raise RuntimeError("JAX has a GPU and this PyTorch has none: install its CUDA build")
+        raise RuntimeError("JAX has a GPU, but this PyTorch cannot use it: install its CUDA build")
     return "cuda"
 
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """In it, GPUs compute products of float32 in float32 instead of TF32, in both frameworks."""
+    """Makes GPUs compute float32 products in float32 instead of TF32, in both frameworks."""
     if torch_device() == "cpu":
         yield
         return
-    _use_tf32(False)
+    _set_tf32(False)
     try:
         with layers.full_precision():
             yield
     finally:
-        _use_tf32(True)
+        _set_tf32(True)
 
 
-def _use_tf32(use: bool) -> None:
-    """Of PyTorch on a GPU."""
+def _set_tf32(use: bool) -> None:
+    """Switches TF32 products of PyTorch on a GPU on or off."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = use
 
 
-def torch_side(
-    made: experiment.Experiment, batch: dict[str, np.ndarray], compiled: bool = False
-) -> Side:
-    """PyTorch: AdamW on what trains, autocast where the computation is bfloat16.
+def make_torch_runner(
+    experiment: Experiment, batch: dict[str, np.ndarray], compiled: bool = False
+) -> Runner:
+    """Makes the runner of PyTorch: AdamW on the trainable parameters, autocast for bfloat16.
 
-    `compiled`: by `torch.compile`, each model whole.
+    Args:
+      experiment: gives configuration and weights.
+      batch: from `build_random_experiment`.
+      compiled: compile each model by `torch.compile`.
     """
     device = torch_device()
-    _use_tf32(True)  # as JAX does
-    config = made.config
-    model, trained = (torch_model(made).to(device) for _ in range(2))
+    _set_tf32(True)  # as JAX does
+    config = experiment.config
+    model, trained = (make_torch_model(experiment).to(device) for _ in range(2))
     dtype = _TORCH_DTYPES[config.model.dtype]
     trainable = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, weight_decay=config.optimizer.weight_decay)
@@ -232,124 +259,138 @@ def torch_side(
         optimizer.step()
         return loss.detach()
 
-    return Side(
-        _in_a_row(forward, lambda logits: logits.cpu().numpy()),
-        _in_a_row(train_step, lambda loss: loss.item()),
+    return Runner(
+        _repeat(forward, lambda logits: logits.cpu().numpy()),
+        _repeat(train_step, lambda loss: loss.item()),
     )
 
 
-SIDES: dict[str, Callable[[experiment.Experiment, dict[str, np.ndarray]], Side]] = {
-    "jax": jax_side,
-    "torch": torch_side,
-    "torch_compiled": functools.partial(torch_side, compiled=True),
+RUNNERS: dict[str, Callable[[Experiment, dict[str, np.ndarray]], Runner]] = {
+    "jax": make_jax_runner,
+    "torch": make_torch_runner,
+    "torch_compiled": functools.partial(make_torch_runner, compiled=True),
 }
-USUAL_SIDES = ("jax", "torch")
+DEFAULT_RUNNERS = ("jax", "torch")
 
 
 def compare_frameworks(
     setting: Setting,
     rounds: int,
-    sides: Sequence[str] = USUAL_SIDES,
-    tell: Callable[[str], None] = lambda line: None,
+    frameworks: Sequence[str] = DEFAULT_RUNNERS,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Frameworks in turn.
+    """Checks that the frameworks compute the same logits, then times them in turns.
 
     Args:
-      setting: what is measured.
-      rounds: times each is measured.
-      sides: names of `SIDES`, "jax" among them.
-      tell: told what is being done.
+      setting: what to measure.
+      rounds: number of measurements of each framework.
+      frameworks: names in `RUNNERS`, "jax" among them.
+      log: receives a line about each step.
 
     Returns:
-      {"largest_difference": of the logits; "forward" and "train_step": {by name of `sides`: median
-      seconds of a call; for each but "jax", "ratio_vs_torch" or "ratio_vs_torch_compiled": its
-      seconds over ours, the median of the rounds'; "gflops": 10^9 operations of a plain forward
-      pass, or of that and its backward pass, two for each multiply-accumulate, over our seconds}}.
+      {"largest_difference": of the logits; "forward" and "train_step": {name of each framework:
+      median seconds of a call; for each but "jax", "ratio_vs_torch" or "ratio_vs_torch_compiled":
+      ratio of its seconds to ours, the median over rounds; "gflops": 10^9 operations of a plain
+      forward pass, or of that and its backward pass, two for each multiply-accumulate, divided by
+      our seconds}}.
 
     Raises:
       RuntimeError: the logits differ by more than `TOLERANCE` in float32.
     """
     with contextlib.ExitStack() as stack:
-        processes = {name: stack.enter_context(_process(_start, setting, name)) for name in sides}
+        processes = {
+            name: stack.enter_context(_spawn_process(_init_worker, setting, name))
+            for name in frameworks
+        }
         logits = {}
         for name, process in processes.items():
-            tell(f"{name}: compiling")
-            logits[name] = process.submit(_logits, setting.dtype).result()
+            log(f"{name}: compiling")
+            logits[name] = process.submit(_compute_logits, setting.dtype).result()
         ours, others = logits.pop("jax"), logits
-        differences = (largest_difference(setting.dtype, ours, x) for x in others.values())
+        differences = (check_logits_agree(setting.dtype, ours, x) for x in others.values())
         result: dict[str, Any] = {"largest_difference": max(differences, default=0.0)}
-        for what, operations in zip(("forward", "train_step"), _operations(setting), strict=True):
+        for part, operations in zip(
+            ("forward", "train_step"), _count_operations(setting), strict=True
+        ):
             runs = {
-                name: lambda calls, process=process, what=what: process.submit(
-                    _run, what, calls
+                name: lambda calls, process=process, part=part: process.submit(
+                    _run_calls, part, calls
                 ).result()
                 for name, process in processes.items()
             }
-            seconds = _seconds_of_a_call(
-                runs, setting.calls, rounds, lambda line, what=what: tell(f"{what}: {line}")
+            seconds = _measure_seconds_per_call(
+                runs, setting.calls, rounds, lambda line, part=part: log(f"{part}: {line}")
             )
-            result[what] = {name: statistics.median(values) for name, values in seconds.items()}
+            result[part] = {name: statistics.median(values) for name, values in seconds.items()}
             for name in others:
                 pairs = zip(seconds[name], seconds["jax"], strict=True)
-                result[what][f"ratio_vs_{name}"] = statistics.median(a / b for a, b in pairs)
-            result[what]["gflops"] = operations / 1e9 / result[what]["jax"]
+                result[part][f"ratio_vs_{name}"] = statistics.median(a / b for a, b in pairs)
+            result[part]["gflops"] = operations / 1e9 / result[part]["jax"]
     return result
 
 
-def _seconds_of_a_call(
+def _measure_seconds_per_call(
     runs: dict[str, Callable[[int], Any]],
     calls: int,
     rounds: int,
-    tell: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, list[float]]:
-    """As `take_turns`, where each of `runs` is asked for so many calls in a row."""
-    in_a_row = {name: functools.partial(run, calls) for name, run in runs.items()}
-    seconds = time_interleaved(in_a_row, rounds, tell)
+    """Times functions of the number of calls in a row, in turns; see `time_interleaved`."""
+    repeated = {name: functools.partial(run, calls) for name, run in runs.items()}
+    seconds = time_interleaved(repeated, rounds, log)
     return {name: [value / calls for value in values] for name, values in seconds.items()}
 
 
-def largest_difference(dtype: str, ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Of logits computed in `dtype`; raises RuntimeError as `compare_frameworks` does."""
+def check_logits_agree(dtype: str, ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Returns the largest difference of logits that were computed in `dtype`.
+
+    Raises:
+      RuntimeError: the difference is more than `TOLERANCE` in float32.
+    """
     difference = float(np.abs(ours - theirs).max())
     if dtype == "float32" and difference > TOLERANCE:
         raise RuntimeError(f"PyTorch's logits differ by {difference:.2e}, more than {TOLERANCE}")
     return difference
 
 
-def _process(start: Callable | None = None, *arguments: Any) -> concurrent.futures.Executor:
-    """One more process, which calls `start` with `arguments` first."""
+def _spawn_process(start: Callable | None = None, *arguments: Any) -> concurrent.futures.Executor:
+    """Returns an executor with one new process, which first calls `start(*arguments)`."""
     context = multiprocessing.get_context("spawn")
     return concurrent.futures.ProcessPoolExecutor(1, context, start, arguments)
 
 
-# What follows runs in a process of `compare_frameworks`, which has one framework.
+# The next three functions run in a process of `compare_frameworks`, which has one framework.
 
 
-def _start(setting: Setting, name: str) -> None:
-    """One step, which compiles, and what a run of ours does after its first."""
-    global _side
-    _side = SIDES[name](*build_random_experiment(setting))
-    _side.train_step()
+def _init_worker(setting: Setting, name: str) -> None:
+    """Makes the process's runner and does its first step, which compiles, as a run does."""
+    global _runner
+    _runner = RUNNERS[name](*build_random_experiment(setting))
+    _runner.train_step()
     if name == "jax":
         environment.keep_freed_memory()
 
 
-def _logits(dtype: str) -> np.ndarray:
+def _compute_logits(dtype: str) -> np.ndarray:
+    """Returns the logits, in full precision if `dtype` is float32."""
     with full_precision() if dtype == "float32" else contextlib.nullcontext():
-        return _side.forward()
+        return _runner.forward()
 
 
-def _run(what: str, calls: int) -> None:
-    getattr(_side, what)(calls)
+def _run_calls(part: str, calls: int) -> None:
+    """Runs "forward" or "train_step" `calls` times."""
+    getattr(_runner, part)(calls)
 
 
-def _operations(setting: Setting) -> tuple[int, int]:
-    """Of the plain model on a batch, two per multiply-accumulate: forward; forward and backward."""
+def _count_operations(setting: Setting) -> tuple[int, int]:
+    """Counts operations of the plain model on a batch, two for each multiply-accumulate.
+
+    Returns:
+      (operations of a forward pass, of a forward and backward pass).
+    """
     config = setting.config.copy_and_resolve_references()
     config.model.cls_token_only, config.model.remat = False, "none"
-    config.model.dtype = (
-        "float32"  # all products are counted so, see `efficiency.measure_efficiency`
-    )
+    config.model.dtype = "float32"  # counts all products, see `efficiency.measure_efficiency`
     model = abstract_model(config, NUM_CLASSES)
     trainable, frozen = param_tree.split(model.params, model.mask)
 
@@ -362,30 +403,36 @@ def _operations(setting: Setting) -> tuple[int, int]:
     return tuple(2 * setting.batch_size * count for count in counts)
 
 
-def matmul_gflops(dtype: str, size: int | None = None, rounds: int = 5) -> float:
-    """10^9 operations per second of a square matrix product: the faster framework's median.
+def measure_matmul_gflops(dtype: str, size: int | None = None, rounds: int = 5) -> float:
+    """Measures a product of square matrices in both frameworks.
 
-    `size`: its side; None: 2048 on a CPU, 8192 on a GPU.
+    Args:
+      dtype: "float32" or "bfloat16".
+      size: side of the matrices; None for 2048 on a CPU and 8192 on a GPU.
+      rounds: number of measurements of each framework.
+
+    Returns:
+      10^9 operations per second, the median of the faster framework.
     """
     device = torch_device()
     size = size or (2048 if device == "cpu" else 8192)
-    _use_tf32(True)
+    _set_tf32(True)
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     b = torch.randn((size, size), device=device).to(_TORCH_DTYPES[dtype])
     product = jax.jit(jnp.matmul)
     calls = 1 if device == "cpu" else 20
     runs = {
-        "jax": _in_a_row(lambda: product(a, a), lambda y: y[0, 0].item()),  # waits for the result
-        "torch": _in_a_row(lambda: b @ b, lambda y: y[0, 0].item()),
+        "jax": _repeat(lambda: product(a, a), lambda y: y[0, 0].item()),  # waits for the result
+        "torch": _repeat(lambda: b @ b, lambda y: y[0, 0].item()),
     }
-    seconds = _seconds_of_a_call(runs, calls, rounds)
+    seconds = _measure_seconds_per_call(runs, calls, rounds)
     return 2 * size**3 / 1e9 / min(statistics.median(values) for values in seconds.values())
 
 
-def compile_seconds(setting: Setting) -> float:
-    """To compile our training step, from its lowered form; nothing kept from before is used."""
-    lowered = _lowered_step(setting)
-    kept = jax.config.jax_enable_compilation_cache
+def measure_compile_seconds(setting: Setting) -> float:
+    """Measures the seconds to compile our lowered training step without the compilation cache."""
+    lowered = _lower_step(setting)
+    cache_enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     try:
@@ -393,43 +440,54 @@ def compile_seconds(setting: Setting) -> float:
         lowered.compile()
         return time.perf_counter() - start
     finally:
-        jax.config.update("jax_enable_compilation_cache", kept)
+        jax.config.update("jax_enable_compilation_cache", cache_enabled)
         compilation_cache.reset_cache()
 
 
-def peak_memory(setting: Setting, side: str) -> float:
-    """MiB that a training step needs above what lies in memory between steps.
+def measure_peak_memory(setting: Setting, framework: str) -> float:
+    """Measures the memory in MiB that a training step needs beyond the memory between steps.
 
-    Of one framework, a name of `SIDES`. On a CPU what the process takes (Linux), in a process of
-    its own; on a GPU what XLA's compiled step asks for, or PyTorch's allocator has given out.
+    On a CPU it is that of a new process (Linux). On a GPU it is the requirement of XLA's compiled
+    step, or the memory that PyTorch's allocator hands out.
+
+    Args:
+      setting: what to measure.
+      framework: a name in `RUNNERS`.
     """
     if torch_device() != "cpu":
-        return _xla_memory(setting) if side == "jax" else _torch_memory(setting, side)
-    with _process() as process:
-        return process.submit(_peak_memory, setting, side).result()
+        return (
+            _compute_xla_memory(setting)
+            if framework == "jax"
+            else _measure_torch_memory(setting, framework)
+        )
+    with _spawn_process() as process:
+        return process.submit(_measure_process_memory, setting, framework).result()
 
 
-def _peak_memory(setting: Setting, side: str) -> float:
-    step = SIDES[side](*build_random_experiment(setting)).train_step
+def _measure_process_memory(setting: Setting, framework: str) -> float:
+    """Measures the rise of this process's resident memory during a step, in MiB."""
+    step = RUNNERS[framework](*build_random_experiment(setting)).train_step
     for _ in range(2):
-        step()  # compiles, makes the optimizer's state, and fills what the frameworks keep
+        step()  # compiles, makes the optimizer's state, and fills the frameworks' caches
     gc.collect()
     time.sleep(1)  # JAX frees in the background
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free and kept would hide the need
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts afresh
-    before = _status("VmRSS")
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the step would reuse freed memory
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _read_proc_status("VmRSS")
     step()
-    return (_status("VmHWM") - before) / 1024
+    return (_read_proc_status("VmHWM") - before) / 1024
 
 
-def _xla_memory(setting: Setting) -> float:
-    asked = _lowered_step(setting).compile().memory_analysis()
-    new = asked.output_size_in_bytes - asked.alias_size_in_bytes
-    return (asked.temp_size_in_bytes + new) / 2**20
+def _compute_xla_memory(setting: Setting) -> float:
+    """Returns the MiB that the compiled step needs for temporaries and new results."""
+    sizes = _lower_step(setting).compile().memory_analysis()
+    new = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return (sizes.temp_size_in_bytes + new) / 2**20
 
 
-def _torch_memory(setting: Setting, side: str) -> float:
-    step = SIDES[side](*build_random_experiment(setting)).train_step
+def _measure_torch_memory(setting: Setting, framework: str) -> float:
+    """Measures the rise of PyTorch's GPU memory during a step, in MiB."""
+    step = RUNNERS[framework](*build_random_experiment(setting)).train_step
     for _ in range(2):
         step()  # makes the optimizer's state
     before = torch.cuda.memory_allocated()
@@ -438,7 +496,7 @@ def _torch_memory(setting: Setting, side: str) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _status(key: str) -> int:
-    """KiB, of this process."""
+def _read_proc_status(key: str) -> int:
+    """Reads a value in KiB of this process from /proc, such as "VmRSS"."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1])

@@ -1,4 +1,4 @@
-"""A trained model loaded from its workdir, and the pictures of what it looks at."""
+"""Tests loading a trained model from its workdir, and the pictures of its attention."""
 
 import pathlib
 import runpy
@@ -22,7 +22,7 @@ SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "visualize_attention.py
 
 @pytest.fixture
 def run(config, tmp_path):
-    """A run with one checkpoint, whose trained parameters are nowhere those of the start."""
+    """Returns a run with one checkpoint, in which every trained parameter has changed."""
     dataset = VideoDataset(config.data.dir, "test")
     run = experiment.build_experiment(config, str(tmp_path / "run"), dataset)
     rng = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def test_loaded_model_and_clips_are_those_of_evaluation(run, config, demo_data):
     assert np.abs(own - apply({"params": untrained}, *inputs)).max() > 1e-3
 
 
-def test_what_is_missing_is_named(run, tmp_path):
+def test_errors_name_missing_files(run, tmp_path):
     with pytest.raises(ValueError, match="no checkpoints in .*nowhere: pass the --workdir"):
         trained_model.load(str(tmp_path / "nowhere"))
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
@@ -69,8 +69,8 @@ def test_what_is_missing_is_named(run, tmp_path):
         trained_model.load(run.workdir, backbone=str(tmp_path / "other.safetensors"))
 
 
-def test_heat():
-    """Where nothing is attended the picture is grey; the hottest place is red, in one shade."""
+def test_overlay_heatmap():
+    """Checks that the image is gray without attention and has one red where it is hottest."""
     image = np.full((8, 8, 3), (200, 100, 0), np.uint8)
     cold = image_grid.overlay_heatmap(image, np.zeros((2, 2)), 1.0)
     assert np.array_equal(cold, np.full((8, 8, 3), 100))
@@ -96,17 +96,17 @@ def test_script_draws_each_video_and_names_bad_ones(run, demo_data, tmp_path, mo
         assert animation.n_frames == 16
 
 
-def test_grid_has_every_frame_without_and_with(run, demo_data):
+def test_split_framesets_has_every_frame_without_and_with_adaptation(run, demo_data):
     model = trained_model.load(run.workdir)
     clips = model.clips(demo_data.parent / "raw" / "videos" / "48.mp4")
     view = attention_figures.analyze_clip(
         model, {k: clips[k][:, 0] for k in ("spatial", "temporal")}
     )
-    apart = view.taken_apart()
-    assert apart.images["temporal"].shape == (16, 8, 8, 3)
+    split = view.split_framesets()
+    assert split.images["temporal"].shape == (16, 8, 8, 3)
     for kind in ("without adaptation", "with adaptation"):
-        assert apart.maps[kind]["temporal"].shape == (16, 8, 8)
-        np.testing.assert_allclose(apart.maps[kind]["temporal"].sum(), 1, atol=1e-5)
+        assert split.maps[kind]["temporal"].shape == (16, 8, 8)
+        np.testing.assert_allclose(split.maps[kind]["temporal"].sum(), 1, atol=1e-5)
         np.testing.assert_allclose(view.maps[kind]["spatial"].sum((-2, -1)), 1, atol=1e-5)
-    different = [maps["temporal"] for maps in view.maps.values()]
-    assert np.abs(different[0] - different[1]).max() > 1e-4
+    without, adapted = (maps["temporal"] for maps in view.maps.values())
+    assert np.abs(without - adapted).max() > 1e-4

@@ -1,4 +1,4 @@
-"""Attention that the model returns, the maps made of it, and where the demo's object is."""
+"""Tests the model's attention, the maps computed from it, and the masks of the demo's object."""
 
 import types
 
@@ -19,8 +19,8 @@ from dualpath_jax.models.methods.dualpath import DualPath
 TINY = vit.ViTConfig("tiny", 32, 8, 48, 3, 4, 96, 24)
 
 
-def tiny_model(scan: bool = False):
-    """A model of both paths whose adapters are nowhere zero, and its parameters."""
+def build_tiny_model(scan: bool = False):
+    """Returns a model of both paths and its parameters; no adapter weight is zero."""
     module = DualPath(
         TINY,
         num_classes=5,
@@ -29,41 +29,40 @@ def tiny_model(scan: bool = False):
         pre_attention_adapter=True,
         scan_blocks=scan,
     )
-    params = jax.jit(module.init)(jax.random.key(0), *inputs())["params"]
+    params = jax.jit(module.init)(jax.random.key(0), *make_inputs())["params"]
     rng = np.random.default_rng(1)
     moved = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(x.dtype), params)
     return module, moved
 
 
-def inputs():
+def make_inputs():
+    """Returns "spatial" [2, 3, 32, 32, 3] and "temporal" [2, 1, 32, 32, 3] images."""
     rng = np.random.default_rng(0)
     shapes = (2, 3, 32, 32, 3), (2, 1, 32, 32, 3)
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-def attend(module, params, *options):
-    """`DualPath.attention` on the inputs, compiled."""
+def compute_attention(module, params, *options):
+    """Calls `DualPath.attention` on the inputs, compiled."""
 
     def attention(params):
-        return module.apply({"params": params}, *inputs(), *options, method=DualPath.attention)
+        return module.apply({"params": params}, *make_inputs(), *options, method=DualPath.attention)
 
     return jax.device_get(jax.jit(attention)(params))
 
 
 def layer_norm(x, params):
-    centred = x - x.mean(-1, keepdims=True)
-    return (
-        centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * params["scale"]
-        + (params["bias"])
-    )
+    centered = x - x.mean(-1, keepdims=True)
+    normalized = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
+    return normalized * params["scale"] + params["bias"]
 
 
-def of_block(tree, index):
+def select_block(tree, index):
     return jax.tree.map(lambda leaf: np.asarray(leaf[index], np.float64), tree)
 
 
-def heads_of(x, block):
-    """Queries, keys and values [3, M, K, N, D/K] of x [M, N, D], in numpy."""
+def split_heads(x, block):
+    """Returns queries, keys and values [3, M, K, N, D/K] of x [M, N, D], in numpy."""
     qkv = x @ block["attention"]["qkv"]["kernel"] + block["attention"]["qkv"]["bias"]
     return qkv.reshape(*x.shape[:2], 3, 4, 12).transpose(2, 0, 3, 1, 4)
 
@@ -75,15 +74,15 @@ def softmax(x):
 
 @pytest.mark.parametrize("adapted", [True, False])
 def test_temporal_attention_is_that_of_the_equations(adapted):
-    """The last block's, by numpy from the tokens that enter it; with a wrong scale it is not."""
-    module, params = tiny_model()
-    temporal = inputs()[1]
-    weights = attend(module, params, adapted)["temporal"]
+    """Computes the last block's attention in numpy from its input; a wrong scale must not match."""
+    module, params = build_tiny_model()
+    temporal = make_inputs()[1]
+    weights = compute_attention(module, params, adapted)["temporal"]
     assert weights.shape == (1, 2, 1, 17, 17)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
 
     def enters_last(module):
-        hooks, own, position = module._path("temporal")
+        hooks, own, position = module._path_parts("temporal")
         token, fill = own["class_token"], (hooks, own["adapters"])
         if not adapted:
             token, fill = None, (None, None)
@@ -92,14 +91,14 @@ def test_temporal_attention_is_that_of_the_equations(adapted):
 
     enters = jax.jit(lambda p: module.apply({"params": p}, method=enters_last))
     h = np.asarray(enters(params), np.float64)
-    block = of_block(params["backbone"]["blocks"], 2)
+    block = select_block(params["backbone"]["blocks"], 2)
     x = layer_norm(h, block["ln_1"])
     if adapted:  # the fifth adapter reads LN(h) and is added to it
-        before = of_block(params["temporal"]["adapters"]["before"], 2)
+        before = select_block(params["temporal"]["adapters"]["before"], 2)
         hidden = x @ before["down"]["kernel"] + before["down"]["bias"]
         hidden = np.asarray(jax.nn.gelu(hidden, approximate=False))
         x = x + hidden @ before["up"]["kernel"] + before["up"]["bias"]
-    q, k, _ = heads_of(x, block)
+    q, k, _ = split_heads(x, block)
     logits = q @ k.swapaxes(-1, -2)
     expected, wrong = (softmax(logits * 12.0**power).mean(axis=1) for power in (-0.5, -1.0))
     np.testing.assert_allclose(weights[0, :, 0], expected, atol=1e-4)
@@ -107,8 +106,8 @@ def test_temporal_attention_is_that_of_the_equations(adapted):
 
 
 def test_attention_times_values_is_the_blocks_own_output():
-    """With the weights of each head; those of the wrong head give something else."""
-    _, params = tiny_model()
+    """Applies each head's weights to its values; the weights of another head must not match."""
+    _, params = build_tiny_model()
     block = jax.tree.map(lambda leaf: leaf[0], params["backbone"]["blocks"])
     x = np.random.default_rng(2).normal(size=(2, 17, 48)).astype(np.float32)
     layer = vit.Attention(48, 4)
@@ -126,11 +125,11 @@ def test_attention_times_values_is_the_blocks_own_output():
 
 
 def test_all_blocks_end_with_the_last_one_and_scan_gives_the_same():
-    module, params = tiny_model()
-    scanned, _ = tiny_model(scan=True)
+    module, params = build_tiny_model()
+    scanned, _ = build_tiny_model(scan=True)
 
     def run(module, all_blocks):
-        return attend(module, params, True, all_blocks)
+        return compute_attention(module, params, True, all_blocks)
 
     last, blocks = run(module, False), run(module, True)
     assert {name: w.shape[0] for name, w in blocks.items()} == {"spatial": 3, "temporal": 3}
@@ -141,13 +140,15 @@ def test_all_blocks_end_with_the_last_one_and_scan_gives_the_same():
 
 
 def test_without_adaptation_nothing_trained_counts_but_the_positions():
-    """Other adapters and class tokens change only the map with adaptation."""
-    module, params = tiny_model()
+    """Checks that other adapters and class tokens change only the maps with adaptation."""
+    module, params = build_tiny_model()
     other = dict(params)
     for path in ("spatial", "temporal"):
         other[path] = jax.tree.map(lambda x: 2 * x, params[path])
     other["spatial"]["position"] = params["spatial"]["position"]
-    frozen, adapted = ([attend(module, p, kind) for p in (params, other)] for kind in (False, True))
+    frozen, adapted = (
+        [compute_attention(module, p, kind) for p in (params, other)] for kind in (False, True)
+    )
 
     for name in ("spatial", "temporal"):
         assert np.array_equal(frozen[0][name], frozen[1][name])
@@ -162,7 +163,7 @@ def test_rollout_by_hand():
     assert np.abs(rolled - swapped).max() > 0.01
 
 
-def test_framesets_taken_apart_are_the_frames():
+def test_split_framesets_returns_the_frames():
     frames = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)
     tiled = framesets.tile_framesets(frames, (3, 2)).numpy()
     assert np.array_equal(attention_maps.split_framesets(tiled[None], (3, 2))[0], frames)
@@ -175,19 +176,19 @@ def test_framesets_taken_apart_are_the_frames():
 def test_share_of_uniform_attention_is_the_area():
     masks = np.zeros((1, 2, 16, 16))
     masks[0, 0, :4, :8] = 1  # an eighth of the first image, half of its first patch
-    covered = attention_maps.patch_coverage(masks, 8)
-    share = attention_maps.mean_attention_share(np.full((1, 2, 2, 2), 0.25), covered)
+    coverage = attention_maps.patch_coverage(masks, 8)
+    share = attention_maps.mean_attention_share(np.full((1, 2, 2, 2), 0.25), coverage)
     np.testing.assert_allclose(share, [1 / 16])
     on_it = np.zeros((1, 2, 2, 2))
     on_it[:, :, 0, 0] = 1
-    np.testing.assert_allclose(attention_maps.mean_attention_share(on_it, covered), [0.25])
+    np.testing.assert_allclose(attention_maps.mean_attention_share(on_it, coverage), [0.25])
     np.testing.assert_allclose(
-        attention_maps.mean_attention_share(on_it[..., ::-1, :], covered), [0]
+        attention_maps.mean_attention_share(on_it[..., ::-1, :], coverage), [0]
     )
 
 
 def test_maps_of_clips():
-    module, params = tiny_model()
+    module, params = build_tiny_model()
     model = types.SimpleNamespace(module=module, params=params, config=demo_config.get_config())
     rng = np.random.default_rng(0)
     shapes = {"spatial": (2, 3, 32, 32, 3), "temporal": (2, 1, 32, 32, 3)}
@@ -204,7 +205,7 @@ def test_maps_of_clips():
 def test_other_methods_and_swin_are_refused():
     config = demo_config.get_config()
     config.model.method = "aim"
-    with pytest.raises(ValueError, match="dualpath, and this model is of 'aim'"):
+    with pytest.raises(ValueError, match="dualpath, but this model was tuned with 'aim'"):
         attention_maps.class_token_attention(
             types.SimpleNamespace(module=object(), config=config), {}
         )
@@ -212,11 +213,13 @@ def test_other_methods_and_swin_are_refused():
 
     module = DualPath(swin.MODELS["Swin-T"], num_classes=5)
     with pytest.raises(ValueError, match="Swin-T has no class token"):
-        jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs(), method=DualPath.attention))
+        jax.eval_shape(
+            lambda: module.init(jax.random.key(0), *make_inputs(), method=DualPath.attention)
+        )
 
 
-def test_the_object_is_where_its_mask_says():
-    """Outside of the mask every frame is the photograph; another video's mask does not cover it."""
+def test_the_mask_covers_the_object():
+    """Checks that frames differ from the photograph only inside their own mask."""
     for number in range(8):
         scene, other = render.find_scene("test", number), render.find_scene("test", number + 8)
         changed = (scene.frames() != scene.background).any(axis=-1)
@@ -225,8 +228,8 @@ def test_the_object_is_where_its_mask_says():
         assert changed[other.masks() == 0].any()
 
 
-def test_masks_go_the_way_of_the_videos(config, demo_data):
-    """A patch of the batch of masks is bright where the object is in the batch of videos."""
+def test_masks_are_processed_like_the_videos(config, demo_data):
+    """Checks that the masks' patches are bright where the videos' patches show the object."""
     dataset = VideoDataset(demo_data, "test")
     masks = object_masks.ObjectMasks(dataset, "test")
     (videos, objects) = (

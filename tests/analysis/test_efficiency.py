@@ -1,4 +1,4 @@
-"""Counts of efficiency.py: against the XLA program, a formula, and PAPER.md."""
+"""Tests the counts of efficiency.py against the XLA program, a formula, and PAPER.md."""
 
 import importlib
 import math
@@ -14,7 +14,7 @@ from dualpath_jax.models.abstract import abstract_inputs, abstract_model, build_
 from dualpath_jax.models.backbones import attention
 
 
-def load(name):
+def load_config(name):
     file, _, argument = name.partition(":")
     get_config = importlib.import_module(f"configs.{file}").get_config
     return get_config(argument) if argument else get_config()
@@ -49,12 +49,12 @@ def test_macs_of_known_products():
     assert depthwise == 2 * 8 * 8 * 6 * 3 * 3
 
 
-def _dims(text):
+def _parse_dims(text):
     return [int(d) for d in text.split("x")[:-1]]
 
 
-def stablehlo_macs(text):
-    """Multiply-accumulates of a StableHLO module, functions counted as often as they are called."""
+def count_stablehlo_macs(text):
+    """Counts a StableHLO module's multiply-accumulates; a function counts once for each call."""
     functions, body = {}, None
     for line in text.splitlines():
         if match := re.search(r"func\.func .*?@([\w.]+)\(", line):
@@ -72,18 +72,20 @@ def stablehlo_macs(text):
                 left, _, out = types[-3:]
                 contracted = re.search(r"contracting_dims = \[([\d, ]*)\] x", line).group(1)
                 axes = [int(axis) for axis in contracted.split(",")]
-                total += math.prod(_dims(out)) * math.prod(_dims(left)[axis] for axis in axes)
+                total += math.prod(_parse_dims(out)) * math.prod(
+                    _parse_dims(left)[axis] for axis in axes
+                )
             elif "stablehlo.convolution" in line:
                 _, kernel, out = types[-3:]
-                features = _dims(out)[-1]
-                total += math.prod(_dims(out)) * math.prod(_dims(kernel)) // features
+                features = _parse_dims(out)[-1]
+                total += math.prod(_parse_dims(out)) * math.prod(_parse_dims(kernel)) // features
         return total
 
     return macs("main")
 
 
-def formula(config, classes):
-    """Plain MACs of DualPath on a CLIP ViT for one view, by PAPER.md."""
+def expected_macs(config, classes):
+    """Returns the plain MACs of DualPath on a CLIP ViT for one view, by PAPER.md."""
     shape = build_backbone_config(config)
     width, tokens, e = shape.width, shape.num_tokens, shape.projection_dim
     r, s = config.model.adapter_bottleneck, config.data.num_spatial_frames
@@ -98,43 +100,46 @@ def formula(config, classes):
 
 
 @pytest.mark.parametrize(("name", "classes"), [("ssv2_vitb", 174), ("k400_vitl", 400)])
-def test_dualpath_is_as_the_formula(name, classes):
-    config = load(name)
+def test_dualpath_matches_the_formula(name, classes):
+    config = load_config(name)
     counted = efficiency.measure_efficiency(config)
-    assert round(counted.plain_gmacs_per_view * 1e9) == formula(config, classes)
+    assert round(counted.plain_gmacs_per_view * 1e9) == expected_macs(config, classes)
     assert counted.gmacs_per_view < counted.plain_gmacs_per_view
-    config.data.num_frames = 48  # the twin: another clip is another count
-    assert round(counted.plain_gmacs_per_view * 1e9) != formula(config, classes)
+    config.data.num_frames = 48  # negative twin: another clip has another count
+    assert round(counted.plain_gmacs_per_view * 1e9) != expected_macs(config, classes)
 
 
-def test_cudnns_attention_counts_as_any_other(monkeypatch):
-    """Twin: what is traced for a GPU in half precision has products that nobody counts."""
-    config = load("ssv2_vitb")
-    want = efficiency.measure_efficiency(config)
+def test_cudnn_attention_is_counted(monkeypatch):
+    """Checks that cuDNN's attention is counted; tracing for a GPU directly would miss it."""
+    config = load_config("ssv2_vitb")
+    expected = efficiency.measure_efficiency(config)
     monkeypatch.setattr(attention, "has_flash_attention", lambda: True)
     monkeypatch.setattr(attention, "_by_cudnn", lambda q, k, v, padding: v)
-    assert efficiency.measure_efficiency(config) == want
+    assert efficiency.measure_efficiency(config) == expected
     model = abstract_model(config, 174)
-    forward = efficiency._forward(model)
+    forward = efficiency._build_forward_fn(model)
     traced = efficiency.count_macs(forward, model.params, *abstract_inputs(config))
-    assert traced < round(want.gmacs_per_view * 1e9)
+    assert traced < round(expected.gmacs_per_view * 1e9)
 
 
 @pytest.mark.parametrize("cls_token_only", [False, True])
 def test_count_is_that_of_the_unrolled_program(cls_token_only):
-    config = load("ssv2_vitb")
+    config = load_config("ssv2_vitb")
     config.model.scan_blocks, config.model.cls_token_only = False, cls_token_only
     model = abstract_model(config, 174)
     lowered = jax.jit(lambda p, *x: model.model.apply({"params": p}, *x)).lower(
         model.params, *abstract_inputs(config)
     )
     counted = efficiency.measure_efficiency(config)
-    want = counted.gmacs_per_view if cls_token_only else counted.plain_gmacs_per_view
-    assert stablehlo_macs(lowered.as_text()) == round(want * 1e9)
+    gmacs = counted.gmacs_per_view if cls_token_only else counted.plain_gmacs_per_view
+    assert count_stablehlo_macs(lowered.as_text()) == round(gmacs * 1e9)
 
 
 def test_skipping_the_last_block_saves_what_it_should():
-    """All of the last block for N - 1 tokens; its attention reads their norms, once a head."""
+    """Checks that the last block skips N - 1 tokens.
+
+    Only its attention still reads their norms, once per head.
+    """
     config = recipes.baseline(recipes.vit_b16(recipes.ssv2()), "linear")
     counted = efficiency.measure_efficiency(config)
     tokens, width, heads = 197, 768, 12
@@ -153,11 +158,11 @@ def test_skipping_the_last_block_saves_what_it_should():
     ],
 )
 def test_trainable_parameters(name, trainable):
-    """As PAPER.md; the other cells are in test_dualpath.py and in the configs' headers."""
-    assert efficiency.measure_efficiency(load(name)).trainable_params == trainable
+    """Checks some counts of PAPER.md; test_dualpath.py and the configs' headers have the others."""
+    assert efficiency.measure_efficiency(load_config(name)).trainable_params == trainable
 
 
-def test_other_classes_are_taken_for_unknown_sources():
+def test_unknown_sources_get_a_placeholder_number_of_classes():
     config = schema.get_config()
     config.model.scan_blocks = True
     assert efficiency.measure_efficiency(config).trainable_params == 10_158_850  # with two classes

@@ -1,12 +1,10 @@
-"""A training under faults that a seed draws, restarted until it is done. See scripts/chaos.py.
+"""Trains under random faults and restarts the program until it is done; see scripts/chaos.py.
 
-Public: `FAULTS`, `FaultRecord`, `plan_faults`, `num_steps`, `run_with_faults`.
-
-What is compared with an undisturbed run must have had the same batches. The videos that `trial`
-damages are so in both runs: what takes their place must not depend on when the damage is found.
-Further damage to stored records would be trained round as well, and so change the batches; it
-therefore comes as more damaged videos than `data.max_broken_videos` allows, which must stop the
-program before it trains on, and is mended before the next start.
+The run is compared with an undisturbed one, so both must see the same batches. The videos that
+`TrainingFixture` damages are damaged in both runs, and their replacements must not depend on when
+the damage is found. Training would also continue around further damage to stored records, but with
+other batches. This fault therefore damages more videos than `data.max_broken_videos` allows: the
+program must stop before it trains on them, and the records are repaired before the next start.
 """
 
 import dataclasses
@@ -20,196 +18,226 @@ import numpy as np
 
 from dualpath_jax.runtime.preemption import EXIT_CODE
 from tests.chaos.full_disk import LimitedDisk
-from tests.chaos.trial import DAMAGED, SIZES, TrainingFixture, TrainingProcess
+from tests.chaos.training_fixture import (
+    DAMAGED,
+    SIZES,
+    ChaosError,
+    TrainingFixture,
+    TrainingProcess,
+)
 
 STEPS_PER_FAULT = 12
-REFUSED = 2  # exit status of `command.user_errors`
+_USER_ERROR = 2  # exit status of `cli.user_errors`
+_LOST_CHECKPOINT = "could not be written"  # part of the program's warning
 
 
 class FaultedRun:
-    """The disturbed run: one life after the other in one workdir."""
+    """Runs the disturbed training: a series of processes in one workdir.
 
-    def __init__(self, trial: TrainingFixture, disk: LimitedDisk):
-        self.trial, self.disk = trial, disk
+    Attributes:
+      fixture: starts the processes.
+      disk: the disk of the workdir.
+      workdir: the workdir of all processes.
+      num_starts: number of processes started so far.
+      training: the process started last.
+    """
+
+    def __init__(self, fixture: TrainingFixture, disk: LimitedDisk):
+        self.fixture, self.disk = fixture, disk
         self.workdir = disk.folder / "workdir"
-        self.lives = 0
-        self.life = self.start()
+        self.num_starts = 0
+        self.training = self.start()
 
     def start(self, wrong_clock: bool = False) -> TrainingProcess:
-        """Begin another life."""
-        self.lives += 1
-        self.life = self.trial.start(self.workdir, f"life{self.lives:03}.txt", wrong_clock)
-        return self.life
+        """Starts the next process."""
+        self.num_starts += 1
+        log = f"process{self.num_starts:03}.txt"
+        self.training = self.fixture.start(self.workdir, log, wrong_clock)
+        return self.training
 
-    def reach(self, step: int) -> None:
-        """Wait until `step` is done."""
-        if not self.life.until(lambda: self.life.step() >= step):
-            raise self.life.wrong(f"ended with status {self.life.process.returncode}")
+    def wait_for_step(self, step: int) -> None:
+        """Waits until `step` is done."""
+        if not self.training.wait_until(lambda: self.training.last_step() >= step):
+            raise self.exit_error()
 
-    def recover(self, wrong_clock: bool = False) -> str:
-        """Start again after a death, the same command; tells where it resumed."""
-        life = self.start(wrong_clock)
-        if not life.trains() and life.end() != 0:
-            raise life.wrong(f"did not start again: status {life.process.returncode}")
-        marks = [line for line in life.text().splitlines() if line.startswith("resumed from")]
-        return f"resumed from step {marks[0].rsplit('/', 1)[1]}" if marks else "began again"
+    def restart(self, wrong_clock: bool = False) -> str:
+        """Starts the same command after a death; returns where it resumed, in words."""
+        training = self.start(wrong_clock)
+        if not training.wait_for_first_step() and training.wait_for_exit() != 0:
+            status = training.process.returncode
+            raise training.make_error(f"did not start again: status {status}")
+        lines = training.read_log().splitlines()
+        resumed = [line for line in lines if line.startswith("resumed from")]
+        return f"resumed from step {resumed[0].rsplit('/', 1)[1]}" if resumed else "began again"
 
-    def saved(self) -> list[int]:
-        """Steps of the checkpoints that are there."""
+    def exit_error(self, where: str = "") -> ChaosError:
+        """Returns an error with the exit status of the last process."""
+        status = self.training.process.returncode
+        return self.training.make_error(f"ended with status {status}{where}")
+
+    def saved_steps(self) -> list[int]:
+        """Returns the steps of the finished checkpoints."""
         folders = (self.workdir / "checkpoints").glob("*")
         return sorted(int(path.name) for path in folders if path.name.isdigit())
 
-    def half_written(self) -> list[pathlib.Path]:
-        """Checkpoints that are being written, or were when the program died."""
+    def newest_step(self) -> int:
+        """Returns the step of the newest checkpoint, or 0."""
+        return max(self.saved_steps(), default=0)
+
+    def unfinished_checkpoints(self) -> list[pathlib.Path]:
+        """Returns checkpoints that are being written, or were when the program died."""
         return list((self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
 
-    def set_aside(self) -> int:
-        """Number of checkpoints that were found damaged."""
+    def count_damaged_checkpoints(self) -> int:
+        """Returns the number of checkpoints that the program has set aside as damaged."""
         return len(list((self.workdir / "damaged_checkpoints").glob("*")))
 
 
 def _kill(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
     time.sleep(rng.uniform(0, 0.3))
-    run.life.kill()
-    return "resumed", run.recover()
+    run.training.kill()
+    return "resumed", run.restart()
 
 
 def _kill_starting(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
-    run.life.kill()
-    life = run.start()
+    run.training.kill()
+    training = run.start()
     seconds = rng.uniform(0, 10)
     time.sleep(seconds)
-    life.kill()
-    return "resumed", f"after {seconds:.1f} s; {run.recover()}"
+    training.kill()
+    return "resumed", f"after {seconds:.1f} s; {run.restart()}"
 
 
 def _kill_saving(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
-    if not run.life.until(run.half_written, pause=0.001):
-        raise run.life.wrong("saved nothing more")
+    if not run.training.wait_until(run.unfinished_checkpoints, pause=0.001):
+        raise run.training.make_error("saved nothing more")
     time.sleep(rng.uniform(0, 0.05))
-    run.life.kill()
-    left = [path.name.split(".")[0] for path in run.half_written()]
-    where = f"checkpoint {left[0]} half written" if left else "it had just been finished"
-    did = "resumed, half a checkpoint left unread" if left else "resumed"
-    return did, f"{where}; {run.recover()}"
+    run.training.kill()
+    steps = [path.name.split(".")[0] for path in run.unfinished_checkpoints()]
+    where = f"checkpoint {steps[0]} unfinished" if steps else "it had just been finished"
+    outcome = "resumed, ignored an unfinished checkpoint" if steps else "resumed"
+    return outcome, f"{where}; {run.restart()}"
 
 
 def _sigterm(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
-    run.life.trains()
+    run.training.wait_for_first_step()
     time.sleep(rng.uniform(0, 0.3))
-    run.life.process.send_signal(signal.SIGTERM)
-    if run.life.end() != EXIT_CODE:
-        raise run.life.wrong(f"ended with status {run.life.process.returncode} on SIGTERM")
-    newest = max(run.saved())
-    where = run.recover()
+    run.training.process.send_signal(signal.SIGTERM)
+    if run.training.wait_for_exit() != EXIT_CODE:
+        raise run.exit_error(" on SIGTERM")
+    newest = max(run.saved_steps())
+    where = run.restart()
     if where != f"resumed from step {newest}":
-        raise run.life.wrong(f"had saved step {newest} on SIGTERM and {where}")
+        raise run.training.make_error(f"had saved step {newest} on SIGTERM and {where}")
     return f"saved, status {EXIT_CODE}, resumed there", where
 
 
 def _sigterm_starting(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
-    run.life.kill()
-    life = run.start()
+    run.training.kill()
+    training = run.start()
     seconds = rng.uniform(0, 10)
     time.sleep(seconds)
-    life.process.send_signal(signal.SIGTERM)
-    status = life.end()
+    training.process.send_signal(signal.SIGTERM)
+    status = training.wait_for_exit()
     if status not in (EXIT_CODE, -signal.SIGTERM):
-        raise life.wrong(f"ended with status {status} on SIGTERM")
-    what = f"status {status}" if status > 0 else "ended by the signal"
-    return f"{what}, resumed", f"after {seconds:.1f} s; {run.recover()}"
+        raise run.exit_error(" on SIGTERM")
+    outcome = f"status {status}" if status > 0 else "ended by the signal"
+    return f"{outcome}, resumed", f"after {seconds:.1f} s; {run.restart()}"
 
 
 def _torn_checkpoint(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
-    run.life.until(run.saved)
-    run.life.kill()
-    newest = run.workdir / "checkpoints" / str(max(run.saved()))
+    run.training.wait_until(run.saved_steps)
+    run.training.kill()
+    newest = run.workdir / "checkpoints" / str(max(run.saved_steps()))
     files = sorted(path for path in newest.rglob("*") if path.is_file())
     sizes = np.array([path.stat().st_size for path in files])
-    chances = sizes / sizes.sum() if rng.random() < 0.7 else None  # many small ones are not read
+    chances = sizes / sizes.sum() if rng.random() < 0.7 else None  # many small files are not read
     path = files[rng.choice(len(files), p=chances)]
-    how = ("cut", "flipped bit in", "removed")[rng.integers(3)]
+    damage = ("cut", "flipped bit in", "removed")[rng.integers(3)]
     content = bytearray(path.read_bytes())
-    if how == "removed":
+    if damage == "removed":
         path.unlink()
-    elif how == "cut":
+    elif damage == "cut":
         path.write_bytes(content[: rng.integers(len(content))])
     else:
         content[rng.integers(len(content))] ^= 1 << rng.integers(8)
         path.write_bytes(content)
-    before = run.set_aside()
-    where = f"{how} {path.relative_to(newest.parent)}; {run.recover()}"
-    if run.set_aside() > before:
-        return "set aside, resumed from an older one", where
-    return "not needed for restoring, resumed", where
+    before = run.count_damaged_checkpoints()
+    details = f"{damage} {path.relative_to(newest.parent)}; {run.restart()}"
+    if run.count_damaged_checkpoints() > before:
+        return "set aside, resumed from an older one", details
+    return "not needed for restoring, resumed", details
 
 
 def _full_disk(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
-    run.life.trains()
-    with run.disk.full(run.life.process.pid):
+    run.training.wait_for_first_step()
+    with run.disk.full(run.training.process.pid):
         _wait_for_lost_checkpoint(run)
-    return "warned, trained on", f"without the checkpoint; newest {max(run.saved(), default=0)}"
+    return "warned, continued", f"without the checkpoint; newest {run.newest_step()}"
 
 
-def _full_disk_and_death(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
-    run.life.trains()
-    with run.disk.full(run.life.process.pid):
+def _full_disk_and_kill(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
+    run.training.wait_for_first_step()
+    with run.disk.full(run.training.process.pid):
         _wait_for_lost_checkpoint(run)
-        run.life.kill()
-        life = run.start()
-        run.disk.limit(life.process.pid)
-        if life.trains():
-            what = "trained on the full disk"
-            life.kill()
-        elif life.end() == REFUSED:
-            what = f"status {REFUSED} on the full disk"
+        run.training.kill()
+        training = run.start()
+        run.disk.limit(training.process.pid)
+        if training.wait_for_first_step():
+            outcome = "trained on the full disk"
+            training.kill()
+        elif training.wait_for_exit() == _USER_ERROR:
+            outcome = f"status {_USER_ERROR} on the full disk"
         else:
-            raise life.wrong(f"ended with status {life.process.returncode} on a full disk")
-    return f"{what}, then resumed", run.recover()
+            raise run.exit_error(" on a full disk")
+    return f"{outcome}, then resumed", run.restart()
 
 
 def _wait_for_lost_checkpoint(run: FaultedRun) -> None:
-    told = run.life.text().count("could not be written")
-    if not run.life.until(lambda: run.life.text().count("could not be written") > told):
-        raise run.life.wrong(f"ended with status {run.life.process.returncode} on a full disk")
+    """Waits until the program warns that it could not write a checkpoint."""
+    training = run.training
+    before = training.read_log().count(_LOST_CHECKPOINT)
+    if not training.wait_until(lambda: training.read_log().count(_LOST_CHECKPOINT) > before):
+        raise run.exit_error(" on a full disk")
 
 
 def _corrupt_records(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
-    run.life.kill()
-    before = run.trial.shard.read_bytes()
-    run.trial.damage_videos(i for i in range(SIZES["train"]) if i not in DAMAGED)
-    life = run.start()
-    status = life.end()
-    run.trial.shard.write_bytes(before)
-    if status != REFUSED or "training videos cannot be read" not in life.text():
-        raise life.wrong(f"ended with status {status} on records that cannot be read")
-    return f"status {REFUSED}, named the videos; resumed when mended", run.recover()
+    run.training.kill()
+    intact = run.fixture.shard.read_bytes()
+    run.fixture.damage_videos(i for i in range(SIZES["train"]) if i not in DAMAGED)
+    training = run.start()
+    status = training.wait_for_exit()
+    run.fixture.shard.write_bytes(intact)
+    if status != _USER_ERROR or "training videos cannot be read" not in training.read_log():
+        raise run.exit_error(" on records that cannot be read")
+    return f"status {_USER_ERROR}, named the videos; resumed when repaired", run.restart()
 
 
 def _second_program(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
-    run.life.process.send_signal(signal.SIGSTOP)  # or it would be done before the other starts
-    second = run.trial.start(run.workdir, f"second{run.lives:03}.txt")
-    status = second.end()
-    run.life.process.send_signal(signal.SIGCONT)
-    if status != REFUSED or f"in use by process {run.life.process.pid}" not in second.text():
-        raise second.wrong(f"ended with status {status} in a workdir that is in use")
-    return f"status {REFUSED}, the first went on", "it named the first one"
+    first = run.training.process
+    first.send_signal(signal.SIGSTOP)  # otherwise it would be done before the other starts
+    second = run.fixture.start(run.workdir, f"second{run.num_starts:03}.txt")
+    status = second.wait_for_exit()
+    first.send_signal(signal.SIGCONT)
+    if status != _USER_ERROR or f"in use by process {first.pid}" not in second.read_log():
+        raise second.make_error(f"ended with status {status} in a workdir that is in use")
+    return f"status {_USER_ERROR}, the first continued", "it named the first one"
 
 
 def _wrong_clock(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
-    run.life.kill()
+    run.training.kill()
     for path in run.workdir.rglob("*"):
         os.utime(path, (rng.uniform(0, 4e9),) * 2)  # files from 1970 to 2096
-    where = run.recover(wrong_clock=True)
-    newest = max(run.saved(), default=0)
-    run.life.until(lambda: max(run.saved(), default=0) > newest)
-    if "could not be written" in run.life.text():
-        raise run.life.wrong("lost a checkpoint to the clock")
-    return "resumed, trained on and saved", where
+    where = run.restart(wrong_clock=True)
+    newest = run.newest_step()
+    run.training.wait_until(lambda: run.newest_step() > newest)
+    if _LOST_CHECKPOINT in run.training.read_log():
+        raise run.training.make_error("lost a checkpoint to the clock")
+    return "resumed, continued and saved", where
 
 
-# A fault gets the run, alive, and leaves it alive. It returns what the program did, in words for
-# the table, and details.
+# A fault receives the run with a living process and leaves one. It returns what the program did,
+# for the table, and details.
 FAULTS: dict[str, Callable[[FaultedRun, np.random.Generator], tuple[str, str]]] = {
     "kill -9": _kill,
     "kill -9 while starting": _kill_starting,
@@ -218,7 +246,7 @@ FAULTS: dict[str, Callable[[FaultedRun, np.random.Generator], tuple[str, str]]] 
     "SIGTERM while starting": _sigterm_starting,
     "torn checkpoint": _torn_checkpoint,
     "full disk": _full_disk,
-    "full disk, kill -9": _full_disk_and_death,
+    "full disk, kill -9": _full_disk_and_kill,
     "corrupt records": _corrupt_records,
     "second program": _second_program,
     "jumping clock": _wrong_clock,
@@ -226,7 +254,11 @@ FAULTS: dict[str, Callable[[FaultedRun, np.random.Generator], tuple[str, str]]] 
 
 
 def plan_faults(seed: int, count: int) -> list[tuple[str, int]]:
-    """`count` faults: their kind, each as often as the others, and the step that they wait for."""
+    """Draws `count` faults, each kind equally often.
+
+    Returns:
+      For each fault its kind, a key of `FAULTS`, and the step after which it happens.
+    """
     rng = np.random.default_rng(seed)
     kinds: list[str] = []
     while len(kinds) < count:
@@ -236,36 +268,43 @@ def plan_faults(seed: int, count: int) -> list[tuple[str, int]]:
 
 
 def num_steps(count: int) -> int:
-    """Steps that leave room for `count` faults."""
+    """Returns a number of training steps that leaves room for `count` faults."""
     return STEPS_PER_FAULT * (count + 5)
 
 
 @dataclasses.dataclass(frozen=True)
 class FaultRecord:
-    """A fault that happened, at `step` by the program's own words, and what the program did."""
+    """Describes a fault that happened.
+
+    Attributes:
+      kind: a key of `FAULTS`.
+      step: the last step that the program had printed.
+      outcome: what the program did.
+      details: the circumstances.
+    """
 
     kind: str
     step: int
-    did: str
+    outcome: str
     details: str
 
 
 def run_with_faults(
-    trial: TrainingFixture, disk: LimitedDisk, plan: list[tuple[str, int]], seed: int
+    fixture: TrainingFixture, disk: LimitedDisk, plan: list[tuple[str, int]], seed: int
 ) -> Iterator[FaultRecord]:
-    """Train to the end under the faults of `plan`; yields each when it is over.
+    """Trains to the end under the faults of `plan`; yields a record after each of them.
 
     Raises:
-      Chaos: the program hung, ended otherwise than it should, or did not start again.
+      ChaosError: the program hung, ended with a wrong status, or did not start again.
     """
-    run = FaultedRun(trial, disk)
+    run = FaultedRun(fixture, disk)
     try:
         for number, (kind, target) in enumerate(plan):
-            run.reach(target)
-            step = run.life.step()
-            did, details = FAULTS[kind](run, np.random.default_rng([seed, number]))
-            yield FaultRecord(kind, step, did, details)
-        if run.life.end() != 0:
-            raise run.life.wrong(f"ended with status {run.life.process.returncode}")
+            run.wait_for_step(target)
+            step = run.training.last_step()
+            outcome, details = FAULTS[kind](run, np.random.default_rng([seed, number]))
+            yield FaultRecord(kind, step, outcome, details)
+        if run.training.wait_for_exit() != 0:
+            raise run.exit_error()
     finally:
-        run.life.kill()
+        run.training.kill()

@@ -1,7 +1,4 @@
-"""A disk that can be full at will.
-
-Public: `LimitedDisk`.
-"""
+"""Simulates a full disk."""
 
 import contextlib
 import pathlib
@@ -11,32 +8,32 @@ import subprocess
 import threading
 from collections.abc import Iterator
 
-SIZE = 128 * 2**20  # bytes of the disk
-LARGEST_FILE = 400_000  # bytes, of what is written where no disk can be mounted
+_DISK_BYTES = 128 * 2**20
+LARGEST_FILE = 400_000  # bytes; the limit on file sizes if no disk can be mounted
 
 
 class LimitedDisk:
-    """A folder on a small tmpfs, which is filled when it shall be full.
+    """Provides a folder on a small tmpfs, and fills it on demand.
 
-    Mounting needs a right that not everybody has. Without it the folder is an ordinary one, and
-    instead of a full disk there is a limit on the size of the files that a process writes: enough
-    for metrics, too little for the arrays of a checkpoint.
+    Mounting needs a privilege. Without it the folder is an ordinary one, and instead of a full disk
+    there is a limit on the size of the files that a process writes: enough for metrics, but too
+    little for the arrays of a checkpoint.
 
-    As a context manager it unmounts at the end, with what it held left in the folder.
+    As a context manager it unmounts at the end, and leaves the files in the folder.
 
     Attributes:
-      folder: to write to.
-      mounted: is it a tmpfs?
+      folder: the folder to write to.
+      mounted: whether it is a tmpfs.
 
     Args:
-      folder: to be made.
-      mount: try to?
+      folder: the folder to create.
+      mount: whether to try to mount a tmpfs.
     """
 
     def __init__(self, folder: pathlib.Path, mount: bool = True):
         self.folder = folder
         folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
+        command = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "tmpfs", str(folder)]
         self.mounted = mount and _succeeds(command)
 
     def __enter__(self) -> "LimitedDisk":
@@ -44,40 +41,41 @@ class LimitedDisk:
 
     def __exit__(self, *_) -> None:
         if self.mounted:
-            kept = self.folder.with_name(self.folder.name + ".kept")
-            shutil.copytree(self.folder, kept)
+            copy = self.folder.with_name(self.folder.name + ".copy")
+            shutil.copytree(self.folder, copy)
             subprocess.run(["umount", str(self.folder)], check=True)
             self.folder.rmdir()
-            kept.rename(self.folder)
+            copy.rename(self.folder)
 
     @contextlib.contextmanager
     def full(self, pid: int) -> Iterator[None]:
-        """No room, as long as it is entered, for what process `pid` wants to write."""
+        """Makes the disk full for process `pid` while the block runs."""
         if not self.mounted:
             self.limit(pid)
             yield
-            with contextlib.suppress(ProcessLookupError):  # it may be dead
+            with contextlib.suppress(ProcessLookupError):  # it may have ended
                 _limit_files(pid, resource.RLIM_INFINITY)
             return
-        filler, filled, over = self.folder / "filler", threading.Event(), threading.Event()
-        thread = threading.Thread(target=_fill, args=(filler, filled, over))
+        filler, filled, stop = self.folder / "filler", threading.Event(), threading.Event()
+        thread = threading.Thread(target=_fill_disk, args=(filler, filled, stop))
         thread.start()
         filled.wait()
         try:
             yield
         finally:
-            over.set()
+            stop.set()
             thread.join()
             filler.unlink()
 
     def limit(self, pid: int) -> None:
-        """The disk is full for process `pid` too, which was started meanwhile."""
+        """Makes the full disk full for process `pid` too, which was started in the block."""
         if not self.mounted:
             with contextlib.suppress(ProcessLookupError):
                 _limit_files(pid, LARGEST_FILE)
 
 
 def _succeeds(command: list[str]) -> bool:
+    """Runs a command; returns whether it succeeds."""
     try:
         return subprocess.run(command, capture_output=True).returncode == 0
     except OSError:
@@ -85,16 +83,17 @@ def _succeeds(command: list[str]) -> bool:
 
 
 def _limit_files(pid: int, size: int) -> None:
+    """Limits the files that a process writes to `size` bytes."""
     _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, hard))
 
 
-def _fill(path: pathlib.Path, filled: threading.Event, over: threading.Event) -> None:
-    """Take all room, and set `filled`; also what becomes free later, until `over` is set."""
+def _fill_disk(path: pathlib.Path, filled: threading.Event, stop: threading.Event) -> None:
+    """Takes all space and sets `filled`; also takes space freed later, until `stop` is set."""
     with path.open("wb", buffering=0) as file:
-        while not over.is_set():
+        while not stop.is_set():
             try:
                 file.write(bytes(2**20))
             except OSError:
                 filled.set()
-                over.wait(0.005)
+                stop.wait(0.005)

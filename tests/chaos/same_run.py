@@ -1,7 +1,4 @@
-"""Are two trainings the same, bit for bit? What their workdirs hold is compared.
-
-Public: `read_metric_entries`, `find_run_differences`.
-"""
+"""Compares the workdirs of two trainings bit for bit."""
 
 import json
 import pathlib
@@ -14,30 +11,30 @@ from dualpath_jax.training.metrics_logger import PROCESS_METRICS
 
 
 def read_metric_entries(workdir: str) -> list[dict[str, Any]]:
-    """The entries of metrics.jsonl, without what they tell of the process."""
+    """Returns the entries of metrics.jsonl, without the metrics of the process (such as timing)."""
     lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    kept = [json.loads(line) for line in lines]
-    return [{k: v for k, v in entry.items() if k not in PROCESS_METRICS} for entry in kept]
+    entries = [json.loads(line) for line in lines]
+    return [{k: v for k, v in entry.items() if k not in PROCESS_METRICS} for entry in entries]
 
 
 def find_run_differences(left: str, right: str) -> list[str]:
-    """What differs between two finished runs: a line each; none if they are bit for bit equal.
+    """Returns a line for each difference between two finished runs.
 
-    Compared are the newest checkpoints (trainables, optimizer state, step), every entry of
-    metrics.jsonl, and results.json.
+    It compares the newest checkpoints (trainable parameters, optimizer state, step), every entry of
+    metrics.jsonl, and results.json, bit for bit.
     """
-    states = [_state(workdir) for workdir in (left, right)]
-    found = _differing("checkpoint", *states)
+    states = [_read_newest_checkpoint(workdir) for workdir in (left, right)]
+    differences = _list_differences("checkpoint", *states)
     metrics = [
         {i: json.dumps(e) for i, e in enumerate(read_metric_entries(w))} for w in (left, right)
     ]
-    found += _differing("entry of metrics.jsonl", *metrics)
+    differences += _list_differences("entry of metrics.jsonl", *metrics)
     results = [json.loads((pathlib.Path(w) / "results.json").read_text()) for w in (left, right)]
-    return found + _differing("results.json", *results)
+    return differences + _list_differences("results.json", *results)
 
 
-def _state(workdir: str) -> dict[str, tuple]:
-    """Leaves of the newest checkpoint by path: shape, dtype, bytes."""
+def _read_newest_checkpoint(workdir: str) -> dict[str, tuple]:
+    """Returns (shape, dtype, bytes) of each array of the newest checkpoint, by its path."""
     checkpoints = Checkpoints(workdir, read_only=True)
     step = checkpoints.latest_step()
     if step is None:
@@ -47,7 +44,8 @@ def _state(workdir: str) -> dict[str, tuple]:
     return {name: (a.shape, str(a.dtype), a.tobytes()) for name, a in arrays.items()}
 
 
-def _differing(what: str, left: dict, right: dict) -> list[str]:
+def _list_differences(what: str, left: dict, right: dict) -> list[str]:
+    """Returns a line for each key whose values differ, or that only one dictionary has."""
     names = sorted(left.keys() | right.keys())
     missing = object()
     return [f"{what}: {n}" for n in names if left.get(n, missing) != right.get(n, missing)]

@@ -21,10 +21,10 @@ from concurrent import futures
 
 import pytest
 
-from tests.helpers.documents import PAGES, ROOT, commands
-from tests.helpers.processes import xla_flags
+from tests.helpers.documents import PAGES, ROOT, find_commands
+from tests.helpers.processes import make_xla_flags
 
-DOCUMENTED = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+DOCUMENTED = list(dict.fromkeys(command for page in PAGES for command in find_commands(page)))
 _DEMO = "python -m dualpath_jax.main --config=configs/demo.py --workdir=runs/demo"
 _PREPARE = "python scripts/prepare_dataset.py --dataset=folder --videos=VIDEOS --out=data/mine"
 _MINE = "python -m dualpath_jax.main --config=configs/folder_vitb.py --config.data.dir=data/mine"
@@ -198,7 +198,7 @@ class Place:
         self.folder = folder
         self._results: dict[str, futures.Future] = {}
         # Compiled as other tests are. Taken here: a thread would read it while pytest changes it.
-        self._environment = {**os.environ, "XLA_FLAGS": xla_flags()}
+        self._environment = {**os.environ, "XLA_FLAGS": make_xla_flags()}
         for name in ("configs", "dualpath_jax", "scripts"):
             (folder / name).symlink_to(ROOT / name)
         shutil.copytree(demo_data, folder / "data" / "demo")

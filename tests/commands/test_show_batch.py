@@ -57,12 +57,12 @@ def test_colours_as_the_model_gets_them():
         "op_values": np.array([[0, 0, 0.5]], np.float32),
         "tables": np.tile(255 - np.arange(256, dtype=np.uint8), (1, 3, 1)),
     }
-    shown = show_batch.colour(batch)
+    shown = show_batch.apply_color_operations(batch)
     assert set(shown["spatial"].ravel().tolist() + shown["temporal"].ravel().tolist()) == {98}
-    assert show_batch.drawn(batch, 0) == "; invert; brightness 0.5"
+    assert show_batch.format_operations(batch, 0) == "; invert; brightness 0.5"
     del batch["ops"]
-    assert show_batch.colour(batch) is batch
-    assert show_batch.drawn(batch, 0) == ""
+    assert show_batch.apply_color_operations(batch) is batch
+    assert show_batch.format_operations(batch, 0) == ""
 
 
 def test_missing_data(tmp_path):

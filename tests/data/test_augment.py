@@ -1,4 +1,4 @@
-"""Where clips are cut and erased, and the classes of mirrored ones."""
+"""Tests the boxes that are cropped and erased, and the classes of mirrored clips."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 from dualpath_jax.data import augment
 
 
-def test_test_crops():
+def test_eval_crops():
     assert augment.eval_crop(256, 340, 0, 1) == augment.Crop(0, 42, 256, 256)
     lefts = [augment.eval_crop(256, 340, k, 3).left for k in range(3)]
     assert lefts == [0, 42, 84]
@@ -18,7 +18,7 @@ def test_test_crops():
         augment.eval_crop(256, 340, 0, 2)
 
 
-def test_random_crops_stay_inside_and_have_the_asked_area():
+def test_random_crops_stay_inside_and_have_the_given_area():
     rng = np.random.default_rng(0)
     crops = [augment.random_resized_crop(256, 340, rng, (0.08, 1.0), flip=True) for _ in range(500)]
     for crop in crops:
@@ -31,12 +31,12 @@ def test_random_crops_stay_inside_and_have_the_asked_area():
     assert 0.4 < np.mean([crop.flip for crop in crops]) < 0.6
 
 
-def test_no_flip_unless_asked():
+def test_flip_is_off_by_default():
     rng = np.random.default_rng(0)
     assert not any(augment.random_resized_crop(64, 64, rng, (0.5, 1.0)).flip for _ in range(50))
 
 
-def test_a_very_long_frame_is_cut_in_its_height():
+def test_a_very_long_frame_gets_a_square_crop():
     rng = np.random.default_rng(0)
     crop = augment.random_resized_crop(10, 1000, rng, (0.9, 1.0))
     assert (crop.height, crop.width) == (10, 10)
@@ -70,7 +70,7 @@ def test_mirrored_labels_of_ssv2():
     names = ["Holding something", *PULL, "Poking something", *PUSH[::-1], *TURN]
     mirrored = augment.mirrored_labels(names, "ssv2")
     assert mirrored.tolist() == [0, 2, 1, 3, 5, 4, 7, 6]
-    with pytest.raises(ValueError, match="Turning the camera left.*which is no class of the data"):
+    with pytest.raises(ValueError, match="Turning the camera left.*which is not a class of the"):
         augment.mirrored_labels(names[:-2], "ssv2")
 
 
@@ -80,7 +80,7 @@ def test_mirrored_labels_of_a_file(tmp_path):
     names = ["clockwise", "up", "anticlockwise"]
     assert augment.mirrored_labels(names, str(path)).tolist() == [2, 1, 0]
     assert augment.mirrored_labels(names, None).tolist() == [0, 1, 2]
-    with pytest.raises(ValueError, match="'clockwise', which is no class.* 2 classes are up, down"):
+    with pytest.raises(ValueError, match="'clockwise', which is not a class.* 2 classes are up"):
         augment.mirrored_labels(["up", "down"], str(path))
     for bad in ('[["a", "b", "c"]]', "[1]", "{", '"ab"'):
         path.write_text(bad)
@@ -96,5 +96,5 @@ def test_mirrored_labels_of_a_file(tmp_path):
 def test_mirroring_left_into_right_is_refused():
     with pytest.raises(ValueError, match="'turn Left' into 'turn Right'"):
         augment.mirrored_labels(["up", "turn Left", "turn Right"], None)
-    # Without its twin, "left" alone is no mistake that can be seen.
+    # A class "left" without a class "right" cannot be recognized as a mistake.
     assert augment.mirrored_labels(["up", "turn left"], None).tolist() == [0, 1]

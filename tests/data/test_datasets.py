@@ -1,4 +1,4 @@
-"""Readers of annotations: who is in which split, of which class."""
+"""Tests the annotation readers: the splits, classes and files of the listed videos."""
 
 import json
 
@@ -25,7 +25,7 @@ def ids(listing, split):
     return [video.id for video in listing.splits[split]]
 
 
-# ----- what all share
+# ----- checks common to all data sets
 
 
 def test_known_names(videos):
@@ -45,12 +45,12 @@ def test_bad_arguments(videos, tmp_path):
             list_videos(dataset, str(videos))
 
 
-def test_what_cannot_be_learnt_or_evaluated_is_said(tmp_path):
-    """Twin: two classes of two videos."""
+def test_one_class_or_one_split_gives_a_notice(tmp_path):
+    """Checks the notices, and that two classes with two videos each give none."""
     touch(tmp_path / "one" / "run", "1.mp4")
-    alone, no_other = list_videos("folder", str(tmp_path / "one")).notices
-    assert alone.startswith("there is one class alone, 'run'")
-    assert no_other.startswith("there is the split 'train' alone")
+    class_notice, split_notice = list_videos("folder", str(tmp_path / "one")).notices
+    assert class_notice.startswith("'run' is the only class")
+    assert split_notice.startswith("'train' is the only split")
     for name in ("run", "walk"):
         touch(tmp_path / "two" / name, "1.mp4", "2.mp4")
     assert list_videos("folder", str(tmp_path / "two")).notices == []
@@ -87,10 +87,10 @@ def test_ssv2(videos, tmp_path, prefix):
         "Something falling",
     ]
     assert listing.splits == {
-        "train": [Video("2", "2.webm", 1), Video("10", "10.webm", 0)],  # 10 is not there
+        "train": [Video("2", "2.webm", 1), Video("10", "10.webm", 0)],  # 10 does not exist
         "validation": [Video("3", "3.mp4", 2)],
     }
-    assert listing.notices == ["the annotations have 3 classes, ssv2 as published 174"]
+    assert listing.notices == ["the annotations have 3 classes, but ssv2 as published has 174"]
 
 
 def test_ssv2_test_split(videos, tmp_path):
@@ -123,15 +123,15 @@ def test_ssv2_errors(videos, tmp_path):
     )
     error("video 5 .* has template None", train=[{"id": "5"}])
     error("an entry of .*train.json has no 'id': .*looks like Diving48", train=[{"vid_name": "5"}])
-    error("no two templates the same", labels={"a [b]": "0", "a b": "1"})
+    error("no two templates may be the same", labels={"a [b]": "0", "a b": "1"})
     error("labels must be 0..1, each once", labels={"a": "0", "b": "2"})
-    error("a label is no number", labels={"a": "zero"})
+    error("a label is not a number", labels={"a": "zero"})
     error("holds a list, not a dict", labels=[])
-    error("video '2' is twice in split 'train'", train=[entry("2", "Holding [something]")] * 2)
+    error("video '2' occurs twice in split 'train'", train=[entry("2", "Holding [something]")] * 2)
     error("has no videos", train=[], validation=[])
     write_ssv2(tmp_path / "a")
     (tmp_path / "a" / "train.json").write_text("[{")
-    with pytest.raises(ValueError, match="train.json is no valid JSON"):
+    with pytest.raises(ValueError, match="train.json is not valid JSON"):
         list_videos("ssv2", str(videos), str(tmp_path / "a"))
     (tmp_path / "a" / "train.json").unlink()
     with pytest.raises(ValueError, match="there is no train.json"):
@@ -192,12 +192,12 @@ def test_folder_fraction_zero_and_empty(videos):
 
 
 def test_split_by_hash_is_fixed():
-    """The same ids on every machine and in every release."""
+    """Checks the exact ids: they must be the same on every machine and in every release."""
     split = split_by_hash([Video(f"v{i}", f"v{i}.mp4", i % 2) for i in range(20)], 0.2)
     assert [video.id for video in split["validation"]] == ["v0", "v7", "v11", "v16"]
 
 
-# ----- lists
+# ----- CSV lists
 
 
 def test_csv_file(videos, tmp_path):
@@ -259,13 +259,13 @@ def test_csv_folder(videos, tmp_path, validation):
         ("a.mp4\n", "line 1: 'a.mp4' is not `path,label`"),
         ("a b.mp4 run\n", "is not `path,label`"),
         ("a.mp4,x\nb.mp4,\n", "line 2: 'b.mp4,' is not"),
-        ("a.mp4,x\na.mp4,y\n", "video 'a.mp4' is twice"),
+        ("a.mp4,x\na.mp4,y\n", "video 'a.mp4' occurs twice"),
         ("a.mp4,01\n", "label '01' is written with leading zeros"),
         ("path,label\n", "has no videos"),
-        ("label,youtube_id,time_start\n", "list.csv is no list of .*looks like Kinetics, --data"),
+        ("label,youtube_id,time_start\n", "list.csv is not a list .*looks like Kinetics, --data"),
         ("video,label\na.mp4,0\nb.mp4,1\n", "'video' has label 'label', .*headings must be"),
         ("a.mp4 0\nb, c.mp4 1\n", "video 'b' has label 'c.mp4 1', where others have whole numbers"),
-        ('[{"vid_name": "a"}]\n', "is no list of `path,label`; it looks like Diving48"),
+        ('[{"vid_name": "a"}]\n', "is not a list of `path,label`; it looks like Diving48"),
         ("", "has no videos"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Frames that only feed framesets are decoded reduced: what that changes on photographs."""
+"""Tests the frame operations, above all the reduced decoding of frames for framesets."""
 
 import io
 import os
@@ -15,19 +15,19 @@ from dualpath_jax.data import clip_assembly, frame_ops, pipeline
 from dualpath_jax.data.preparation.shard_writer import encode_frame
 from dualpath_jax.data.video_dataset import FRAME_FEATURES
 
-# From faces to textures that fill the frame, which suffer most.
+# From faces to textures that fill the frame, which change most.
 NAMES = ("astronaut", "chelsea", "coffee", "rocket", "coins", "grass", "gravel", "brick")
 CLIPS = os.environ.get("DUALPATH_TEST_VIDEOS")
 
 
 @pytest.fixture(autouse=True)
-def no_graph_is_kept(monkeypatch):
-    """Tests put other functions into the graph of a clip."""
+def no_cached_graph(monkeypatch):
+    """Turns off the cache of clip graphs, because tests replace functions in them."""
     monkeypatch.setattr(clip_assembly, "_traced", clip_assembly._traced.__wrapped__)
 
 
-class Stills:
-    """Stands in for `VideoDataset`: each video is one picture, stored as frames are."""
+class StillVideos:
+    """Imitates `VideoDataset`: each video is one picture, stored like a frame."""
 
     def __init__(self, pictures):
         self.records, sizes = [], []
@@ -53,11 +53,11 @@ class Stills:
 
 
 def photographs():
-    return Stills([Image.fromarray(getattr(skimage.data, name)()) for name in NAMES])
+    return StillVideos([Image.fromarray(getattr(skimage.data, name)()) for name in NAMES])
 
 
 def framesets(videos, image_size, epochs=3):
-    """Training framesets int [epochs x videos, H', W', 3], of 4 frames at 1/4 scale each."""
+    """Returns training framesets, int [epochs x videos, H', W', 3], of 4 frames at 1/4 scale."""
     data = schema.get_config().data
     data.num_frames, data.num_spatial_frames, data.grid = 4, 1, (2, 2)
     data.sampling, data.image_size, data.batch_size = "segments", image_size, len(videos)
@@ -66,34 +66,34 @@ def framesets(videos, image_size, epochs=3):
 
 
 def differences(videos, image_size, monkeypatch):
-    """Mean absolute difference of each frameset to the one of fully decoded frames, 0..255."""
+    """Returns the mean absolute difference, in 0..255, of each frameset to full decoding."""
     reduced = framesets(videos, image_size)
     with monkeypatch.context() as patch:
         decode = frame_ops.decode_crops
 
-        def whole(jpegs, box, _, size):
+        def decode_fully(jpegs, box, _, size):
             return decode(jpegs, box, 1, size)
 
-        patch.setattr(frame_ops, "decode_crops", whole)
+        patch.setattr(frame_ops, "decode_crops", decode_fully)
         full = framesets(videos, image_size)
     return np.abs(reduced - full).mean(axis=(1, 2, 3))
 
 
 @pytest.mark.parametrize("image_size", [112, 224])  # 28 pixels, mostly at 1/4; 56, mostly at 1/2
-def test_photographs_lose_nothing(image_size, monkeypatch):
+def test_reduced_decoding_hardly_changes_photographs(image_size, monkeypatch):
     difference = differences(photographs(), image_size, monkeypatch)
-    assert (difference > 0).mean() > 0.1  # so many of the random crops are large enough
+    assert (difference > 0).mean() > 0.1  # enough of the random crops are decoded reduced
     assert difference.max() <= 2
     assert difference.mean() <= 1
 
 
-def test_a_smaller_margin_is_seen(monkeypatch):
-    monkeypatch.setattr(frame_ops, "MARGIN", 0.5)
+def test_a_smaller_margin_is_detected(monkeypatch):
+    monkeypatch.setattr(frame_ops, "DECODE_MARGIN", 0.5)
     difference = differences(photographs(), 112, monkeypatch)
     assert difference.max() > 4
 
 
-def test_a_shifted_box_is_seen(monkeypatch):
+def test_a_shifted_box_is_detected(monkeypatch):
     decode = frame_ops.decode_crops
 
     def shifted(jpegs, box, ratio, size):
@@ -105,22 +105,22 @@ def test_a_shifted_box_is_seen(monkeypatch):
     assert differences(photographs(), 112, monkeypatch).max() > 4
 
 
-def test_boxes_are_cut_to_reduced_pixels():
+def test_boxes_snap_to_reduced_pixels():
     box = np.array([5, 8, 171, 166], np.int32)
     assert frame_ops.snap_box(box, 1).tolist() == box.tolist()
     assert frame_ops.snap_box(box, 2).tolist() == [6, 8, 170, 166]
     assert frame_ops.snap_box(box, 4).tolist() == [8, 8, 168, 164]
 
 
-def scaled(picture, side, size):
-    """The left upper square of `side` pixels, at `size`."""
+def scale_corner(picture, side, size):
+    """Scales the upper left square of `side` pixels to `size`."""
     frames = tf.constant(np.asarray(picture.convert("RGB"))[None, :side, :side])
     return frame_ops.resize(frames, size).numpy().astype(int)
 
 
 @pytest.mark.parametrize(("side", "size"), [(256, 224), (200, 224), (256, 56), (330, 224)])
 def test_resize_is_near_the_bicubic_of_clip(side, size):
-    """On photographs; twin: without antialiasing beyond 1.15 it would not be."""
+    """Checks photographs, and that large reductions need antialiasing to be as near."""
     ours, plain = [], []
     for name in NAMES:
         picture = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
@@ -128,7 +128,7 @@ def test_resize_is_near_the_bicubic_of_clip(side, size):
             continue
         cut = picture.crop((0, 0, side, side))
         bicubic = np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
-        ours.append(np.abs(scaled(picture, side, size) - bicubic).mean())
+        ours.append(np.abs(scale_corner(picture, side, size) - bicubic).mean())
         plain.append(np.abs(tf.image.resize(np.asarray(cut), (size, size)) - bicubic).mean())
     assert np.mean(ours) <= 2.5
     assert (np.mean(plain) > 1.2 * np.mean(ours)) == (side > 1.15 * size)
@@ -136,18 +136,18 @@ def test_resize_is_near_the_bicubic_of_clip(side, size):
 
 @pytest.mark.parametrize("size", [224, 56])  # bilinear, the mean over areas
 def test_frames_keep_their_places_in_groups(size):
-    """Twin: each frame is another one, so that a place that is wrong shows."""
+    """Checks the order of frames; they all differ, which makes any swap visible."""
     stills = photographs()
     raw = [record for i in (0, 2, 5, 6, 1, 3, 4) for record in stills.read_frames(i, [0])]
     jpegs = tf.unstack(tf.io.parse_example(raw, FRAME_FEATURES)["image"])
-    assert len(jpegs) % frame_ops.GROUP  # the last group is a smaller one
+    assert len(jpegs) % frame_ops.FRAMES_PER_GROUP  # the last group is smaller
     box = tf.constant([8, 16, 200, 230])
     together = frame_ops.decode_crops(jpegs, box, 1, size).numpy().astype(int)
     assert together.shape == (7, size, size, 3)
     for i, jpeg in enumerate(jpegs):
         cut = tf.io.decode_jpeg(jpeg, 3, dct_method="INTEGER_ACCURATE")[None, 8:208, 16:246]
-        alone = frame_ops.resize(cut, size)[0].numpy()
-        distances = np.abs(together - alone).mean(axis=(1, 2, 3))
+        single = frame_ops.resize(cut, size)[0].numpy()
+        distances = np.abs(together - single).mean(axis=(1, 2, 3))
         assert distances[i] < 0.1
         assert np.delete(distances, i).min() > 10
 
@@ -157,15 +157,15 @@ def test_mirror():
     assert np.array_equal(frame_ops.mirror(tf.constant(images)), images[:, :, ::-1])
 
 
-def test_choice_of_the_ratio():
+def test_choose_decode_ratio():
     sides = {25: 1, 100: 1, 101: 2, 201: 2, 202: 4, 2000: 4}  # 1.8 x 28 = 50.4
-    assert {side: frame_ops.decode_ratio(side, 28) for side in sides} == sides
-    assert frame_ops.decode_ratio(256, 56) == 2
-    assert frame_ops.decode_ratio(256, 224) == 1
+    assert {side: frame_ops.choose_decode_ratio(side, 28) for side in sides} == sides
+    assert frame_ops.choose_decode_ratio(256, 56) == 2
+    assert frame_ops.choose_decode_ratio(256, 224) == 1
 
 
 @pytest.mark.skipif(not CLIPS, reason="set DUALPATH_TEST_VIDEOS to a folder of videos")
-def test_real_frames_lose_nothing(monkeypatch):
+def test_reduced_decoding_hardly_changes_real_frames(monkeypatch):
     import av
 
     pictures = []
@@ -174,7 +174,7 @@ def test_real_frames_lose_nothing(monkeypatch):
             with av.open(str(path)) as container:
                 pictures.append(next(container.decode(video=0)).to_image())
         except (av.FFmpegError, IndexError, StopIteration):
-            continue  # some are broken on purpose
+            continue  # the folder holds damaged files too
     assert len(pictures) > 10
     for image_size in (112, 224):
-        assert differences(Stills(pictures), image_size, monkeypatch).max() <= 2
+        assert differences(StillVideos(pictures), image_size, monkeypatch).max() <= 2

@@ -1,4 +1,4 @@
-"""Exact frame indices of each sampling mode (PAPER.md, "Frames and framesets")."""
+"""Tests the exact frame indices of each sampling mode (PAPER.md, "Frames and framesets")."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import pytest
 from dualpath_jax.data import frame_sampling
 
 
-class Last:
-    """Stands in for a generator: always (nearly) the largest possible draw."""
+class LargestDraw:
+    """Imitates a random generator whose draws are always (nearly) the largest possible."""
 
     def integers(self, high):
         return high - 1
@@ -25,8 +25,8 @@ def test_intervals_of_the_paper(num_frames, interval):
         frame_sampling.sample_frames("dense", 300, 24)
 
 
-def test_dense_centre_and_views():
-    # Span 13 of 100 frames: starts 0 ... 87.
+def test_dense_center_and_views():
+    # A clip spans 13 of 100 frames; possible starts are 0 ... 87.
     assert frame_sampling.dense_indices(100, 4, 4).tolist() == [43, 47, 51, 55]
     starts = [frame_sampling.dense_indices(100, 4, 4, view=v, num_views=3)[0] for v in range(3)]
     assert starts == [0, 43, 87]
@@ -36,17 +36,17 @@ def test_dense_training_covers_every_start():
     rng = np.random.default_rng(0)
     starts = {int(frame_sampling.dense_indices(10, 3, 2, rng)[0]) for _ in range(200)}
     assert starts == set(range(6))
-    assert frame_sampling.dense_indices(10, 3, 2, Last()).tolist() == [5, 7, 9]
+    assert frame_sampling.dense_indices(10, 3, 2, LargestDraw()).tolist() == [5, 7, 9]
 
 
-def test_dense_wraps_round_a_short_video():
+def test_dense_wraps_around_in_a_short_video():
     assert frame_sampling.dense_indices(5, 4, 2).tolist() == [0, 2, 4, 1]
     assert frame_sampling.dense_indices(1, 3, 4).tolist() == [0, 0, 0]
-    # Exactly long enough: no wrap, one start.
-    assert frame_sampling.dense_indices(7, 4, 2, Last()).tolist() == [0, 2, 4, 6]
+    # The video is exactly long enough: one possible start, and no wrap.
+    assert frame_sampling.dense_indices(7, 4, 2, LargestDraw()).tolist() == [0, 2, 4, 6]
 
 
-def test_segments_take_the_middle_in_test():
+def test_segments_take_the_middle_in_evaluation():
     assert frame_sampling.segment_indices(32, 16).tolist() == list(range(1, 32, 2))
     assert frame_sampling.segment_indices(40, 4).tolist() == [5, 15, 25, 35]
     assert frame_sampling.segment_indices(10, 4).tolist() == [1, 3, 6, 8]
@@ -57,12 +57,12 @@ def test_segments_draw_one_frame_each_in_training():
     drawn = np.stack([frame_sampling.segment_indices(40, 4, rng) for _ in range(500)])
     for segment in range(4):
         assert set(drawn[:, segment]) == set(range(10 * segment, 10 * segment + 10))
-    assert frame_sampling.segment_indices(40, 4, Last()).tolist() == [9, 19, 29, 39]
+    assert frame_sampling.segment_indices(40, 4, LargestDraw()).tolist() == [9, 19, 29, 39]
 
 
 def test_segments_of_a_short_video_share_frames():
     assert frame_sampling.segment_indices(3, 6).tolist() == [0, 0, 1, 1, 2, 2]
-    assert frame_sampling.segment_indices(1, 4, Last()).tolist() == [0, 0, 0, 0]
+    assert frame_sampling.segment_indices(1, 4, LargestDraw()).tolist() == [0, 0, 0, 0]
 
 
 def test_segment_views_are_evenly_spaced_offsets():
@@ -85,7 +85,7 @@ def test_spatial_frames_are_a_subset(num_frames, num_spatial, expected):
     assert frame_sampling.spatial_subset(num_frames, num_spatial).tolist() == expected
 
 
-def test_bad_values_are_named():
+def test_errors_name_the_bad_value():
     with pytest.raises(ValueError, match="num_spatial_frames=17"):
         frame_sampling.spatial_subset(16, 17)
     with pytest.raises(ValueError, match="'random'"):

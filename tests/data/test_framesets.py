@@ -1,4 +1,4 @@
-"""Exact pixels of grid framesets."""
+"""Tests the exact pixels of grid framesets."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from dualpath_jax.data.framesets import tile_framesets
 
 
 def test_pixels_of_a_4x4_frameset():
-    # A pixel's value names its frame, row and column: frames of 2 x 3 pixels.
+    # Each pixel holds its frame, row and column; frames have 2 x 3 pixels.
     frame, row, column = np.meshgrid(np.arange(32), np.arange(2), np.arange(3), indexing="ij")
     frames = np.stack([frame, row, column], axis=-1).astype(np.uint8)
     framesets = tile_framesets(frames, (4, 4)).numpy()
@@ -41,7 +41,7 @@ def test_shapes_of_the_paper(num_frames, grid, scale, framesets, size):
     assert shape.size == size
 
 
-def test_bad_values_are_named():
+def test_errors_name_the_bad_value():
     with pytest.raises(ValueError, match="num_frames=20"):
         FramesetShape(20, (4, 4), 4, 224)
     with pytest.raises(ValueError, match="image_size=224 is not divisible by frame_scale=3"):

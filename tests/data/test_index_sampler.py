@@ -1,4 +1,4 @@
-"""The order of examples is a function of (seed, step)."""
+"""Tests that the order of examples is a function of (seed, step)."""
 
 import numpy as np
 
@@ -24,15 +24,15 @@ def test_batches_straddle_epochs_without_loss():
 
 
 def test_a_step_needs_no_other_step():
-    alone = index_sampler.train_indices(5, 1_000_000, 8, 1000)
+    first = index_sampler.train_indices(5, 1_000_000, 8, 1000)
     again = index_sampler.train_indices(5, 1_000_000, 8, 1000)
-    assert np.array_equal(alone[0], again[0])
-    assert alone[1].tolist() == [8000] * 8
-    assert not np.array_equal(alone[0], index_sampler.train_indices(6, 1_000_000, 8, 1000)[0])
+    assert np.array_equal(first[0], again[0])
+    assert first[1].tolist() == [8000] * 8
+    assert not np.array_equal(first[0], index_sampler.train_indices(6, 1_000_000, 8, 1000)[0])
 
 
-def test_the_order_stays_what_it_is():
-    """A run resumed with a newer version must see the same batches."""
+def test_the_order_never_changes():
+    """Checks exact indices, because a run must see the same batches under newer versions."""
     assert index_sampler.train_indices(0, 0, 8, 100)[0].tolist() == EXPECTED
 
 

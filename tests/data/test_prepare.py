@@ -30,8 +30,9 @@ from dualpath_jax.data.preparation.prepare import prepare_dataset
 from dualpath_jax.data.preparation.summary import SplitCounts, format_counts
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits
 from dualpath_jax.data.video_dataset import FRAME_FEATURES, VideoDataset
+from dualpath_jax.runtime import files
 from scripts.prepare_dataset import parse_arguments
-from tests.helpers.video_files import grey_frames, noise_frames, write_video
+from tests.helpers.video_files import gray_frames, noise_frames, write_video
 
 ROOT = pathlib.Path(__file__).parents[2]
 OPTIONS = {
@@ -51,7 +52,7 @@ def videos(tmp_path):
         write_video(folder / f"clip {i}.mp4", 3 + i)
     (folder / "clip 1.mp4").write_bytes(b"no video")
     (folder / "clip 3.mp4").unlink()
-    write_video(folder / "-v.mkv", grey_frames(2, 64, 48))
+    write_video(folder / "-v.mkv", gray_frames(2, 64, 48))
     write_video(folder / "w.webm", 2, codec="libvpx")
     lists = tmp_path / "lists"
     lists.mkdir()
@@ -179,14 +180,16 @@ def test_bad_videos_are_tried_again_when_asked(videos, tmp_path, monkeypatch):
         run(videos, out)
         assert contents(out) == before
     rewritten, decoded = [], []
-    store, outcome = prepare_module._store_shard, prepare_module._outcome
+    store, outcome = prepare_module._store_shard, prepare_module._make_outcome
     monkeypatch.setattr(
         prepare_module,
         "_store_shard",
         lambda s, *rest: (rewritten.append(s.index), store(s, *rest)),
     )
     monkeypatch.setattr(
-        prepare_module, "_outcome", lambda v, result: (decoded.append(v.id), outcome(v, result))[1]
+        prepare_module,
+        "_make_outcome",
+        lambda v, result: (decoded.append(v.id), outcome(v, result))[1],
     )
     longer = DecodeLimits(seconds=50.0)
     with pytest.raises(ValueError, match=r"limits.seconds was 60.0, is 50.0"):
@@ -240,7 +243,7 @@ def test_a_run_that_ends_while_bad_videos_are_tried_again(videos, tmp_path, monk
     out = tmp_path / "out"
     run(videos, out)
     (videos / "clip 1.mp4").write_bytes((videos / "clip 4.mp4").read_bytes())
-    write = prepare_module.records.write_atomically
+    write = files.write_text
 
     def end_before_the_sidecar(path, text):
         if "-of-" in os.path.basename(path):
@@ -248,7 +251,7 @@ def test_a_run_that_ends_while_bad_videos_are_tried_again(videos, tmp_path, monk
         write(path, text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module.records, "write_atomically", end_before_the_sidecar)
+        patch.setattr(files, "write_text", end_before_the_sidecar)
         with pytest.raises(KeyboardInterrupt):
             run(videos, out, retry_bad=True)
     with pytest.raises(FileNotFoundError, match="no prepared videos"):
@@ -423,14 +426,14 @@ def test_record_lost_in_silence(tmp_path, monkeypatch):
 
 def test_disk_full_for_the_tables(videos, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    write = shard_writer.write_atomically
+    write = files.write_text
 
     def full(path, text):
         if path.endswith("class_names.json"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         write(path, text)
 
-    monkeypatch.setattr(shard_writer, "write_atomically", full)
+    monkeypatch.setattr(files, "write_text", full)
     with pytest.raises(OSError, match="No space left on device. 7 of 7 videos are finished"):
         run(videos, out)
     with pytest.raises(FileNotFoundError, match="no prepared videos"):
@@ -697,9 +700,9 @@ def test_splits_that_share_videos(tmp_path, capsys):
     frames = tfds.builder_from_directory(str(out / "frames"))
     assert {name: split.num_examples for name, split in frames.info.splits.items()} == {"all": 27}
     expected = {"train1": "01", "test1": "2", "train2": "02", "test2": "1", "train3": "12"}
-    for split, files in expected.items():
+    for split, numbers in expected.items():
         dataset = VideoDataset(str(out), split)
-        wanted = {f"{c}/{names[int(i)]}" for c in ("sword", "sword_exercise") for i in files}
+        wanted = {f"{c}/{names[int(i)]}" for c in ("sword", "sword_exercise") for i in numbers}
         assert set(dataset.ids) == wanted
         assert len(dataset) == len(wanted)
         for video, id_ in enumerate(dataset.ids):

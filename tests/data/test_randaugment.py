@@ -1,4 +1,4 @@
-"""RandAugment against PIL, operation by operation; what is drawn."""
+"""Tests RandAugment's draws, and compares each operation with PIL."""
 
 import numpy as np
 import pytest
@@ -15,18 +15,19 @@ FILL = (122, 116, 104)
 
 @pytest.fixture(scope="module")
 def clip():
-    """Two frames uint8 [2, 64, 96, 3] of little contrast, and both as one picture."""
+    """Returns two frames of little contrast, uint8 [2, 64, 96, 3]."""
     coffee = Image.fromarray(skimage.data.coffee()).resize((192, 64))
     frames = (np.asarray(coffee) * 0.6 + 30).astype(np.uint8).reshape(64, 2, 96, 3)
     return frames.transpose(1, 0, 2, 3)
 
 
 def picture(frames):
+    """Returns the frames as one image, one below the other."""
     return Image.fromarray(np.concatenate(frames))
 
 
 def on_device(frames, *steps, last=None):
-    """uint8 frames after (name, value) ..., by tables and `colour`: float [n, h, w, 3]."""
+    """Applies color operations (name, value) to uint8 frames; returns float [n, h, w, 3]."""
     ops = np.array([OPS.index(name) for name, _ in steps], np.int32)
     values = np.array([value for _, value in steps], np.float32)
     tables = randaugment.lookup_tables(tf.constant(frames), tf.constant(ops), tf.constant(values))
@@ -52,35 +53,35 @@ def on_device(frames, *steps, last=None):
         ("brightness", 0.37, lambda x: ImageEnhance.Brightness(x).enhance(0.37)),
     ],
 )
-def test_colour_like_pil(clip, name, value, reference):
+def test_color_like_pil(clip, name, value, reference):
     expected = np.asarray(reference(picture(clip))).astype(int)
     ours = np.concatenate(on_device(clip, (name, value)))
     assert np.abs(ours - expected).max() <= 2
-    # Twin: the operation does something, also when it stands in another place.
+    # The operation changes the image, and its position in the draw does not matter.
     assert np.abs(np.concatenate(clip) - expected).max() > 10
     ours = np.concatenate(on_device(clip, ("rotate", 9), (name, value), ("identity", 0)))
     assert np.abs(ours - expected).max() <= 2
 
 
-def test_frames_alone_would_be_equalized_otherwise(clip):
-    """Twin of the above: the statistics are those of the clip, not of each frame."""
+def test_equalize_uses_the_statistics_of_the_clip(clip):
+    """Checks that equalizing each frame separately would give something else."""
     clip = clip.copy()
     clip[1] //= 2
     expected = np.asarray(ImageOps.equalize(picture(clip))).astype(int)
-    alone = np.concatenate([on_device(frame[None], ("equalize", 0))[0] for frame in clip])
+    separate = np.concatenate([on_device(frame[None], ("equalize", 0))[0] for frame in clip])
     assert np.abs(np.concatenate(on_device(clip, ("equalize", 0))) - expected).max() <= 2
-    assert np.abs(alone - expected).mean() > 20
+    assert np.abs(separate - expected).mean() > 20
 
 
-def test_contrast_of_both_inputs_goes_by_the_last(clip):
-    whole = on_device(clip, ("contrast", 1.63))
+def test_contrast_of_both_inputs_uses_the_mean_of_the_last(clip):
+    full = on_device(clip, ("contrast", 1.63))
     part = on_device(clip[:1], ("contrast", 1.63), last=clip)
-    assert np.abs(part - whole[:1]).max() < 1e-3
-    assert np.abs(on_device(clip[:1] // 2, ("contrast", 1.63)) - whole[:1]).max() > 5
+    assert np.abs(part - full[:1]).max() < 1e-3
+    assert np.abs(on_device(clip[:1] // 2, ("contrast", 1.63)) - full[:1]).max() > 5
 
 
-def test_operations_one_after_the_other(clip):
-    """Tables compose, with the statistics of what came before; colour keeps its order."""
+def test_operations_compose(clip):
+    """Checks that operations compose in order, with the statistics of the previous result."""
     steps = [("posterize", 2), ("auto_contrast", 0), ("invert", 0)]
     expected = ImageOps.invert(ImageOps.autocontrast(ImageOps.posterize(picture(clip), 2)))
     assert np.abs(np.concatenate(on_device(clip, *steps)) - np.asarray(expected)).max() <= 2
@@ -91,10 +92,10 @@ def test_operations_one_after_the_other(clip):
     assert np.abs(np.concatenate(on_device(clip, *steps[::-1])) - expected).max() > 50
 
 
-def test_a_single_colour_stays(clip):
-    grey = np.full_like(clip, 100)
+def test_a_single_color_is_unchanged(clip):
+    gray = np.full_like(clip, 100)
     for name in ("auto_contrast", "equalize"):
-        assert np.array_equal(on_device(grey, (name, 0)).round(), grey)
+        assert np.array_equal(on_device(gray, (name, 0)).round(), gray)
 
 
 def warped(frames, *steps):
@@ -124,12 +125,12 @@ def test_geometry_like_pil(clip, name, value, reference):
     ours = warped(frames, (name, value))
     for frame, result in zip(frames, ours, strict=True):
         difference = np.abs(np.asarray(reference(Image.fromarray(frame))).astype(int) - result)
-        assert np.quantile(difference, 0.95) <= 1  # PIL treats the edge of the picture otherwise
+        assert np.quantile(difference, 0.95) <= 1  # PIL treats edges differently
         other = np.abs(np.asarray(reference(Image.fromarray(frame))).astype(int) - frame)
         assert np.quantile(other, 0.95) > 30
 
 
-def test_geometry_one_after_the_other(clip):
+def test_geometric_operations_compose(clip):
     frames = clip[:, :, :64]
     steps = [("rotate", 21), ("translate_x", 0.2)]
     twice = warped(warped(frames, steps[0]).astype(np.uint8), steps[1])
@@ -140,14 +141,14 @@ def test_geometry_one_after_the_other(clip):
 
 
 def test_geometry_is_relative_to_the_size(clip):
-    """A translation by a quarter of 96 pixels; what comes from outside; and nothing without."""
+    """Checks a translation by a quarter of 96 pixels, its fill color, and the identity."""
     moved = warped(clip, ("translate_x", 0.25))
     assert np.array_equal(moved[:, :, :72], clip[:, :, 24:])
     assert (moved[:, :, 72:] == FILL).all()
     assert np.array_equal(warped(clip, ("color", 2.0)), clip)
 
 
-def test_draw():
+def test_draw_ops():
     draws = [randaugment_ops.draw_ops(np.random.default_rng(i), 4, 7) for i in range(3000)]
     ops = np.stack([ops for ops, _ in draws])
     share = np.bincount(ops.ravel(), minlength=len(OPS)) / ops.size
@@ -178,6 +179,14 @@ def test_draw():
 
 
 def test_strength_grows_with_the_magnitude():
-    assert [randaugment_ops.value_of("posterize", m / 10, 1) for m in (0, 5, 10)] == [4, 2, 1]
-    assert [randaugment_ops.value_of("solarize", m / 10, 1) for m in (0, 5, 10)] == [256, 128, 0]
-    assert randaugment_ops.value_of("brightness", 0, -1) == 1
+    assert [randaugment_ops.compute_op_value("posterize", m / 10, 1) for m in (0, 5, 10)] == [
+        4,
+        2,
+        1,
+    ]
+    assert [randaugment_ops.compute_op_value("solarize", m / 10, 1) for m in (0, 5, 10)] == [
+        256,
+        128,
+        0,
+    ]
+    assert randaugment_ops.compute_op_value("brightness", 0, -1) == 1

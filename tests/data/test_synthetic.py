@@ -10,7 +10,7 @@ import pytest
 from configs import demo
 from dualpath_jax.data import augment, pipeline, synthetic
 from dualpath_jax.training.inputs import check_inputs, choose_train_batches, open_datasets
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.processes import ROOT, make_environment
 
 TINY = [
     f"--config={ROOT}/configs/demo.py",
@@ -85,7 +85,7 @@ def test_no_frame_is_read_for_a_step(data):
 def test_a_run_without_files(tmp_path):
     command = [sys.executable, "-m", "dualpath_jax.main", *TINY, "--config.data.synthetic=True"]
     result = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env=environment()
+        command, capture_output=True, text=True, cwd=tmp_path, env=make_environment()
     )
     assert result.returncode == 0, result.stderr
     assert "random custom weights; the device is timed, scores mean nothing" in result.stdout

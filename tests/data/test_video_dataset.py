@@ -133,7 +133,7 @@ def test_examples_are_those_of_tfds():
     frames = tfds.features.FeaturesDict({"image": tfds.features.Image(encoding_format="jpeg")})
     content = jpeg(1, 1)
     assert shard_writer.encode_frame(content) == frames.serialize_example({"image": content})
-    features = tfds.features.FeaturesDict(shard_writer.video_features(NAMES))
+    features = tfds.features.FeaturesDict(shard_writer.build_video_features(NAMES))
     row = rows()[1]
     theirs = tf.train.Example.FromString(features.serialize_example(vars(row)))
     assert tf.train.Example.FromString(shard_writer.encode_row(row)) == theirs

@@ -25,13 +25,13 @@ from dualpath_jax.data.preparation.video_decoder import (
     DecodeLimits,
     FrameRateFilter,
     VideoError,
-    VideoFacts,
+    VideoInfo,
     check_video,
     decode_frames,
     video_to_jpegs,
 )
 from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool, pull_streams
-from tests.helpers.video_files import grey_frames, noise_frames, write_video
+from tests.helpers.video_files import gray_frames, noise_frames, write_video
 
 LIMITS = DecodeLimits()
 
@@ -70,7 +70,7 @@ def test_frames_in_decode_order(tmp_path):
     ],
 )
 def test_short_side(tmp_path, height, width, short_side, expected):
-    path = write_video(tmp_path / "a.mkv", grey_frames(3, height, width))
+    path = write_video(tmp_path / "a.mkv", gray_frames(3, height, width))
     frames, _ = read(path, short_side)
     assert [frame.shape[:2] for frame in frames] == [expected] * 3
     np.testing.assert_allclose(brightness(frames), [10, 22, 34], atol=3)
@@ -241,7 +241,7 @@ def write_at(path, milliseconds):
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
         stream.codec_context.time_base = fractions.Fraction(1, 1000)
         stream.codec_context.qmax = 3
-        for stamp, pixels in zip(milliseconds, grey_frames(len(milliseconds)), strict=True):
+        for stamp, pixels in zip(milliseconds, gray_frames(len(milliseconds)), strict=True):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = stamp, fractions.Fraction(1, 1000)
             container.mux(stream.encode(frame))
@@ -335,7 +335,7 @@ def test_name_outside_utf8(tmp_path):
 def test_jpegs(tmp_path):
     path = write_video(tmp_path / "a.mp4", 5)
     jpegs, facts = video_to_jpegs(path, 24, 90, LIMITS)
-    assert facts == VideoFacts(5, 10.0, 24, 32, "", sum(map(len, jpegs)))
+    assert facts == VideoInfo(5, 10.0, 24, 32, "", sum(map(len, jpegs)))
     images = [np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in jpegs]
     assert [image.shape for image in images] == [(24, 32, 3)] * 5
     np.testing.assert_allclose(brightness(images), [10, 22, 34, 46, 58], atol=3)
@@ -594,7 +594,7 @@ def test_results_in_flight_are_bounded():
 @pytest.mark.parametrize("limited", [True, False])
 def test_large_results_wait_in_their_processes(monkeypatch, tmp_path, limited):
     """With the twin that has no limit: then they pile up here, behind the first one."""
-    monkeypatch.setattr(worker_pool, "_WAITING_BYTES", 1_000_000 if limited else 10**9)
+    monkeypatch.setattr(worker_pool, "_MAX_WAITING_BYTES", 1_000_000 if limited else 10**9)
     held = [0]
 
     def receive(pool, worker, done, waiting):
@@ -749,7 +749,7 @@ def test_workers_import_nothing_heavy():
 
 
 def test_workers_that_never_start(monkeypatch):
-    monkeypatch.setattr(worker_pool, "START", "import os; os._exit(7)")
+    monkeypatch.setattr(worker_pool, "WORKER_PROGRAM", "import os; os._exit(7)")
     with (
         WorkerPool(1, LIMITS) as pool,
         pytest.raises(ChildProcessError, match="do not start .*exit code 7"),

@@ -1,4 +1,4 @@
-"""The embedded data set: what it shows, and that only order tells its classes apart."""
+"""Tests the embedded data set: its content, and that only order distinguishes paired classes."""
 
 import json
 
@@ -12,7 +12,7 @@ from dualpath_jax.demo import setup
 
 
 @pytest.mark.parametrize("label", range(8))
-def test_tracks_do_what_the_class_says(label):
+def test_tracks_match_their_class(label):
     for seed in range(20):
         track = render_lib.draw_track(label, 16, np.random.default_rng(seed))
         change = {
@@ -30,19 +30,19 @@ def test_tracks_do_what_the_class_says(label):
 
 
 @pytest.mark.parametrize("pair", range(4))
-def test_a_pair_differs_in_order_alone(pair):
-    """The same draw backwards: the sets of frames are equal, so no unordered model tells them."""
+def test_a_pair_differs_only_in_order(pair):
+    """Checks that a clip reversed is a clip of the paired class, with the same set of frames."""
     photo = render_lib.load_photo("chelsea")
-    there, back = (
+    forward, backward = (
         render_lib.render_clip(photo, label, 16, 64, np.random.default_rng(5))
         for label in (2 * pair, 2 * pair + 1)
     )
-    assert np.array_equal(there, back[::-1])
-    assert not np.array_equal(there, back)
+    assert np.array_equal(forward, backward[::-1])
+    assert not np.array_equal(forward, backward)
 
 
 def test_a_second_rendering_has_the_same_bytes(tmp_path):
-    """So that a figure can be had again. With x264's lookahead, 7 of 100 files differed."""
+    """Checks that rendering is reproducible, which x264's lookahead thread would prevent."""
 
     def render(name: str) -> dict[str, bytes]:
         render_lib.render_demo(tmp_path / name, {"train": 64}, progress=False)
@@ -53,7 +53,7 @@ def test_a_second_rendering_has_the_same_bytes(tmp_path):
     assert render("second") == first
 
 
-def test_test_photographs_are_unseen():
+def test_test_photographs_are_not_in_training():
     assert not set(render_lib.PHOTOS["test"]) & {
         *render_lib.PHOTOS["train"],
         *render_lib.PHOTOS["validation"],
@@ -63,7 +63,7 @@ def test_test_photographs_are_unseen():
     assert not set(render_lib.PHOTOS["test"]) & set(pretraining["photos"])
 
 
-def test_backbone_is_small_and_in_openais_layout():
+def test_backbone_is_small_and_has_openais_layout():
     assert setup.BACKBONE.stat().st_size <= 4_000_000
     with safe_open(setup.BACKBONE, "numpy") as file:
         assert "visual.transformer.resblocks.0.attn.in_proj_weight" in file.keys()  # noqa: SIM118
@@ -84,7 +84,7 @@ def test_rendered_files(demo_data):
     photo_rng = np.random.default_rng([2, 0])
     photo = render_lib.load_photo(render_lib.PHOTOS["test"][photo_rng.integers(2)])
     expected = render_lib.render_clip(photo, 0, 16, 72, photo_rng)
-    assert np.abs(np.array(frames, int) - expected).mean() < 6  # what H.264 loses
+    assert np.abs(np.array(frames, int) - expected).mean() < 6  # the loss of H.264
 
 
 def test_rendering_is_done_once(demo_data):

@@ -1,5 +1,6 @@
-"""Reads damaged files as a stranger may send them, and tells what does not end as it should.
+"""Reads damaged files, as from an untrusted source, and reports every reader that misbehaves.
 
-`mutate` damages files; `annotation_target`, `weights_target`, `records_target` and `video_target`
-make valid ones and read the damaged; `sandbox` watches one reading process; `harness` runs it all.
+`mutate` damages files. `annotation_target`, `weights_target`, `records_target` and `video_target`
+make valid files and read the damaged ones. `sandbox` watches one reading process, and `harness`
+runs them all.
 """

@@ -1,4 +1,4 @@
-"""Damaged annotations of every data set: `Annotations`."""
+"""Defines the fuzzing target for the annotations of every data set."""
 
 import json
 import os
@@ -23,19 +23,21 @@ _SSV2 = [
 _DIVING = [{"vid_name": f"0Ms{i}_00{i}", "label": i % 2, "start_frame": 0} for i in range(4)]
 
 
-def _dump(content: object) -> bytes:
+def _encode_json(content: object) -> bytes:
     return json.dumps(content).encode()
 
 
-# By data set; the folders "annotations" and "videos" are those of `list_videos`.
+# Files by data set; `list_videos` reads the folders "annotations" and "videos".
 _SEEDS = {
     "k400": {f"annotations/{s}.csv": _K400.format(split=s).encode() for s in ("train", "val")}
     | {"videos/a/-abc_ab0_000000_000010.mp4": b""},
     "ssv2": {
-        "annotations/labels.json": _dump({"Holding something": "0", "Folding something": "1"}),
-        "annotations/train.json": _dump(_SSV2),
-        "annotations/validation.json": _dump(_SSV2[:2]),
-        "annotations/test.json": _dump([{"id": "8"}, {"id": "9"}]),
+        "annotations/labels.json": _encode_json(
+            {"Holding something": "0", "Folding something": "1"}
+        ),
+        "annotations/train.json": _encode_json(_SSV2),
+        "annotations/validation.json": _encode_json(_SSV2[:2]),
+        "annotations/test.json": _encode_json([{"id": "8"}, {"id": "9"}]),
         "annotations/test-answers.csv": b"8;Holding something\n9;Folding something\n",
         "videos/0.webm": b"",
     },
@@ -46,9 +48,9 @@ _SEEDS = {
     }
     | {"videos/wave/a_wave.avi": b""},
     "diving48": {
-        "annotations/Diving48_V2_train.json": _dump(_DIVING),
-        "annotations/Diving48_V2_test.json": _dump(_DIVING[:2]),
-        "annotations/Diving48_vocab.json": _dump([["Back", "15som", "05Twis", "FREE"]] * 2),
+        "annotations/Diving48_V2_train.json": _encode_json(_DIVING),
+        "annotations/Diving48_V2_test.json": _encode_json(_DIVING[:2]),
+        "annotations/Diving48_vocab.json": _encode_json([["Back", "15som", "05Twis", "FREE"]] * 2),
         "videos/0Ms0_000.mp4": b"",
     },
     "csv": {
@@ -61,18 +63,19 @@ _SEEDS = {
         "videos/a.mp4": b"",
     },
     "folder": {f"videos/{split}/{i}/v.mp4": b"" for split in ("train", "val") for i in range(2)},
-    "label_swap": {"swap.json": _dump([["turns left", "turns right"], ["pulls", "pushes"]])},
+    "label_swap": {"swap.json": _encode_json([["turns left", "turns right"], ["pulls", "pushes"]])},
 }
 
 
 class Annotations(Target):
-    """`list_videos` of every data set, and `read_label_swap`.
+    """Reads annotations with `list_videos` of every data set, and with `mirrored_labels`.
 
-    What is accepted is then told as `prepare` tells it of videos that are missing or bad.
+    If they are accepted, it then writes a report of them, as `prepare` does for missing and bad
+    videos.
     """
 
     def __init__(self, folder: pathlib.Path):
-        del folder  # nothing is needed there
+        del folder  # the seeds need no files
         self._seeds = [Case(kind, files) for kind, files in _SEEDS.items()]
 
     def seeds(self) -> list[Case]:
@@ -81,8 +84,8 @@ class Annotations(Target):
     def mutate(self, rng: random.Random, seed: Case) -> Case:
         files = dict(seed.files)
         name = rng.choice([n for n in files if files[n] or rng.random() < 0.2] or sorted(files))
-        if not files[name]:  # a video, of which nothing but the name is read
-            files[_mutated_name(rng, name)] = files.pop(name)
+        if not files[name]:  # a video, of which only the name is read
+            files[_mutate_name(rng, name)] = files.pop(name)
         elif name.endswith(".json") and rng.random() < 0.6:
             files[name] = mutate_json(rng, files[name])
         else:
@@ -97,16 +100,18 @@ class Annotations(Target):
         videos, dataset = folder / "videos", kind.partition("_")[0]
         listing = list_videos(dataset, str(videos), str(folder / "annotations"))
         lines = [*map(str, listing.class_names), *listing.notices]
-        for split, found in listing.videos_to_store().items():
-            for video in found:
-                lines.append(summary.json_line(summary.bad_entry(split, video, Failure("none"))))
+        for split, split_videos in listing.videos_to_store().items():
+            for video in split_videos:
+                lines.append(
+                    summary.format_json_line(summary.build_bad_entry(split, video, Failure("none")))
+                )
                 os.path.exists(os.path.join(videos, video.path))
         text = "\n".join(lines)
-        (out / "told").write_text(text, encoding="utf-8", errors="surrogateescape")
+        (out / "report").write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
-def _mutated_name(rng: random.Random, path: str) -> str:
-    """A file name of other bytes, in the same folder or below."""
+def _mutate_name(rng: random.Random, path: str) -> str:
+    """Returns a damaged file name in the same folder or below."""
     folder, _, name = path.rpartition("/")
     mutated = mutate_bytes(rng, os.fsencode(name))[:200].strip(b"./").replace(b"\0", b"")
     parts = [part for part in mutated.split(b"/") if part.strip(b".")]

@@ -1,6 +1,6 @@
-"""Targets for the fuzz harness that do what a reader must not: `TARGETS` by what, `Unread`.
+"""Defines targets for tests of the fuzz harness, which do what a reader must not do.
 
-They live apart from the tests, so that the processes which import them start quickly.
+They are not in the test module, so that the processes that import them start quickly.
 """
 
 import os
@@ -16,7 +16,8 @@ from tests.fuzz.sandbox import Case, Target
 ELSEWHERE = "/tmp/fuzz_evil"
 
 
-def _act(word: str, folder: pathlib.Path, out: pathlib.Path) -> None:
+def _perform(action: str, folder: pathlib.Path, out: pathlib.Path) -> None:
+    """Performs the action of this name."""
     actions = {
         "good": lambda: (out / "result").write_text("fine"),
         "refuse": lambda: int("refuse"),
@@ -26,21 +27,21 @@ def _act(word: str, folder: pathlib.Path, out: pathlib.Path) -> None:
         "memory": lambda: bytearray(2**30),
         "crash": os.abort,
         "hang": lambda: time.sleep(60),
-        "beside": lambda: (out / "../../evil").write_text("evil"),
+        "outside": lambda: (out / "../../evil").write_text("evil"),
         "input": lambda: (folder / "file").write_text("other"),
         "native": lambda: np.zeros(3).tofile(str(out / "../evil")),
         "elsewhere": lambda: pathlib.Path(ELSEWHERE).write_text("evil"),
         "run": lambda: subprocess.run(["true"], check=True),
     }
-    actions[word]()
+    actions[action]()
 
 
 class Broken(Target):
-    """Does what its file says: "good" as a seed, then `word`."""
+    """Performs the action that its file names: "good" in a seed, `action` in a damaged copy."""
 
     seconds = 3.0
     memory_mb = 512
-    word = "good"
+    action = "good"
 
     def __init__(self, folder):
         del folder
@@ -50,25 +51,28 @@ class Broken(Target):
 
     def mutate(self, rng, seed):
         del rng
-        return Case(seed.kind, {"file": self.word.encode()})
+        return Case(seed.kind, {"file": self.action.encode()})
 
     def read(self, kind, folder, out):
-        _act((folder / "file").read_text(), folder, out)
+        _perform((folder / "file").read_text(), folder, out)
 
 
 class Unread(Broken):
-    """Does not even read its own valid files."""
+    """Refuses its own valid files."""
 
     def seeds(self):
         return [Case("broken", {"file": b"key"})]
 
 
-def _target(word: str) -> type[Broken]:
-    """A class that other processes can import by its name."""
-    name = f"Broken_{word}"
-    globals()[name] = type(name, (Broken,), {"word": word, "__module__": __name__})
+def _make_target(action: str) -> type[Broken]:
+    """Returns a class that other processes can import by its name."""
+    name = f"Broken_{action}"
+    globals()[name] = type(name, (Broken,), {"action": action, "__module__": __name__})
     return globals()[name]
 
 
-_WORDS = ("good", "refuse", "key", "unicode", "exit", "memory", "crash", "hang", "beside")
-TARGETS = {word: _target(word) for word in (*_WORDS, "input", "native", "elsewhere", "run")}
+_ACTIONS = (
+    *("good", "refuse", "key", "unicode", "exit", "memory", "crash", "hang", "outside"),
+    *("input", "native", "elsewhere", "run"),
+)
+TARGETS = {action: _make_target(action) for action in _ACTIONS}

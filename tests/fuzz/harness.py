@@ -1,9 +1,7 @@
-"""Runs damaged files through the readers and counts what became of them.
+"""Runs damaged files through the readers and counts the outcomes.
 
-Public: `fuzz_target`, `TargetReport`, `share_inputs`, `format_table`.
-
-Each target reads in a process of its own. One that crashes or hangs is a finding like any other:
-the next case goes to a new process.
+Each target reads in its own process. A crash or a hang is a finding like any other: the next case
+goes to a new process.
 """
 
 import collections
@@ -32,7 +30,17 @@ _START_SECONDS = 600.0  # for a process to import everything and read the seeds
 
 @dataclasses.dataclass
 class TargetReport:
-    """What became of the inputs of one target; `findings` by the number of the input."""
+    """Counts the outcomes of the inputs of one target.
+
+    Attributes:
+      target: its name.
+      inputs: number of inputs.
+      accepted: number of inputs that were read.
+      refused: number of inputs that were refused with a named error.
+      findings: descriptions of wrong outcomes, by the number of the input.
+      seconds: time for all inputs.
+      reasons: number of refusals by the first words of the error.
+    """
 
     target: str
     inputs: int = 0
@@ -44,24 +52,28 @@ class TargetReport:
 
 
 class _Reader:
-    """The reading process of a target, and our end of its pipe. ValueError if a seed is refused."""
+    """Runs the reading process of a target, and talks to it through a pipe.
+
+    Raises:
+      ValueError: the target refuses a seed.
+    """
 
     def __init__(self, target: type[Target], work: pathlib.Path, seed: int):
         self._work, self._seconds = work, target.seconds
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, target, str(work), seed))
+        self._connection, reader_end = context.Pipe()
+        self._process = context.Process(target=serve, args=(reader_end, target, str(work), seed))
         self._process.start()
-        theirs.close()
+        reader_end.close()
         answer = self._receive(_START_SECONDS)
         if answer != "ready":
             self.stop()
             raise ValueError(f"{target.__name__} does not read its own seeds: {answer}")
 
     def _receive(self, seconds: float):
-        """The next message; a text that says what happened if there is none."""
+        """Returns the next message, or the reason why there is none."""
         if not self._connection.poll(seconds):
             return f"hangs: no answer within {seconds:g} s"
         try:
@@ -71,17 +83,17 @@ class _Reader:
             log = (self._work / "log").read_text(errors="replace")[-2000:]
             return f"the reading process died (exit code {self._process.exitcode}):\n{log}"
 
-    def give(self, first: int, end: int) -> None:
-        """Hands it the cases first ... end - 1."""
+    def send_cases(self, first: int, end: int) -> None:
+        """Makes the process read the cases first ... end - 1."""
         self._connection.send((first, end))
 
-    def outcomes(self) -> list[Outcome] | str:
-        """Of its next batch, or the text of how it failed."""
+    def receive_outcomes(self) -> list[Outcome] | str:
+        """Returns the outcomes of the next batch, or the reason why the process failed."""
         return self._receive(self._seconds)
 
     def stop(self, grace: float = 0.0) -> None:
         """Ends the process, by force after `grace` seconds."""
-        self._connection.close()  # which ends it, if it is well
+        self._connection.close()  # this ends the process, unless it hangs
         self._process.join(grace)
         self._process.kill()
         self._process.join()
@@ -93,69 +105,73 @@ def fuzz_target(
     first: int,
     end: int,
     seed: int,
-    kept: pathlib.Path,
+    findings_dir: pathlib.Path,
 ) -> TargetReport:
     """Reads the cases first ... end - 1 of a target.
 
     Args:
-      name: of the target.
-      target: its class, which can be imported from where it is defined.
-      first, end: which cases.
-      seed: of the damages.
-      kept: folder that gets the files of every finding, made when there is one.
+      name: name of the target.
+      target: its class, which other processes can import.
+      first: number of the first case.
+      end: number after the last case.
+      seed: random seed of the damages.
+      findings_dir: folder for the files of every finding, created for the first one.
 
     Raises:
       ValueError: the target refuses its own valid files.
     """
-    row = TargetReport(name)
-    began = time.monotonic()
-    shown = ProgressBar(end - first, name, "inputs")
-    with shown, tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
+    report = TargetReport(name)
+    start_time = time.monotonic()
+    bar = ProgressBar(end - first, name, "inputs")
+    with bar, tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
         work = pathlib.Path(temporary) / name
         while first < end:
             reader = _Reader(target, work, seed)
-            reader.give(first, end)
+            reader.send_cases(first, end)
             while first < end:
                 size = min(target.batch, end - first)
-                answer = reader.outcomes()
+                answer = reader.receive_outcomes()
                 failed = isinstance(answer, str)
                 outcomes = [Outcome(FINDING, answer)] * size if failed else answer
                 for index, outcome in enumerate(outcomes, first):
-                    _count(row, index, outcome)
+                    _count_outcome(report, index, outcome)
                 first += size
-                shown.update(size)
+                bar.update(size)
                 if failed:
                     break
             reader.stop(grace=0.0 if failed else 10.0)
-        if row.findings:
+        if report.findings:
             (work / "again").mkdir()
-            _keep(row, target(work / "again"), seed, kept)
-    row.seconds = time.monotonic() - began
-    return row
+            _write_findings(report, target(work / "again"), seed, findings_dir)
+    report.seconds = time.monotonic() - start_time
+    return report
 
 
-def _count(row: TargetReport, index: int, outcome: Outcome) -> None:
-    row.inputs += 1
-    row.accepted += outcome.kind == ACCEPTED
-    row.refused += outcome.kind == REFUSED
+def _count_outcome(report: TargetReport, index: int, outcome: Outcome) -> None:
+    """Adds the outcome of input `index` to the report."""
+    report.inputs += 1
+    report.accepted += outcome.kind == ACCEPTED
+    report.refused += outcome.kind == REFUSED
     if outcome.kind == REFUSED:
-        row.reasons[outcome.text.partition(":")[0]] += 1
+        report.reasons[outcome.text.partition(":")[0]] += 1
     if outcome.kind == FINDING:
-        row.findings[index] = outcome.text
+        report.findings[index] = outcome.text
 
 
-def _keep(row: TargetReport, target: Target, seed: int, kept: pathlib.Path) -> None:
-    """Writes the files of each finding, what happened, and the command that does it again."""
-    for index, text in row.findings.items():
-        folder = kept / f"{row.target}-{seed}-{index}"
+def _write_findings(
+    report: TargetReport, target: Target, seed: int, findings_dir: pathlib.Path
+) -> None:
+    """Writes the files of each finding, its description, and the command that repeats it."""
+    for index, text in report.findings.items():
+        folder = findings_dir / f"{report.target}-{seed}-{index}"
         shutil.rmtree(folder, ignore_errors=True)
         write_case(make_case(target, seed, index), folder / "files")
-        command = f"python scripts/fuzz.py --targets {row.target} --seed={seed} --only={index}"
+        command = f"python scripts/fuzz.py --targets {report.target} --seed={seed} --only={index}"
         (folder / "finding.txt").write_text(f"{command}\n\n{text}\n", errors="replace")
 
 
 def share_inputs(inputs: int, shares: Mapping[str, float]) -> dict[str, int]:
-    """How many of `inputs` each target gets, at least one."""
+    """Divides `inputs` among the targets in proportion to `shares`, at least one for each."""
     total = sum(shares.values())
     counts = {name: max(1, int(inputs * share / total)) for name, share in shares.items()}
     largest = max(shares, key=shares.get)
@@ -163,20 +179,20 @@ def share_inputs(inputs: int, shares: Mapping[str, float]) -> dict[str, int]:
     return counts
 
 
-def format_table(rows: list[TargetReport]) -> str:
-    """The rows as a table in Markdown, with a last row of sums."""
+def format_table(reports: list[TargetReport]) -> str:
+    """Returns the reports as a table in Markdown, with a last row of sums."""
     lines = ["| target | inputs | accepted | refused with a named error | findings | seconds |"]
     lines.append("|---|---|---|---|---|---|")
     total = TargetReport("total")
-    for row in rows:
-        total.inputs += row.inputs
-        total.accepted += row.accepted
-        total.refused += row.refused
-        total.findings |= {(row.target, i): text for i, text in row.findings.items()}
-        total.seconds += row.seconds
-    for row in [*rows, total]:
+    for report in reports:
+        total.inputs += report.inputs
+        total.accepted += report.accepted
+        total.refused += report.refused
+        total.findings |= {(report.target, i): text for i, text in report.findings.items()}
+        total.seconds += report.seconds
+    for report in [*reports, total]:
         lines.append(
-            f"| {row.target} | {row.inputs:,} | {row.accepted:,} | {row.refused:,} | "
-            f"{len(row.findings)} | {row.seconds:.0f} |"
+            f"| {report.target} | {report.inputs:,} | {report.accepted:,} | {report.refused:,} | "
+            f"{len(report.findings)} | {report.seconds:.0f} |"
         )
     return "\n".join(lines)

@@ -1,7 +1,4 @@
-"""Damaged copies of valid files, the same for the same random numbers.
-
-Public: `mutate_bytes`, `mutate_json`, `mutate_text`.
-"""
+"""Makes damaged copies of valid files; equal random numbers give equal damages."""
 
 import copy
 import json
@@ -9,8 +6,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-# Bytes that mean something to one of the formats.
-TOKENS = (
+# Bytes with a meaning in one of the formats.
+_TOKENS = (
     b"../../../fuzz_outside",
     b"/fuzz_outside",
     b"\0",
@@ -36,7 +33,7 @@ TOKENS = (
     b"x" * 200_000,
 )
 _INTEGERS = (0, 1, 2, 3, 127, 128, 255, 256, 32767, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63, -1)
-# What takes the place of a value of a JSON file; a str that begins with _RAW is put in unquoted.
+# Replacements for a value of a JSON file; a str that begins with _RAW is inserted unquoted.
 _RAW = "\x00raw:"
 _VALUES: tuple[Any, ...] = (
     None,
@@ -77,14 +74,14 @@ _VALUES: tuple[Any, ...] = (
 
 
 def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
-    """One to four small damages, most often one."""
+    """Returns the data with one to four small damages, usually one."""
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         data = rng.choice(_DAMAGES)(rng, data)
     return data
 
 
 def mutate_text(rng: random.Random, data: bytes) -> bytes:
-    """As `mutate_bytes`, or lines dropped, doubled or exchanged, or the first line lost."""
+    """Returns a text with damaged bytes, or with a line dropped, doubled or exchanged."""
     if rng.random() < 0.6:
         return mutate_bytes(rng, data)
     lines = data.splitlines(keepends=True) or [b""]
@@ -104,8 +101,8 @@ def mutate_text(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_json(rng: random.Random, data: bytes) -> bytes:
-    """A valid JSON text with one to three values or names replaced, added or taken away."""
-    content = [json.loads(data)]  # in a list, so that its top is a value like others
+    """Returns a JSON text with one to three values or names replaced, added or removed."""
+    content = [json.loads(data)]  # in a list, so that the top level is a value like others
     for _ in range(rng.choice((1, 1, 2, 3))):
         _change_value(rng, content)
     text = json.dumps(content[0])
@@ -119,38 +116,39 @@ def mutate_json(rng: random.Random, data: bytes) -> bytes:
 
 
 def _change_value(rng: random.Random, content: list) -> None:
+    """Replaces, removes, copies or adds one value in place."""
     places = list(_places(content))
-    holder, key = rng.choice(places)
+    container, key = rng.choice(places)
     kind = rng.randrange(8)
-    if kind < 5 or holder is content:
-        holder[key] = copy.deepcopy(rng.choice(_VALUES))  # it may be changed next
+    if kind < 5 or container is content:
+        container[key] = copy.deepcopy(rng.choice(_VALUES))  # it may be changed next
     elif kind == 5:
-        del holder[key]
+        del container[key]
     elif kind == 6:
         other, other_key = rng.choice(places)
-        holder[key] = copy.deepcopy(other[other_key])  # no cycles
-    elif isinstance(holder, dict):
-        holder[rng.choice(("", "__metadata__", "../../../fuzz_outside", "x" * 999))] = (
-            copy.deepcopy(holder[key])
+        container[key] = copy.deepcopy(other[other_key])  # no cycles
+    elif isinstance(container, dict):
+        container[rng.choice(("", "__metadata__", "../../../fuzz_outside", "x" * 999))] = (
+            copy.deepcopy(container[key])
         )
     else:
-        holder.insert(key, copy.deepcopy(holder[key]))
+        container.insert(key, copy.deepcopy(container[key]))
 
 
-def _places(holder: Any):
-    """(holder, key) of every value below."""
-    keys = holder.keys() if isinstance(holder, dict) else range(len(holder))
+def _places(container: Any):
+    """Yields (container, key) for every value below `container`."""
+    keys = container.keys() if isinstance(container, dict) else range(len(container))
     for key in list(keys):
-        yield holder, key
-        if isinstance(holder[key], dict | list):
-            yield from _places(holder[key])
+        yield container, key
+        if isinstance(container[key], dict | list):
+            yield from _places(container[key])
 
 
 # ---------------------------------------------------------------- damages
 
 
-def _run(rng: random.Random, data: bytes) -> tuple[int, int]:
-    """Start and end of a part, mostly short."""
+def _draw_range(rng: random.Random, data: bytes) -> tuple[int, int]:
+    """Draws start and end of a part of the data, usually a short one."""
     start = rng.randrange(len(data) + 1)
     return start, min(len(data), start + rng.choice((1, 2, 4, 8, 64, 1024, len(data))))
 
@@ -163,7 +161,7 @@ def _flip_bits(rng: random.Random, data: bytes) -> bytes:
 
 
 def _set_bytes(rng: random.Random, data: bytes) -> bytes:
-    start, end = _run(rng, data)
+    start, end = _draw_range(rng, data)
     return data[:start] + rng.randbytes(end - start) + data[end:]
 
 
@@ -180,29 +178,29 @@ def _truncate(rng: random.Random, data: bytes) -> bytes:
 
 
 def _delete(rng: random.Random, data: bytes) -> bytes:
-    start, end = _run(rng, data)
+    start, end = _draw_range(rng, data)
     return data[:start] + data[end:]
 
 
 def _double(rng: random.Random, data: bytes) -> bytes:
-    start, end = _run(rng, data)
+    start, end = _draw_range(rng, data)
     return data[:end] + data[start:end] * rng.choice((1, 1, 3)) + data[end:]
 
 
 def _insert(rng: random.Random, data: bytes) -> bytes:
     start = rng.randrange(len(data) + 1)
-    return data[:start] + rng.choice((rng.choice(TOKENS), rng.randbytes(8))) + data[start:]
+    return data[:start] + rng.choice((rng.choice(_TOKENS), rng.randbytes(8))) + data[start:]
 
 
 def _splice(rng: random.Random, data: bytes) -> bytes:
-    """One part over another."""
-    start, end = _run(rng, data)
+    """Writes one part of the data over another."""
+    start, end = _draw_range(rng, data)
     place = rng.randrange(len(data) + 1)
     return data[:place] + data[start:end] + data[place + end - start :]
 
 
 def _fill(rng: random.Random, data: bytes) -> bytes:
-    start, end = _run(rng, data)
+    start, end = _draw_range(rng, data)
     return data[:start] + rng.choice((b"\0", b"\xff")) * (end - start) + data[end:]
 
 

@@ -1,4 +1,4 @@
-"""Damaged prepared data: `Records`."""
+"""Defines the fuzzing target for prepared data."""
 
 import io
 import pathlib
@@ -22,17 +22,17 @@ from tests.fuzz.sandbox import Case, Target
 
 _NUM_FRAMES = (3, 1, 5, 2)  # per video; the first two are in one shard
 _HEIGHT, _WIDTH = 24, 32
-# Values of the numbers in the video table.
+# Replacements for the numbers in the video table.
 _NUMBERS = (-(2**63), -1, 0, 1, 2, 3, 11, 12, 8192, 65535, 2**31, 2**62, 2**63 - 1)
 
 
 class Records(Target):
-    """`VideoDataset`, then a clip of every video, as in training or in evaluation."""
+    """Opens a `VideoDataset` and decodes a clip of every video, as training and evaluation do."""
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
         (folder / "data/frames").mkdir(parents=True)
-        _write(folder / "data")
+        _write_prepared_data(folder / "data")
         files = [path for path in (folder / "data").rglob("*") if path.is_file()]
         content = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(files)}
         self._seeds = [Case("records", content)]
@@ -41,8 +41,8 @@ class Records(Target):
             for name in content
             if "array_record" in name
         }
-        self._data = schema.get_config().data
-        self._data.update(
+        self._data_config = schema.get_config().data
+        self._data_config.update(
             num_frames=4,
             num_spatial_frames=2,
             grid=(2, 2),
@@ -50,12 +50,12 @@ class Records(Target):
             image_size=16,
             sampling="segments",
         )
-        self._clip = clip_spec.build_clip_format(self._data)
-        self._elements = _Elements(self._clip)
-        self._problems: list[Exception] = []
-        # One for all cases: tracing it takes a hundred times as long as a clip.
+        self._clip_format = clip_spec.build_clip_format(self._data_config)
+        self._samples = _ClipSamples(self._clip_format)
+        self._errors: list[Exception] = []
+        # All cases share one stream, because tracing it takes much longer than decoding a clip.
         self._stream = clip_assembly.decode_clips(
-            self._elements, self._clip, self._data, self._problems
+            self._samples, self._clip_format, self._data_config, self._errors
         )
 
     def seeds(self) -> list[Case]:
@@ -74,7 +74,7 @@ class Records(Target):
         return Case(seed.kind, seed.files | {name: content})
 
     def _mutate_records(self, rng: random.Random, name: str) -> bytes:
-        """A shard with right checksums, some of whose records are damaged, missing or doubled."""
+        """Returns a shard with valid checksums and a record damaged, missing or doubled."""
         payloads = list(self._payloads[name])
         place = rng.randrange(len(payloads))
         kind = rng.randrange(6)
@@ -96,28 +96,29 @@ class Records(Target):
     def read(self, kind: str, folder: pathlib.Path, out: pathlib.Path) -> None:
         del kind, out
         dataset = VideoDataset(str(folder / "data"), "train")
-        self._problems.clear()
-        self._elements.dataset = dataset
+        self._errors.clear()
+        self._samples.dataset = dataset
         try:
             for decoded in self._stream.as_numpy_iterator():
                 dataset.class_names[decoded["label"]].encode("utf-8", "surrogateescape")
-        except DECODE_ERRORS as problem:  # as `pipeline.eval_batches` deals with it
-            if self._problems:
-                raise self._problems[0] from None
+        except DECODE_ERRORS as error:  # handled as in `pipeline.eval_batches`
+            if self._errors:
+                raise self._errors[0] from None
             if not any(
-                clip_assembly.find_decode_error(e, self._clip, self._data) for e in self._elements
+                clip_assembly.find_decode_error(s, self._clip_format, self._data_config)
+                for s in self._samples
             ):
                 raise
-            raise video_dataset.UnreadableVideo(str(problem)) from None
+            raise video_dataset.UnreadableVideo(str(error)) from None
 
 
-class _Elements:
-    """The clips of a data set, anew for each iteration."""
+class _ClipSamples:
+    """Yields the clip samples of a data set, from the start in each iteration."""
 
     dataset: Any = None
 
-    def __init__(self, clip: clip_spec.ClipFormat):
-        self._clip = clip
+    def __init__(self, clip_format: clip_spec.ClipFormat):
+        self._clip_format = clip_format
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         dataset, rng = self.dataset, np.random.default_rng(0)
@@ -128,18 +129,19 @@ class _Elements:
             crop = augment.eval_crop(height, width, 0, 3)
             if video % 2:
                 crop = augment.random_resized_crop(height, width, rng, (0.08, 1.0), flip=True)
-            yield clip_assembly.make_clip_sample(dataset, self._clip, video, frames, crop)
+            yield clip_assembly.make_clip_sample(dataset, self._clip_format, video, frames, crop)
 
 
-def _jpeg(value: int, progressive: bool) -> bytes:
-    noise = np.random.default_rng(value).integers(0, 256, (_HEIGHT, _WIDTH, 3), np.uint8)
+def _encode_noise(seed: int, progressive: bool) -> bytes:
+    """Returns a JPEG of random pixels."""
+    noise = np.random.default_rng(seed).integers(0, 256, (_HEIGHT, _WIDTH, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "JPEG", quality=50, progressive=progressive)
     return buffer.getvalue()
 
 
-def _write(out: pathlib.Path) -> None:
-    """Prepared data without videos."""
+def _write_prepared_data(out: pathlib.Path) -> None:
+    """Writes a small prepared data set of random frames."""
     first = np.cumsum([0, *_NUM_FRAMES])
     rows = [
         VideoRow(f"v{i}", i % 2, int(first[i]), count, 12.5, _HEIGHT, _WIDTH, False)
@@ -151,7 +153,7 @@ def _write(out: pathlib.Path) -> None:
         ) as writer:
             for video in videos:
                 for frame in range(_NUM_FRAMES[video]):
-                    jpeg = _jpeg(10 * video + frame, progressive=video == 2)
+                    jpeg = _encode_noise(10 * video + frame, progressive=video == 2)
                     writer.write(shard_writer.encode_frame(jpeg))
     lengths = {"train": [4, 7]}
     shard_writer.write_tables(
@@ -160,7 +162,7 @@ def _write(out: pathlib.Path) -> None:
 
 
 def _mutate_example(rng: random.Random, payload: bytes) -> bytes:
-    """A tf.train.Example with one feature damaged, of another type, empty, doubled or missing."""
+    """Returns a tf.train.Example with one feature damaged, empty, doubled, missing or retyped."""
     example = tf.train.Example.FromString(payload)
     features = example.features.feature
     name = rng.choice(sorted(features))

@@ -1,6 +1,6 @@
-"""Watches a process that reads strangers' files: `Case`, `Outcome`, `Target`, `SideEffectMonitor`, `serve`.
+"""Reads untrusted files and watches what the readers do.
 
-Runs in a process of its own, which may crash, hang or be killed; `harness` starts it.
+`serve` runs in a separate process, which may crash, hang or be killed; `harness` starts it.
 """
 
 import contextlib
@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from dualpath_jax.data.preparation import worker_pool
 
 ACCEPTED, REFUSED, FINDING = "accepted", "refused", "finding"
-NAMED_ERRORS = (ValueError, OSError)  # what command.user_errors and the scripts show in one line
+NAMED_ERRORS = (ValueError, OSError)  # `cli.user_errors` and the scripts report these in one line
 _BARE_ERRORS = (UnicodeError, json.JSONDecodeError)  # ValueErrors that name no file
-_CODE_RUNS = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
-_CHANGES = (
+# Audit events of Python, see sys.addaudithook.
+_CODE_EVENTS = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
+_CHANGE_EVENTS = (
     "os.link",
     "os.mkdir",
     "os.remove",
@@ -34,10 +35,10 @@ _CHANGES = (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Files as a stranger sends them.
+    """Holds the files of one input.
 
     Attributes:
-      kind: which reader of the target they are for.
+      kind: selects the reader of the target.
       files: content by path, relative to the folder of the case.
     """
 
@@ -47,22 +48,27 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a case: ACCEPTED, REFUSED or FINDING, and in words why."""
+    """Describes how reading a case ended.
+
+    Attributes:
+      kind: ACCEPTED, REFUSED or FINDING.
+      text: the reason.
+    """
 
     kind: str
     text: str = ""
 
 
 class Target:
-    """Readers to try, and valid files for them.
+    """Defines readers to test, and makes valid and damaged files for them.
 
     Attributes:
-      batch: cases that are read together.
-      seconds: time for one batch, a hang beyond.
-      memory_mb: MiB of address space that reading may take on top of what is there before.
+      batch: number of cases that are read together.
+      seconds: time limit for one batch; a longer one counts as a hang.
+      memory_mb: MiB of address space that reading may add to what is mapped before.
 
     Args:
-      folder: an empty one, for files needed to make the seeds.
+      folder: an empty folder for files needed to make the seeds.
     """
 
     batch = 1
@@ -73,11 +79,11 @@ class Target:
         raise NotImplementedError
 
     def seeds(self) -> list[Case]:
-        """Valid cases."""
+        """Returns valid cases."""
         raise NotImplementedError
 
     def mutate(self, rng: random.Random, seed: Case) -> Case:
-        """A damaged copy of a seed, a function of `rng` alone."""
+        """Returns a damaged copy of a seed, which depends only on the seed and `rng`."""
         raise NotImplementedError
 
     def read(self, kind: str, folder: pathlib.Path, out: pathlib.Path) -> None:
@@ -87,7 +93,7 @@ class Target:
     def read_all(
         self, cases: list[Case], folders: list[pathlib.Path], out: pathlib.Path
     ) -> list[Outcome]:
-        """The outcome of each case of a batch."""
+        """Reads a batch of cases and returns the outcome of each."""
         return [
             run_reader(lambda case=case, folder=folder: self.read(case.kind, folder, out))
             for case, folder in zip(cases, folders, strict=True)
@@ -95,10 +101,12 @@ class Target:
 
 
 def run_reader(read: Callable[[], None]) -> Outcome:
-    """Accepted, refused with one of `NAMED_ERRORS`, or what else was raised."""
+    """Calls `read`; returns ACCEPTED, REFUSED for `NAMED_ERRORS`, or FINDING for other errors."""
     try:
         read()
-    except BaseException as error:  # also MemoryError and SystemExit: no reader may raise them
+    except (
+        BaseException
+    ) as error:  # including MemoryError and SystemExit, which no reader may raise
         if isinstance(error, NAMED_ERRORS) and not isinstance(error, _BARE_ERRORS):
             return Outcome(REFUSED, f"{type(error).__name__}: {error}"[:500])
         return Outcome(FINDING, traceback.format_exc()[-4000:])
@@ -106,76 +114,83 @@ def run_reader(read: Callable[[], None]) -> Outcome:
 
 
 class SideEffectMonitor:
-    """Notes what a process changes outside one folder, and programs and connections it starts.
+    """Records changes outside the output folder, started programs, and network connections.
 
-    Python's audit events tell of everything done by Python, anywhere. What libraries write
-    natively is found by looking at `around`, the folder in which all of the test lies.
+    Python's audit events report everything that Python code does, anywhere. Writes by native
+    libraries are found by comparing the files in `watched_dir` before and after.
+
+    Args:
+      watched_dir: the folder that contains all files of the test.
+      out: the output folder, in which changes are allowed.
     """
 
-    def __init__(self, around: pathlib.Path, out: pathlib.Path):
-        self._around, self._out = around, out
-        self._on = False
-        self._seen: list[str] = []
-        sys.addaudithook(self._note)
+    def __init__(self, watched_dir: pathlib.Path, out: pathlib.Path):
+        self._watched_dir, self._out = watched_dir, out
+        self._is_active = False
+        self._events: list[str] = []
+        sys.addaudithook(self._handle_audit_event)
 
     @contextlib.contextmanager
     def changes(self) -> Iterator[list[str]]:
-        """Gets, at the end of the block, a line for each thing done in it that it must not do."""
-        found: list[str] = []
-        before = self._files()
-        self._seen, self._on = [], True
+        """Yields a list that gets, at the end of the block, a line for each forbidden action."""
+        changes: list[str] = []
+        before = self._list_files()
+        self._events, self._is_active = [], True
         try:
-            yield found
+            yield changes
         finally:
-            self._on = False
-            found += self._seen
-            after = self._files()
+            self._is_active = False
+            changes += self._events
+            after = self._list_files()
             differing = sorted(k for k in before | after if before.get(k) != after.get(k))
-            found += [f"changed outside the output folder: {path}" for path in differing]
+            changes += [f"changed outside the output folder: {path}" for path in differing]
 
-    def _note(self, event: str, arguments: tuple) -> None:
-        if not self._on:
+    def _handle_audit_event(self, event: str, arguments: tuple) -> None:
+        """Records the event if it is forbidden."""
+        if not self._is_active:
             return
-        if event == "subprocess.Popen" and arguments[1][1:3] == ["-c", worker_pool.START]:
-            return  # a decoding process, which is what shall meet the file
-        if event in _CODE_RUNS:
-            self._seen.append(f"{event} {arguments!r}"[:500])
+        if event == "subprocess.Popen" and arguments[1][1:3] == ["-c", worker_pool.WORKER_PROGRAM]:
+            return  # a video decoding process, which is meant to read the file
+        if event in _CODE_EVENTS:
+            self._events.append(f"{event} {arguments!r}"[:500])
         elif event == "open" and isinstance(arguments[0], str | bytes):
             writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-            if arguments[2] & writes and not self._allowed(arguments[0]):
-                self._seen.append(f"opened for writing: {arguments[0]!r}")
-        elif event in _CHANGES:
+            if arguments[2] & writes and not self._is_allowed(arguments[0]):
+                self._events.append(f"opened for writing: {arguments[0]!r}")
+        elif event in _CHANGE_EVENTS:
             paths = [a for a in arguments if isinstance(a, str | bytes)]
-            self._seen += [f"{event} {path!r}" for path in paths if not self._allowed(path)]
+            self._events += [f"{event} {path!r}" for path in paths if not self._is_allowed(path)]
 
-    def _allowed(self, path: str | bytes) -> bool:
+    def _is_allowed(self, path: str | bytes) -> bool:
+        """Returns whether `path` may be written."""
         path = os.path.realpath(os.fsdecode(path))
         return path == os.devnull or pathlib.Path(path).is_relative_to(self._out)
 
-    def _files(self) -> dict[str, tuple[int, int]]:
-        """Size and time of change of every file around, but for those in the output folder."""
-        found = {}
-        folders = [str(self._around)]
+    def _list_files(self) -> dict[str, tuple[int, int]]:
+        """Returns size and modification time of each watched file outside the output folder."""
+        files = {}
+        folders = [str(self._watched_dir)]
         while folders:
             for entry in os.scandir(folders.pop()):
                 if entry.is_dir(follow_symlinks=False):
                     if entry.path != str(self._out):
                         folders.append(entry.path)
-                        found[entry.path] = (0, 0)
+                        files[entry.path] = (0, 0)
                 else:
                     stat = entry.stat(follow_symlinks=False)
-                    found[entry.path] = (stat.st_size, stat.st_mtime_ns)
-        return found
+                    files[entry.path] = (stat.st_size, stat.st_mtime_ns)
+        return files
 
 
 def make_case(target: Target, seed: int, index: int) -> Case:
-    """Case `index` of a target, the same for the same `seed`."""
+    """Returns case `index` of a target; equal seeds give equal cases."""
     rng = random.Random(f"{type(target).__name__}/{seed}/{index}")
     seeds = target.seeds()
     return target.mutate(rng, seeds[rng.randrange(len(seeds))])
 
 
 def write_case(case: Case, folder: pathlib.Path) -> None:
+    """Writes the files of a case into a folder."""
     for name, content in case.files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,45 +198,47 @@ def write_case(case: Case, folder: pathlib.Path) -> None:
 
 
 def serve(connection, target_type: type[Target], work: str, seed: int) -> None:
-    """Main function of the reading process.
+    """Runs the reading process: receives ranges of cases, reads them, and sends the outcomes.
 
-    Sends "ready", or the text of what is wrong with the seeds; then gets ranges of cases (first,
-    end) and for each batch in them sends a list of `Outcome`.
+    First it reads the seeds, and sends "ready" or the text of their errors. Then it receives ranges
+    (first, end) and sends a list of `Outcome` for each batch in them.
 
     Args:
       connection: one end of a pipe.
-      target_type: what reads.
-      work: an empty folder for all of it.
-      seed: of the damages.
+      target_type: the target that reads the files.
+      work: an empty folder for all files.
+      seed: random seed of the damages.
     """
-    sys.dont_write_bytecode = True  # what is imported late would look like a file written
+    sys.dont_write_bytecode = True  # bytecode of late imports would look like a forbidden write
     root = pathlib.Path(work).resolve()
     log = (root / "log").open("w")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     (root / "seeds").mkdir()
     target = target_type(root / "seeds")
-    around = root / "around"  # deep, so that a few "../" stay within
-    cases_dir, out = around / "a/b/c/d/cases", around / "a/b/c/d/out"
+    watched_dir = root / "watched"
+    deep = watched_dir / "a/b/c/d"  # deep, so that a few "../" stay in the watched folder
+    cases_dir, out = deep / "cases", deep / "out"
     cases_dir.mkdir(parents=True)
     out.mkdir()
-    watch = SideEffectMonitor(around, out)
+    monitor = SideEffectMonitor(watched_dir, out)
 
     def read(cases: list[Case]) -> list[Outcome]:
+        """Reads a batch; every case of it is a finding if one has a side effect."""
         folders = [cases_dir / str(i) for i in range(len(cases))]
         for case, folder in zip(cases, folders, strict=True):
             folder.mkdir()
             write_case(case, folder)
-        with watch.changes() as changes:
+        with monitor.changes() as changes:
             outcomes = target.read_all(cases, folders, out)
         for folder in (*folders, out):
             shutil.rmtree(folder)
         out.mkdir()
         return [Outcome(FINDING, "\n".join(changes))] * len(cases) if changes else outcomes
 
-    outcomes = read(target.seeds())  # also loads what is loaded late
-    wrong = [o.text or o.kind for o in outcomes if o.kind != ACCEPTED]
-    connection.send("\n".join(wrong) or "ready")
+    outcomes = read(target.seeds())  # this also loads modules that are imported late
+    errors = [o.text or o.kind for o in outcomes if o.kind != ACCEPTED]
+    connection.send("\n".join(errors) or "ready")
     _limit_memory(target.memory_mb)
     while True:
         try:
@@ -234,7 +251,7 @@ def serve(connection, target_type: type[Target], work: str, seed: int) -> None:
 
 
 def _limit_memory(memory_mb: int) -> None:
-    """Address space: what is mapped now and `memory_mb` MiB more."""
+    """Limits the address space to what is mapped now and `memory_mb` MiB more."""
     with open("/proc/self/statm") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_mb * 2**20, resource.RLIM_INFINITY))

@@ -1,4 +1,4 @@
-"""What is fuzzed: `TARGETS`, `SHARES`."""
+"""Lists the fuzzing targets and their shares of the inputs."""
 
 from tests.fuzz.annotation_target import Annotations
 from tests.fuzz.records_target import Records
@@ -15,7 +15,7 @@ TARGETS: dict[str, type[Target]] = {
     "records": Records,
     "videos": Videos,
 }
-# Parts of all inputs: more where an input takes less time.
+# Parts of all inputs; targets with faster inputs get more.
 SHARES = {
     "annotations": 0.45,
     "backbones": 0.15,

@@ -1,4 +1,4 @@
-"""The fuzz harness: its targets in short, and that nothing bad escapes it."""
+"""Tests short runs of the fuzzing targets, and that the harness finds every misbehavior."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 INPUTS = {"annotations": 200, "backbones": 60, "torch": 40, "records": 40, "videos": 25}
 
 
-def _made(name, folder):
+def _make_target(name, folder):
     folder.mkdir()
     return TARGETS[name](folder)
 
@@ -27,25 +27,27 @@ def _made(name, folder):
 def test_short(name, tmp_path, monkeypatch):
     if name == "torch":
         pytest.importorskip("torch")
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)  # it lies outside
+    monkeypatch.delenv(
+        "JAX_COMPILATION_CACHE_DIR", raising=False
+    )  # it is outside of the test's folder
     count, (one, other) = INPUTS[name], (tmp_path / "one", tmp_path / "other")
-    kept = tmp_path / "kept"
+    findings_dir = tmp_path / "findings"
     cases = [
         [sandbox.make_case(target, 0, i) for i in range(20)]
-        for target in (_made(name, one), _made(name, other))
+        for target in (_make_target(name, one), _make_target(name, other))
     ]
-    assert cases[0] == cases[1]  # whoever makes the seeds
-    row = harness.fuzz_target(name, TARGETS[name], 0, count, 1, kept)
-    assert row.findings == {}
-    assert row.inputs == count == row.accepted + row.refused
-    assert min(row.accepted, row.refused) >= 4  # damages are neither too weak nor too strong
+    assert cases[0] == cases[1]  # independent of the target's instance
+    report = harness.fuzz_target(name, TARGETS[name], 0, count, 1, findings_dir)
+    assert report.findings == {}
+    assert report.inputs == count == report.accepted + report.refused
+    assert min(report.accepted, report.refused) >= 4  # damages are neither too weak nor too strong
 
 
-# ---------------------------------------------------------------- what must be reported
+# ---------------------------------------------------------------- findings
 
 
 @pytest.mark.parametrize(
-    ("word", "text"),
+    ("action", "text"),
     [
         ("key", "KeyError: 'key'"),
         ("unicode", "UnicodeDecodeError"),
@@ -53,34 +55,34 @@ def test_short(name, tmp_path, monkeypatch):
         ("memory", "MemoryError"),
         ("crash", "the reading process died"),
         ("hang", "hangs: no answer within 3 s"),
-        ("beside", "evil"),
+        ("outside", "evil"),
         ("input", "changed outside the output folder"),
         ("native", "evil"),
         ("elsewhere", f"opened for writing: '{broken_targets.ELSEWHERE}'"),
         ("run", "subprocess.Popen"),
     ],
 )
-def test_what_ends_badly_is_reported(word, text, tmp_path):
-    row = harness.fuzz_target(word, broken_targets.TARGETS[word], 0, 1, 0, tmp_path)
+def test_forbidden_actions_are_findings(action, text, tmp_path):
+    report = harness.fuzz_target(action, broken_targets.TARGETS[action], 0, 1, 0, tmp_path)
     pathlib.Path(broken_targets.ELSEWHERE).unlink(missing_ok=True)
-    assert (row.inputs, row.accepted, row.refused) == (1, 0, 0)
-    assert text in row.findings[0]
-    kept = tmp_path / f"{word}-0-0"
-    assert (kept / "files/file").read_bytes() == word.encode()
-    report = (kept / "finding.txt").read_text()
-    assert report.startswith(f"python scripts/fuzz.py --targets {word} --seed=0 --only=0\n")
-    assert text in report
+    assert (report.inputs, report.accepted, report.refused) == (1, 0, 0)
+    assert text in report.findings[0]
+    folder = tmp_path / f"{action}-0-0"
+    assert (folder / "files/file").read_bytes() == action.encode()
+    description = (folder / "finding.txt").read_text()
+    assert description.startswith(f"python scripts/fuzz.py --targets {action} --seed=0 --only=0\n")
+    assert text in description
 
 
-def test_reading_goes_on_after_a_crash(tmp_path):
-    row = harness.fuzz_target("crash", broken_targets.TARGETS["crash"], 0, 3, 0, tmp_path)
-    assert list(row.findings) == [0, 1, 2]
+def test_reading_continues_after_a_crash(tmp_path):
+    report = harness.fuzz_target("crash", broken_targets.TARGETS["crash"], 0, 3, 0, tmp_path)
+    assert list(report.findings) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("word", "accepted", "refused"), [("good", 3, 0), ("refuse", 0, 3)])
-def test_good_ends_are_no_findings(word, accepted, refused, tmp_path):
-    row = harness.fuzz_target(word, broken_targets.TARGETS[word], 0, 3, 0, tmp_path)
-    assert (row.accepted, row.refused, row.findings) == (accepted, refused, {})
+@pytest.mark.parametrize(("action", "accepted", "refused"), [("good", 3, 0), ("refuse", 0, 3)])
+def test_allowed_outcomes_are_not_findings(action, accepted, refused, tmp_path):
+    report = harness.fuzz_target(action, broken_targets.TARGETS[action], 0, 3, 0, tmp_path)
+    assert (report.accepted, report.refused, report.findings) == (accepted, refused, {})
     assert os.listdir(tmp_path) == []
 
 
@@ -116,8 +118,8 @@ def test_shares():
 
 
 def test_table():
-    row = harness.TargetReport("a", 1200, 1000, 199, {7: "bad"}, 12.4)
-    assert harness.format_table([row, harness.TargetReport("b", 1, 1)]).splitlines()[2:] == [
+    report = harness.TargetReport("a", 1200, 1000, 199, {7: "bad"}, 12.4)
+    assert harness.format_table([report, harness.TargetReport("b", 1, 1)]).splitlines()[2:] == [
         "| a | 1,200 | 1,000 | 199 | 1 | 12 |",
         "| b | 1 | 1 | 0 | 0 | 0 |",
         "| total | 1,201 | 1,001 | 199 | 1 | 12 |",
@@ -146,7 +148,7 @@ def test_script(tmp_path):
     ]
 
 
-def test_script_refuses_what_it_does_not_know():
+def test_script_refuses_unknown_targets():
     fuzz = runpy.run_path(str(ROOT / "scripts/fuzz.py"))["fuzz"]
     with pytest.raises(ValueError, match="unknown target 'x': known are annotations, backbones"):
         fuzz(types.SimpleNamespace(targets=["x"], only=None))

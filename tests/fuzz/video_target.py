@@ -1,4 +1,4 @@
-"""Damaged videos: `Videos`."""
+"""Defines the fuzzing target for videos."""
 
 import json
 import pathlib
@@ -9,7 +9,7 @@ import av
 import numpy as np
 
 from dualpath_jax.data.datasets.annotations import DatasetIndex, Video
-from dualpath_jax.data.preparation.prepare import prepare_dataset
+from dualpath_jax.data.preparation.prepare import PrepareOptions, prepare_dataset
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits
 from dualpath_jax.data.video_dataset import VideoDataset
 from tests.fuzz.mutate import mutate_bytes
@@ -23,7 +23,7 @@ _FORMATS = (  # file, codec, options of the container
     ("v.avi", "mpeg4", {}),
 )
 _LIMITS = DecodeLimits(seconds=20, memory_mb=1024, max_pixels=512 * 512, max_frames=64)
-# Parts of an mp4 or an avi whose numbers steer the decoder.
+# Parts of an mp4 or an avi file whose numbers control the decoder.
 _ATOMS = re.compile(
     rb"ftyp|moov|mvhd|trak|tkhd|mdhd|hdlr|stsd|stts|stss|stsc|stsz|stco|ctts|elst|avc1|avcC|mp4v|"
     rb"esds|moof|tfhd|trun|mdat|avih|strh|strf|idx1|movi"
@@ -31,16 +31,19 @@ _ATOMS = re.compile(
 
 
 class Videos(Target):
-    """`prepare` of videos: each is stored or in the ledger, whatever it does to its worker."""
+    """Prepares videos with `prepare_dataset`: each must be stored or listed as bad.
+
+    This holds whatever a video does to its decoding process.
+    """
 
     batch = 25
-    seconds = batch * _LIMITS.seconds  # two workers, and as long again
+    seconds = batch * _LIMITS.seconds  # twice the time that two workers need at most
 
     def __init__(self, folder: pathlib.Path):
         self._seeds = []
         for i, (name, codec, options) in enumerate(_FORMATS):
             path = folder / f"{i}-{name}"
-            _write(path, codec, options)
+            _write_video(path, codec, options)
             self._seeds.append(Case(name, {name: path.read_bytes()}))
 
     def seeds(self) -> list[Case]:
@@ -70,9 +73,7 @@ class Videos(Target):
                 listing,
                 str(folders[0].parent),
                 str(prepared),
-                num_workers=2,
-                limits=_LIMITS,
-                progress=False,
+                PrepareOptions(num_workers=2, limits=_LIMITS, progress=False),
             )
             stored = VideoDataset(str(prepared), "train").ids
         except ValueError as error:
@@ -80,17 +81,20 @@ class Videos(Target):
                 raise
         lines = (prepared / "bad_videos.jsonl").read_text().splitlines()
         bad = {entry["id"]: entry["reason"] for entry in map(json.loads, lines)}
-        return [_outcome(name, stored, bad) for name in names]
+        return [_find_outcome(name, stored, bad) for name in names]
 
 
-def _outcome(name: str, stored: list[str], bad: dict[str, str]) -> Outcome:
+def _find_outcome(name: str, stored: list[str], bad: dict[str, str]) -> Outcome:
+    """Returns the outcome of a video by the table of stored videos and the list of bad ones."""
     if (name in stored) == (name in bad):
-        return Outcome(FINDING, f"{name} is in both the table and the ledger, or in neither")
-    return Outcome(ACCEPTED) if name in stored else Outcome(REFUSED, f"ledger: {bad[name]}")
+        return Outcome(FINDING, f"{name} is both stored and listed as bad, or neither")
+    return (
+        Outcome(ACCEPTED) if name in stored else Outcome(REFUSED, f"bad_videos.jsonl: {bad[name]}")
+    )
 
 
-def _write(path: pathlib.Path, codec: str, options: dict[str, str]) -> None:
-    """A video of 12 small frames of smooth noise."""
+def _write_video(path: pathlib.Path, codec: str, options: dict[str, str]) -> None:
+    """Writes a video of 12 small frames of smooth noise."""
     noise = np.random.default_rng(0).integers(0, 256, (12, 6, 8, 3), np.uint8)
     frames = noise.repeat(8, 1).repeat(8, 2)
     options = options | {"fflags": "+bitexact"}  # no random numbers in mkv and webm

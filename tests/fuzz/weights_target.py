@@ -1,7 +1,4 @@
-"""Damaged files of weights: `Backbones`, `Checkpoints`, `TorchCheckpoints`, `Adapters`.
-
-`BACKBONES` are the tiny ones whose files are damaged.
-"""
+"""Defines the fuzzing targets for files of weights, all of tiny backbones."""
 
 import contextlib
 import dataclasses
@@ -56,7 +53,7 @@ BACKBONES = {
         window_size=2,
     ),
 }
-# The publisher's config beside a checkpoint, and which of `BACKBONES` it has, by layout.
+# By layout: the name in `BACKBONES`, and the publisher's config file next to the checkpoint.
 _LAYOUTS = {
     "openai": ("vit", {"model_cfg": {"vision_cfg": {"width": 8, "layers": 2, "head_width": 8}}}),
     "huggingface": (
@@ -83,28 +80,31 @@ _LAYOUTS = {
 
 
 def _backbone_arrays(name: str) -> dict[str, np.ndarray]:
-    """A backbone's parameters by flat name: float16 noise."""
+    """Returns a backbone's parameters by flat name, float16 noise."""
     rng = np.random.default_rng(0)
     shapes = convert.parameter_shapes(BACKBONES[name])
     return {n: rng.standard_normal(shape).astype(np.float16) for n, shape in shapes.items()}
 
 
-def _undo(transform, array: np.ndarray) -> np.ndarray:
-    """The array of which a table's transform makes `array`: it permutes axes, or drops some."""
-    for dropped in (2, 1):  # axes of size 1
-        larger = array.reshape([1] * dropped + list(array.shape))
+def _invert_transform(transform, array: np.ndarray) -> np.ndarray:
+    """Returns the array that `transform` turns into `array`.
+
+    The transforms in the tables of `layouts` permute axes or drop axes of size 1.
+    """
+    for num_dropped in (2, 1):  # axes of size 1
+        larger = array.reshape([1] * num_dropped + list(array.shape))
         with contextlib.suppress(ValueError):
             if transform(larger).shape == array.shape:
                 return larger
-    places = transform(np.arange(array.size).reshape(_before(transform, array.shape)))
+    places = transform(np.arange(array.size).reshape(_shape_before(transform, array.shape)))
     original = np.empty(array.size, array.dtype)
     original[places.ravel()] = array.ravel()
-    return original.reshape(_before(transform, array.shape))
+    return original.reshape(_shape_before(transform, array.shape))
 
 
-def _before(transform, shape: tuple[int, ...]) -> list[int]:
-    """The shape that a transform turns into `shape`."""
-    probe = transform(np.empty(range(2, 2 + len(shape))))  # sizes that tell the axes apart
+def _shape_before(transform, shape: tuple[int, ...]) -> list[int]:
+    """Returns the shape that a permutation of axes turns into `shape`."""
+    probe = transform(np.empty(range(2, 2 + len(shape))))  # a different size for each axis
     before = [0] * len(shape)
     for size, place in zip(shape, probe.shape, strict=True):
         before[place - 2] = size
@@ -112,15 +112,15 @@ def _before(transform, shape: tuple[int, ...]) -> list[int]:
 
 
 def _state_dict(layout: str) -> dict[str, np.ndarray]:
-    """Weights under the names of a publisher."""
+    """Returns random weights under the names of a publisher's layout."""
     arrays = _backbone_arrays(_LAYOUTS[layout][0])
     table = layouts.LAYOUTS[layout].table
     state = {}
-    for ours, found in itertools.groupby(sorted(table, key=lambda row: row[1]), lambda r: r[1]):
-        rows = list(found)  # concatenated along the last axis
+    for ours, group in itertools.groupby(sorted(table, key=lambda row: row[1]), lambda r: r[1]):
+        rows = list(group)  # concatenated along the last axis
         for s in range(2 if "{s}" in ours else 1):
             array = arrays.get(ours.format(s=s))
-            if array is None:  # nothing is merged after the last stage
+            if array is None:  # there is no patch merging after the last stage
                 continue
             for (source, _, transform), part in zip(
                 rows, np.split(array, len(rows), axis=-1), strict=True
@@ -128,12 +128,12 @@ def _state_dict(layout: str) -> dict[str, np.ndarray]:
                 blocks = part if "{i}" in source else part[None]
                 for i, block in enumerate(blocks):
                     name = source.format(s=s, next=s + 1, i=i)
-                    state[name] = np.ascontiguousarray(_undo(transform, block))
+                    state[name] = np.ascontiguousarray(_invert_transform(transform, block))
     return state
 
 
 def mutate_safetensors(rng: random.Random, data: bytes) -> bytes:
-    """Bytes anywhere; the header's JSON, its length set right or not; or JSON inside the JSON."""
+    """Damages any bytes, the header's JSON (sometimes with a wrong length), or JSON inside it."""
     kind = rng.randrange(4)
     if kind == 0:
         return mutate_bytes(rng, data)
@@ -155,7 +155,7 @@ def mutate_safetensors(rng: random.Random, data: bytes) -> bytes:
 
 
 class Backbones(Target):
-    """`load_backbone` of files of `convert_clip`."""
+    """Reads files of `convert_checkpoint` with `load_backbone`."""
 
     def __init__(self, folder: pathlib.Path):
         del folder
@@ -163,7 +163,7 @@ class Backbones(Target):
         for name, config in BACKBONES.items():
             family = backbone_registry.family_of(config)
             meta = {
-                "version": convert.VERSION,
+                "version": convert.FORMAT_VERSION,
                 "family": family,
                 "config": dataclasses.asdict(config),
                 "container": "safetensors",
@@ -186,26 +186,26 @@ class Backbones(Target):
     def read(self, kind: str, folder: pathlib.Path, out: pathlib.Path) -> None:
         del out
         config = BACKBONES[kind]
-        size = 2 * config.image_size  # so that positions are resized
+        size = 2 * config.image_size  # another size, which resizes the position embeddings
         config = dataclasses.replace(config, image_size=size) if kind != "swin" else config
         convert.load_backbone(folder / "backbone.safetensors", config)
 
 
 class Checkpoints(Target):
-    """`convert_clip` of every publisher's layout, with the publisher's config beside it."""
+    """Converts checkpoints of every layout, next to their config files."""
 
     def __init__(self, folder: pathlib.Path):
         del folder
         self._seeds = []
         for name, (_, config) in _LAYOUTS.items():
-            beside = {layouts.LAYOUTS[name].config_file: json.dumps(config).encode()}
+            config_files = {layouts.LAYOUTS[name].config_file: json.dumps(config).encode()}
             for suffix, data in self._files(_state_dict(name)).items():
-                files = {f"weights{suffix}": data} | (beside if config else {})
+                files = {f"weights{suffix}": data} | (config_files if config else {})
                 self._seeds.append(Case(name, files))
 
     def _files(self, state: dict[str, np.ndarray]) -> dict[str, bytes]:
-        """The checkpoint's file by suffix."""
-        metadata = {"heads": "1"}  # of several, safetensors writes in random order
+        """Returns the checkpoint's content by file suffix."""
+        metadata = {"heads": "1"}  # a single entry: safetensors writes several in random order
         return {".safetensors": safetensors.numpy.save(state, metadata)}
 
     def seeds(self) -> list[Case]:
@@ -229,38 +229,40 @@ class Checkpoints(Target):
 
 
 class TorchCheckpoints(Checkpoints):
-    """The same as files of torch, of its present and of its old format."""
+    """Converts the same checkpoints as torch files, in the current and the old format."""
 
     def _files(self, state: dict[str, np.ndarray]) -> dict[str, bytes]:
         import torch
 
-        # Parts of one storage: the old format has them in the order of their addresses.
+        # All tensors share one storage: the old format orders storages by their addresses.
         flat = torch.from_numpy(np.concatenate([array.ravel() for array in state.values()]))
         parts = flat.split([array.size for array in state.values()])
         tensors = {
             name: part.view(array.shape)
             for (name, array), part in zip(state.items(), parts, strict=True)
         }
-        present, old = io.BytesIO(), io.BytesIO()
-        torch.save(tensors, present)
+        current, old = io.BytesIO(), io.BytesIO()
+        torch.save(tensors, current)
         torch.save(tensors, old, _use_new_zipfile_serialization=False)
-        address = _pickled(str(flat.untyped_storage()._cdata))  # by it the storage is known there
+        address = _pickle_text(
+            str(flat.untyped_storage()._cdata)
+        )  # the old format identifies the storage by it
         return {
-            ".pt": present.getvalue(),
-            ".bin": old.getvalue().replace(address, _pickled("1")),
+            ".pt": current.getvalue(),
+            ".bin": old.getvalue().replace(address, _pickle_text("1")),
         }
 
     def _mutate_weights(self, rng: random.Random, data: bytes) -> bytes:
         return mutate_bytes(rng, data)
 
 
-def _pickled(text: str) -> bytes:
-    """A short text as a pickle of protocol 2 has it."""
+def _pickle_text(text: str) -> bytes:
+    """Returns a short text as encoded by pickle protocol 2."""
     return b"X" + len(text).to_bytes(4, "little") + text.encode()
 
 
 class Adapters(Target):
-    """`read_adapter` of files of `write_adapter`, and `saved_config` of what they say."""
+    """Reads files of `write_adapter` with `read_adapter`, and their configs."""
 
     def __init__(self, folder: pathlib.Path):
         leaves = {
@@ -300,12 +302,12 @@ class Adapters(Target):
     def read(self, kind: str, folder: pathlib.Path, out: pathlib.Path) -> None:
         del kind, out
         leaves, metadata = adapter_file.read_adapter(str(folder / "adapter.safetensors"))
-        # What `start_from` relies on.
+        # `init_from_adapter` relies on these types.
         assert all(isinstance(leaf, np.ndarray) for leaf in leaves.values())
         assert all(isinstance(metadata[key], str) for key in ("method", "backbone_sha256"))
         assert all(isinstance(name, str) for name in metadata["class_names"])
         assert isinstance(metadata["step"], int)
-        try:  # as `load`
+        try:  # as `trained_model.load` does
             trained_model.parse_saved_config(metadata)
         except INVALID_CONFIG_ERRORS as error:
             raise ValueError(str(error)) from None

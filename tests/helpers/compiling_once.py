@@ -1,4 +1,4 @@
-"""Runs that differ in nothing that is compiled share their programs, so that tests end sooner."""
+"""Shares compiled programs between runs with equal programs, to make tests faster."""
 
 import contextlib
 
@@ -9,11 +9,11 @@ import pytest
 from dualpath_jax import evaluate
 from dualpath_jax.training import experiment, step
 
-_made = {}
+_cache = {}
 
 
 def _key(model, config):
-    """What programs follow from; when a run saves and evaluates is not part of it."""
+    """Returns a key that is equal for equal programs; it ignores when a run saves and evaluates."""
     config = config.copy_and_resolve_references()
     for name in ("checkpoint", "eval", "init_from", "log_every_steps", "profile", "resume_changed"):
         del config[name]
@@ -22,26 +22,26 @@ def _key(model, config):
 
 @contextlib.contextmanager
 def compiling_once():
-    """Inside, training and evaluation steps and fresh parameters are made once a configuration."""
+    """Makes steps and initial parameters only once per configuration while the block runs."""
 
-    def once(module, name):
+    def cached(module, name):
         make = getattr(module, name)
 
         def shared(model, config, *rest):
             key = name, *_key(model, config)
-            if key not in _made:
-                _made[key] = make(model, config, *rest)
-            return _made[key]
+            if key not in _cache:
+                _cache[key] = make(model, config, *rest)
+            return _cache[key]
 
         return shared
 
-    init = once(experiment, "init_params")
+    init = cached(experiment, "init_params")
 
-    def fresh(model, config, backbone):
-        return jax.tree.map(jnp.copy, init(model, config, backbone))  # a run donates its own
+    def copied_params(model, config, backbone):
+        return jax.tree.map(jnp.copy, init(model, config, backbone))  # a run donates its copy
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "make_train_step", once(step, "make_train_step"))
-        patch.setattr(evaluate, "make_eval_step", once(evaluate, "make_eval_step"))
-        patch.setattr(experiment, "init_params", fresh)
+        patch.setattr(step, "make_train_step", cached(step, "make_train_step"))
+        patch.setattr(evaluate, "make_eval_step", cached(evaluate, "make_eval_step"))
+        patch.setattr(experiment, "init_params", copied_params)
         yield

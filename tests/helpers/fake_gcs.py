@@ -1,10 +1,8 @@
-"""A stand-in for Google Cloud Storage on this machine: buckets in memory behind its JSON API.
+"""Imitates Google Cloud Storage on this machine: buckets in memory behind its JSON API.
 
-Public: `FakeGcs`.
-
-array_record, tensorstore and google-cloud-storage are pointed to it by their own settings for
-emulators. TensorFlow has none: it gets a proxy that answers as www.googleapis.com and
-storage.googleapis.com, with a certificate made for the occasion.
+array_record, tensorstore and google-cloud-storage have settings for emulators, which point to this
+server. TensorFlow has no such setting; it uses this server as a proxy, which answers as
+www.googleapis.com and storage.googleapis.com, with a temporary certificate.
 """
 
 import contextlib
@@ -18,16 +16,16 @@ import urllib.parse
 
 
 class FakeGcs:
-    """A running server, as a context manager.
+    """Runs the server while it is entered as a context manager.
 
     Attributes:
-      objects: contents by "bucket/name"; may be changed.
+      objects: contents by "bucket/name"; tests may change them.
       requests: (method, path with query) of every request so far.
-      denied: names ("bucket/name") that are answered with 403.
-      environment: what a process needs in its environment to take this server for the real one.
+      denied: names ("bucket/name") for which the server answers 403.
+      environment: environment variables with which a process uses this server.
 
     Args:
-      folder: for the certificate.
+      folder: folder for the certificate.
     """
 
     def __init__(self, folder):
@@ -38,7 +36,7 @@ class FakeGcs:
         self.denied: set[str] = set()
         self.lock = threading.Lock()
         certificate, key = folder / "certificate.pem", folder / "key.pem"
-        _make_certificate(certificate, key)
+        _write_certificate(certificate, key)
         self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.tls.load_cert_chain(certificate, key)
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
@@ -65,18 +63,19 @@ class FakeGcs:
         self._server.server_close()
 
     def put(self, name: str, data: bytes) -> None:
-        """Store an object."""
+        """Stores an object."""
         self.objects[name] = bytes(data)
         self.generations[name] = self.generations.get(name, 0) + 1
 
     def upload_folder(self, folder, prefix: str) -> None:
-        """Store every file of a local folder under `prefix`."""
+        """Stores every file of a local folder under `prefix`."""
         for path in folder.rglob("*"):
             if path.is_file():
                 self.put(f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
 
-def _make_certificate(certificate, key) -> None:
+def _write_certificate(certificate, key) -> None:
+    """Writes a self-signed certificate and its key."""
     names = "DNS:www.googleapis.com,DNS:storage.googleapis.com"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1"
     names = ["-subj", "/CN=fake", "-addext", f"subjectAltName={names}"]
@@ -85,13 +84,15 @@ def _make_certificate(certificate, key) -> None:
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
+    """Answers the requests of one connection."""
+
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_):
         pass
 
     def handle(self):
-        with contextlib.suppress(ConnectionError):  # a reader that has what it wants hangs up
+        with contextlib.suppress(ConnectionError):  # a client may close the connection early
             super().handle()
 
     def do_CONNECT(self):
@@ -107,6 +108,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     do_POST = do_PUT = do_DELETE = do_HEAD = do_GET
 
     def _answer(self) -> None:
+        """Dispatches a request by its path."""
         gcs = self.server.gcs
         gcs.requests.append((self.command, self.path))
         url = urllib.parse.urlsplit(self.path)
@@ -120,17 +122,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 b, name, to_b, to_name = map(urllib.parse.unquote, match.groups())
                 self._rewrite(f"{b}/{name}", f"{to_b}/{to_name}")
             elif match := re.fullmatch(r"/b/([^/]+)/o/([^/]+)", path):
-                self._object("/".join(map(urllib.parse.unquote, match.groups())))
+                self._handle_object("/".join(map(urllib.parse.unquote, match.groups())))
             elif match := re.fullmatch(r"/b/([^/]+)/o", path):
                 self._list_or_upload(match[1])
             elif match := re.fullmatch(r"/b/([^/]+)", path):
-                self._json({"kind": "storage#bucket", "name": match[1]})
+                self._send_json({"kind": "storage#bucket", "name": match[1]})
             elif match := re.fullmatch(r"/b/([^/]+)/storageLayout", path):
-                self._json({"kind": "storage#storageLayout", "bucket": match[1]})
+                self._send_json({"kind": "storage#storageLayout", "bucket": match[1]})
             elif match := re.fullmatch(r"/session/(.*)", path):
                 self._upload_part(urllib.parse.unquote(match[1]))
             else:
-                self._json({"error": {"code": 501, "message": "not in the stand-in"}}, 501)
+                self._send_json(
+                    {"error": {"code": 501, "message": "not supported by the fake"}}, 501
+                )
 
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -142,7 +146,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def _object(self, name: str) -> None:
+    def _handle_object(self, name: str) -> None:
+        """Answers a request for the content or the metadata of an object, or deletes it."""
         gcs = self.server.gcs
         if name not in gcs.objects or name in gcs.denied:
             self._send_object(name)
@@ -152,21 +157,24 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif self.query.get("alt") == "media":
             self._send_object(name)
         else:
-            self._json(self._resource(name))
+            self._send_json(self._resource(name))
 
     def _send_object(self, name: str) -> None:
+        """Sends the requested range of an object, or an error."""
         gcs = self.server.gcs
         if name in gcs.denied:
-            return self._json({"error": {"code": 403, "message": f"no access to {name}"}}, 403)
+            return self._send_json({"error": {"code": 403, "message": f"no access to {name}"}}, 403)
         if name not in gcs.objects:
-            return self._json({"error": {"code": 404, "message": f"no such object {name}"}}, 404)
+            return self._send_json(
+                {"error": {"code": 404, "message": f"no such object {name}"}}, 404
+            )
         data = gcs.objects[name]
         headers = {"x-goog-generation": str(gcs.generations[name])}
         headers["x-goog-stored-content-length"] = str(len(data))
-        wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
-        if not wanted:
+        byte_range = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        if not byte_range:
             return self._send(200, data, headers)
-        first, last = wanted.groups()
+        first, last = byte_range.groups()
         start = int(first) if first else max(0, len(data) - int(last))
         end = min(int(last) + 1, len(data)) if first and last else len(data)
         if start >= end:
@@ -175,14 +183,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._send(206, data[start:end], headers)
 
     def _list_or_upload(self, bucket: str) -> None:
+        """Lists a bucket (GET), or begins or performs an upload (POST)."""
         if self.command == "POST":
             name = f"{bucket}/{self.query['name']}"
             if self.query.get("uploadType") == "resumable":
                 self.server.gcs.uploads[name] = bytearray()
                 host = self.headers["Host"]
                 scheme = "https" if isinstance(self.connection, ssl.SSLSocket) else "http"
-                where = f"{scheme}://{host}/session/{urllib.parse.quote(name, safe='')}"
-                return self._send(200, b"", {"Location": where})
+                location = f"{scheme}://{host}/session/{urllib.parse.quote(name, safe='')}"
+                return self._send(200, b"", {"Location": location})
             return self._store(name, self.body)
         prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter")
         first, end = self.query.get("startOffset", ""), self.query.get("endOffset")
@@ -198,27 +207,30 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 prefixes.add(prefix + rest.split(delimiter)[0] + delimiter)
             else:
                 items.append(self._resource(full))
-        return self._json({"items": items, "prefixes": sorted(prefixes)})
+        return self._send_json({"items": items, "prefixes": sorted(prefixes)})
 
     def _upload_part(self, name: str) -> None:
         self.server.gcs.uploads[name] += self.body
         return self._store(name, bytes(self.server.gcs.uploads.pop(name)))
 
     def _store(self, name: str, data: bytes) -> None:
+        """Stores an object, unless the client expects another generation of it."""
         expected = self.query.get("ifGenerationMatch")
-        has = self.server.gcs.generations[name] if name in self.server.gcs.objects else 0
-        if expected is not None and int(expected) != has:
-            return self._json({"error": {"code": 412, "message": "generation differs"}}, 412)
+        current = self.server.gcs.generations[name] if name in self.server.gcs.objects else 0
+        if expected is not None and int(expected) != current:
+            return self._send_json({"error": {"code": 412, "message": "generation differs"}}, 412)
         self.server.gcs.put(name, data)
-        return self._json(self._resource(name))
+        return self._send_json(self._resource(name))
 
     def _rewrite(self, name: str, to: str) -> None:
+        """Copies an object."""
         if name not in self.server.gcs.objects:
             return self._send_object(name)
         self.server.gcs.put(to, self.server.gcs.objects[name])
-        return self._json({"done": True, "resource": self._resource(to)})
+        return self._send_json({"done": True, "resource": self._resource(to)})
 
     def _resource(self, name: str) -> dict:
+        """Returns the metadata of an object."""
         bucket, _, key = name.partition("/")
         data = self.server.gcs.objects[name]
         return {
@@ -232,7 +244,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             "timeCreated": "2024-01-01T00:00:00.000Z",
         }
 
-    def _json(self, value: dict, status: int = 200) -> None:
+    def _send_json(self, value: dict, status: int = 200) -> None:
         headers = {"Content-Type": "application/json"}
         self._send(status, json.dumps(value).encode(), headers)
 

@@ -1,4 +1,4 @@
-"""What processes that tests start are started with."""
+"""Makes the environment of the processes that tests start."""
 
 import os
 import pathlib
@@ -6,11 +6,11 @@ import pathlib
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def xla_flags(devices=1):
-    """The tests' own, for so many devices: with eight instead of one a run takes a fifth longer."""
+def make_xla_flags(devices=1):
+    """Returns the tests' XLA flags with fewer devices, because runs on eight are slower."""
     return os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
 
 
-def environment(devices=1):
-    """The tests' own, with `xla_flags`, for a process that finds the repository from anywhere."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(devices)}
+def make_environment(devices=1):
+    """Returns the tests' environment with `devices` devices and the repository in PYTHONPATH."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": make_xla_flags(devices)}

@@ -1,7 +1,4 @@
-"""Workdirs as a training leaves them, made up. For test_report.py.
-
-Public: `write_run`, `NAMES`.
-"""
+"""Writes workdirs like those of finished trainings, with made-up results, for test_report.py."""
 
 import json
 import pathlib
@@ -16,13 +13,28 @@ NAMES = ["moves left", "moves right", "comes closer", "goes away", "turns", "ris
 def write_run(
     workdir: pathlib.Path, names=NAMES, num_videos=200, steps=1500, seed=0, wrong=0.2
 ) -> pathlib.Path:
-    """A finished run of the demo's model with `names`; a share `wrong` of its videos are mistaken.
+    """Writes a finished run of the demo's model with the classes `names`; returns the workdir.
 
-    Video i is of class i % C, a mistaken one is taken for the next class. Data and weights that its
-    files name are not there.
+    Video i has class i % C. A share `wrong` of the videos is predicted as the next class. The data
+    and the backbone that the files name do not exist.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    rng, classes = np.random.default_rng(seed), len(names)
+    rng = np.random.default_rng(seed)
+    data_dir = _write_config_and_environment(workdir, steps, seed)
+    _write_metrics(workdir, steps, rng)
+    labels = np.arange(num_videos) % len(names)
+    mistaken = rng.uniform(size=num_videos) < wrong
+    rows = _make_predictions(labels, mistaken, len(names), rng)
+    results = _write_results(workdir, mistaken, steps, data_dir)
+    header = {key: results[key] for key in ("step", "split", "views")} | {"class_names": names}
+    (workdir / "predictions").mkdir(exist_ok=True)
+    text = "\n".join(map(json.dumps, [header, *rows])) + "\n"
+    (workdir / "predictions" / "00000-of-00001.jsonl").write_text(text)
+    return workdir
+
+
+def _write_config_and_environment(workdir: pathlib.Path, steps: int, seed: int) -> str:
+    """Writes config.json and environment.json; returns the folder of the data."""
     config = demo.get_config()
     config.seed, config.num_train_steps = seed, steps
     config.data.dir = str(workdir / "no_data")
@@ -35,49 +47,59 @@ def write_run(
         "num_train_steps": steps,
     }
     (workdir / "environment.json").write_text(json.dumps(environment))
+    return config.data.dir
+
+
+def _write_metrics(workdir: pathlib.Path, steps: int, rng: np.random.Generator) -> None:
+    """Writes metrics.jsonl: an entry every 100 steps, and one evaluation halfway."""
     lines = []
     for step in range(100, steps + 1, 100):
-        part = step / steps
+        progress = step / steps
         entry = {
             "step": step,
             "split": "train",
-            "loss": 2.0 * (1.1 - part) + 0.1 * rng.uniform(),
-            "accuracy": 0.9 * part,
-            "learning_rate": 3e-3 * (1 - part),
+            "loss": 2.0 * (1.1 - progress) + 0.1 * rng.uniform(),
+            "accuracy": 0.9 * progress,
+            "learning_rate": 3e-3 * (1 - progress),
             "data_wait": 0.05,
         }
         lines.append(json.dumps(entry))
     lines.append(json.dumps({"step": steps // 2, "split": "test", "top1": 0.5}))
     (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    labels = np.arange(num_videos) % classes
-    mistaken = rng.uniform(size=num_videos) < wrong
+
+
+def _make_predictions(
+    labels: np.ndarray, mistaken: np.ndarray, num_classes: int, rng: np.random.Generator
+) -> list[dict]:
+    """Returns a row per video; its first class is the label or, if mistaken, the next class."""
     rows = []
     for i, label in enumerate(labels.tolist()):
-        first = (label + int(mistaken[i])) % classes
-        others = [c % classes for c in range(first + classes - 1, first, -1)][:4]
+        first = (label + int(mistaken[i])) % num_classes
+        others = [c % num_classes for c in range(first + num_classes - 1, first, -1)][:4]
         top = float(rng.uniform(0.4, 1.0))
         rest = [(1 - top) / 5] * len(others)
         row = {"id": f"v{i}", "label": label, "classes": [first, *others]}
         rows.append(row | {"probabilities": [round(p, 6) for p in (top, *rest)]})
+    return rows
+
+
+def _write_results(workdir: pathlib.Path, mistaken: np.ndarray, steps: int, data_dir: str) -> dict:
+    """Writes results.json; returns its content."""
     top1 = float(1 - mistaken.mean())
     results = {
         "top1": top1,
         "top5": 1.0,
         "mean_class_accuracy": top1,
-        "num_videos": num_videos,
+        "num_videos": len(mistaken),
         "views": "16x1x1",
         "total_params": 742824,
         "trainable_params": 264168,
         "step": steps,
-        "dataset": config.data.dir,
+        "dataset": data_dir,
         "split": "test",
         "backbone": "custom",
         "backbone_sha256": "0" * 64,
         "synthetic": False,
     }
     (workdir / "results.json").write_text(json.dumps(results))
-    header = {key: results[key] for key in ("step", "split", "views")} | {"class_names": names}
-    (workdir / "predictions").mkdir(exist_ok=True)
-    text = "\n".join(map(json.dumps, [header, *rows])) + "\n"
-    (workdir / "predictions" / "00000-of-00001.jsonl").write_text(text)
-    return workdir
+    return results

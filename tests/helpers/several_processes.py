@@ -1,7 +1,7 @@
-"""One of the processes that test_multiprocess.py starts: what it does, one thing after the other.
+"""Runs scenarios of test_multiprocess.py, one after the other, as one of several processes.
 
-With PYTHONPATH=. from the repository's root:
-python tests/helpers/several_processes.py WHAT ADDRESS NUM_PROCESSES PROCESS_ID FOLDER DATA BACKBONE
+It is started in the repository's root with PYTHONPATH=. and the arguments SCENARIOS ADDRESS
+NUM_PROCESSES PROCESS_ID FOLDER DATA BACKBONE; SCENARIOS are names separated by commas.
 """
 
 import itertools
@@ -24,8 +24,8 @@ from tests.helpers.compiling_once import compiling_once
 from tests.helpers.small_config import small_config
 
 
-def six_steps(data, backbone):
-    """Saved at 2, 4 and 6; the spatial path alone, which compiles sooner."""
+def make_six_step_config(data, backbone):
+    """Returns a config of six steps, saved at 2, 4 and 6, on the spatial path only."""
     config = small_config(data, backbone)
     config.num_train_steps = 6
     config.checkpoint.every_steps = 2
@@ -35,27 +35,35 @@ def six_steps(data, backbone):
     return config
 
 
-def run_all(config, workdir, evaluation=True, poison=0.0):
-    """Train, evaluate; the run and the examples that this process read: in training, in testing.
+def train_and_evaluate(config, workdir, evaluation=True, poison=0.0):
+    """Trains and evaluates.
 
-    `poison` is added to the inputs of the second training step, in the rows of this process.
+    Args:
+      config: the configuration.
+      workdir: folder of the run.
+      evaluation: whether to evaluate after training.
+      poison: added to the inputs of the second training step, in the rows of this process.
+
+    Returns:
+      The run, and the ids of the examples that this process has read in "train" and "test".
     """
     dataset, test = (VideoDataset(config.data.dir, split) for split in ("train", "test"))
     run = experiment.build_experiment(config, str(workdir), dataset)
-    seen = {"train": [], "test": []}
-    inputs = train.preprocess.model_inputs
+    example_ids = {"train": [], "test": []}
+    original_inputs = train.preprocess.model_inputs
 
     def shard_training(batch, mesh):
-        seen["train"].append(batch["example_id"].tolist())
-        added = np.full(len(batch["label"]), poison if len(seen["train"]) == 2 else 0, np.float32)
+        example_ids["train"].append(batch["example_id"].tolist())
+        is_second_step = len(example_ids["train"]) == 2
+        added = np.full(len(batch["label"]), poison if is_second_step else 0, np.float32)
         return sharding.shard_batch({**batch, "added": added}, mesh)
 
     def shard_testing(batch, mesh):
-        seen["test"].append(batch["example_id"].tolist())
+        example_ids["test"].append(batch["example_id"].tolist())
         return sharding.shard_batch(batch, mesh)
 
-    def add(batch, data, dtype):
-        spatial, temporal = inputs(batch, data, dtype)
+    def model_inputs(batch, data, dtype):
+        spatial, temporal = original_inputs(batch, data, dtype)
         if "added" in batch:
             spatial += batch["added"][:, None, None, None, None]
         return spatial, temporal
@@ -63,38 +71,38 @@ def run_all(config, workdir, evaluation=True, poison=0.0):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "shard_batch", shard_training)
         patch.setattr(evaluate, "shard_batch", shard_testing)
-        patch.setattr(train.preprocess, "model_inputs", add)
+        patch.setattr(train.preprocess, "model_inputs", model_inputs)
         train.train(run, dataset, test)
         if evaluation:
             evaluate.evaluate_and_write(run, test)
-    return run, seen
+    return run, example_ids
 
 
-def straight(config, folder, me):
-    """Without interruption, or from the checkpoint that is there."""
-    _, seen = run_all(config, folder)
-    (folder / f"seen{me}.json").write_text(json.dumps(seen))
+def straight(config, folder, process_id):
+    """Trains and evaluates without interruption, or from an existing checkpoint."""
+    _, example_ids = train_and_evaluate(config, folder)
+    (folder / f"seen{process_id}.json").write_text(json.dumps(example_ids))
 
 
-def stopped(config, folder, me):
-    """Told to stop after three steps."""
+def stopped(config, folder, process_id):
+    """Stops after three steps, as on SIGTERM."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PreemptionGuard, "should_stop", lambda self, step: step == 3)
         with pytest.raises(Preempted, match="checkpoints/3"):
-            run_all(config, folder)
+            train_and_evaluate(config, folder)
 
 
-def apart(config, folder, me):
-    """Each process has a workdir of its own."""
-    own = folder / str(me)
+def apart(config, folder, process_id):
+    """Checks that workdirs that are not shared are refused."""
+    own = folder / str(process_id)
     own.mkdir(parents=True)
     with pytest.raises(OSError, match=f"--workdir={own} is another folder for process 1 than"):
         distributed.check_shared_workdir(str(own))
 
 
-def damaged(config, folder, me):
-    """The newest checkpoint is damaged for all, the one before for process 1 alone."""
-    if me == 0:
+def damaged(config, folder, process_id):
+    """Resumes when the newest checkpoint is damaged, and the one before only for process 1."""
+    if process_id == 0:
         shutil.copytree(folder.parent / "straight", folder)
         arrays = [p for p in (folder / "checkpoints/6/state").rglob("*") if p.is_file()]
         largest = max(arrays, key=lambda path: path.stat().st_size)
@@ -103,43 +111,46 @@ def damaged(config, folder, me):
     read = Checkpoints._read_leaves
 
     def read_or_fail(self, step, *args):
-        if step == 4 and me == 1:
+        if step == 4 and process_id == 1:
             raise DamagedCheckpoint("only here")
         return read(self, step, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "_read_leaves", read_or_fail)
-        _, seen = run_all(config, folder, evaluation=False)
-    assert len(seen["train"]) == 4  # from step 2
+        _, example_ids = train_and_evaluate(config, folder, evaluation=False)
+    assert len(example_ids["train"]) == 4  # from step 2
 
 
-def skipped(config, folder, me):
-    """The rows of process 1 are not finite at the second step."""
-    run, _ = run_all(config, folder, evaluation=False, poison=np.nan if me == 1 else 0.0)
+def skipped(config, folder, process_id):
+    """Skips the second step, in which the rows of process 1 are not finite."""
+    run, _ = train_and_evaluate(
+        config, folder, evaluation=False, poison=np.nan if process_id == 1 else 0.0
+    )
     assert int(run.state.skipped) == 1
 
 
-def timed(config, folder, me):
-    """A checkpoint is due by time: a minute goes by at every look at the clock of process 0."""
+def timed(config, folder, process_id):
+    """Saves by time: the clock of process 0 advances by a minute at every reading."""
     config.checkpoint.every_steps = 100
     config.checkpoint.keep = 10
     config.checkpoint.every_minutes = 1.0
-    clock = itertools.count(0, 61 if me == 0 else 0)  # that of process 1 stands still
+    clock = itertools.count(0, 61 if process_id == 0 else 0)  # that of process 1 does not advance
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "time", types.SimpleNamespace(monotonic=clock.__next__))
-        run_all(config, folder, evaluation=False)
+        train_and_evaluate(config, folder, evaluation=False)
 
 
-WHAT = {f.__name__: f for f in (apart, straight, stopped, damaged, skipped, timed)}
+SCENARIOS = {f.__name__: f for f in (apart, straight, stopped, damaged, skipped, timed)}
 
 
 def main():
-    what, address, number, me, folder, data, backbone = sys.argv[1:]
+    """Runs the scenarios named on the command line."""
+    names, address, number, process_id, folder, data, backbone = sys.argv[1:]
     with distributed.end_together(), compiling_once():
-        distributed.initialize(address, int(number), int(me))
-        for name in what.split(","):
-            config = six_steps(data, backbone)
-            WHAT[name](config, pathlib.Path(folder) / name, int(me))
+        distributed.initialize(address, int(number), int(process_id))
+        for name in names.split(","):
+            config = make_six_step_config(data, backbone)
+            SCENARIOS[name](config, pathlib.Path(folder) / name, int(process_id))
 
 
 if __name__ == "__main__":

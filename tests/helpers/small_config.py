@@ -1,8 +1,8 @@
-"""The demo's configuration on the small set of `conftest.demo_data`; a tiny ViT for others."""
+"""Defines the demo's config on the small data of `conftest.demo_data`, and a tiny ViT."""
 
 from configs import demo
 
-# Of `backbone`, with the name "custom".
+# Values of config.backbone, for the name "custom".
 TINY_VIT = {
     "patch_size": 16,
     "width": 48,
@@ -14,7 +14,7 @@ TINY_VIT = {
 
 
 def small_config(data, backbone):
-    """Eight clips a step, small images, five steps."""
+    """Returns a config with eight clips per step, small images and five steps."""
     config = demo.get_config()
     config.data.source = "ssv2"  # prepared already
     config.data.dir = str(data)

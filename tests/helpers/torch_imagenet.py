@@ -9,7 +9,7 @@ import torch
 
 from dualpath_jax.models.backbones.swin import SwinConfig
 from dualpath_jax.models.backbones.vit import ViTConfig
-from tests.helpers.torch_reference import import_torchvision, randomise
+from tests.helpers.torch_reference import import_torchvision, randomize_parameters
 
 
 def timm_vit(config: ViTConfig) -> torch.nn.Module:
@@ -25,7 +25,7 @@ def timm_vit(config: ViTConfig) -> torch.nn.Module:
         num_heads=config.heads,
         mlp_ratio=config.mlp_dim / config.width,
     )
-    return randomise(model)
+    return randomize_parameters(model)
 
 
 def huggingface_vit(config: ViTConfig, classifier: bool = True) -> torch.nn.Module:
@@ -42,7 +42,7 @@ def huggingface_vit(config: ViTConfig, classifier: bool = True) -> torch.nn.Modu
         layer_norm_eps=config.eps,
     )
     kind = transformers.ViTForImageClassification if classifier else transformers.ViTModel
-    return randomise(kind(shape))
+    return randomize_parameters(kind(shape))
 
 
 def timm_swin(config: SwinConfig) -> torch.nn.Module:
@@ -59,7 +59,7 @@ def timm_swin(config: SwinConfig) -> torch.nn.Module:
         window_size=config.window_size,
         mlp_ratio=config.mlp_dim / config.width,
     )
-    return randomise(model)
+    return randomize_parameters(model)
 
 
 def huggingface_swin(config: SwinConfig, classifier: bool = True) -> torch.nn.Module:
@@ -77,7 +77,7 @@ def huggingface_swin(config: SwinConfig, classifier: bool = True) -> torch.nn.Mo
         layer_norm_eps=config.eps,
     )
     kind = transformers.SwinForImageClassification if classifier else transformers.SwinModel
-    return randomise(kind(shape))
+    return randomize_parameters(kind(shape))
 
 
 def _modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:

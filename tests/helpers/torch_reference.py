@@ -1,7 +1,7 @@
 """CLIP in torch, with random weights, as the reference of test_convert.py.
 
 Public: `open_clip_model`, `huggingface_model`, `open_clip_stages`, `huggingface_stages`,
-`randomise`, `import_torchvision`.
+`randomize_parameters`, `import_torchvision`.
 """
 
 import re
@@ -55,7 +55,7 @@ def import_torchvision() -> None:
     raise RuntimeError("torchvision cannot be imported")
 
 
-def randomise(model: torch.nn.Module) -> torch.nn.Module:
+def randomize_parameters(model: torch.nn.Module) -> torch.nn.Module:
     """New values for every parameter, none of them left at zero or one.
 
     Branches are of order 1. Embeddings are small, as CLIP's are: tokens of low variance before the
@@ -88,7 +88,9 @@ def open_clip_model(shape: dict, quick_gelu: bool) -> torch.nn.Module:
         "head_width": shape["width"] // shape["heads"],
     }
     text = {"context_length": 8, "vocab_size": 10, "width": 64, "heads": 1, "layers": 1}
-    return randomise(open_clip.CLIP(shape["projection_dim"], vision, text, quick_gelu=quick_gelu))
+    return randomize_parameters(
+        open_clip.CLIP(shape["projection_dim"], vision, text, quick_gelu=quick_gelu)
+    )
 
 
 def huggingface_model(shape: dict, hidden_act: str, vision_only: bool = False) -> torch.nn.Module:
@@ -119,8 +121,10 @@ def huggingface_model(shape: dict, hidden_act: str, vision_only: bool = False) -
         vision_config=vision, text_config=text, projection_dim=shape["projection_dim"]
     )
     if vision_only:
-        return randomise(transformers.CLIPVisionModelWithProjection(config.vision_config))
-    return randomise(transformers.CLIPModel(config))
+        return randomize_parameters(
+            transformers.CLIPVisionModelWithProjection(config.vision_config)
+        )
+    return randomize_parameters(transformers.CLIPModel(config))
 
 
 def _record(modules: dict[str, torch.nn.Module], run) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 from dualpath_jax.inference import sliding_windows
 
 
-def grey_frames(num_frames: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
+def gray_frames(num_frames: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
     """Frame i is grey of brightness 10 + 12 i (i < 20): uint8 [H, W, 3] each."""
     return [np.full((height, width, 3), 10 + 12 * i % 240, np.uint8) for i in range(num_frames)]
 
@@ -24,7 +24,7 @@ def write_video(
     gop: int | None = None,
 ) -> str:
     """Writes uint8 [H, W, 3] RGB frames (or so many grey ones); returns the path."""
-    frames = grey_frames(frames) if isinstance(frames, int) else frames
+    frames = gray_frames(frames) if isinstance(frames, int) else frames
     path = os.fspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with av.open("file:" + path, "w", container_options=options or {}) as container:
@@ -46,7 +46,7 @@ def noise_frames(num_frames: int, height: int = 48, width: int = 64) -> list[np.
     return list(rng.integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8))
 
 
-def windows_then(path: str, *arguments):
+def decode_windows_then_fail(path: str, *arguments):
     """Runs in a worker: two windows, then what the file's name says."""
     for number, window in enumerate(sliding_windows.decode_windows(path, *arguments)):
         if number == 2 and os.path.basename(path) == "crash.mp4":

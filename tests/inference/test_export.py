@@ -1,4 +1,4 @@
-"""An exported model gives the same logits in a process that does not have this package."""
+"""Tests that an exported model gives the same logits in a process without this package."""
 
 import json
 import pathlib
@@ -16,8 +16,8 @@ from dualpath_jax.training.checkpoint import Checkpoints
 from scripts import export_model as script
 
 TOLERANCE = 1e-4
-# Reads each export as the model card says; the arguments are the folder and the clips.
-STRANGER = """
+# Reads each export as the model card describes; arguments: folder, clips, output file.
+READER_PROGRAM = """
 import sys
 import numpy as np
 import jax.export
@@ -36,6 +36,7 @@ np.savez(out, **{k: np.asarray(v) for k, v in logits.items()})
 
 @pytest.fixture
 def model(config, tmp_path):
+    """Returns the model of a run whose trained parameters differ from their initial values."""
     dataset = VideoDataset(config.data.dir, "test")
     run = experiment.build_experiment(config, str(tmp_path / "run"), dataset)
     moved = jax.tree.map(lambda x: x + 0.05 * np.cos(np.arange(x.size)).reshape(x.shape), run.state)
@@ -46,7 +47,7 @@ def model(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_reloaded_without_this_package(model, tmp_path):
+def test_exports_load_without_this_package(model, tmp_path):
     out = tmp_path / "exported"
     export.export_model(model, str(out), list(export.FORMATS))
     rng = np.random.default_rng(0)
@@ -55,33 +56,42 @@ def test_reloaded_without_this_package(model, tmp_path):
         for name, shape in export.input_shapes(model).items()
     }
     np.savez(tmp_path / "clips.npz", **clips)
-    command = [sys.executable, "-c", STRANGER, out, tmp_path / "clips.npz", tmp_path / "out.npz"]
+    command = [
+        sys.executable,
+        "-c",
+        READER_PROGRAM,
+        out,
+        tmp_path / "clips.npz",
+        tmp_path / "out.npz",
+    ]
     subprocess.run(list(map(str, command)), check=True, cwd=tmp_path)
     want = model.logits({name: clip[None] for name, clip in clips.items()})
     assert want.shape == (3, 8)
-    with np.load(tmp_path / "out.npz") as found:
+    with np.load(tmp_path / "out.npz") as logits:
         for name in export.FORMATS:
-            assert np.abs(found[name] - want).max() <= TOLERANCE, name
-            assert np.abs(found[name][::-1] - want).max() > TOLERANCE  # other clips differ
+            assert np.abs(logits[name] - want).max() <= TOLERANCE, name
+            assert np.abs(logits[name][::-1] - want).max() > TOLERANCE  # other clips differ
     names = json.loads((out / "class_names.json").read_text())
     assert names == model.class_names
     assert not list(out.glob("*.tmp"))
 
 
-def test_card(model):
+def test_model_card(model):
     results = {"top1": 0.5, "split": "test", "step": model.step}
-    card = export.model_card(model, ["stablehlo"], 2, results)
+    card = export.format_model_card(model, ["stablehlo"], 2, results)
     assert "- `spatial`: uint8 [2, 2, 32, 32, 3], RGB, 0..255" in card
     assert "`temporal`: uint8 [2, 1, 32, 32, 3]" in card
     assert "call(spatial, temporal)" in card
     assert "Top-1 0.5000" in card
     assert "saved_model" not in card
     for other in (None, results | {"step": model.step + 1}):
-        assert "has not been evaluated" in export.model_card(model, [], None, other)
+        assert "has not been evaluated" in export.format_model_card(model, [], None, other)
 
 
 def test_bad_input(model, tmp_path, monkeypatch, capsys):
-    with pytest.raises(ValueError, match="unknown format 'onnx': known are stablehlo, saved_model"):
+    with pytest.raises(
+        ValueError, match="unknown format 'onnx': choose from stablehlo, saved_model"
+    ):
         export.export_model(model, str(tmp_path), ["onnx"])
     with pytest.raises(ValueError, match="--batch_size=0 must be at least 1"):
         export.export_model(model, str(tmp_path), ["stablehlo"], batch_size=0)

@@ -1,4 +1,4 @@
-"""A trained model on files: as evaluation sees them, in windows, bad ones among good ones."""
+"""Tests predictions on video files: as in evaluation, in windows, and with bad files."""
 
 import copy
 import dataclasses
@@ -25,17 +25,15 @@ from dualpath_jax.models.forward import view_logits
 from dualpath_jax.training import adapter_file, experiment
 from dualpath_jax.training.checkpoint import Checkpoints
 from scripts import export_adapter
-from tests.helpers.video_files import noise_frames, windows_then, write_video
+from tests.helpers.video_files import decode_windows_then_fail, noise_frames, write_video
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "predict.py"
-
-
 FORMAT = video_decoder.FrameFormat()
 
 
 @pytest.fixture
 def run(config, tmp_path):
-    """A run with one checkpoint, whose trained parameters are nowhere those of the start."""
+    """Returns a run with one checkpoint, whose trained parameters all differ from the start."""
     config.model.scan_blocks = False
     config.eval.temporal_views = 2
     dataset = VideoDataset(config.data.dir, "test")
@@ -50,13 +48,13 @@ def run(config, tmp_path):
 
 @pytest.fixture
 def video(demo_data):
-    """The second test video, as a file."""
+    """Returns the file of the second test video."""
     dataset = VideoDataset(demo_data, "test")
     return demo_data.parent / "raw" / "videos" / f"{dataset.ids[1]}.mp4"
 
 
-def command(monkeypatch, capsys, *arguments):
-    """(status, lines printed, errors) of the script."""
+def run_script(monkeypatch, capsys, *arguments):
+    """Runs scripts/predict.py; returns (exit status, lines of output, errors)."""
     monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -64,7 +62,8 @@ def command(monkeypatch, capsys, *arguments):
     return end.value.code, out.splitlines(), err
 
 
-def test_as_in_evaluation(run, config, video, tmp_path):
+def test_predictions_match_evaluation(run, config, video, tmp_path):
+    """Checks clips, logits and probabilities against the pipeline and step of evaluation."""
     dataset = VideoDataset(config.data.dir, "test")
     batches = pipeline.eval_batches(dataset, config.data, 2, 1, batch_size=1)
     next(batches)
@@ -74,28 +73,28 @@ def test_as_in_evaluation(run, config, video, tmp_path):
     want = step(params, {key: batch[key] for key in ("spatial", "temporal")})
     sums = evaluate.eval_step_sums(want, batch["label"], batch["mask"])
     model = dp.load(run.workdir)
-    found = model.predict(video)
+    prediction = model.predict(video)
     clips = model.clips(video)
     logits = model.logits(clips)
     for path in ("spatial", "temporal"):
         assert np.array_equal(clips[path], batch[path])
     assert logits.shape == (2, 8)
     np.testing.assert_allclose(logits, want[0], rtol=0, atol=1e-5)
-    hit = found.class_names[0] == dataset.class_names[dataset.labels[1]]
-    assert int(sums["top1"]) == int(hit)
+    correct = prediction.class_names[0] == dataset.class_names[dataset.labels[1]]
+    assert int(sums["top1"]) == int(correct)
     probabilities = np.asarray(jax.nn.softmax(want[0])).mean(axis=0)
-    np.testing.assert_allclose(found.probabilities, -np.sort(-probabilities)[:5], atol=1e-6)
+    np.testing.assert_allclose(prediction.probabilities, -np.sort(-probabilities)[:5], atol=1e-6)
     other = next(batches)  # another video
     assert np.abs(model.logits(other)[0] - logits[0]).max() > 1e-3
     assert not np.array_equal(clips["spatial"], other["spatial"])
-    # An adapter file gives the same; without its backbone an error that names it.
+    # An adapter file gives the same prediction.
     file = str(tmp_path / "mine.safetensors")
     export_adapter.export(run.workdir, file, "latest")
-    assert dp.load(file, backbone=config.backbone.checkpoint).predict(video) == found
+    assert dp.load(file, backbone=config.backbone.checkpoint).predict(video) == prediction
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     with pytest.raises(video_decoder.VideoError, match="bad.mp4: cannot be opened as a video"):
         model.predict(tmp_path / "bad.mp4")
-    assert model.predict(video) == found  # all the same
+    assert model.predict(video) == prediction  # a bad file changes nothing
     with pytest.raises(ValueError, match="no checkpoint evaluated during training"):
         dp.load(run.workdir, checkpoint="best")
     with pytest.raises(ValueError, match="no checkpoints in nowhere"):
@@ -112,7 +111,7 @@ def test_command(run, video, tmp_path, monkeypatch, capsys):
     (folder / "notes.txt").write_text("no video")
     out = tmp_path / "features.npz"
     arguments = ("--workdir", run.workdir, folder, "--top_k=2", "--json", "--features", out)
-    status, lines, _ = command(monkeypatch, capsys, *arguments)
+    status, lines, _ = run_script(monkeypatch, capsys, *arguments)
     good, bad = map(json.loads, lines)
     assert status == 1
     assert (len(good["class_names"]), good["note"]) == (2, "")
@@ -131,11 +130,11 @@ def test_command(run, video, tmp_path, monkeypatch, capsys):
     joined = np.concatenate([saved["y_SP"][0], saved["y_TP"][0]], axis=-1)
     head = model.module.apply({"params": model.params}, joined, method=lambda m, y: m.classifier(y))
     np.testing.assert_allclose(head, model.logits(clips), rtol=0, atol=1e-5)
-    status, lines, _ = command(monkeypatch, capsys, "--workdir", run.workdir, folder / "a.mp4")
+    status, lines, _ = run_script(monkeypatch, capsys, "--workdir", run.workdir, folder / "a.mp4")
     assert (status, len(lines)) == (0, 1)
     assert f"{good['probabilities'][0]:.3f} {good['class_names'][0]}" in lines[0]
     for extra, message in (
-        (["nowhere.mp4"], "no video or folder 'nowhere.mp4'"),
+        (["nowhere.mp4"], "there is no video or folder 'nowhere.mp4'"),
         ([folder, "--top_k=0"], "--top_k=0 must be at least 1"),
         ([folder, "--stride=1"], "--stride=1 needs --window"),
         ([folder, "--features=no/x.npz"], "--features=no/x.npz: there is no folder no; make it"),
@@ -144,19 +143,19 @@ def test_command(run, video, tmp_path, monkeypatch, capsys):
         ([folder, "--window=0"], "--window=0 must be a number of seconds above 0"),
         ([folder, "--window=1", "--stride=-1"], "--stride=-1 must be a number of seconds above 0"),
     ):
-        status, _, err = command(monkeypatch, capsys, "--workdir", run.workdir, *extra)
+        status, _, err = run_script(monkeypatch, capsys, "--workdir", run.workdir, *extra)
         assert status == 2
         assert f"error: {message}" in err
 
 
 @pytest.mark.parametrize("json_", [True, False])
-def test_a_name_that_is_not_utf8_stops_nothing(json_, monkeypatch):
-    def one_of_two_is_strange(model, videos, show, **_):
+def test_a_file_name_that_is_not_utf8_is_printed(json_, monkeypatch):
+    def predict_two_videos(model, videos, show, **_):
         for name in ("a_Turn\udce9.mp4", "b.mp4"):
             show(predict_files.VideoResult(name, ["run"], [0.5]))
         return 0
 
-    monkeypatch.setattr(predict_files, "predict_videos", one_of_two_is_strange)
+    monkeypatch.setattr(predict_files, "predict_videos", predict_two_videos)
     monkeypatch.setattr(predict_files, "find_videos", list)
     monkeypatch.setattr(cli, "load_model", lambda arguments: None)
     monkeypatch.setattr(sys, "argv", ["predict.py", "--workdir=x", "y", *(["--json"] * json_)])
@@ -185,7 +184,7 @@ def test_windows_of_a_long_video(tmp_path):
     ]
     gaps = [(w.start, w.end) for w in sliding_windows.decode_windows(path, 1, 2, FORMAT)]
     assert gaps == [(0, 1), (2, 3), (3.5, 4.5)]
-    single = list(sliding_windows.decode_windows(path, 0.001, 0.001, FORMAT))  # a frame, at least
+    single = list(sliding_windows.decode_windows(path, 0.001, 0.001, FORMAT))  # one frame each
     assert [len(w.jpegs) for w in single] == [1] * 45
     assert [w.jpegs[0] for w in single] == whole
     for seconds, stride, message in (
@@ -198,8 +197,8 @@ def test_windows_of_a_long_video(tmp_path):
             list(sliding_windows.decode_windows(path, seconds, stride, FORMAT))
 
 
-def test_frames_are_those_that_it_was_trained_on(run, config, tmp_path):
-    """Of data that was prepared with `--fps` and `--short_side`; the adapter file says so too."""
+def test_frames_have_the_format_of_the_training_data(run, config, tmp_path):
+    """Checks a model of data prepared with `--fps` and `--short_side`, and its adapter file."""
     path = str(tmp_path / "fast.mp4")
     write_video(path, [np.full((64, 96, 3), 3 * i, np.uint8) for i in range(60)], rate=30)
     run = dataclasses.replace(run, frame_format=video_decoder.FrameFormat(48, 70, 10.0))
@@ -209,74 +208,75 @@ def test_frames_are_those_that_it_was_trained_on(run, config, tmp_path):
     checkpoints.close()
     file = str(tmp_path / "a.safetensors")
     export_adapter.export(run.workdir, file, "latest")
-    jpegs, facts = video_decoder.video_to_jpegs(path, 48, 70, video_decoder.DecodeLimits(), 10.0)
-    assert (len(jpegs), facts.height) == (20, 48)
+    jpegs, info = video_decoder.video_to_jpegs(path, 48, 70, video_decoder.DecodeLimits(), 10.0)
+    assert (len(jpegs), info.height) == (20, 48)
     backbone = config.backbone.checkpoint
     for model in (dp.load(run.workdir), dp.load(file, backbone=backbone)):
         assert model.frame_format == run.frame_format
-        frames = trained_model.SingleVideo(jpegs, facts.height, facts.width, "x", model.class_names)
+        frames = trained_model.SingleVideo(jpegs, info.height, info.width, "x", model.class_names)
         want, clips = model.clips_from_frames(frames), model.clips(path)
         np.testing.assert_array_equal(clips["spatial"], want["spatial"])
         usual = dataclasses.replace(model, frame_format=FORMAT).clips(path)
         assert not np.array_equal(usual["spatial"], want["spatial"])
         for window in (None, 2.0):
-            found = []
-            predict_files.predict_videos(model, [path], found.append, window=window)
-            said = trained_model.Prediction.of(model.logits(want), model.class_names, 5)
-            assert [one.probabilities for one in found] == [said.probabilities]
+            results = []
+            predict_files.predict_videos(model, [path], results.append, window=window)
+            expected = trained_model.Prediction.from_logits(
+                model.logits(want), model.class_names, 5
+            )
+            assert [result.probabilities for result in results] == [expected.probabilities]
     (window,) = sliding_windows.decode_windows(path, 2.0, 1.0, run.frame_format)
     assert window.jpegs == jpegs
 
 
 def test_windows_of_a_cut_video(tmp_path):
-    """The last window says what is missing; it ends where the video does."""
+    """Checks that the last window notes what is missing and ends where the video ends."""
     path = tmp_path / "cut.mp4"
     options = {"movflags": "frag_keyframe+empty_moov"}
     write_video(path, noise_frames(40), rate=10, options=options, gop=5)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     found = list(sliding_windows.decode_windows(str(path), 1, 1, FORMAT))
-    whole, facts = video_decoder.video_to_jpegs(str(path), 256, 90, video_decoder.DecodeLimits())
+    whole, info = video_decoder.video_to_jpegs(str(path), 256, 90, video_decoder.DecodeLimits())
     assert 20 <= len(whole) < 40
-    assert facts.truncated
-    assert [w.note for w in found] == [""] * (len(found) - 1) + [facts.truncated]
+    assert info.truncated
+    assert [w.note for w in found] == [""] * (len(found) - 1) + [info.truncated]
     assert found[-1].jpegs == whole[-10:]
 
 
 def test_windows_command(run, video, tmp_path, monkeypatch, capsys):
     arguments = ("--workdir", run.workdir, video, "--window=1", "--json")
     arguments += (f"--pictures={tmp_path / 'pictures'}",)
-    status, lines, _ = command(monkeypatch, capsys, *arguments)
-    found = [json.loads(text) for text in lines]
+    status, lines, _ = run_script(monkeypatch, capsys, *arguments)
+    results = [json.loads(text) for text in lines]
     assert status == 0
-    assert found[0]["start"] == 0
-    assert found[0]["end"] == 1
-    assert all(one["class_names"] for one in found)
+    assert results[0]["start"] == 0
+    assert results[0]["end"] == 1
+    assert all(result["class_names"] for result in results)
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == [f"{video.stem}.png"]
-    # As one alone: the windows' clips are made while the model is at others.
+    # Each result equals that of its window alone, although clips are made ahead of the model.
     model = dp.load(run.workdir)
-    for one, window in zip(
-        found, sliding_windows.decode_windows(str(video), 1, 0.5, FORMAT), strict=True
+    for result, window in zip(
+        results, sliding_windows.decode_windows(str(video), 1, 0.5, FORMAT), strict=True
     ):
         frames = trained_model.SingleVideo(
             window.jpegs, window.height, window.width, "x", model.class_names
         )
         logits = model.logits(model.clips_from_frames(frames))
-        alone = trained_model.Prediction.of(logits, model.class_names, 5)
-        assert (one["class_names"], one["probabilities"]) == (
-            *(alone.class_names, alone.probabilities),
-        )
+        expected = trained_model.Prediction.from_logits(logits, model.class_names, 5)
+        assert result["class_names"] == expected.class_names
+        assert result["probabilities"] == expected.probabilities
 
 
 def test_windows_that_hang_or_crash_the_decoder(run, tmp_path, monkeypatch):
-    """The windows before stay, and the next video comes."""
+    """Checks that earlier windows are kept and that the next video is predicted."""
     names = ("crash.mp4", "hang.mp4", "good.mp4")
     videos = [write_video(tmp_path / name, 40) for name in names]
-    monkeypatch.setattr(predict_files.windows, "windows", windows_then)
+    monkeypatch.setattr(predict_files.sliding_windows, "decode_windows", decode_windows_then_fail)
     shown, limits = [], video_decoder.DecodeLimits(seconds=2)
     model = dp.load(run.workdir)
     assert predict_files.predict_videos(model, videos, shown.append, window=1, limits=limits) == 2
-    told = [(pathlib.Path(f.video).name, f.start, bool(f.class_names), f.note) for f in shown]
-    assert told == [
+    summary = [(pathlib.Path(r.video).name, r.start, bool(r.class_names), r.note) for r in shown]
+    assert summary == [
         *[("crash.mp4", start, True, "") for start in (0, 0.5)],
         ("crash.mp4", None, False, "the decoding process crashed (signal 11)"),
         *[("hang.mp4", start, True, "") for start in (0, 0.5)],
@@ -285,10 +285,8 @@ def test_windows_that_hang_or_crash_the_decoder(run, tmp_path, monkeypatch):
     ]
 
 
-def test_adapter_files_that_do_not_fit(run, tmp_path, monkeypatch, capsys):
-    good = str(tmp_path / "good.safetensors")
-    export_adapter.export(run.workdir, good, "latest")
-    leaves, metadata = adapter_file.read_adapter(good)
+def changed_adapters(leaves, metadata):
+    """Returns adapter files that do not fit: case -> (leaves, metadata, message)."""
     name = "spatial/class_token"
     other = copy.deepcopy(metadata)
     other["config"]["model"]["method"] = "linear"
@@ -324,6 +322,15 @@ def test_adapter_files_that_do_not_fit(run, tmp_path, monkeypatch, capsys):
         if message.startswith("its clips"):
             hostile["config"]["backbone"]["width"] = 2**14
         cases[f"hostile{number}"] = (leaves, hostile, message)
+    return cases
+
+
+def test_adapter_files_that_do_not_fit(run, tmp_path, monkeypatch, capsys):
+    """Checks that damaged, hostile and foreign adapter files are refused with a remedy."""
+    good = str(tmp_path / "good.safetensors")
+    export_adapter.export(run.workdir, good, "latest")
+    leaves, metadata = adapter_file.read_adapter(good)
+    cases = changed_adapters(leaves, metadata)
     for case, (changed, described, message) in cases.items():
         file = str(tmp_path / f"{case}.safetensors")
         adapter_file.write_adapter(file, changed, described)
@@ -340,35 +347,35 @@ def test_adapter_files_that_do_not_fit(run, tmp_path, monkeypatch, capsys):
         (run.workdir, f"--adapter='{run.workdir}' is no .safetensors file"),
         (tmp_path / "no.safetensors", f"no adapter file '{tmp_path / 'no.safetensors'}'"),
     ):
-        status, _, err = command(monkeypatch, capsys, "--adapter", file, cut)
+        status, _, err = run_script(monkeypatch, capsys, "--adapter", file, cut)
         assert status == 2
         assert f"error: {message}" in err
         assert "scripts/export_adapter.py" in err or "no adapter file" in err
-    # What a config lacks is as it was before the key was there.
+    # A key that a config lacks has its default.
     del metadata["config"]["data"]["max_broken_videos"]
     adapter_file.write_adapter(good, leaves, metadata)
     assert dp.load(good).step == 3
 
 
 def test_pictures(tmp_path):
-    """Each video has one; a time line of any length is drawn from a bounded number of windows."""
+    """Checks the image of each video; a timeline uses a bounded number of windows."""
     jpegs = [video_decoder.to_jpeg(np.full((48, 64, 3), 8 * i, np.uint8), 90) for i in range(9)]
     frames = trained_model.SingleVideo(jpegs, 48, 64, "x", ["a", "$b", "c"])
-    drawn = prediction_figures.Pictures(str(tmp_path), frames.class_names, top_k=2)
-    found = predict_files.VideoResult("some/x.mp4", [], [], note="the rest of the file is missing")
-    drawn.add(0, found, frames, np.array([0.2, 0.7, 0.1]))
-    drawn.add(1, found, frames, np.array([0.2, 0.7, 0.1]))
-    windows_seen = 5 * prediction_figures.POINTS
+    drawn = prediction_figures.PredictionFigures(str(tmp_path), frames.class_names, top_k=2)
+    result = predict_files.VideoResult("some/x.mp4", [], [], note="the rest of the file is missing")
+    drawn.add(0, result, frames, np.array([0.2, 0.7, 0.1]))
+    drawn.add(1, result, frames, np.array([0.2, 0.7, 0.1]))
+    windows_seen = 5 * prediction_figures.MAX_POINTS
     for i in range(windows_seen):
-        window = dataclasses.replace(found, start=float(i), end=i + 2.0)
+        window = dataclasses.replace(result, start=float(i), end=i + 2.0)
         drawn.add(2, window, frames, np.array([0.3, 0.6, 0.1]) if i else np.array([0, 0.1, 0.9]))
     kept = [time for time, _ in drawn._points.items]
-    assert prediction_figures.POINTS < len(kept) <= 2 * prediction_figures.POINTS
+    assert prediction_figures.MAX_POINTS < len(kept) <= 2 * prediction_figures.MAX_POINTS
     assert set(np.diff(kept)) == {4.0}
     assert kept[0] == 1
     assert windows_seen - kept[-1] < 4
-    assert len(drawn._frames.items) <= 8 * prediction_figures.FRAMES
-    best = drawn._best(np.array([row for _, row in drawn._points.items]).max(axis=0))
+    assert len(drawn._frames.items) <= 8 * prediction_figures.MAX_FRAMES
+    best = drawn._top_classes(np.array([row for _, row in drawn._points.items]).max(axis=0))
     assert best.tolist() == [2, 1]  # by the peak
     drawn.close()
     sizes = {}
@@ -382,8 +389,8 @@ def test_find_videos(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("b.MP4", "a.avi", "sub/c.webm", "x.jpg"):
         (tmp_path / name).write_text("")
-    found = [pathlib.Path(p).name for p in predict_files.find_videos([str(tmp_path)])]
-    assert sorted(found) == ["a.avi", "b.MP4", "c.webm"]
+    names = [pathlib.Path(p).name for p in predict_files.find_videos([str(tmp_path)])]
+    assert sorted(names) == ["a.avi", "b.MP4", "c.webm"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no videos in .*empty"):
         predict_files.find_videos([str(tmp_path / "empty")])

@@ -237,13 +237,19 @@ def test_attention_and_its_gradient():
     rng = np.random.default_rng(0)
     *arrays, dy = (jnp.asarray(rng.normal(size=(2, 5, 3, 8)), jnp.float32) for _ in range(4))
     theirs = jax.nn.dot_product_attention
-    np.testing.assert_allclose(attention.attention(*arrays), theirs(*arrays), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        attention.dot_product_attention(*arrays), theirs(*arrays), rtol=0, atol=1e-6
+    )
     want = gradients(theirs, arrays, dy)
-    np.testing.assert_allclose(gradients(attention.attention, arrays, dy), want, rtol=0, atol=2e-6)
-    scaled = gradients(lambda q, k, v: attention.attention(2 * q, k, v), arrays, dy)
+    np.testing.assert_allclose(
+        gradients(attention.dot_product_attention, arrays, dy), want, rtol=0, atol=2e-6
+    )
+    scaled = gradients(lambda q, k, v: attention.dot_product_attention(2 * q, k, v), arrays, dy)
     assert np.abs(scaled - want).max() > 0.1
     rounded = [x.astype(jnp.bfloat16) for x in arrays]
-    np.testing.assert_allclose(gradients(attention.attention, rounded, dy), want, rtol=0, atol=0.05)
+    np.testing.assert_allclose(
+        gradients(attention.dot_product_attention, rounded, dy), want, rtol=0, atol=0.05
+    )
 
 
 @pytest.mark.parametrize("num_images", [1, 3])

@@ -238,7 +238,9 @@ def test_features_start_as_the_backbones():
 
 @pytest.mark.parametrize("kind", ["sincos3d+clip", "clip", "learned"])
 def test_positions_that_swin_does_not_have(kind):
-    message = f"temporal_position '{kind}' takes the backbone's position table, and tiny has none"
+    message = (
+        f"temporal_position '{kind}' takes the backbone's position table, but tiny does not have"
+    )
     with pytest.raises(ValueError, match=message.replace("+", r"\+")):
         init(tiny_model(temporal_position=kind))
 

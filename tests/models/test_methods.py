@@ -11,7 +11,7 @@ import pytest
 
 from dualpath_jax import train
 from dualpath_jax.config import schema
-from dualpath_jax.config.ranges import check_ranges
+from dualpath_jax.config.schema import check_values
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.models import param_tree
@@ -448,7 +448,7 @@ def test_all_methods_see_the_same_clips(config):
 )
 def test_bad_values_are_named(case, key, value, match):
     def build(config):
-        check_ranges(config)
+        check_values(config)
         method_registry.build_model(config, TINY, CLASSES)
 
     with pytest.raises(ValueError, match=match):
@@ -494,7 +494,7 @@ def test_inputs_that_do_not_fit_the_method():
     config = tiny_config("linear")
     model, params = random(config)
     frames, _ = clips(config)
-    with pytest.raises(ValueError, match=r"takes no framesets.*\(2, 4, 32, 32, 3\)"):
+    with pytest.raises(ValueError, match=r"does not use framesets.*\(2, 4, 32, 32, 3\)"):
         model.apply({"params": params}, frames, frames)
     with pytest.raises(ValueError, match="3 frames.*data.num_frames=4"):
         model.apply({"params": params}, frames[:, :3])

@@ -83,6 +83,10 @@ def test_looking_up_without_a_gather_is_the_same():
     images = np.concatenate([np.arange(256), rng.integers(0, 256, 512)]).astype(np.uint8)
     images = images.reshape(2, 16, 8, 3)
     want = np.stack([table[c][images[..., c]] for c in range(3)], axis=-1)
-    for look_up in (preprocess._gather, preprocess._select, preprocess._look_up):
+    for look_up in (
+        preprocess._apply_tables_by_gather,
+        preprocess._apply_tables_by_select,
+        preprocess._apply_tables,
+    ):
         assert np.array_equal(jax.jit(look_up)(table, images), want)
-    assert not np.array_equal(preprocess._select(table[::-1], images), want)
+    assert not np.array_equal(preprocess._apply_tables_by_select(table[::-1], images), want)

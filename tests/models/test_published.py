@@ -1,4 +1,4 @@
-"""Kinetics-400, HMDB51 and Diving48 as downloaded: classes, splits, files, and what is refused."""
+"""Tests the readers of Kinetics-400, HMDB51 and Diving48 on files in their published form."""
 
 import json
 
@@ -49,7 +49,7 @@ def read_k400(videos, annotations):
 
 def test_k400(videos, annotations):
     write(annotations, train__csv=TRAIN, val__csv=VAL)
-    # Folders spelled without brackets and quotes, their order another than that of the labels.
+    # Folder names lack brackets and quotes; their order differs from that of the labels.
     touch(videos, "skiing_crosscountry/-abc_1_000001_000011.mp4")
     touch(videos, "skiing not slalom or crosscountry/_d-e_000120_000130.mp4")
     touch(videos, "-abc_1_000020_000030.mp4", "some notes.txt")
@@ -72,13 +72,13 @@ def test_k400(videos, annotations):
         ],
         "validation": [Video("xyz_000000_000010", "xyz_000000_000010.mp4", 3)],  # not there
     }
-    assert listing.notices == ["the annotations have 4 classes, k400 as published 400"]
+    assert listing.notices == ["the annotations have 4 classes, but k400 as published has 400"]
     stripped = [name.translate({ord(c): None for c in "'()"}) for name in listing.class_names]
     assert sorted(stripped) != stripped  # the folders' order would be wrong
 
 
 def test_k400_has_400_classes_in_the_order_of_raw_labels(videos, annotations):
-    """400 labels of which 308 and 309 change places when spelled as folders."""
+    """Checks the order of 400 labels, of which 308 and 309 swap when spelled as folder names."""
     labels = [f"a{i:03d}" for i in range(308)] + ["s (not t)", "s b"]
     labels += [f"t{i:03d}" for i in range(90)]
     rows = [f"{label},id{i},0,10,train" for i, label in enumerate(reversed(labels))]
@@ -86,17 +86,15 @@ def test_k400_has_400_classes_in_the_order_of_raw_labels(videos, annotations):
     listing = read_k400(videos, annotations)
     assert listing.class_names == labels
     assert [video.label for video in listing.splits["train"]] == list(range(399, -1, -1))
-    assert [notice.split(",")[0] for notice in listing.notices] == [
-        "there is the split 'train' alone"
-    ]
+    assert [notice.split(";")[0] for notice in listing.notices] == ["'train' is the only split"]
     assert sorted(label.replace("(", "") for label in labels).index("s b") == 308  # not 309
     write(annotations, val__csv=f"{HEADER}\none more,id,0,10,val\n")
-    with pytest.raises(ValueError, match="has 401 classes, Kinetics-400 has 400; .*-600 or 700"):
+    with pytest.raises(ValueError, match="has 401 classes, but Kinetics-400 has 400; .*-600 or"):
         read_k400(videos, annotations)
 
 
 def test_k400_variants(videos, annotations):
-    """Columns in any order; a test file without labels is left out, one with labels is read."""
+    """Checks any order of columns, and test files without and with labels."""
     write(
         annotations,
         train__csv="split,time_end,is_cc,time_start,label,youtube_id\ntrain,11,0,1,run,a\n",
@@ -124,11 +122,11 @@ def test_k400_variants(videos, annotations):
     ("text", "match"),
     [
         ("a.mp4,3\n", "has no column youtube_id, time_start.*looks like a list of `path,label`"),
-        (f"{HEADER}\nrun,a,1,x,train\n", "line 2: a time is no whole number .*'x'"),
+        (f"{HEADER}\nrun,a,1,x,train\n", "line 2: a time is not a whole number .*'x'"),
         (f"{HEADER}\nrun,a,1,11,dev\n", "line 2: split is 'dev', not train, val or test"),
         (f"{HEADER}\nrun,a,1\n", "line 2: split is ''"),
         (f"{HEADER}\nrun,,1,11,train\n", "line 2: youtube_id is empty"),
-        (f"{HEADER}\nrun,a,1,11,train\nwalk,a,1,11,train\n", "'a_000001_000011' is twice in"),
+        (f"{HEADER}\nrun,a,1,11,train\nwalk,a,1,11,train\n", "'a_000001_000011' occurs twice"),
         ("", "has no column"),
     ],
 )
@@ -160,13 +158,13 @@ def test_hmdb51(videos, annotations):
     listing = read_hmdb51(videos, annotations)
     assert listing.class_names == ["brush_hair", "sword", "sword_exercise"]
     files = sorted(path.name for path in annotations.iterdir())
-    assert files[3].startswith("sword_exercise_")  # by files, the order would be another
-    found = {
+    assert files[3].startswith("sword_exercise_")  # file names have another order than classes
+    first_two = {
         split: [(video.path, video.label) for video in videos][:2]
         for split, videos in listing.splits.items()
     }
     a, x, z = (f"brush_hair/{name}" for name in NAMES[:3])
-    assert found == {
+    assert first_two == {
         "train1": [(a, 0), (x, 0)],
         "test1": [(z, 0), (f"sword/{NAMES[2]}", 1)],
         "train2": [(a, 0), (z, 0)],
@@ -177,8 +175,8 @@ def test_hmdb51(videos, annotations):
     sizes = {split: len(videos) for split, videos in listing.splits.items()}
     assert sizes == {"train1": 6, "test1": 3, "train2": 6, "test2": 3, "train3": 6, "test3": 3}
     assert list(listing.videos_to_store()) == ["all"]
-    assert len(listing.videos_to_store()["all"]) == 9  # each once, unused.avi not at all
-    assert listing.notices == ["the annotations have 3 classes, hmdb51 as published 51"]
+    assert len(listing.videos_to_store()["all"]) == 9  # each video once, without unused.avi
+    assert listing.notices == ["the annotations have 3 classes, but hmdb51 as published has 51"]
     for name in list(annotations.iterdir()):
         if not name.name.endswith("split2.txt"):
             name.unlink()
@@ -190,10 +188,10 @@ def test_hmdb51(videos, annotations):
     [
         ("a.avi 3\n", "sword_test_split1.txt, line 1: 'a.avi 3' is not `<file> <0|1|2>`"),
         ("a.avi\n", "line 1: 'a.avi' is not"),
-        ("a.avi 1\n\na.avi 2\n", "line 3: 'a.avi' is there twice"),
-        ("a.avi 0\n", "sword_test_split1.txt gives its class no video"),
-        ("", "sword_test_split1.txt gives its class no video"),
-        (None, "there is no .*sword_test_split1.txt, though other classes have theirs"),
+        ("a.avi 1\n\na.avi 2\n", "line 3: 'a.avi' occurs twice"),
+        ("a.avi 0\n", "sword_test_split1.txt lists no video of its class"),
+        ("", "sword_test_split1.txt lists no video of its class"),
+        (None, "there is no .*sword_test_split1.txt, but other classes have"),
     ],
 )
 def test_hmdb51_errors(videos, annotations, text, match):
@@ -233,7 +231,7 @@ def test_diving48(videos, annotations):
     name = "_8Vy3dlHg2w_00000"
     assert listing.splits["test"] == [Video(name, f"{name}.mp4", 47)]
     assert len(listing.notices) == 2
-    assert listing.notices[0].endswith("V2_train.json has 48 videos, that of Diving48 V2 15027")
+    assert listing.notices[0].endswith("has 48 videos, but that of Diving48 V2 has 15027")
 
 
 def test_diving48_v1_is_refused(videos, annotations):
@@ -241,7 +239,7 @@ def test_diving48_v1_is_refused(videos, annotations):
     match = r"Diving48_train.json is of Diving48 V1, .*download V2 \(Diving48_V2_train.json\)"
     with pytest.raises(ValueError, match=match):
         read_diving48(videos, annotations)
-    write_diving48(annotations)  # V2 beside it
+    write_diving48(annotations)  # V2 in the same folder
     assert len(read_diving48(videos, annotations).splits["train"]) == 48
 
 
@@ -249,8 +247,8 @@ def test_diving48_v1_is_refused(videos, annotations):
     ("files", "match"),
     [
         ({"train": [dive("a", 48)]}, "video 'a' of split 'train' has label 48; there are 48"),
-        ({"train": [dive("a", "x")]}, "video 'a' in .* has label 'x', which is no class index"),
-        ({"train": [dive("a", 1)] * 2}, "video 'a' is twice in split 'train'"),
+        ({"train": [dive("a", "x")]}, "video 'a' in .* has label 'x', which is not a class index"),
+        ({"train": [dive("a", 1)] * 2}, "video 'a' occurs twice in split 'train'"),
         ({"test": [{"label": 3}]}, "an entry of .*V2_test.json has no 'vid_name'"),
         ({"train": [{"id": "1", "template": "x"}]}, "no 'vid_name'"),
         ({"test": {}}, "V2_test.json holds a dict, not a list"),
@@ -303,5 +301,5 @@ def test_other_data_sets_are_named(videos, annotations):
     with pytest.raises(ValueError, match="; it looks like UCF101"):
         read_hmdb51(videos, annotations)
     (annotations / "trainlist01.txt").rename(annotations / "else.txt")
-    with pytest.raises(ValueError, match="test_split1.txt in .*annotations'$"):  # says no more
+    with pytest.raises(ValueError, match="test_split1.txt in .*annotations'$"):  # without a hint
         read_hmdb51(videos, annotations)

@@ -1,4 +1,4 @@
-"""The report: its numbers, what is missing, what others wrote, and the page in a browser."""
+"""Tests the report: its numbers, missing and hostile input, and the page in a browser."""
 
 import json
 import re
@@ -21,7 +21,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 @pytest.fixture
 def report(monkeypatch, tmp_path, capsys):
-    """Runs scripts/report.py here: (arguments) -> (exit status, page, what it printed)."""
+    """Returns a function that runs scripts/report.py: (arguments) -> (status, page, output)."""
 
     def make(*arguments, out=tmp_path / "report.html"):
         monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments), f"--out={out}"])
@@ -42,7 +42,7 @@ def report(monkeypatch, tmp_path, capsys):
 def test_calibration_by_hand():
     confidence = np.array([0.05, 0.5, 0.51, 0.95, 0.97, 1.0])
     correct = np.array([False, True, False, True, True, False])
-    bins = statistics.calibration(confidence, correct, bins=10)
+    bins = statistics.calibration_bins(confidence, correct, bins=10)
     assert bins.count.tolist() == [1, 0, 0, 0, 1, 1, 0, 0, 0, 3]  # 0.5 is the edge of the fifth
     assert bins.accuracy[9] == pytest.approx(2 / 3)
     assert bins.confidence[9] == pytest.approx(2.92 / 3)
@@ -50,16 +50,16 @@ def test_calibration_by_hand():
     expected = (0.05 + 0.5 + 0.51 + 3 * (2.92 / 3 - 2 / 3)) / 6
     assert bins.ece == pytest.approx(expected)
     # Twins: other answers, and fewer bins, in which errors cancel.
-    assert statistics.calibration(confidence, ~correct, 10).ece != pytest.approx(expected)
-    assert statistics.calibration(confidence, correct, 1).ece == pytest.approx(3.98 / 6 - 0.5)
+    assert statistics.calibration_bins(confidence, ~correct, 10).ece != pytest.approx(expected)
+    assert statistics.calibration_bins(confidence, correct, 1).ece == pytest.approx(3.98 / 6 - 0.5)
 
 
-def test_a_model_that_keeps_its_promises():
+def test_error_of_a_calibrated_model_is_small():
     rng = np.random.default_rng(0)
     confidence = rng.uniform(0.3, 1, 50_000)
     correct = rng.uniform(size=50_000) < confidence
-    assert statistics.calibration(confidence, correct).ece < 0.01
-    assert statistics.calibration(confidence, correct | (confidence < 0.5)).ece > 0.1
+    assert statistics.calibration_bins(confidence, correct).ece < 0.01
+    assert statistics.calibration_bins(confidence, correct | (confidence < 0.5)).ece > 0.1
 
 
 def test_classes_and_confusions():
@@ -71,23 +71,27 @@ def test_classes_and_confusions():
     videos, correct = statistics.class_counts(matrix)
     assert (videos.tolist(), correct.tolist()) == ([3, 2, 3, 0], [1, 2, 1, 0])
     assert statistics.worst_pairs(matrix, 2) == [(0, 2, 2), (2, 0, 1)]
-    assert statistics.worst_pairs(matrix, 9) == [(0, 2, 2), (2, 0, 1), (2, 1, 1)]  # no empty ones
+    assert statistics.worst_pairs(matrix, 9) == [
+        (0, 2, 2),
+        (2, 0, 1),
+        (2, 1, 1),
+    ]  # no pair without videos
 
 
-def apart(order, pairs):
-    """The largest distance between the two of a pair."""
+def max_pair_distance(order, pairs):
+    """Returns the largest distance between the two classes of a pair in an order."""
     return max(abs(order.index(a) - order.index(b)) for a, b in pairs)
 
 
-def test_confused_classes_stand_side_by_side():
+def test_confused_classes_are_neighbors():
     matrix = np.diag([50] * 8)
     pairs = [(0, 5), (1, 7), (2, 4), (3, 6)]
     for a, b in pairs:
         matrix[a, b] = matrix[b, a] = 9
     order = statistics.order_by_similarity(matrix)
     assert sorted(order) == list(range(8))
-    assert apart(order, pairs) == 1
-    assert apart(list(range(8)), pairs) > 1  # twin: the data set's order
+    assert max_pair_distance(order, pairs) == 1
+    assert max_pair_distance(list(range(8)), pairs) > 1  # twin: the data set's order
     assert statistics.order_by_similarity(np.zeros((2, 2), int)) == [0, 1]
 
 
@@ -116,7 +120,7 @@ def test_charts():
         "Loss", [line_charts.Series("a", 0, noisy)], line_charts.format_number
     )
     (line,) = chart.readout["series"]
-    assert len(line["values"]) <= line_charts.MOST_POINTS
+    assert len(line["values"]) <= line_charts.MAX_POINTS
     assert max(line["values"]) == 50.0  # the one peak among 20,000 entries is not thinned out
     assert "from 1 at step 1 to 1 at step 20,000" in chart.summary
     assert (
@@ -132,13 +136,14 @@ def test_charts():
 # Reading.
 
 
-def told(run):
+def missing_texts(run):
+    """Returns the entries of `run.missing` as "what: command"."""
     return [f"{item.what}: {item.command}" for item in run.missing]
 
 
-def test_a_whole_run(tmp_path):
+def test_a_complete_run(tmp_path):
     (run,) = run_reader.read_runs([str(write_run(tmp_path / "whole"))])
-    assert told(run) == []
+    assert missing_texts(run) == []
     assert (run.name, run.num_train_steps, run.class_names) == ("whole", 1500, NAMES)
     assert len(run.training) == 15
     assert run.parameters["total"][:2] == [742_824, 264_168]
@@ -147,6 +152,7 @@ def test_a_whole_run(tmp_path):
 
 
 def edit(path, old, new):
+    """Replaces the first `old` in a file, which must contain it."""
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
@@ -156,7 +162,7 @@ PREDICTIONS = "predictions/00000-of-00001.jsonl"
 EVALUATE = "python -m dualpath_jax.main --config=configs/demo.py --workdir=.* --mode=eval"
 TRAIN = "python -m dualpath_jax.main --config=configs/demo.py --workdir=[^ ]*$"
 DAMAGE = {
-    "no metrics": (lambda w: (w / "metrics.jsonl").unlink(), f"no entries of training.*{TRAIN}"),
+    "no metrics": (lambda w: (w / "metrics.jsonl").unlink(), f"no entries about training.*{TRAIN}"),
     "unfinished": (
         lambda w: (
             edit(w / "environment.json", "1500", "2000")
@@ -166,7 +172,7 @@ DAMAGE = {
     ),
     "died while writing": (
         lambda w: (w / "metrics.jsonl").open("a").write('{"step": 16'),
-        "lines of metrics.jsonl that cannot be read, and are left out: 1",
+        "metrics.jsonl has unreadable lines, which are left out: 1",
     ),
     "no evaluation": (lambda w: (w / "results.json").unlink(), f"no evaluation.*{EVALUATE}"),
     "older evaluation": (
@@ -209,7 +215,7 @@ DAMAGE = {
     ),
     "settings of nonsense": (
         lambda w: (w / "config.json").write_text('{"seed": {"a.b": 1}}'),
-        "config.json is no configuration",
+        "config.json is not a valid configuration",
     ),
     "settings of no model": (
         lambda w: edit(w / "config.json", '"name": "custom"', '"name": "ViT-X"'),
@@ -224,12 +230,12 @@ WITHOUT_CONFUSIONS = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_what_is_missing_is_told_and_the_rest_shown(case, tmp_path, report):
+def test_missing_results_are_listed_and_the_rest_is_shown(case, tmp_path, report):
     workdir = write_run(tmp_path / "run")
     damage, message = DAMAGE[case]
     damage(workdir)
     status, html, printed = report(f"--workdir={workdir}", "--mistakes=0")
-    assert (status, "; what is missing is named on it (" in printed) == (0, True)
+    assert (status, "; it lists what is missing (" in printed) == (0, True)
     items = re.findall(r"<li>(.*?)</li>", html, flags=re.S)
     items = [unescape(re.sub("<.*?>", "", item)) for item in items]
     assert any(re.search(message, " ".join(item.split())) for item in items), items
@@ -246,16 +252,16 @@ def test_nothing_but_a_config(tmp_path, report):
     status, html, _ = report(f"--workdir={workdir}")
     assert status == 0
     assert "There are no entries in metrics.jsonl yet." in html
-    assert '<td class="name">dualpath</td>' in html  # what the settings tell
+    assert '<td class="name">dualpath</td>' in html  # taken from the settings
 
 
-def test_a_run_from_before_a_setting(tmp_path, report):
-    """It counts as its default: in comparisons, and for the table of parameters."""
+def test_a_run_older_than_a_setting(tmp_path, report):
+    """Checks that a missing setting counts as its default in comparisons and parameter tables."""
     pages = []
     for name in ("new", "old"):
         path = write_run(tmp_path / name) / "config.json"
         config = json.loads(path.read_text())
-        config["data"].pop("dir"), config["backbone"].pop("checkpoint")  # these differ
+        config["data"].pop("dir"), config["backbone"].pop("checkpoint")  # their values differ
         if name == "old":
             config["model"].pop("remat"), config.pop("mesh")
         path.write_text(json.dumps(config))
@@ -263,18 +269,18 @@ def test_a_run_from_before_a_setting(tmp_path, report):
     assert not [html for html in pages if "no table of parameters" in html]
     html = report("--workdir", tmp_path / "new", tmp_path / "old", "--mistakes=0")[1]
     assert "remat" not in html
-    # Twin: another value is one.
-    edit(tmp_path / "new" / "config.json", '"remat": "cheap"', '"remat": "full"')
+    # Twin: another value is a difference.
+    edit(tmp_path / "new" / "config.json", '"remat": "save_matmuls"', '"remat": "full"')
     html = report("--workdir", tmp_path / "new", tmp_path / "old", "--mistakes=0")[1]
     assert "model.remat" in html
 
 
-def test_pictures_that_cannot_be_had(tmp_path, report):
+def test_images_that_cannot_be_drawn(tmp_path, report):
     workdir = write_run(tmp_path / "run")
     status, html, _ = report(f"--workdir={workdir}")
     assert (status, "<img" in html) == (0, False)
-    assert f"no prepared videos in {workdir}/no_data; --data_dir=DIR tells" in html
-    assert "v1" in html  # the mistakes are listed all the same
+    assert f"no prepared videos in {workdir}/no_data; if they were moved" in html
+    assert "v1" in html  # the mistakes are listed nevertheless
     status, html, _ = report(f"--workdir={workdir}", "--mistakes=0")
     assert (status, 'id="missing"' in html) == (0, False)
 
@@ -283,7 +289,10 @@ def test_pictures_that_cannot_be_had(tmp_path, report):
     ("arguments", "message"),
     [
         (["--workdir=nowhere"], "there is no folder --workdir=nowhere; give that of a training"),
-        (["--workdir={empty}"], "--workdir=.*empty is not that of a training run: it has none of"),
+        (
+            ["--workdir={empty}"],
+            "--workdir=.*empty is not the folder of a training run: it has none of",
+        ),
         (["--workdir=gs://b/run"], "--workdir=gs://b/run is in Cloud Storage.*rsync"),
         (["--workdir", "{run}", "{run}/"], "--workdir names .*run/ twice|--workdir names .*run tw"),
         (["--workdir={run}", "--mistakes=-1"], "--mistakes=-1 must be at least 0"),
@@ -292,8 +301,8 @@ def test_pictures_that_cannot_be_had(tmp_path, report):
 def test_bad_input(arguments, message, tmp_path, report):
     write_run(tmp_path / "run")
     (tmp_path / "empty").mkdir()
-    places = {"run": tmp_path / "run", "empty": tmp_path / "empty"}
-    status, html, printed = report(*[argument.format(**places) for argument in arguments])
+    folders = {"run": tmp_path / "run", "empty": tmp_path / "empty"}
+    status, html, printed = report(*[argument.format(**folders) for argument in arguments])
     assert (status, html) == (2, "")
     assert re.search(message, printed), printed
 
@@ -309,7 +318,7 @@ def test_bad_out(tmp_path, report):
     assert not list(tmp_path.glob("*.html"))
 
 
-def test_a_page_is_replaced_whole(tmp_path, report, monkeypatch):
+def test_a_page_is_replaced_atomically(tmp_path, report, monkeypatch):
     workdir = write_run(tmp_path / "run")
     (tmp_path / "report.html").write_text("old")
     with monkeypatch.context() as patch:
@@ -321,7 +330,7 @@ def test_a_page_is_replaced_whole(tmp_path, report, monkeypatch):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_names_of_others_are_text(tmp_path, report):
+def test_untrusted_names_are_escaped(tmp_path, report):
     workdir = write_run(tmp_path / "<i>run", [HOSTILE, *NAMES[1:]])
     edit(workdir / PREDICTIONS, '"v1"', '"\\udc80<b>v1"')  # ids may hold any bytes
     status, html, _ = report(f"--workdir={workdir}")
@@ -350,7 +359,7 @@ def test_several_runs(tmp_path, report):
     readouts = re.findall(r'data-chart="(.*?)"', html)
     assert len(readouts) == 4
     assert all(readout.count("&#34;steps&#34;") >= 3 for readout in readouts)
-    assert html.count("How many parameters there are") == 1  # equal in the two that know them
+    assert html.count("Number of parameters: all") == 1  # equal in the two runs that have it
     classes = html[html.index('id="classes"') : html.index('id="parameters"')]
     assert re.findall(r"<button type=.button.>(.*?)<", classes) == ["class", "one", "two", "spread"]
     spreads = re.findall(r'data-value="([\d.]+)">[\d.]+%</td></tr>', classes)
@@ -358,7 +367,7 @@ def test_several_runs(tmp_path, report):
     assert spreads == sorted(spreads, key=float, reverse=True)
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_runs_with_equal_names_are_named_by_path(tmp_path):
     paths = [str(write_run(tmp_path / part / "run")) for part in ("a", "b")]
     assert [run.name for run in run_reader.read_runs(paths)] == paths
 
@@ -367,43 +376,46 @@ def test_splits_of_one_run(tmp_path):
     for number in (1, 2, 3):
         write_run(tmp_path / "all" / f"split{number}")
     (tmp_path / "all" / "results.json").write_text('{"top1": 0.5, "splits": {}}')
-    found = run_reader.read_runs([str(tmp_path / "all")])
-    assert [run.name for run in found] == ["split1", "split2", "split3"]
+    runs = run_reader.read_runs([str(tmp_path / "all")])
+    assert [run.name for run in runs] == ["split1", "split2", "split3"]
 
 
 @pytest.mark.slow
-def test_pictures_of_a_real_run(config, tmp_path):
-    """Untrained, with a checkpoint; what it said is made up: videos and attention are drawn."""
+def test_images_of_a_real_run(config, tmp_path):
+    """Checks frames and attention of an untrained run with a checkpoint and made-up results."""
     dataset = VideoDataset(config.data.dir, "test")
     run = experiment.build_experiment(config, str(tmp_path), dataset)
     checkpoints = Checkpoints(run.workdir)
     checkpoints.save(0, run.state, run.metadata())
     checkpoints.close()
     results = {"step": 0, "split": "test", "dataset": config.data.dir}
-    found = run_reader.RunRecord(run.workdir, "run", results=results)
+    record = run_reader.RunRecord(run.workdir, "run", results=results)
     ids = dataset.ids[3:5]
-    pictures = mistake_images.mistake_strips(found, ids)
-    assert (told(found), list(pictures)) == ([], ids)
+    images = mistake_images.mistake_strips(record, ids)
+    assert (missing_texts(record), list(images)) == ([], ids)
     titles = ["frames", "where the spatial path looks", "where the temporal path looks"]
-    assert all([strip.title for strip in strips] == titles for strips in pictures.values())
-    assert all(s.url.startswith("data:image/jpeg;base64,/9j/") for s in pictures[ids[0]])
-    frames, spatial, temporal = pictures[ids[0]]
+    assert all([strip.title for strip in strips] == titles for strips in images.values())
+    assert all(s.url.startswith("data:image/jpeg;base64,/9j/") for s in images[ids[0]])
+    frames, spatial, temporal = images[ids[0]]
     assert [frames.percent, spatial.percent, temporal.percent] == [100, 50, 100]
-    assert spatial.width == 2 * mistake_images.HEIGHT
-    assert temporal.height == frames.height == mistake_images.HEIGHT  # two rows of half the size
-    assert pictures[ids[1]][0].url != frames.url
-    # What is missing: the weights, a checkpoint of this step, and the video.
+    assert spatial.width == 2 * mistake_images.TILE_HEIGHT
+    assert (
+        temporal.height == frames.height == mistake_images.TILE_HEIGHT
+    )  # two rows of half the size
+    assert images[ids[1]][0].url != frames.url
+    # Three things are missing: the weights, a checkpoint of this step, and a video.
     weights = str(tmp_path / "other.safetensors")
-    assert len(mistake_images.mistake_strips(found, ids, backbone=weights)[ids[0]]) == 1
+    assert len(mistake_images.mistake_strips(record, ids, backbone=weights)[ids[0]]) == 1
     results["step"] = 7
-    mistake_images.mistake_strips(found, [*ids, "gone"])
+    mistake_images.mistake_strips(record, [*ids, "gone"])
     messages = [
-        r"no maps of attention: .*other.safetensors.*--backbone=FILE",
-        r"no pictures of 1 of 3 mistakes: .* has no videos of these names.*--mode=eval",
-        r"no maps of attention: the checkpoint of step 7, which was evaluated, is gone",
+        r"no attention maps: .*other.safetensors.*--backbone=FILE",
+        r"no images of 1 of 3 mistakes: .* has no videos with these names.*--mode=eval",
+        r"no attention maps: the checkpoint of step 7, which was evaluated, is gone",
     ]
-    assert len(found.missing) == 3
-    assert all(re.search(*pair) for pair in zip(messages, told(found), strict=True)), told(found)
+    texts = missing_texts(record)
+    assert len(texts) == 3
+    assert all(re.search(*pair) for pair in zip(messages, texts, strict=True)), texts
 
 
 # In a browser.
@@ -411,22 +423,26 @@ def test_pictures_of_a_real_run(config, tmp_path):
 
 @pytest.fixture(scope="module")
 def browser():
+    """Returns a running Chromium."""
     api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
     if program is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield started
-        started.close()
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture
 def visit(browser):
-    """Opens a page: (path, width, scheme) -> it; at the end nothing may have gone wrong in any."""
+    """Returns a function that opens a page: (path, width, scheme) -> tab.
+
+    At the end it checks that no page had an error, a dialog or a request to another address.
+    """
     contexts, wrong = [], []
 
-    def opened(path, width=1200, scheme="light"):
+    def open_page(path, width=1200, scheme="light"):
         context = browser.new_context(
             viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True
         )
@@ -440,14 +456,14 @@ def visit(browser):
         tab.goto(uri)
         return tab
 
-    yield opened
+    yield open_page
     for context in contexts:
         context.close()
     assert wrong == []
 
 
-def test_what_goes_wrong_in_a_page_is_seen(browser, tmp_path):
-    """Twin of the fixture `visit`: an error, and a request."""
+def test_errors_in_a_page_are_noticed(browser, tmp_path):
+    """Checks, as a twin of the fixture `visit`, that an error and a request can be noticed."""
     (tmp_path / "bad.html").write_text('<img src="other.png"><script>null.x</script>')
     tab, wrong, uri = browser.new_page(), [], (tmp_path / "bad.html").as_uri()
     tab.on("pageerror", lambda error: wrong.append("error"))
@@ -459,22 +475,22 @@ def test_what_goes_wrong_in_a_page_is_seen(browser, tmp_path):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Pages of a hostile run, of 400 classes, and of three runs."""
+    """Returns the pages of a hostile run, of a run with 400 classes, and of three runs."""
     folder = tmp_path_factory.mktemp("pages")
     many = [f"class of a rather long name number {i}" for i in range(400)]
     hostile = write_run(folder / "hostile", [HOSTILE, *NAMES[1:]])
     big = write_run(folder / "big", many, num_videos=8000, steps=10_000)
     others = [write_run(folder / f"run{seed}", seed=seed) for seed in range(3)]
-    made = {}
+    paths = {}
     for name, workdirs in {"hostile": [hostile], "big": [big], "several": others}.items():
-        found = run_reader.read_runs([str(workdir) for workdir in workdirs])
-        predictions = found[0].predictions
+        runs = run_reader.read_runs([str(workdir) for workdir in workdirs])
+        predictions = runs[0].predictions
         rows = statistics.confident_mistakes(
             predictions.probabilities[:, 0], predictions.correct, 12
         )
-        made[name] = folder / f"{name}.html"
-        made[name].write_text(page.render_page(found, rows if len(found) == 1 else [], {}))
-    return made
+        paths[name] = folder / f"{name}.html"
+        paths[name].write_text(page.render_page(runs, rows if len(runs) == 1 else [], {}))
+    return paths
 
 
 @pytest.mark.parametrize("name", ["hostile", "big", "several"])
@@ -486,14 +502,15 @@ def test_nothing_scrolls_sideways(name, width, pages, visit):
     assert tab.title().startswith("Report on ")
 
 
-def test_the_width_is_measured(pages, visit):
+def test_a_page_that_is_too_wide_is_noticed(pages, visit):
+    """Checks, as a twin of the test above, that the measured width can fail."""
     tab = visit(pages["several"], 360)
     tab.evaluate("document.body.append(document.createElement('hr'))")
     tab.evaluate("document.body.lastChild.style.width = '500px'")
     assert tab.evaluate("document.documentElement.scrollWidth") > 360
 
 
-def test_hostile_names_are_shown_as_they_are(pages, visit):
+def test_hostile_names_are_shown_as_text(pages, visit):
     tab = visit(pages["hostile"])
     assert tab.get_by_text(HOSTILE, exact=True).count() >= 2
     assert tab.locator("img").count() == 0
@@ -514,19 +531,19 @@ def test_charts_are_read_by_pointer_and_keys(pages, visit):
 
 def test_confusion_by_keys(pages, visit):
     tab = visit(pages["big"])
-    told = tab.locator("#cell")
+    cell = tab.locator("#cell")
     tab.locator("#order").select_option("data")
     tab.locator("#matrix").focus()
     tab.keyboard.press("ArrowRight")  # chooses the first cell
-    assert "number 0” is recognised: " in told.inner_text()
+    assert "number 0” is recognized: " in cell.inner_text()
     before = tab.evaluate("document.getElementById('matrix').toDataURL()")
     for key in ("+", "+", "+", "ArrowRight"):
         tab.keyboard.press(key)
-    assert "number 0” is taken for “class of a rather long name number 1”" in told.inner_text()
+    assert "number 0” is taken for “class of a rather long name number 1”" in cell.inner_text()
     assert tab.evaluate("document.getElementById('matrix').toDataURL()") != before
     tab.locator("button.show").first.click()
     pair = tab.locator("button.show").first.get_attribute("data-label")
-    assert f"number {pair}” is taken for" in told.inner_text()
+    assert f"number {pair}” is taken for" in cell.inner_text()
 
 
 def test_everything_can_be_reached_by_keys(pages, visit):
@@ -556,16 +573,16 @@ def test_headings_sort(pages, visit):
 
 
 def contrast(tab, front, behind):
-    """WCAG's ratio of two of the page's colours, by their names."""
-    light = []
+    """Returns WCAG's contrast ratio of two colors of the page, given by name."""
+    luminances = []
     for name in (front, behind):
         value = tab.evaluate(
             f"getComputedStyle(document.documentElement).getPropertyValue('--{name}').trim()"
         )
         channels = [int(value[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        light.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
-    return (max(light) + 0.05) / (min(light) + 0.05)
+        luminances.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(luminances) + 0.05) / (min(luminances) + 0.05)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -575,6 +592,6 @@ def test_contrast(scheme, pages, visit):
         for front in ("text", "faint", "link", *(f"s{i}" for i in range(8))):
             assert contrast(tab, front, behind) >= 4.5, (front, behind)
     assert contrast(tab, "text", "warn") >= 4.5
-    assert contrast(tab, "line", "ground") < 4.5  # twin: the measure can fail
+    assert contrast(tab, "line", "ground") < 4.5  # twin: the ratio can be low
     ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]

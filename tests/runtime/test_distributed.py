@@ -1,4 +1,4 @@
-"""What needs no second process; test_multiprocess.py has those."""
+"""Tests the parts of `distributed` that need no second process; see test_multiprocess.py."""
 
 import jax
 import numpy as np
@@ -23,12 +23,12 @@ from dualpath_jax.runtime import distributed, environment
         ({}, "0"),
         (
             {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_NODES": "1", "JAX_LOCAL_DEVICE_IDS": "0"},
-            "0",  # as the user wants it
+            "0",  # the user has chosen
         ),
     ],
 )
 def test_one_process_on_a_host_has_all_its_gpus(variables, devices, monkeypatch):
-    """JAX shows a process of Slurm or Open MPI the one of its number there, see `initialize`."""
+    """Checks that the only process on a host gets all its GPUs, not only one."""
     for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -47,9 +47,9 @@ def test_one_process_on_a_host_has_all_its_gpus(variables, devices, monkeypatch)
             jax.config.update(name, before)
 
 
-def test_all_must_have_the_same(monkeypatch):
-    facts = {"videos": ["a", "b"], "classes": ["x"]}
-    distributed.check_same_on_all_hosts(facts, "the way")  # alone
+def test_values_must_be_the_same_on_all_hosts(monkeypatch):
+    values = {"videos": ["a", "b"], "classes": ["x"]}
+    distributed.check_same_on_all_hosts(values, "the way")  # a single process
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     rows = []
 
@@ -58,23 +58,23 @@ def test_all_must_have_the_same(monkeypatch):
         return np.stack([row] * 3)
 
     monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
-    distributed.check_same_on_all_hosts(facts, "the way")
-    distributed.check_same_on_all_hosts(facts | {"classes": ["y"]}, "the way")
+    distributed.check_same_on_all_hosts(values, "the way")
+    distributed.check_same_on_all_hosts(values | {"classes": ["y"]}, "the way")
     names, videos_and_classes, _, others = rows
     gathered = {names.size: [names] * 3, others.size: [videos_and_classes] * 2 + [others]}
     monkeypatch.setattr(
         distributed.multihost_utils, "process_allgather", lambda row: np.stack(gathered[row.size])
     )
     with pytest.raises(OSError, match=r"classes: process 2 differs from process 0; the way"):
-        distributed.check_same_on_all_hosts(facts, "the way")
+        distributed.check_same_on_all_hosts(values, "the way")
     monkeypatch.setattr(
         distributed.multihost_utils, "process_allgather", lambda row: np.stack([row, row, row + 1])
     )
-    with pytest.raises(OSError, match="what is compared: process 2 differs from process 0"):
-        distributed.check_same_on_all_hosts(facts, "the way")
+    with pytest.raises(OSError, match="the compared values: process 2 differs from process 0"):
+        distributed.check_same_on_all_hosts(values, "the way")
 
 
-def test_cloud_storage_that_is_unavailable_is_no_lost_process(monkeypatch):
+def test_unavailable_cloud_storage_is_not_a_peer_failure(monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     message = "UNAVAILABLE: connection closed by peer"
     assert distributed.is_peer_failure(jax.errors.JaxRuntimeError(message))
@@ -86,8 +86,8 @@ def test_cloud_storage_that_is_unavailable_is_no_lost_process(monkeypatch):
     ("processes", "chosen", "folder"),
     [(2, None, "runs/x/compiled_programs/{}"), (1, None, None), (2, "elsewhere", "elsewhere")],
 )
-def test_where_compiled_programs_are_kept(processes, chosen, folder, monkeypatch):
-    """Several processes keep them where all find them."""
+def test_folder_of_compiled_programs(processes, chosen, folder, monkeypatch):
+    """Checks that several processes keep compiled programs in a folder that all of them share."""
     usual = str(environment.cache_folder())
     folder = folder and folder.format(environment.cache_folder().name)
     before = jax.config.jax_compilation_cache_dir
@@ -101,7 +101,7 @@ def test_where_compiled_programs_are_kept(processes, chosen, folder, monkeypatch
         jax.config.update("jax_compilation_cache_dir", before)
 
 
-def test_hosts_may_differ_in_where_files_lie_and_in_nothing_else():
+def test_hosts_may_differ_only_in_the_paths_of_files():
     config = schema.get_config()
     before = launch.shared_settings(config)
     for name in ("data.dir", "backbone.checkpoint", "init_from"):

@@ -1,4 +1,4 @@
-"""What is set before JAX is imported, and that the user's own settings stay."""
+"""Tests the settings made before JAX is imported, and that the user's own settings stay."""
 
 import json
 import os
@@ -31,17 +31,18 @@ def test_the_users_settings_stay(monkeypatch, tmp_path):
 
 
 def test_a_second_start_compiles_nothing(tmp_path):
-    """A program of its own, twice; the second one finds what the first one has kept."""
+    """Checks that a second process finds the programs that the first one has compiled."""
     program = (
-        "from dualpath_jax.runtime import environment; environment.configure_environment(); import jax; "
+        "from dualpath_jax.runtime import environment; environment.configure_environment(); "
+        "import jax; "
         "from jax import monitoring; hits = []; "
         "monitoring.register_event_listener(lambda name, **_: hits.append(name)); "
         "jax.jit(lambda x: sum((x @ x + i).sum() for i in range(40)))(jax.numpy.ones((64, 64)));"
         "print(hits.count('/jax/compilation_cache/cache_hits'),"
         " hits.count('/jax/compilation_cache/cache_misses'))"
     )
-    kept = {key: value for key, value in os.environ.items() if key not in NAMES}
-    variables = {**kept, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    inherited = {key: value for key, value in os.environ.items() if key not in NAMES}
+    variables = {**inherited, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
 
     def counts():
         command = [sys.executable, "-c", program]
@@ -59,7 +60,7 @@ import os, resource, sys
 from dualpath_jax.runtime import environment
 environment.disable_async_dispatch()
 import jax
-step = jax.jit(lambda x: (x @ x.T).sum())
+step = jax.jit(lambda x: (x @ x.T).sum())  # needs 64 MiB
 x = jax.numpy.ones((4096, 16))
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -71,26 +72,27 @@ print([faults() for _ in range(20)])
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 @pytest.mark.parametrize("chosen", [{}, {"MALLOC_CHECK_": "0"}])
-def test_memory_of_a_step_is_kept(chosen):
-    """64 MiB, which the next step finds again; twin: as the user has it, it faults in anew."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
-    variables = {**kept, **chosen, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+def test_memory_of_a_step_is_reused(chosen):
+    """Checks that a step reuses memory of the step before, unless the user has own settings."""
+    names = ("MALLOC_", "GLIBC_TUNABLES")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(names)}
+    variables = {**inherited, **chosen, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", FAULTS]
     done = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
     before, after = map(json.loads, done.stdout.splitlines())
-    huge = 32  # pages of 2 MiB, where the system gives them unasked
-    assert min(before) >= huge, before
-    assert min(after) >= huge if chosen else min(after) < huge, after
+    num_huge = 32  # page faults, if the system uses huge pages of 2 MiB by itself
+    assert min(before) >= num_huge, before
+    assert min(after) >= num_huge if chosen else min(after) < num_huge, after
 
 
-def test_what_a_run_had(monkeypatch):
+def test_description_of_the_environment(monkeypatch):
     command = ["/usr/bin/python3", "-m", "dualpath_jax.main", "--workdir=a b"]
     monkeypatch.setattr(sys, "orig_argv", command)
-    found = json.loads(json.dumps(environment.describe_environment()))
-    assert found["command"] == "python -m dualpath_jax.main '--workdir=a b'"
-    assert found["versions"]["jax"] == jax.__version__
-    assert found["versions"]["dualpath_jax"] == dualpath_jax.__version__
-    assert found["devices"] == {"cpu": len(jax.devices())}
-    assert (found["processes"], found["xla_flags"]) == (1, os.environ["XLA_FLAGS"])
+    description = json.loads(json.dumps(environment.describe_environment()))
+    assert description["command"] == "python -m dualpath_jax.main '--workdir=a b'"
+    assert description["versions"]["jax"] == jax.__version__
+    assert description["versions"]["dualpath_jax"] == dualpath_jax.__version__
+    assert description["devices"] == {"cpu": len(jax.devices())}
+    assert (description["processes"], description["xla_flags"]) == (1, os.environ["XLA_FLAGS"])

@@ -1,4 +1,4 @@
-"""Cloud Storage: the real readers and writers against a stand-in for the service."""
+"""Tests the real readers and writers of Cloud Storage against a fake server."""
 
 import json
 import os
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="needs opens
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    """The stand-in, with everybody here pointed to it."""
+    """Starts the fake server and points all clients in this process to it."""
     with FakeGcs(tmp_path_factory.mktemp("gcs")) as gcs, pytest.MonkeyPatch.context() as patch:
         for key, value in gcs.environment.items():
             patch.setenv(key, value)
@@ -38,7 +38,7 @@ def service(tmp_path_factory):
 
 @pytest.fixture
 def gcs(service, tmp_path):
-    """The stand-in with a small data set in gs://bucket/my data, also in tmp_path/data."""
+    """Puts a small data set into gs://bucket/my data and tmp_path/data; returns the server."""
     write(tmp_path / "data")
     service.objects.clear()
     service.denied.clear()
@@ -56,13 +56,16 @@ def test_videos_are_read_from_gs(gcs, tmp_path):
     for video, count in enumerate(NUM_FRAMES):
         frames = [count - 1, *range(count)]
         assert remote.read_frames(video, frames) == local.read_frames(video, frames)
-    asked = {path.split("?")[0].rpartition("%2F")[2] for _, path in gcs.requests}
-    assert {"videos-train.array_record-00000-of-00001", "class_names.json"} <= asked
-    assert {SHARD.rpartition("/")[2], SHARD.rpartition("/")[2].replace("00000-", "00002-")} <= asked
+    requested = {path.split("?")[0].rpartition("%2F")[2] for _, path in gcs.requests}
+    assert {"videos-train.array_record-00000-of-00001", "class_names.json"} <= requested
+    assert {
+        SHARD.rpartition("/")[2],
+        SHARD.rpartition("/")[2].replace("00000-", "00002-"),
+    } <= requested
 
 
 @pytest.mark.parametrize("after_opening", [False, True])
-def test_a_shard_that_is_not_given_is_no_broken_video(gcs, after_opening):
+def test_a_shard_without_access_is_not_an_unreadable_video(gcs, after_opening):
     dataset = VideoDataset("gs://bucket/my data", "train")
     if after_opening:
         dataset.read_frames(0, [0])
@@ -71,7 +74,7 @@ def test_a_shard_that_is_not_given_is_no_broken_video(gcs, after_opening):
         dataset.read_frames(0, [1])
 
 
-def test_a_damaged_record_in_gs_is_a_broken_video(gcs):
+def test_a_damaged_record_in_gs_is_an_unreadable_video(gcs):
     data = bytearray(gcs.objects[SHARD])
     data[70:80] = b"0123456789"
     gcs.put(SHARD, data)
@@ -79,7 +82,7 @@ def test_a_damaged_record_in_gs_is_a_broken_video(gcs):
         VideoDataset("gs://bucket/my data", "train").read_frames(0, [0])
 
 
-def test_data_that_is_not_there(gcs):
+def test_missing_data(gcs):
     with pytest.raises(FileNotFoundError, match="no prepared videos in gs://bucket/none"):
         VideoDataset("gs://bucket/none", "train")
     del gcs.objects["bucket/my data/videos-train.array_record-00000-of-00001"]
@@ -107,7 +110,7 @@ def test_a_bucket_that_refuses(gcs):
     check_workdir("gs://bucket/runs/y")
 
 
-def test_what_gs_needs_is_named(monkeypatch):
+def test_missing_client_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
     with pytest.raises(ValueError, match=r"--workdir=gs://b .* -r requirements-gcs\.txt"):
         gcs_lib.check_gcs_installed("gs://b", "--workdir")
@@ -115,7 +118,7 @@ def test_what_gs_needs_is_named(monkeypatch):
 
 
 def small_config(root):
-    """The demo's model on the small data set in `root`."""
+    """Returns the config of the demo's model on the small data set in `root`."""
     config = demo.get_config()
     config.data.source = "folder"
     config.data.dir = f"{root}/my data" if root.startswith("gs://") else f"{root}/data"
@@ -135,8 +138,8 @@ def small_config(root):
     return config
 
 
-def do(config, workdir):
-    """What the command line does."""
+def train_and_evaluate(config, workdir):
+    """Trains and evaluates as the command line does; returns the results."""
     check_workdir(workdir)
     check_inputs(config)
     dataset, eval_dataset = open_datasets(config)
@@ -146,8 +149,8 @@ def do(config, workdir):
         return evaluate.evaluate_and_write(run, eval_dataset)
 
 
-def learnt(text):
-    """metrics.jsonl without what depends on time."""
+def untimed_entries(text):
+    """Returns the entries of metrics.jsonl without the values that depend on time."""
     entries = [json.loads(line) for line in text.splitlines()]
     timing = {"clips_per_second", "data_wait"}
     return [{key: entry[key] for key in entry.keys() - timing} for entry in entries]
@@ -159,23 +162,26 @@ def test_a_run_in_gs_is_the_run_on_disk(gcs, tmp_path, capsys):
     convert.convert_checkpoint(setup.BACKBONE, tmp_path / BACKBONE)
     gcs.put(f"bucket/{BACKBONE}", (tmp_path / BACKBONE).read_bytes())
     config = small_config(str(tmp_path))
-    local = do(config, str(tmp_path / "run"))
+    local = train_and_evaluate(config, str(tmp_path / "run"))
     remote_config = small_config("gs://bucket")
-    remote = do(remote_config, "gs://bucket/runs/one")
+    remote = train_and_evaluate(remote_config, "gs://bucket/runs/one")
     assert {**remote, "dataset": local["dataset"]} == local
     assert json.loads(gcs.objects["bucket/runs/one/results.json"]) == remote
     metrics = gcs.objects["bucket/runs/one/metrics.jsonl"].decode()
-    assert learnt(metrics) == learnt((tmp_path / "run" / "metrics.jsonl").read_text())
-    assert [entry["step"] for entry in learnt(metrics)] == [1, 2, 2, 3, 4]
+    assert untimed_entries(metrics) == untimed_entries(
+        (tmp_path / "run" / "metrics.jsonl").read_text()
+    )
+    assert [entry["step"] for entry in untimed_entries(metrics)] == [1, 2, 2, 3, 4]
     events = [data for name, data in gcs.objects.items() if "events.out.tfevents" in name]
     assert b"train/loss" in b"".join(events)
     assert not os.path.exists("gs:")  # a local folder of that name
-    assert steps(gcs) == steps_on_disk(tmp_path / "run") == {2, 4}  # the best and the newest
+    # The best and the newest.
+    assert saved_steps(gcs) == saved_steps_on_disk(tmp_path / "run") == {2, 4}
 
-    # The newest one is damaged: set aside, the one before goes on, to the same end.
+    # A damaged newest checkpoint is set aside; the run resumes from the one before.
     newest = "bucket/runs/one/checkpoints/4/metadata/metadata"
     gcs.put(newest, gcs.objects[newest].replace(b"sha256", b"SHA256"))
-    again = do(remote_config, "gs://bucket/runs/one")
+    again = train_and_evaluate(remote_config, "gs://bucket/runs/one")
     assert again == remote
     assert "bucket/runs/one/damaged_checkpoints/4-0/metadata/metadata" in gcs.objects
     assert "resumed from gs://bucket/runs/one/checkpoints/2\n" in capsys.readouterr().out
@@ -190,11 +196,13 @@ def test_a_run_in_gs_is_the_run_on_disk(gcs, tmp_path, capsys):
     assert evaluate.evaluate_run(run, dataset).top1 == remote["top1"]
 
 
-def steps(gcs):
+def saved_steps(gcs):
+    """Returns the steps of the checkpoints in Cloud Storage."""
     prefix = "bucket/runs/one/checkpoints/"
     names = [name.removeprefix(prefix) for name in gcs.objects if name.startswith(prefix)]
     return {int(name.split("/")[0]) for name in names if name}
 
 
-def steps_on_disk(workdir):
+def saved_steps_on_disk(workdir):
+    """Returns the steps of the checkpoints on disk."""
     return {int(name) for name in os.listdir(workdir / "checkpoints")}

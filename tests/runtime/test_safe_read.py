@@ -1,4 +1,4 @@
-"""What others wrote is read within limits, and refused with an error that names it."""
+"""Tests that untrusted files are read within limits, and refused with an error that names them."""
 
 import dataclasses
 import json
@@ -27,15 +27,15 @@ def test_size_is_checked_before_reading(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text("[]")
     os.truncate(path, safe_read.MAX_TEXT_BYTES + 1)  # sparse: it takes no disk
-    monkeypatch.setattr(safe_read.json, "loads", None)  # it must not come to that
-    message = "a.json has 536,870,913 bytes, more than the 536,870,912"
+    monkeypatch.setattr(safe_read.json, "loads", None)  # must not be called
+    message = "a.json has 536,870,913 bytes, more than the limit of 536,870,912"
     with pytest.raises(ValueError, match=message):
         safe_read.read_json(path, list)
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "a.json")
-    with pytest.raises(ValueError, match="a.json is no regular file"):
+    with pytest.raises(ValueError, match="a.json is not a regular file"):
         safe_read.read_json(tmp_path / "a.json", list)
 
 
@@ -44,8 +44,8 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     [
         (b"[" * 100_000, "nested too deep"),
         (b"[" * 51 + b"]" * 51, "nested deeper than 50 levels"),
-        (b"\xff[]", "is no text in UTF-8"),
-        (b"[1,", r"a.json is no valid JSON \(.*download it again"),
+        (b"\xff[]", "is not text in UTF-8"),
+        (b"[1,", r"a.json is not valid JSON \(.*download it again"),
         (b"{}", "a.json holds a dict, not a list"),
     ],
 )
@@ -55,7 +55,7 @@ def test_json_errors(tmp_path, content, message):
         safe_read.read_json(tmp_path / "a.json", list)
 
 
-def test_json_that_is_read(tmp_path):
+def test_deepest_accepted_json(tmp_path):
     content = b"\xef\xbb\xbf" + b"[" * 50 + b"]" * 50
     (tmp_path / "a.json").write_bytes(content)
     assert len(safe_read.read_json(tmp_path / "a.json", list)) == 1
@@ -66,7 +66,7 @@ def test_json_that_is_read(tmp_path):
 
 @pytest.fixture
 def annotations(tmp_path):
-    """A function that writes valid annotations of a data set, with one text replaced."""
+    """Returns a function that writes and lists a data set's annotations, one text replaced."""
 
     def write(kind, old="", new=""):
         (case,) = (case for case in Annotations(tmp_path).seeds() if case.kind == kind)
@@ -106,11 +106,16 @@ def test_a_list_may_name_files_anywhere(annotations):
 @pytest.mark.parametrize(
     ("kind", "old", "new", "message"),
     [
-        ("csv_numbers", "c.mp4 1", "c.mp4 99999999999", "label '99999999999' is no class index"),
-        ("ssv2", '"id": "1"', '"id": "\\ud800"', "is no text: surrogates not allowed"),
+        ("csv_numbers", "c.mp4 1", "c.mp4 99999999999", "label '99999999999' is not a class index"),
+        ("ssv2", '"id": "1"', '"id": "\\ud800"', "is not valid text: surrogates not allowed"),
         ("ssv2", '"template": "Holding [something]"', '"template": 5', "has template 5"),
-        ("ssv2", '"Folding something": "1"', '"Folding something": 1e999', "a label is no number"),
-        ("k400", "abseiling", "a" * 200_000, "train.csv is no valid CSV .field larger"),
+        (
+            "ssv2",
+            '"Folding something": "1"',
+            '"Folding something": 1e999',
+            "a label is not a number",
+        ),
+        ("k400", "abseiling", "a" * 200_000, "train.csv is not valid CSV .field larger"),
     ],
 )
 def test_annotation_errors(annotations, kind, old, new, message):
@@ -118,8 +123,8 @@ def test_annotation_errors(annotations, kind, old, new, message):
         annotations(kind, old, new)
 
 
-def test_links_in_circles(annotations, tmp_path):
-    """Two links to their own folder make 2^40 paths."""
+def test_cyclic_links(annotations, tmp_path):
+    """Checks that links to their own folder are not followed: two of them make 2^40 paths."""
     (tmp_path / "videos").mkdir()
     for name in ("one", "two"):
         (tmp_path / "videos" / name).symlink_to(tmp_path / "videos")
@@ -138,7 +143,7 @@ def test_label_swap_must_be_pairs(tmp_path):
 
 
 def _edit_metadata(data, key, edit):
-    """A safetensors file's bytes with the JSON in its metadata edited."""
+    """Returns the bytes of a safetensors file after `edit` changed the JSON in its metadata."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     content = json.loads(header["__metadata__"][key])
@@ -148,7 +153,8 @@ def _edit_metadata(data, key, edit):
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
-def _backbone(tmp_path, kind, edit):
+def _write_backbone(tmp_path, kind, edit):
+    """Writes a converted backbone with edited metadata; returns its path."""
     (case,) = (case for case in Backbones(tmp_path).seeds() if case.kind == kind)
     path = tmp_path / "backbone.safetensors"
     path.write_bytes(_edit_metadata(case.files[path.name], convert.CONVERTED_KEY, edit))
@@ -158,55 +164,59 @@ def _backbone(tmp_path, kind, edit):
 @pytest.mark.parametrize(
     ("kind", "key", "value", "message"),
     [
-        ("swin", "window_size", 1000, "window_size is 1000; 64 is the most"),
-        ("swin", "image_size", 2**19, "image_size is 524288; 4096 is the most"),
-        ("vit", "heads", 0, "impossible backbone; wrong are heads"),
-        ("vit", "width", "8", "impossible backbone; wrong are width"),
-        ("vit", "surplus", 1, "impossible backbone; wrong are surplus"),
-        ("vit", "eps", 2**64, "impossible backbone; wrong are eps"),
+        ("swin", "window_size", 1000, "window_size is 1000, but at most 64 is supported"),
+        ("swin", "image_size", 2**19, "image_size is 524288, but at most 4096 is supported"),
+        ("vit", "heads", 0, "impossible backbone: invalid fields heads"),
+        ("vit", "width", "8", "impossible backbone: invalid fields width"),
+        ("vit", "surplus", 1, "impossible backbone: invalid fields surplus"),
+        ("vit", "eps", 2**64, "impossible backbone: invalid fields eps"),
     ],
 )
-def test_what_a_backbone_file_says_of_itself(tmp_path, kind, key, value, message):
-    convert.load_backbone(_backbone(tmp_path, kind, lambda meta: None), BACKBONES[kind])
-    path = _backbone(tmp_path, kind, lambda meta: meta["config"].update({key: value}))
+def test_impossible_backbone_configs(tmp_path, kind, key, value, message):
+    convert.load_backbone(_write_backbone(tmp_path, kind, lambda meta: None), BACKBONES[kind])
+    path = _write_backbone(tmp_path, kind, lambda meta: meta["config"].update({key: value}))
     with pytest.raises(ValueError, match=message):
         convert.load_backbone(path, BACKBONES[kind])
 
 
 def test_weights_beyond_the_limit_are_not_read(tmp_path, monkeypatch):
-    path = _backbone(tmp_path, "vit", lambda meta: None)
+    path = _write_backbone(tmp_path, "vit", lambda meta: None)
     monkeypatch.setattr(convert, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="more than any backbone"):
         convert.load_backbone(path, BACKBONES["vit"])
     monkeypatch.setattr(source_checkpoint, "MAX_BYTES", 1000)
-    with pytest.raises(ValueError, match="more than the 1,000 that are read"):
+    with pytest.raises(ValueError, match="more than the limit of 1,000"):
         convert.convert_checkpoint(path, tmp_path / "out")
 
 
-def _checkpoint(tmp_path, kind, name="weights.safetensors"):
+def _load_seed_checkpoint(tmp_path, kind, name="weights.safetensors"):
+    """Returns the arrays of a valid checkpoint and a path for a damaged one."""
     (case,) = (case for case in Checkpoints(tmp_path).seeds() if case.kind == kind)
     return safetensors.numpy.load(case.files[name]), tmp_path / name
 
 
-def test_a_stage_that_does_not_exist(tmp_path):
-    arrays, path = _checkpoint(tmp_path, "timm-swin")
+def test_impossible_stage_number(tmp_path):
+    arrays, path = _load_seed_checkpoint(tmp_path, "timm-swin")
     arrays["layers.999999999.blocks.0.norm1.weight"] = np.ones(8, np.float16)
     safetensors.numpy.save_file(arrays, path)
-    with pytest.raises(ValueError, match="names a stage 999999999, of at most 16"):
+    with pytest.raises(
+        ValueError, match="belongs to stage 999999999, but at most 16 are supported"
+    ):
         convert.convert_checkpoint(path, tmp_path / "out")
 
 
 def test_empty_weights(tmp_path):
-    arrays, path = _checkpoint(tmp_path, "openai")
+    arrays, path = _load_seed_checkpoint(tmp_path, "openai")
     arrays["visual.conv1.weight"] = np.ones((8, 3, 0, 4), np.float16)
     safetensors.numpy.save_file(arrays, path)
     with pytest.raises(ValueError, match="visual.conv1.weight is empty"):
         convert.convert_checkpoint(path, tmp_path / "out", activation="gelu")
 
 
-def _refused_by_torch(tmp_path, state, message):
+def _check_torch_file_is_refused(tmp_path, make_state, message):
+    """Checks that converting a torch file of the state dict raises a matching error."""
     torch = pytest.importorskip("torch")
-    torch.save(state(torch), tmp_path / "a.pt")
+    torch.save(make_state(torch), tmp_path / "a.pt")
     with pytest.raises(ValueError, match=message):
         convert.convert_checkpoint(tmp_path / "a.pt", tmp_path / "out")
 
@@ -215,11 +225,13 @@ def test_a_small_tensor_expanded_to_a_large_one(tmp_path):
     def state(torch):
         return {"visual.proj": torch.zeros(1).expand(2**40)}
 
-    _refused_by_torch(tmp_path, state, "claims to hold 4,398,046,511,104")
+    _check_torch_file_is_refused(tmp_path, state, "claims to hold 4,398,046,511,104")
 
 
-def test_a_state_dict_with_numbers_for_names(tmp_path):
-    _refused_by_torch(tmp_path, lambda torch: {1: torch.zeros(1)}, "entries that are no tensors: 1")
+def test_state_dict_with_numbers_as_names(tmp_path):
+    _check_torch_file_is_refused(
+        tmp_path, lambda torch: {1: torch.zeros(1)}, "entries are not tensors: 1"
+    )
 
 
 def test_a_compressed_archive_that_fills_the_memory(tmp_path):
@@ -233,12 +245,12 @@ def test_a_compressed_archive_that_fills_the_memory(tmp_path):
 def test_paths_in_archives(tmp_path, name):
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr(name, b"")
-    with pytest.raises(ValueError, match="names files outside of itself"):
+    with pytest.raises(ValueError, match="contains paths outside the archive"):
         convert.convert_checkpoint(tmp_path / "a.pt", tmp_path / "out")
 
 
 @pytest.mark.parametrize(("key", "value"), [("class_names", [1]), ("method", None), ("step", "5")])
-def test_what_an_adapter_file_says_of_itself(tmp_path, key, value):
+def test_damaged_adapter_metadata(tmp_path, key, value):
     (case,) = Adapters(tmp_path).seeds()
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(case.files[path.name])
@@ -250,7 +262,7 @@ def test_what_an_adapter_file_says_of_itself(tmp_path, key, value):
 
 
 @pytest.mark.parametrize("limit", [12, 2**30])
-def test_checkpoints_within_the_memory(tmp_path, monkeypatch, limit):
+def test_checkpoint_size_limit(tmp_path, monkeypatch, limit):
     metadata = dict.fromkeys(("method", "backbone_name", "backbone_sha256", "class_names"), "x")
     metadata["config"] = {"seed": 0}
     checkpoints = checkpoint.Checkpoints(str(tmp_path))

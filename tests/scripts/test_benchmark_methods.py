@@ -29,7 +29,7 @@ def test_rows():
     assert speeds["linear"].trainable_params == 48 * 174 + 174
     assert told[-3] == "round 2 of 2"
     assert told[-1] == f"linear: {1000 * speeds['linear'].latency:.2f} ms for one view"
-    table = benchmark_methods.markdown(speeds)
+    table = benchmark_methods.format_markdown(speeds)
     assert "| `linear` | 8 | 8,526 |" in table
     assert "not measured" in table
 
@@ -40,10 +40,10 @@ class Fake:
     def __init__(self, asked=100, error="RESOURCE_EXHAUSTED: out of memory"):
         self.asked, self.error, self.tried = asked, error, []
 
-    def memory(self, size):
+    def required_bytes(self, size):
         return 50 + self.asked * size
 
-    def on(self, size):
+    def make_call(self, size):
         self.tried.append(size)
         if 50 + 100 * size > 1000:
             raise jax.errors.JaxRuntimeError(self.error)
@@ -52,19 +52,19 @@ class Fake:
 
 def test_largest_batch():
     forward = Fake()
-    size, throughput = methods.largest_batch(forward, 1000)
+    size, throughput = methods.find_largest_batch(forward, 1000)
     assert (size, forward.tried) == (8, [8])
     assert throughput > 0
     optimist = Fake(asked=20)  # the program needs more than its compiler says
-    assert methods.largest_batch(optimist, 1000)[0] == 8
+    assert methods.find_largest_batch(optimist, 1000)[0] == 8
     assert optimist.tried == [32, 16, 8]
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        methods.largest_batch(Fake(20, "INTERNAL: no"), 1000)
+        methods.find_largest_batch(Fake(20, "INTERNAL: no"), 1000)
 
 
 def test_memory_of_a_batch():
     """Twice the views, twice what is not weights."""
-    forward = methods.Forward(tiny("linear"))
-    one, two, three = (forward.memory(size) for size in (8, 16, 24))
+    forward = methods.ForwardPass(tiny("linear"))
+    one, two, three = (forward.required_bytes(size) for size in (8, 16, 24))
     assert three - two == pytest.approx(two - one, rel=0.1)
     assert two - one > 8 * 8 * 64 * 64 * 3  # at least the views themselves

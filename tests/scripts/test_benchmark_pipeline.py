@@ -48,7 +48,7 @@ def scripts(monkeypatch):
 
 @pytest.fixture
 def data(scripts):
-    return tiny(scripts("benchmark_pipeline").benchmark_data(4, 2))
+    return tiny(scripts("benchmark_pipeline").make_data_config(4, 2))
 
 
 def tiny(data):
@@ -77,20 +77,20 @@ def test_online_decoders_give_the_chosen_frames(files, frames, name):
 def test_online_clips_are_the_pipelines(dataset, data, mode):
     """The same frames decoded online, with the same draws, give the same inputs, save JPEG's."""
     data.randaugment_layers, data.erasing_probability = 4, 1.0
-    videos = pipeline_lib.Videos(dataset, 2)
+    videos = pipeline_lib.RepeatedVideos(dataset, 2)
     if mode == "training":
         batch = next(pipeline.train_batches(videos, data, 0, 0, 1))
     else:
         batch = next(pipeline.eval_batches(videos, data, 1, 1, 2))
-    clips = pipeline_lib._record(dataset, data, mode == "training", 2)
+    clips = pipeline_lib._record_clips(dataset, data, mode == "training", 2)
     place = [video for video, _, _ in clips].index(1)
-    video, frames, element = clips[place]
-    assert "records" not in element
+    video, frames, sample = clips[place]
+    assert "records" not in sample
     transform = pipeline_lib.make_transform(build_clip_format(data), data)
 
     def difference(chosen, **changed):
         decoded = pipeline_lib.decode_pyav(videos.ids[video], chosen)
-        inputs = transform(decoded, element | changed)
+        inputs = transform(decoded, sample | changed)
         assert inputs.keys() == batch.keys()
         pairs = [(batch[k][place].astype(int), inputs[k].numpy()) for k in ("spatial", "temporal")]
         pairs = [(a[0] if a.ndim > b.ndim else a, b) for a, b in pairs]  # one view
@@ -106,16 +106,16 @@ def test_online_clips_are_the_pipelines(dataset, data, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", LOADERS)
 def test_every_loader_makes_the_batches(dataset, data, name, mode):
-    clips = pipeline_lib._record(dataset, data, mode == "training", 6)
+    clips = pipeline_lib._record_clips(dataset, data, mode == "training", 6)
     assert len(clips) == 6
     assert {len(frames) for _, frames, _ in clips} == {4}
-    videos = pipeline_lib.Videos(dataset, 6)
+    videos = pipeline_lib.RepeatedVideos(dataset, 6)
     made = list(pipeline_lib.LOADERS[name](videos, data, mode == "training", clips))
     assert made == [2, 2, 2]
 
 
 def test_videos_repeat_and_note(dataset):
-    videos = pipeline_lib.Videos(dataset, 7)
+    videos = pipeline_lib.RepeatedVideos(dataset, 7)
     assert len(videos) == 7
     assert videos.ids[4] == dataset.ids[1]
     assert videos.num_frames.tolist() == [18] * 7
@@ -127,8 +127,10 @@ def test_turns_alternate_and_ratios_are_paired(monkeypatch):
     order = []
     speeds = {"a": iter([10, 20, 60]), "b": iter([5, 20, 20])}
     runs = {name: lambda name=name: order.append(name) or name for name in speeds}
-    monkeypatch.setattr(pipeline_lib, "_time", lambda name: (s := next(speeds[name]), 1e3 / s))
-    result = pipeline_lib._take_turns(runs, 3)
+    monkeypatch.setattr(
+        pipeline_lib, "_measure_speed", lambda name: (s := next(speeds[name]), 1e3 / s)
+    )
+    result = pipeline_lib._compare_speeds(runs, 3)
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert result["clips_per_second"] == {"a": 20, "b": 20}
     assert result["ratios"] == {"b": 2}  # median of 2, 1, 3; not 20 / 20
@@ -138,7 +140,7 @@ def test_turns_alternate_and_ratios_are_paired(monkeypatch):
 
 def test_cut_videos(dataset, tmp_path):
     for length in (40, 5):
-        cut = pipeline_lib._write_cut(dataset, str(tmp_path / str(length)), length)
+        cut = pipeline_lib._write_cut_videos(dataset, str(tmp_path / str(length)), length)
         assert cut.num_frames.tolist() == [length] * 3
         got = cut.read_frames(2, [0, length - 1])
         assert got == dataset.read_frames(2, [0, (length - 1) % 18])
@@ -156,7 +158,7 @@ def test_stages():
         "IteratorGetNext:IteratorGetNext": None,
         "Iterator::Root::Prefetch": None,
     }
-    assert {name: pipeline_lib._stage_of(name) for name in names} == names
+    assert {name: pipeline_lib._find_stage(name) for name in names} == names
 
 
 @pytest.mark.slow
@@ -172,13 +174,13 @@ def test_script(files, prepared, scripts, monkeypatch, capsys):
     stages = dict.fromkeys(pipeline_lib.STAGES, 1.5)
     monkeypatch.setattr(pipeline_lib, "stage_costs", lambda *args: stages)
     script = scripts("benchmark_pipeline")
-    plain = script.benchmark_data
-    monkeypatch.setattr(script, "benchmark_data", lambda *args: tiny(plain(*args)))
-    monkeypatch.setattr(script, "LENGTHS", (30, 8))
+    make_data_config = script.make_data_config
+    monkeypatch.setattr(script, "make_data_config", lambda *args: tiny(make_data_config(*args)))
+    monkeypatch.setattr(script, "VIDEO_LENGTHS", (30, 8))
     arguments = argparse.Namespace(
         videos=files, prepared=prepared, frames=[4], rounds=2, batches=2, batch_size=2
     )
-    result = script.measure(arguments, prepared)
+    result = script.measure_pipeline(arguments, prepared)
     assert (result["videos"], result["cores"]) == (3, cpu_count.num_cores())
     assert [(case["frames"], case["mode"]) for case in result["cases"]] == [(4, m) for m in MODES]
     for case in result["cases"]:
@@ -188,7 +190,7 @@ def test_script(files, prepared, scripts, monkeypatch, capsys):
         assert list(case["ratios"]) == LOADERS[1:]
         assert case["stages"] == stages
     assert list(result["lengths"]["rounds"]) == ["30", "8"]
-    lines = script.markdown(result).splitlines()
+    lines = script.format_markdown(result).splitlines()
     assert sum(line.startswith("| 4, ") for line in lines) == 4
     assert sum(line.endswith("| 1.50 | 9.00 |") for line in lines) == 2
     assert lines[-1].startswith("Videos of 30 frames: ")
@@ -197,8 +199,8 @@ def test_script(files, prepared, scripts, monkeypatch, capsys):
 
 
 def test_files_that_are_not_there(scripts):
-    with pytest.raises(ValueError, match="there is no nowhere; check --videos"):
-        scripts("benchmark_pipeline").video_files(["nowhere"])
+    with pytest.raises(ValueError, match="nowhere does not exist; check --videos"):
+        scripts("benchmark_pipeline").find_video_files(["nowhere"])
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -219,7 +221,7 @@ def test_flatness():
     samples = [(1, 100.0, 1), (2, 200.0, 2), (3, 210.0, 3), (4, 205.0, 4)]
     assert pipeline_lib.memory_deviation(samples, 2) == (205.0, pytest.approx(5 / 205))
     assert pipeline_lib.memory_deviation(samples, 0)[1] == pytest.approx(1 - 100 / 202.5)
-    with pytest.raises(ValueError, match="no sample later than 5 minutes"):
+    with pytest.raises(ValueError, match="there is no sample later than 5 minutes"):
         pipeline_lib.memory_deviation(samples, 5)
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers.processes import xla_flags
+from tests.helpers.processes import make_xla_flags
 from tests.helpers.small_config import TINY_VIT
 
 torch = pytest.importorskip("torch")
@@ -37,7 +37,7 @@ def one_device(monkeypatch):
 
 def test_pytorch_is_the_same_model(config):
     made, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
-    sides = (train_step.SIDES[name] for name in train_step.USUAL_SIDES)
+    sides = (train_step.RUNNERS[name] for name in train_step.DEFAULT_RUNNERS)
     ours, theirs = (make(made, batch) for make in sides)
     assert ours.forward().shape == (2, 174)
     assert np.abs(ours.forward() - theirs.forward()).max() <= train_step.TOLERANCE
@@ -47,7 +47,7 @@ def test_pytorch_is_the_same_model(config):
 
 def test_another_model_is_noticed(config, monkeypatch):
     """Twin: without the adapter before attention."""
-    forget = train_step.torch_model
+    forget = train_step.make_torch_model
 
     def forgetful(made):
         model = forget(made)
@@ -56,13 +56,13 @@ def test_another_model_is_noticed(config, monkeypatch):
         return model
 
     made, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
-    ours = train_step.jax_side(made, batch).forward()
-    right = train_step.torch_side(made, batch).forward()
-    assert 0 < train_step.largest_difference("float32", ours, right) < train_step.TOLERANCE
-    monkeypatch.setattr(train_step, "torch_model", forgetful)
-    wrong = train_step.torch_side(made, batch).forward()
+    ours = train_step.make_jax_runner(made, batch).forward()
+    right = train_step.make_torch_runner(made, batch).forward()
+    assert 0 < train_step.check_logits_agree("float32", ours, right) < train_step.TOLERANCE
+    monkeypatch.setattr(train_step, "make_torch_model", forgetful)
+    wrong = train_step.make_torch_runner(made, batch).forward()
     with pytest.raises(RuntimeError, match="PyTorch's logits differ by"):
-        train_step.largest_difference("float32", ours, wrong)
+        train_step.check_logits_agree("float32", ours, wrong)
 
 
 def test_compiled_pytorch_is_measured_too(config, monkeypatch):
@@ -70,9 +70,9 @@ def test_compiled_pytorch_is_measured_too(config, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     made, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
-    train_step.SIDES["torch"](made, batch)
+    train_step.RUNNERS["torch"](made, batch)
     assert not compiled  # twin
-    side = train_step.SIDES["torch_compiled"](made, batch)
+    side = train_step.RUNNERS["torch_compiled"](made, batch)
     assert [type(model).__name__ for model in compiled] == ["TorchDualPath"] * 2
     assert np.isfinite(side.train_step())
     row = {"jax": 1.0, "torch": 2.0, "ratio_vs_torch": 2.0}
@@ -82,7 +82,7 @@ def test_compiled_pytorch_is_measured_too(config, monkeypatch):
     fraction = {"fraction_of_matmul_limit": {"float32": 0.5}}
     result = {"forward": fraction, "train_step": fraction, "dtypes": {"float32": compared}}
     script = importlib.import_module("scripts.benchmark_step")
-    table = script.markdown({**result, "matmul_limit_gflops": {"float32": 100.0}})
+    table = script.format_markdown({**result, "matmul_limit_gflops": {"float32": 100.0}})
     assert "| training step, float32 | 1.00 | 2.00 | 2.00 | 0.50 |" in table
     assert "| training step, float32, torch.compile | 1.00 | 1.50 | 1.50 | 0.50 |" in table
     assert "| float32, torch.compile | 1 | 3 |" in table
@@ -90,7 +90,7 @@ def test_compiled_pytorch_is_measured_too(config, monkeypatch):
 
 def test_several_calls_give_the_last_result(config):
     made, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
-    ours, again = (train_step.jax_side(made, batch) for _ in range(2))
+    ours, again = (train_step.make_jax_runner(made, batch) for _ in range(2))
     losses = [ours.train_step() for _ in range(3)]
     assert again.train_step(3) == losses[2] != losses[0]
 
@@ -105,28 +105,28 @@ def test_turns_alternate(monkeypatch):
 
 def test_operations_are_those_of_the_plain_model(config):
     """Two per multiply-accumulate; twice the batch, twice as many; backward costs as much again."""
-    forward, both = train_step._operations(Setting(config, "float32", 1))
-    assert train_step._operations(Setting(config, "float32", 3)) == (3 * forward, 3 * both)
+    forward, both = train_step._count_operations(Setting(config, "float32", 1))
+    assert train_step._count_operations(Setting(config, "float32", 3)) == (3 * forward, 3 * both)
     assert 1.9 < both / forward < 2.4
     config.model.remat = "full"
-    assert train_step._operations(Setting(config, "float32", 1)) == (forward, both)
+    assert train_step._count_operations(Setting(config, "float32", 1)) == (forward, both)
 
 
 def test_limit_is_measured():
-    assert train_step.matmul_gflops("float32", size=64, rounds=1) > 0
+    assert train_step.measure_matmul_gflops("float32", size=64, rounds=1) > 0
 
 
 def test_script(config, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", xla_flags())  # of the processes that are timed
+    monkeypatch.setenv("XLA_FLAGS", make_xla_flags())  # of the processes that are timed
     script = importlib.import_module("scripts.benchmark_step")
-    monkeypatch.setattr(train_step, "peak_memory", lambda setting, side: 12.4)
-    monkeypatch.setattr(train_step, "matmul_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr(train_step, "measure_peak_memory", lambda setting, side: 12.4)
+    monkeypatch.setattr(train_step, "measure_matmul_gflops", lambda dtype: 100.0)
     settings = [Setting(config, "float32", 1)]
-    result = script.measure(settings, 1, list(train_step.USUAL_SIDES))
+    result = script.measure_settings(settings, 1, list(train_step.DEFAULT_RUNNERS))
     assert list(result["forward"]) == ["ratio_vs_torch_float32", "fraction_of_matmul_limit"]
     assert list(result["train_step"]) == list(result["forward"])
     assert result["matmul_limit_gflops"] == {"float32": 100.0}
-    table = script.markdown(result)
+    table = script.format_markdown(result)
     assert "| forward, float32 | " in table
     assert "| training step, float32 | " in table
     assert "| float32 | 12 | 12 |" in table
@@ -136,6 +136,6 @@ def test_script(config, monkeypatch):
 def test_compiling_leaves_the_cache_in_use(config):
     names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
     before = [getattr(jax.config, name) for name in names]
-    assert train_step.compile_seconds(Setting(config, "float32", 1)) > 0
+    assert train_step.measure_compile_seconds(Setting(config, "float32", 1)) > 0
     assert [getattr(jax.config, name) for name in names] == before
     assert before[1]

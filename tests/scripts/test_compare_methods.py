@@ -15,13 +15,13 @@ def timed(monkeypatch):
         return dict.fromkeys(configs, 1.0)
 
     entry = {"top1": 0.5, "trainable_params": 1}
-    monkeypatch.setattr(compare_methods, "score", lambda *_: entry)
+    monkeypatch.setattr(compare_methods, "train_and_score", lambda *_: entry)
     monkeypatch.setattr(compare_methods, "time_steps", time_steps)
     return calls
 
 
 def test_a_method_more_is_timed_with_the_others(timed, tmp_path):
     for methods in (["dualpath", "linear"], ["dualpath", "linear", "aim"], ["dualpath", "linear"]):
-        rows = compare_methods.compare(tmp_path, methods, 10)
+        rows = compare_methods.compare_methods(tmp_path, methods, 10)
         assert [row["step_time"] for row in rows] == [1.0] * len(methods)
     assert timed == [["dualpath", "linear"], ["dualpath", "linear", "aim"]]  # once each

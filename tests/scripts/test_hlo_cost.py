@@ -122,7 +122,7 @@ def test_cycles():
     ],
 )
 def test_arrays_fill_whole_tiles(shape, size):
-    assert hlo_cost.size(shape) == size
+    assert hlo_cost.shape_bytes(shape) == size
 
 
 def test_near_to_what_the_compiler_counts():

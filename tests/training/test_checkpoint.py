@@ -17,8 +17,9 @@ from absl import logging
 from orbax.checkpoint._src.path.deleter import StandardCheckpointDeleter
 
 from dualpath_jax.config import schema
+from dualpath_jax.config.values import config_changes
 from dualpath_jax.training import checkpoint
-from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, config_changes
+from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from tests.chaos import full_disk
 
 METADATA = {

@@ -16,8 +16,8 @@ import pytest
 from dualpath_jax.data import index_sampler
 from dualpath_jax.runtime.preemption import EXIT_CODE
 from scripts import export_adapter
-from tests.helpers.processes import ROOT, environment
-from tests.helpers.several_processes import run_all, six_steps
+from tests.helpers.processes import ROOT, make_environment
+from tests.helpers.several_processes import make_six_step_config, train_and_evaluate
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4  # relative; sums over devices are taken in another order
@@ -51,7 +51,7 @@ class Job:
                     stdout=file,
                     stderr=errors,
                     cwd=ROOT,
-                    env=environment(devices),
+                    env=make_environment(devices),
                 )
             self.processes.append(process)
 
@@ -121,14 +121,14 @@ def examples(workdir, number):
 
 @pytest.fixture(scope="module")
 def settings(demo_data, demo_backbone):
-    return six_steps(demo_data, demo_backbone)
+    return make_six_step_config(demo_data, demo_backbone)
 
 
 @pytest.fixture(scope="module")
 def one(settings, tmp_path_factory):
     """The run in this process alone, on eight devices: its folder."""
     folder = tmp_path_factory.mktemp("one")
-    run_all(settings, folder)
+    train_and_evaluate(settings, folder)
     return folder
 
 
@@ -162,7 +162,7 @@ def test_two_processes_do_what_one_does(settings, one, two, tmp_path):
     # Twin: another seed is another run.
     settings = settings.copy_and_resolve_references()
     settings.seed = 1
-    run_all(settings, tmp_path, evaluation=False)
+    train_and_evaluate(settings, tmp_path, evaluation=False)
     assert values(tmp_path, "loss") != pytest.approx(values(one, "loss"), rel=0.01)
 
 
@@ -190,7 +190,7 @@ def test_runs_go_on_with_another_number_of_processes(settings, one, two, four, t
     shares = [sum(i >= 0 for batch in batches for i in batch) for batches in seen]
     assert shares == [6, 6, 5, 4]  # uneven
     shutil.copytree(two / "stopped", tmp_path / "one")
-    run_all(settings, tmp_path / "one")
+    train_and_evaluate(settings, tmp_path / "one")
     for resumed in (workdir, tmp_path / "one"):
         assert values(resumed, "step") == [1, 2, 3, 4, 5, 6]
         for key in ("loss", "gradient_norm"):

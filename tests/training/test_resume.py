@@ -21,7 +21,7 @@ from dualpath_jax.training.checkpoint import Checkpoints
 from dualpath_jax.training.inputs import check_workdir
 from scripts import export_adapter
 from tests.chaos import same_run
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.processes import ROOT, make_environment
 from tests.helpers.small_config import small_config
 from tests.test_train import build, leaves, run_all
 
@@ -306,7 +306,7 @@ def test_ctrl_c(capfd):
         assert watch.stop_exception.exit_code == 130 != EXIT_CODE
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # the second one
     assert signal.getsignal(signal.SIGINT) is before
-    assert "once more ends the process at once" in capfd.readouterr().err
+    assert "again to end the process at once" in capfd.readouterr().err
 
 
 def test_nothing_to_save():
@@ -378,7 +378,7 @@ def test_told_to_stop_outside_of_the_loop():
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == EXIT_CODE
-    assert "told to stop; the same command goes on" in ended.stderr
+    assert "stopped by SIGTERM; the same command resumes" in ended.stderr
 
 
 BUSY = """
@@ -401,7 +401,7 @@ print("done")
 def test_told_to_stop_while_a_program_computes(what, status):
     """Python's handlers wait for it: `leave` does not, nor does a second signal."""
     ended = subprocess.run(
-        [sys.executable, "-c", BUSY, what], capture_output=True, text=True, env=environment()
+        [sys.executable, "-c", BUSY, what], capture_output=True, text=True, env=make_environment()
     )
     assert (ended.returncode, ended.stdout) == (status, "")
 
@@ -628,7 +628,7 @@ def test_processes(config, straight, tmp_path):
     def start():
         pipe = subprocess.PIPE
         return subprocess.Popen(
-            command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment()
+            command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=make_environment()
         )
 
     def steps():
@@ -651,7 +651,9 @@ def test_processes(config, straight, tmp_path):
     while max(steps()) == before:
         time.sleep(0.05)
         assert process.poll() is None, process.communicate()[1]
-    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
+    second = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=make_environment()
+    )
     assert second.returncode == 2
     assert f"--workdir={workdir} is in use by process {process.pid}" in second.stderr
     process.send_signal(signal.SIGTERM)

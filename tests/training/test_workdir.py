@@ -12,7 +12,7 @@ import sys
 import pytest
 from etils import epath
 
-from dualpath_jax.runtime import file_lock
+from dualpath_jax.runtime import file_lock, files
 from dualpath_jax.training import metrics_logger
 from dualpath_jax.training.inputs import check_workdir
 
@@ -65,12 +65,12 @@ def test_read_only_workdir(tmp_path):
 
 def test_a_file_is_whole_or_not_there(tmp_path):
     path = epath.Path(tmp_path / "config.json")
-    metrics_logger.write_text_atomically(path, "old")
+    files.write_text(path, "old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(OSError, match=rf"cannot write {path}.*make room there"):
-            metrics_logger.write_text_atomically(path, "new" * 1000)
+            files.write_text(path, "new" * 1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_text() == "old"

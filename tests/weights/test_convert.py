@@ -1,4 +1,4 @@
-"""convert.py against CLIP in torch: parity of every stage, each source layout, each refusal."""
+"""Tests convert.py against CLIP in torch: parity of all stages, source layouts and refusals."""
 
 import dataclasses
 import json
@@ -24,38 +24,38 @@ torch = pytest.importorskip("torch")
 
 from tests.helpers import torch_reference as reference  # noqa: E402
 
-pytestmark = [  # deprecated, but what OpenAI's archives are
+pytestmark = [  # OpenAI's archives are TorchScript, which is deprecated
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 
 TOLERANCE = 1e-4  # absolute, float32, for outputs of order 1
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def _config(shape, activation="quick_gelu", **overrides):
+def _make_config(shape, activation="quick_gelu", **overrides):
     return backbone_registry.backbone_config(
         "custom", mlp_dim=4 * shape["width"], activation=activation, **shape | overrides
     )
 
 
-SMALL = _config(reference.SMALL)
+SMALL = _make_config(reference.SMALL)
 
 
-def _images(config):
+def _make_images(config):
     return np.random.default_rng(0).standard_normal(
         (2, config.image_size, config.image_size, 3), np.float32
     )
 
 
-def _our_stages(params, config, images):
-    """As `torch_reference.open_clip_stages`, by the ViT."""
+def _compute_stages(params, config, images):
+    """Computes the stages of `torch_reference.open_clip_stages` with our ViT."""
     model, variables = vit.ViT(config), {"params": params}
     position = params["position_embedding"]
     h = model.apply(variables, images, params["class_embedding"], position, method="embed")
     stages = {"embed": h}
-    sites = BlockHooks(parent=None).bind({})
-    block = jax.jit(lambda p, h: vit.Block(config, parent=None).apply({"params": p}, h, sites))
+    hooks = BlockHooks(parent=None).bind({})
+    block = jax.jit(lambda p, h: vit.Block(config, parent=None).apply({"params": p}, h, hooks))
     for i in range(config.depth):
         h = block(jax.tree.map(operator.itemgetter(i), params["blocks"]), h)
         stages[f"block_{i}"] = h
@@ -64,9 +64,9 @@ def _our_stages(params, config, images):
     return stages
 
 
-def _differences(params, config, expected):
-    """Stage -> max |ours - torch's|."""
-    ours = _our_stages(params, config, _images(config))
+def _max_differences(params, config, expected):
+    """Returns max |ours - torch's| of each stage."""
+    ours = _compute_stages(params, config, _make_images(config))
     assert ours.keys() == expected.keys()
     for name, value in ours.items():
         assert value.shape == tuple(expected[name].shape), name
@@ -75,10 +75,11 @@ def _differences(params, config, expected):
 
 
 def _torch_images(config):
-    return torch.from_numpy(_images(config)).permute(0, 3, 1, 2)
+    return torch.from_numpy(_make_images(config)).permute(0, 3, 1, 2)
 
 
 def _save_safetensors(state, path, metadata=None):
+    """Writes a torch state dict as safetensors, and returns the path."""
     arrays = {
         k: np.ascontiguousarray(source_checkpoint._torch_to_numpy(v)) for k, v in state.items()
     }
@@ -98,14 +99,14 @@ def small_state(small_clip):
 
 @pytest.fixture(scope="module")
 def small_file(small_state, tmp_path_factory):
-    """The small CLIP as safetensors with its activation, as our demo backbone is kept."""
+    """Returns the small CLIP as safetensors with its activation, like our demo's backbone."""
     path = tmp_path_factory.mktemp("small") / "clip.safetensors"
     return _save_safetensors(small_state, path, {"activation": "quick_gelu", "heads": "2"})
 
 
 @pytest.fixture(scope="module")
 def small_backbone(small_file, tmp_path_factory):
-    """The small CLIP, converted."""
+    """Returns the converted file of the small CLIP."""
     out = tmp_path_factory.mktemp("converted") / "backbone.safetensors"
     convert.convert_checkpoint(small_file, out)
     return out
@@ -116,8 +117,8 @@ def small_stages(small_clip):
     return reference.open_clip_stages(small_clip, _torch_images(SMALL))
 
 
-def _edited(path, edit, out):
-    """A copy of a backbone file whose arrays, or metadata, `edit(arrays, meta)` changed."""
+def _copy_edited(path, edit, out):
+    """Copies a backbone file after `edit(arrays, meta)` has changed its arrays or metadata."""
     arrays, meta, _ = convert._read_backbone(path)
     edit(arrays, meta)
     safetensors.numpy.save_file(arrays, out, {convert.CONVERTED_KEY: json.dumps(meta)})
@@ -128,11 +129,12 @@ def _edited(path, edit, out):
 
 
 def _check_parity(shape, model, stages, source, tmp_path, record_property):
+    """Checks each stage of the converted model against torch, and returns the loaded config."""
     converted = tmp_path / "backbone.safetensors"
     info = convert.convert_checkpoint(source, converted)
-    wanted = _config(shape, activation="gelu", eps=1e-6)  # the file's replace these
+    wanted = _make_config(shape, activation="gelu", eps=1e-6)  # the file's values replace these
     params, config, _ = convert.load_backbone(converted, wanted)
-    differences = _differences(params, config, stages(model, _torch_images(config)))
+    differences = _max_differences(params, config, stages(model, _torch_images(config)))
     record_property("differences", differences)
     print({name: f"{value:.1e}" for name, value in differences.items()})
     assert max(differences.values()) <= TOLERANCE, differences
@@ -155,7 +157,7 @@ def test_parity_with_open_clip(shape, activation, tmp_path, record_property):
     _save_safetensors(model.state_dict(), source, {"activation": activation, "heads": heads})
     stages = reference.open_clip_stages
     config = _check_parity(shape, model, stages, source, tmp_path, record_property)
-    assert config == _config(shape, activation)
+    assert config == _make_config(shape, activation)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -167,14 +169,14 @@ def test_parity_with_huggingface(shape, vision_only, tmp_path, record_property):
     source = tmp_path / "model.safetensors"
     stages = reference.huggingface_stages
     config = _check_parity(shape, model, stages, source, tmp_path, record_property)
-    assert config == _config(shape, activation)
+    assert config == _make_config(shape, activation)
 
 
 def test_whole_model_matches_the_stages(small_backbone, small_stages):
     params, config, _ = convert.load_backbone(small_backbone, SMALL)
     for scan in (False, True):
         model = vit.ViT(config, scan_blocks=scan)
-        tokens, features = model.apply({"params": params}, _images(config))
+        tokens, features = model.apply({"params": params}, _make_images(config))
         np.testing.assert_allclose(tokens, small_stages["block_2"], rtol=0, atol=TOLERANCE)
         np.testing.assert_allclose(features, small_stages["projection"], rtol=0, atol=TOLERANCE)
 
@@ -214,7 +216,7 @@ def test_mistakes_exceed_the_tolerance(edit, override, first, small_backbone, sm
     if edit:
         edit(arrays)
     params = convert.traverse_util.unflatten_dict(arrays, sep="/")
-    differences = _differences(params, dataclasses.replace(SMALL, **override), small_stages)
+    differences = _max_differences(params, dataclasses.replace(SMALL, **override), small_stages)
     wrong = [stage for stage, difference in differences.items() if difference > TOLERANCE]
     assert (wrong[0], wrong[-1]) == (first, "projection"), differences
 
@@ -223,7 +225,7 @@ def test_mistakes_exceed_the_tolerance(edit, override, first, small_backbone, sm
 
 
 class _Archive(torch.nn.Module):
-    """What OpenAI's archives look like: the tower under "visual", and their bookkeeping."""
+    """Mimics OpenAI's archives: they hold the tower under "visual" and some bookkeeping."""
 
     def __init__(self, visual):
         super().__init__()
@@ -242,7 +244,7 @@ def archive(small_clip, tmp_path_factory):
     return path
 
 
-def _arrays(path):
+def _read_arrays(path):
     return convert._read_backbone(path)[0]
 
 
@@ -283,7 +285,7 @@ def test_names_shapes_and_metadata(small_file, small_backbone):
         "container": "safetensors",
         "layout": "openai",
         "source": "clip.safetensors",
-        "source_sha256": source_checkpoint.sha256_of(small_file),
+        "source_sha256": source_checkpoint.compute_sha256(small_file),
     }
 
 
@@ -295,7 +297,7 @@ def test_torch_state_dict(kind, small_state, small_backbone, tmp_path):
     torch.save(state, path, _use_new_zipfile_serialization=kind != "legacy")
     info = convert.convert_checkpoint(path, tmp_path / "out", activation="quick_gelu")
     assert (info["container"], info["layout"]) == ("torch", "openai")
-    _assert_same_arrays(_arrays(tmp_path / "out"), _arrays(small_backbone))
+    _assert_same_arrays(_read_arrays(tmp_path / "out"), _read_arrays(small_backbone))
 
 
 def test_openai_state_dict_has_quick_gelu(small_state, tmp_path):
@@ -310,9 +312,9 @@ def test_huggingface_state_dict(tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     a = convert.convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "a")
     b = convert.convert_checkpoint(tmp_path / "pytorch_model.bin", tmp_path / "b")
-    assert a["config"] == b["config"] == _config(reference.SMALL, "gelu")
+    assert a["config"] == b["config"] == _make_config(reference.SMALL, "gelu")
     assert (b["container"], b["layout"]) == ("torch", "huggingface")
-    _assert_same_arrays(_arrays(tmp_path / "a"), _arrays(tmp_path / "b"))
+    _assert_same_arrays(_read_arrays(tmp_path / "a"), _read_arrays(tmp_path / "b"))
 
 
 def test_torchscript_is_opened_only_with_trust(archive, small_backbone, tmp_path, monkeypatch):
@@ -322,12 +324,14 @@ def test_torchscript_is_opened_only_with_trust(archive, small_backbone, tmp_path
             convert.convert_checkpoint(archive, tmp_path / "out")
     info = convert.convert_checkpoint(archive, tmp_path / "out", trust=True)
     assert (info["container"], info["published"]) == ("torchscript", None)
-    assert info["config"] == SMALL  # "input_resolution" says quick_gelu
-    _assert_same_arrays(_arrays(tmp_path / "out"), _arrays(small_backbone))
+    assert info["config"] == SMALL  # "input_resolution" implies quick_gelu
+    _assert_same_arrays(_read_arrays(tmp_path / "out"), _read_arrays(small_backbone))
 
 
 def test_published_torchscript_is_opened(archive, tmp_path, monkeypatch):
-    monkeypatch.setitem(convert.PUBLISHED_SHA256, source_checkpoint.sha256_of(archive), "ViT-Z/8")
+    monkeypatch.setitem(
+        convert.PUBLISHED_SHA256, source_checkpoint.compute_sha256(archive), "ViT-Z/8"
+    )
     info = convert.convert_checkpoint(archive, tmp_path / "out")
     assert info["published"] == "ViT-Z/8"
 
@@ -349,13 +353,13 @@ def test_only_torch_formats_need_torch(small_file, small_state, tmp_path, monkey
     torch.save(small_state, tmp_path / "a.pt")
     monkeypatch.setitem(sys.modules, "torch", None)
     convert.convert_checkpoint(small_file, tmp_path / "out")
-    with pytest.raises(ValueError, match="torch, which is not installed"):
+    with pytest.raises(ValueError, match="is a torch file, but torch is not installed"):
         convert.convert_checkpoint(tmp_path / "a.pt", tmp_path / "out", activation="gelu")
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_source_dtypes_are_kept(suffix, small_state, tmp_path):
-    """As open_clip and OpenAI save half precision: matrices cast, LayerNorm in float32."""
+    """Checks files like those of open_clip and OpenAI: cast matrices, LayerNorm in float32."""
     dtypes = {2: torch.float16, 3: torch.float16, 4: torch.bfloat16}
     state = {k: v.to(dtypes.get(v.ndim, torch.float32)) for k, v in small_state.items()}
     source = tmp_path / f"a.{suffix}"
@@ -368,7 +372,7 @@ def test_source_dtypes_are_kept(suffix, small_state, tmp_path):
     kernel = state["visual.conv1.weight"].float().numpy().transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(params["patch_embedding"]["kernel"].astype(np.float32), kernel)
     integers = {k: v.to(torch.int8) for k, v in small_state.items()}
-    with pytest.raises(ValueError, match="dtypes int8; known are BF16, F16, F32"):
+    with pytest.raises(ValueError, match="dtypes int8, but only BF16, F16, F32 are supported"):
         convert.convert_checkpoint(
             _save_safetensors(integers, source), tmp_path / "b", activation="gelu"
         )
@@ -378,10 +382,10 @@ def test_same_source_gives_same_bytes(small_file, small_backbone, tmp_path):
     for name in ("a", "b"):
         info = convert.convert_checkpoint(small_file, tmp_path / name)
         assert (tmp_path / name).read_bytes() == small_backbone.read_bytes()
-        assert info["sha256"] == source_checkpoint.sha256_of(small_backbone)
+        assert info["sha256"] == source_checkpoint.compute_sha256(small_backbone)
 
 
-# ---------------------------------------------------------------- what the weights do not say
+# ---------------------------------------------------------------- what the weights do not state
 
 
 def _write_json(path, content):
@@ -397,7 +401,7 @@ def test_activation_must_be_known(small_state, tmp_path):
     with pytest.raises(ValueError, match="heads is 0"):
         convert.convert_checkpoint(source, tmp_path / "out", activation="gelu", heads=0)
     info = convert.convert_checkpoint(source, tmp_path / "out", activation="gelu", heads=4)
-    assert info["config"] == _config(reference.SMALL, "gelu", heads=4)
+    assert info["config"] == _make_config(reference.SMALL, "gelu", heads=4)
 
 
 @pytest.mark.parametrize(
@@ -434,7 +438,7 @@ def test_huggingface_config(tmp_path):
     with pytest.raises(ValueError, match=r"describes another model.*\(768, 12\).*\(128, 3\)"):
         convert.convert_checkpoint(source, tmp_path / "out")
     path.write_text("{")
-    with pytest.raises(ValueError, match="config.json is no valid JSON"):
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
         convert.convert_checkpoint(source, tmp_path / "out")
 
 
@@ -451,7 +455,7 @@ def test_known_architecture_is_named():
         "projection": np.zeros((768, 512), np.int8),
         "ln_pre/scale": np.zeros(768, np.int8),
     }
-    config = convert._config(arrays, {"activation": "gelu"}, "vit", "clip.pt")
+    config = convert._infer_config(arrays, {"activation": "gelu"}, "vit", "clip.pt")
     expected = dataclasses.replace(vit.MODELS["ViT-B/16"], image_size=384, activation="gelu")
     assert config == expected
 
@@ -495,13 +499,13 @@ def test_wrong_shapes(small_state, tmp_path):
     [
         (["visual.layer1.0.conv1.weight", "visual.conv1.weight"], "a ResNet image tower"),
         (["visual.trunk.blocks.0.norm1.weight"], "an image tower of timm"),
-        (["text_model.final_layer_norm.bias", "text_projection.weight"], "a text tower only"),
-        (["transformer.resblocks.0.ln_1.bias", "positional_embedding"], "a text tower only"),
+        (["text_model.final_layer_norm.bias", "text_projection.weight"], "only a text tower"),
+        (["transformer.resblocks.0.ln_1.bias", "positional_embedding"], "only a text tower"),
         (
             ["blocks.0.norm.weight", "head.bias"],
-            "no CLIP, ViT or Swin: its names are blocks.0.norm.weight",
+            "not a CLIP, ViT or Swin checkpoint: its names are blocks.0.norm.weight",
         ),
-        ([], "no CLIP"),
+        ([], "not a CLIP"),
     ],
 )
 def test_other_models(names, message, tmp_path):
@@ -517,7 +521,7 @@ def test_other_models(names, message, tmp_path):
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"<html>404</html>", "is no checkpoint"),
+        (b"<html>404</html>", "is not a checkpoint"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     ],
 )
@@ -530,7 +534,7 @@ def test_other_files(content, message, tmp_path):
 def test_state_dict_must_hold_tensors(tmp_path):
     for content in ([1], {}, {"epoch": 3}):
         torch.save(content, tmp_path / "a.pt")
-        with pytest.raises(ValueError, match="no CLIP"):
+        with pytest.raises(ValueError, match="not a CLIP"):
             convert.convert_checkpoint(tmp_path / "a.pt", tmp_path / "out")
 
 
@@ -553,15 +557,15 @@ def test_converted_file_is_not_converted_again(small_backbone, tmp_path):
 def test_out_is_written_whole_or_not_at_all(small_file, tmp_path):
     garbage = tmp_path / "garbage"
     garbage.write_bytes(b"garbage")
-    with pytest.raises(OSError, match="cannot write .*garbage"):  # before the source is looked at
-        convert.convert_checkpoint(garbage, garbage / "out")  # a file is no folder
+    with pytest.raises(OSError, match="cannot write .*garbage"):  # before the source is read
+        convert.convert_checkpoint(garbage, garbage / "out")  # a file is not a folder
     with pytest.raises(OSError, match="cannot write .*is a directory"):
         convert.convert_checkpoint(garbage, tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint file"):
         convert.convert_checkpoint(tmp_path / "absent", tmp_path / "out")
     out = tmp_path / "out"
     out.write_bytes(b"before")
-    with pytest.raises(ValueError, match="is no checkpoint"):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
         convert.convert_checkpoint(garbage, out)
     assert out.read_bytes() == b"before"
     with pytest.raises(ValueError, match="the checkpoint itself"):
@@ -581,8 +585,8 @@ def test_load_gives_the_tree_of_the_vit(small_file, small_backbone):
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, tree)
     assert info == convert.BackboneInfo(
         name="custom",
-        sha256=source_checkpoint.sha256_of(small_backbone),
-        source_sha256=source_checkpoint.sha256_of(small_file),
+        sha256=source_checkpoint.compute_sha256(small_backbone),
+        source_sha256=source_checkpoint.compute_sha256(small_file),
         source="clip.safetensors",
     )
 
@@ -605,9 +609,9 @@ def test_load_resizes_positions(small_backbone, caplog):
     with caplog.at_level("INFO", logger="absl"):
         params, config, _ = convert.load_backbone(small_backbone, wanted)
     assert "resized from 4x4 patches (32 pixels) to 7x7 patches (56 pixels)" in caplog.text
-    expected = vit.resize_positions(_arrays(small_backbone)["position_embedding"], (7, 7))
+    expected = vit.resize_positions(_read_arrays(small_backbone)["position_embedding"], (7, 7))
     np.testing.assert_array_equal(params["position_embedding"], expected)
-    _, features = vit.ViT(config).apply({"params": params}, _images(config))
+    _, features = vit.ViT(config).apply({"params": params}, _make_images(config))
     assert features.shape == (2, 48)
 
 
@@ -640,15 +644,19 @@ def test_load_checks_names_and_shapes(small_backbone, tmp_path):
     def cut(arrays, meta):
         arrays["ln_post/bias"] = arrays["ln_post/bias"][1:]
 
-    def age(arrays, meta):
+    def outdate(arrays, meta):
         meta["version"] = 0
 
     for edit, message in [
-        (drop, r"ln_post/bias is missing, not \(128,\), ln_postt/bias is \(128,\), not known"),
-        (cut, r"ln_post/bias is \(127,\), not \(128,\)"),
-        (age, "not a converted backbone"),
+        (
+            drop,
+            r"ln_post/bias: expected \(128,\), found nothing, "
+            r"ln_postt/bias: expected nothing, found \(128,\)",
+        ),
+        (cut, r"ln_post/bias: expected \(128,\), found \(127,\)"),
+        (outdate, "not a converted backbone"),
     ]:
-        path = _edited(small_backbone, edit, tmp_path / "edited")
+        path = _copy_edited(small_backbone, edit, tmp_path / "edited")
         with pytest.raises(ValueError, match=message):
             convert.load_backbone(path, SMALL)
 
@@ -656,23 +664,23 @@ def test_load_checks_names_and_shapes(small_backbone, tmp_path):
 # ---------------------------------------------------------------- the script
 
 
-def _script(*arguments):
+def _run_script(*arguments):
     command = [sys.executable, "scripts/convert_clip.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_script_converts_and_reports(small_file, small_backbone, tmp_path):
     out = tmp_path / "out.safetensors"
-    result = _script(f"--checkpoint={small_file}", f"--out={out}")
+    result = _run_script(f"--checkpoint={small_file}", f"--out={out}")
     assert result.returncode == 0, result.stderr
     assert out.read_bytes() == small_backbone.read_bytes()  # from another process
     for text in ("openai names in a safetensors file", "custom: width 128, depth 3", "628,352"):
         assert text in result.stdout
-    assert source_checkpoint.sha256_of(small_file) in result.stdout
+    assert source_checkpoint.compute_sha256(small_file) in result.stdout
 
 
 def test_script_reports_errors_in_a_line(tmp_path):
-    result = _script(f"--checkpoint={tmp_path / 'absent'}", f"--out={tmp_path / 'out'}")
+    result = _run_script(f"--checkpoint={tmp_path / 'absent'}", f"--out={tmp_path / 'out'}")
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == f"error: no checkpoint file at {tmp_path / 'absent'}\n"

@@ -1,8 +1,4 @@
-"""What the readers of annotations share: `Video`, `DatasetIndex`, fields, naming a wrong file.
-
-Public: `Video`, `DatasetIndex`, `SHARED`, `SPLIT_NAMES`, `split_by_hash`, `require_file`, `read_field`,
-`looks_like`.
-"""
+"""Defines `Video` and `DatasetIndex`, and the helpers that all annotation readers share."""
 
 import collections
 import dataclasses
@@ -14,7 +10,9 @@ from typing import Any
 
 from dualpath_jax.runtime.safe_read import truncated_repr
 
-SHARED = "all"  # where the frames of a set lie whose splits share videos
+# Name under which frames are stored if the data set's splits share videos.
+SHARED_SPLIT = "all"
+# Spelling of a split in files and folders -> name of the split.
 SPLIT_NAMES = {
     "train": "train",
     "validation": "validation",
@@ -26,12 +24,12 @@ SPLIT_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """One listed video.
+    """Describes one video of a data set.
 
     Attributes:
-      id: its name in the data set, unique in a split.
-      path: its file, absolute or relative to the videos folder.
-      label: class index.
+      id: name of the video in the data set, unique in a split.
+      path: path of the video file, absolute or relative to the videos folder.
+      label: class index, from 0.
     """
 
     id: str
@@ -41,14 +39,14 @@ class Video:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetIndex:
-    """A data set as its annotations tell it.
+    """Holds the classes and videos of a data set, as its annotations list them.
 
     Attributes:
-      class_names: the name of each class index.
-      splits: split name -> its videos in the order of the annotations.
-      notices: what was left out or looks odd, one sentence each.
-      share_videos: the splits divide the same videos in several ways (train1, test1, train2, ...);
-        an id means the same video in all of them, and its frames are stored once.
+      class_names: name of each class, by class index.
+      splits: split name -> its videos, in the order of the annotations.
+      notices: one sentence for each thing that was left out or looks wrong.
+      share_videos: True if the splits divide the same videos in several ways (train1, test1,
+        train2, ...). An id then means the same video in all splits, and its frames are stored once.
     """
 
     class_names: list[str]
@@ -57,22 +55,29 @@ class DatasetIndex:
     share_videos: bool = False
 
     def storage_split(self, split: str) -> str:
-        """Under which name the frames of a split are stored."""
-        return SHARED if self.share_videos else split
+        """Returns the name under which the frames of a split are stored."""
+        return SHARED_SPLIT if self.share_videos else split
 
     def videos_to_store(self) -> dict[str, list[Video]]:
-        """The videos to decode by where they are stored, each once."""
+        """Returns the videos to decode, each once, by the name of their storage split."""
         if not self.share_videos:
             return self.splits
-        videos = {video.id: video for found in self.splits.values() for video in found}
-        return {SHARED: list(videos.values())}
+        videos = {video.id: video for split in self.splits.values() for video in split}
+        return {SHARED_SPLIT: list(videos.values())}
 
 
 def split_by_hash(videos: Iterable[Video], validation_fraction: float) -> dict[str, list[Video]]:
     """Splits each class into train and validation by a hash of the ids, the same on every machine.
 
-    A class of two or more videos has at least one in each (if the fraction is not 0), a class of
-    one has it in train. Order is kept.
+    A class with two or more videos gets at least one in each split, unless the fraction is 0. The
+    only video of a class goes into train. Each split keeps the order of `videos`.
+
+    Args:
+      videos: all videos of the data set.
+      validation_fraction: fraction of each class for validation, 0 <= fraction < 1.
+
+    Returns:
+      The videos of the splits "train" and "validation".
     """
     classes = collections.defaultdict(list)
     for video in videos:
@@ -90,35 +95,55 @@ def split_by_hash(videos: Iterable[Video], validation_fraction: float) -> dict[s
     }
 
 
-def require_file(annotations: str | None, exists: Callable[[str], bool], what: str) -> str:
-    """`annotations`, if they are there; otherwise a ValueError that says what they should be."""
+def require_file(annotations: str | None, exists: Callable[[str], bool], expected: str) -> str:
+    """Returns the path `annotations` if it exists.
+
+    Args:
+      annotations: path of a file or folder, or None.
+      exists: checks the path, for example `os.path.isdir`.
+      expected: description of the right path, for the error message.
+
+    Raises:
+      ValueError: the path is missing or does not exist.
+    """
     if not annotations:
-        raise ValueError(f"--annotations is missing; it is {what}")
+        raise ValueError(f"--annotations is missing; it is {expected}")
     if not exists(annotations):
-        raise ValueError(f"there are no annotations {annotations!r}; --annotations is {what}")
+        raise ValueError(f"there are no annotations {annotations!r}; --annotations is {expected}")
     return annotations
 
 
 def read_field(entry: Any, name: str, path: str, dataset: str) -> str:
-    """The text of a field of a JSON file's entry; ValueError if it has none."""
+    """Returns field `name` of an entry of a JSON file, as text.
+
+    Args:
+      entry: a value from the JSON file, expected to be a dict.
+      name: key of the field.
+      path: path of the JSON file, for the error message.
+      dataset: name of the data set that is being read, see `format_dataset_hint`.
+
+    Raises:
+      ValueError: the entry does not have the field.
+    """
     if not isinstance(entry, dict) or entry.get(name) is None:
         raise ValueError(
-            f"an entry of {path} has no {name!r}: {truncated_repr(entry)}{looks_like(path, dataset)}"
+            f"an entry of {path} has no {name!r}: {truncated_repr(entry)}"
+            f"{format_dataset_hint(path, dataset)}"
         )
     return str(entry[name])
 
 
-# What gives annotations away, by a file's name and by its first lines: regular expression -> what
-# it is, in the order of trust.
-_NAMES = {
+# Signs of known annotations in a file's name and in its first lines: regular expression ->
+# description. The most reliable signs come first.
+_FILE_NAME_PATTERNS = {
     r".+_test_split[123]\.txt": "HMDB51, --dataset=hmdb51",
     r"Diving48_V2_(train|test)\.json|Diving48_vocab\.json": "Diving48, --dataset=diving48",
-    r"Diving48_(train|test)\.json": "Diving48 V1, which is replaced by V2",
+    r"Diving48_(train|test)\.json": "Diving48 V1, which V2 replaces",
     r"something-something-v2-.+|labels\.json": "Something-Something-v2, --dataset=ssv2",
-    r"something-something-v1-.+": "Something-Something-v1, which is not read; list it as CSV",
-    r"classInd\.txt|trainlist0\d\.txt": "UCF101, which is not read; list it as CSV",
+    r"something-something-v1-.+": "Something-Something-v1, which has no reader; list it as CSV",
+    r"classInd\.txt|trainlist0\d\.txt": "UCF101, which has no reader; list it as CSV",
 }
-_CONTENTS = {
+_CONTENT_PATTERNS = {
     r'"vid_name"': "Diving48, --dataset=diving48",
     r'"template"': "Something-Something-v2, --dataset=ssv2",
     r"youtube_id": "Kinetics, --dataset=k400",
@@ -126,24 +151,34 @@ _CONTENTS = {
 }
 
 
-def looks_like(path: str, dataset: str) -> str:
-    """ "; it looks like ..." if a file, or those in a folder, are of another set than `dataset`."""
+def format_dataset_hint(path: str, dataset: str) -> str:
+    """Returns "; it looks like ..." if annotations belong to another data set, otherwise "".
+
+    Args:
+      path: an annotation file, or a folder of them.
+      dataset: name of the data set that is being read.
+    """
     files = [path]
     if os.path.isdir(path):
         files = [entry.path for entry in sorted(os.scandir(path), key=lambda e: e.name)]
     names = [os.path.basename(file) for file in files]
-    found = [
-        what for sign, what in _NAMES.items() if any(re.fullmatch(sign, name) for name in names)
+    candidates = [
+        description
+        for pattern, description in _FILE_NAME_PATTERNS.items()
+        if any(re.fullmatch(pattern, name) for name in names)
     ]
     texts = [file for file in files if file.endswith((".csv", ".json")) and os.path.isfile(file)]
-    starts = [_start(file) for file in texts]
-    found += [
-        what for sign, what in _CONTENTS.items() if any(re.search(sign, start) for start in starts)
+    starts = [_read_start(file) for file in texts]
+    candidates += [
+        description
+        for pattern, description in _CONTENT_PATTERNS.items()
+        if any(re.search(pattern, start) for start in starts)
     ]
-    others = [what for what in found if not what.endswith(f"--dataset={dataset}")]
+    others = [name for name in candidates if not name.endswith(f"--dataset={dataset}")]
     return f"; it looks like {others[0]}" if others else ""
 
 
-def _start(path: str) -> str:
+def _read_start(path: str) -> str:
+    """Returns the first 2000 characters of a file."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         return file.read(2000)

@@ -1,4 +1,4 @@
-"""Class folders as annotations: `read_folder`."""
+"""Reads a data set whose folders are its classes."""
 
 import collections
 import os
@@ -9,9 +9,23 @@ from dualpath_jax.data.datasets.annotations import SPLIT_NAMES, DatasetIndex, Vi
 def read_folder(
     videos_dir: str, annotations: str | None, validation_fraction: float
 ) -> DatasetIndex:
-    """Class folders with videos in them, perhaps inside train, validation (or val) and test."""
-    del annotations  # the folders say all
-    folders, notices = _visible(videos_dir, "", want_folders=True)
+    """Lists the videos in class folders.
+
+    Args:
+      videos_dir: folder that holds the class folders, either directly or inside split folders
+        (train, validation or val, test).
+      annotations: not used.
+      validation_fraction: fraction of each class for validation, used without split folders.
+
+    Returns:
+      The data set. A video's id is its path relative to `videos_dir`; classes are sorted by name.
+
+    Raises:
+      ValueError: there are no class folders, a class has no videos, or two folders name the same
+        split.
+    """
+    del annotations  # the folders are the annotations
+    folders, notices = _list_visible(videos_dir, "", want_folders=True)
     if not folders:
         raise ValueError(f"{videos_dir!r} holds no class folders; expected VIDEOS/<class>/<file>")
     if set(folders) <= set(SPLIT_NAMES):
@@ -19,18 +33,18 @@ def read_folder(
             raise ValueError(
                 f"{videos_dir!r} has {', '.join(folders)}: two are the same split; keep one of them"
             )
-        found = []
+        class_folders = []
         for folder in folders:
-            classes, more = _visible(videos_dir, folder, want_folders=True)
+            classes, more = _list_visible(videos_dir, folder, want_folders=True)
             notices += more
-            found += [(SPLIT_NAMES[folder], name, f"{folder}/{name}") for name in classes]
+            class_folders += [(SPLIT_NAMES[folder], name, f"{folder}/{name}") for name in classes]
     else:
-        found = [("", name, name) for name in folders]
-    class_names = sorted({name for _, name, _ in found})
+        class_folders = [("", name, name) for name in folders]
+    class_names = sorted({name for _, name, _ in class_folders})
     index = {name: i for i, name in enumerate(class_names)}
     splits = collections.defaultdict(list)
-    for split, name, folder in found:
-        files, more = _visible(videos_dir, folder, want_folders=False)
+    for split, name, folder in class_folders:
+        files, more = _list_visible(videos_dir, folder, want_folders=False)
         notices += more
         paths = [f"{folder}/{file}" for file in files]
         splits[split] += [Video(path, path, index[name]) for path in paths]
@@ -45,8 +59,12 @@ def read_folder(
     return DatasetIndex(class_names, dict(splits), notices)
 
 
-def _visible(root: str, folder: str, want_folders: bool) -> tuple[list[str], list[str]]:
-    """Sorted names of the folders (or files) in root/folder without hidden ones, and notices."""
+def _list_visible(root: str, folder: str, want_folders: bool) -> tuple[list[str], list[str]]:
+    """Lists the folders (or else the files) in root/folder that are not hidden.
+
+    Returns:
+      (names, sorted; a notice of entries of the other kind, if there are any).
+    """
     entries = [e for e in os.scandir(os.path.join(root, folder)) if not e.name.startswith(".")]
     wanted = sorted(entry.name for entry in entries if entry.is_dir() == want_folders)
     others = sorted(entry.name for entry in entries if entry.is_dir() != want_folders)

@@ -1,35 +1,51 @@
-"""HMDB51's annotations: `read_hmdb51`."""
+"""Reads the annotations of HMDB51."""
 
 import os
 import re
 
-from dualpath_jax.data.datasets.annotations import DatasetIndex, Video, looks_like, require_file
+from dualpath_jax.data.datasets.annotations import (
+    DatasetIndex,
+    Video,
+    format_dataset_hint,
+    require_file,
+)
 from dualpath_jax.runtime.safe_read import open_text, truncated_repr
 
+# HMDB51 calls these splits; a division has a training and a test split here.
 DIVISIONS = ("1", "2", "3")
-_FILE = re.compile(r"(.+)_test_split([123])\.txt")
-_ROLES = {"0": None, "1": "train", "2": "test"}
+_FILE_PATTERN = re.compile(r"(.+)_test_split([123])\.txt")
+_ROLE_BY_DIGIT = {"0": None, "1": "train", "2": "test"}
 
 
 def read_hmdb51(
     videos_dir: str, annotations: str | None, validation_fraction: float
 ) -> DatasetIndex:
-    """HMDB51: {class}_test_split{1,2,3}.txt, lines `<file>.avi <0|1|2>`; videos {class}/{file}.avi.
+    """Reads {class}_test_split{1,2,3}.txt, whose lines are `<file>.avi <0|1|2>`.
 
-    Splits are train1, test1, train2, ...: three divisions of the same videos. 0 means that a
-    division does not use a video. A video's id is its path.
+    The splits train1, test1, train2, ... are three divisions of the same videos. The digit puts a
+    video into training (1), into test (2) or into neither (0). A video's id is its path.
+
+    Args:
+      videos_dir: not used; the video files are {class}/{file}.avi in this folder.
+      annotations: folder of the text files.
+      validation_fraction: not used; the data set has its own splits.
+
+    Raises:
+      ValueError: a file is missing or malformed.
     """
-    del videos_dir, validation_fraction  # the annotations say all
+    del videos_dir, validation_fraction  # only the annotations define the splits
     annotations = require_file(annotations, os.path.isdir, "the folder of *_test_split1.txt")
-    found = [match for name in os.listdir(annotations) if (match := _FILE.fullmatch(name))]
-    if not found:
+    matches = [
+        match for name in os.listdir(annotations) if (match := _FILE_PATTERN.fullmatch(name))
+    ]
+    if not matches:
         raise ValueError(
             f"there is no <class>_test_split1.txt in {annotations!r}"
-            f"{looks_like(annotations, 'hmdb51')}"
+            f"{format_dataset_hint(annotations, 'hmdb51')}"
         )
-    # Sorted as names of classes: as names of files, sword_exercise_test... comes before sword_test.
-    class_names = sorted({match[1] for match in found})
-    divisions = sorted({match[2] for match in found})
+    # Class names are sorted, not file names: there, sword_exercise_test... is before sword_test...
+    class_names = sorted({match[1] for match in matches})
+    divisions = sorted({match[2] for match in matches})
     splits = {role + division: [] for division in divisions for role in ("train", "test")}
     for division in divisions:
         for label, name in enumerate(class_names):
@@ -41,9 +57,11 @@ def read_hmdb51(
 
 
 def _read_roles(path: str) -> list[tuple[str, str]]:
-    """(file, "train" or "test") of each line that is used."""
+    """Reads (file, "train" or "test") from each line of a file, except lines with digit 0."""
     if not os.path.exists(path):
-        raise ValueError(f"there is no {path}, though other classes have theirs; unpack all again")
+        raise ValueError(
+            f"there is no {path}, but other classes have such a file; unpack all files again"
+        )
     roles = {}
     with open_text(path, errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
@@ -51,14 +69,14 @@ def _read_roles(path: str) -> list[tuple[str, str]]:
                 continue
             name, _, digit = line.strip().rpartition(" ")
             name = name.strip()
-            if not name or digit not in _ROLES:
+            if not name or digit not in _ROLE_BY_DIGIT:
                 raise ValueError(
                     f"{path}, line {number}: {truncated_repr(line.strip())} is not `<file> <0|1|2>`"
                 )
             if name in roles:
-                raise ValueError(f"{path}, line {number}: {truncated_repr(name)} is there twice")
-            roles[name] = _ROLES[digit]
+                raise ValueError(f"{path}, line {number}: {truncated_repr(name)} occurs twice")
+            roles[name] = _ROLE_BY_DIGIT[digit]
     used = [(name, role) for name, role in roles.items() if role]
     if not used:
-        raise ValueError(f"{path} gives its class no video, neither for training nor for the test")
+        raise ValueError(f"{path} lists no video of its class for training or test")
     return used

@@ -1,11 +1,9 @@
-"""Who is in a data set: which videos, in which split, of which class.
+"""Lists the videos of a data set: their splits, classes and files.
 
-Public: `list_videos`, `DATASETS`, `NUM_CLASSES`, `DatasetIndex`, `Video`.
-
-To add a data set, write a reader `(videos_dir, annotations, validation_fraction) -> DatasetIndex` and
-name it in `DATASETS`. A reader trusts its annotations and lists videos whether or not their files
-are there; `list_videos` checks what is common to all. Splits are "train", "validation", "test",
-with a number behind where a data set is divided in several ways ("train1").
+To add a data set, write a reader `(videos_dir, annotations, validation_fraction) -> DatasetIndex`
+and name it in `DATASETS`. A reader trusts its annotations and lists videos whether or not their
+files exist; `list_videos` makes the checks that are common to all data sets. Splits are "train",
+"validation" and "test", with a number appended ("train1") if a data set is divided in several ways.
 """
 
 import collections
@@ -22,9 +20,11 @@ from dualpath_jax.data.datasets.hmdb51 import read_hmdb51
 from dualpath_jax.data.datasets.ssv2 import read_ssv2
 from dualpath_jax.runtime.safe_read import truncated_repr
 
-# Of the published data sets and the demo; the others' are what their annotations say.
+# Classes of the published data sets and of the demo. Other data sets have the classes of their
+# annotations.
 NUM_CLASSES = {"k400": k400.NUM_CLASSES, "ssv2": 174, "hmdb51": 51, "diving48": 48, "demo": 8}
-UNKNOWN_CLASSES = 2  # taken for those in outlines; only the classifier depends on it
+# Stands in for an unknown number of classes in abstract models; only the classifier depends on it.
+PLACEHOLDER_NUM_CLASSES = 2
 
 DATASETS: dict[str, Callable[[str, str | None, float], DatasetIndex]] = {
     "k400": k400.read_k400,
@@ -39,19 +39,22 @@ DATASETS: dict[str, Callable[[str, str | None, float], DatasetIndex]] = {
 def list_videos(
     dataset: str, videos_dir: str, annotations: str | None = None, validation_fraction: float = 0.2
 ) -> DatasetIndex:
-    """Reads a data set's annotations; the splits returned are not empty.
+    """Reads and checks a data set's annotations.
 
     Args:
       dataset: a name in `DATASETS`.
       videos_dir: folder of the video files.
       annotations: folder or file with the annotations; not used by "folder".
-      validation_fraction: part of each class, 0 <= fraction < 1, that becomes the validation split
-        where the data set has no splits of its own.
+      validation_fraction: fraction of each class, 0 <= fraction < 1, that becomes the validation
+        split if the data set does not have splits of its own.
+
+    Returns:
+      The classes and videos. Each split has at least one video.
 
     Raises:
-      ValueError: unknown data set, missing folder, or annotations that contradict themselves or
-        name files outside `videos_dir` (which a list may, "csv"); the message names the value and
-        what to change.
+      ValueError: the data set is unknown, the folder is missing, or the annotations contradict
+        themselves or name files outside `videos_dir` (only "csv" may). The message names the value
+        and the remedy.
     """
     if dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}: known are {', '.join(DATASETS)}")
@@ -63,76 +66,81 @@ def list_videos(
     splits = {split: videos for split, videos in listing.splits.items() if videos}
     if not splits:
         raise ValueError(f"data set {dataset!r} has no videos in {annotations or videos_dir!r}")
-    _check_text(listing.class_names)
+    _check_encodable(listing.class_names)
     for split, videos in splits.items():
         _check_split(split, videos, len(listing.class_names))
-        if dataset != "csv":  # a list may name files anywhere: who writes one means it
+        if dataset != "csv":  # users write such a list themselves; it may name files anywhere
             _check_paths(split, videos)
-    notices = listing.notices + _odd_classes(dataset, listing.class_names, splits)
+    notices = listing.notices + _find_class_anomalies(dataset, listing.class_names, splits)
     if list(splits) == ["train"] and validation_fraction:
         notices.append(
-            "there is the split 'train' alone, and no other to evaluate on (--config.eval.split)"
+            "'train' is the only split; there is no other to evaluate on (--config.eval.split)"
         )
     if not listing.share_videos:
-        notices += _shared_ids(splits)
+        notices += _find_shared_videos(splits)
     return dataclasses.replace(listing, splits=splits, notices=notices)
 
 
 def _check_split(split: str, videos: list[Video], num_classes: int) -> None:
+    """Raises ValueError for ids that occur twice and for labels outside 0..num_classes-1."""
     seen = set()
-    _check_text([video.id for video in videos])
+    _check_encodable([video.id for video in videos])
     for video in videos:
         if video.id in seen:
             raise ValueError(
-                f"video {truncated_repr(video.id)} is twice in split {split!r}; remove one of them"
+                f"video {truncated_repr(video.id)} occurs twice in split {split!r}; remove one"
             )
         seen.add(video.id)
         if not 0 <= video.label < num_classes:
             raise ValueError(
-                f"video {truncated_repr(video.id)} of split {split!r} has label {truncated_repr(video.label)}; "
-                f"there are {num_classes} classes"
+                f"video {truncated_repr(video.id)} of split {split!r} has label "
+                f"{truncated_repr(video.label)}; there are {num_classes} classes"
             )
 
 
-def _check_text(names: list[str]) -> None:
-    """ValueError for what no file can hold; JSON may write half a character."""
+def _check_encodable(names: list[str]) -> None:
+    """Raises ValueError for names that cannot be encoded, such as half a surrogate pair in JSON."""
     try:
         for name in names:
-            name.encode("utf-8", "surrogateescape")  # as file names of any bytes are kept
+            name.encode("utf-8", "surrogateescape")  # file names may hold any bytes
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{truncated_repr(name)} in the annotations is no text: {error.reason}"
+            f"{truncated_repr(name)} in the annotations is not valid text: {error.reason}"
         ) from None
 
 
 def _check_paths(split: str, videos: list[Video]) -> None:
-    """ValueError for a file outside the folder of videos."""
+    """Raises ValueError for a file outside the folder of videos."""
     for video in videos:
         if os.path.isabs(video.path) or ".." in video.path.split("/"):
             raise ValueError(
-                f"video {truncated_repr(video.id)} of split {split!r} is in {truncated_repr(video.path)}, outside "
-                "the folder of videos; the annotations are damaged or not to be trusted"
+                f"video {truncated_repr(video.id)} of split {split!r} is in "
+                f"{truncated_repr(video.path)}, outside the folder of videos; the annotations are "
+                "damaged or not to be trusted"
             )
 
 
-def _odd_classes(dataset: str, class_names: list[str], splits: dict[str, list[Video]]) -> list[str]:
-    """Notices of classes without a video, and of a number of classes that is not the published."""
+def _find_class_anomalies(
+    dataset: str, class_names: list[str], splits: dict[str, list[Video]]
+) -> list[str]:
+    """Returns notices of classes without videos and of a number of classes that looks wrong."""
     notices = []
     used = {video.label for videos in splits.values() for video in videos}
     if empty := [name for label, name in enumerate(class_names) if label not in used]:
         notices.append(f"{len(empty)} classes have no video, such as {empty[0]!r}")
     if len(class_names) == 1:
-        notices.append(f"there is one class alone, {class_names[0]!r}: nothing can be learnt of it")
+        notices.append(f"{class_names[0]!r} is the only class; there is nothing to learn")
     published = NUM_CLASSES.get(dataset, len(class_names))
     if len(class_names) != published:
         notices.append(
-            f"the annotations have {len(class_names)} classes, {dataset} as published {published}"
+            f"the annotations have {len(class_names)} classes, but {dataset} as published has "
+            f"{published}"
         )
     return notices
 
 
-def _shared_ids(splits: dict[str, list[Video]]) -> list[str]:
-    """Notices of videos that stand in two splits."""
+def _find_shared_videos(splits: dict[str, list[Video]]) -> list[str]:
+    """Returns a notice if videos are in several splits, otherwise an empty list."""
     count = collections.Counter(video.id for videos in splits.values() for video in videos)
     shared = [id_ for id_, n in count.items() if n > 1]
     return [f"{len(shared)} videos are in several splits, such as {shared[0]!r}"] if shared else []

@@ -1,23 +1,24 @@
-"""Looks at listed videos without storing them: `check_videos`."""
+"""Decodes listed videos without storing them: `check_videos`."""
 
 import contextlib
 import os
 import sys
+from collections.abc import Iterable
 from typing import TextIO
 
 import tqdm
 
-from dualpath_jax.data.datasets.annotations import DatasetIndex
+from dualpath_jax.data.datasets.annotations import DatasetIndex, Video
 from dualpath_jax.data.preparation import summary
 from dualpath_jax.data.preparation.summary import SplitCounts
-from dualpath_jax.data.preparation.video_decoder import DecodeLimits, check_video
+from dualpath_jax.data.preparation.video_decoder import DecodeLimits, VideoInfo, check_video
 from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool
 from dualpath_jax.runtime import progress_bar
 from dualpath_jax.runtime.cpu_count import num_cores
 
 
 def check_videos(
-    listing: DatasetIndex,
+    index: DatasetIndex,
     videos_dir: str,
     *,
     short_side: int = 256,
@@ -29,56 +30,87 @@ def check_videos(
     bad_videos: str | None = None,
     progress: bool = True,
 ) -> dict[str, SplitCounts]:
-    """Decodes every listed video as `prepare` does and tells what would become of it.
+    """Decodes every listed video as `prepare_dataset` does, stores nothing, and prints the results.
 
-    Nothing is stored. Args as for `prepare`, and:
-      max_missing: more missing videos are not refused here, but it is said that `prepare` will.
-      bad_videos: a file that gets one line of JSON for each video that is bad or truncated, as it
-        is found; by default they are printed.
+    The options that are not listed here are those of `prepare.PrepareOptions`.
+
+    Args:
+      index: the listed videos, from `registry.list_videos`.
+      videos_dir: the folder that relative paths of the index start from.
+      max_missing: fraction of the videos of a split, 0..1, whose files may be missing. If more are
+        missing, a note says that `prepare_dataset` will refuse them.
+      bad_videos: a file to write, with one line of JSON for each bad or truncated video as soon as
+        it is found; None prints the lines.
 
     Returns:
-      Counts of each split and "total", as `prepare` would print them and as printed, with the bytes
-      estimated from one frame in 16; a last line printed gives the disk that all frames would take.
+      The printed counts: split name, or "total" -> the counts that `prepare_dataset` would print.
+      `num_bytes` is estimated from one frame in 16. The last line printed is the disk space that
+      all frames would take.
 
     Raises:
-      ValueError: none of the listed videos is there.
+      ValueError: an option is out of range, or none of the listed videos exists.
       OSError: `bad_videos` cannot be written.
     """
     summary.check_prepare_options(short_side, quality, fps, max_missing)
     limits = limits or DecodeLimits()
-    missing = summary.find_missing_videos(listing, videos_dir)
-    for message, refused in summary.missing_in_splits(listing, videos_dir, missing, max_missing):
-        print(f"note: {message}{'; preparing refuses that' if refused else ''}", file=sys.stderr)
+    _note_missing_videos(index, videos_dir, max_missing)
+    # Decode every video; list the bad and truncated ones as they are found.
     videos = [
-        (split, video) for split, found in listing.videos_to_store().items() for video in found
+        (split, video) for split, listed in index.videos_to_store().items() for video in listed
     ]
     arguments = (
         (os.path.join(videos_dir, video.path), short_side, quality, limits, fps)
         for _, video in videos
     )
-    stored = {name: [] for name in listing.videos_to_store()}
-    bad = []
-    shown = progress_bar.ProgressBar(len(videos), "check", "videos", shown=progress)
+    bar = progress_bar.ProgressBar(len(videos), "check", "videos", shown=progress)
     pool = WorkerPool(num_workers or num_cores(), limits)
-    with _opened(bad_videos) as file, shown, pool:
-        results = pool.map(check_video, arguments)
-        for (split, video), result in zip(videos, results, strict=True):
-            if isinstance(result, Failure):
-                bad.append(summary.bad_entry(split, video, result))
-                tqdm.tqdm.write(summary.json_line(bad[-1]), file=file, end="")
-            else:
-                stored[split].append(summary.stored_entry(video, result))
-                if result.truncated:
-                    entry = summary.truncated_entry(split, video.path, stored[split][-1])
-                    tqdm.tqdm.write(summary.json_line(entry), file=file, end="")
-            shown.update()
-    counts = summary.count_splits(listing, stored, bad)
+    with _open_output(bad_videos) as file, bar, pool:
+        results = zip(videos, pool.map(check_video, arguments), strict=True)
+        stored, bad = _collect_entries(index, results, file, bar)
+    # Print the counts.
+    counts = summary.count_splits(index, stored, bad)
     summary.print_counts(counts)
     print(f"the frames would take about {summary.format_counts(counts['total'].num_bytes)}")
     return counts
 
 
-def _opened(path: str | None) -> contextlib.AbstractContextManager[TextIO]:
+def _note_missing_videos(index: DatasetIndex, videos_dir: str, max_missing: float) -> None:
+    """Prints a note on each split with missing videos; ValueError if all videos are missing."""
+    missing = summary.find_missing_videos(index, videos_dir)
+    for message, refused in summary.describe_missing_videos(
+        index, videos_dir, missing, max_missing
+    ):
+        remark = "; preparing will stop with this error" if refused else ""
+        print(f"note: {message}{remark}", file=sys.stderr)
+
+
+def _collect_entries(
+    index: DatasetIndex,
+    results: Iterable[tuple[tuple[str, Video], VideoInfo | Failure]],
+    file: TextIO,
+    bar: progress_bar.ProgressBar,
+) -> tuple[dict[str, list[dict]], list[dict]]:
+    """Returns the entries of good videos by storage split, and those of bad videos.
+
+    Writes a line to `file` for each bad or truncated video.
+    """
+    stored = {split: [] for split in index.videos_to_store()}
+    bad = []
+    for (split, video), result in results:
+        if isinstance(result, Failure):
+            bad.append(summary.build_bad_entry(split, video, result))
+            tqdm.tqdm.write(summary.format_json_line(bad[-1]), file=file, end="")
+        else:
+            stored[split].append(summary.build_stored_entry(video, result))
+            if result.truncated:
+                entry = summary.build_truncated_entry(split, video.path, stored[split][-1])
+                tqdm.tqdm.write(summary.format_json_line(entry), file=file, end="")
+        bar.update()
+    return stored, bad
+
+
+def _open_output(path: str | None) -> contextlib.AbstractContextManager[TextIO]:
+    """Opens a text file for writing, or returns standard output if `path` is None."""
     if path is None:
         return contextlib.nullcontext(sys.stdout)
     return open(path, "w", encoding="utf-8", errors="surrogateescape", buffering=1)

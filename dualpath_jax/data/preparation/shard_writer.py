@@ -17,23 +17,25 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from dualpath_jax.data.preparation.video_decoder import FrameFormat
 from dualpath_jax.data.video_dataset import _shard_path
+from dualpath_jax.runtime import files
 
 _WRITER_OPTIONS = "group_size:1,uncompressed"  # one record per read; JPEG does not compress
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoRow:
-    """One row of the video table.
+    """Holds one row of the video table.
 
     Attributes:
-      id: the data set's own name of the video.
-      label: class index.
-      first_frame: index of its first record among all frame records of the split (or of "all").
+      id: the video's name in the data set.
+      label: class index, from 0.
+      first_frame: index of its first record among all frame records of the storage split.
       num_frames: number of its records, at least 1.
-      fps: frames per second by the file's header or, if that is less, as stored; 0.0 if unknown.
+      fps: frames per second of the file's header, or of the stored frames if these are fewer; 0.0
+        if unknown.
       height: pixels of each stored frame.
       width: pixels of each stored frame.
-      truncated: the file is damaged; these are the frames before the break, or after a bad start.
+      truncated: True if the file is damaged and only a part of its frames is stored.
     """
 
     id: str
@@ -47,11 +49,14 @@ class VideoRow:
 
 
 class ShardWriter:
-    """Writes one shard of serialized examples; the file has its name only after `commit`.
+    """Writes one shard of serialized examples; the file gets its name in `commit`.
 
-    As a context manager it commits at the end of the block, or discards if that was left by an
-    exception. An OSError tells that the disk is full or fails; it may come late, at the latest from
-    `commit`, which then has discarded the file.
+    As a context manager it commits at the end of the block, or discards the file after an
+    exception. A full or failing disk raises an OSError. The error may come late, at the latest from
+    `commit`, which discards the file in that case.
+
+    Args:
+      path: the file to write.
     """
 
     def __init__(self, path: str):
@@ -62,7 +67,7 @@ class ShardWriter:
         try:
             self._writer = ArrayRecordWriter(self._temporary, _WRITER_OPTIONS)
         except RuntimeError as error:
-            raise self._failure(error) from None
+            raise self._to_os_error(error) from None
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -74,39 +79,43 @@ class ShardWriter:
             self.discard()
 
     def write(self, record: bytes) -> None:
-        """Adds a record: what `encode_frame` or `encode_row` returns."""
+        """Adds a record, from `encode_frame` or `encode_row`; OSError if the disk is full."""
         try:
             self._writer.write(record)
         except RuntimeError as error:
-            raise self._failure(error) from None
+            raise self._to_os_error(error) from None
         self._count += 1
 
     def commit(self) -> None:
-        """Finishes the file, makes sure that the disk has all of it, and gives it its name."""
+        """Finishes the file, checks that the disk holds all of it, and gives it its name.
+
+        Raises:
+          OSError: the disk is full or lost records; the file is discarded.
+        """
         try:
             self._writer.close()
             with open(self._temporary, "rb") as file:
-                os.fsync(file.fileno())  # some file systems tell only now that they are full
-            found = ArrayRecordReader(self._temporary).num_records()
-            if found != self._count:
-                raise OSError(errno.EIO, f"{found} of {self._count} records written", self._path)
+                os.fsync(file.fileno())  # some file systems report only here that they are full
+            count = ArrayRecordReader(self._temporary).num_records()
+            if count != self._count:
+                raise OSError(errno.EIO, f"{count} of {self._count} records written", self._path)
         except RuntimeError as error:
             self.discard()
-            raise self._failure(error) from None
+            raise self._to_os_error(error) from None
         except OSError:
             self.discard()
             raise
         os.replace(self._temporary, self._path)
 
     def discard(self) -> None:
-        """Removes what was written."""
-        with contextlib.suppress(RuntimeError):  # it tries to write the rest
+        """Removes the unfinished file."""
+        with contextlib.suppress(RuntimeError):  # `close` tries to write the rest
             self._writer.close()
         with contextlib.suppress(FileNotFoundError):
             os.remove(self._temporary)
 
-    def _failure(self, error: RuntimeError) -> OSError:
-        """What array_record's RuntimeError means; it names the system's error in its text only."""
+    def _to_os_error(self, error: RuntimeError) -> OSError:
+        """Returns array_record's RuntimeError as an OSError, by the system error in its text."""
         full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         code = next((code for code in full if os.strerror(code) in str(error)), errno.EIO)
         return OSError(code, str(error), self._path)
@@ -122,12 +131,15 @@ def write_tables(
     """Writes the video tables and the metadata of both TFDS data sets, dataset_info.json last.
 
     Args:
-      out_dir: OUT; its frame shards are in place.
+      out_dir: the folder of the prepared data set, which already holds the frame shards.
       class_names: the name of each class index.
       rows: split -> rows in the order of their frames. A split without rows is left out.
-      frame_shards: split, or "all" -> number of records of each frame shard; one of 0 needs no
-        file, and a split without records is left out.
+      frame_shards: storage split -> number of records of each frame shard. A shard of 0 records
+        needs no file, and a split without records is left out.
       frame_format: how the frames are stored.
+
+    Raises:
+      OSError: the disk is full or fails.
     """
     import tensorflow_datasets as tfds
 
@@ -137,32 +149,35 @@ def write_tables(
             for row in table:
                 writer.write(encode_row(row))
     names = json.dumps(list(class_names), indent=1)
-    write_atomically(os.path.join(out_dir, "class_names.json"), names)
+    files.write_text(os.path.join(out_dir, "class_names.json"), names)
     stored = json.dumps(dataclasses.asdict(frame_format), indent=1)
-    write_atomically(os.path.join(out_dir, "frame_format.json"), stored)
+    files.write_text(os.path.join(out_dir, "frame_format.json"), stored)
     frame_features = {"image": tfds.features.Image(encoding_format="jpeg")}
     lengths = {split: counts for split, counts in frame_shards.items() if sum(counts)}
     _write_metadata(os.path.join(out_dir, "frames"), "frames", frame_features, lengths)
     lengths = {split: [len(table)] for split, table in rows.items()}
-    _write_metadata(out_dir, "videos", video_features(class_names), lengths)
+    _write_metadata(out_dir, "videos", build_video_features(class_names), lengths)
 
 
 def encode_frame(jpeg: bytes) -> bytes:
-    """A frame record: serialized tf.train.Example as TFDS makes it of {"image": jpeg}."""
-    return _example({"image": jpeg})
+    """Returns a frame record: a serialized tf.train.Example, as TFDS encodes {"image": jpeg}."""
+    return _serialize_example({"image": jpeg})
 
 
 def encode_row(row: VideoRow) -> bytes:
-    """A record of the video table: serialized tf.train.Example as TFDS makes it."""
-    # A file name may hold any bytes; Python shows those outside UTF-8 as surrogates.
-    return _example(dataclasses.asdict(row) | {"id": row.id.encode("utf-8", "surrogateescape")})
+    """Returns a record of the video table: a serialized tf.train.Example, as TFDS encodes it."""
+    # A file name may hold any bytes; Python represents those outside UTF-8 as surrogates.
+    return _serialize_example(
+        dataclasses.asdict(row) | {"id": row.id.encode("utf-8", "surrogateescape")}
+    )
 
 
-def video_features(class_names: Sequence[str]) -> dict:
-    """TFDS features of the video table."""
+def build_video_features(class_names: Sequence[str]) -> dict:
+    """Returns the TFDS features of the video table."""
     import tensorflow_datasets as tfds
 
-    # TFDS keeps names as stripped lines of a file. Where that loses some, class_names.json has all.
+    # TFDS stores names as stripped lines of a file. If that would change names, the feature has
+    # none; class_names.json always has all names exactly.
     if all(name and name == name.strip() and name.isprintable() for name in class_names):
         label = tfds.features.ClassLabel(names=list(class_names))
     else:
@@ -179,22 +194,8 @@ def video_features(class_names: Sequence[str]) -> dict:
     }
 
 
-def write_atomically(path: str, text: str) -> None:
-    """Writes a text file that is there whole or not at all."""
-    temporary = path + ".incomplete"
-    try:
-        with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
-
-
-def _example(values: dict) -> bytes:
+def _serialize_example(values: dict) -> bytes:
+    """Returns a serialized tf.train.Example of bytes, float and integer features."""
     features = tf.train.Features()
     for name, value in values.items():
         if isinstance(value, bytes):
@@ -209,7 +210,14 @@ def _example(values: dict) -> bytes:
 def _write_metadata(
     data_dir: str, name: str, features: dict, shard_lengths: dict[str, list[int]]
 ) -> None:
-    """Writes dataset_info.json and what goes with it, so that TFDS can read `data_dir`."""
+    """Writes dataset_info.json and the files it needs, so that TFDS can read `data_dir`.
+
+    Args:
+      data_dir: the folder of a TFDS data set.
+      name: the data set's name.
+      features: TFDS features by name.
+      shard_lengths: split -> number of records of each shard.
+    """
     import tensorflow_datasets as tfds
 
     identity = tfds.core.dataset_info.DatasetIdentity(
@@ -233,5 +241,5 @@ def _write_metadata(
     with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
         info.write_to_directory(temporary)
         names = sorted(os.listdir(temporary), key=lambda name: name == "dataset_info.json")
-        for file in names:  # dataset_info.json, the mark of a whole data set, comes last
+        for file in names:  # dataset_info.json comes last: it marks the data set as complete
             os.replace(os.path.join(temporary, file), os.path.join(data_dir, file))

@@ -1,8 +1,8 @@
-"""Video files to frames: `decode_frames`, `video_to_jpegs`, `check_video`, `to_jpeg`.
+"""Decodes video files to frames: `decode_frames`, `video_to_jpegs`, `check_video`, `to_jpeg`.
 
-Videos come from strangers: they hang decoders, crash them, and claim sizes that fill the memory.
-Many files are therefore decoded in the processes of `workers.WorkerPool`, which import this
-module; so it imports nothing heavy.
+Video files are untrusted: some hang a decoder, crash it, or claim sizes that fill the memory. Many
+files are therefore decoded in the processes of `worker_pool.WorkerPool`. These import this module,
+which therefore imports nothing heavy.
 """
 
 import dataclasses
@@ -18,41 +18,42 @@ import numpy as np
 from PIL import Image
 
 NOT_FOUND = "file not found"
-MAX_SIDE = 65_500  # pixels, of a JPEG
+MAX_SIDE = 65_500  # pixels, the limit of JPEG
 
-# Demuxers that make "videos" of text, play lists and still pictures ("png_pipe" and such besides).
-NOT_VIDEO = frozenset(
+# Demuxers that make "videos" of text, playlists and still images. ("png_pipe" and other names that
+# end in "_pipe" are refused too.)
+_NON_VIDEO_FORMATS = frozenset(
     {"concat", "dash", "hls", "image2", "imf", "lrc", "sdp", "srt", "tty", "webvtt"}
 )
 
-# For `av.open`: tags that are no UTF-8 are no error. PyAV from 19 on takes any and has no such
-# argument.
-ANY_TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+# Arguments of `av.open` that make it accept tags outside UTF-8. PyAV 19 and later always accept
+# them and do not have this argument.
+IGNORE_TAG_ERRORS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
-# Matrices (AVColorSpace) that swscale cannot convert by, and what stands in for them. Constant
-# luminance BT.2020 is near to the other one; YCgCo and reserved numbers are taken as untagged.
-_MATRICES = {10: 9} | dict.fromkeys((3, 8, *range(11, 32)), 2)
-_CHECKED_FRAMES = 16  # `check_video` compresses one frame in so many
+# Color matrices (AVColorSpace) that swscale does not support -> the matrices used instead. BT.2020
+# with constant luminance is close to the one without; YCgCo and reserved numbers count as untagged.
+_MATRIX_SUBSTITUTES = {10: 9} | dict.fromkeys((3, 8, *range(11, 32)), 2)
+_CHECK_INTERVAL = 16  # `check_video` compresses one of so many frames
 
 
 class VideoError(Exception):
-    """A video that cannot be used; the message says why in plain words."""
+    """Reports a video that cannot be used; the message gives the reason in plain words."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeLimits:
-    """What one file may cost before it is given up as bad.
+    """Limits the cost of decoding one file; a file that exceeds a limit is bad.
 
     Attributes:
-      seconds: wall clock for one file in `WorkerPool`. A ten-second clip takes about one second;
-        a file that needs a minute has most likely caught the decoder in a loop.
-      memory_mb: MiB of address space a worker may map on top of what it has at its start. An 8K
-        stream with 16 reference frames needs about 1 GiB; the limit keeps one file from bringing
-        down the machine.
+      seconds: wall-clock seconds for one file in `WorkerPool`. The default is far more than a short
+        clip takes; a file that needs longer has most likely sent the decoder into a loop.
+      memory_mb: MiB of address space that a worker may map in addition to what it has at its start.
+        The default is twice what an 8K stream with 16 reference frames needs; the limit keeps one
+        file from filling the machine's memory.
       max_pixels: width x height. The default is the largest frame of H.264 level 6.2 and AV1
-        level 6.3; more is a broken header or an attack.
-      max_frames: frames kept. 20,000 are 11 minutes at 30 fps, far beyond an action clip; more is
-        a wrong file.
+        level 6.3; more indicates a broken header or an attack.
+      max_frames: number of frames kept. The default is 11 minutes at 30 fps; more indicates a file
+        that is not an action clip.
     """
 
     seconds: float = 60.0
@@ -63,12 +64,13 @@ class DecodeLimits:
 
 @dataclasses.dataclass(frozen=True)
 class FrameFormat:
-    """How frames are stored, and so what a model was trained on.
+    """Describes how frames are stored, which is also how the input of a trained model is made.
 
     Attributes:
-      short_side: pixels of the shorter side; None: that of the video. Smaller videos keep theirs.
-      quality: of the JPEG frames, 1..95.
-      fps: frames per second that are kept of videos that have more; None: all.
+      short_side: pixels of the shorter side, 1..65,500; None keeps the size of the video. Smaller
+        videos keep theirs.
+      quality: JPEG quality of the frames, 1..95.
+      fps: frames per second that are kept of videos that have more, above 0; None keeps all.
     """
 
     short_side: int | None = 256
@@ -77,15 +79,16 @@ class FrameFormat:
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoFacts:
-    """What is known of a decoded video.
+class VideoInfo:
+    """Describes a decoded video.
 
     Attributes:
-      num_frames: frames kept, at least 1.
-      fps: frames per second, as `FrameReader.fps`.
-      height, width: pixels of every frame, after rotation and scaling.
-      truncated: as `FrameReader.truncated`.
-      num_bytes: of all its JPEG images.
+      num_frames: number of frames kept, at least 1.
+      fps: frames per second, as in `FrameReader.fps`.
+      height: pixels of every frame, after rotation and scaling.
+      width: pixels of every frame, after rotation and scaling.
+      truncated: the missing part and the reason, as in `FrameReader.truncated`.
+      num_bytes: bytes of all its JPEG files together.
     """
 
     num_frames: int
@@ -97,12 +100,13 @@ class VideoFacts:
 
 
 class FrameReader:
-    """The frames of one video; iterate once. See `decode_frames`.
+    """Iterates once over the frames of one video. See `decode_frames`.
 
     Attributes:
-      fps: frames per second, by the header or, if that is less, as asked for; 0.0 if neither says.
-      truncated: what of the video is missing and why, "" if nothing is; known when the iteration
-        has ended.
+      fps: frames per second of the header, or the requested ones if these are fewer; 0.0 if both
+        are unknown.
+      truncated: which part of the video is missing and why, "" if it is complete; it is set when
+        the iteration has ended.
     """
 
     def __init__(
@@ -110,39 +114,43 @@ class FrameReader:
     ):
         self._limits = limits
         self._short_side = short_side
-        self._container = _open(path)
+        self._container = _open_container(path)
         try:
-            self._stream = _video_stream(self._container)
+            self._stream = _find_video_stream(self._container)
             codec = self._stream.codec_context
-            codec.thread_count = 1  # the workers are the parallelism
+            codec.thread_count = 1  # the worker processes run in parallel
             codec.thread_type = "NONE"
             self._check_pixels(self._stream.width, self._stream.height)
             self._rate = float(self._stream.guessed_rate or self._stream.average_rate or 0)
         except BaseException:
             self._container.close()
             raise
-        self._thinning = FrameRateFilter(fps, self._rate) if fps else None
+        self._rate_filter = FrameRateFilter(fps, self._rate) if fps else None
         self.fps = float(min(fps, self._rate or fps)) if fps else self._rate
         self.truncated = ""
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Yields uint8 [H, W, 3] RGB frames, 0..255. VideoError if there is none or too many."""
+        """Yields uint8 [H, W, 3] RGB frames, 0..255.
+
+        Raises:
+          VideoError: no frame can be decoded, or there are too many.
+        """
         count, size, end, error = 0, None, None, ""
         with self._container:
-            frames = self._decoded()
+            frames = self._decode_packets()
             while True:
                 try:
                     frame = next(frames, None)
                     if frame is None:
                         break
                     if frame.time is not None:
-                        end = max(end or frame.time, frame.time + self._shown(frame))
-                    if self._thinning and not self._thinning.keeps(frame.time):
+                        end = max(end or frame.time, frame.time + self._display_seconds(frame))
+                    if self._rate_filter and not self._rate_filter.should_keep(frame.time):
                         continue
                     self._check_pixels(frame.width, frame.height)
-                    turns = round(frame.rotation / 90)  # counter-clockwise, as np.rot90 counts
+                    turns = round(frame.rotation / 90)  # counterclockwise, as in np.rot90
                     size = size or self._target_size(frame, turns)
-                    image = _to_rgb(frame, size, turns)
+                    image = _convert_to_rgb(frame, size, turns)
                 except MemoryError:
                     raise
                 except (av.FFmpegError, ValueError) as problem:
@@ -157,18 +165,18 @@ class FrameReader:
             if not count:
                 reason = error or self._bad_start or "the stream is empty"
                 raise VideoError(f"no frame could be decoded ({reason})")
-            if error or self._cut:
-                self.truncated = f"after {count} frames: {error or self._cut}"
+            if error or self._cut_reason:
+                self.truncated = f"after {count} frames: {error or self._cut_reason}"
             elif self._bad_start:
                 self.truncated = f"does not begin with a frame: {self._bad_start}"
             else:
-                self.truncated = self._early_end(end)
+                self.truncated = self._describe_early_end(end)
 
-    def _decoded(self) -> Iterator[av.VideoFrame]:
-        """The stream's frames. Packets that fail before the first frame are passed over."""
-        self._bad_start = self._cut = ""
+    def _decode_packets(self) -> Iterator[av.VideoFrame]:
+        """Yields the decoded frames; skips packets that fail before the first frame."""
+        self._bad_start = self._cut_reason = ""
         self._started = False
-        for packet in self._packets():
+        for packet in self._read_packets():
             try:
                 frames = packet.decode()
             except MemoryError:
@@ -181,40 +189,47 @@ class FrameReader:
             self._started = self._started or bool(frames)
             yield from frames
 
-    def _packets(self) -> Iterator[av.Packet]:
-        """The stream's, the last one empty, without the frame that the file ends amid."""
-        last = None
+    def _read_packets(self) -> Iterator[av.Packet]:
+        """Yields the packets of the stream, except one in whose middle the file ends.
+
+        The last packet is empty: it flushes the decoder.
+        """
+        held = None  # a corrupt packet, until the next one shows whether the file ends here
         for packet in self._container.demux(self._stream):
-            if last is not None and packet.size:  # something was lost in its middle
-                yield last
-            elif last is not None:
-                self._cut = "the rest of the file is missing"
-            last = packet if packet.is_corrupt and self._started else None
-            if last is None:
+            if held is not None and packet.size:  # the file continues: only a part was lost
+                yield held
+            elif held is not None:
+                self._cut_reason = "the rest of the file is missing"
+            held = packet if packet.is_corrupt and self._started else None
+            if held is None:
                 yield packet
 
-    def _shown(self, frame: av.VideoFrame) -> float:
-        """For how many seconds a frame is shown."""
+    def _display_seconds(self, frame: av.VideoFrame) -> float:
+        """Returns the seconds for which a frame is displayed, 0.0 if unknown."""
         if frame.duration and frame.time_base:
             return float(frame.duration * frame.time_base)
         return 1 / self._rate if self._rate else 0.0
 
     def _check_pixels(self, width: int, height: int) -> None:
+        """Raises a VideoError if a frame is too large."""
         if width * height > self._limits.max_pixels:
             raise VideoError(
                 f"{width}x{height} pixels, more than the limit of {self._limits.max_pixels}"
             )
 
     def _target_size(self, frame: av.VideoFrame, turns: int) -> tuple[int, int]:
-        """(height, width) of every frame yielded: that of the first, scaled to the short side."""
+        """Returns (height, width) of the yielded frames: those of the first frame, scaled."""
         height, width = frame.height, frame.width
         if self._short_side and min(height, width) > self._short_side:
             scale = self._short_side / min(height, width)
             height, width = round(height * scale), round(width * scale)
         return (width, height) if turns % 2 else (height, width)
 
-    def _early_end(self, end: float | None) -> str:
-        """A cut mkv ends silently; then the header's duration tells. `end` is in seconds."""
+    def _describe_early_end(self, end: float | None) -> str:
+        """Returns a sentence if the header claims more than `end`, in seconds, and "" otherwise.
+
+        It finds mkv files that are cut off, for which the demuxer reports no error.
+        """
         if end is None:
             return ""
         stream, container = self._stream, self._container
@@ -222,51 +237,55 @@ class FrameReader:
             claimed = float(stream.duration * stream.time_base)
         else:
             claimed = (container.duration or 0) / av.time_base
-        shown = end - (container.start_time or 0) / av.time_base
-        missing = claimed - shown
-        if missing > max(0.5, 0.1 * claimed):  # headers lie by a frame or two, sound may run on
-            return f"ends after {shown:.1f} s of the {claimed:.1f} s its header claims"
+        seen = end - (container.start_time or 0) / av.time_base
+        # Headers are often wrong by a frame or two, and the sound may be longer than the frames.
+        if claimed - seen > max(0.5, 0.1 * claimed):
+            return f"ends after {seen:.1f} s of the {claimed:.1f} s its header claims"
         return ""
 
 
 class FrameRateFilter:
-    """Which frames of a stream to keep, so that at most `fps` are left of each second.
+    """Selects the frames of a stream to keep, so that at most `fps` remain of each second.
 
-    Points of time lie 1/fps apart, from the first frame on. A point keeps the first frame that is
-    no more than half a frame's time before it; in a steady stream that is the nearest one. Where
-    frames lie farther apart than points, all are kept. None is kept twice.
+    The first frame begins a grid of points 1/fps seconds apart. Each point keeps the first frame
+    that comes no more than half a frame's duration before it; in a steady stream that is the
+    nearest one. Where frames are farther apart than points, all are kept, each once.
 
-    Times are those of the time stamps until one does not rise: that file's mean nothing, and from
-    there on they are those of a steady `rate`, in decode order.
+    The frames' times are their time stamps until a time stamp does not increase. The time stamps of
+    such a file are wrong; from there on, the times are those of a steady `rate`, in decode order.
 
     Args:
-      fps: frames per second to keep.
-      rate: frames per second by the header, 0.0 if it says nothing.
+      fps: frames per second to keep, above 0.
+      rate: frames per second of the header, 0.0 if unknown.
     """
 
     def __init__(self, fps: float, rate: float):
         self._fps = fps
         self._rate = rate
-        self._stamped = True
+        self._use_stamps = True
         self._start = self._last = None  # time stamps in seconds
         self._count = 0
-        self._point = -1  # the last one that has its frame
+        self._point = -1  # the last grid point that has kept a frame
 
-    def keeps(self, stamp: float | None) -> bool:
-        """Takes the time stamp of the next frame, in seconds."""
+    def should_keep(self, stamp: float | None) -> bool:
+        """Returns True if the next frame is to be kept; call it once per frame, in order.
+
+        Args:
+          stamp: the frame's time stamp in seconds, None if it has none.
+        """
         if stamp is None or (self._last is not None and stamp <= self._last):
-            self._stamped = False
-        if self._stamped:
+            self._use_stamps = False
+        if self._use_stamps:
             self._start = stamp if self._start is None else self._start
             self._last = stamp
             time = stamp - self._start
         elif self._rate:
             time = self._count / self._rate
         else:
-            return True  # nothing is known of time
+            return True  # times are unknown
         self._count += 1
-        half = 0.5 / self._rate if self._rate else 0.0  # of the time to the next frame
-        point = math.floor((time + half) * self._fps + 1e-6)
+        half_frame = 0.5 / self._rate if self._rate else 0.0  # seconds
+        point = math.floor((time + half_frame) * self._fps + 1e-6)
         if point <= self._point:
             return False
         self._point = point
@@ -278,93 +297,103 @@ def decode_frames(
 ) -> FrameReader:
     """Opens a video for one pass over its frames.
 
-    Frames come in decode order (time stamps lie), upright (rotation metadata is applied), all of
-    the first frame's size even if the stream changes size. Pixels are taken as square, as the
-    field's loaders do. Colours are converted by the matrix and range that the file names; one that
-    names none has BT.601's and limited range, whatever its size, as in ffmpeg and decord. HDR is
-    not tone-mapped. A video that breaks midway gives its good frames, one whose beginning cannot be
-    decoded those after it, and the reader's `truncated` then says why.
+    Frames come in decode order, because time stamps may be wrong. They are upright (rotation
+    metadata is applied) and have the size of the first frame even if the stream changes size.
+    Pixels are taken as square, as other loaders of video datasets do. Colors are converted with the
+    matrix and range that the file names; the defaults are BT.601 and limited range at every size,
+    as in ffmpeg and decord. HDR is not tone-mapped. A video that breaks off yields the frames
+    before the break, one whose beginning cannot be decoded yields the frames after it, and the
+    reader's `truncated` then gives the reason.
 
     Args:
       path: a video file.
       limits: `max_pixels` and `max_frames` are checked here; `seconds` and `memory_mb` only in a
         `WorkerPool`.
-      short_side: pixels of the shorter side after scaling, aspect kept; with None, or where the
-        video is smaller, frames keep their size.
-      fps: frames per second of presentation time to keep; with None, or where the video has fewer,
-        all frames.
+      short_side: pixels of the shorter side after scaling, aspect kept. If it is None or the video
+        is smaller, frames keep their size.
+      fps: frames per second of presentation time to keep, above 0. If it is None or the video has
+        fewer, all frames are kept.
 
     Returns:
-      A `FrameReader`: iterate for uint8 [H, W, 3] RGB frames, 0..255.
+      A `FrameReader`, which yields uint8 [H, W, 3] RGB frames, 0..255.
 
     Raises:
-      VideoError: missing or unreadable file, no video stream, or too large (here); no frame at
-        all, or too many (on iteration).
+      VideoError: the file is missing or unreadable, has no video stream, or is too large (on this
+        call); it has no frame or too many (on iteration).
     """
     return FrameReader(path, limits, short_side, fps)
 
 
 def video_to_jpegs(
     path: str, short_side: int | None, quality: int, limits: DecodeLimits, fps: float | None = None
-) -> tuple[list[bytes], VideoFacts]:
-    """Decodes a whole video and compresses each frame as JPEG (4:2:0, `quality` 1..95).
+) -> tuple[list[bytes], VideoInfo]:
+    """Decodes a whole video and compresses each frame as JPEG with 4:2:0 subsampling.
+
+    Args:
+      path: a video file.
+      short_side: as for `decode_frames`.
+      quality: JPEG quality, 1..95.
+      limits: as for `decode_frames`.
+      fps: as for `decode_frames`.
 
     Returns:
-      One JPEG file per frame, in decode order, and what is known of the video.
+      One JPEG file per frame, in decode order, and the description of the video.
 
     Raises:
-      VideoError: as `decode_frames`.
+      VideoError: as from `decode_frames` and on iteration.
     """
     reader = decode_frames(path, limits, short_side, fps)
     jpegs, shape = [], ()
     for frame in reader:
         jpegs.append(to_jpeg(frame, quality))
         shape = frame.shape[:2]
-    return jpegs, VideoFacts(len(jpegs), reader.fps, *shape, reader.truncated, _size(jpegs))
+    return jpegs, VideoInfo(len(jpegs), reader.fps, *shape, reader.truncated, _total_bytes(jpegs))
 
 
 def check_video(
     path: str, short_side: int | None, quality: int, limits: DecodeLimits, fps: float | None = None
-) -> VideoFacts:
+) -> VideoInfo:
     """Decodes a whole video as `video_to_jpegs` does, but compresses only one frame in 16.
 
     Returns:
-      What `video_to_jpegs` would know of it, with `num_bytes` estimated.
+      The description that `video_to_jpegs` returns, with `num_bytes` estimated.
 
     Raises:
-      VideoError: as `decode_frames`.
+      VideoError: as from `video_to_jpegs`.
     """
     reader = decode_frames(path, limits, short_side, fps)
     jpegs, count, shape = [], 0, ()
     for frame in reader:
-        if count % _CHECKED_FRAMES == 0:
+        if count % _CHECK_INTERVAL == 0:
             jpegs.append(to_jpeg(frame, quality))
         count += 1
         shape = frame.shape[:2]
-    num_bytes = round(_size(jpegs) / len(jpegs) * count)
-    return VideoFacts(count, reader.fps, *shape, reader.truncated, num_bytes)
+    num_bytes = round(_total_bytes(jpegs) / len(jpegs) * count)
+    return VideoInfo(count, reader.fps, *shape, reader.truncated, num_bytes)
 
 
 def to_jpeg(frame: np.ndarray, quality: int) -> bytes:
-    """A uint8 [H, W, 3] RGB frame as a JPEG file (4:2:0, `quality` 1..95)."""
+    """Compresses a uint8 [H, W, 3] RGB frame as a JPEG file (4:2:0, `quality` 1..95)."""
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
-def _size(jpegs: list[bytes]) -> int:
+def _total_bytes(jpegs: list[bytes]) -> int:
     return sum(map(len, jpegs))
 
 
-def _open(path: str):
+def _open_container(path: str):
+    """Opens a local video file; VideoError if that fails."""
     if not os.path.isfile(path):
         raise VideoError(NOT_FOUND)
     try:
-        # "file:" and the white list: "a:b.mp4" is no URL, and a play list opens no connection.
+        # "file:" keeps "a:b.mp4" from being read as a URL; with the allowed protocols a playlist
+        # cannot open a connection.
         container = av.open(
             "file:" + path,
             container_options={"protocol_whitelist": "file"},
-            **ANY_TAGS,
+            **IGNORE_TAG_ERRORS,
         )
     except MemoryError:
         raise
@@ -373,19 +402,27 @@ def _open(path: str):
     return container
 
 
-def _video_stream(container):
-    if container.format.name in NOT_VIDEO or container.format.name.endswith("_pipe"):
+def _find_video_stream(container):
+    """Returns the first video stream; VideoError if there is none."""
+    if container.format.name in _NON_VIDEO_FORMATS or container.format.name.endswith("_pipe"):
         raise VideoError(f"not a video (format {container.format.name})")
     for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:  # the cover of a sound file
+        # An attached picture is the cover of a sound file.
+        if not stream.disposition & av.stream.Disposition.attached_pic:
             return stream
     raise VideoError("no video stream" + (", only audio" if container.streams.audio else ""))
 
 
-def _to_rgb(frame: av.VideoFrame, size: tuple[int, int], turns: int) -> np.ndarray:
-    """uint8 [H, W, 3], scaled to `size` (height, width as shown) and turned upright."""
+def _convert_to_rgb(frame: av.VideoFrame, size: tuple[int, int], turns: int) -> np.ndarray:
+    """Returns a frame as uint8 [H, W, 3] RGB, upright, of `size` (height, width).
+
+    Args:
+      frame: a decoded frame, as stored in the file.
+      size: height and width of the upright frame.
+      turns: quarter turns, counterclockwise, that make the frame upright.
+    """
     height, width = size[::-1] if turns % 2 else size
-    frame.colorspace = _MATRICES.get(frame.colorspace, frame.colorspace)
+    frame.colorspace = _MATRIX_SUBSTITUTES.get(frame.colorspace, frame.colorspace)
     frame = frame.reformat(
         width=width, height=height, format="rgb24", interpolation="AREA", threads=1
     )
@@ -393,5 +430,5 @@ def _to_rgb(frame: av.VideoFrame, size: tuple[int, int], turns: int) -> np.ndarr
 
 
 def describe_video(problem: BaseException) -> str:
-    """An exception in one line, for the list of bad videos."""
+    """Describes an exception in one line, for the list of bad videos."""
     return f"{type(problem).__name__}: {getattr(problem, 'strerror', None) or problem}"

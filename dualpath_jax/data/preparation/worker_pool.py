@@ -1,7 +1,4 @@
-"""Worker processes that survive bad files.
-
-Public: `WorkerPool`, `pull_streams`, `Failure`; `START` and `serve` are the processes' beginning.
-"""
+"""Runs functions on untrusted files in worker processes that may be killed or crash."""
 
 import collections
 import contextlib
@@ -25,7 +22,11 @@ from dualpath_jax.data.preparation.video_decoder import DecodeLimits, VideoError
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """What `WorkerPool.map` and `pull_streams` yield in place of a result; `reason` in plain words."""
+    """Replaces the result of an item that failed.
+
+    Attributes:
+      reason: why it failed, in plain words.
+    """
 
     reason: str
 
@@ -33,18 +34,18 @@ class Failure:
 class WorkerPool:
     """Runs a function in killable worker processes; a bad item costs only itself.
 
-    Each worker has its own pipe, so one that dies at any moment, even while it sends a result,
-    cannot garble or block the others. (pebble's workers share one pipe and its lock: when one is
-    killed while it sends a large result, as the kernel does for lack of memory, the pool waits for
-    ever; measured with 5.2.3.) Workers are programs of their own, not forked: the parent may run
-    TensorFlow or JAX threads. Nor does `multiprocessing` start them, which would execute the user's
-    main module in each: that needs a guard in it, and a file, which standard input is not.
+    Each worker has its own pipe. A worker that dies at any moment, even while it sends a result,
+    therefore cannot garble or block the others. (pebble 5.2.3 waits forever in that case: its
+    workers share one pipe and its lock.) Workers are new programs and not forks, because the parent
+    may run threads of TensorFlow or JAX. `multiprocessing` does not start them, because it would
+    execute the user's main module in each worker: that module would need a guard, and a file,
+    which standard input is not.
 
     The workers end with the `with` block, with the pool, or with the parent.
 
     Args:
-      num_workers: processes at most; they start when there is work for them.
-      limits: `seconds` and `memory_mb` per item.
+      num_workers: maximum number of processes, at least 1; they start when there is work.
+      limits: `seconds` and `memory_mb` apply to each item.
     """
 
     def __init__(self, num_workers: int, limits: DecodeLimits):
@@ -61,27 +62,30 @@ class WorkerPool:
         _stop_all(self._workers)
 
     def map(self, function: Callable, arguments: Iterable[tuple]) -> Iterator[Any]:
-        """Yields `function(*args)` for each of `arguments`, in order; a `Failure` where it failed.
+        """Yields `function(*args)` for each of `arguments`, in order, or a `Failure`.
 
-        At most 4 x num_workers results wait in memory, fewer where they have more than
-        `_WAITING_BYTES` x num_workers: the others wait in their processes. Function, arguments and
-        results must be picklable, and the function importable: not of the main module. What a call
-        leaves under way, since it was interrupted, ends when the next one begins.
+        At most 4 x num_workers results wait in memory, and fewer if they take more than
+        `_MAX_WAITING_BYTES` x num_workers; the others wait in the worker processes. Function,
+        arguments and results must be picklable, and the function must be importable from a module
+        other than the main one. Tasks of an interrupted call end when the next call begins.
 
         Raises:
           ChildProcessError: worker processes do not start at all.
         """
-        for worker in [w for w in self._workers if w.tasks]:  # its answers are not of this call
+        # Stop workers that are still busy with an interrupted call.
+        for worker in [w for w in self._workers if w.tasks]:
             self._workers.remove(worker)
             worker.stop()
         todo = enumerate(arguments)
         waiting = []  # the next task, and tasks taken back from dead workers
-        done = {}  # finished ahead of their turn: (result, bytes it took)
-        first, end = 0, 0  # tasks [first, end) are under way or in `done`
+        done = {}  # results that came before their turn: task number -> (result, bytes)
+        first, end = 0, 0  # tasks [first, end) are with workers or in `done`
         while True:
+            # Yield the results whose turn it is.
             while first in done:
                 yield done.pop(first)[0]
                 first += 1
+            # Give tasks to workers that are free.
             while True:
                 if not waiting and end < first + 4 * self._num_workers:
                     waiting.extend(itertools.islice(todo, 1))
@@ -89,22 +93,26 @@ class WorkerPool:
                     break
                 task = waiting.pop()
                 end = max(end, task[0] + 1)
-                if not worker.give(function, *task):
+                if not worker.send_task(function, *task):
                     waiting.append(task)
-                    while worker in self._workers:  # its last answers, then its end
+                    while worker in self._workers:  # takes its last results, then its end
                         self._receive(worker, done, waiting)
             if first == end:
                 return
+            # Wait for results.
             busy = {w.connection: w for w in self._workers if w.tasks}
-            if sum(size for _, size in done.values()) > _WAITING_BYTES * self._num_workers:
-                # Only from the worker whose answer the others wait for; it may have died, though.
+            if sum(size for _, size in done.values()) > _MAX_WAITING_BYTES * self._num_workers:
+                # Take only the result that is next in order. Its worker may have died, though.
                 needed = {c: w for c, w in busy.items() if any(i == first for i, _ in w.tasks)}
                 busy = needed or busy
             for connection in multiprocessing.connection.wait(list(busy)):
                 self._receive(busy[connection], done, waiting)
 
     def _free_worker(self) -> "_Worker | None":
-        """A worker that can take a task. Each holds two, so that it never waits for the parent."""
+        """Returns a worker that can take a task, or None.
+
+        Each worker holds up to two tasks, so that it does not have to wait for the parent.
+        """
         worker = min(self._workers, key=lambda w: len(w.tasks), default=None)
         if (worker is None or worker.tasks) and len(self._workers) < self._num_workers:
             worker = _Worker(self._limits)
@@ -112,11 +120,11 @@ class WorkerPool:
         return worker if len(worker.tasks) < 2 else None
 
     def _receive(self, worker: "_Worker", done: dict, waiting: list) -> None:
-        """Takes one message of a worker, or its death."""
+        """Handles one message of a worker, or its death."""
         try:
             message = worker.connection.recv_bytes()
         except (EOFError, OSError):
-            self._bury(worker, done, waiting)
+            self._remove_dead(worker, done, waiting)
             return
         result = pickle.loads(message)
         if result is _READY:
@@ -125,24 +133,24 @@ class WorkerPool:
         else:
             done[worker.tasks.popleft()[0]] = result, len(message)
 
-    def _bury(self, worker: "_Worker", done: dict, waiting: list) -> None:
-        """Drops a dead worker: the task it was at has failed, the one after it goes to another."""
+    def _remove_dead(self, worker: "_Worker", done: dict, waiting: list) -> None:
+        """Removes a dead worker: its current task has failed, its next one goes to another."""
         self._workers.remove(worker)
         code = worker.stop(grace=5.0)
         if not worker.ready:
             self._failed_starts += 1
             if self._failed_starts == 3:
                 raise ChildProcessError(
-                    f"worker processes do not start ({_death(code, self._limits)})"
+                    f"worker processes do not start ({_describe_exit(code, self._limits)})"
                 )
         elif worker.tasks:
-            done[worker.tasks.popleft()[0]] = Failure(_death(code, self._limits)), 0
+            done[worker.tasks.popleft()[0]] = Failure(_describe_exit(code, self._limits)), 0
         waiting.extend(reversed(worker.tasks))
 
 
-# The frames of ten ordinary seconds have 6 MB; a file made for it has hundreds.
-_WAITING_BYTES = 64 * 2**20
-_READY = ...  # first message of a worker; Ellipsis stays itself when pickled
+# Far more than the frames of an ordinary clip take, see docs/notes/measurements.md.
+_MAX_WAITING_BYTES = 64 * 2**20
+_READY = ...  # the first message of a worker; Ellipsis is the same object after unpickling
 
 
 def pull_streams(
@@ -150,81 +158,96 @@ def pull_streams(
 ) -> Iterator[tuple[int, Any]]:
     """Runs a generator function in a killable process, for each of `arguments` in order.
 
-    One process does them all, at most four items ahead of what is taken here; `limits.seconds` are
-    for each item. A new one takes the place of one that dies.
+    One process runs all generators, at most four items ahead of the caller. A process that dies is
+    replaced by a new one.
+
+    Args:
+      function: a generator function, picklable and importable as for `WorkerPool.map`.
+      arguments: the arguments of each call.
+      limits: `seconds` and `memory_mb` apply to each item.
 
     Yields:
-      (place in `arguments`, item); where the generator fails, its good items and then a `Failure`.
+      (position in `arguments`, item). A generator that fails yields its good items and then a
+      `Failure`.
 
     Raises:
       ChildProcessError: worker processes do not start at all.
     """
-    place = 0  # whose items are taken
-    asked = collections.deque()  # the places of the pulls under way
+    position = 0  # the generator whose items are yielded now
+    requested = collections.deque()  # the positions of the requests under way
 
-    def pulls() -> Iterator[tuple]:
-        for of in range(len(arguments)):
+    def make_requests() -> Iterator[tuple]:
+        for i in range(len(arguments)):
             begin = True
-            while place == of:
-                asked.append(of)
-                yield function, arguments[of], begin
+            while position == i:
+                requested.append(i)
+                yield function, arguments[i], begin
                 begin = False
 
     with WorkerPool(1, limits) as pool:
-        for item in pool.map(_pull, pulls()):
-            if asked.popleft() != place:
-                continue  # asked for before the end was known
+        for item in pool.map(_next_item, make_requests()):
+            if requested.popleft() != position:
+                continue  # requested before the end of its generator was known
             if item is not _End:
-                yield place, item
+                yield position, item
             if item is _End or isinstance(item, Failure):
-                place += 1
+                position += 1
 
 
 class _End:
-    """Stands for the end of a generator; a class stays itself when pickled."""
+    """Marks the end of a generator; a class is the same object after unpickling."""
 
 
-_stream: Iterator[Any] = iter(())  # in a worker: the generator that it is at
+_generator: Iterator[Any] = iter(())  # in a worker: its current generator
 
 
-def _pull(function: Callable, arguments: tuple, begin: bool) -> Any:
-    """Runs in a worker: the next item of the generator, `_End` when there is none.
+def _next_item(function: Callable, arguments: tuple, begin: bool) -> Any:
+    """Runs in a worker: returns the next item of the generator, or `_End`.
 
-    A worker that did not begin it, since the one that did has died, has none.
+    If the worker that began the generator has died, the next worker returns `_End`.
     """
-    global _stream
+    global _generator
     if begin:
-        _stream = function(*arguments)
-    return next(_stream, _End)
+        _generator = function(*arguments)
+    return next(_generator, _End)
 
 
-# What a worker executes; its arguments are the number of its pipe and the parent's `sys.path`.
-START = (
+# The program of a worker; its arguments are the file descriptor of its pipe and the parent's
+# `sys.path`.
+WORKER_PROGRAM = (
     "import sys; sys.path[:] = sys.argv[2:]; "
-    "from dualpath_jax.data.preparation import worker_pool; worker_pool.serve(int(sys.argv[1]))"
+    "from dualpath_jax.data.preparation import worker_pool; "
+    "worker_pool.serve_tasks(int(sys.argv[1]))"
 )
 
 
 class _Worker:
-    """One process, our end of its pipe, and the `tasks` it has not answered yet, in order."""
+    """Holds a process, the parent's end of its pipe, and its unanswered tasks.
+
+    Attributes:
+      connection: the parent's end of the pipe.
+      tasks: deque of (number, arguments) of the tasks sent and not answered, in order.
+      ready: True after the process has reported that it has started.
+    """
 
     def __init__(self, limits: DecodeLimits):
-        self.connection, theirs = multiprocessing.Pipe()
+        self.connection, worker_end = multiprocessing.Pipe()
         paths = [os.path.abspath(path) for path in sys.path]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", START, str(theirs.fileno()), *paths],
+            [sys.executable, "-c", WORKER_PROGRAM, str(worker_end.fileno()), *paths],
             stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[worker_end.fileno()],
         )
-        theirs.close()  # so that the worker's death is an end of file here
-        with contextlib.suppress(OSError):  # it has died, as will be seen
+        worker_end.close()  # so that the parent reads an end of file when the worker dies
+        with contextlib.suppress(OSError):  # the worker has died, which `_receive` will notice
             self.connection.send(limits)
         self.tasks = collections.deque()
         self.ready = False
 
-    def give(self, function: Callable, index: int, arguments: tuple) -> bool:
-        """Sends a task; False if the worker has died."""
-        self.tasks.append((index, arguments))  # first: an interrupted call leaves its traces
+    def send_task(self, function: Callable, index: int, arguments: tuple) -> bool:
+        """Sends a task; returns False if the worker has died."""
+        # The entry comes first: if the call is interrupted, the worker counts as busy.
+        self.tasks.append((index, arguments))
         try:
             self.connection.send((function, arguments))
         except OSError:
@@ -233,7 +256,7 @@ class _Worker:
         return True
 
     def stop(self, grace: float = 0.0) -> int:
-        """Ends the process (by force after `grace` seconds); returns its exit code."""
+        """Waits `grace` seconds for the process to end, then kills it; returns its exit code."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(grace)
         self._process.kill()
@@ -247,41 +270,46 @@ def _stop_all(workers: list[_Worker]) -> None:
     workers.clear()
 
 
-def serve(pipe: int) -> None:
-    """What a worker does, until its parent closes the other end of `pipe`, a file descriptor."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    # The kernel's alarm keeps the time: it ends the process wherever it hangs, parent or none.
+def serve_tasks(pipe: int) -> None:
+    """Runs in a worker: answers tasks until the parent closes its end of the pipe.
+
+    Args:
+      pipe: file descriptor of the worker's end.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    # The kernel's alarm limits the time: it ends the process wherever it hangs, even without a
+    # parent.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     av.logging.set_level(av.logging.PANIC)
     connection = multiprocessing.connection.Connection(pipe)
-    with contextlib.suppress(EOFError, OSError):  # the parent has gone or is done
+    with contextlib.suppress(EOFError, OSError):  # the parent has finished or died
         limits = connection.recv()
         _limit_memory(limits.memory_mb)
         connection.send(_READY)
         while True:
             function, arguments = connection.recv()
             signal.setitimer(signal.ITIMER_REAL, limits.seconds)
-            answer = _answer(function, arguments, limits)
+            result = _run_task(function, arguments, limits)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            connection.send_bytes(answer)
+            connection.send_bytes(result)
 
 
-def _answer(function: Callable, arguments: tuple, limits: DecodeLimits) -> bytes:
-    """The pickled result or Failure."""
+def _run_task(function: Callable, arguments: tuple, limits: DecodeLimits) -> bytes:
+    """Calls the function; returns its pickled result, or a pickled `Failure` if it raises."""
     try:
         return pickle.dumps(function(*arguments), pickle.HIGHEST_PROTOCOL)
     except VideoError as problem:
         failure = Failure(str(problem))
     except MemoryError:
         failure = Failure(f"needs more than {limits.memory_mb} MB of memory")
-    except Exception as problem:  # whatever a broken file makes a library raise
+    except Exception as problem:  # a broken file may make a library raise anything
         failure = Failure(describe_video(problem))
     return pickle.dumps(failure)
 
 
 def _limit_memory(memory_mb: int) -> None:
-    """Limits the address space to what is mapped now and `memory_mb` MiB more (Linux only)."""
+    """Limits the address space to the present size and `memory_mb` MiB more (Linux only)."""
     if not os.path.exists("/proc/self/statm"):
         return
     import resource
@@ -294,7 +322,8 @@ def _limit_memory(memory_mb: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
-def _death(code: int | None, limits: DecodeLimits) -> str:
+def _describe_exit(code: int | None, limits: DecodeLimits) -> str:
+    """Describes why a worker process ended, from its exit code."""
     if code == -signal.SIGALRM:
         return f"took longer than {limits.seconds:g} s"
     if code == -signal.SIGKILL:

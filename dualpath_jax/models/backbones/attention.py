@@ -1,7 +1,4 @@
-"""Attention of queries to keys and values, in the form that is fastest where it is computed.
-
-Public: `attention`, `single_query_attention`, `flash_attention`, `can_use_flash_attention`, `has_flash_attention`,
-`attention_weights`.
+"""Computes attention of queries to keys and values, in one form for each kind of hardware.
 
 Axes: M images, N tokens (Q of them queries), K heads, d width of a head.
 """
@@ -16,19 +13,29 @@ from dualpath_jax.models.backbones import block_loop, cpu_kernels
 
 
 def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Of queries [M, Q, K, d], keys [M, N, K, d]: float32 [M, K, Q, N], rows of keys sum to 1."""
+    """Returns the weights of keys [M, N, K, d] for queries [M, Q, K, d]: float32 [M, K, Q, N].
+
+    The weights of a query sum to 1 over the keys.
+    """
     exp, total = _exp_of_products(*_heads_first(q * q.shape[-1] ** -0.5, k))
     return exp / total
 
 
 @jax.custom_vjp
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention: q [M, Q, K, d]; k, v [M, N, K, d] -> [M, Q, K, d]; softmax in float32.
+def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Computes attention, with its own backward pass that saves the weights.
 
-    As `jax.nn.dot_product_attention`, but written so that little is done with arrays of
-    [M, K, Q, N]: they are scaled and divided by their sums where they have d columns, and none is
-    turned round for the backward pass. Forward and backward pass take two thirds of the time on a
-    CPU. A TPU's step needs 0.368 GB for a clip with it, 0.344 without (v5e:4x4).
+    The result is that of `jax.nn.dot_product_attention`. Little is done with arrays of
+    [M, K, Q, N]: scaling and the division by sums happen where there are d columns, and no such
+    array is transposed for the backward pass. This is faster on CPUs and takes more memory, see
+    docs/notes/measurements.md.
+
+    Args:
+      q: [M, Q, K, d].
+      k, v: [M, N, K, d].
+
+    Returns:
+      [M, Q, K, d] in the dtype of `v`; the softmax is computed in float32.
     """
     return _attend_forward(q, k, v)[0]
 
@@ -38,9 +45,13 @@ def _heads_first(*arrays: jax.Array) -> list[jax.Array]:
 
 
 def _exp_of_products(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scaled queries [M, K, Q, d], keys [M, K, N, d]: softmax times its rows' sums, and those.
+    """Returns the unnormalized softmax of queries and keys, and its sums over keys.
 
-    float32, [M, K, Q, N] and [M, K, Q, 1].
+    Args:
+      q, k: scaled queries [M, K, Q, d], keys [M, K, N, d].
+
+    Returns:
+      float32 [M, K, Q, N] and [M, K, Q, 1].
     """
     products = jnp.einsum("mkqd,mknd->mkqn", q, k, preferred_element_type=jnp.float32)
     exp = jnp.exp(products - cpu_kernels.row_max(products))
@@ -51,15 +62,15 @@ def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array
     q, k, v = _heads_first(q * q.shape[-1] ** -0.5, k, v)
     exp, total = _exp_of_products(q, k)
     y = jnp.einsum("mkqn,mknd->mkqd", exp.astype(v.dtype), v) / total
-    # What is kept is used by the backward pass alone: XLA then computes and stores it once.
+    # Only the backward pass uses the saved arrays: XLA then computes and stores them once.
     heads = (block_loop.checkpoint_activation(x, "heads") for x in (q, k, v))
     weights = (block_loop.checkpoint_activation(x, "weights") for x in (exp, total))
     return y.astype(v.dtype).swapaxes(1, 2), (*heads, *weights)
 
 
-def _attend_backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
-    """Gradients of q, k and v, in their dtype."""
-    q, k, v, exp, total = kept
+def _attend_backward(saved: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the gradients of q, k and v, in their dtype."""
+    q, k, v, exp, total = saved
     dy = (dy.swapaxes(1, 2) / total).astype(dy.dtype)
     d_exp = jnp.einsum("mkqd,mknd->mkqn", dy, v)
     mean = cpu_kernels.row_sum(exp * d_exp) / total
@@ -70,7 +81,7 @@ def _attend_backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(_heads_first(dq, dk, dv))
 
 
-attention.defvjp(_attend_forward, _attend_backward)
+dot_product_attention.defvjp(_attend_forward, _attend_backward)
 
 
 def single_query_attention(
@@ -80,11 +91,12 @@ def single_query_attention(
     value_kernel: jax.Array,
     value_bias: jax.Array,
 ) -> jax.Array:
-    """`attention` of one query to the keys and values of x, which are not computed for it.
+    """Computes attention of one query to the keys and values of x without computing these.
 
-    Its product with a key is (x W) . q = x . (W q), and its sum of values (w x) W, so that W is
-    multiplied with one row for each head instead of N. A key's bias adds the same to every product,
-    which the softmax does not see; a value's is added once, as the weights sum to 1.
+    The query's product with a key is (x W) . q = x . (W q), and its sum of values is (w x) W.
+    Therefore W is multiplied with one row for each head instead of N. The bias of the keys adds the
+    same to every product, which the softmax ignores; that of the values is added once, since the
+    weights sum to 1.
 
     Args:
       q: [M, K, d], the query.
@@ -104,7 +116,7 @@ def single_query_attention(
 
 @functools.cache
 def has_flash_attention() -> bool:
-    """Whether JAX computes on NVIDIA GPUs for which cuDNN has a fused attention (since Ampere)."""
+    """Returns whether cuDNN has a fused attention for JAX's device: NVIDIA GPUs since Ampere."""
     device = jax.devices()[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return False
@@ -112,18 +124,24 @@ def has_flash_attention() -> bool:
 
 
 def can_use_flash_attention(num_tokens: int, dtype: Any) -> bool:
-    """Whether queries, keys and values of N tokens and such a dtype are for `flash_attention`."""
-    long = num_tokens >= 64  # of 8 tokens it takes five times as long as XLA's (H200)
+    """Returns whether `flash_attention` suits N tokens of this dtype on JAX's device."""
+    long = num_tokens >= 64  # XLA's is faster for few tokens
     half = dtype in (jnp.bfloat16, jnp.float16)
     return long and half and not block_loop.is_fsdp_sharded() and has_flash_attention()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, padding: int = 0) -> jax.Array:
-    """`attention` by cuDNN on a GPU, which keeps no array of [M, K, N, N]; bfloat16 or float16.
+    """Computes attention by cuDNN on a GPU, which saves no array of [M, K, N, N].
 
-    q, k, v [M, N, K, d] -> [M, N, K, d]. No query attends to the last `padding` keys. With a
-    backward pass JAX takes even N alone (jax 0.10.2), so that odd ones get a key more there.
+    With a backward pass JAX accepts only even N (jax 0.10.2); odd ones get one more key.
+
+    Args:
+      q, k, v: [M, N, K, d], bfloat16 or float16.
+      padding: no query attends to the last `padding` keys.
+
+    Returns:
+      [M, N, K, d].
     """
     return _by_cudnn(q, k, v, padding)
 
@@ -151,3 +169,24 @@ def _flash_attend_forward(
 
 
 flash_attention.defvjp(_flash_attend_forward, lambda padding, backward, dy: backward(dy))
+
+
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, padding: int = 0) -> jax.Array:
+    """Computes attention as JAX does: q, k, v [M, N, K, d] -> [M, N, K, d], without padding."""
+    if padding:
+        raise ValueError(f"plain_attention takes no padding tokens, but got {padding}")
+    return jax.nn.dot_product_attention(q, k, v)  # float32 softmax, scale d^-1/2
+
+
+def cpu_attention(q: jax.Array, k: jax.Array, v: jax.Array, padding: int = 0) -> jax.Array:
+    """Computes `dot_product_attention` of q, k, v [M, N, K, d], without padding."""
+    if padding:
+        raise ValueError(f"cpu_attention takes no padding tokens, but got {padding}")
+    return dot_product_attention(q, k, v)
+
+
+def gpu_attention(q: jax.Array, k: jax.Array, v: jax.Array, padding: int = 0) -> jax.Array:
+    """Computes `flash_attention` of q, k, v [M, N, K, d] where it fits, else the plain form."""
+    if can_use_flash_attention(q.shape[1], q.dtype):
+        return flash_attention(q, k, v, padding)
+    return dot_product_attention(q, k, v)

@@ -1,9 +1,6 @@
-"""What the backbones share: the transformer block and its named hooks for tuning methods.
+"""Defines what the backbones share: the transformer block and its hooks for tuning methods.
 
-Public: `BlockHooks`, `Block`, `Mlp`, `dense`, `norm`, `ACTIVATIONS`, `gelu`, `quick_gelu`, `REMAT`,
-`keep`, `use_cpu_kernels`. The rest is for the modules of the backbones.
-
-The file knows no tuning method. A method fills the hooks of a block (see `BlockHooks`); an empty hook
+This file knows no tuning method. A method fills the hooks of a block (`BlockHooks`); an empty hook
 does nothing. Axes: M images (frames or framesets, batch included), N tokens, D width, L blocks.
 """
 
@@ -16,36 +13,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpath_jax.models.backbones import cpu_kernels
+from dualpath_jax.models.backbones import kernels as kernels_lib
 from dualpath_jax.models.backbones.block_loop import checkpoint_activation
+from dualpath_jax.models.backbones.kernels import Kernels
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """CLIP's approximation of GELU, x * sigmoid(1.702 x)."""
+    """Computes CLIP's approximation of GELU, x * sigmoid(1.702 x)."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact (erf) GELU; `jax.nn.gelu` is the tanh form unless told."""
+    """Computes the exact (erf) GELU; the default of `jax.nn.gelu` is the tanh form."""
     return jax.nn.gelu(x, approximate=False)
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
-def use_cpu_kernels(scan_blocks: bool) -> bool:
-    """Whether to compute in the forms that are fastest on a CPU, where blocks are written out."""
-    return not scan_blocks and jax.default_backend() == "cpu"
-
-
 def check_activation(name: str) -> None:
-    """ValueError unless `name` is in `ACTIVATIONS`."""
+    """Raises ValueError unless `name` is in `ACTIVATIONS`."""
     if name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}: known are {sorted(ACTIVATIONS)}")
 
 
 def check_patches(config: Any) -> None:
-    """ValueError unless the config's `image_size` is a multiple of its `patch_size`."""
+    """Raises ValueError unless the config's `image_size` is a multiple of its `patch_size`."""
     if config.image_size % config.patch_size:
         raise ValueError(
             f"image_size {config.image_size} is not divisible by patch_size {config.patch_size} of "
@@ -54,7 +47,7 @@ def check_patches(config: Any) -> None:
 
 
 def check_image(images: jax.Array, patch_size: int) -> None:
-    """ValueError unless H and W of images [M, H, W, 3] are multiples of `patch_size`."""
+    """Raises ValueError unless H and W of images [M, H, W, 3] are multiples of `patch_size`."""
     height, width = images.shape[-3:-1]
     if height % patch_size or width % patch_size:
         raise ValueError(
@@ -63,80 +56,68 @@ def check_image(images: jax.Array, patch_size: int) -> None:
 
 
 class BlockHooks(nn.Module):
-    """What a tuning method may do inside a block. Override the hooks that the method fills.
+    """Lets a tuning method act inside a block; a method overrides the hooks that it fills.
 
     One instance describes one block; its parameters are stacked [L, ...] by the caller. `x`, `y`,
     `h` are [M, N, D] in the compute dtype; Swin's D and N are those of the block's stage, and its
     tokens are in the order of the map, row by row.
 
     Attributes:
-      pointwise: every hook acts on each token by itself, and the class token is the first; then
-        the last block need not compute the other tokens, and a training step on a GPU may have one
-        more, which is none.
+      pointwise: True if every hook acts on each token independently. The last block may then
+        compute only the class token (token 0), and the GPU path may append a padding token.
       shifted_windows: in Swin, fill the hooks of the shifted-window blocks too, not only those of
-        the window blocks. Without effect in backbones that have no windows.
+        the window blocks. It has no effect in backbones without windows.
     """
 
     pointwise: ClassVar[bool] = False
     shifted_windows: bool = dataclasses.field(default=True, kw_only=True)
 
     def on_input(self, h: jax.Array, block: "Block") -> jax.Array:
-        """On the tokens that enter the block, which is given so that its layers may be reused."""
+        """Maps the tokens h that enter the block; `block` is given so that its layers can be reused."""
         del block
         return h
 
     def before_attention(self, x: jax.Array) -> jax.Array:
-        """On LN(h), before attention reads it."""
+        """Maps x = LN(h) before attention reads it."""
         return x
 
     def parallel_to_attention(self, x: jax.Array) -> jax.Array | float:
-        """Parallel to attention: a term computed from LN(h), added to the residual stream."""
+        """Returns a term computed from x = LN(h) that is added to attention's output."""
         del x
         return 0.0
 
     def after_attention(self, y: jax.Array) -> jax.Array:
-        """On attention's output, before it joins the residual stream."""
+        """Maps attention's output y before it is added to the residual stream."""
         return y
 
     def parallel_to_mlp(self, x: jax.Array) -> jax.Array | float:
-        """Parallel to the MLP: a term computed from LN(z), added to the residual stream."""
+        """Returns a term computed from x = LN(z) that is added to the MLP's output."""
         del x
         return 0.0
 
     def after_mlp(self, y: jax.Array) -> jax.Array:
-        """On the MLP's output, before it joins the residual stream."""
+        """Maps the MLP's output y before it is added to the residual stream."""
         return y
 
     def on_output(self, h: jax.Array) -> jax.Array:
-        """On the block's output."""
+        """Maps the block's output h."""
         return h
 
 
 def full_precision() -> Any:
-    """A context in which float32 products are float32: else TPUs take bfloat16, GPUs TF32."""
+    """Returns a context with full float32 products; TPUs would use bfloat16, GPUs TF32."""
     return jax.default_matmul_precision("highest")
 
 
-def dense(features: int, dtype: Any, for_cpu: bool = False, **options: Any) -> nn.Dense:
-    """`nn.Dense`, computed as `cpu_forms.Dense` if `for_cpu`."""
-    return (cpu_kernels.Dense if for_cpu else nn.Dense)(features, dtype=dtype, **options)
-
-
-def norm(epsilon: float, dtype: Any, for_cpu: bool = False) -> nn.LayerNorm:
-    """`nn.LayerNorm`, computed as `cpu_forms.LayerNorm` if `for_cpu`."""
-    return (cpu_kernels.LayerNorm if for_cpu else nn.LayerNorm)(epsilon, dtype=dtype)
-
-
 class PatchEmbedding(nn.Module):
-    """A convolution whose stride is its size, as a matrix product.
+    """Embeds patches by a convolution whose stride is its size, computed as a matrix product.
 
-    As `nn.Conv` with kernel [P, P, 3, D]. cuDNN's convolution takes 1.7 ms of 27 that a forward
-    pass of 32 clips takes on a GPU (H200).
+    The result is that of `nn.Conv` with kernel [P, P, 3, D]; cuDNN's convolution is slower.
 
     Attributes:
       width: D.
       patch_size: P, pixels.
-      use_bias: add one.
+      use_bias: add a bias.
     """
 
     width: int
@@ -146,7 +127,7 @@ class PatchEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """images [M, H, W, 3] -> [M, H/P, W/P, D]."""
+        """Embeds images [M, H, W, 3] as [M, H/P, W/P, D]."""
         shape = (self.patch_size, self.patch_size, images.shape[-1], self.width)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         patches = einops.rearrange(
@@ -163,33 +144,37 @@ class PatchEmbedding(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, activation, Linear; all rows as one matrix, see `keep`."""
+    """Applies linear, activation, linear to all rows as one matrix, see `checkpoint_activation`."""
 
     hidden: int
     activation: str
-    for_cpu: bool = False
+    kernels: Kernels = kernels_lib.DEFAULT
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         rows = x.reshape(-1, x.shape[-1])
         y = checkpoint_activation(
-            dense(self.hidden, self.dtype, self.for_cpu, name="hidden")(rows), "hidden"
+            self.kernels.dense(self.hidden, dtype=self.dtype, name="hidden")(rows), "hidden"
         )
         y = ACTIVATIONS[self.activation](y)
-        return dense(x.shape[-1], self.dtype, self.for_cpu, name="output")(y).reshape(x.shape)
+        y = self.kernels.dense(x.shape[-1], dtype=self.dtype, name="output")(y)
+        return y.reshape(x.shape)
 
 
 class Block(nn.Module):
-    """A pre-LN transformer block (eq. 2) that passes through the hooks of a tuning method.
+    """Applies a pre-LN transformer block (eq. 2) with the hooks of a tuning method.
 
-    Each backbone has its own, which sets up `ln_1`, `attention`, `ln_2` and `mlp`.
+    Each backbone has a subclass, which sets up `ln_1`, `attention`, `ln_2` and `mlp`.
     """
 
     def __call__(self, h: jax.Array, hooks: BlockHooks, cls_token_only: bool = False) -> jax.Array:
-        """h [M, N, D] -> [M, N, D], or the class token alone [M, 1, D].
+        """Maps tokens h [M, N, D] to [M, N, D].
 
-        `hooks` is bound to this block's parameters of the method.
+        Args:
+          h: tokens that enter the block.
+          hooks: bound to the method's parameters of this block.
+          cls_token_only: return only the class token, [M, 1, D].
         """
         h, x, attended = self.attention_input(h, hooks)
         if cls_token_only:
@@ -205,25 +190,25 @@ class Block(nn.Module):
         return hooks.on_output(h)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Attention over the tokens of the block: x [M, N, D] -> [M, N, D]."""
+        """Computes attention over the tokens of the block: x [M, N, D] -> [M, N, D]."""
         return self.attention(x)
 
     def attention_input(
         self, h: jax.Array, hooks: BlockHooks
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The block's tokens h [M, N, D], LN(h), and what attention reads: each [M, N, D]."""
+        """Returns the block's tokens, their LayerNorm, and attention's input: each [M, N, D]."""
         h = hooks.on_input(h, self)
         x = self.ln_1(h)
         return h, x, hooks.before_attention(x)
 
 
 def no_hooks() -> BlockHooks:
-    """The hooks of a frozen block."""
+    """Returns the hooks of a frozen block, which do nothing."""
     return BlockHooks(parent=None).bind({})
 
 
 def bind_hooks(hooks: BlockHooks | None, params: Any, rng: jax.Array | None) -> BlockHooks:
-    """`hooks` with one block's parameters of the method; None: the frozen block."""
+    """Binds `hooks` to the method's parameters of one block; None: the frozen block."""
     if hooks is None:
         return no_hooks()
     variables = {} if params is None else {"params": params}
@@ -233,20 +218,20 @@ def bind_hooks(hooks: BlockHooks | None, params: Any, rng: jax.Array | None) -> 
 def init_block_hooks(
     rng: jax.Array, block: Block, params: Any, h: jax.Array, hooks: BlockHooks
 ) -> Any:
-    """Parameters of a method's hooks in one `block` with `params` that h [M, N, D] enters."""
+    """Initializes a method's hooks in one `block` with `params` that h [M, N, D] enters."""
     run = nn.init(lambda bound: block.apply({"params": params}, h, bound), hooks)
     return run(rng).get("params", {})
 
 
 def resize_grid(table: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Table [rows, columns, D] to (rows, columns) = `size`: bicubic with antialiasing."""
+    """Resizes a table [rows, columns, D] to (rows, columns) = `size`: bicubic with antialiasing."""
     return jax.image.resize(table, (*size, table.shape[-1]), "bicubic", antialias=True)
 
 
 def relative_index(side: int, table_side: int) -> np.ndarray:
-    """Rows of a table of relative positions: int [side^2, side^2], of (query, key) on a grid.
+    """Returns the rows of (query, key) in a table of relative positions: int [side^2, side^2].
 
-    Row (dr + table_side - 1) (2 table_side - 1) + dc + table_side - 1 for the offset (dr, dc) of
+    It is row (dr + table_side - 1) (2 table_side - 1) + dc + table_side - 1 for the offset (dr, dc) of
     query minus key; the table is for grids of `table_side` >= side.
     """
     place = np.stack(np.mgrid[:side, :side], axis=-1).reshape(-1, 2)

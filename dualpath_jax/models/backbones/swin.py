@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualpath_jax.models.backbones import block_loop, layers
+from dualpath_jax.models.backbones.kernels import choose_kernels
 from dualpath_jax.models.backbones.layers import BlockHooks, Mlp
 
 
@@ -395,7 +396,8 @@ class Swin(nn.Module):
             _pair_blocks(rngs),
         )
         h = einops.rearrange(h, "m r c d -> m (r c) d")
-        h = block_loop.loop_blocks(body, h, pairs, self.scan_blocks, self.remat)
+        saved = choose_kernels(self.scan_blocks).saved_activations
+        h = block_loop.loop_blocks(body, h, pairs, self.scan_blocks, self.remat, saved)
         h = einops.rearrange(h, "m (r c) d -> m r c d", r=rows)
         return self.merge[stage](h) if stage < len(self.merge) else h
 

@@ -1,8 +1,8 @@
-"""Vision transformers of CLIP (Radford et al. 2021) and ImageNet-21K (Dosovitskiy et al. 2021).
+"""Defines the vision transformers of CLIP (Radford et al. 2021) and ImageNet-21K.
 
-Public: `ViTConfig`, `MODELS`, `ViT`, `Block`, `resize_positions`.
+The latter are those of Dosovitskiy et al. 2021.
 
-The hooks of tuning methods are in `layers.py`, attention's products in `attend.py`. Axes: M images
+The hooks of tuning methods are in `layers.py`, attention's products in `attention.py`. Axes: M images
 (frames or framesets, batch included), N tokens (class token first), D width, K heads, L blocks, e
 projected width.
 """
@@ -19,15 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualpath_jax.models.backbones import attention, block_loop, layers
+from dualpath_jax.models.backbones import kernels as kernels_lib
+from dualpath_jax.models.backbones.block_loop import checkpoint_activation
+from dualpath_jax.models.backbones.kernels import Kernels
 from dualpath_jax.models.backbones.layers import BlockHooks, Mlp
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Shape of a vision transformer; the defaults are CLIP's.
+    """Describes the shape of a vision transformer; the defaults are CLIP's.
 
     Attributes:
-      name: what the user calls it, for messages and checkpoints.
+      name: for messages and checkpoints.
       image_size: side of the square image that the position table covers, pixels.
       patch_size: side of a patch, pixels.
       width, depth, heads, mlp_dim: D, L, K and the width of the MLP's hidden layer.
@@ -59,12 +62,12 @@ class ViTConfig:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], stated: Mapping[str, Any]) -> Any:
-        """The shape of converted weights, and what only their publisher can state.
+        """Returns the config of converted weights.
 
         Args:
           arrays: by flat name of the parameter tree.
           stated: "activation"; "heads" (default: one per 64 of width, Radford et al. 2021, table
-            19) and "eps" where known.
+            19) and "eps" if known.
         """
         depth, width, mlp_dim = arrays["blocks/mlp/hidden/kernel"].shape
         patch = arrays["patch_embedding/kernel"].shape[0]
@@ -93,7 +96,7 @@ class ViTConfig:
 
     @property
     def num_tokens(self) -> int:
-        """N, the class token included."""
+        """N, including the class token."""
         return self.grid**2 + 1
 
     @property
@@ -103,12 +106,12 @@ class ViTConfig:
 
     @property
     def has_class_token(self) -> bool:
-        """It has one, and with it a position table."""
+        """True: it has a class token and a position table."""
         return True
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """What weights must share with this config to be its own."""
+        """The fields in which weights must agree with this config."""
         fields = ("width", "depth", "patch_size", "mlp_dim", "projection_dim")
         return {field: getattr(self, field) for field in (*fields, "pre_norm", "patch_bias")}
 
@@ -118,7 +121,7 @@ class ViTConfig:
         return f"{self.grid}x{self.grid} patches ({self.image_size} pixels)"
 
     def resize_position_tables(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """`arrays`, by flat name, with the position table at this config's size."""
+        """Returns `arrays`, by flat name, with the position table resized to this config's size."""
         table = arrays["position_embedding"]
         resized = resize_positions(table.astype(np.float32), (self.grid, self.grid))
         return {**arrays, "position_embedding": np.asarray(resized).astype(table.dtype)}
@@ -140,115 +143,101 @@ MODELS = {
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection for queries, keys and values.
+    """Applies multi-head self-attention with one fused projection for queries, keys and values.
 
-    `for_cpu` chooses `attend.attend` over JAX's own attention and `cpu_forms.Dense`, see there. On
-    a GPU attention is `attend.flash_attend` where that fits, and `attend.attend` elsewhere.
-
-    `training` changes no result: all images' queries, keys and values are then split as one matrix,
-    as `block_loop.checkpoint_activation` has them. By a TPU's compiler (v5e) a training step has 6% fewer cycles so, and
-    an evaluation a third more.
+    Attributes:
+      width: D.
+      heads: K.
+      kernels: how it is computed.
+      dtype: of the computation.
     """
 
     width: int
     heads: int
-    for_cpu: bool = False
-    training: bool = False
+    kernels: Kernels = kernels_lib.DEFAULT
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.qkv = layers.dense(3 * self.width, self.dtype, self.for_cpu)
-        self.out = layers.dense(self.width, self.dtype, self.for_cpu)
+        self.qkv = self.kernels.dense(3 * self.width, dtype=self.dtype)
+        self.out = self.kernels.dense(self.width, dtype=self.dtype)
 
     def project(self, x: jax.Array) -> list[jax.Array]:
-        """x [M, N, D] -> queries, keys and values, each [M, N, K, D/K]."""
+        """Projects x [M, N, D] to queries, keys and values, each [M, N, K, D/K]."""
         rows = x.reshape(-1, x.shape[-1])
-        if jax.default_backend() == "gpu" and not self.is_initializing():
+        if self.kernels.separate_qkv and not self.is_initializing():
             # Three products, as cuDNN reads each from an array of its own.
             weights = self._qkv_weights()
-            parts = [
-                block_loop.checkpoint_activation(rows @ kernel + bias, "qkv")
-                for kernel, bias in weights
-            ]
+            parts = [checkpoint_activation(rows @ kernel + bias, "qkv") for kernel, bias in weights]
         else:
-            qkv = self.qkv(rows if self.training else x)
-            if not self.for_cpu:  # there `attend` keeps them as it needs them
-                qkv = block_loop.checkpoint_activation(qkv, "qkv")
-            # A split: its gradient is one concatenation, which slices' is not.
+            qkv = self.qkv(rows if self.kernels.as_matrix else x)
+            if self.kernels.saves_qkv:
+                qkv = checkpoint_activation(qkv, "qkv")
+            # The gradient of a split is one concatenation, which that of slices is not.
             parts = jnp.split(qkv, 3, axis=-1)
         return [y.reshape(*x.shape[:2], self.heads, -1) for y in parts]
 
     def _qkv_weights(self) -> list[tuple[jax.Array, jax.Array]]:
-        """Kernels [D, D] and biases [D] of queries, keys and values, in the compute dtype."""
+        """Returns kernel [D, D] and bias [D] of queries, keys and values, in the compute dtype."""
         qkv = self.qkv.variables["params"]
         kernel, bias = (qkv[name].astype(self.dtype) for name in ("kernel", "bias"))
         return list(zip(jnp.split(kernel, 3, axis=-1), jnp.split(bias, 3), strict=True))
 
-    def __call__(self, x: jax.Array, cls_token_only: bool = False, padding: int = 0) -> jax.Array:
-        """x [M, N, D] -> [M, N, D], or what the class token attends to, [M, 1, D].
-
-        The last `padding` tokens are none: with `flash_attend` nothing attends to them.
-        """
+    def __call__(self, x: jax.Array, cls_token_only: bool = False) -> jax.Array:
+        """Maps x [M, N, D] to [M, N, D], or to the class token's row [M, 1, D]."""
         if cls_token_only:
-            y = self._attend_class(x)
+            y = self._attend_class_token(x)
         else:
-            q, k, v = self.project(x)
-            if attention.can_use_flash_attention(q.shape[1], q.dtype):
-                y = attention.flash_attention(q, k, v, padding)
-            elif self.for_cpu or jax.default_backend() == "gpu":
-                y = attention.attention(q, k, v)
-            else:
-                y = jax.nn.dot_product_attention(q, k, v)  # float32 softmax, scale (D/K)^-1/2
+            y = self.kernels.attention(*self.project(x), self.kernels.num_padding)
         return self.out(einops.rearrange(y, "m n k d -> m n (k d)"))
 
-    def _attend_class(self, x: jax.Array) -> jax.Array:
-        """x [M, N, D] -> what the class token attends to, [M, 1, K, D/K]."""
+    def _attend_class_token(self, x: jax.Array) -> jax.Array:
+        """Returns attention's output for the class token of x [M, N, D]: [M, 1, K, D/K]."""
         (q_kernel, q_bias), (k_kernel, _), (v_kernel, v_bias) = self._qkv_weights()
 
-        def by_heads(y):
+        def split_heads(y):
             return y.reshape(*y.shape[:-1], self.heads, -1)
 
-        q = by_heads(x[:, 0] @ q_kernel + q_bias)
-        weights = map(by_heads, (k_kernel, v_kernel, v_bias))
+        q = split_heads(x[:, 0] @ q_kernel + q_bias)
+        weights = map(split_heads, (k_kernel, v_kernel, v_bias))
         return attention.single_query_attention(q, x, *weights)[:, None]
 
 
 class Block(layers.Block):
-    """A block of this backbone. The last `padding` of its tokens are none."""
+    """Applies a block of this backbone.
+
+    Attributes:
+      config: the backbone's shape.
+      kernels: how it is computed.
+      dtype: of the computation.
+    """
 
     config: ViTConfig
-    for_cpu: bool = False
-    training: bool = False
-    padding: int = 0
+    kernels: Kernels = kernels_lib.DEFAULT
     dtype: Any = jnp.float32
 
     def setup(self):
-        config, forms = self.config, (self.for_cpu, self.training)
-        self.ln_1 = layers.norm(config.eps, self.dtype, self.for_cpu)
-        self.attention = Attention(config.width, config.heads, *forms, dtype=self.dtype)
-        self.ln_2 = layers.norm(config.eps, self.dtype, self.for_cpu)
-        self.mlp = Mlp(config.mlp_dim, config.activation, self.for_cpu, dtype=self.dtype)
-
-    def attend(self, x: jax.Array) -> jax.Array:
-        return self.attention(x, padding=self.padding)
+        config, kernels = self.config, self.kernels
+        self.ln_1 = kernels.norm(config.eps, dtype=self.dtype)
+        self.attention = Attention(config.width, config.heads, kernels, dtype=self.dtype)
+        self.ln_2 = kernels.norm(config.eps, dtype=self.dtype)
+        self.mlp = Mlp(config.mlp_dim, config.activation, kernels, dtype=self.dtype)
 
     def queries_and_keys(self, h: jax.Array, hooks: BlockHooks) -> tuple[jax.Array, jax.Array]:
-        """Of the attention in a block that h [M, N, D] enters: two of [M, N, K, D/K]."""
+        """Returns the queries and keys, each [M, N, K, D/K], of a block that h [M, N, D] enters."""
         _, _, x = self.attention_input(h, hooks)
         q, k, _ = self.attention.project(x)
         return q, k
 
 
 class ViT(nn.Module):
-    """The image tower. `__call__` is the frozen backbone; tuning methods compose the parts.
+    """Implements the image tower; `__call__` is the frozen backbone, methods compose the parts.
 
     Attributes:
       config: its shape.
       dtype: dtype of the computation; parameters keep the dtype they are given in.
-      scan_blocks: loop over the blocks in the compiled program (small program, for accelerators)
-        instead of writing them out, the form for CPUs (see `layers.use_cpu_kernels`). Parameters
-        are the same, stacked [L, ...].
-      remat: what blocks keep for the backward pass, a name of `block_loop.REMAT`.
+      scan_blocks: loop over the blocks in the compiled program, which makes it small; False
+        unrolls them. Parameters are the same, stacked [L, ...].
+      remat: what blocks save for the backward pass, a name of `block_loop.REMAT`.
     """
 
     config: ViTConfig
@@ -258,6 +247,7 @@ class ViT(nn.Module):
 
     def setup(self):
         config = self.config
+        self.kernels = kernels_lib.choose_kernels(self.scan_blocks)
         embedding = nn.initializers.normal(config.width**-0.5)  # CLIP's own scale
         self.patch_embedding = layers.PatchEmbedding(
             config.width, config.patch_size, config.patch_bias, dtype=self.dtype
@@ -275,9 +265,8 @@ class ViT(nn.Module):
                 "projection", embedding, (config.width, config.projection_dim)
             )
 
-    def _block(self, training: bool = False, padding: int = 0) -> Block:
-        for_cpu = layers.use_cpu_kernels(self.scan_blocks)
-        return Block(self.config, for_cpu, training, padding, dtype=self.dtype, parent=None)
+    def _block(self, kernels: Kernels | None = None) -> Block:
+        return Block(self.config, kernels or self.kernels, dtype=self.dtype, parent=None)
 
     def _init_blocks(self, rng: jax.Array) -> Any:
         def init(rng):
@@ -289,7 +278,7 @@ class ViT(nn.Module):
     def init_hooks(
         self, rng: jax.Array, hooks: BlockHooks, num_images: int, num_tokens: int
     ) -> Any:
-        """Parameters of a method's hooks, stacked [L, ...], for h [num_images, num_tokens, D]."""
+        """Initializes a method's hooks, stacked [L, ...], for h [num_images, num_tokens, D]."""
         h = jnp.zeros((num_images, num_tokens, self.config.width), self.dtype)
         block = jax.tree.map(lambda leaf: leaf[0], self.blocks)
         return block_loop.init_stacked(
@@ -304,12 +293,12 @@ class ViT(nn.Module):
         class_token: jax.Array | None = None,
         position: jax.Array | None = None,
     ) -> jax.Array:
-        """Images to the tokens that enter the first block (eq. 1, then CLIP's `ln_pre`).
+        """Embeds images as the tokens that enter the first block (eq. 1, then CLIP's `ln_pre`).
 
         Args:
-          images: [M, H, W, 3], normalised as the weights want it; H, W multiples of the patch.
+          images: [M, H, W, 3], normalized as the weights expect; H, W multiples of the patch.
           class_token: [D]; None: the backbone's own.
-          position: [N, D], or [M, N, D] where images differ in position; None: the backbone's own.
+          position: [N, D], or [M, N, D] if images differ in position; None: the backbone's own.
 
         Returns:
           [M, N, D] in the compute dtype.
@@ -332,34 +321,43 @@ class ViT(nn.Module):
         cls_token_only: bool = False,
         blocks: slice = slice(None),
     ) -> jax.Array:
-        """The L blocks, or some of them: h [M, N, D] -> [M, N, D].
+        """Applies the L blocks, or some of them, to tokens h [M, N, D].
 
         Args:
           h: tokens that enter the first block.
           hooks: what a tuning method does inside each block; None for the frozen backbone.
           hook_params: its parameters, stacked [L, ...].
           dropout_rng: switches on the method's dropout; None unless in training.
-          cls_token_only: return the class token alone, [M, 1, D], where the hooks allow it: the last
-            block does not compute the others.
+          cls_token_only: return only the class token, [M, 1, D], if the hooks allow it; the last
+            block then does not compute the others.
           blocks: which blocks to run, of 0 ... L - 1.
+
+        Returns:
+          [M, N, D], or [M, 1, D].
         """
-        rngs, training = None, dropout_rng is not None
-        if training:
-            rngs = jax.random.split(dropout_rng, self.config.depth)
+        rngs, kernels = None, self.kernels
         pointwise = hooks is None or hooks.pointwise
-        # One token more for all blocks, rather than one more of what each block's attention reads.
-        flash = attention.can_use_flash_attention(h.shape[1], h.dtype)
-        padding = h.shape[1] % 2 if training and pointwise and flash else 0
+        if dropout_rng is not None:
+            rngs = jax.random.split(dropout_rng, self.config.depth)
+            kernels = kernels.for_training(h.shape[1], h.dtype, pointwise)
 
         def body(h, layer, cls_token_only=False):
             block, hook_params, rng = layer
             bound = layers.bind_hooks(hooks, hook_params, rng)
             block_params = {"params": block_loop.gather_fsdp(block)}
-            return self._block(training, padding).apply(block_params, h, bound, cls_token_only)
+            return self._block(kernels).apply(block_params, h, bound, cls_token_only)
 
         def loop(h, layer_params):
-            padded = jnp.pad(h, ((0, 0), (0, padding), (0, 0)))
-            y = block_loop.loop_blocks(body, padded, layer_params, self.scan_blocks, self.remat)
+            # Padding once is cheaper than padding what the attention of each block reads.
+            padded = jnp.pad(h, ((0, 0), (0, kernels.num_padding), (0, 0)))
+            y = block_loop.loop_blocks(
+                body,
+                padded,
+                layer_params,
+                self.scan_blocks,
+                self.remat,
+                kernels.saved_activations,
+            )
             return y[:, : h.shape[1]]
 
         layer_params = jax.tree.map(lambda leaf: leaf[blocks], (self.blocks, hook_params, rngs))
@@ -372,7 +370,7 @@ class ViT(nn.Module):
     def queries_and_keys(
         self, h: jax.Array, index: int, hooks: BlockHooks | None = None, hook_params: Any = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Of block `index`, which h [M, N, D] enters: two of [M, N, K, D/K]."""
+        """Returns queries and keys, each [M, N, K, D/K], of block `index`, which h [M, N, D] enters."""
         block, params = jax.tree.map(lambda leaf: leaf[index], (self.blocks, hook_params))
         bound = layers.bind_hooks(hooks, params, None)
         variables = {"params": block_loop.gather_fsdp(block)}
@@ -381,7 +379,7 @@ class ViT(nn.Module):
     def attention(
         self, h: jax.Array, hooks: BlockHooks | None = None, hook_params: Any = None, first: int = 0
     ) -> jax.Array:
-        """What the tokens attend to in blocks `first` ... L - 1, averaged over heads.
+        """Returns the attention weights of blocks `first` ... L - 1, averaged over heads.
 
         Args:
           h: tokens that enter block 0, [M, N, D].
@@ -401,9 +399,10 @@ class ViT(nn.Module):
         return jnp.stack(weights)
 
     def pool(self, h: jax.Array, project: bool = True) -> jax.Array:
-        """Class token through `ln_post` and, if asked and there is one, CLIP's visual projection.
+        """Applies `ln_post` to the class token of h [M, N, D], then CLIP's visual projection.
 
-        h [M, N, D] -> [M, e], or [M, D] without the projection.
+        Returns:
+          [M, e]; [M, D] if `project` is False or the backbone has no projection.
         """
         y = self.ln_post(h[:, 0])
         if project and self.config.projection_dim is not None:
@@ -411,15 +410,15 @@ class ViT(nn.Module):
         return y
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The frozen backbone: images [M, H, W, 3] -> (tokens [M, N, D], features [M, e])."""
+        """Runs the frozen backbone: images [M, H, W, 3] -> (tokens [M, N, D], features [M, e])."""
         h = self.encode(self.embed(images))
         return h, self.pool(h)
 
 
 def resize_positions(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Position table [N, D], class token first, resized to a grid (rows, columns) of patches.
+    """Resizes a position table [N, D], class token first, to a grid (rows, columns) of patches.
 
-    Bicubic with antialiasing, as open_clip does; the class token's row is kept.
+    It is bicubic with antialiasing, as in open_clip; the class token's row is unchanged.
     """
     side = round((table.shape[0] - 1) ** 0.5)
     if side * side + 1 != table.shape[0]:

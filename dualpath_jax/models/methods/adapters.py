@@ -1,8 +1,4 @@
-"""Small trainable modules that adapt a frozen transformer.
-
-Public: `Adapter`, `ParallelAdapterHooks` (eq. 7), `SerialAdapterHooks` (eq. 9), `MlpClassifier`,
-`DepthwiseConv`.
-"""
+"""Defines the small trainable modules that adapt a frozen transformer."""
 
 from typing import Any, ClassVar
 
@@ -11,21 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dualpath_jax.models.backbones import kernels as kernels_lib
 from dualpath_jax.models.backbones import layers
 from dualpath_jax.models.backbones.block_loop import checkpoint_activation
+from dualpath_jax.models.backbones.kernels import Kernels
 from dualpath_jax.models.backbones.layers import BlockHooks, gelu
 
 
 class Adapter(nn.Module):
-    """Bottleneck adapter: W_up GELU(W_down x), with biases; the output starts at zero.
+    """Applies a bottleneck adapter: s W_up GELU(W_down x), with biases; its output starts at zero.
 
     Attributes:
       bottleneck: R, the inner width (paper: 128).
       scale: s, a constant factor on the output.
-      dropout: rate after the activation; active when a "dropout" rng is given.
-      layer_norm: normalise the input by a LayerNorm of its own.
+      dropout: dropout rate after the activation, in [0, 1); active when a "dropout" rng is given.
+      layer_norm: normalize the input with the adapter's own LayerNorm.
       skip: add the input to the output.
-      for_cpu: see `layers.dense`.
+      kernels: how the products are computed.
     """
 
     bottleneck: int = 128
@@ -33,18 +31,18 @@ class Adapter(nn.Module):
     dropout: float = 0.0
     layer_norm: bool = False
     skip: bool = False
-    for_cpu: bool = False
+    kernels: Kernels = kernels_lib.DEFAULT
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> [..., D]."""
+        """Maps x [..., D] to [..., D]."""
 
         def dense(features: int, **options: Any) -> nn.Dense:
-            return layers.dense(features, self.dtype, self.for_cpu, **options)
+            return self.kernels.dense(features, dtype=self.dtype, **options)
 
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="ln")(x) if self.layer_norm else x
-        # Kaiming normal N(0, 2/fan_in), not truncated as `he_normal` is.
+        # Kaiming normal N(0, 2/fan_in) without truncation, unlike `he_normal`.
         kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
         y = checkpoint_activation(
             dense(self.bottleneck, kernel_init=kaiming, name="down")(y), "down"
@@ -57,7 +55,11 @@ class Adapter(nn.Module):
 
 
 class ParallelAdapterHooks(BlockHooks):
-    """Spatial path: one adapter beside attention, one beside the MLP (eq. 7)."""
+    """Adapts the spatial path: one adapter parallel to attention, one parallel to the MLP (eq. 7).
+
+    Attributes:
+      adapter: template of both adapters.
+    """
 
     pointwise: ClassVar[bool] = True
     adapter: Adapter
@@ -74,13 +76,14 @@ class ParallelAdapterHooks(BlockHooks):
 
 
 class SerialAdapterHooks(BlockHooks):
-    """Temporal path: one adapter after attention, one after the MLP (eq. 9).
+    """Adapts the temporal path: one adapter after attention, one after the MLP (eq. 9).
 
     Attributes:
-      adapter: the form of each.
-      serial_skip: y + Adapter(y) instead of eq. 9's Adapter(y), which starts as the identity path.
-      pre_attention: one more adapter before attention (SSv2; Table A1's fifth).
-      pre_attention_residual: x + Adapter(x) there, instead of Adapter(x).
+      adapter: template of all adapters.
+      serial_skip: use y + Adapter(y), which starts as the frozen backbone, instead of eq. 9's
+        Adapter(y), which starts at zero, so that the path starts as the identity.
+      pre_attention: add an adapter before attention (SSv2; the fifth of Table A1).
+      pre_attention_residual: use x + Adapter(x) before attention instead of Adapter(x).
     """
 
     pointwise: ClassVar[bool] = True
@@ -106,29 +109,34 @@ class SerialAdapterHooks(BlockHooks):
 
 
 class MlpClassifier(nn.Module):
-    """Linear(2e -> e), GELU, Linear(e -> classes), computed in float32 (sec. 4.2)."""
+    """Applies Linear(2e -> e), GELU and Linear(e -> classes) in float32 (sec. 4.2).
+
+    Attributes:
+      hidden: e, the width of one path's features.
+      num_classes: width of the output.
+    """
 
     hidden: int
     num_classes: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, 2e] float32 -> logits [B, classes] float32."""
+        """Maps the features of both paths x [B, 2e] float32 to logits [B, classes] float32."""
         with layers.full_precision():
             x = gelu(nn.Dense(self.hidden, name="hidden")(x))
             return nn.Dense(self.num_classes, name="output")(x)
 
 
 class DepthwiseConv(nn.Module):
-    """Depth-wise convolution with stride 1 and zero padding, as a sum of shifted inputs.
+    """Applies a depthwise convolution (stride 1, zero padding) as a sum of shifted inputs.
 
-    `nn.Conv` with groups gives the same, 13 to 34 times more slowly on a CPU (3x1x1 and 3x3x3 on
-    [16, 4, 8, 8, 96], forward and backward, measured with jax 0.10.2).
+    On CPUs it is faster than `nn.Conv` with groups, which gives the same result; see
+    docs/notes/measurements.md.
 
     Attributes:
       kernel_size: an odd size for each axis between batch and channels.
-      kernel_init: as `nn.Conv`'s, for the kernel [*kernel_size, 1, R].
-      dtype: of the result; the sum is float32.
+      kernel_init: initializer of the kernel [*kernel_size, 1, R], as in `nn.Conv`.
+      dtype: dtype of the result; the sum is computed in float32.
     """
 
     kernel_size: tuple[int, ...]
@@ -137,7 +145,7 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, ..., R] -> likewise."""
+        """Maps x [B, ..., R] to an array of the same shape."""
         shape = (*self.kernel_size, 1, x.shape[-1])
         kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, shape[-1:]).astype(self.dtype)

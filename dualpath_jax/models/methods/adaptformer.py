@@ -1,7 +1,4 @@
-"""AdaptFormer (ref. 11): an adapter at the MLP of each block.
-
-Public: `AdaptFormerHooks`.
-"""
+"""Defines AdaptFormer (ref. 11): an adapter parallel to or after the MLP of each block."""
 
 from typing import ClassVar
 
@@ -12,11 +9,14 @@ from dualpath_jax.models.methods.adapters import Adapter
 
 
 class AdaptFormerHooks(BlockHooks):
-    """Parallel: MLP(LN(z)) + s Adapter(LN(z)) (eq. 4). Serial: y + s Adapter(y), y = MLP(LN(z)).
+    """Adds an adapter to the MLP of each block.
+
+    Parallel: MLP(LN(z)) + s Adapter(LN(z)) (eq. 4). Serial: y + s Adapter(y) with y = MLP(LN(z)).
 
     Attributes:
-      adapter: its form, without skip.
-      parallel: beside the MLP (Fig. 2b), or after it (Fig. 2c), with a skip of its own.
+      adapter: template of the adapter, without skip; its scale is s.
+      parallel: place the adapter parallel to the MLP (Fig. 2b); otherwise after the MLP, with a
+        skip connection around the adapter (Fig. 2c).
     """
 
     pointwise: ClassVar[bool] = True

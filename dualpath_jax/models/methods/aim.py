@@ -1,7 +1,4 @@
-"""AIM (Yang et al., ICLR 2023): spatial, temporal and joint adaptation of an image transformer.
-
-Public: `AIMModel`, `AIMHooks`.
-"""
+"""Defines AIM (Yang et al., ICLR 2023): spatial, temporal and joint adaptation of each block."""
 
 from typing import ClassVar
 
@@ -17,18 +14,20 @@ from dualpath_jax.models.methods.adapters import Adapter
 
 
 class AIMHooks(BlockHooks):
-    """One block of AIM; MHA_time is the same frozen attention over the T frames of a token.
+    """Adapts one block by attention over time and three or four adapters.
 
-    x = x + A_t(MHA_time(LN1(x)));  x = x + A_s(MHA(LN1(x)));  x = x + MLP(LN2(x)) + s A_j(LN2(x)),
-    where A_s has a skip inside. With two temporal adapters, MHA_time reads A_in(LN1(x)), which has
-    a skip too.
+    x = x + A_t(MHA_time(LN1(x)));  x = x + A_s(MHA(LN1(x)));  x = x + MLP(LN2(x)) + s A_j(LN2(x)).
+    MHA_time applies the block's frozen attention over the T frames of each token. A_s includes a
+    skip connection. With two temporal adapters, MHA_time reads A_in(LN1(x)), which also includes a
+    skip connection.
 
     Attributes:
-      adapter: their form, with scale 1.
+      adapter: template of all adapters, with scale 1.
       num_frames: T.
       scale: s.
       num_temporal_adapters: 1, or 2 (SSv2).
-      drop_path: rate at which a clip loses A_t, and A_j; active when a "dropout" rng is given.
+      drop_path: probability, in [0, 1), with which a clip loses A_t, and A_j; active when a
+        "dropout" rng is given.
     """
 
     pointwise: ClassVar[bool] = True
@@ -44,16 +43,17 @@ class AIMHooks(BlockHooks):
         self.joint = self.adapter.clone(scale=self.scale)
         if self.num_temporal_adapters == 2:
             self.temporal_in = self.adapter.clone(skip=True)
-        # One draw for all tokens of a clip [B, T, N, D]; kept terms are scaled up.
+        # One draw for all tokens of a clip [B, T, N, D]; the remaining terms are scaled up.
         self.drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3))
 
     def _drop(self, y: jax.Array) -> jax.Array:
-        """Stochastic depth by clip: y [(B T), N, D] -> likewise."""
+        """Applies stochastic depth per clip to y [(B T), N, D]; the shape stays."""
         y = einops.rearrange(y, "(b t) n d -> b t n d", t=self.num_frames)
         y = self.drop(y, deterministic=not self.has_rng("dropout"))
         return einops.rearrange(y, "b t n d -> (b t) n d")
 
     def on_input(self, h: jax.Array, block: Block) -> jax.Array:
+        """Adds the adapted attention over time to the tokens h [(B T), N, D]."""
         x = einops.rearrange(h, "(b t) n d -> (b n) t d", t=self.num_frames)
         x = block.ln_1(x)
         if self.num_temporal_adapters == 2:
@@ -69,10 +69,10 @@ class AIMHooks(BlockHooks):
 
 
 class AIMModel(FrameModel):
-    """`FrameModel` with learnable temporal positions, zero at the start, on all tokens of a frame.
+    """Adds learnable temporal positions to all tokens of a frame.
 
-    They are added with CLIP's positions, before its `ln_pre`. Parameters: those of `FrameModel`
-    and `temporal_position` [T, D].
+    The positions start at zero and are added together with CLIP's, before its `ln_pre`.
+    Parameters: those of `FrameModel` and `temporal_position` [T, D].
     """
 
     def setup(self):
@@ -81,7 +81,7 @@ class AIMModel(FrameModel):
         self.temporal_position = self.param("temporal_position", nn.initializers.zeros, shape)
 
     def embed(self, images: jax.Array) -> jax.Array:
-        """images [(B T), H, W, 3] -> [(B T), N, D]."""
+        """Maps images [(B T), H, W, 3] to tokens [(B T), N, D]."""
         backbone = self.backbone
         position = backbone.position_embedding + self.temporal_position[:, None]  # [T, N, D]
         position = jnp.tile(position, (images.shape[0] // self.num_frames, 1, 1))

@@ -1,6 +1,7 @@
-"""DualPath (CVPR 2023, sec. 4): one frozen image transformer, adapted in two paths.
+"""Defines DualPath (CVPR 2023, sec. 4): one frozen image transformer, adapted in two paths.
 
-Public: `DualPath`, `sincos3d`.
+Axes: B batch, S frames, G framesets, N tokens (class token first), D width, L blocks, e width of
+the features of a path.
 """
 
 import functools
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualpath_jax.models.backbones.layers import BlockHooks, use_cpu_kernels
+from dualpath_jax.models.backbones.layers import BlockHooks
 from dualpath_jax.models.backbones.registry import BackboneConfig, build_backbone
 from dualpath_jax.models.backbones.vit import resize_positions
 from dualpath_jax.models.methods.adapters import (
@@ -26,11 +27,20 @@ from dualpath_jax.models.methods.adapters import (
 TEMPORAL_POSITIONS = ("sincos3d", "sincos3d+clip", "clip", "learned")
 
 
-def _axis_pieces(size: int, cell: int, patch: int) -> list[list[tuple[int, float, float]]]:
-    """For each patch along an axis of a frameset: its pieces (cell, place in the cell, share).
+def _split_patches_by_cell(
+    size: int, cell: int, patch: int
+) -> list[list[tuple[int, float, float]]]:
+    """Splits the patches along one axis of a frameset at the borders of its cells (frames).
 
-    A piece is the part of a patch that lies in one cell. Its place is its centre, in patches, 0 for
-    the first patch of the cell; its share is its part of the patch's pixels.
+    Args:
+      size: length of the axis, pixels.
+      cell: length of a frame inside the frameset, pixels.
+      patch: length of a patch, pixels.
+
+    Returns:
+      For each patch its pieces (index of the cell, place, share). The place is the center of the
+      piece inside the cell, in patches, 0 at the center of the cell's first patch. The share is the
+      fraction of the patch's pixels.
     """
     tokens = []
     for start in range(0, size, patch):
@@ -44,7 +54,7 @@ def _axis_pieces(size: int, cell: int, patch: int) -> list[list[tuple[int, float
 
 
 def _encode_axis(place: float, channels: int) -> np.ndarray:
-    """Sines, then cosines, of one coordinate: [2 * channels] (base 10000)."""
+    """Returns sines, then cosines, of one coordinate: [2 * channels] (base 10000)."""
     angles = place / 10000.0 ** (np.arange(channels) / channels)
     return np.concatenate([np.sin(angles), np.cos(angles)])
 
@@ -53,18 +63,18 @@ def _encode_axis(place: float, channels: int) -> np.ndarray:
 def sincos3d(
     num_framesets: int, grid: tuple[int, int], frame_size: int, patch_size: int, width: int
 ) -> np.ndarray:
-    """Fixed encoding of (time, row, column) for the patches of grid framesets (sec. 4.2, ref. 75).
+    """Encodes (time, row, column) of the patches of framesets (sec. 4.2, ref. 75).
 
-    Each axis has 2 ceil(D/6) channels, sines then cosines; time, row, column are concatenated and
-    cut to D. Time runs over all T frames, row and column are inside the frame, in patches. A patch
-    that covers several frames takes the average over its pixels of the encodings, the pixels of one
-    frame taken at their centre.
+    Each axis has 2 ceil(D/6) channels, sines then cosines; time, row and column are concatenated
+    and cut to D channels. Time counts all T frames; row and column count patches inside the frame.
+    A patch that covers several frames gets the average of the frames' encodings, weighted by their
+    pixels in the patch; each frame is encoded at the center of its pixels.
 
     Args:
       num_framesets: G.
       grid: (w, h), frames across and down a frameset.
       frame_size: side of a frame inside the frameset, pixels.
-      patch_size: P.
+      patch_size: P, pixels.
       width: D.
 
     Returns:
@@ -72,8 +82,8 @@ def sincos3d(
     """
     across, down = grid
     channels = math.ceil(width / 6)
-    columns = _axis_pieces(across * frame_size, frame_size, patch_size)
-    rows = _axis_pieces(down * frame_size, frame_size, patch_size)
+    columns = _split_patches_by_cell(across * frame_size, frame_size, patch_size)
+    rows = _split_patches_by_cell(down * frame_size, frame_size, patch_size)
     table = np.zeros((num_framesets, len(rows), len(columns), 6 * channels))
     for g, i, j in np.ndindex(table.shape[:3]):
         for cell_row, row, row_share in rows[i]:
@@ -85,12 +95,13 @@ def sincos3d(
 
 
 class DualPath(nn.Module):
-    """Spatial path on S frames, temporal path on G framesets, one classifier.
+    """Runs a spatial path on S frames and a temporal path on G framesets, then one classifier.
 
-    Parameters: `backbone` (frozen), `spatial` and `temporal` (adapters stacked [L, ...], class
-    token; the spatial path's position table), `classifier`. Class tokens and position tables are
-    to be started at the backbone's by `start_from_backbone`. A Swin has neither of them: its counts
-    in PAPER.md's table (10,014,766 and 8,341,043) are those of adapters and classifier alone.
+    Parameters: `backbone` (frozen), `spatial` and `temporal` (adapters stacked [L, ...] and class
+    token; `spatial` also a position table), `classifier`. Class tokens and position tables must
+    start at the backbone's values, see `start_from_backbone`. A Swin has neither class token nor
+    position table: its counts in PAPER.md's table (10,014,766 and 8,341,043) contain only adapters
+    and classifier.
 
     Attributes:
       config: the backbone's shape.
@@ -98,17 +109,18 @@ class DualPath(nn.Module):
       grid: (w, h), frames across and down a frameset.
       frame_size: side of a frame inside a frameset, pixels.
       num_framesets: G.
-      spatial_path, temporal_path: without a path, its half of the classifier's input is zero.
-      adapter: the form of all adapters.
-      serial_skip, pre_attention_adapter, pre_attention_residual: see `SerialAdapters`.
+      spatial_path, temporal_path: use the path; the half of the classifier's input that belongs to
+        an unused path is zero.
+      adapter: template of all adapters.
+      serial_skip, pre_attention_adapter, pre_attention_residual: see `SerialAdapterHooks`.
       temporal_position: "sincos3d" (paper), "sincos3d+clip" (CLIP's frozen table added), "clip"
-        (that table alone), "learned" (trainable, one table per frameset, started at CLIP's).
-      train_tokens: class tokens and spatial position table are trainable copies of CLIP's.
-      adapt_shifted_windows: in Swin, adapters in the shifted-window blocks too; the paper has them
-        in the window blocks only (App. B.1).
+        (only that table), "learned" (trainable, one table per frameset, started at CLIP's).
+      train_tokens: train copies of CLIP's class token (both paths) and position table (spatial).
+      adapt_shifted_windows: in Swin, also adapt the shifted-window blocks; the paper adapts only
+        the window blocks (App. B.1).
       dtype: compute dtype of the transformer; features and classifier are float32.
       scan_blocks, remat: see `ViT`.
-      cls_token_only: where the backbone has a class token, compute no other token in its last block.
+      cls_token_only: if the backbone has a class token, its last block computes only that token.
     """
 
     config: BackboneConfig
@@ -141,11 +153,10 @@ class DualPath(nn.Module):
         if self.temporal_position != "sincos3d" and not self.config.has_class_token:
             raise ValueError(
                 f"temporal_position {self.temporal_position!r} takes the backbone's position "
-                f"table, and {self.config.name} has none: use 'sincos3d'"
+                f"table, but {self.config.name} does not have one: use 'sincos3d'"
             )
         self.backbone = build_backbone(self.config, self.dtype, self.scan_blocks, self.remat)
-        for_cpu = use_cpu_kernels(self.scan_blocks)
-        adapter = self.adapter.clone(for_cpu=for_cpu, dtype=self.dtype, parent=None)
+        adapter = self.adapter.clone(dtype=self.dtype, parent=None)
         shifted = self.adapt_shifted_windows
         self.spatial_sites = ParallelAdapterHooks(adapter, shifted_windows=shifted, parent=None)
         self.temporal_sites = SerialAdapterHooks(
@@ -163,17 +174,19 @@ class DualPath(nn.Module):
         self.classifier = MlpClassifier(self.config.feature_dim, self.num_classes)
 
     def _init_spatial(self, rng: jax.Array) -> Any:
+        """Initializes the parameters of the spatial path."""
         tokens = self.config.num_tokens
         params = {"adapters": self.backbone.init_hooks(rng, self.spatial_sites, 1, tokens)}
-        if self._trains_tokens:
+        if self._has_trainable_tokens:
             params["class_token"] = self.backbone.class_embedding
             params["position"] = self.backbone.position_embedding
         return params
 
     def _init_temporal(self, rng: jax.Array) -> Any:
+        """Initializes the parameters of the temporal path."""
         tokens = self.config.num_tokens
         params = {"adapters": self.backbone.init_hooks(rng, self.temporal_sites, 1, tokens)}
-        if self._trains_tokens:
+        if self._has_trainable_tokens:
             params["class_token"] = self.backbone.class_embedding
         if self.temporal_position == "learned":
             table = resize_positions(self.backbone.position_embedding, self._frameset_patches())
@@ -182,21 +195,22 @@ class DualPath(nn.Module):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Names of the paths that the model has."""
-        present = {"spatial": self.spatial_path, "temporal": self.temporal_path}
-        return tuple(name for name, there in present.items() if there)
+        """Returns the names of the paths that the model uses: "spatial", "temporal" or both."""
+        used = {"spatial": self.spatial_path, "temporal": self.temporal_path}
+        return tuple(name for name, is_used in used.items() if is_used)
 
     @property
-    def _trains_tokens(self) -> bool:
+    def _has_trainable_tokens(self) -> bool:
         return self.train_tokens and self.config.has_class_token
 
     def _frameset_patches(self) -> tuple[int, int]:
+        """Returns the (rows, columns) of patches in a frameset."""
         across, down = self.grid
         patch = self.config.patch_size
         return down * self.frame_size // patch, across * self.frame_size // patch
 
     def start_from_backbone(self, params: Any) -> Any:
-        """`params` with class tokens and position tables set to those of `params["backbone"]`."""
+        """Returns `params` with class tokens and position tables copied from the backbone's."""
         backbone = params["backbone"]
         if not self.config.has_class_token:
             return params
@@ -213,7 +227,10 @@ class DualPath(nn.Module):
         return params
 
     def _temporal_positions(self) -> jax.Array:
-        """p_TP [G, N, D]: patches by `temporal_position`, class token at CLIP's class position."""
+        """Returns p_TP [G, N, D]: the patches' positions as `temporal_position` says.
+
+        The class token has the position of CLIP's class token.
+        """
         if self.temporal_position == "learned":
             return self.temporal["position"]
         fixed = sincos3d(
@@ -235,30 +252,34 @@ class DualPath(nn.Module):
     def spatial_features(
         self, frames: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
-        """frames [B, S, H, W, 3], normalised -> y_SP [B, e] float32 (eq. 7, 8)."""
-        return self._features(frames, self._path("spatial"), dropout_rng)
+        """Maps normalized frames [B, S, H, W, 3] to y_SP [B, e] float32 (eq. 7, 8)."""
+        return self._features(frames, self._path_parts("spatial"), dropout_rng)
 
     def temporal_features(
         self, framesets: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
-        """framesets [B, G, H', W', 3], normalised -> y_TP [B, e] float32 (eq. 9, 10)."""
-        return self._features(framesets, self._path("temporal"), dropout_rng)
+        """Maps normalized framesets [B, G, H', W', 3] to y_TP [B, e] float32 (eq. 9, 10)."""
+        return self._features(framesets, self._path_parts("temporal"), dropout_rng)
 
-    def _path(self, name: str) -> tuple[BlockHooks, Any, jax.Array | None]:
-        """Of the path "spatial" or "temporal": hooks, parameters, positions of a clip's images."""
+    def _path_parts(self, name: str) -> tuple[BlockHooks, Any, jax.Array | None]:
+        """Returns hooks, parameters and positions of the path "spatial" or "temporal".
+
+        The positions are [N, D] for all images, [G, N, D] for the framesets of a clip, or None for
+        the backbone's own.
+        """
         if name == "spatial":
             return self.spatial_sites, self.spatial, self.spatial.get("position")
         return self.temporal_sites, self.temporal, self._temporal_positions()
 
     def _embed(self, images: jax.Array, class_token: Any, position: Any) -> jax.Array:
-        """Images of each clip [B, images, H, W, 3] -> tokens [(B images), N, D]."""
-        if position is not None and position.ndim == 3:  # one for each image of a clip
+        """Maps the images of each clip [B, images, H, W, 3] to tokens [(B images), N, D]."""
+        if position is not None and position.ndim == 3:  # one table for each image of a clip
             position = jnp.tile(position, (images.shape[0], 1, 1))
         images = einops.rearrange(images, "b i h w c -> (b i) h w c")
         return self.backbone.embed(images, class_token, position)
 
     def _features(self, images: jax.Array, path: Any, dropout_rng: Any) -> jax.Array:
-        """One path over the images of each clip, averaged: [B, images, H, W, 3] -> [B, e]."""
+        """Runs one path and averages over the images of a clip: [B, images, H, W, 3] -> [B, e]."""
         hooks, params, position = path
         h = self._embed(images, params.get("class_token"), position)
         h = self.backbone.encode(h, hooks, params["adapters"], dropout_rng, self.cls_token_only)
@@ -272,52 +293,63 @@ class DualPath(nn.Module):
         adapted: bool = True,
         all_blocks: bool = False,
     ) -> dict[str, jax.Array]:
-        """What the tokens of each path attend to, averaged over heads (Fig. 4, A1).
+        """Returns the attention weights of each path, averaged over heads (Fig. 4, A1).
 
         Args:
-          spatial, temporal: as of `__call__`.
-          adapted: with class token and adapters of the path; otherwise the frozen backbone (eq. 2)
-            with its own class token, at the same positions.
-          all_blocks: of every block, not only the last.
+          spatial: [B, S, H, W, 3], normalized frames; see `__call__`.
+          temporal: [B, G, H', W', 3], normalized framesets; see `__call__`.
+          adapted: use the class token and adapters of the path; otherwise the frozen backbone
+            (eq. 2) with its own class token, at the same positions.
+          all_blocks: return the weights of every block, not only those of the last.
 
         Returns:
-          "spatial" [L', B, S, N, N] and "temporal" [L', B, G, N, N], for the paths that there are:
-          float32, class token first, rows (queries) sum to 1 over the last axis (keys); L' is L
-          with `all_blocks`, else 1.
+          "spatial" [L', B, S, N, N] and "temporal" [L', B, G, N, N], for the paths in use: float32,
+          class token first, rows (queries) sum to 1 over the last axis (keys); L' is L with
+          `all_blocks`, else 1.
+
+        Raises:
+          ValueError: the backbone does not have a class token.
         """
         if not self.config.has_class_token:
             raise ValueError(
-                f"{self.config.name} has no class token whose attention could be shown: this "
-                "works with ViT backbones"
+                f"{self.config.name} has no class token: attention maps need a ViT backbone"
             )
         first = 0 if all_blocks else self.config.depth - 1
         inputs = {"spatial": spatial, "temporal": temporal}
         weights = {}
         for name in self.paths:
-            hooks, params, position = self._path(name)
+            hooks, params, position = self._path_parts(name)
             h = self._embed(inputs[name], params.get("class_token") if adapted else None, position)
-            fill = (hooks, params["adapters"]) if adapted else (None, None)
-            rows = self.backbone.attention(h, *fill, first=first)
-            weights[name] = rows.reshape(len(rows), *inputs[name].shape[:2], *rows.shape[2:])
+            adaptation = (hooks, params["adapters"]) if adapted else (None, None)
+            path_weights = self.backbone.attention(h, *adaptation, first=first)
+            weights[name] = path_weights.reshape(
+                len(path_weights), *inputs[name].shape[:2], *path_weights.shape[2:]
+            )
         return weights
 
     def __call__(
         self, spatial: jax.Array, temporal: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
-        """Logits of a batch of clips; see `tuning.Method.build`.
+        """Computes the logits of a batch of clips; see `registry.Method.build`.
 
         Args:
-          spatial: [B, S, H, W, 3], normalised with CLIP's mean and std.
-          temporal: [B, G, H', W', 3], likewise.
-          dropout_rng: switches on adapter dropout (training).
+          spatial: [B, S, H, W, 3] frames, normalized with CLIP's mean and std.
+          temporal: [B, G, H', W', 3] framesets, normalized in the same way; may be None if the
+            model does not use the temporal path.
+          dropout_rng: key that switches on adapter dropout (training), or None.
 
         Returns:
           [B, classes] float32.
+
+        Raises:
+          ValueError: the model uses the temporal path, but `temporal` is None.
         """
         if temporal is None and self.temporal_path:
-            raise ValueError("the temporal path needs framesets [B, G, H', W', 3], but got none")
+            raise ValueError(
+                "the temporal path needs framesets [B, G, H', W', 3], but temporal is None"
+            )
         rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
-        nothing = jnp.zeros((spatial.shape[0], self.config.feature_dim), jnp.float32)
-        y_sp = self.spatial_features(spatial, rngs[0]) if self.spatial_path else nothing
-        y_tp = self.temporal_features(temporal, rngs[1]) if self.temporal_path else nothing
+        zeros = jnp.zeros((spatial.shape[0], self.config.feature_dim), jnp.float32)
+        y_sp = self.spatial_features(spatial, rngs[0]) if self.spatial_path else zeros
+        y_tp = self.temporal_features(temporal, rngs[1]) if self.temporal_path else zeros
         return self.classifier(jnp.concatenate([y_sp, y_tp], axis=-1))

@@ -1,6 +1,4 @@
-"""EVL (Lin et al., ECCV 2022): a decoder over the features of a frozen image transformer.
-
-Public: `EVLModel`, `EVLDecoder`, `TemporalCrossAttention`.
+"""Defines EVL (Lin et al., ECCV 2022): a decoder over the features of a frozen ViT.
 
 Axes: B batch, T frames, N tokens (class token first), D width, K heads, M last blocks.
 """
@@ -12,81 +10,95 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dualpath_jax.models.backbones import kernels as kernels_lib
 from dualpath_jax.models.backbones import layers
+from dualpath_jax.models.backbones.kernels import Kernels
 from dualpath_jax.models.backbones.layers import ACTIVATIONS
 from dualpath_jax.models.backbones.vit import ViTConfig
-from dualpath_jax.models.frame_model import FrameModel, patch_grid
+from dualpath_jax.models.frame_model import FrameModel, patch_grid_side
 from dualpath_jax.models.methods.adapters import DepthwiseConv
 
-# Of one block: tokens [B, T, N, D], queries and keys [B, T, N, K, D/K].
+# Output tokens [B, T, N, D], queries and keys [B, T, N, K, D/K] of one block.
 Features = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def gather_relative(weights: jax.Array, side: int) -> jax.Array:
-    """Weights of patches as weights of rows of the table: [B, T, N, N] -> [B, T, N, rows].
+    """Converts weights over patches into weights over the rows of the table of relative positions.
 
-    N patches of a grid with `side`, (2 side - 1)^2 rows in the order of `layers.relative_index`, of
-    which a query has weights for N and zeros for the others.
+    Args:
+      weights: [B, T, N, N], weights of the N patches (last axis) for each query patch.
+      side: side of the square grid of patches, N = side^2.
+
+    Returns:
+      [B, T, N, (2 side - 1)^2], rows in the order of `layers.relative_index`. A query has N nonzero
+      weights; the weights of offsets that leave the grid are zero.
     """
     grid = {"r": side, "c": side, "u": side, "v": side}
     x = einops.rearrange(weights, "b t (r c) (u v) -> b t r u c v", **grid)
-    x = _shifted(x[:, :, :, ::-1, :, ::-1])
-    x = _shifted(einops.rearrange(x, "b t r u c v -> b t c v r u"))
+    x = _shift_rows(x[:, :, :, ::-1, :, ::-1])
+    x = _shift_rows(einops.rearrange(x, "b t r u c v -> b t c v r u"))
     return einops.rearrange(x, "b t c v r u -> b t (r c) (u v)")
 
 
-def _shifted(x: jax.Array) -> jax.Array:
-    """[..., n, n] -> [..., n, 2n - 1]: row i moved i places to the right, zeros beside it."""
+def _shift_rows(x: jax.Array) -> jax.Array:
+    """Moves row i of x [..., n, n] right by i places, padded with zeros to [..., n, 2n - 1]."""
     n = x.shape[-1]
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n)])  # a row is one longer than what is wanted
+    # Padded rows of 2n elements that are read as rows of 2n - 1 move one place further right each.
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n)])
     x = x.reshape(*x.shape[:-2], 2 * n * n)[..., : n * (2 * n - 1)]
     return x.reshape(*x.shape[:-1], n, 2 * n - 1)
 
 
 class TemporalCrossAttention(nn.Module):
-    """Where the patches of a frame look in the frames before and after it.
+    """Computes features of where the patches of a frame attend in the frames before and after it.
 
-    Attention of the backbone's queries on its keys of the neighbouring frame, softmax over its
-    patches, averaged over heads, times a learned table of relative positions, zero at the start,
-    one for each direction. The class token, and a direction without a frame, give zeros.
+    The backbone's queries attend to its keys of the neighboring frame: softmax over the patches,
+    average over the heads. The weights multiply a learned table of relative positions, one for each
+    direction, which starts at zero. The class token and missing neighbors give zeros.
 
     Attributes:
       width: D.
-      for_cpu: multiply the table with weights that are mostly zeros, instead of making a table of
-        all pairs of patches, [N, N, D]. 3.7 times the multiply-accumulates for 14x14 patches; on a
-        CPU a third of the time, of the gradient a quarter.
+      kernels: `dense_offsets` multiplies the table by weights that are mostly zeros, instead of building a table of
+        all pairs of patches [N, N, D]: more multiply-accumulates, but faster on CPUs (see
+        docs/notes/measurements.md).
+      dtype: compute dtype of the products.
     """
 
     width: int
-    for_cpu: bool = False
+    kernels: Kernels = kernels_lib.DEFAULT
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, q: jax.Array, k: jax.Array) -> jax.Array:
-        """q, k [B, T, N, K, D/K] -> [B, T, N, D]."""
+        """Maps queries and keys q, k [B, T, N, K, D/K] to features [B, T, N, D]."""
         q, k = q[:, :, 1:] * q.shape[-1] ** -0.5, k[:, :, 1:]
-        side = patch_grid(q.shape[2])
+        side = patch_grid_side(q.shape[2])
 
-        def look(q, k, name):
+        def attend_to_neighbors(q, k, name):
             table = self.param(name, nn.initializers.zeros, ((2 * side - 1) ** 2, self.width))
             logits = jnp.einsum("btqkd,btpkd->btkqp", q, k, preferred_element_type=jnp.float32)
             weights = jax.nn.softmax(logits).mean(axis=2).astype(self.dtype)
             table = table.astype(self.dtype)
-            if self.for_cpu:
+            if self.kernels.dense_offsets:
                 return gather_relative(weights, side) @ table
             return jnp.einsum("btqp,qpd->btqd", weights, table[layers.relative_index(side, side)])
 
-        before = jnp.pad(look(q[:, 1:], k[:, :-1], "before"), ((0, 0), (1, 0), (1, 0), (0, 0)))
-        after = jnp.pad(look(q[:, :-1], k[:, 1:], "after"), ((0, 0), (0, 1), (1, 0), (0, 0)))
+        before = attend_to_neighbors(q[:, 1:], k[:, :-1], "before")
+        after = attend_to_neighbors(q[:, :-1], k[:, 1:], "after")
+        # Zeros for the missing neighbor of the first or last frame, and for the class token.
+        before = jnp.pad(before, ((0, 0), (1, 0), (1, 0), (0, 0)))
+        after = jnp.pad(after, ((0, 0), (0, 1), (1, 0), (0, 0)))
         return before + after
 
 
 class DecoderBlock(nn.Module):
-    """Pre-LN cross attention of one query token, then an MLP of ratio 4.
+    """Applies pre-LN cross attention of one query token, then an MLP of ratio 4.
 
     Attributes:
-      config: the backbone's shape, whose heads and activation it takes.
-      dropout: rate after the MLP's activation; active when `dropout_rng` is given.
+      config: the backbone's shape; the block has the same number of heads and activation.
+      dropout: dropout rate after the MLP's activation, in [0, 1); active when `dropout_rng` is
+        given.
+      dtype: compute dtype.
     """
 
     config: ViTConfig
@@ -97,7 +109,7 @@ class DecoderBlock(nn.Module):
     def __call__(
         self, x: jax.Array, features: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
-        """x [B, 1, D], features [B, T N, D] -> [B, 1, D]."""
+        """Updates the query token x [B, 1, D] with the features [B, T N, D]; returns [B, 1, D]."""
         width, heads, dtype = self.config.width, self.config.heads, self.dtype
 
         def norm(x, name):
@@ -116,30 +128,31 @@ class DecoderBlock(nn.Module):
 
 
 class EVLDecoder(nn.Module):
-    """M decoder blocks, the i-th on the i-th feature; LayerNorm, dropout, FC on the query token.
+    """Decodes the features of M backbone blocks: the i-th decoder block reads the i-th feature.
 
-    A feature gets a depth-wise temporal convolution (kernel 3) of itself, a learned temporal
-    position and the temporal cross attention of its block's queries and keys added.
+    First, three terms are added to each feature: its depthwise temporal convolution (kernel 3), a
+    learned temporal position, and the temporal cross attention of its block's queries and keys.
+    LayerNorm, dropout and an FC on the query token give the logits.
 
     Attributes:
       config: the backbone's shape.
       num_classes: width of the output.
-      mlp_dropout: see `DecoderBlock`.
-      dropout: rate before the FC; active when `dropout_rng` is given.
-      for_cpu: see `TemporalCrossAttention`.
-      dtype: compute dtype of the blocks; LayerNorm and FC at the end are float32.
+      mlp_dropout: see `DecoderBlock.dropout`.
+      dropout: dropout rate before the FC, in [0, 1); active when `dropout_rng` is given.
+      kernels: how relative positions are summed.
+      dtype: compute dtype of the blocks; the final LayerNorm and FC are computed in float32.
     """
 
     config: ViTConfig
     num_classes: int
     mlp_dropout: float = 0.5
     dropout: float = 0.5
-    for_cpu: bool = False
+    kernels: Kernels = kernels_lib.DEFAULT
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, features: list[Features], dropout_rng: jax.Array | None = None) -> jax.Array:
-        """Features of the last M blocks -> logits [B, classes] float32."""
+        """Maps the features of the last M blocks to logits [B, classes] float32."""
         rngs = [None] * (len(features) + 1)
         if dropout_rng is not None:
             rngs = list(jax.random.split(dropout_rng, len(features) + 1))
@@ -151,7 +164,7 @@ class EVLDecoder(nn.Module):
             position = self.param(f"position_{i}", nn.initializers.zeros, (frames, width))
             h = h + conv(h) + position[:, None].astype(self.dtype)
             cross = TemporalCrossAttention(
-                width, self.for_cpu, self.dtype, name=f"temporal_attention_{i}"
+                width, self.kernels, self.dtype, name=f"temporal_attention_{i}"
             )
             h = einops.rearrange(h + cross(q, k), "b t n d -> b (t n) d")
             block = DecoderBlock(self.config, self.mlp_dropout, self.dtype, name=f"block_{i}")
@@ -163,12 +176,19 @@ class EVLDecoder(nn.Module):
 
 
 class EVLModel(FrameModel):
-    """The frozen backbone, and the `EVLDecoder` as head on the features of its last M blocks."""
+    """Feeds the features of the last M blocks of the frozen backbone to an `EVLDecoder`.
+
+    Attributes:
+      num_blocks: M, between 1 and the backbone's number of blocks.
+    """
 
     num_blocks: int = 4
 
     def features(self, frames: jax.Array, dropout_rng: jax.Array | None = None) -> list[Features]:
-        """frames [B, T, H, W, 3] -> for each of the last M blocks: output, queries and keys."""
+        """Returns output, queries and keys of each of the last M blocks for frames [B, T, H, W, 3].
+
+        The shapes are those of `Features`.
+        """
         del dropout_rng
         first = self.config.depth - self.num_blocks
         h = self.embed(einops.rearrange(frames, "b t h w c -> (b t) h w c"))

@@ -1,7 +1,4 @@
-"""Pro-tuning (ref. 54): a prompt predicted by convolutions from the output of each block.
-
-Public: `ProTuningHooks`.
-"""
+"""Defines Pro-tuning (ref. 54): convolutions predict a prompt from the output of each block."""
 
 from typing import Any
 
@@ -10,20 +7,20 @@ import jax
 import jax.numpy as jnp
 
 from dualpath_jax.models.backbones.layers import BlockHooks, gelu
-from dualpath_jax.models.frame_model import patch_grid
+from dualpath_jax.models.frame_model import patch_grid_side
 from dualpath_jax.models.methods.adapters import DepthwiseConv
 
 
 class ProTuningHooks(BlockHooks):
-    """h + v, v = GELU(conv(h)), conv = 1x1, 5x5 depth-wise, 1x1 (eq. 5), over the patches.
+    """Adds the prompt v = GELU(conv(h)) to the patches of a block's output h (eq. 5).
 
-    The class token is left out of the reshape and stays as it is. The last convolution starts at
-    zero, so the method starts as the backbone.
+    conv consists of 1x1, 5x5 depthwise and 1x1 convolutions. The class token stays unchanged. The
+    last convolution starts at zero, therefore the method starts as the frozen backbone.
 
     Attributes:
-      width: R, channels between the 1x1 convolutions.
-      class_tokens: how many tokens come before the patches, 1 or 0.
-      dtype: of the computation.
+      width: R, the number of channels between the 1x1 convolutions.
+      class_tokens: number of tokens before the patches, 1 or 0.
+      dtype: compute dtype.
     """
 
     width: int
@@ -32,9 +29,9 @@ class ProTuningHooks(BlockHooks):
 
     @nn.compact
     def on_output(self, h: jax.Array) -> jax.Array:
-        """h [M, N, D] -> [M, N, D]."""
+        """Adds the prompt to the tokens h [M, N, D]; the shape stays."""
         images, tokens, channels = h.shape
-        side = patch_grid(tokens - self.class_tokens)
+        side = patch_grid_side(tokens - self.class_tokens)
         v = nn.Dense(self.width, dtype=self.dtype, name="down")(h[:, self.class_tokens :])
         v = v.reshape(images, side, side, self.width)
         v = DepthwiseConv((5, 5), dtype=self.dtype, name="conv")(v)

@@ -1,7 +1,4 @@
-"""ST-Adapter (ref. 55): an adapter with a depth-wise 3D convolution over time, rows and columns.
-
-Public: `STAdapterHooks`.
-"""
+"""Defines ST-Adapter (ref. 55): an adapter with a depthwise convolution over space and time."""
 
 from typing import Any
 
@@ -11,26 +8,26 @@ import jax
 import jax.numpy as jnp
 
 from dualpath_jax.models.backbones.layers import BlockHooks, gelu
-from dualpath_jax.models.frame_model import patch_grid
+from dualpath_jax.models.frame_model import patch_grid_side
 from dualpath_jax.models.methods.adapters import DepthwiseConv
 
 
 class STAdapterHooks(BlockHooks):
-    """Eq. 6, or the form that its authors released.
+    """Adds an adapter with a 3D convolution to each block, as in eq. 6 or as its authors released.
 
-    Eq. 6: s GELU(conv(LN(z) W_down)) W_up beside the MLP; W_up starts at zero. The class token of a
-    frame goes through the same convolution as an image of one patch.
-    Released: h + s conv(h W_down) W_up on the tokens that enter the block, patches only, without
+    Eq. 6 adds s GELU(conv(LN(z) W_down)) W_up parallel to the MLP; W_up starts at zero. The class
+    tokens pass through the same convolution as frames of one patch.
+    The released code adds s conv(h W_down) W_up to the patches h that enter the block, without
     activation; the convolution starts at zero.
 
     Attributes:
       num_frames: T.
-      width: R.
-      kernel_size: (time, rows, columns) of the convolution.
+      width: R, the inner width.
+      kernel_size: (time, rows, columns) of the convolution, odd numbers.
       scale: s.
-      released: the authors' form.
-      class_tokens: how many tokens come before the patches, 1 or 0.
-      dtype: of the computation.
+      released: use the form of the released code instead of eq. 6.
+      class_tokens: number of tokens before the patches, 1 or 0.
+      dtype: compute dtype.
     """
 
     num_frames: int
@@ -43,7 +40,7 @@ class STAdapterHooks(BlockHooks):
 
     @nn.compact
     def _adapt(self, x: jax.Array) -> jax.Array:
-        """x [M, N, D] -> the adapter's term [M, N, D]."""
+        """Maps tokens x [M, N, D] to the adapter's term [M, N, D]."""
         zeros, default = nn.initializers.zeros, nn.initializers.lecun_normal()
         kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
         down = nn.Dense(self.width, kernel_init=kaiming, dtype=self.dtype, name="down")
@@ -53,13 +50,14 @@ class STAdapterHooks(BlockHooks):
         up = nn.Dense(x.shape[-1], kernel_init=init, dtype=self.dtype, name="up")
 
         def convolve(tokens, side):
+            """Convolves tokens [M, side^2, R] over time, rows and columns; the shape stays."""
             y = einops.rearrange(
                 tokens, "(b t) (h w) r -> b t h w r", t=self.num_frames, h=side, w=side
             )
             return einops.rearrange(conv(y), "b t h w r -> (b t) (h w) r")
 
         first = self.class_tokens
-        side = patch_grid(x.shape[1] - first)
+        side = patch_grid_side(x.shape[1] - first)
         if self.released:
             y = up(convolve(down(x[:, first:]), side))
             return self.scale * jnp.pad(y, ((0, 0), (first, 0), (0, 0)))

@@ -1,7 +1,4 @@
-"""Visual prompt tuning (VPT, ref. 37): learnable tokens beside those of the image.
-
-Public: `DeepPromptHooks` (eq. 3), `ShallowPromptModel`.
-"""
+"""Defines visual prompt tuning (VPT, ref. 37): learnable tokens next to those of the image."""
 
 import math
 from typing import Any
@@ -14,8 +11,8 @@ from dualpath_jax.models.backbones.layers import BlockHooks
 from dualpath_jax.models.frame_model import FrameModel
 
 
-def _uniform(patch_size: int) -> Any:
-    """VPT's own initialiser: uniform within sqrt(6 / (3 P P + D))."""
+def _prompt_init(patch_size: int) -> Any:
+    """Returns VPT's initializer, which draws uniformly from +-sqrt(6 / (3 P^2 + D))."""
 
     def init(rng, shape, dtype=jnp.float32):
         bound = math.sqrt(6.0 / (3 * patch_size**2 + shape[-1]))
@@ -25,11 +22,13 @@ def _uniform(patch_size: int) -> Any:
 
 
 class DeepPromptHooks(BlockHooks):
-    """K prompts before the tokens of every block, [e; h] (eq. 3); the next block has its own.
+    """Places K learnable prompts before the tokens of every block, [e; h] (eq. 3).
+
+    Each block has its own prompts; they are removed from its output.
 
     Attributes:
       num_prompts: K.
-      patch_size: P, for the initialiser.
+      patch_size: P in pixels, for the initializer.
     """
 
     num_prompts: int
@@ -37,21 +36,24 @@ class DeepPromptHooks(BlockHooks):
 
     @nn.compact
     def on_input(self, h: jax.Array, block: Any) -> jax.Array:
-        """h [M, N, D] -> [M, K + N, D]."""
+        """Maps tokens h [M, N, D] to prompts and tokens [M, K + N, D]."""
         del block
         shape = (self.num_prompts, h.shape[-1])
-        prompts = self.param("prompts", _uniform(self.patch_size), shape).astype(h.dtype)
+        prompts = self.param("prompts", _prompt_init(self.patch_size), shape).astype(h.dtype)
         return jnp.concatenate([jnp.broadcast_to(prompts, (h.shape[0], *shape)), h], axis=1)
 
     def on_output(self, h: jax.Array) -> jax.Array:
-        """h [M, K + N, D] -> [M, N, D]."""
+        """Removes the prompts: h [M, K + N, D] -> [M, N, D]."""
         return h[:, self.num_prompts :]
 
 
 class ShallowPromptModel(FrameModel):
-    """VPT-shallow: K prompts enter the first block, after the class token, and stay.
+    """Implements VPT-shallow: K prompts after the class token pass through all blocks.
 
     Parameters: those of `FrameModel` and `prompts` [K, D].
+
+    Attributes:
+      num_prompts: K.
     """
 
     num_prompts: int = 10
@@ -59,10 +61,10 @@ class ShallowPromptModel(FrameModel):
     def setup(self):
         super().setup()
         shape = (self.num_prompts, self.config.width)
-        self.prompts = self.param("prompts", _uniform(self.config.patch_size), shape)
+        self.prompts = self.param("prompts", _prompt_init(self.config.patch_size), shape)
 
     def embed(self, images: jax.Array) -> jax.Array:
-        """images [M, H, W, 3] -> [M, N + K, D]."""
+        """Maps images [M, H, W, 3] to tokens and prompts [M, N + K, D]."""
         h = super().embed(images)
         prompts = jnp.broadcast_to(self.prompts, (h.shape[0], *self.prompts.shape))
         return jnp.concatenate([h[:, :1], prompts.astype(h.dtype), h[:, 1:]], axis=1)

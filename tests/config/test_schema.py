@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from dualpath_jax.config import ranges, schema
+from dualpath_jax.config import schema
 from dualpath_jax.config.values import flatten_config
 from tests.config.test_configs import CONFIGS
 
@@ -45,12 +45,12 @@ def changed(key, value):
 )
 def test_refused(key, value, words):
     with pytest.raises(ValueError, match=f"^{key}=.* must be {words}$"):
-        ranges.check_ranges(changed(key, value))
+        schema.check_values(changed(key, value))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_config_is_refused(name):
-    ranges.check_ranges(importlib.import_module(f"configs.{name}").get_config())
+    schema.check_values(importlib.import_module(f"configs.{name}").get_config())
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_no_config_is_refused(name):
     ],
 )
 def test_at_the_edge(key, value):
-    ranges.check_ranges(changed(key, value))
+    schema.check_values(changed(key, value))
 
 
 def test_every_range_is_of_a_key():
-    assert ranges._RANGES.keys() <= flatten_config(schema.get_config()).keys()
+    assert schema.KEYS.keys() <= flatten_config(schema.get_config()).keys()

@@ -1,6 +1,4 @@
-"""A small training, started as a process, to be disturbed. See `chaos`.
-
-Public: `TrainingFixture`, `TrainingProcess`, `ChaosError`, `SIZES`, `DAMAGED`.
+"""Defines a small training that runs as a process, for `chaos` to inject faults.
 
 The program is `python -m dualpath_jax.main` on the demo's model at 32 pixels, with all
 augmentation, gradient accumulation, evaluation during training, and epochs that end within a batch.
@@ -24,10 +22,10 @@ from dualpath_jax.weights import convert
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIZES = {"train": 44, "validation": 8, "test": 16}  # videos; an epoch is 5.5 batches of 8
-DAMAGED = (5, 17, 30)  # places of the training videos that cannot be read
-PATIENCE = 300.0  # seconds without what must come, after which the program counts as hung
-MIRRORED = [["Moving something to the left", "Moving something to the right"]]
-SETTINGS = {
+DAMAGED = (5, 17, 30)  # indices of the training videos that cannot be read
+PATIENCE = 300.0  # seconds to wait for an event, after which the program counts as hung
+_MIRRORED_CLASSES = [["Moving something to the left", "Moving something to the right"]]
+_SETTINGS = {
     "data.source": "ssv2",
     "data.batch_size": 8,
     "data.image_size": 32,
@@ -42,8 +40,8 @@ SETTINGS = {
     "eval.every_epochs": 10,
     "eval.batch_size": 8,
 }
-# The program with a clock that jumps by up to ten years, either way, every second.
-WRONG_CLOCK = """
+# The program with a clock that jumps by up to ten years, forward or back, every second.
+_PROGRAM_WITH_WRONG_CLOCK = """
 import random, runpy, time
 seconds, nanoseconds = time.time, time.time_ns
 jump = lambda: random.Random(int(time.monotonic())).uniform(-3e8, 3e8)
@@ -54,45 +52,51 @@ runpy.run_module("dualpath_jax.main", run_name="__main__", alter_sys=True)
 
 
 class ChaosError(Exception):
-    """The program did what it must not do."""
+    """Reports that the program did not handle a fault as it must."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFixture:
-    """What is trained: inputs and logs in `folder`, for `num_steps` steps."""
+    """Makes the inputs of a small training and starts it.
+
+    Attributes:
+      folder: folder of the inputs and the logs.
+      num_steps: number of training steps.
+    """
 
     folder: pathlib.Path
     num_steps: int
 
     @property
     def data(self) -> str:
+        """Returns the folder of the prepared data."""
         return str(self.folder / "data")
 
     @property
     def shard(self) -> pathlib.Path:
-        """The frames of the training videos."""
+        """Returns the file with the frames of the training videos."""
         return pathlib.Path(frame_shard_path(self.data, "train", 0, 1))
 
     def make_inputs(self) -> None:
-        """Render, prepare and damage the videos; convert the backbone."""
+        """Renders, prepares and damages the videos, and converts the backbone."""
         raw = self.folder / "raw"
         render.render_demo(raw, SIZES, progress=False)
         videos, labels = str(raw / "videos"), str(raw / "labels")
-        prepare.prepare_dataset(
-            dataset_registry.list_videos("ssv2", videos, labels), videos, self.data, progress=False
-        )
+        listing = dataset_registry.list_videos("ssv2", videos, labels)
+        options = prepare.PrepareOptions(progress=False)
+        prepare.prepare_dataset(listing, videos, self.data, options)
         convert.convert_checkpoint(setup.BACKBONE, self.folder / "backbone.safetensors")
-        (self.folder / "mirrored.json").write_text(json.dumps(MIRRORED))
+        (self.folder / "mirrored.json").write_text(json.dumps(_MIRRORED_CLASSES))
         (self.folder / "logs").mkdir()
         self.damage_videos(DAMAGED)
 
     def damage_videos(self, videos: Iterable[int]) -> None:
-        """Flip a bit in a stored frame of each of these, as a failing disk does."""
+        """Flips a bit in a stored frame of each video, as a failing disk does."""
         dataset = VideoDataset(self.data, "train")
         content = bytearray(self.shard.read_bytes())
         for video in videos:
             record = dataset.read_frames(video, [0])[0]
-            # The file's own headers may lie between two parts of a record.
+            # The file's own headers may be between two parts of a record.
             parts = (record[i : i + 40] for i in range(len(record) // 2, len(record) - 40, 40))
             content[next(p for part in parts if (p := content.find(part)) > 0)] ^= 1
         self.shard.write_bytes(content)
@@ -100,21 +104,21 @@ class TrainingFixture:
     def start(
         self, workdir: pathlib.Path, log: str, wrong_clock: bool = False
     ) -> "TrainingProcess":
-        """The program, as anybody starts it; its output goes to `logs/<log>`."""
+        """Starts the program as a user does; its output goes to `logs/<log>`."""
         options = {
-            **SETTINGS,
+            **_SETTINGS,
             "data.dir": self.data,
             "data.label_swap": self.folder / "mirrored.json",
             "backbone.checkpoint": self.folder / "backbone.safetensors",
             "num_train_steps": self.num_steps,
         }
-        program = ["-c", WRONG_CLOCK] if wrong_clock else ["-m", "dualpath_jax.main"]
+        program = ["-c", _PROGRAM_WITH_WRONG_CLOCK] if wrong_clock else ["-m", "dualpath_jax.main"]
         command = [sys.executable, *program, "--config=configs/demo.py", f"--workdir={workdir}"]
         command += [f"--config.{key}={value}" for key, value in options.items()]
         return TrainingProcess(command, self._environment(), self.folder / "logs" / log)
 
     def _environment(self) -> dict[str, str]:
-        """Compiled programs are kept, so that a restart costs no compilation."""
+        """Returns the environment of the program; restarts reuse compiled programs."""
         return {
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -126,7 +130,16 @@ class TrainingFixture:
 
 
 class TrainingProcess:
-    """The program from a start to its end."""
+    """Runs the program once and observes it by its output.
+
+    Attributes:
+      process: the running process.
+
+    Args:
+      command: the program and its arguments.
+      environment: its environment variables.
+      log: file for its output.
+    """
 
     def __init__(self, command: list[str], environment: dict[str, str], log: pathlib.Path):
         self._log = log
@@ -135,42 +148,47 @@ class TrainingProcess:
                 command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
             )
 
-    def text(self) -> str:
-        """What it has printed so far."""
+    def read_log(self) -> str:
+        """Returns what the program has printed so far."""
         return self._log.read_text(errors="replace")
 
-    def step(self) -> int:
-        """The last step that it told of, 0 if none."""
-        lines = [line for line in self.text().splitlines() if line.startswith("step ")]
+    def last_step(self) -> int:
+        """Returns the last step that the program has printed, or 0."""
+        lines = [line for line in self.read_log().splitlines() if line.startswith("step ")]
         return int(lines[-1].split()[1].split("/")[0]) if lines else 0
 
-    def until(self, condition: Callable[[], bool], pause: float = 0.02) -> bool:
-        """Wait for `condition`; False if the program ended before. Chaos if neither happens."""
+    def wait_until(self, condition: Callable[[], bool], pause: float = 0.02) -> bool:
+        """Waits for `condition`; returns False if the program ends before it is true.
+
+        Raises:
+          ChaosError: neither has happened after `PATIENCE` seconds.
+        """
         end = time.monotonic() + PATIENCE
         while not condition():
             if self.process.poll() is not None:
                 return condition()
             if time.monotonic() > end:
-                raise self.wrong(f"has been hanging for {PATIENCE:.0f} s")
+                raise self.make_error(f"has been hanging for {PATIENCE:.0f} s")
             time.sleep(pause)
         return True
 
-    def trains(self) -> bool:
-        """Wait for the first step; False if the program ended before."""
-        return self.until(lambda: "first step, compilation included" in self.text())
+    def wait_for_first_step(self) -> bool:
+        """Waits for the first step; returns False if the program ends before it."""
+        return self.wait_until(lambda: "first step, compilation included" in self.read_log())
 
-    def end(self) -> int:
-        """Wait for its end; exit status, or the signal's negative number."""
-        self.until(lambda: self.process.poll() is not None)
+    def wait_for_exit(self) -> int:
+        """Waits for the end; returns the exit status, or minus the number of the signal."""
+        self.wait_until(lambda: self.process.poll() is not None)
         return self.process.returncode
 
     def kill(self) -> None:
-        """kill -9."""
+        """Kills the program with SIGKILL (kill -9)."""
         self.process.kill()
         self.process.wait()
 
-    def wrong(self, what: str) -> ChaosError:
-        """An error for what the program did, with the end of its output."""
+    def make_error(self, what: str) -> ChaosError:
+        """Returns an error for what the program did, with the end of its output."""
         return ChaosError(
-            f"the program {what}. Its last words, of {self._log}:\n{self.text()[-3000:]}"
+            f"the program {what}. The end of its output, from {self._log}:\n"
+            f"{self.read_log()[-3000:]}"
         )

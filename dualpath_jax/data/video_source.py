@@ -1,0 +1,35 @@
+"""Defines what the pipeline reads videos from: prepared data sets and what stands in for them."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+
+class VideoSource(Protocol):
+    """Gives random access to the stored frames of n videos.
+
+    `video_dataset.VideoDataset` is the one for prepared data. Others hold one decoded video
+    (`inference.trained_model.SingleVideo`), made-up videos (`data.synthetic.SyntheticVideos`) or
+    masks (`demo.object_masks.ObjectMasks`).
+
+    Attributes:
+      ids: n names of videos, for messages and predictions.
+      labels: int32 [n], class indices.
+      num_frames: int64 [n], at least 1.
+      heights, widths: int64 [n], pixels of the stored frames.
+      class_names: one per class.
+    """
+
+    ids: Sequence[str]
+    labels: np.ndarray
+    num_frames: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+    class_names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
+        """Returns the records of some frames of a video, see `VideoDataset.read_frames`."""
+        ...

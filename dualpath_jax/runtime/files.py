@@ -1,0 +1,76 @@
+"""Writes files atomically, and checks output paths before any work."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+from etils import epath
+
+from dualpath_jax.runtime import gcs
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
+    """Yields a temporary path whose file replaces `path` when the block ends without an error.
+
+    The temporary file is in the same folder and has the same suffix. It is removed when the block
+    fails. A local file is on the disk, not only in the page cache, before it replaces `path`.
+
+    Args:
+      path: the final file, local or gs://.
+
+    Raises:
+      OSError: the file cannot be written; `path` is as it was.
+    """
+    final = epath.Path(path)
+    temporary = final.with_name(f"{final.stem}.incomplete-{os.getpid()}{final.suffix}")
+    try:
+        with gcs.gcs_errors(os.fspath(path)):
+            yield temporary
+            if "://" not in os.fspath(path):
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())  # some file systems report a full disk only here
+            temporary.replace(final)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file in UTF-8 atomically.
+
+    File names in the text may hold bytes outside UTF-8, which Python represents as surrogates; they
+    are written unchanged.
+
+    Raises:
+      OSError: the file cannot be written; the error has a remedy and the `errno` of the failure.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        remedy = "make room there, or make it writable, and run the same command again"
+        explained = OSError(f"cannot write {os.fspath(path)}: {error}; {remedy}")
+        explained.errno = error.errno
+        raise explained from None
+
+
+def check_output_file(option: str, name: str) -> None:
+    """Checks that the file that a command line option names can be written.
+
+    Args:
+      option: the option, such as "--out", for the message.
+      name: path of the file.
+
+    Raises:
+      ValueError: the file cannot be written.
+    """
+    path = pathlib.Path(name)
+    if path.is_dir():
+        raise ValueError(f"{option}={name} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option}={name}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{option}={name}: {path.parent} cannot be written; choose another folder")
