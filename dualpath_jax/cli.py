@@ -1,7 +1,6 @@
-"""What the command lines share: parsers, absl's flags, errors for the user.
+"""Parses command lines and reports errors, for main.py and the commands.
 
-Public: `build_parser`, `positive`, `add_model_options`, `load_model`, `check_output_file`, `run_app`,
-`user_errors`. Light: JAX is imported where it is used.
+JAX and TensorFlow are imported only where they are used, so that --help is quick.
 """
 
 import argparse
@@ -9,20 +8,23 @@ import ast
 import contextlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags, logging
 
+from dualpath_jax.config import loading, schema
+from dualpath_jax.runtime.command_line import command_line
+
 
 def build_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose help begins with a script's docstring, as it is written there."""
+    """Returns a parser whose help begins with a command's docstring, unchanged."""
     return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
-def positive(kind: type):
-    """An argparse type: a number above 0."""
+def positive(kind: type) -> Callable[[str], float]:
+    """Returns an argparse type for numbers above 0 of `kind`, int or float."""
 
     def number(text: str) -> float:
         value = kind(text)
@@ -35,79 +37,130 @@ def positive(kind: type):
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that name a trained model, see `load_model`."""
+    """Adds the options that name a trained model, see `load_model`."""
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--workdir", help="of a training run, local or gs://")
-    model.add_argument("--adapter", help="file of scripts/export_adapter.py, instead")
+    model.add_argument("--workdir", help="workdir of a training run, local or gs://")
+    model.add_argument("--adapter", help="adapter file, instead of --workdir")
     parser.add_argument(
-        "--backbone", help="file of the converted backbone, where it is not where the run had it"
+        "--backbone", help="file of the converted backbone, if it is not where the run had it"
     )
     parser.add_argument(
         "--checkpoint",
         choices=["latest", "best"],
         default="latest",
-        help="of a run: the newest, or the best by top-1 during training (latest)",
+        help="checkpoint of the run: the newest, or the best by top-1 in training (latest)",
     )
 
 
 def load_model(arguments: argparse.Namespace):
-    """The `trained.Trained` that the options of `add_model_options` name; errors as `trained.load`."""
+    """Loads the `TrainedModel` that the options of `add_model_options` name.
+
+    Raises:
+      ValueError, OSError: as `trained_model.load`.
+    """
     from dualpath_jax.inference import trained_model
 
     if arguments.adapter and not arguments.adapter.endswith(".safetensors"):
         raise ValueError(
-            f"--adapter={arguments.adapter!r} is no .safetensors file, which is what "
-            "scripts/export_adapter.py writes; the folder of a run is --workdir"
+            f"--adapter={arguments.adapter!r} is not a .safetensors file, which is what "
+            f"{command_line('export-adapter')} writes; the folder of a run is --workdir"
         )
     path = arguments.workdir or arguments.adapter
     return trained_model.load(path, arguments.backbone, arguments.checkpoint)
 
 
-def run_app(main: Callable[[list[str]], None]) -> None:
-    """absl's `app.run`; help ends with status 0, what the user can mend as in `user_errors`."""
-    asked = any(argument.lstrip("-").startswith("help") for argument in sys.argv[1:])
+def parse_with_overrides(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses a command line that takes --config.KEY=VALUE in addition to the parser's options.
+
+    Returns:
+      The parsed options, and the overrides for `loading.load_config`.
+    """
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [text for text in rest if not text.startswith("--config.") or "=" not in text]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options, rest
+
+
+def run_app(main: Callable[[list[str]], None], doc: str) -> None:
+    """Runs `main` with absl's flags; ends with status 2 if a flag or the config file is wrong.
+
+    Args:
+      main: called with the arguments that are not flags.
+      doc: printed by --help, before the flags of the module of `main`.
+    """
+    arguments = sys.argv[1:]
+    if "--help_config" in arguments:
+        print(schema.format_keys())
+        sys.exit(0)
+    if "--help" in arguments or "-h" in arguments:
+        module = main.__module__
+        listed = flags.FLAGS.module_help(sys.argv[0] if module == "__main__" else module)
+        print(f"{doc}\n{listed}\n\n--helpfull lists the flags of all libraries as well.")
+        sys.exit(0)
+    asked_for_help = any(argument.lstrip("-").startswith("help") for argument in arguments)
     try:
         app.run(main, flags_parser=_parse_flags)
     except SystemExit as end:
-        sys.exit(0 if asked and end.code == 1 else end.code)
+        sys.exit(0 if asked_for_help and end.code == 1 else end.code)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """What is left of `argv`; a wrong flag or config ends the program with a line and status 2."""
+    """Parses absl's flags and the config file; returns the other arguments.
+
+    A wrong flag or config file ends the program with one line and status 2.
+    """
     try:
-        left = flags.FLAGS(argv)
+        arguments = loading.rename_overrides(_find_config_files(argv[1:]))
+        sys.argv[1:] = arguments  # the config flag reads its overrides there
+        rest = flags.FLAGS([argv[0], *arguments])
         if "config" in flags.FLAGS and flags.FLAGS["config"].present:
-            _ = flags.FLAGS["config"].value.items  # an OSError where there is no such file
-        return left
+            _ = flags.FLAGS["config"].value.items  # raises OSError if there is no such file
+        return rest
     except (AttributeError, KeyError) as error:
         frames = traceback.walk_tb(error.__traceback__)
         if any(frame.f_code.co_name == "get_config" for frame, _ in frames):
-            raise  # a mistake in the file; else of an override, --config.KEY=VALUE
-        said = str(error.args[0])
-        with contextlib.suppress(SyntaxError, ValueError):
-            said = ast.literal_eval(said)  # an AttributeError quotes the KeyError that it was
-        said = f"the configuration has no {'. '.join(said.splitlines())}"
+            raise  # a mistake in the config file, not in an override
+        message = loading.find_unknown_override(argv[1:])
+        if message is None:
+            message = str(error.args[0])
+            with contextlib.suppress(SyntaxError, ValueError):
+                message = ast.literal_eval(message)  # an AttributeError quotes its KeyError
+            message = f"the configuration has no {'. '.join(message.splitlines())}"
     except (flags.Error, OSError) as error:
-        said = str(error)
-        if "get_config() takes 0 positional arguments" in said:
-            said = "--config: this file takes nothing behind a colon"
-    print(f"error: {said}", file=sys.stderr)
+        message = str(error)
+        if "get_config() takes 0 positional arguments" in message:
+            message = "--config: this file takes no :VARIANT after its name"
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
+def _find_config_files(arguments: Sequence[str]) -> list[str]:
+    """Replaces the value of --config by the path of the file, see `loading.find_config_file`."""
+    found, is_value = [], False
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if is_value:
+            argument = loading.find_config_file(argument)
+        elif name in ("--config", "-config") and equals:
+            argument = f"{name}={loading.find_config_file(value)}"
+        is_value = argument in ("--config", "-config")
+        found.append(argument)
+    return found
+
+
 @contextlib.contextmanager
-def user_errors():
-    """Report what the user can mend as one line, without a traceback (-v=1 shows it)."""
+def user_errors() -> Iterator[None]:
+    """Reports errors that the user can fix in one line; -v=1 adds the traceback."""
     from dualpath_jax.runtime import distributed  # imports JAX
     from dualpath_jax.runtime.preemption import Preempted
 
     try:
         yield
     except Preempted as stop:
-        print(
-            f"{distributed.process_label()}{stop}; the same command goes on from there",
-            file=sys.stderr,
-        )
+        message = f"{distributed.process_label()}{stop}; the same command resumes there"
+        print(message, file=sys.stderr)
         sys.exit(stop.exit_code)
     except (ValueError, OSError, FloatingPointError) as error:
         if distributed.is_peer_failure(error):

@@ -28,15 +28,17 @@ def compute_shares(model, rollout: bool) -> dict[str, np.ndarray]:
     """Computes the `COLUMNS` of each path, averaged over the videos of the evaluated split."""
     from dualpath_jax.analysis import attention_maps
     from dualpath_jax.data import pipeline
+    from dualpath_jax.data.clip_spec import Views
     from dualpath_jax.data.video_dataset import VideoDataset
     from dualpath_jax.demo import object_masks
 
     config, patch = model.config, model.module.config.patch_size
     dataset = VideoDataset(config.data.dir, config.eval.split)
     sources = dataset, object_masks.ObjectMasks(dataset, config.eval.split)
-    settings = (config.data, config.eval.temporal_views, config.eval.spatial_crops)
+    views = Views(config.eval.temporal_views, config.eval.spatial_crops)
     batches = [
-        pipeline.eval_batches(source, *settings, config.eval.batch_size) for source in sources
+        pipeline.eval_batches(source, config.data, views, config.eval.batch_size)
+        for source in sources
     ]
     shares: dict[str, list] = {path: [] for path in model.module.paths}
     bar = progress_bar.ProgressBar(len(dataset), f"seed {config.seed}", "videos")

@@ -13,7 +13,6 @@ compiled by torch.compile.
 """
 
 import argparse
-import importlib
 import json
 import os
 import pathlib
@@ -22,7 +21,8 @@ import sys
 # Processes that measure memory import this file again, therefore `main` is guarded.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.cli import build_parser, positive
+from dualpath_jax.cli import build_parser, parse_with_overrides, positive
+from dualpath_jax.config.loading import load_config
 from dualpath_jax.runtime import environment
 
 # Frameworks to compare with -> suffix of their rows in the tables.
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtypes", nargs="+", default=dtypes, choices=dtypes, help=help_)
     help_ = "scan over the blocks instead of unrolling them; a TPU always scans"
     add("--scan_blocks", action="store_true", help=help_)
-    add("--remat", default="cheap", help="config.model.remat (cheap)")
+    add("--remat", default="save_matmuls", help="config.model.remat (save_matmuls)")
     add("--json", action="store_true", help="print JSON instead of Markdown")
     return result
 
@@ -121,11 +121,11 @@ def format_markdown(result: dict) -> str:
 
 
 def main() -> None:
-    arguments = parser().parse_args()
+    arguments, overrides = parse_with_overrides(parser())
     try:
-        config = importlib.import_module(f"configs.{arguments.config}").get_config()
-    except ModuleNotFoundError:
-        sys.exit(f"error: configs/{arguments.config}.py does not exist; check --config")
+        config = load_config(arguments.config, overrides)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     import jax
 
     from scripts.benchmarks import train_step

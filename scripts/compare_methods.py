@@ -53,15 +53,15 @@ def method_config(method: str, learning_rate: float, seed: int, steps: int):
     return config
 
 
-def build_experiment(config, workdir: str):
-    """Builds the experiment of a configuration; returns it with its training split."""
+def build_run(config, workdir: str):
+    """Builds a run in `workdir`; returns experiment, initial state and training split."""
     from dualpath_jax.data.video_dataset import VideoDataset
-    from dualpath_jax.training import experiment
+    from dualpath_jax.training.experiment import build_experiment
     from dualpath_jax.training.inputs import check_workdir
 
     check_workdir(workdir)
     dataset = VideoDataset(config.data.dir, config.data.train_split)
-    return experiment.build_experiment(config, workdir, dataset), dataset
+    return *build_experiment(config, workdir, dataset), dataset
 
 
 def train_and_score(config, workdir: str, split: str) -> dict:
@@ -79,11 +79,12 @@ def train_and_score(config, workdir: str, split: str) -> dict:
 
     os.makedirs(workdir, exist_ok=True)
     with open(f"{workdir}/log.txt", "a") as log, contextlib.redirect_stdout(log):
-        run, dataset = build_experiment(config, workdir)
-        train.train(run, dataset, dataset)
-        scores = evaluate.evaluate_run(run, VideoDataset(config.data.dir, split))
+        experiment, state, dataset = build_run(config, workdir)
+        state = train.train(experiment, state, dataset, dataset)
+        split_dataset = VideoDataset(config.data.dir, split)
+        scores = evaluate.Evaluator(experiment, split_dataset).evaluate(state)
     jax.clear_caches()
-    return {"top1": scores.top1, "trainable_params": run.trainable_params}
+    return {"top1": scores.top1, "trainable_params": experiment.trainable_params}
 
 
 def time_steps(configs: dict, out: str, rounds: int = 9, steps: int = 4) -> dict[str, float]:
@@ -105,12 +106,13 @@ def time_steps(configs: dict, out: str, rounds: int = 9, steps: int = 4) -> dict
     ready = {}
     for method, config in configs.items():
         with open(os.devnull, "w") as log, contextlib.redirect_stdout(log):
-            run, dataset = build_experiment(config, f"{out}/timing")
+            experiment, state, dataset = build_run(config, f"{out}/timing")
         framesets = method_registry.uses_framesets(method)
         batch = next(pipeline.train_batches(dataset, config.data, 0, 0, 1, framesets=framesets))
-        step = jax.jit(make_train_step(run.model, config, run.optimizer), donate_argnums=0)
-        batch = sharding.shard_batch(batch, run.mesh)
-        ready[method] = [step, step(run.state, run.frozen, batch)[0], run.frozen, batch]
+        step = make_train_step(experiment.model, config, experiment.optimizer)
+        step = jax.jit(step, donate_argnums=0)
+        batch, frozen = sharding.shard_batch(batch, experiment.mesh), experiment.frozen
+        ready[method] = [step, step(state, frozen, batch)[0], frozen, batch]
     # The methods take turns, so that a slow moment of the machine affects all of them.
     times: dict[str, list[float]] = {method: [] for method in ready}
     for _ in range(rounds):

@@ -104,4 +104,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     environment.configure_environment()
     flags.mark_flags_as_required(["config", "topology"])
-    cli.run_app(main)
+    cli.run_app(main, __doc__)

@@ -1,64 +1,13 @@
-"""Converts a checkpoint of CLIP, or of an ImageNet ViT or Swin, to a backbone file.
+"""Runs `dualpath convert`: see dualpath_jax/commands/convert.py."""
 
-    python scripts/convert_clip.py --checkpoint=ViT-B-16.pt --out=clip_vitb16.safetensors
-
-Supported are CLIP of OpenAI, open_clip or Hugging Face; ViT of timm or Hugging Face; Swin of its
-authors, timm or Hugging Face. The kind is detected from the names in the file. A torch file (.pt,
-.bin) needs torch (the CPU build is enough); a safetensors file does not.
-"""
-
-import argparse
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # runs uninstalled
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.cli import build_parser  # noqa: E402
-from dualpath_jax.runtime import progress_bar  # noqa: E402
-from dualpath_jax.weights import convert  # noqa: E402
+from dualpath_jax.commands.convert import main, parser  # noqa: E402
 
-
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
-    parser = build_parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint, a local file")
-    parser.add_argument("--out", required=True, help="safetensors file to write, local or gs://")
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="open a TorchScript archive that OpenAI did not publish; it can run code",
-    )
-    parser.add_argument(
-        "--activation",
-        choices=("quick_gelu", "gelu"),
-        help="activation of the MLPs; needed if neither the checkpoint nor the publisher's config "
-        "next to it states it",
-    )
-    parser.add_argument("--heads", type=int, help="attention heads of a ViT; default: width / 64")
-    progress_bar.add_quiet_option(parser)
-    return parser
-
-
-def main() -> int:
-    """Converts the checkpoint, prints a summary and returns the exit status."""
-    options = vars(parser().parse_args())
-    progress_bar.set_quiet(options.pop("quiet"))
-    try:
-        info = convert.convert_checkpoint(**options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    config, published = info["config"], info["published"]
-    shape = config.architecture
-    shape |= {key: getattr(config, key) for key in ("heads", "image_size", "activation", "eps")}
-    print(f"found       {info['layout']} names in a {info['container']} file")
-    print(f"backbone    {config.name}: {', '.join(f'{k} {v}' for k, v in shape.items())}")
-    print(f"parameters  {info['parameters']:,}")
-    print(f"SHA-256     {info['source_sha256']}")
-    print(f"published   {f'yes, OpenAI {published}' if published else 'not among OpenAI releases'}")
-    print(f"written     {info['out']} (SHA-256 {info['sha256']})")
-    return 0
-
+__all__ = ["main", "parser"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,68 +1,13 @@
-"""Writes the trained parameters of a run to one safetensors file, for --config.init_from.
+"""Runs `dualpath export-adapter`: see dualpath_jax/commands/export_adapter.py."""
 
-    python scripts/export_adapter.py --workdir=runs/demo --out=demo.safetensors
-
-The file does not contain the backbone. The run may still be in progress.
-"""
-
-import argparse
-import os
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.cli import build_parser, user_errors  # noqa: E402
-from dualpath_jax.runtime import files  # noqa: E402
+from dualpath_jax.commands.export_adapter import main, parser  # noqa: E402
 
-
-def export(workdir: str, out: str, which: str) -> str:
-    """Writes the adapter file of a run and returns a line that describes it.
-
-    Args:
-      workdir: folder of the run, local or gs://.
-      out: .safetensors file to write, local or gs://.
-      which: checkpoint, "latest" or "best" (by top-1 during training).
-    """
-    from etils import epath
-
-    from dualpath_jax.inference import trained_model
-    from dualpath_jax.training import adapter_file
-
-    leaves, metadata = trained_model.read_trained_params(workdir, which)
-    adapter_file.write_adapter(out, leaves, metadata)
-    count = sum(leaf.size for leaf in leaves.values())
-    size = epath.Path(out).stat().length
-    return (
-        f"wrote {out}: {count:,} parameters of {metadata['method']} on {metadata['backbone_name']} "
-        f"at step {metadata['step']}, {len(metadata['class_names'])} classes, {size:,} bytes"
-    )
-
-
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
-    arg_parser = build_parser(__doc__)
-    arg_parser.add_argument("--workdir", required=True, help="workdir of the run, local or gs://")
-    arg_parser.add_argument(
-        "--out", required=True, help="file to write, .safetensors; local or gs://"
-    )
-    arg_parser.add_argument(
-        "--checkpoint",
-        choices=["latest", "best"],
-        default="latest",
-        help="the newest, or the best by top-1 during training (latest)",
-    )
-    return arg_parser
-
-
-def main() -> None:
-    args = parser().parse_args()
-    with user_errors():
-        if "://" not in args.out:
-            files.check_output_file("--out", args.out)
-        print(export(args.workdir, args.out, args.checkpoint))
-
+__all__ = ["main", "parser"]
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    main()
+    sys.exit(main())

@@ -1,57 +1,13 @@
-"""Exports a trained model for programs that do not have this package, with a model card.
+"""Runs `dualpath export`: see dualpath_jax/commands/export_model.py."""
 
-    python scripts/export_model.py --workdir=runs/demo --out=exported
-    python scripts/export_model.py --workdir=runs/demo --out=exported --batch_size=8
-
-Writes OUT/model.stablehlo (for jax.export, on CPU, CUDA and TPU), OUT/saved_model (TensorFlow),
-OUT/class_names.json and OUT/model_card.md, which describes the inputs and outputs.
-"""
-
-import argparse
-import os
 import pathlib
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # a program traced on the CPU fits every platform
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax import cli
-from dualpath_jax.runtime import environment
+from dualpath_jax.commands.export_model import main, parser  # noqa: E402
 
-
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
-    arg_parser = cli.build_parser(__doc__)
-    add = arg_parser.add_argument
-    cli.add_model_options(arg_parser)
-    add("--out", required=True, help="folder to write")
-    add(
-        "--batch_size",
-        type=cli.positive(int),
-        help="number of views per call (any number)",
-    )
-    add(
-        "--formats",
-        nargs="+",
-        default=["stablehlo", "saved_model"],
-        choices=["stablehlo", "saved_model"],
-        help="formats to write (stablehlo saved_model)",
-    )
-    return arg_parser
-
-
-def main() -> None:
-    arguments = parser().parse_args()
-    from dualpath_jax.inference import export
-
-    with cli.user_errors():
-        model = cli.load_model(arguments)
-        results = export.read_results(arguments.workdir) if arguments.workdir else None
-        export.export_model(model, arguments.out, arguments.formats, arguments.batch_size, results)
-    print(f"wrote {arguments.out}/model_card.md and the files that it describes")
-
+__all__ = ["main", "parser"]
 
 if __name__ == "__main__":
-    environment.configure_environment()
-    main()
+    sys.exit(main())

@@ -42,13 +42,13 @@ def make_image(photos: list, size: int, rng: np.random.Generator) -> dict[str, n
       image: uint8 [size, size, 3].
       target: float32 [size, size, 4]: 1 if an object covers the pixel, then the x, y and log
         radius of that object (0 elsewhere).
-      centre: float32 [2], mean position (x, y) of the copies, 0..1.
+      center: float32 [2], mean position (x, y) of the copies, 0..1.
       shape, colour, count: class labels; count is the number of copies - 1.
     """
     photo, shape = rng.integers(len(photos)), rng.integers(len(render.SHAPES))
     color = rng.integers(len(render.COLORS))
     count = 1 if rng.random() < 0.4 else rng.integers(1, MAX_OBJECTS + 1)
-    still = np.ones(1)
+    one_frame = np.ones(1)
     image = render.crop_photo(photos[photo], size, rng)
     target = np.zeros((size, size, 4), np.float32)
     centers = []
@@ -57,7 +57,7 @@ def make_image(photos: list, size: int, rng: np.random.Generator) -> dict[str, n
     pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
     for _ in range(count):
         x, y = rng.uniform(0.05, 0.95, 2)
-        track = render.Track(x * still, y * still, radius * still, still)
+        track = render.Track(x * one_frame, y * one_frame, radius * one_frame, one_frame)
         rgb = list(render.COLORS.values())[color]
         image = render.paint_object(image, track, render.SHAPES[shape], rgb)[0]
         distance = render.shape_distance(
@@ -68,7 +68,7 @@ def make_image(photos: list, size: int, rng: np.random.Generator) -> dict[str, n
     return {
         "image": image,
         "target": target,
-        "centre": np.mean(centers, axis=0, dtype=np.float32),
+        "center": np.mean(centers, axis=0, dtype=np.float32),
         "shape": shape,
         "colour": color,
         "count": count - 1,
@@ -120,7 +120,7 @@ def compute_losses(model: Pretraining, params: dict, batch: dict) -> tuple[jax.A
         loss = optax.softmax_cross_entropy_with_integer_labels(logits[name], batch[name])
         total += loss.mean()
         metrics[name] = (logits[name].argmax(-1) == batch[name]).mean()
-    metrics["centre_error"] = jnp.abs(center - batch["centre"]).mean()
+    metrics["centre_error"] = jnp.abs(center - batch["center"]).mean()
     # Patch targets: the covered share, and the mean position and log radius over covered pixels.
     patch = model.config.patch_size
     target = nn.avg_pool(batch["target"], (patch, patch), (patch, patch))

@@ -1,128 +1,13 @@
-"""Writes a training batch as the model sees it to a PNG file: one row per clip.
+"""Runs `dualpath show-batch`: see dualpath_jax/commands/show_batch.py."""
 
-    python scripts/show_batch.py --config=configs/demo.py --out=batch.png
-
-Shows the effect of sampling, cropping and augmentation on your videos: everything up to
-normalization, color operations included. Needs prepared data, but no weights.
-"""
-
-import argparse
-import importlib.util
-import os
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-import numpy as np  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
+from dualpath_jax.commands.show_batch import main, parser  # noqa: E402
 
-from dualpath_jax.cli import build_parser  # noqa: E402
-
-GAP = 8  # pixels between pictures
-LINE = 16  # pixels for a line of text
-MIN_WIDTH = 480  # pixels; leaves room for the label of small pictures
-
-
-def load_config(name: str):
-    """Loads the configuration of a file, "FILE" or "FILE:ARGUMENT"."""
-    path, _, argument = name.partition(":")
-    spec = importlib.util.spec_from_file_location("config", path)
-    if spec is None or not os.path.exists(path):
-        raise ValueError(f"there is no config file {path!r}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(argument) if argument else module.get_config()
-
-
-def format_operations(batch: dict, i: int) -> str:
-    """Returns the operations of RandAugment on clip `i` as text; "" without any."""
-    from dualpath_jax.data.randaugment_ops import OPS
-
-    pairs = zip(batch["ops"][i], batch["op_values"][i], strict=True) if "ops" in batch else ()
-    return "".join(f"; {OPS[op]}" + (f" {value:.3g}" if value else "") for op, value in pairs if op)
-
-
-def apply_color_operations(batch: dict) -> dict:
-    """Returns `batch` with the color operations applied, which training applies on the device."""
-    from dualpath_jax.models import preprocess
-
-    if "ops" not in batch:
-        return batch
-    keys = [key for key in ("spatial", "temporal") if key in batch]
-    inputs = [batch[key] for key in keys]
-    images = preprocess.augment_color(inputs, batch["ops"], batch["op_values"], batch["tables"])
-    pairs = zip(keys, images, strict=True)
-    return batch | {k: np.asarray(x).round().astype(np.uint8) for k, x in pairs}
-
-
-def draw_batch(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
-    """Draws one row per clip: label, spatial frames, and framesets if the method uses them."""
-    from dualpath_jax.analysis.image_grid import load_font
-
-    clips = []
-    for i in range(len(batch["label"])):
-        inputs = [batch[key][i] for key in ("spatial", "temporal") if key in batch]
-        pictures = [picture for images in inputs for picture in images]
-        pictures = [picture.repeat(zoom, axis=0).repeat(zoom, axis=1) for picture in pictures]
-        width = max(sum(p.shape[1] + GAP for p in pictures), MIN_WIDTH)
-        height = max(p.shape[0] for p in pictures) + LINE + GAP
-        canvas = Image.new("RGB", (width, height), "white")
-        label = batch["label"][i]
-        text = f"video {batch['example_id'][i]}, class {label}: {class_names[label]}"
-        text += format_operations(batch, i)
-        ImageDraw.Draw(canvas).text((0, 2), text, fill="black", font=load_font(10))
-        left = 0
-        for picture in pictures:
-            canvas.paste(Image.fromarray(picture), (left, LINE))
-            left += picture.shape[1] + GAP
-        clips.append(np.asarray(canvas))
-    return Image.fromarray(np.concatenate(clips))
-
-
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
-    arg_parser = build_parser(__doc__)
-    arg_parser.add_argument("--config", required=True, help="config file, FILE or FILE:ARGUMENT")
-    arg_parser.add_argument("--out", required=True, help="PNG file to write")
-    arg_parser.add_argument(
-        "--data_dir", help="folder of the prepared data (the config's data.dir)"
-    )
-    arg_parser.add_argument("--step", type=int, default=0, help="training step of the batch (0)")
-    arg_parser.add_argument("--clips", type=int, default=8, help="number of clips to show (8)")
-    arg_parser.add_argument(
-        "--zoom", type=int, default=1, help="factor by which images are enlarged (1)"
-    )
-    return arg_parser
-
-
-def main() -> None:
-    args = parser().parse_args()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from dualpath_jax.config.schema import check_values
-    from dualpath_jax.data import pipeline
-    from dualpath_jax.data.video_dataset import VideoDataset
-    from dualpath_jax.models import registry as method_registry
-
-    try:
-        config = load_config(args.config)
-        check_values(config)
-        dataset = VideoDataset(args.data_dir or config.data.dir, config.data.train_split)
-        batches = pipeline.train_batches(
-            dataset,
-            config.data,
-            config.seed,
-            args.step,
-            args.step + 1,
-            framesets=method_registry.uses_framesets(config.model.method),
-        )
-        batch = {key: value[: args.clips] for key, value in next(batches).items()}
-        draw_batch(apply_color_operations(batch), dataset.class_names, args.zoom).save(args.out)
-    except (ValueError, OSError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"wrote {args.out}: {len(batch['label'])} clips of step {args.step}")
-
+__all__ = ["main", "parser"]
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

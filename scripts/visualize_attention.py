@@ -1,69 +1,13 @@
-"""Draws where the model looks: heat maps of the class token's attention over videos.
+"""Runs `dualpath attention`: see dualpath_jax/commands/attention.py."""
 
-    python scripts/visualize_attention.py --workdir=runs/demo --out=attention VIDEO...
-
-Writes DIR/<video>.png (frames, framesets, and the framesets' frames; without and with adaptation)
-and DIR/<video>.gif (the clip with both paths' maps). The clip is the middle view of evaluation.
-"""
-
-import argparse
-import os
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.cli import build_parser, user_errors  # noqa: E402
+from dualpath_jax.commands.attention import main, parser  # noqa: E402
 
-
-def draw_videos(args: argparse.Namespace) -> int:
-    """Writes the pictures of each video; returns the number of videos that cannot be read."""
-    from dualpath_jax.analysis import attention_figures, image_grid
-    from dualpath_jax.data.preparation.video_decoder import VideoError
-    from dualpath_jax.inference import trained_model
-
-    model = trained_model.load(args.workdir, backbone=args.backbone)
-    folder, taken, bad = pathlib.Path(args.out), set(), 0
-    folder.mkdir(parents=True, exist_ok=True)
-    for video in args.videos:
-        try:
-            clips = attention_figures.middle_view_clips(model.clips(video), model.config)
-        except VideoError as error:
-            print(f"error: {error}", file=sys.stderr)
-            bad += 1
-            continue
-        view = attention_figures.analyze_clip(model, clips, args.rollout)
-        path = image_grid.unused_path(folder, video, taken)
-        kind = "rollout" if args.rollout else "last block"
-        grid = attention_figures.draw_grid(view, f"{path.name}, {kind}")
-        image_grid.write_png(f"{path}.png", grid)
-        image_grid.write_gif(f"{path}.gif", attention_figures.draw_animation(view))
-        print(f"wrote {path}.png and {path.name}.gif", flush=True)
-    return bad
-
-
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
-    parser = build_parser(__doc__)
-    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="video files")
-    parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
-    parser.add_argument(
-        "--backbone", help="file of the converted backbone, if it is not where the run had it"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
-    parser.add_argument(
-        "--rollout", action="store_true", help="attention through all blocks, not only the last one"
-    )
-    return parser
-
-
-def main() -> None:
-    """Draws the videos; exits with status 1 if some cannot be read."""
-    with user_errors():
-        bad = draw_videos(parser().parse_args())
-    sys.exit(1 if bad else 0)
-
+__all__ = ["main", "parser"]
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    main()
+    sys.exit(main())

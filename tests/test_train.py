@@ -14,24 +14,25 @@ from dualpath_jax.config import schema
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.models import param_tree
-from dualpath_jax.training import experiment, restore, sharding
+from dualpath_jax.training import sharding
 from dualpath_jax.training.checkpoint import Checkpoints
 from dualpath_jax.training.inputs import check_inputs
 from dualpath_jax.training.optimizer import count_train_steps, make_schedule
 from dualpath_jax.training.step import make_train_step
 from tests.helpers.compiling_once import compiling_once
+from tests.helpers.runs import build_run
 
 
 def build(config, workdir):
     dataset = VideoDataset(config.data.dir, "train")
     with compiling_once():
-        return experiment.build_experiment(config, str(workdir), dataset), dataset
+        return build_run(config, str(workdir), dataset), dataset
 
 
 def run_all(config, workdir):
     run, dataset = build(config, workdir)
     with compiling_once():
-        train.train(run, dataset, VideoDataset(config.data.dir, "test"))
+        run.train(dataset, VideoDataset(config.data.dir, "test"))
     return run
 
 
@@ -43,7 +44,7 @@ def test_twenty_steps_move_what_trains_and_nothing_else(config, tmp_path):
     config.num_train_steps = 20
     run, dataset = build(config, tmp_path)
     frozen, before = leaves(run.frozen), leaves(run.state.trainable)
-    train.train(run, dataset, VideoDataset(config.data.dir, "test"))
+    run.train(dataset, VideoDataset(config.data.dir, "test"))
     after = leaves(run.state.trainable)
     assert all(np.array_equal(frozen[n], leaf) for n, leaf in leaves(run.frozen).items())
     assert len(frozen) == 20
@@ -125,7 +126,7 @@ def test_evaluations_share_one_program(config, tmp_path, monkeypatch):
     made, make = [], evaluate.jit_eval_step
     monkeypatch.setattr(evaluate, "jit_eval_step", lambda *args: made.append(1) or make(*args))
     run, dataset = build(config, tmp_path)
-    scores = [evaluate.evaluate_run(run, dataset) for _ in range(2)]
+    scores = [run.evaluate(dataset) for _ in range(2)]
     assert scores[0] == scores[1]
     assert made == [1]
 
@@ -143,7 +144,7 @@ def test_a_batch_has_no_more_than_the_videos(asked, taken, config, tmp_path, mon
     monkeypatch.setattr(pipeline, "eval_batches", batches_of)
     config.eval.batch_size = asked
     run, _ = build(config, tmp_path)
-    scores = evaluate.evaluate_run(run, VideoDataset(config.data.dir, "test"))
+    scores = run.evaluate(VideoDataset(config.data.dir, "test"))
     assert (scores.num_videos, set(sizes)) == (21, {taken})
 
 
@@ -177,7 +178,7 @@ def test_a_finished_run_only_evaluates(config, tmp_path, capsys):
 
 def test_results(config, tmp_path):
     run = run_all(config, tmp_path)
-    evaluate.evaluate_and_write(run, VideoDataset(config.data.dir, "test"))
+    run.evaluate_and_write(VideoDataset(config.data.dir, "test"))
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["num_videos"] == 21
     assert results["top1"] * 21 == pytest.approx(round(results["top1"] * 21))
@@ -192,8 +193,8 @@ def test_results(config, tmp_path):
     assert {"top5", "mean_class_accuracy"} <= results.keys()
     # Evaluation alone, from the checkpoint, gives the same.
     other, _ = build(config, tmp_path)
-    restore.restore_for_evaluation(other)
-    scores = evaluate.evaluate_run(other, VideoDataset(config.data.dir, "test"))
+    other.restore_for_evaluation()
+    scores = other.evaluate(VideoDataset(config.data.dir, "test"))
     assert scores.top1 == results["top1"]
 
 
@@ -222,7 +223,7 @@ def test_non_finite_loss_stops_and_names_the_last_checkpoint(config, tmp_path, m
 
     monkeypatch.setattr(pipeline, "train_batches", poisoned)
     with pytest.raises(FloatingPointError, match=r"step 5.*checkpoints/3") as caught:
-        train.train(run, dataset, dataset)
+        run.train(dataset, dataset)
     assert "optimizer.learning_rate" in str(caught.value)
     assert Checkpoints(str(tmp_path)).latest_step() == 3
 
@@ -246,13 +247,13 @@ def test_checkpoints_know_what_they_belong_to(config, tmp_path):
     config.model.adapter_bottleneck = 32
     other, _ = build(config, tmp_path)
     with pytest.raises(ValueError, match="config.json"):
-        restore.restore_for_evaluation(other)
+        other.restore_for_evaluation()
 
 
 def test_evaluation_without_a_checkpoint(config, tmp_path):
     run, _ = build(config, tmp_path)
     with pytest.raises(ValueError, match="no checkpoint"):
-        restore.restore_for_evaluation(run)
+        run.restore_for_evaluation()
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ class Efficiency:
 
 def _build_forward_fn(model: AbstractModel) -> Callable:
     """Returns the function (params, *inputs) -> logits of a model."""
-    return lambda params, *inputs: model.model.apply({"params": params}, *inputs)
+    return lambda params, *inputs: model.module.apply({"params": params}, *inputs)
 
 
 def measure_efficiency(config: Any) -> Efficiency:

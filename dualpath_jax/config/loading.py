@@ -75,10 +75,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
       ValueError: an override names an unknown key, or its value is not of the key's type.
     """
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    arguments = [f"--config={find_config_file(name)}", *rename_overrides(overrides)]
+    arguments = ["", f"--config={find_config_file(name)}", *rename_overrides(overrides)]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     try:
-        left = values(["", *arguments])
+        left = values(arguments)
     except (AttributeError, KeyError):
         if unknown := find_unknown_override(overrides):
             raise ValueError(unknown) from None

@@ -26,7 +26,7 @@ class ClipSample(TypedDict, total=False):
     Attributes:
       records: bytes [T], serialized tf.train.Example of each frame.
       box: int32 [4], top, left, height and width of the crop, pixels of the stored frame.
-      decode_ratio: int32, place in `frame_ops.RATIOS` of the JPEG decoder's scale.
+      decode_ratio: int32, place in `frame_ops.DECODE_RATIOS` of the JPEG decoder's scale.
       flip: bool, mirror the clip.
       label: int32.
       mask: float32, 0 for padding.

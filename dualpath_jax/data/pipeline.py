@@ -13,7 +13,7 @@ A batch is a dict of numpy arrays:
 In evaluation, spatial and temporal have an axis V (views) after B. In training with RandAugment
 (N operations), for what `preprocess.augment_color` does to both inputs:
   ops         int32   [B, N]              places in `randaugment_ops.OPS`
-  op_values   float32 [B, N]              see `randaugment_ops.value_of`
+  op_values   float32 [B, N]              see `randaugment_ops.compute_op_value`
   tables      uint8   [B, 3, 256]         new value of each level of red, green, blue, before ops
 """
 

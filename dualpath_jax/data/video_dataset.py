@@ -77,7 +77,7 @@ class VideoDataset:
                 f"{data_dir} has no frames of split {split!r}; prepare the data set again"
             )
         lengths = frames[storage_split]
-        path = _shard_path(data_dir, "videos", split, 0, 1)
+        path = shard_path(data_dir, "videos", split, 0, 1)
         table = dataset_metadata.read_video_table(
             path, sum(splits[split]), len(self.class_names), lengths
         )
@@ -147,10 +147,10 @@ class VideoDataset:
 
 def frame_shard_path(out_dir: str, split: str, shard: int, num_shards: int) -> str:
     """Returns the path of a shard of frame records, named as TFDS names them."""
-    return _shard_path(os.path.join(out_dir, "frames"), "frames", split, shard, num_shards)
+    return shard_path(os.path.join(out_dir, "frames"), "frames", split, shard, num_shards)
 
 
-def _shard_path(data_dir: str, name: str, split: str, shard: int, num_shards: int) -> str:
+def shard_path(data_dir: str, name: str, split: str, shard: int, num_shards: int) -> str:
     return os.path.join(data_dir, f"{name}-{split}.array_record-{shard:05d}-of-{num_shards:05d}")
 
 

@@ -136,8 +136,8 @@ class Track:
 def draw_track(label: int, num_frames: int, rng: np.random.Generator) -> Track:
     """Draws a random track of class `label`; an odd class is the even one reversed in time."""
     time = np.linspace(0, 1, num_frames)
-    still = np.ones(num_frames)
-    x, y, radius, opacity = 0.5 * still, 0.5 * still, rng.uniform(0.16, 0.26) * still, still
+    constant = np.ones(num_frames)
+    radius, opacity = rng.uniform(0.16, 0.26) * constant, constant
     pair, backwards = divmod(label, 2)
     if pair in (0, 1):  # a straight line, right to left or bottom to top, with a slight drift
         length = rng.uniform(0.48, 0.66)
@@ -146,7 +146,7 @@ def draw_track(label: int, num_frames: int, rng: np.random.Generator) -> Track:
         across = rng.uniform(0.25, 0.75) + rng.uniform(-0.08, 0.08) * (time - 0.5)
         x, y = (along, across) if pair == 0 else (across, along)
     else:
-        x, y = rng.uniform(0.3, 0.7) * still, rng.uniform(0.3, 0.7) * still
+        x, y = rng.uniform(0.3, 0.7) * constant, rng.uniform(0.3, 0.7) * constant
     if pair == 2:
         small = rng.uniform(0.07, 0.11)
         radius = small * rng.uniform(2.4, 3.5) ** time

@@ -8,9 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import time
 import traceback
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +19,6 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
-from orbax.checkpoint._src.checkpointers import async_checkpointer
-from orbax.checkpoint._src.futures import future, signaling_client
 
 from dualpath_jax.config.values import (
     INVALID_CONFIG_ERRORS,
@@ -35,11 +31,6 @@ from dualpath_jax.runtime import files
 _MAX_BYTES = 32 * 2**30  # of the arrays of a checkpoint; ViT-L, fully tuned, has 4 GB
 METRIC = "top1"  # by which the best checkpoint is the best
 _MAX_ERRORS = 10  # that one save may give, one by one
-
-# Orbax gives up waiting by the wall clock, so that a save fails when that is set meanwhile.
-BY_A_STEADY_CLOCK = (async_checkpointer, future, signaling_client)
-for _module in BY_A_STEADY_CLOCK:
-    _module.time = types.SimpleNamespace(**vars(time) | {"time": time.monotonic})
 
 
 def _is_news(record: Any) -> bool:

@@ -49,7 +49,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
-    """Holds one line of HLO text: %name = shape op(rest."""
+    """Holds one line of HLO text, `%name = shape op(rest`."""
 
     name: str
     shape: str

@@ -69,12 +69,12 @@ class ForwardPass:
         config.data.batch_size = config.eval.batch_size = jax.device_count()
         videos = synthetic.make_synthetic_split(config.data, 1)
         with contextlib.redirect_stdout(io.StringIO()):  # the table of parameters
-            random_experiment = build_experiment(config, "", videos)
+            random_experiment, state = build_experiment(config, "", videos)
         model = random_experiment.model  # only this is kept: the optimizer's state is freed
         names = ("spatial", "temporal")
         shapes = dict(zip(names, clip_shapes(config), strict=True))
         self._shapes = {k: shape[1:] for k, shape in shapes.items() if shape is not None}
-        params = random_experiment.state.trainable, random_experiment.frozen
+        params = state.trainable, random_experiment.frozen
         self._params = jax.device_put(params, jax.devices()[0])
         self._logits = jax.jit(
             lambda trainable, frozen, batch: clip_logits(

@@ -24,7 +24,7 @@ import tensorflow as tf
 
 from dualpath_jax.data import frame_ops, frame_sampling, pipeline, video_dataset
 from dualpath_jax.data.clip_assembly import compose_inputs, fill_color, parallel_map
-from dualpath_jax.data.clip_spec import ClipFormat, build_clip_format
+from dualpath_jax.data.clip_spec import ClipFormat, Views, build_clip_format
 from dualpath_jax.data.datasets.annotations import DatasetIndex, Video
 from dualpath_jax.data.preparation import shard_writer
 from dualpath_jax.data.preparation.prepare import PrepareOptions, prepare_dataset
@@ -80,7 +80,7 @@ def load_ours(
         steps = len(videos) // data_config.batch_size
         batches = pipeline.train_batches(videos, data_config, 0, 0, steps)
     else:
-        batches = pipeline.eval_batches(videos, data_config, 1, 1, data_config.batch_size)
+        batches = pipeline.eval_batches(videos, data_config, Views(1, 1), data_config.batch_size)
     for batch in batches:
         yield len(batch["label"])
 
@@ -261,11 +261,11 @@ def _record_clips(
     videos, clip = RepeatedVideos(dataset, length), build_clip_format(data_config)
     rows = slice(0, data_config.batch_size)
     if training:
-        broken = UnreadableVideos(videos.ids, 0)
-        training_clips = pipeline.TrainingClips(videos, clip, data_config, 0, broken)
+        unreadable = UnreadableVideos(videos.ids, 0)
+        training_clips = pipeline.TrainingClips(videos, clip, data_config, 0, unreadable)
         samples = training_clips.samples(range(length // data_config.batch_size), rows)
     else:
-        samples = pipeline.eval_samples(videos, clip, 1, 1, data_config.batch_size, rows)
+        samples = pipeline.eval_samples(videos, clip, Views(1, 1), data_config.batch_size, rows)
     clips = []
     for sample in samples:
         drawn = {k: tf.convert_to_tensor(v) for k, v in sample.items() if k != "records"}
@@ -490,7 +490,7 @@ def _endless_batches(
     if training:
         yield from pipeline.train_batches(dataset, data_config, 0, 0, sys.maxsize)
     while True:
-        yield from pipeline.eval_batches(dataset, data_config, 1, 1, data_config.batch_size)
+        yield from pipeline.eval_batches(dataset, data_config, Views(1, 1), data_config.batch_size)
 
 
 def memory_deviation(

@@ -21,11 +21,10 @@ from dualpath_jax import evaluate
 from dualpath_jax.analysis import efficiency
 from dualpath_jax.config.schema import check_values
 from dualpath_jax.data.datasets import registry as dataset_registry
-from dualpath_jax.models import registry as method_registry
-from dualpath_jax.models.abstract import AbstractModel, abstract_model, clip_shapes
+from dualpath_jax.models.abstract import clip_shapes
 from dualpath_jax.training import sharding
-from dualpath_jax.training.optimizer import make_optimizer, make_schedule
-from dualpath_jax.training.state import TrainState, abstract_state, state_shardings
+from dualpath_jax.training.experiment import AbstractExperiment, build_abstract
+from dualpath_jax.training.state import state_shardings
 from dualpath_jax.training.step import jit_train_step, make_train_step
 from scripts.benchmarks import hlo_cost
 
@@ -125,7 +124,7 @@ class StepReport:
 
 
 class TooLarge(Exception):
-    """Reports that a program needs more memory than a chip has."""
+    """Signals that a program needs more memory than a chip has."""
 
 
 def compile_steps(
@@ -171,19 +170,18 @@ def _with_shardings(tree: Any, shardings: Any) -> Any:
     )
 
 
-def _abstract_experiment(config: Any, mesh: Any) -> tuple[AbstractModel, Any, TrainState, Any]:
-    """Returns model, optimizer, state and frozen weights of an experiment, without values."""
+def _abstract_experiment(config: Any, mesh: Any) -> AbstractExperiment:
+    """Describes a run whose arrays have the shardings of `mesh`."""
     num_classes = dataset_registry.NUM_CLASSES.get(
         config.data.source, dataset_registry.PLACEHOLDER_NUM_CLASSES
     )
-    model = abstract_model(config, num_classes)
-    dtype = method_registry.compute_dtype(config)
-    schedule = make_schedule(config.optimizer, 1000, 100.0)
-    optimizer = make_optimizer(config.optimizer, schedule, model.mask)
-    state, frozen = abstract_state(model, optimizer)
-    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), frozen)
-    state = _with_shardings(state, state_shardings(state, mesh))
-    return model, optimizer, state, _with_shardings(frozen, sharding.fsdp_sharding(frozen, mesh))
+    abstract = build_abstract(config, num_classes, steps_per_epoch=100.0)
+    frozen_shardings = sharding.fsdp_sharding(abstract.frozen, mesh)
+    return dataclasses.replace(
+        abstract,
+        state=_with_shardings(abstract.state, state_shardings(abstract.state, mesh)),
+        frozen=_with_shardings(abstract.frozen, frozen_shardings),
+    )
 
 
 def _abstract_batch(
@@ -208,22 +206,24 @@ def _abstract_batch(
 
 def _train_program(config: Any, mesh: Any) -> tuple[Callable, tuple[Any, ...], int]:
     """Returns the jitted training step, its arguments and the multiply-accumulates on a chip."""
-    model, optimizer, state, frozen = _abstract_experiment(config, mesh)
-    jitted = jit_train_step(model.model, config, optimizer, mesh, state)
-    unsharded = make_train_step(model.model, config, optimizer)
+    abstract = _abstract_experiment(config, mesh)
+    module, state = abstract.model.module, abstract.state
+    jitted = jit_train_step(module, config, abstract.optimizer, mesh, state)
+    unsharded = make_train_step(module, config, abstract.optimizer)
     batch = _abstract_batch(config, mesh, (config.data.batch_size,))
-    macs = efficiency.count_macs(unsharded, state, frozen, batch) // mesh.size
-    return jitted, (state, frozen, batch), macs
+    macs = efficiency.count_macs(unsharded, state, abstract.frozen, batch) // mesh.size
+    return jitted, (state, abstract.frozen, batch), macs
 
 
 def _eval_program(config: Any, mesh: Any) -> tuple[Callable, tuple[Any, ...], int]:
     """Returns the jitted evaluation step, its arguments and the multiply-accumulates on a chip."""
-    model, _, state, frozen = _abstract_experiment(config, mesh)
-    step = evaluate.make_eval_step(model.model, config)
-    jitted = evaluate.jit_eval_step(model.model, config, mesh)
+    abstract = _abstract_experiment(config, mesh)
+    module = abstract.model.module
+    step = evaluate.make_eval_step(module, config)
+    jitted = evaluate.jit_eval_step(module, config, mesh)
     views = config.eval.temporal_views * config.eval.spatial_crops
     batch = _abstract_batch(config, mesh, (config.eval.batch_size, views))
-    arguments = (state.trainable, frozen, batch)
+    arguments = (abstract.state.trainable, abstract.frozen, batch)
     return jitted, arguments, efficiency.count_macs(step, *arguments) // mesh.size
 
 

@@ -45,6 +45,7 @@ from dualpath_jax.models.methods import dualpath
 from dualpath_jax.runtime import environment
 from dualpath_jax.training import sharding
 from dualpath_jax.training.experiment import Experiment, build_experiment
+from dualpath_jax.training.state import TrainState
 from dualpath_jax.training.step import make_train_step
 from scripts.benchmarks.interleave import time_interleaved
 from scripts.benchmarks.torch_dualpath import TorchDualPath
@@ -97,11 +98,11 @@ def _repeat(call: Callable[[], Any], fetch: Callable[[Any], Any]) -> Callable[..
 
 def build_random_experiment(
     setting: Setting,
-) -> tuple[Experiment, dict[str, np.ndarray]]:
+) -> tuple[Experiment, TrainState, dict[str, np.ndarray]]:
     """Builds an experiment with random nonzero weights and a batch of random clips, without files.
 
     Returns:
-      (experiment, batch): the batch has uint8 "spatial" and "temporal" and int32 "label".
+      (experiment, state, batch): the batch has uint8 "spatial" and "temporal" and int32 "label".
     """
     config = setting.config.copy_and_resolve_references()
     config.model.dtype, config.data.batch_size = setting.dtype, setting.batch_size
@@ -112,19 +113,19 @@ def build_random_experiment(
     videos.class_names = [str(i) for i in range(NUM_CLASSES)]
     environment.disable_async_dispatch()  # as a run does
     with contextlib.redirect_stdout(io.StringIO()):  # the table of parameters
-        experiment = build_experiment(config, "", videos)
+        experiment, state = build_experiment(config, "", videos)
     rng = np.random.default_rng(0)
     trainable = jax.tree.map(
         lambda leaf: leaf + 0.02 * rng.standard_normal(leaf.shape, np.float32),
-        experiment.state.trainable,
+        state.trainable,
     )
-    experiment.state = experiment.state.replace(
+    state = state.replace(
         trainable=jax.device_put(trainable, sharding.replicated_sharding(experiment.mesh))
     )
     batch = {"label": rng.integers(0, NUM_CLASSES, setting.batch_size).astype(np.int32)}
     for key, shape in zip(("spatial", "temporal"), clip_shapes(config), strict=True):
         batch[key] = rng.integers(0, 256, (setting.batch_size, *shape[1:]), dtype=np.uint8)
-    return experiment, batch
+    return experiment, state, batch
 
 
 def _jit_step(experiment: Experiment) -> Callable:
@@ -135,13 +136,15 @@ def _jit_step(experiment: Experiment) -> Callable:
 
 def _lower_step(setting: Setting) -> jax.stages.Lowered:
     """Lowers the training step."""
-    experiment, batch = build_random_experiment(setting)
+    experiment, state, batch = build_random_experiment(setting)
     return _jit_step(experiment).lower(
-        experiment.state, experiment.frozen, sharding.shard_batch(batch, experiment.mesh)
+        state, experiment.frozen, sharding.shard_batch(batch, experiment.mesh)
     )
 
 
-def make_jax_runner(experiment: Experiment, batch: dict[str, np.ndarray]) -> Runner:
+def make_jax_runner(
+    experiment: Experiment, state: TrainState, batch: dict[str, np.ndarray]
+) -> Runner:
     """Makes the runner of this package: its training step, and evaluation's forward pass."""
     config, step = experiment.config, _jit_step(experiment)
     placed = sharding.shard_batch(batch, experiment.mesh)
@@ -151,22 +154,22 @@ def make_jax_runner(experiment: Experiment, batch: dict[str, np.ndarray]) -> Run
         params = param_tree.merge(trainable, frozen)
         return clip_logits(experiment.model, config, params, batch)
 
-    state = jax.tree.map(jnp.copy, experiment.state)
+    current = jax.tree.map(jnp.copy, state)
 
     def train_step() -> jax.Array:
-        nonlocal state
-        state, metrics = step(state, experiment.frozen, placed)
+        nonlocal current
+        current, metrics = step(current, experiment.frozen, placed)
         return metrics["loss"]
 
     return Runner(
-        _repeat(lambda: forward(experiment.state.trainable, experiment.frozen, placed), np.asarray),
+        _repeat(lambda: forward(state.trainable, experiment.frozen, placed), np.asarray),
         _repeat(train_step, float),
     )
 
 
-def make_torch_model(experiment: Experiment) -> TorchDualPath:
+def make_torch_model(experiment: Experiment, state: TrainState) -> TorchDualPath:
     """Makes the PyTorch model with an experiment's weights; frozen ones have the compute dtype."""
-    merged = param_tree.merge(experiment.state.trainable, experiment.frozen)
+    merged = param_tree.merge(state.trainable, experiment.frozen)
     arrays = {k: np.asarray(v, np.float32) for k, v in param_tree.flatten(merged).items()}
     position = experiment.model.apply(
         {"params": merged}, method=dualpath.DualPath._temporal_positions
@@ -216,19 +219,19 @@ def _set_tf32(use: bool) -> None:
 
 
 def make_torch_runner(
-    experiment: Experiment, batch: dict[str, np.ndarray], compiled: bool = False
+    experiment: Experiment, state: TrainState, batch: dict[str, np.ndarray], compiled: bool = False
 ) -> Runner:
     """Makes the runner of PyTorch: AdamW on the trainable parameters, autocast for bfloat16.
 
     Args:
       experiment: gives configuration and weights.
-      batch: from `build_random_experiment`.
+      state, batch: from `build_random_experiment`.
       compiled: compile each model by `torch.compile`.
     """
     device = torch_device()
     _set_tf32(True)  # as JAX does
     config = experiment.config
-    model, trained = (make_torch_model(experiment).to(device) for _ in range(2))
+    model, trained = (make_torch_model(experiment, state).to(device) for _ in range(2))
     dtype = _TORCH_DTYPES[config.model.dtype]
     trainable = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, weight_decay=config.optimizer.weight_decay)
@@ -265,7 +268,7 @@ def make_torch_runner(
     )
 
 
-RUNNERS: dict[str, Callable[[Experiment, dict[str, np.ndarray]], Runner]] = {
+RUNNERS: dict[str, Callable[[Experiment, TrainState, dict[str, np.ndarray]], Runner]] = {
     "jax": make_jax_runner,
     "torch": make_torch_runner,
     "torch_compiled": functools.partial(make_torch_runner, compiled=True),
@@ -396,7 +399,7 @@ def _count_operations(setting: Setting) -> tuple[int, int]:
 
     def loss(trainable, frozen, *inputs):
         params = param_tree.merge(trainable, frozen)
-        return model.model.apply({"params": params}, *inputs).sum()
+        return model.module.apply({"params": params}, *inputs).sum()
 
     arguments = trainable, frozen, *abstract_inputs(config)
     counts = (efficiency.count_macs(f, *arguments) for f in (loss, jax.grad(loss)))

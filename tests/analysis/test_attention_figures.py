@@ -11,11 +11,12 @@ from PIL import Image
 
 from dualpath_jax.analysis import attention_figures, image_grid
 from dualpath_jax.data import pipeline
+from dualpath_jax.data.clip_spec import Views
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.inference import trained_model
 from dualpath_jax.models import param_tree, preprocess
-from dualpath_jax.training import experiment
 from dualpath_jax.training.checkpoint import Checkpoints
+from tests.helpers.runs import build_run
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "visualize_attention.py"
 
@@ -24,7 +25,7 @@ SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "visualize_attention.py
 def run(config, tmp_path):
     """Returns a run with one checkpoint, in which every trained parameter has changed."""
     dataset = VideoDataset(config.data.dir, "test")
-    run = experiment.build_experiment(config, str(tmp_path / "run"), dataset)
+    run = build_run(config, str(tmp_path / "run"), dataset)
     rng = np.random.default_rng(0)
     moved = jax.tree.map(
         lambda x: x + np.float32(0.1) * rng.normal(size=x.shape).astype(np.float32),
@@ -43,7 +44,7 @@ def test_loaded_model_and_clips_are_those_of_evaluation(run, config, demo_data):
     model = trained_model.load(run.workdir)
     assert (model.step, model.class_names) == (3, dataset.class_names)
     clips = model.clips(video)
-    expected = next(pipeline.eval_batches(dataset, config.data, 1, 1, 1))
+    expected = next(pipeline.eval_batches(dataset, config.data, Views(1, 1), 1))
     for path in ("spatial", "temporal"):
         assert np.array_equal(clips[path], expected[path])
     flat = {key: clips[key][:, 0] for key in ("spatial", "temporal")}

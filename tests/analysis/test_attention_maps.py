@@ -9,6 +9,7 @@ import pytest
 from configs import demo as demo_config
 from dualpath_jax.analysis import attention_maps
 from dualpath_jax.data import framesets, pipeline
+from dualpath_jax.data.clip_spec import Views
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.demo import object_masks, render
 from dualpath_jax.models.backbones import attention as attend_module
@@ -233,7 +234,8 @@ def test_masks_are_processed_like_the_videos(config, demo_data):
     dataset = VideoDataset(demo_data, "test")
     masks = object_masks.ObjectMasks(dataset, "test")
     (videos, objects) = (
-        next(pipeline.eval_batches(source, config.data, 1, 1, 8)) for source in (dataset, masks)
+        next(pipeline.eval_batches(source, config.data, Views(1, 1), 8))
+        for source in (dataset, masks)
     )
     backgrounds = [render.find_scene("test", int(dataset.ids[i]) - 48).background for i in range(8)]
     small = np.stack([image.reshape(8, 9, 8, 9, 3).mean(axis=(1, 3)) for image in backgrounds])

@@ -113,6 +113,7 @@ def test_cudnn_attention_is_counted(monkeypatch):
     """Checks that cuDNN's attention is counted; tracing for a GPU directly would miss it."""
     config = load_config("ssv2_vitb")
     expected = efficiency.measure_efficiency(config)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(attention, "has_flash_attention", lambda: True)
     monkeypatch.setattr(attention, "_by_cudnn", lambda q, k, v, padding: v)
     assert efficiency.measure_efficiency(config) == expected
@@ -127,7 +128,7 @@ def test_count_is_that_of_the_unrolled_program(cls_token_only):
     config = load_config("ssv2_vitb")
     config.model.scan_blocks, config.model.cls_token_only = False, cls_token_only
     model = abstract_model(config, 174)
-    lowered = jax.jit(lambda p, *x: model.model.apply({"params": p}, *x)).lower(
+    lowered = jax.jit(lambda p, *x: model.module.apply({"params": p}, *x)).lower(
         model.params, *abstract_inputs(config)
     )
     counted = efficiency.measure_efficiency(config)

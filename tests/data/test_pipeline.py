@@ -17,6 +17,7 @@ from dualpath_jax.data import (
     pipeline,
     randaugment_ops,
 )
+from dualpath_jax.data.clip_spec import Views
 from dualpath_jax.data.video_dataset import FRAME_FEATURES, VideoDataset
 
 
@@ -108,7 +109,7 @@ def test_hosts_share_the_batch(config):
 def test_pixels_of_a_test_clip(config):
     """Frames by PIL, cut and tiled by hand, against the pipeline's."""
     dataset = VideoDataset(config.data.dir, "test")
-    batch = next(pipeline.eval_batches(dataset, config.data, 1, 1, 8))
+    batch = next(pipeline.eval_batches(dataset, config.data, Views(1, 1), 8))
     frames = frame_sampling.segment_indices(int(dataset.num_frames[2]), 16)
     stored = [decode(record) for record in dataset.read_frames(2, frames)]
     assert stored[0].shape == (72, 72, 3)
@@ -127,10 +128,10 @@ def test_pixels_of_a_test_clip(config):
 
 def test_crop_and_flip_reach_both_inputs(config, monkeypatch):
     dataset = VideoDataset(config.data.dir, "test")
-    plain = next(pipeline.eval_batches(dataset, config.data, 1, 1, 8))
+    plain = next(pipeline.eval_batches(dataset, config.data, Views(1, 1), 8))
     flipped = augment.Crop(0, 0, 72, 72, flip=True)
     monkeypatch.setattr(augment, "eval_crop", lambda *_: flipped)
-    mirrored = next(pipeline.eval_batches(dataset, config.data, 1, 1, 8))
+    mirrored = next(pipeline.eval_batches(dataset, config.data, Views(1, 1), 8))
 
     def close(a, b):  # sums of the resize run the other way round: one step of rounding
         return np.abs(a.astype(int) - b).max() <= 1
@@ -178,7 +179,7 @@ def test_randaugment_in_the_batch(config):
                 assert (table == np.arange(256)).all()
             elif randaugment_ops.OPS.index("invert") in op:
                 assert (table != np.arange(256)).any()
-    assert "ops" not in next(pipeline.eval_batches(dataset, config.data, 1, 1, 8))
+    assert "ops" not in next(pipeline.eval_batches(dataset, config.data, Views(1, 1), 8))
 
 
 def test_one_warp_for_all_frames_and_the_framesets(config, monkeypatch):
@@ -259,7 +260,9 @@ def test_every_test_video_once(config, batch_size, hosts):
     assert len(dataset) == 21
     seen, padding = [], 0
     for host in range(hosts):
-        for batch in pipeline.eval_batches(dataset, config.data, 2, 3, batch_size, host, hosts):
+        for batch in pipeline.eval_batches(
+            dataset, config.data, Views(2, 3), batch_size, host, hosts
+        ):
             assert batch["spatial"].shape == (batch_size // hosts, 6, 2, 32, 32, 3)
             assert np.array_equal(batch["mask"] == 1, batch["example_id"] >= 0)
             seen += batch["example_id"][batch["mask"] == 1].tolist()
@@ -272,7 +275,7 @@ def test_views_differ(config):
     dataset = VideoDataset(config.data.dir, "test")
     config.data.num_frames, config.data.grid, config.data.num_spatial_frames = 4, (2, 2), 2
     config.data.frame_scale = 2
-    batch = next(pipeline.eval_batches(dataset, config.data, 2, 1, 8))
+    batch = next(pipeline.eval_batches(dataset, config.data, Views(2, 1), 8))
     assert not np.array_equal(batch["temporal"][:, 0], batch["temporal"][:, 1])
 
 
@@ -296,10 +299,10 @@ def test_a_graph_is_built_once(config, monkeypatch):
     dataset = VideoDataset(config.data.dir, "train")
     for _ in range(2):
         next(pipeline.train_batches(dataset, config.data, 0, 0, 1))
-        next(pipeline.eval_batches(dataset, config.data, 1, 1, 8))
+        next(pipeline.eval_batches(dataset, config.data, Views(1, 1), 8))
     assert len(built) == 1
     config.data.image_size = 64  # twin: another format
-    next(pipeline.eval_batches(dataset, config.data, 1, 1, 8))
+    next(pipeline.eval_batches(dataset, config.data, Views(1, 1), 8))
     assert len(built) == 2
 
 

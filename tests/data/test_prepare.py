@@ -1,4 +1,4 @@
-"""Preparing: every listed video is stored or in the ledger, and stopped runs go on."""
+"""Tests preparation: every listed video is stored or listed as bad, and stopped runs resume."""
 
 import dataclasses
 import errno
@@ -21,13 +21,12 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from dualpath_jax.data import video_dataset
 from dualpath_jax.data.datasets.registry import list_videos
 from dualpath_jax.data.preparation import prepare as prepare_module
 from dualpath_jax.data.preparation import shard_writer
 from dualpath_jax.data.preparation.dry_run import check_videos
-from dualpath_jax.data.preparation.prepare import prepare_dataset
-from dualpath_jax.data.preparation.summary import SplitCounts, format_counts
+from dualpath_jax.data.preparation.prepare import PrepareOptions, prepare_dataset
+from dualpath_jax.data.preparation.summary import SplitCounts, format_bytes
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits
 from dualpath_jax.data.video_dataset import FRAME_FEATURES, VideoDataset
 from dualpath_jax.runtime import files
@@ -35,18 +34,17 @@ from scripts.prepare_dataset import parse_arguments
 from tests.helpers.video_files import gray_frames, noise_frames, write_video
 
 ROOT = pathlib.Path(__file__).parents[2]
-OPTIONS = {
-    "short_side": 24,
-    "videos_per_shard": 2,
-    "num_workers": 2,
-    "max_missing": 0.2,
-    "progress": False,
-}
+OPTIONS = PrepareOptions(
+    short_side=24, videos_per_shard=2, num_workers=2, max_missing=0.2, progress=False
+)
 
 
 @pytest.fixture
 def videos(tmp_path):
-    """Five listed training videos of 3, 4, 5, 6, 7 frames (one broken, one missing), two others."""
+    """Makes five training videos of 3, 4, 5, 6, 7 frames and two validation videos, all listed.
+
+    Training video 1 is broken, and training video 3 is missing.
+    """
     folder = tmp_path / "videos"
     for i in range(5):
         write_video(folder / f"clip {i}.mp4", 3 + i)
@@ -63,26 +61,27 @@ def videos(tmp_path):
     return folder
 
 
-def listing_of(videos):
+def read_index(videos):
     return list_videos("csv", str(videos), str(videos.parent / "lists"))
 
 
-def run(videos, out, **options):
-    return prepare_dataset(listing_of(videos), str(videos), str(out), **(OPTIONS | options))
+def run(videos, out, **changes):
+    options = dataclasses.replace(OPTIONS, **changes)
+    return prepare_dataset(read_index(videos), str(videos), str(out), options)
 
 
 def brightness(dataset, video):
-    found = dataset.read_frames(video, range(dataset.num_frames[video]))
-    jpegs = [tf.io.parse_single_example(r, FRAME_FEATURES)["image"].numpy() for r in found]
+    records = dataset.read_frames(video, range(dataset.num_frames[video]))
+    jpegs = [tf.io.parse_single_example(r, FRAME_FEATURES)["image"].numpy() for r in records]
     return [round(float(np.asarray(Image.open(io.BytesIO(jpeg))).mean())) for jpeg in jpegs]
 
 
-def ledger_of(out):
+def read_bad_entries(out):
     return [json.loads(line) for line in (out / "bad_videos.jsonl").read_text().splitlines()]
 
 
-def contents(out):
-    """Every file's bytes without the lock."""
+def read_files(out):
+    """Returns the bytes of every file except the lock, by relative path."""
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(pathlib.Path(out).rglob("*"))
@@ -114,23 +113,23 @@ def test_prepare(videos, tmp_path, capsys):
     np.testing.assert_array_equal(validation.labels, [1, 0])
     source = tfds.builder_from_directory(str(out)).as_data_source("validation")
     assert [(row["height"], row["width"]) for row in source] == [(32, 24), (24, 32)]
-    ledger = ledger_of(out)
-    assert [(entry["id"], entry["path"], entry["split"]) for entry in ledger] == [
+    bad = read_bad_entries(out)
+    assert [(entry["id"], entry["path"], entry["split"]) for entry in bad] == [
         ("clip 1.mp4", "clip 1.mp4", "train"),
         ("clip 3.mp4", "clip 3.mp4", "train"),
     ]
-    assert ledger[0]["reason"].startswith("cannot be opened as a video")
-    assert ledger[1]["reason"] == "file not found"
+    assert bad[0]["reason"].startswith("cannot be opened as a video")
+    assert bad[1]["reason"] == "file not found"
 
 
 def test_rerun_changes_nothing(videos, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     counts = run(videos, out)
-    printed, before = capsys.readouterr().out, contents(out)
+    printed, before = capsys.readouterr().out, read_files(out)
     monkeypatch.setattr(prepare_module, "_store_shard", None)  # nothing may be stored again
     assert run(videos, out, num_workers=1) == counts
     assert capsys.readouterr().out == printed
-    assert contents(out) == before
+    assert read_files(out) == before
 
 
 def test_same_bytes_with_other_workers_and_after_an_error(videos, tmp_path, monkeypatch):
@@ -140,7 +139,7 @@ def test_same_bytes_with_other_workers_and_after_an_error(videos, tmp_path, monk
 
     def fail_in_second_shard(shard, outcomes, out_dir):
         if stored:
-            outcomes = iter([next(outcomes)])  # and no more, amid the shard
+            outcomes = iter([next(outcomes)])  # ends in the middle of the shard
         stored.append(shard)
         store(shard, outcomes, out_dir)
 
@@ -164,21 +163,21 @@ def test_same_bytes_with_other_workers_and_after_an_error(videos, tmp_path, monk
     monkeypatch.setattr(prepare_module, "_store_shard", count)
     run(videos, out)
     assert stored == [("train", 1), ("train", 2), ("validation", 0)]
-    assert contents(out) == contents(tmp_path / "whole")
+    assert read_files(out) == read_files(tmp_path / "whole")
 
 
-def test_bad_videos_are_tried_again_when_asked(videos, tmp_path, monkeypatch):
+def test_retry_bad(videos, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run(videos, out)
-    before = contents(out)
+    before = read_files(out)
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "_store_shard", None)
-        run(videos, out, retry_bad=True)  # they still are bad
-        assert contents(out) == before
+        run(videos, out, retry_bad=True)  # they are still bad
+        assert read_files(out) == before
         for name in ("clip 1.mp4", "clip 3.mp4"):
             (videos / name).write_bytes((videos / "clip 4.mp4").read_bytes())
         run(videos, out)
-        assert contents(out) == before
+        assert read_files(out) == before
     rewritten, decoded = [], []
     store, outcome = prepare_module._store_shard, prepare_module._make_outcome
     monkeypatch.setattr(
@@ -197,38 +196,38 @@ def test_bad_videos_are_tried_again_when_asked(videos, tmp_path, monkeypatch):
     counts = run(videos, out, retry_bad=True, limits=longer)
     assert (counts["total"].stored, counts["total"].bad) == (7, 0)
     assert (rewritten, decoded) == ([0, 1], ["clip 1.mp4", "clip 3.mp4"])
-    assert ledger_of(out) == []
+    assert read_bad_entries(out) == []
     run(videos, tmp_path / "fresh", limits=longer)
-    assert contents(out) == contents(tmp_path / "fresh")
+    assert read_files(out) == read_files(tmp_path / "fresh")
 
 
-def test_reasons_of_videos_that_stay_bad_are_those_of_the_last_try(videos, tmp_path, monkeypatch):
+def test_retry_bad_updates_the_reasons(videos, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run(videos, out)
     assert "clip 3.mp4" in (out / "missing_videos.txt").read_text()
     (videos / "clip 3.mp4").write_bytes(b"no video")
     monkeypatch.setattr(prepare_module, "_store_shard", None)  # no frames are written
     assert run(videos, out, retry_bad=True)["total"].found == 7
-    assert ledger_of(out)[1]["reason"].startswith("cannot be opened as a video")
+    assert read_bad_entries(out)[1]["reason"].startswith("cannot be opened as a video")
     assert not (out / "missing_videos.txt").exists()
     monkeypatch.undo()
     run(videos, tmp_path / "fresh")
-    assert contents(out) == contents(tmp_path / "fresh")
+    assert read_files(out) == read_files(tmp_path / "fresh")
 
 
-def test_a_copy_without_what_preparing_goes_on_by(videos, tmp_path):
-    """Its frames would be replaced and its tables stay."""
+def test_copy_without_the_folder_prepare_is_refused(videos, tmp_path):
+    """Checks that a later run does not replace the frames of a copy and keep its tables."""
     out = tmp_path / "out"
     run(videos, out)
     for path in (out / "prepare").iterdir():
         path.unlink()
-    before = contents(out)
-    with pytest.raises(ValueError, match="without the folder `prepare`.* choose another --out"):
+    before = read_files(out)
+    with pytest.raises(ValueError, match="without the folder `prepare`.* Choose another --out"):
         run(videos, out, retry_bad=True)
-    assert contents(out) == before
+    assert read_files(out) == before
 
 
-def test_a_shard_that_is_stored_again_makes_the_tables_anew(videos, tmp_path):
+def test_shard_that_is_stored_again_renews_the_tables(videos, tmp_path):
     out = tmp_path / "out"
     run(videos, out)
     (out / "prepare" / "train-00000-of-00003.json").unlink()
@@ -236,10 +235,10 @@ def test_a_shard_that_is_stored_again_makes_the_tables_anew(videos, tmp_path):
     run(videos, out)
     assert VideoDataset(str(out), "train").ids == [f"clip {i}.mp4" for i in (0, 1, 2, 4)]
     run(videos, tmp_path / "fresh")
-    assert contents(out) == contents(tmp_path / "fresh")
+    assert read_files(out) == read_files(tmp_path / "fresh")
 
 
-def test_a_run_that_ends_while_bad_videos_are_tried_again(videos, tmp_path, monkeypatch):
+def test_interrupted_retry(videos, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run(videos, out)
     (videos / "clip 1.mp4").write_bytes((videos / "clip 4.mp4").read_bytes())
@@ -258,42 +257,42 @@ def test_a_run_that_ends_while_bad_videos_are_tried_again(videos, tmp_path, monk
         VideoDataset(str(out), "train")
     run(videos, out)
     run(videos, tmp_path / "fresh")
-    assert contents(out) == contents(tmp_path / "fresh")
+    assert read_files(out) == read_files(tmp_path / "fresh")
 
 
-def test_videos_in_another_place_are_the_same(videos, tmp_path):
-    """By id and label; a shard that is left is stored from there."""
+def test_moved_videos(videos, tmp_path):
+    """Checks that a run resumes with the same videos, by id and label, at other paths."""
     out = tmp_path / "out"
     run(videos, out)
-    whole = contents(out)
+    whole = read_files(out)
     os.remove(out / "dataset_info.json")
     os.remove(out / "prepare" / "validation-00000-of-00001.json")
-    listing = listing_of(videos)
-    for number, video in enumerate(listing.splits["validation"]):
+    index = read_index(videos)
+    for number, video in enumerate(index.splits["validation"]):
         (videos / f"of {number}").mkdir()
         (videos / video.path).rename(videos / f"of {number}" / video.path)
         video = dataclasses.replace(video, path=f"of {number}/{video.path}")
-        listing.splits["validation"][number] = video
-    prepare_dataset(listing, str(videos), str(out), **OPTIONS)
-    assert contents(out) == whole
+        index.splits["validation"][number] = video
+    prepare_dataset(index, str(videos), str(out), OPTIONS)
+    assert read_files(out) == whole
 
 
-def test_other_settings_or_listing(videos, tmp_path):
+def test_other_settings_or_videos(videos, tmp_path):
     out = tmp_path / "out"
     run(videos, out)
-    before = contents(out)
+    before = read_files(out)
     with pytest.raises(ValueError, match=r"other settings.*: quality was 90, is 80\. .*--out"):
         run(videos, out, quality=80)
     with pytest.raises(ValueError, match=r"limits.max_pixels was .* is 100\. Pass .*--retry_bad"):
         run(videos, out, limits=DecodeLimits(max_pixels=100))
     with open(videos.parent / "lists" / "train.csv", "a") as file:
         file.write("new.mp4,up\n")
-    with pytest.raises(ValueError, match=r"train.videos was 5, is 6, train.list is another"):
+    with pytest.raises(ValueError, match=r"train.videos was 5, is 6, train.list differs"):
         run(videos, out)
-    assert contents(out) == before
+    assert read_files(out) == before
 
 
-def test_broken_places(videos, tmp_path, monkeypatch):
+def test_wrong_folders(videos, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write to .*file.*check --out"):
         run(videos, tmp_path / "file")
@@ -302,11 +301,11 @@ def test_broken_places(videos, tmp_path, monkeypatch):
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match="none of the 7 listed videos is in .*empty.*--videos"):
-        prepare_dataset(listing_of(videos), str(empty), str(tmp_path / "out"), **OPTIONS)
+        prepare_dataset(read_index(videos), str(empty), str(tmp_path / "out"), OPTIONS)
     out = tmp_path / "tiny"
     with pytest.raises(ValueError, match="none of the 7 videos could be stored"):
         run(videos, out, limits=DecodeLimits(max_pixels=10))
-    reasons = [entry["reason"] for entry in ledger_of(out)]
+    reasons = [entry["reason"] for entry in read_bad_entries(out)]
     assert len(reasons) == 7
     assert "64x48 pixels, more than the limit of 10" in reasons
 
@@ -326,8 +325,8 @@ def test_truncated_and_empty_split(videos, tmp_path):
         VideoDataset(str(tmp_path / "out"), "validation")
 
 
-def test_thinned(videos, tmp_path):
-    """The videos have 10 frames a second; the table tells the new rate."""
+def test_fps(videos, tmp_path):
+    """Checks that fps=5 stores half the frames of videos with 10 frames per second."""
     out = tmp_path / "out"
     counts = run(videos, out, fps=5)
     assert counts["total"].num_frames == 2 + 3 + 4 + 1 + 1
@@ -346,8 +345,8 @@ def test_thinned(videos, tmp_path):
         run(videos, out, quality=96)
 
 
-def test_output_of_older_versions_goes_on(videos, tmp_path):
-    """They knew no fps and wrote none to the settings."""
+def test_output_of_older_versions_is_accepted(videos, tmp_path):
+    """Checks that settings without `fps` are accepted, as older versions wrote them."""
     out = tmp_path / "out"
     counts = run(videos, out)
     path = out / "prepare" / "settings.json"
@@ -361,7 +360,7 @@ def test_output_of_older_versions_goes_on(videos, tmp_path):
 
 
 class FullWriter:
-    """array_record's writer on a disk of `room` bytes: it notices late, as that one does."""
+    """Imitates array_record's writer on a disk of `room` bytes; it fails only in `close`."""
 
     room = 0
 
@@ -385,9 +384,9 @@ class FullWriter:
 
 
 def test_full_disk(videos, tmp_path, monkeypatch):
-    """The second shard does not fit: the first is kept, nothing of the second can be read."""
+    """Checks that the first shard is kept, and nothing of the second, which does not fit."""
     out = tmp_path / "out"
-    monkeypatch.setattr(video_dataset, "ArrayRecordWriter", FullWriter)
+    monkeypatch.setattr(shard_writer, "ArrayRecordWriter", FullWriter)
     FullWriter.room = 3000  # 3 frames of train's first shard, but not 5 more
     match = (
         r"cannot write to '.*out': No space left on device\. 2 of 7 videos are finished and take "
@@ -405,17 +404,17 @@ def test_full_disk(videos, tmp_path, monkeypatch):
     run(videos, out)
     monkeypatch.undo()
     run(videos, tmp_path / "whole")
-    assert contents(out) == contents(tmp_path / "whole")
+    assert read_files(out) == read_files(tmp_path / "whole")
 
 
-def test_record_lost_in_silence(tmp_path, monkeypatch):
-    class Forgetful(FullWriter):
+def test_silently_lost_record(tmp_path, monkeypatch):
+    class LossyWriter(FullWriter):
         def close(self):
             self._records = self._records[:-1]
             super().close()
 
     FullWriter.room = 10**9
-    monkeypatch.setattr(video_dataset, "ArrayRecordWriter", Forgetful)
+    monkeypatch.setattr(shard_writer, "ArrayRecordWriter", LossyWriter)
     writer = shard_writer.ShardWriter(str(tmp_path / "shard"))
     for _ in range(3):
         writer.write(b"x")
@@ -445,23 +444,24 @@ def test_disk_full_for_the_tables(videos, tmp_path, monkeypatch):
 
 
 def test_limited_file_size(tmp_path):
-    """The system's own refusal, of the largest file size, reaches the message."""
+    """Checks the message where the system refuses a file that is larger than allowed."""
     videos, out = tmp_path / "videos", tmp_path / "out"
     write_video(videos / "a" / "x.mkv", noise_frames(40), gop=1)
-    listing = list_videos("folder", str(videos))
+    index = list_videos("folder", str(videos))
+    options = PrepareOptions(num_workers=1, progress=False)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(OSError, match="File too large. 0 of 1 .* an unknown amount"):
-            prepare_dataset(listing, str(videos), str(out), num_workers=1, progress=False)
+            prepare_dataset(index, str(videos), str(out), options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(out / "frames") == []
-    counts = prepare_dataset(listing, str(videos), str(out), num_workers=1, progress=False)
+    counts = prepare_dataset(index, str(videos), str(out), options)
     assert counts["total"].num_bytes > 100_000
 
 
-def test_note_on_a_disk_that_will_not_do(videos, tmp_path, monkeypatch, capsys):
+def test_warning_of_a_short_disk(videos, tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     run(videos, tmp_path / "out")
@@ -472,18 +472,19 @@ def test_note_on_a_disk_that_will_not_do(videos, tmp_path, monkeypatch, capsys):
     assert "will be full" not in capsys.readouterr().err
 
 
-# ----- only looking
+# ----- checking without storing
 
 
 def test_check(videos, tmp_path, capsys, monkeypatch):
-    """It tells what `prepare` does, and writes no file."""
+    """Checks that `check_videos` reports what `prepare_dataset` would, and writes no file."""
     path = write_video(videos / "clip 0.mp4", 30, options={"movflags": "faststart"}, gop=1)
     data = pathlib.Path(path).read_bytes()
     pathlib.Path(path).write_bytes(data[: len(data) * 2 // 3])
-    before = contents(tmp_path)
-    options = {name: value for name, value in OPTIONS.items() if name != "videos_per_shard"}
-    checked = check_videos(listing_of(videos), str(videos), **options)
-    assert contents(tmp_path) == before
+    before = read_files(tmp_path)
+    names = ("short_side", "num_workers", "max_missing", "progress")
+    options = {name: getattr(OPTIONS, name) for name in names}
+    checked = check_videos(read_index(videos), str(videos), **options)
+    assert read_files(tmp_path) == before
     printed, error = capsys.readouterr()
     assert "note: 1 of the 5 videos of split 'train' are not in" in error
     lines = printed.splitlines()
@@ -501,16 +502,16 @@ def test_check(videos, tmp_path, capsys, monkeypatch):
     assert json.loads(truncated[0])["truncated"].startswith("after ")
     assert re.fullmatch(r"the frames would take about \d+ kB", lines[-1])
     assert lines[3].startswith("train: listed 5, found 4, stored 3, bad 2 (stored but truncated 1")
-    names = [str(tmp_path / name) for name in ("no folder/x", "bad ü.jsonl")]
+    path = str(tmp_path / "no folder" / "x")
     with pytest.raises(OSError, match="no folder"):
-        check_videos(listing_of(videos), str(videos), **options, bad_videos=names[0])
-    check_videos(
-        listing_of(videos), str(videos), **options | {"max_missing": 0}, bad_videos=names[1]
-    )
-    assert pathlib.Path(names[1]).read_text().splitlines() == lines[:3]
+        check_videos(read_index(videos), str(videos), **options, bad_videos=path)
+    path = str(tmp_path / "bad ü.jsonl")
+    options["max_missing"] = 0
+    check_videos(read_index(videos), str(videos), **options, bad_videos=path)
+    assert pathlib.Path(path).read_text().splitlines() == lines[:3]
     printed, error = capsys.readouterr()
     assert "{" not in printed
-    assert "more than --max_missing=0 allows; preparing refuses that" in error
+    assert "more than --max_missing=0 allows; preparing will stop with this error" in error
 
 
 def test_check_of_splits_that_share_videos(tmp_path, capsys):
@@ -521,8 +522,8 @@ def test_check_of_splits_that_share_videos(tmp_path, capsys):
     for division, roles in {1: "12", 2: "21", 3: "11"}.items():
         text = f"a.avi {roles[0]}\nb.avi {roles[1]}\n"
         (lists / f"wave_test_split{division}.txt").write_text(text)
-    listing = list_videos("hmdb51", str(videos), str(lists))
-    counts = check_videos(listing, str(videos), num_workers=1, progress=False)
+    index = list_videos("hmdb51", str(videos), str(lists))
+    counts = check_videos(index, str(videos), num_workers=1, progress=False)
     assert (counts["test1"].num_frames, counts["test2"].num_frames) == (3, 2)
     assert counts["total"].num_frames == 5
     lines = capsys.readouterr().out.splitlines()
@@ -541,8 +542,8 @@ def test_check_of_splits_that_share_videos(tmp_path, capsys):
         (1_620_000_000_000, "1.6 TB"),
     ],
 )
-def test_sizes_in_words(number, expected):
-    assert format_counts(number) == expected
+def test_format_counts(number, expected):
+    assert format_bytes(number) == expected
 
 
 def command(videos, out, *more):
@@ -595,14 +596,14 @@ def test_command_line(videos, tmp_path):
     ("more", "message"),
     [
         ([], "--out is missing"),
-        (["--out=x", "--bad_videos=x"], "--bad_videos goes with --check"),
-        (["--check", "--retry_bad"], "--retry_bad goes without --check"),
+        (["--out=x", "--bad_videos=x"], "--bad_videos needs --check"),
+        (["--check", "--retry_bad"], "--retry_bad excludes --check"),
         (["--out=x", "--fps=0"], "argument --fps: 0.0 is not positive"),
         (["--out=x", "--fps=nan"], "argument --fps: nan is not positive"),
         (["--out=x", "--quality=high"], "argument --quality: invalid whole number value: 'high'"),
     ],
 )
-def test_options_that_make_no_sense(monkeypatch, capsys, more, message):
+def test_contradicting_options(monkeypatch, capsys, more, message):
     arguments = ["prepare_dataset.py", "--dataset=csv", "--videos=x", *more]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as info:
@@ -611,8 +612,8 @@ def test_options_that_make_no_sense(monkeypatch, capsys, more, message):
     assert message in capsys.readouterr().err
 
 
-def test_killed_run_goes_on(tmp_path):
-    """SIGKILL amid the work; the same command then finishes with nothing lost or twice."""
+def test_killed_run_resumes(tmp_path):
+    """Checks that after SIGKILL the same command finishes; no video is lost or stored twice."""
     videos = tmp_path / "videos"
     listed = [f"{i}.mp4" for i in range(24)]
     for name in listed:
@@ -624,10 +625,10 @@ def test_killed_run_goes_on(tmp_path):
         "if __name__ == '__main__':\n"
         "  import sys\n"
         "  from dualpath_jax.data.datasets.registry import list_videos\n"
-        "  from dualpath_jax.data.preparation.prepare import prepare\n"
+        "  from dualpath_jax.data.preparation.prepare import PrepareOptions, prepare_dataset\n"
         "  videos, lists, out = sys.argv[1:]\n"
-        "  prepare(list_videos('csv', videos, lists), videos, out, videos_per_shard=2,"
-        " num_workers=1, progress=False)\n"
+        "  options = PrepareOptions(videos_per_shard=2, num_workers=1, progress=False)\n"
+        "  prepare_dataset(list_videos('csv', videos, lists), videos, out, options)\n"
     )
     (tmp_path / "job.py").write_text(code)
     job = [sys.executable, str(tmp_path / "job.py"), str(videos), str(tmp_path / "lists"), str(out)]
@@ -650,7 +651,7 @@ def test_killed_run_goes_on(tmp_path):
 
 
 def test_missing_videos(videos, tmp_path, capsys):
-    """Refused before anything is decoded, with the first five names; the whole list on disk."""
+    """Checks that missing videos are refused before decoding; the error names the first five."""
     names = [f"gone ü {i}.mp4" for i in range(6)]
     with open(videos.parent / "lists" / "train.csv", "a") as file:
         file.writelines(f"{name},up\n" for name in names)
@@ -668,7 +669,7 @@ def test_missing_videos(videos, tmp_path, capsys):
     counts = run(videos, out, max_missing=0.7)
     assert "note: 7 of the 11 videos of split 'train'" in capsys.readouterr().err
     assert (counts["train"].listed, counts["train"].found) == (11, 4)
-    # By split: all of validation is 2 of 13 videos.
+    # The limit holds for each split: all of validation is only 2 of 13 videos.
     for name in ("-v.mkv", "w.webm"):
         (videos / name).unlink()
     with pytest.raises(ValueError, match="2 of the 2 videos of split 'validation'"):
@@ -678,7 +679,7 @@ def test_missing_videos(videos, tmp_path, capsys):
 
 
 def test_splits_that_share_videos(tmp_path, capsys):
-    """HMDB51: three divisions, each video decoded and stored once."""
+    """Checks that each video of HMDB51, in three divisions, is decoded and stored once."""
     videos, lists, out = tmp_path / "videos", tmp_path / "lists", tmp_path / "out"
     lists.mkdir()
     names = ["a [b] (c).d.avi", "x y.avi", "-z.avi", "broken.avi"]
@@ -689,8 +690,8 @@ def test_splits_that_share_videos(tmp_path, capsys):
         for division, roles in {1: "1121", 2: "1212", 3: "2110"}.items():
             lines = [f"{file} {role} \n" for file, role in zip(names, roles, strict=True)]
             (lists / f"{name}_test_split{division}.txt").write_text("".join(lines))
-    listing = list_videos("hmdb51", str(videos), str(lists))
-    counts = prepare_dataset(listing, str(videos), str(out), **OPTIONS)
+    index = list_videos("hmdb51", str(videos), str(lists))
+    counts = prepare_dataset(index, str(videos), str(out), OPTIONS)
     assert list(counts) == ["train1", "test1", "train2", "test2", "train3", "test3", "total"]
     assert (counts["train1"].listed, counts["train1"].stored) == (6, 4)
     assert (counts["test2"].listed, counts["test2"].stored) == (4, 2)
@@ -713,6 +714,6 @@ def test_splits_that_share_videos(tmp_path, capsys):
             np.testing.assert_allclose(brightness(dataset, video), levels, atol=3)
     source = tfds.builder_from_directory(str(out)).as_data_source("test3")
     assert [row["num_frames"] for row in source] == [2, 5]
-    assert [entry["split"] for entry in ledger_of(out)] == ["all", "all"]
+    assert [entry["split"] for entry in read_bad_entries(out)] == ["all", "all"]
     with pytest.raises(ValueError, match="no videos of split 'train4' in .*: it has train1, test1"):
         VideoDataset(str(out), "train4")

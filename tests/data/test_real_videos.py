@@ -1,4 +1,7 @@
-"""Real clips in the folder named by DUALPATH_TEST_VIDEOS: class folders and MANIFEST.tsv."""
+"""Tests preparation with real clips from the folder that DUALPATH_TEST_VIDEOS names.
+
+The folder holds class folders and MANIFEST.tsv.
+"""
 
 import csv
 import dataclasses
@@ -11,14 +14,15 @@ import tensorflow_datasets as tfds
 
 from dualpath_jax.data.datasets.registry import list_videos
 from dualpath_jax.data.preparation.dry_run import check_videos
-from dualpath_jax.data.preparation.prepare import prepare_dataset
+from dualpath_jax.data.preparation.prepare import PrepareOptions, prepare_dataset
 from dualpath_jax.data.video_dataset import VideoDataset
+from tests.helpers.runs import build_run
 
 CLIPS = os.environ.get("DUALPATH_TEST_VIDEOS")
 pytestmark = pytest.mark.skipif(
     not CLIPS, reason="set DUALPATH_TEST_VIDEOS to a folder of class folders with MANIFEST.tsv"
 )
-# What stands in the manifest's notes, and how the ledger's reason then begins.
+# Words in the notes of the manifest -> beginning of the reason in bad_videos.jsonl.
 REASONS = {
     "NO_VIDEO": "no video stream, only audio",
     "OPEN_FAIL ": "cannot be opened as a video",
@@ -29,27 +33,28 @@ REASONS = {
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("clips") / "out")
-    listing = list_videos("folder", CLIPS)
-    return out, listing, prepare_dataset(listing, CLIPS, out, short_side=112, progress=False)
+    index = list_videos("folder", CLIPS)
+    options = PrepareOptions(short_side=112, progress=False)
+    return out, index, prepare_dataset(index, CLIPS, out, options)
 
 
-def manifest():
+def read_manifest():
     with open(os.path.join(CLIPS, "MANIFEST.tsv"), encoding="utf-8") as file:
         return {row["file"]: row for row in csv.DictReader(file, delimiter="\t")}
 
 
-def table(out):
+def read_table(out):
     builder = tfds.builder_from_directory(out)
     rows = [row for split in builder.info.splits for row in builder.as_data_source(split)]
     return {row["id"].decode(): row for row in rows}
 
 
 def test_all_are_stored_or_bad(prepared):
-    out, listing, counts = prepared
-    assert "MANIFEST.tsv" in listing.notices[0]
-    files = manifest()
-    ledger = pathlib.Path(out, "bad_videos.jsonl").read_text().splitlines()
-    reasons = {entry["id"]: entry["reason"] for entry in map(json.loads, ledger)}
+    out, index, counts = prepared
+    assert "MANIFEST.tsv" in index.notices[0]
+    files = read_manifest()
+    lines = pathlib.Path(out, "bad_videos.jsonl").read_text().splitlines()
+    reasons = {entry["id"]: entry["reason"] for entry in map(json.loads, lines)}
     assert set(reasons) == {name for name in files if files[name]["frames_decoded"] == "0"}
     for name, reason in reasons.items():
         expected = next(text for note, text in REASONS.items() if note in files[name]["note"])
@@ -57,12 +62,12 @@ def test_all_are_stored_or_bad(prepared):
     total = counts["total"]
     assert (total.listed, total.found, total.bad) == (len(files), len(files), len(reasons))
     assert total.stored + total.bad == total.listed
-    assert set(table(out)) == set(files) - set(reasons)
+    assert set(read_table(out)) == set(files) - set(reasons)
 
 
 def test_frame_counts_and_sizes(prepared):
     out, _, _ = prepared
-    files, rows = manifest(), table(out)
+    files, rows = read_manifest(), read_table(out)
     decoded = {name: int(files[name]["frames_decoded"]) for name in rows}
     assert {name: int(row["num_frames"]) for name, row in rows.items()} == decoded
     damaged = {name for name in rows if "DECODE_ERR" in files[name]["note"]}
@@ -77,9 +82,9 @@ def test_frame_counts_and_sizes(prepared):
         assert [row["height"], row["width"]] == [round(side * scale) for side in sides]
 
 
-def test_check_tells_the_same(prepared, capsys):
-    out, listing, counts = prepared
-    checked = check_videos(listing, CLIPS, short_side=112, progress=False)
+def test_check_reports_the_same(prepared, capsys):
+    out, index, counts = prepared
+    checked = check_videos(index, CLIPS, short_side=112, progress=False)
     for name, count in counts.items():
         assert dataclasses.replace(checked[name], num_bytes=count.num_bytes) == count
         assert checked[name].num_bytes == pytest.approx(count.num_bytes, rel=0.05)
@@ -103,10 +108,8 @@ def test_classes_are_the_folders(prepared):
 
 @pytest.mark.slow
 def test_two_steps_of_training(prepared, demo_backbone, tmp_path):
-    """The folder configuration, at the demo's tiny size, on these clips."""
+    """Trains the folder configuration, with the demo's tiny backbone, on these clips."""
     from configs import folder_vitb
-    from dualpath_jax import evaluate, train
-    from dualpath_jax.training import experiment
 
     out, _, _ = prepared
     config = folder_vitb.get_config()
@@ -121,9 +124,9 @@ def test_two_steps_of_training(prepared, demo_backbone, tmp_path):
     config.model.dtype = "float32"
     config.num_train_steps = 2
     dataset, validation = VideoDataset(out, "train"), VideoDataset(out, "validation")
-    run = experiment.build_experiment(config, str(tmp_path), dataset)
-    train.train(run, dataset, validation)
-    evaluate.evaluate_and_write(run, validation)
+    run = build_run(config, str(tmp_path), dataset)
+    run.train(dataset, validation)
+    run.evaluate_and_write(validation)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["step"] == 2
     assert results["num_videos"] == len(validation)

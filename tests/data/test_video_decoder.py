@@ -1,4 +1,4 @@
-"""Decoding: frames, sizes, limits, broken files, and workers that die."""
+"""Tests decoding: frames, sizes, limits, broken files, and workers that die."""
 
 import dataclasses
 import fractions
@@ -77,7 +77,7 @@ def test_short_side(tmp_path, height, width, short_side, expected):
 
 
 def test_scaling_averages(tmp_path):
-    """A fine pattern becomes its mean; taking every fourth pixel would keep black or white."""
+    """Checks that a fine pattern becomes its mean, and not some of its black and white pixels."""
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
     (frame,), _ = read(write_video(tmp_path / "a.mkv", [stripes]), 16)
@@ -100,7 +100,7 @@ def rotate_header(path, a, b, c, d):
     ("matrix", "shape", "red_at"),
     [
         ((1, 0, 0, 1), (48, 64), (24, 5)),  # upright: the left half is red
-        ((0, 1, -1, 0), (64, 48), (5, 24)),  # shown a quarter turn clockwise: the top half
+        ((0, 1, -1, 0), (64, 48), (5, 24)),  # a quarter turn clockwise: the top half
         ((0, -1, 1, 0), (64, 48), (58, 24)),
         ((-1, 0, 0, -1), (48, 64), (24, 58)),
     ],
@@ -111,15 +111,15 @@ def test_rotation(tmp_path, matrix, shape, red_at):
     frame[:, 32:, 2] = 255
     path = write_video(tmp_path / "a.mp4", [frame, frame])
     rotate_header(path, *matrix)
-    (shown, _), _ = read(path)
-    assert shown.shape[:2] == shape
-    red = shown[red_at].astype(int)
+    (image, _), _ = read(path)
+    assert image.shape[:2] == shape
+    red = image[red_at].astype(int)
     assert red[0] > 200
     assert red[2] < 60
-    blue = shown[shape[0] - 1 - red_at[0], shape[1] - 1 - red_at[1]].astype(int)
+    blue = image[shape[0] - 1 - red_at[0], shape[1] - 1 - red_at[1]].astype(int)
     assert blue[2] > 200
-    (shown, _), _ = read(path, 24)
-    assert shown.shape[:2] == (shape[0] // 2, shape[1] // 2)
+    (image, _), _ = read(path, 24)
+    assert image.shape[:2] == (shape[0] // 2, shape[1] // 2)
 
 
 def test_size_change_keeps_first_size(tmp_path):
@@ -134,20 +134,20 @@ def test_size_change_keeps_first_size(tmp_path):
         read(path, limits=DecodeLimits(max_pixels=4000))
 
 
-# ----- colours
+# ----- colors
 
 ORANGE = (200, 60, 30)
-MATRICES = {"601": (0.299, 0.114), "709": (0.2126, 0.0722), "2020": (0.2627, 0.0593)}  # red, blue
+MATRICES = {"601": (0.299, 0.114), "709": (0.2126, 0.0722), "2020": (0.2627, 0.0593)}  # Kr, Kb
 TAGS = {"709": 1, "601": 5, "2020": 9, None: 2}  # AVColorSpace
 LIMITED, FULL = 1, 2  # AVColorRange
 
 
-def write_colour(path, matrix, full, pix_fmt, matrix_tag, range_tag, codec="ffv1", size=(48, 64)):
-    """A video of ORANGE, converted by the textbook's formula and not by the library under test."""
+def write_color(path, matrix, full, pix_fmt, matrix_tag, range_tag, codec="ffv1", size=(48, 64)):
+    """Writes a video of ORANGE, converted by the textbook formula, not by the tested library."""
     red, green, blue = (value / 255 for value in ORANGE)
-    of_red, of_blue = MATRICES[matrix]
-    luma = of_red * red + (1 - of_red - of_blue) * green + of_blue * blue
-    chroma = (blue - luma) / (2 - 2 * of_blue), (red - luma) / (2 - 2 * of_red)
+    kr, kb = MATRICES[matrix]
+    luma = kr * red + (1 - kr - kb) * green + kb * blue
+    chroma = (blue - luma) / (2 - 2 * kb), (red - luma) / (2 - 2 * kr)
     bits = 10 if "10" in pix_fmt else 8
     top, unit = (1 << bits) - 1, 1 << (bits - 8)
     if full:
@@ -170,10 +170,10 @@ def write_colour(path, matrix, full, pix_fmt, matrix_tag, range_tag, codec="ffv1
     return path
 
 
-def assert_colour(path, colour, levels, short_side=None):
+def assert_color(path, color, levels, short_side=None):
     (frame,), _ = read(path, short_side)
-    errors = np.abs(frame.astype(int) - colour).max((0, 1))
-    assert errors.max() <= levels, f"{frame[0, 0]} is not {colour}"
+    errors = np.abs(frame.astype(int) - color).max((0, 1))
+    assert errors.max() <= levels, f"{frame[0, 0]} is not {color}"
 
 
 @pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv444p10le"])
@@ -189,53 +189,53 @@ def assert_colour(path, colour, levels, short_side=None):
         ("2020", False, "2020", LIMITED),
     ],
 )
-def test_colours(tmp_path, pix_fmt, matrix, full, matrix_tag, range_tag):
+def test_colors(tmp_path, pix_fmt, matrix, full, matrix_tag, range_tag):
     for size in ((48, 64), (49, 67)):
         path = tmp_path / f"{size[0]}.mkv"
-        write_colour(path, matrix, full, pix_fmt, TAGS[matrix_tag], range_tag, size=size)
+        write_color(path, matrix, full, pix_fmt, TAGS[matrix_tag], range_tag, size=size)
         for short_side in (None, 24):
-            assert_colour(path, ORANGE, 2, short_side)
+            assert_color(path, ORANGE, 2, short_side)
 
 
 @pytest.mark.parametrize(
     ("matrix", "full", "matrix_tag", "range_tag"),
     [
-        ("709", False, None, LIMITED),  # of another matrix than it says
+        ("709", False, None, LIMITED),  # tagged with another matrix
         ("601", False, "709", LIMITED),
-        ("601", True, "601", LIMITED),  # of another range
+        ("601", True, "601", LIMITED),  # tagged with another range
         ("601", False, "601", FULL),
     ],
 )
-def test_wrong_tags_give_other_colours(tmp_path, matrix, full, matrix_tag, range_tag):
-    """So the tags are read, and `test_colours` would notice if they were not."""
-    path = write_colour(tmp_path / "a.mkv", matrix, full, "yuv420p", TAGS[matrix_tag], range_tag)
+def test_wrong_tags_give_other_colors(tmp_path, matrix, full, matrix_tag, range_tag):
+    """Checks that the tags are read, which `test_colors` relies on."""
+    path = write_color(tmp_path / "a.mkv", matrix, full, "yuv420p", TAGS[matrix_tag], range_tag)
     (frame,), _ = read(path)
     assert np.abs(frame[0, 0].astype(int) - ORANGE).max() >= 9
 
 
 @pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuvj420p", "yuv444p", "yuv420p10le"])
 @pytest.mark.parametrize("full", [False, True])
-def test_colours_of_h264(tmp_path, pix_fmt, full):
+def test_colors_of_h264(tmp_path, pix_fmt, full):
     full = full or pix_fmt == "yuvj420p"  # its name says full range
     tag = FULL if full else LIMITED
     path = tmp_path / "a.mp4"
-    write_colour(path, "709", full, pix_fmt, TAGS["709"], tag, "libx264")
-    assert_colour(path, ORANGE, 2)
+    write_color(path, "709", full, pix_fmt, TAGS["709"], tag, "libx264")
+    assert_color(path, ORANGE, 2)
 
 
 @pytest.mark.parametrize("tag", [8, 10, 13, 17])
-def test_strange_matrices_are_not_refused(tmp_path, tag):
-    """YCgCo, constant luminance and such, which the converter does not know."""
+def test_unsupported_matrices_are_accepted(tmp_path, tag):
+    """Checks YCgCo, constant luminance and reserved numbers, which swscale does not support."""
     matrix = "2020" if tag == 10 else "601"
-    path = write_colour(tmp_path / "a.mkv", matrix, False, "yuv444p", tag, LIMITED, "libx264")
-    assert_colour(path, ORANGE, 2)
+    path = write_color(tmp_path / "a.mkv", matrix, False, "yuv444p", tag, LIMITED, "libx264")
+    assert_color(path, ORANGE, 2)
 
 
 # ----- time
 
 
 def write_at(path, milliseconds):
-    """A video whose frames, grey as `grey_frames`, have these time stamps."""
+    """Writes a video of `gray_frames` with these time stamps in milliseconds."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
@@ -267,56 +267,56 @@ def test_variable_frame_rate_is_kept_as_frames(tmp_path, name):
         (2.5, range(0, 20, 4), 2.5),
         (4, [0, 2, 5, 7, 10, 12, 15, 17], 4),
         (10, range(20), 10),
-        (60, range(20), 10),  # never more than there are
+        (60, range(20), 10),  # frames are never added
         (0.1, [0], 0.1),
     ],
 )
-def test_thinning(tmp_path, fps, kept, stored):
+def test_fps(tmp_path, fps, kept, stored):
     path = write_video(tmp_path / "a.mkv", 20)
     frames, reader = read(path, fps=fps)
     np.testing.assert_allclose(brightness(frames), [10 + 12 * i for i in kept], atol=3)
     assert reader.fps == stored
     assert reader.truncated == ""
-    _, facts = video_to_jpegs(path, 24, 90, LIMITS, fps)
-    assert (facts.num_frames, facts.fps) == (len(kept), stored)
+    _, info = video_to_jpegs(path, 24, 90, LIMITS, fps)
+    assert (info.num_frames, info.fps) == (len(kept), stored)
     assert len(read(path, limits=DecodeLimits(max_frames=len(kept)), fps=fps)[0]) == len(kept)
 
 
-def kept(stamps, fps, rate):
-    thinning = FrameRateFilter(fps, rate)
-    return [i for i, stamp in enumerate(stamps) if thinning.keeps(stamp)]
+def kept_frames(stamps, fps, rate):
+    rate_filter = FrameRateFilter(fps, rate)
+    return [i for i, stamp in enumerate(stamps) if rate_filter.should_keep(stamp)]
 
 
-def test_thinning_by_time_stamps():
+def test_frame_rate_filter_by_time_stamps():
     steady = [i / 30 for i in range(300)]
-    assert kept(steady, 10, 30) == list(range(0, 300, 3))
-    assert kept([round(8.5 + t, 3) for t in steady], 10, 60) == list(
+    assert kept_frames(steady, 10, 30) == list(range(0, 300, 3))
+    assert kept_frames([round(8.5 + t, 3) for t in steady], 10, 60) == list(
         range(0, 300, 3)
-    )  # a lying rate
-    assert kept([t - 100 for t in steady], 30, 30) == list(range(300))
-    assert kept(steady, 10, 0) == list(range(0, 300, 3))
-    assert kept([0, 0.3, 0.33, 0.36, 5.0, 5.03], 10, 30) == [0, 1, 4]
+    )  # a wrong rate
+    assert kept_frames([t - 100 for t in steady], 30, 30) == list(range(300))
+    assert kept_frames(steady, 10, 0) == list(range(0, 300, 3))
+    assert kept_frames([0, 0.3, 0.33, 0.36, 5.0, 5.03], 10, 30) == [0, 1, 4]
 
 
-def test_thinning_without_time_stamps():
-    assert kept([None] * 30, 10, 30) == list(range(0, 30, 3))
-    assert kept([0.0] * 30, 10, 30) == list(range(0, 30, 3))
+def test_frame_rate_filter_without_time_stamps():
+    assert kept_frames([None] * 30, 10, 30) == list(range(0, 30, 3))
+    assert kept_frames([0.0] * 30, 10, 30) == list(range(0, 30, 3))
     falling = [(30 - i) / 30 for i in range(30)]
-    assert kept(falling, 10, 30) == list(range(0, 30, 3))
-    jumping = [0, 4, 3, 5, 9, 8, *range(6, 300)]  # as HMDB51's, in frames
-    found = kept([stamp / 30 for stamp in jumping], 10, 30)
-    assert found[2:] == list(range(6, 300, 3))  # in decode order after the first fall
-    assert kept([None] * 30, 10, 0) == list(range(30))  # nothing known
+    assert kept_frames(falling, 10, 30) == list(range(0, 30, 3))
+    jumping = [0, 4, 3, 5, 9, 8, *range(6, 300)]  # as in HMDB51, in frames
+    kept = kept_frames([stamp / 30 for stamp in jumping], 10, 30)
+    assert kept[2:] == list(range(6, 300, 3))  # in decode order after the first fall
+    assert kept_frames([None] * 30, 10, 0) == list(range(30))  # times are unknown
 
 
-def test_check_knows_what_storing_would(tmp_path):
+def test_check_video_agrees_with_video_to_jpegs(tmp_path):
     path = write_video(tmp_path / "a.mp4", noise_frames(20))
     for fps in (None, 5):
-        jpegs, facts = video_to_jpegs(path, 24, 90, LIMITS, fps)
+        jpegs, info = video_to_jpegs(path, 24, 90, LIMITS, fps)
         checked = check_video(path, 24, 90, LIMITS, fps)
-        assert dataclasses.replace(checked, num_bytes=facts.num_bytes) == facts
-        assert facts.num_bytes == sum(map(len, jpegs))
-        assert checked.num_bytes == pytest.approx(facts.num_bytes, rel=0.1)
+        assert dataclasses.replace(checked, num_bytes=info.num_bytes) == info
+        assert info.num_bytes == sum(map(len, jpegs))
+        assert checked.num_bytes == pytest.approx(info.num_bytes, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["-x.mp4", "a:b.mp4", "http:c.mp4", "a [1] %d?.mp4", "ü 視頻.mkv"])
@@ -334,8 +334,8 @@ def test_name_outside_utf8(tmp_path):
 
 def test_jpegs(tmp_path):
     path = write_video(tmp_path / "a.mp4", 5)
-    jpegs, facts = video_to_jpegs(path, 24, 90, LIMITS)
-    assert facts == VideoInfo(5, 10.0, 24, 32, "", sum(map(len, jpegs)))
+    jpegs, info = video_to_jpegs(path, 24, 90, LIMITS)
+    assert info == VideoInfo(5, 10.0, 24, 32, "", sum(map(len, jpegs)))
     images = [np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in jpegs]
     assert [image.shape for image in images] == [(24, 32, 3)] * 5
     np.testing.assert_allclose(brightness(images), [10, 22, 34, 46, 58], atol=3)
@@ -411,7 +411,7 @@ def test_garbage_in_the_middle(tmp_path):
 
 
 def test_a_lost_packet_of_a_transport_stream(tmp_path):
-    """Damages a frame, and the rest of the file stays."""
+    """Checks that a lost packet damages one frame and that the rest of the file is kept."""
     path = pathlib.Path(write_video(tmp_path / "a.ts", noise_frames(20), "mpeg2video", 25, gop=1))
     data = path.read_bytes()
     middle = len(data) // 188 // 2 * 188
@@ -419,7 +419,9 @@ def test_a_lost_packet_of_a_transport_stream(tmp_path):
     with av.open(str(path)) as container:
         corrupt = [packet.is_corrupt for packet in container.demux(video=0)]
     assert sum(corrupt) == 1
-    assert not any(corrupt[-2:])  # the last frame's, which test_cut_file... has, and the end
+    assert not any(
+        corrupt[-2:]
+    )  # the last frame and the end, which are corrupt where a file is cut
     frames, reader = read(str(path))
     assert (len(frames), reader.truncated) == (20, "")
 
@@ -440,7 +442,7 @@ def test_first_frame_undecodable(tmp_path, codec, good):
     assert reader.truncated.startswith("does not begin with a frame: InvalidDataError")
 
 
-def test_header_lies_about_frames(tmp_path):
+def test_wrong_number_of_frames_in_the_header(tmp_path):
     path = write_video(tmp_path / "a.avi", 12)
     data = bytearray(pathlib.Path(path).read_bytes())
     struct.pack_into("<I", data, data.index(b"avih") + 8 + 16, 500)  # dwTotalFrames
@@ -504,7 +506,7 @@ def test_too_many_frames(tmp_path):
 
 
 def act(what, value=None):
-    """Runs in a worker."""
+    """Runs in a worker: does what `what` says, and returns `value` or a result of that size."""
     if what == "sleep":
         time.sleep(value)
     if what == "kill":
@@ -593,7 +595,7 @@ def test_results_in_flight_are_bounded():
 
 @pytest.mark.parametrize("limited", [True, False])
 def test_large_results_wait_in_their_processes(monkeypatch, tmp_path, limited):
-    """With the twin that has no limit: then they pile up here, behind the first one."""
+    """Checks the limit; without it (the negative case) results accumulate behind the first one."""
     monkeypatch.setattr(worker_pool, "_MAX_WAITING_BYTES", 1_000_000 if limited else 10**9)
     held = [0]
 
@@ -617,7 +619,7 @@ def test_pool_serves_several_maps_and_ends_its_workers():
         assert list(pool.map(act, [])) == []
         (first,) = pool.map(os.getpid, [()])
         assert list(pool.map(os.getpid, [(), ()])) == [first, first]
-        os.kill(first, signal.SIGKILL)  # while idle: no item is to blame
+        os.kill(first, signal.SIGKILL)  # while idle: no item fails
         time.sleep(0.2)
         (second,) = pool.map(os.getpid, [()])
         assert isinstance(second, int)
@@ -627,12 +629,12 @@ def test_pool_serves_several_maps_and_ends_its_workers():
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_what_an_interrupted_map_left_is_not_taken_for_the_next(late):
-    """As after Ctrl-C in a notebook, which keeps the call's frames: nothing closes them."""
+def test_next_map_ignores_results_of_an_interrupted_one(late):
+    """Checks `map` as after Ctrl-C in a notebook, which keeps the generator open."""
     with WorkerPool(1, LIMITS) as pool:
         interrupted = pool.map(act, [("return", 0), ("sleep", 0.2), ("return", "old")])
         assert next(interrupted) == 0
-        if late:  # the answers are there already
+        if late:  # the results have already arrived
             time.sleep(0.5)
         assert list(pool.map(act, [("return", 1), ("return", 2)])) == [1, 2]
         assert list(pool.map(act, [("return", 3)])) == [3]
@@ -654,10 +656,10 @@ def test_interrupted_while_a_task_is_sent():
         assert list(pool.map(act, [("return", 1)])) == [1]
 
 
-def acts(*what):
-    """Runs in a worker: an item for each, by `act`."""
-    for one in what:
-        yield act(*one)
+def generate_acts(*jobs):
+    """Runs in a worker: yields the result of `act` for each job."""
+    for job in jobs:
+        yield act(*job)
 
 
 def test_streams_keep_what_came_before_a_failure():
@@ -669,36 +671,36 @@ def test_streams_keep_what_came_before_a_failure():
         [("raise", VideoError("no frames"))],
         [("sleep", 0.6), ("sleep", 0.6), ("sleep", 0.6)],  # together more than the limit, each less
     ]
-    found = list(pull_streams(acts, jobs, DecodeLimits(seconds=1.0)))
-    assert found == [
+    items = list(pull_streams(generate_acts, jobs, DecodeLimits(seconds=1.0)))
+    assert items == [
         *((0, 0), (0, 1)),
         *((1, 2), (1, Failure("the decoding process crashed (signal 11)"))),
         *((3, 4), (3, Failure("took longer than 1 s"))),
         (4, Failure("no frames")),
         *[(5, 0.6)] * 3,
     ]
-    assert list(pull_streams(acts, [], LIMITS)) == []
+    assert list(pull_streams(generate_acts, [], LIMITS)) == []
 
 
-def touching(folder):
-    """Runs in a worker: a file for each item made."""
+def touch_files(folder):
+    """Runs in a worker: yields 30 numbers and makes a file before each."""
     for number in range(30):
         (folder / str(number)).touch()
         yield number
 
 
-def test_streams_are_not_made_ahead(tmp_path):
-    """Four items are asked for at most; they wait until they are taken."""
-    for place, item in pull_streams(touching, [(tmp_path,)], LIMITS):
+def test_streams_are_not_run_far_ahead(tmp_path):
+    """Checks that at most four items are requested before they are taken."""
+    for place, item in pull_streams(touch_files, [(tmp_path,)], LIMITS):
         assert place == 0
         time.sleep(0.1 if item < 5 else 0)
         assert len(list(tmp_path.iterdir())) <= item + 4
     assert item == 29
 
 
-OURS = """
-from dualpath_jax.data import decode, workers
-with workers.WorkerPool(2, decode.DecodeLimits()) as pool:
+OWN_POOL = """
+from dualpath_jax.data.preparation import video_decoder, worker_pool
+with worker_pool.WorkerPool(2, video_decoder.DecodeLimits()) as pool:
     print(os.getpid() not in set(pool.map(os.getpid, [()] * 4)))
 """
 MULTIPROCESSING = """
@@ -711,23 +713,23 @@ print(process.exitcode == 0)
 
 
 @pytest.mark.parametrize(
-    ("how", "code", "said"),
+    ("source", "code", "lines"),
     [
-        ("file", OURS, ["once", "True"]),
-        ("stdin", OURS, ["once", "True"]),
-        ("-c", OURS, ["once", "True"]),
+        ("file", OWN_POOL, ["once", "True"]),
+        ("stdin", OWN_POOL, ["once", "True"]),
+        ("-c", OWN_POOL, ["once", "True"]),
         ("file", MULTIPROCESSING, ["once", "once", "False"]),
         ("stdin", MULTIPROCESSING, ["once", "False"]),
     ],
 )
-def test_workers_do_not_execute_the_main_module(tmp_path, how, code, said):
-    """It has no guard, and may have no file. What `multiprocessing` starts fails there."""
+def test_workers_do_not_execute_the_main_module(tmp_path, source, code, lines):
+    """Checks main modules without a guard or a file, for which `multiprocessing` fails."""
     code = f"import os\nprint('once', flush=True)\n{code}"
     (tmp_path / "main.py").write_text(code)
     (tmp_path / "empty").touch()
-    with open(tmp_path / ("main.py" if how == "stdin" else "empty")) as stdin:
+    with open(tmp_path / ("main.py" if source == "stdin" else "empty")) as stdin:
         done = subprocess.run(
-            [sys.executable, *{"file": ["main.py"], "stdin": [], "-c": ["-c", code]}[how]],
+            [sys.executable, *{"file": ["main.py"], "stdin": [], "-c": ["-c", code]}[source]],
             env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
             cwd=tmp_path,
             stdin=stdin,
@@ -735,12 +737,12 @@ def test_workers_do_not_execute_the_main_module(tmp_path, how, code, said):
             text=True,
             timeout=60,
         )
-    assert done.stdout.splitlines() == said, done.stderr
+    assert done.stdout.splitlines() == lines, done.stderr
 
 
 def test_workers_import_nothing_heavy():
     code = (
-        "import sys, dualpath_jax.data.workers\n"
+        "import sys, dualpath_jax.data.preparation.worker_pool\n"
         "print(sorted({'jax', 'flax', 'tensorflow', 'av'} & set(sys.modules)))"
     )
     root = pathlib.Path(__file__).parents[2]

@@ -1,7 +1,4 @@
-"""Every method at tiny size, for test_methods.py and test_method_equations.py.
-
-Public: `TINY`, `CASES`, `tiny_config`, `started`, `random`, `perturbed`, `clips`, `apply`, `EXACT`.
-"""
+"""Defines every method at tiny size, for test_methods.py and test_method_equations.py."""
 
 import functools
 
@@ -18,7 +15,7 @@ from dualpath_jax.training import experiment
 TINY = vit.ViTConfig("tiny", 32, 8, 48, 3, 4, 96, 24)
 FRAMES, CLASSES = 4, 5
 
-# For programs that agree to the bit: what conftest.py turns off fuses so that they do.
+# Compiler option for programs that agree to the bit, which conftest.py turns off otherwise.
 EXACT = {"xla_cpu_use_fusion_emitters": True}
 
 # Name of the case -> method and its keys under config.model.
@@ -47,7 +44,7 @@ CASES = {
 
 
 def tiny_config(case, **options):
-    """Configuration of a case; `options` are keys under config.model."""
+    """Returns the configuration of a case; `options` are keys under config.model."""
     method, keys = CASES[case]
     config = schema.get_config()
     config.data.image_size = 32
@@ -63,7 +60,7 @@ def tiny_config(case, **options):
 
 
 def perturbed(params, scale=0.1):
-    """Every leaf moved, so that no bias is zero and no scale is one."""
+    """Adds noise to every leaf, so that no bias is zero and no scale is one."""
     rng = np.random.default_rng(1)
     return jax.tree.map(
         lambda x: np.asarray(x) + scale * rng.normal(size=x.shape).astype(x.dtype), params
@@ -72,20 +69,20 @@ def perturbed(params, scale=0.1):
 
 @functools.cache
 def backbone():
-    """Parameters of a TINY backbone that are nowhere trivial."""
+    """Returns nontrivial parameters of a TINY backbone."""
     init = jax.jit(vit.ViT(TINY, scan_blocks=True).init)
     return perturbed(init(jax.random.key(7), jnp.zeros((1, 32, 32, 3)))["params"])
 
 
-def started(config):
-    """(model, its parameters as a run starts with them)."""
+def build_initialized(config):
+    """Returns the model and the initial parameters of a run."""
     model = method_registry.build_model(config, TINY, CLASSES)
-    scanned = model.clone(scan_blocks=True)  # compiles sooner
+    scanned = model.clone(scan_blocks=True)  # compiles faster
     return model, experiment.init_params(scanned, config, backbone())
 
 
-def random(config, shape=TINY):
-    """(model, parameters that are nowhere trivial), without compiling the initialisation."""
+def build_randomized(config, shape=TINY):
+    """Returns the model and nontrivial parameters, without compiling the initialization."""
     model = method_registry.build_model(config, shape, CLASSES)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *clips(config))["params"]
     zeros = jax.tree_util.tree_map_with_path(
@@ -96,7 +93,7 @@ def random(config, shape=TINY):
 
 
 def clips(config, batch=2):
-    """Inputs of the model, as normalised images: (spatial, temporal or None)."""
+    """Returns random inputs of the model, like normalized images: (spatial, temporal or None)."""
     rng = np.random.default_rng(0)
     shapes = clip_shapes(config)
     return tuple(
@@ -106,7 +103,7 @@ def clips(config, batch=2):
 
 
 def apply(model, params, *args, method=None):
-    """`model.apply`, compiled."""
+    """Compiles and runs `model.apply`."""
 
     def run(params, *args):
         return model.apply({"params": params}, *args, method=method)

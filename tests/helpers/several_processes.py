@@ -18,9 +18,10 @@ from dualpath_jax import evaluate, train
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.runtime import distributed
 from dualpath_jax.runtime.preemption import Preempted, PreemptionGuard
-from dualpath_jax.training import experiment, sharding
+from dualpath_jax.training import sharding
 from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from tests.helpers.compiling_once import compiling_once
+from tests.helpers.runs import build_run
 from tests.helpers.small_config import small_config
 
 
@@ -48,7 +49,7 @@ def train_and_evaluate(config, workdir, evaluation=True, poison=0.0):
       The run, and the ids of the examples that this process has read in "train" and "test".
     """
     dataset, test = (VideoDataset(config.data.dir, split) for split in ("train", "test"))
-    run = experiment.build_experiment(config, str(workdir), dataset)
+    run = build_run(config, str(workdir), dataset)
     example_ids = {"train": [], "test": []}
     original_inputs = train.preprocess.model_inputs
 
@@ -72,9 +73,9 @@ def train_and_evaluate(config, workdir, evaluation=True, poison=0.0):
         patch.setattr(train, "shard_batch", shard_training)
         patch.setattr(evaluate, "shard_batch", shard_testing)
         patch.setattr(train.preprocess, "model_inputs", model_inputs)
-        train.train(run, dataset, test)
+        run.train(dataset, test)
         if evaluation:
-            evaluate.evaluate_and_write(run, test)
+            run.evaluate_and_write(test)
     return run, example_ids
 
 

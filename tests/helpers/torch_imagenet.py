@@ -1,8 +1,6 @@
-"""ViT and Swin of timm and transformers, with random weights: references of test_backbones.py.
+"""Builds ViT and Swin of timm and transformers with random weights, for test_backbones.py.
 
-Public: `timm_vit`, `huggingface_vit`, `timm_swin`, `huggingface_swin`, `stages`.
-
-A model is built from our own config, so that the shapes are said once.
+A model is built from our own config, which defines its shape.
 """
 
 import torch
@@ -13,6 +11,7 @@ from tests.helpers.torch_reference import import_torchvision, randomize_paramete
 
 
 def timm_vit(config: ViTConfig) -> torch.nn.Module:
+    """Builds timm's ViT."""
     import_torchvision()
     from timm.models.vision_transformer import VisionTransformer
 
@@ -29,6 +28,7 @@ def timm_vit(config: ViTConfig) -> torch.nn.Module:
 
 
 def huggingface_vit(config: ViTConfig, classifier: bool = True) -> torch.nn.Module:
+    """Builds transformers' ViT, with or without its classifier."""
     import_torchvision()
     import transformers
 
@@ -46,6 +46,7 @@ def huggingface_vit(config: ViTConfig, classifier: bool = True) -> torch.nn.Modu
 
 
 def timm_swin(config: SwinConfig) -> torch.nn.Module:
+    """Builds timm's Swin."""
     import_torchvision()
     from timm.models.swin_transformer import SwinTransformer
 
@@ -63,6 +64,7 @@ def timm_swin(config: SwinConfig) -> torch.nn.Module:
 
 
 def huggingface_swin(config: SwinConfig, classifier: bool = True) -> torch.nn.Module:
+    """Builds transformers' Swin, with or without its classifier."""
     import_torchvision()
     import transformers
 
@@ -80,8 +82,8 @@ def huggingface_swin(config: SwinConfig, classifier: bool = True) -> torch.nn.Mo
     return randomize_parameters(kind(shape))
 
 
-def _modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """What is recorded: "embed", "block_<s>_<i>" (a ViT's s is 0), "merge_<s>", "norm"."""
+def _stage_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Returns the modules to record: "embed", "block_<s>_<i>" (ViT: s = 0), "merge_<s>", "norm"."""
     if hasattr(model, "blocks"):  # timm's ViT
         embed, norm, stages, merges = model.norm_pre, model.norm, [model.blocks], []
     elif hasattr(model, "layers") and hasattr(model, "patch_embed"):  # timm's Swin
@@ -102,18 +104,22 @@ def _modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def stages(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """[M, 3, H, W] -> outputs [M, N, D] of what `_modules` names, and "features" [M, D]."""
+    """Runs a model on images [M, 3, H, W] and records the outputs of its stages.
+
+    Returns:
+      Outputs [M, N, D] by the names of `_stage_modules` (but "norm"), and "features" [M, D].
+    """
     model = getattr(model, "vit", getattr(model, "swin", model))
     outputs = {}
 
     def hook(name):
-        def keep(module, inputs, output):
+        def record(module, inputs, output):
             output = output[0] if isinstance(output, tuple) else output
             outputs[name] = output.flatten(1, -2)
 
-        return keep
+        return record
 
-    modules = _modules(model)
+    modules = _stage_modules(model)
     handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     with torch.no_grad():
         model(images)

@@ -1,9 +1,8 @@
-"""Blocks of the tuning methods in torch, from the equations, for test_method_equations.py.
+"""Implements blocks of the tuning methods in torch, from the equations.
 
-Public: `METHODS`, `run`.
-
-`p` are the parameters of a frozen block, `a` those of the method in it, as dicts of tensors in
-Flax's shapes. h is [B, T, N, D]. `wrong` names a fault, for the negative twins.
+They are the references of test_method_equations.py. `p` holds the parameters of a frozen block and
+`a` those of the method in it, as dicts of tensors in Flax's shapes. h is [B, T, N, D]. `wrong`
+names a fault for the negative twins.
 """
 
 import torch
@@ -21,7 +20,7 @@ def norm(x, p):
 
 
 def attend(x, p):
-    """x [..., N, D]: attention over the N."""
+    """Applies attention over the N tokens of x [..., N, D]."""
     q, k, v = linear(x, p["qkv"]).unflatten(-1, (3, HEADS, -1)).movedim(-3, 0).transpose(-2, -3)
     y = functional.scaled_dot_product_attention(q, k, v)
     return linear(y.transpose(-2, -3).flatten(-2), p["out"])
@@ -36,13 +35,14 @@ def adapter(x, a):
     return linear(functional.gelu(linear(x, a["down"])), a["up"])
 
 
-def plain(h, p):
+def run_frozen_block(h, p):
+    """Returns (z, MLP output) of a frozen block; the block's output is their sum."""
     z = h + attend(norm(h, p["ln_1"]), p["attention"])
     return z, mlp(norm(z, p["ln_2"]), p["mlp"])
 
 
 def convolve(x, a, side):
-    """Depth-wise 3D convolution of x [B, T, side side, R]."""
+    """Applies a depthwise 3D convolution to x [B, T, side^2, R]."""
     kernel = a["kernel"]  # [T, H, W, 1, R]
     x = x.unflatten(2, (side, side)).permute(0, 4, 1, 2, 3)
     padding = [size // 2 for size in kernel.shape[:3]]
@@ -52,19 +52,19 @@ def convolve(x, a, side):
 
 
 def adaptformer(h, p, a, wrong):
-    z, y = plain(h, p)
+    z, y = run_frozen_block(h, p)
     scale = 1.0 if wrong == "scale" else 0.1
     x = z if wrong == "no norm" else norm(z, p["ln_2"])
     return z + y + scale * adapter(x, a["mlp"])
 
 
 def adaptformer_serial(h, p, a, wrong):
-    z, y = plain(h, p)
+    z, y = run_frozen_block(h, p)
     return z + (0 if wrong == "no skip" else y) + 0.1 * adapter(y, a["mlp"])
 
 
 def protuning(h, p, a, wrong):
-    z, y = plain(h, p)
+    z, y = run_frozen_block(h, p)
     h = z + y
     side = round((h.shape[2] - 1) ** 0.5)
     v = linear(h[:, :, 1:], a["down"]).flatten(0, 1).unflatten(1, (side, side)).movedim(-1, 1)
@@ -76,7 +76,7 @@ def protuning(h, p, a, wrong):
 
 
 def st_adapter(h, p, a, wrong):
-    z, y = plain(h, p)
+    z, y = run_frozen_block(h, p)
     x = linear(norm(z, p["ln_2"]), a["down"])
     side = round((h.shape[2] - 1) ** 0.5)
     patches = convolve(x[:, :, 1:], a["conv"], side)
@@ -93,7 +93,7 @@ def st_adapter_released(h, p, a, wrong):
     x = convolve(linear(h[:, :, 1:], a["down"]), a["conv"], round((h.shape[2] - 1) ** 0.5))
     x = functional.gelu(x) if wrong == "activation" else x
     x = (2.0 if wrong == "scale" else 1.0) * linear(x, a["up"])
-    z, y = plain(h + functional.pad(x, (0, 0, 1, 0)), p)
+    z, y = run_frozen_block(h + functional.pad(x, (0, 0, 1, 0)), p)
     return z + y
 
 
@@ -127,16 +127,16 @@ METHODS = {
 }
 
 
-def layer(tree, i):
-    """Tensors of block i from arrays stacked [L, ...]."""
+def select_block(tree, i):
+    """Returns the tensors of block i from arrays stacked [L, ...]."""
     if isinstance(tree, dict):
-        return {name: layer(leaf, i) for name, leaf in tree.items()}
+        return {name: select_block(leaf, i) for name, leaf in tree.items()}
     return torch.tensor(tree[i])
 
 
 def run(case, h, blocks, adapters, wrong=None):
-    """h [B, T, N, D] through all blocks."""
+    """Runs h [B, T, N, D] through all blocks of a case."""
     h = torch.tensor(h)
     for i in range(len(blocks["ln_1"]["scale"])):
-        h = METHODS[case][0](h, layer(blocks, i), layer(adapters, i), wrong)
+        h = METHODS[case][0](h, select_block(blocks, i), select_block(adapters, i), wrong)
     return h.numpy()

@@ -1,8 +1,4 @@
-"""CLIP in torch, with random weights, as the reference of test_convert.py.
-
-Public: `open_clip_model`, `huggingface_model`, `open_clip_stages`, `huggingface_stages`,
-`randomize_parameters`, `import_torchvision`.
-"""
+"""Builds CLIP in torch with random weights, the reference of test_convert.py."""
 
 import re
 import sys
@@ -31,12 +27,12 @@ _torchvision = torch.library.Library("torchvision", "FRAGMENT")
 
 
 def import_torchvision() -> None:
-    """Imports torchvision, which open_clip and transformers need but whose operators CLIP does not.
+    """Imports torchvision, which open_clip and transformers need, even if its operators are broken.
 
-    Beside a torch of another build (CPU torch, CUDA torchvision) its compiled operators do not
-    load, and the import fails at the first one that it describes to torch, "operator
-    torchvision::nms does not exist". Declaring that operator, without a body, lets it go on. Where
-    the builds match, the first import succeeds and nothing is declared.
+    Next to a torch of another build (CPU torch, CUDA torchvision) its compiled operators do not
+    load, and the import fails with "operator torchvision::nms does not exist". CLIP does not need
+    these operators, therefore each missing one is declared without a body and the import is
+    repeated. If the builds match, the first import succeeds.
     """
     for _ in range(10):
         try:
@@ -51,15 +47,15 @@ def import_torchvision() -> None:
                 f"{missing[1]}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             )
             for name in [name for name in sys.modules if name.startswith("torchvision.")]:
-                del sys.modules[name]  # half imported
+                del sys.modules[name]  # partly imported
     raise RuntimeError("torchvision cannot be imported")
 
 
 def randomize_parameters(model: torch.nn.Module) -> torch.nn.Module:
-    """New values for every parameter, none of them left at zero or one.
+    """Sets every parameter to new values, none of them zero or one, and returns the model.
 
-    Branches are of order 1. Embeddings are small, as CLIP's are: tokens of low variance before the
-    first LayerNorm make its epsilon show.
+    Branches are of order 1. Embeddings are small, as in CLIP: with tokens of low variance before
+    the first LayerNorm, its epsilon has a visible effect.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -76,7 +72,7 @@ def randomize_parameters(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def open_clip_model(shape: dict, quick_gelu: bool) -> torch.nn.Module:
-    """open_clip's CLIP with a ViT of `shape` and a small text tower."""
+    """Builds open_clip's CLIP with a ViT of `shape` and a small text tower."""
     import_torchvision()
     import open_clip
 
@@ -94,7 +90,7 @@ def open_clip_model(shape: dict, quick_gelu: bool) -> torch.nn.Module:
 
 
 def huggingface_model(shape: dict, hidden_act: str, vision_only: bool = False) -> torch.nn.Module:
-    """transformers' CLIPModel, or CLIPVisionModelWithProjection, with a ViT of `shape`."""
+    """Builds transformers' CLIPModel, or CLIPVisionModelWithProjection, with a ViT of `shape`."""
     import_torchvision()
     import transformers
 
@@ -128,27 +124,31 @@ def huggingface_model(shape: dict, hidden_act: str, vision_only: bool = False) -
 
 
 def _record(modules: dict[str, torch.nn.Module], run) -> dict[str, torch.Tensor]:
-    """The outputs of `modules` during run()."""
+    """Records the outputs of `modules` during run(), and its result as "projection"."""
     outputs = {}
 
     def hook(name):
-        def keep(module, inputs, output):
+        def record(module, inputs, output):
             outputs[name] = output[0] if isinstance(output, tuple) else output
 
-        return keep
+        return record
 
     handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     with torch.no_grad():
         outputs["projection"] = run()
     for handle in handles:
         handle.remove()
-    if outputs["ln_post"].ndim == 3:  # open_clip normalises all tokens, then takes the class token
+    if outputs["ln_post"].ndim == 3:  # open_clip normalizes all tokens, then takes the class token
         outputs["ln_post"] = outputs["ln_post"][:, 0]
     return outputs
 
 
 def open_clip_stages(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """[M, 3, H, W] -> "embed", "block_<i>" [M, N, D], "ln_post" [M, D], "projection" [M, e]."""
+    """Runs open_clip's image tower on [M, 3, H, W] and records its stages.
+
+    Returns:
+      "embed" and "block_<i>" [M, N, D], "ln_post" [M, D], "projection" [M, e].
+    """
     visual = model.visual
     blocks = {f"block_{i}": block for i, block in enumerate(visual.transformer.resblocks)}
     modules = {"embed": visual.ln_pre, **blocks, "ln_post": visual.ln_post}
@@ -156,7 +156,7 @@ def open_clip_stages(model: torch.nn.Module, images: torch.Tensor) -> dict[str, 
 
 
 def huggingface_stages(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """As `open_clip_stages`, for either model of transformers."""
+    """Records the stages of either model of transformers, as `open_clip_stages` does."""
     vision = model.vision_model
     blocks = {f"block_{i}": block for i, block in enumerate(vision.encoder.layers)}
     modules = {"embed": vision.pre_layrnorm, **blocks, "ln_post": vision.post_layernorm}

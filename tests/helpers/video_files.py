@@ -1,4 +1,4 @@
-"""Small video files for the tests."""
+"""Makes small video files for the tests."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from dualpath_jax.inference import sliding_windows
 
 
 def gray_frames(num_frames: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
-    """Frame i is grey of brightness 10 + 12 i (i < 20): uint8 [H, W, 3] each."""
+    """Returns gray uint8 [H, W, 3] frames; frame i < 20 has brightness 10 + 12 i."""
     return [np.full((height, width, 3), 10 + 12 * i % 240, np.uint8) for i in range(num_frames)]
 
 
@@ -23,7 +23,16 @@ def write_video(
     options: dict[str, str] | None = None,
     gop: int | None = None,
 ) -> str:
-    """Writes uint8 [H, W, 3] RGB frames (or so many grey ones); returns the path."""
+    """Writes a video file and returns its path.
+
+    Args:
+      path: the file to write.
+      frames: uint8 [H, W, 3] RGB frames, or the number of frames of `gray_frames`.
+      codec: ffmpeg's name of the encoder.
+      rate: frames per second.
+      options: options of the container.
+      gop: frames per group of pictures; None uses the encoder's default.
+    """
     frames = gray_frames(frames) if isinstance(frames, int) else frames
     path = os.fspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -41,13 +50,13 @@ def write_video(
 
 
 def noise_frames(num_frames: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
-    """Frames that take many bytes: uint8 [H, W, 3] each."""
+    """Returns uint8 [H, W, 3] frames of noise, which take many bytes when compressed."""
     rng = np.random.default_rng(0)
     return list(rng.integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8))
 
 
 def decode_windows_then_fail(path: str, *arguments):
-    """Runs in a worker: two windows, then what the file's name says."""
+    """Runs in a worker: yields two windows, then does what the file's name says."""
     for number, window in enumerate(sliding_windows.decode_windows(path, *arguments)):
         if number == 2 and os.path.basename(path) == "crash.mp4":
             os.kill(os.getpid(), signal.SIGSEGV)

@@ -11,9 +11,9 @@ import pytest
 
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.inference import export, trained_model
-from dualpath_jax.training import experiment
 from dualpath_jax.training.checkpoint import Checkpoints
 from scripts import export_model as script
+from tests.helpers.runs import build_run
 
 TOLERANCE = 1e-4
 # Reads each export as the model card describes; arguments: folder, clips, output file.
@@ -38,7 +38,7 @@ np.savez(out, **{k: np.asarray(v) for k, v in logits.items()})
 def model(config, tmp_path):
     """Returns the model of a run whose trained parameters differ from their initial values."""
     dataset = VideoDataset(config.data.dir, "test")
-    run = experiment.build_experiment(config, str(tmp_path / "run"), dataset)
+    run = build_run(config, str(tmp_path / "run"), dataset)
     moved = jax.tree.map(lambda x: x + 0.05 * np.cos(np.arange(x.size)).reshape(x.shape), run.state)
     checkpoints = Checkpoints(run.workdir)
     checkpoints.save(3, run.state.replace(trainable=moved.trainable), run.metadata())

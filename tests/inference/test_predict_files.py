@@ -17,14 +17,16 @@ import dualpath_jax as dp
 from dualpath_jax import cli, evaluate
 from dualpath_jax.analysis import prediction_figures
 from dualpath_jax.data import pipeline
+from dualpath_jax.data.clip_spec import Views
 from dualpath_jax.data.preparation import video_decoder
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.inference import predict_files, sliding_windows, trained_model
 from dualpath_jax.models import param_tree
 from dualpath_jax.models.forward import view_logits
-from dualpath_jax.training import adapter_file, experiment
+from dualpath_jax.training import adapter_file
 from dualpath_jax.training.checkpoint import Checkpoints
 from scripts import export_adapter
+from tests.helpers.runs import build_run
 from tests.helpers.video_files import decode_windows_then_fail, noise_frames, write_video
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "predict.py"
@@ -37,7 +39,7 @@ def run(config, tmp_path):
     config.model.scan_blocks = False
     config.eval.temporal_views = 2
     dataset = VideoDataset(config.data.dir, "test")
-    run = experiment.build_experiment(config, str(tmp_path / "run"), dataset)
+    run = build_run(config, str(tmp_path / "run"), dataset)
     moved = jax.tree.map(lambda x: x + 0.05, run.state.trainable)
     run.state = run.state.replace(trainable=moved)
     checkpoints = Checkpoints(run.workdir)
@@ -65,7 +67,7 @@ def run_script(monkeypatch, capsys, *arguments):
 def test_predictions_match_evaluation(run, config, video, tmp_path):
     """Checks clips, logits and probabilities against the pipeline and step of evaluation."""
     dataset = VideoDataset(config.data.dir, "test")
-    batches = pipeline.eval_batches(dataset, config.data, 2, 1, batch_size=1)
+    batches = pipeline.eval_batches(dataset, config.data, Views(2, 1), batch_size=1)
     next(batches)
     params = jax.device_get(param_tree.merge(run.state.trainable, run.frozen))
     batch = next(batches)
@@ -201,7 +203,8 @@ def test_frames_have_the_format_of_the_training_data(run, config, tmp_path):
     """Checks a model of data prepared with `--fps` and `--short_side`, and its adapter file."""
     path = str(tmp_path / "fast.mp4")
     write_video(path, [np.full((64, 96, 3), 3 * i, np.uint8) for i in range(60)], rate=30)
-    run = dataclasses.replace(run, frame_format=video_decoder.FrameFormat(48, 70, 10.0))
+    frame_format = video_decoder.FrameFormat(48, 70, 10.0)
+    run.experiment = dataclasses.replace(run.experiment, frame_format=frame_format)
     assert run.metadata()["frame_format"] == {"short_side": 48, "quality": 70, "fps": 10.0}
     checkpoints = Checkpoints(run.workdir)
     checkpoints.save(4, run.state, run.metadata())
@@ -253,7 +256,7 @@ def test_windows_command(run, video, tmp_path, monkeypatch, capsys):
     assert results[0]["end"] == 1
     assert all(result["class_names"] for result in results)
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == [f"{video.stem}.png"]
-    # Each result equals that of its window alone, although clips are made ahead of the model.
+    # A single window gives the same result, although clips are made ahead of the model.
     model = dp.load(run.workdir)
     for result, window in zip(
         results, sliding_windows.decode_windows(str(video), 1, 0.5, FORMAT), strict=True

@@ -1,4 +1,4 @@
-"""ViT and Swin against timm and transformers with random weights: parity, sources, refusals."""
+"""Compares ViT and Swin with timm and transformers on random weights; tests sources and errors."""
 
 import dataclasses
 import operator
@@ -39,12 +39,13 @@ SWIN = swin.SwinConfig("custom-swin", 64, 4, 32, (2, 2, 2), 1, 64, 4)
 
 
 def _images(size, count=2):
-    """[M, H, W, 3] for size (H, W), or a side."""
+    """Returns random images [M, H, W, 3] for size (H, W), or a side."""
     size = (size, size) if isinstance(size, int) else size
     return np.random.default_rng(0).standard_normal((count, *size, 3), np.float32)
 
 
 def _save_safetensors(state, path):
+    """Saves a torch state dict as a safetensors file and returns its path."""
     arrays = {
         k: np.ascontiguousarray(source_checkpoint._torch_to_numpy(v)) for k, v in state.items()
     }
@@ -53,6 +54,7 @@ def _save_safetensors(state, path):
 
 
 def _converted(source, tmp_path, **options):
+    """Converts a checkpoint and returns (information, arrays by path)."""
     out = tmp_path / "backbone.safetensors"
     return convert.convert_checkpoint(source, out, **options), convert._read_backbone(out)[0]
 
@@ -65,8 +67,8 @@ def _tree(arrays):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_patches_as_by_a_convolution(bias):
-    """Its parameters and results, on images that are no squares; twin: patches turned round."""
+def test_patch_embedding_equals_a_convolution(bias):
+    """Compares parameters and results on non-square images; twin: transposed patches."""
     images = _images((24, 40))
     patches = layers.PatchEmbedding(16, 8, bias)
     convolution = nn.Conv(16, (8, 8), strides=8, padding="VALID", use_bias=bias)
@@ -84,8 +86,8 @@ def test_patches_as_by_a_convolution(bias):
     )
     for got, wanted in zip(*map(jax.tree.leaves, gradients), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-3)
-    turned = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1) if leaf.ndim == 4 else leaf, params)
-    assert np.abs(patches.apply(turned, images) - want).max() > 0.1
+    transposed = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1) if leaf.ndim == 4 else leaf, params)
+    assert np.abs(patches.apply(transposed, images) - want).max() > 0.1
 
 
 def _run_block(block, params, h):
@@ -125,7 +127,7 @@ STAGES = {"vit": _vit_stages, "swin": _swin_stages}
 
 
 def _differences(params, config, images, expected):
-    """Stage -> max |ours - torch's|, in order."""
+    """Returns the maximum of |ours - torch's| by stage, in order."""
     ours = STAGES[backbone_registry.family_of(config)](params, config, images)
     assert ours.keys() == expected.keys()
     differences = {}
@@ -221,7 +223,7 @@ def test_swin_parity(publisher, config, size, tmp_path, record_property):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """family -> (our arrays, config, images, torch's stages), of timm's small models."""
+    """Returns (our arrays, config, images, torch's stages) of timm's small models, by family."""
     result = {}
     for config, build in ((VIT, reference.timm_vit), (SWIN, reference.timm_swin)):
         folder = tmp_path_factory.mktemp(config.name)
@@ -252,7 +254,7 @@ def _no_patch_bias(arrays):
 
 
 def _rows_outside(arrays):
-    """Merging's four tokens in the order of rows."""
+    """Orders the four tokens of merging by rows."""
     for name in arrays:
         if name.startswith("merge_0/") and not name.endswith("reduction/kernel"):
             a, b, c, d = np.split(arrays[name], 4)
@@ -293,7 +295,7 @@ def test_no_shift_mask_exceeds_the_tolerance(small, monkeypatch):
 
 
 def test_shift_mask_of_a_small_map():
-    """4x4 tokens, windows of 2, shift 1: after the shift the last window joins four corners."""
+    """Checks 4x4 tokens, windows of 2, shift 1: the last window joins four corners."""
     same = swin._same_region((4, 4), 2, 1)
     assert same.shape == (4, 1, 4, 4)
     assert same[0].all()  # rows and columns 1, 2
@@ -306,14 +308,14 @@ def test_shift_mask_of_a_small_map():
 
 
 def _with_buffers(state):
-    """As older files have them."""
+    """Adds the buffers that older files contain."""
     names = [n.removesuffix("relative_position_bias_table") for n in state if n.endswith("_table")]
     state = {**state, **{n + "relative_position_index": torch.zeros(16, 16) for n in names}}
     return {**state, "layers.0.blocks.1.attn_mask": torch.zeros(4, 16, 16)}
 
 
 def _microsoft(state):
-    """Merging counted with the stage before it, and heads and buffers."""
+    """Renames a state like Microsoft's: merging belongs to the stage before; head, buffers."""
     state = {
         re.sub(r"layers\.(\d)\.down", lambda m: f"layers.{int(m[1]) - 1}.down", name): value
         for name, value in state.items()
@@ -335,7 +337,7 @@ def test_swin_of_its_authors(small, tmp_path):
 @pytest.mark.parametrize("classifier", [True, False])
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_huggingface_in_memory_and_in_files(family, classifier, tmp_path):
-    """transformers 5 writes older names than it has in memory; both are read."""
+    """Checks that both names are read: transformers 5 writes older ones than it has in memory."""
     config, build = {
         "vit": (VIT, reference.huggingface_vit),
         "swin": (SWIN, reference.huggingface_swin),
@@ -380,8 +382,8 @@ def test_left_over_and_missing_names_are_listed(build, config, missing, extra, t
         _converted(source, tmp_path)
 
 
-def test_wider_windows_are_said_and_change_nothing(tmp_path, caplog):
-    """At 32 pixels timm's last stage has windows of 2, and tables to match."""
+def test_widened_windows_are_logged_and_change_nothing(tmp_path, caplog):
+    """Checks 32 pixels, where timm's last stage has windows of 2 and tables of that size."""
     config = dataclasses.replace(SWIN, image_size=32)
     state = reference.timm_swin(config).state_dict()
     source = _save_safetensors(state, tmp_path / "a.safetensors")
@@ -415,8 +417,8 @@ def test_load_resizes_the_tables_of_another_window(small, tmp_path, caplog):
     wanted = dataclasses.replace(SWIN, window_size=8)
     with caplog.at_level("INFO", logger="absl"):
         params, config, _ = convert.load_backbone(info["out"], wanted)
-    said = "position table resized from windows of 4x4 tokens to windows of 8x8 tokens"
-    assert said in caplog.text
+    message = "position table resized from windows of 4x4 tokens to windows of 8x8 tokens"
+    assert message in caplog.text
     assert config == wanted
     table = params["blocks_1"]["attention"]["relative_position_bias"]
     assert table.shape == (2, 225, 2)
@@ -428,7 +430,7 @@ def test_load_resizes_the_tables_of_another_window(small, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("name", "field", "side"),
+    ("name", "field", "wanted_text"),
     [
         ("custom-swin", {"depths": (2, 2, 4)}, "'depths': (2, 2, 4)"),
         ("custom-swin", {"width": 64}, "'width': 64"),
@@ -436,16 +438,16 @@ def test_load_resizes_the_tables_of_another_window(small, tmp_path, caplog):
         ("ViT-B/16-IN21K", {}, "ViT-B/16-IN21K {'width': 768"),
     ],
 )
-def test_load_refuses_another_architecture(name, field, side, small, tmp_path):
+def test_load_rejects_another_architecture(name, field, wanted_text, small, tmp_path):
     source = _save_safetensors(reference.timm_swin(SWIN).state_dict(), tmp_path / "a.safetensors")
     info, _ = _converted(source, tmp_path)
     wanted = backbone_registry.MODELS.get(name) or dataclasses.replace(SWIN, **field)
     holds = "holds custom-swin {'width': 32, 'depths': (2, 2, 2)"
-    with pytest.raises(ValueError, match=f"{re.escape(holds)}.*asks for.*{re.escape(side)}"):
+    with pytest.raises(ValueError, match=f"{re.escape(holds)}.*asks for.*{re.escape(wanted_text)}"):
         convert.load_backbone(info["out"], wanted)
 
 
-def test_clip_and_imagenet_weights_are_told_apart():
+def test_clip_and_imagenet_weights_differ_in_architecture():
     clip = vit.MODELS["ViT-B/16"]
     without = dataclasses.replace(clip, projection_dim=None)
     assert without.architecture != B16.architecture  # by ln_pre and the patch bias
@@ -493,7 +495,7 @@ def test_backbone_parameters(name, parameters):
     assert param_tree.count_params(tree) == parameters
 
 
-def test_method_and_backbone_that_do_not_go_together(monkeypatch):
+def test_method_rejects_a_backbone_of_another_family(monkeypatch):
     config = schema.get_config()
     only_vit = dataclasses.replace(method_registry.METHODS["dualpath"], families=("vit",))
     monkeypatch.setitem(method_registry.METHODS, "dualpath", only_vit)

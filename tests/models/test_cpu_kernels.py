@@ -1,4 +1,4 @@
-"""The forms for CPUs give what the plain ones give, with gradients for what trains alone."""
+"""Tests that the CPU kernels equal the plain layers and compute only the needed gradients."""
 
 import re
 
@@ -38,6 +38,7 @@ def test_other_devices_get_plain_sums(platform, slices):
 
 
 def gradients(function, arrays, dy, argnums):
+    """Returns the gradients of sum(function(*arrays) * dy)."""
     grad = jax.grad(lambda *arrays: (function(*arrays) * dy).sum(), argnums=argnums)
     return grad(*arrays)
 
@@ -45,7 +46,7 @@ def gradients(function, arrays, dy, argnums):
 @pytest.mark.parametrize("rows", [3, 20])
 @pytest.mark.parametrize("shape", [(16, 8), (8, 16)])
 def test_affine_and_its_gradients(rows, shape):
-    """Few rows and a tall kernel have forms of their own, so that both differ."""
+    """Checks few and many rows, wide and tall kernels, which use different products."""
     arrays = normal(2, rows, shape[0]), normal(*shape, seed=1), normal(shape[1], seed=2)
     dy = normal(2, rows, shape[1], seed=3)
 
@@ -65,8 +66,8 @@ def test_affine_and_its_gradients(rows, shape):
             *arrays
         )
     )
-    turned = 2 * (2 * rows < min(shape)) + (shape[0] > shape[1])
-    assert traced.count("optimization_barrier") == turned
+    num_transposed = 2 * (2 * rows < min(shape)) + (shape[0] > shape[1])
+    assert traced.count("optimization_barrier") == num_transposed
 
 
 def test_layer_norm_and_its_gradients():
@@ -89,8 +90,8 @@ def test_layer_norm_and_its_gradients():
 
 
 @pytest.mark.parametrize(("trained", "products"), [((0,), 1), ((0, 2), 2), ((0, 1, 2), 3)])
-def test_what_is_frozen_gets_no_gradient(trained, products):
-    """A product for each of: the input, the kernel, and the sum for the bias."""
+def test_frozen_parameters_get_no_gradient(trained, products):
+    """Counts the products: one each for the gradients of input, kernel and bias."""
     arrays = normal(40, 16), normal(16, 8), normal(8)
 
     def forward(*values):
@@ -116,8 +117,8 @@ def test_what_is_frozen_gets_no_gradient(trained, products):
 def test_the_same_layers_as_flax(ours, theirs, dtype, atol):
     x = normal(3, 5, 48).astype(dtype)
     params = theirs.init(jax.random.key(1), x)
-    made = ours.init(jax.random.key(1), x)
-    for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(params), strict=True):
+    our_params = ours.init(jax.random.key(1), x)
+    for a, b in zip(jax.tree.leaves(our_params), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(a, b)
     params = jax.tree.map(lambda leaf: leaf + normal(*leaf.shape), params)
     got = ours.clone(dtype=dtype).apply(params, x)
@@ -128,7 +129,7 @@ def test_the_same_layers_as_flax(ours, theirs, dtype, atol):
 
 @pytest.mark.parametrize(("remat", "computed"), [("none", 1), ("cheap", 1), ("full", 2)])
 def test_attention_is_exponentiated_once(remat, computed):
-    """For each block, in forward and backward pass together, unless nothing is kept."""
+    """Counts the exponentials of each block in both passes: one, or two with "full" remat."""
     model = vit.ViT(TINY, remat=remat)
     h = normal(2, TINY.num_tokens, TINY.width)
     params = model.init(jax.random.key(0), normal(2, 32, 32, 3))
@@ -138,5 +139,5 @@ def test_attention_is_exponentiated_once(remat, computed):
 
     options = {"xla_cpu_experimental_ynn_fusion_type": ""}
     text = jax.jit(jax.grad(loss), compiler_options=options).lower(h).compile().as_text()
-    found = re.findall(r"= f32\[2,4,17,17\]\S* exponential\(", text)
-    assert len(found) == TINY.depth * computed
+    exponentials = re.findall(r"= f32\[2,4,17,17\]\S* exponential\(", text)
+    assert len(exponentials) == TINY.depth * computed

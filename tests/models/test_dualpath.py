@@ -1,4 +1,4 @@
-"""The model: parameter counts of the paper, zero-initialised adapters, positions."""
+"""Tests DualPath on CLIP: parameter counts of the paper, zero-initialized adapters, positions."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ def tiny_inputs(framesets=1):
 
 
 def perturbed(params, scale=0.3):
-    """Every leaf moved, so that no bias is zero and no scale is one."""
+    """Adds noise to every leaf, so that no bias is zero and no scale is one."""
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: x + scale * rng.normal(size=x.shape).astype(x.dtype), params)
 
@@ -45,9 +45,9 @@ def _init(model, framesets):
 
 
 def init(model, framesets=1):
-    """Parameters with a backbone that is nowhere trivial, adapters as initialised."""
-    params = _init(model.clone(scan_blocks=True), framesets)  # compiles sooner
-    return jax.tree.map(jnp.asarray, params)  # the dictionaries are the test's own
+    """Returns parameters with a nontrivial backbone and freshly initialized adapters."""
+    params = _init(model.clone(scan_blocks=True), framesets)  # compiles faster
+    return jax.tree.map(jnp.asarray, params)  # copies the dictionaries for the test
 
 
 # Trainable parameters, PAPER.md's table. (backbone, classes, fifth adapter, options) -> count.
@@ -89,7 +89,7 @@ def test_frozen_tokens_are_not_counted():
 
 
 def test_backbone_parameters_of_clip():
-    """86,192,640 in CLIP ViT-B/16's image tower with its projection (openai/CLIP)."""
+    """Checks the count of CLIP ViT-B/16's image tower with its projection (openai/CLIP)."""
     model = vit.ViT(vit.MODELS["ViT-B/16"])
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     assert param_tree.count_params(params) == 86_192_640
@@ -118,7 +118,7 @@ def test_parameter_names():
     assert all(name.startswith("backbone/") for name in names - trainable)
 
 
-def test_adapter_initialisation():
+def test_adapter_initialization():
     params = init(tiny_model())["spatial"]["adapters"]["mlp"]
     assert params["down"]["kernel"].shape == (TINY.depth, 48, 16)  # stacked [L, D, R]
     assert not np.any(params["up"]["kernel"])
@@ -126,7 +126,7 @@ def test_adapter_initialisation():
     big = Adapter(bottleneck=512).init(jax.random.key(0), jnp.zeros((1, 768)))["params"]
     kernel = np.asarray(big["down"]["kernel"])
     assert np.std(kernel) == pytest.approx((2 / 768) ** 0.5, rel=0.01)
-    # Normal, not truncated at two standard deviations of the parent as `he_normal` is.
+    # Normal without truncation at two standard deviations, unlike `he_normal`.
     assert np.max(np.abs(kernel)) > 4 * np.std(kernel)
     # Blocks differ.
     assert not np.array_equal(params["down"]["kernel"][0], params["down"]["kernel"][1])
@@ -134,7 +134,7 @@ def test_adapter_initialisation():
 
 @functools.cache
 def programs(model, path):
-    """The frozen backbone's blocks and those of `path`."""
+    """Returns compiled functions of the frozen backbone's blocks and of the blocks of `path`."""
 
     def frozen(model, h):
         return model.backbone.encode(h)
@@ -148,7 +148,7 @@ def programs(model, path):
 
 
 def frozen_and_adapted(model, params, path):
-    """Tokens after the blocks of the frozen backbone and of `path`, by two separate programs."""
+    """Returns tokens before and after the blocks, frozen and of `path`, by separate programs."""
     h = np.random.default_rng(2).normal(size=(6, TINY.num_tokens, 48)).astype(np.float32)
     return h, *(np.asarray(run({"params": params}, h)) for run in programs(model, path))
 
@@ -179,12 +179,12 @@ def test_spatial_features_start_as_clips(cls_token_only):
     images = spatial.reshape(-1, 32, 32, 3)
     clip = apply(vit.ViT(TINY), params["backbone"], images, method=features)
     assert np.array_equal(y_sp, clip.reshape(2, 3, -1).mean(axis=1))
-    whole = apply(vit.ViT(TINY), params["backbone"], images)[1]  # what CLIP itself computes
-    np.testing.assert_allclose(clip, whole, rtol=0, atol=1e-5)
+    all_tokens = apply(vit.ViT(TINY), params["backbone"], images)[1]  # CLIP's computation
+    np.testing.assert_allclose(clip, all_tokens, rtol=0, atol=1e-5)
 
 
-def test_class_only_changes_no_result():
-    """Logits and gradients, to rounding; the twin: a method that mixes tokens is left alone."""
+def test_cls_token_only_does_not_change_results():
+    """Compares logits and gradients; twin: it has no effect on a method that mixes tokens."""
     inputs = tiny_inputs()
     params = perturbed(init(tiny_model()), 0.1)
     out = {}
@@ -214,15 +214,18 @@ def test_a_backbone_of_one_block(scan):
     model = vit.ViT(config, scan_blocks=scan)
     h = jax.random.normal(jax.random.key(0), (2, config.num_tokens, 24))
     params = model.init(jax.random.key(1), h, method=vit.ViT.encode)
-    whole, alone = (
+    all_tokens, cls_token = (
         model.apply(params, h, cls_token_only=cls_token_only, method=vit.ViT.encode)
         for cls_token_only in (False, True)
     )
-    np.testing.assert_allclose(alone, whole[:, :1], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(cls_token, all_tokens[:, :1], rtol=0, atol=1e-5)
 
 
 def gradients(function, arrays, dy):
-    """Of sum(function(arrays) dy), one after the other, as `environment` has it compiled."""
+    """Returns the concatenated gradients of sum(function(*arrays) * dy).
+
+    They are compiled with the option that `environment` sets.
+    """
 
     def loss(*arrays):
         return (function(*arrays).astype(jnp.float32) * dy).sum()
@@ -233,7 +236,7 @@ def gradients(function, arrays, dy):
 
 
 def test_attention_and_its_gradient():
-    """As JAX's own."""
+    """Compares attention with JAX's own."""
     rng = np.random.default_rng(0)
     *arrays, dy = (jnp.asarray(rng.normal(size=(2, 5, 3, 8)), jnp.float32) for _ in range(4))
     theirs = jax.nn.dot_product_attention
@@ -254,7 +257,7 @@ def test_attention_and_its_gradient():
 
 @pytest.mark.parametrize("num_images", [1, 3])
 def test_attention_of_one_query_and_its_gradient(num_images):
-    """As that to projected keys and values, whose bias changes nothing for keys."""
+    """Compares it with attention to projected keys and values; a key bias has no effect."""
     rng = np.random.default_rng(0)
     shapes = (num_images, 3, 8), (num_images, 5, 24), (24, 3, 8), (24, 3, 8), (3, 8)
     q, x, *weights = arrays = [jnp.asarray(rng.normal(size=n) / 2, jnp.float32) for n in shapes]
@@ -280,7 +283,7 @@ def test_attention_of_one_query_and_its_gradient(num_images):
 
 
 def test_temporal_path_starts_as_the_identity():
-    """Eq. 9 as printed has no skip round its adapters."""
+    """Checks eq. 9 as printed, without skip connections around the adapters."""
     model = tiny_model(pre_attention_adapter=True)
     h, frozen, adapted = frozen_and_adapted(model, init(model), "temporal")
     assert np.array_equal(h, adapted)
@@ -301,7 +304,7 @@ def test_pre_attention_without_residual_starts_with_zero_input():
 
 @pytest.mark.parametrize("path", ["spatial", "temporal"])
 def test_equations_of_a_block(path):
-    """Eq. 7 and eq. 9 written out in numpy-like steps against the hooks."""
+    """Compares the hooks with eq. 7 and eq. 9, written in steps of numpy."""
     model = tiny_model(pre_attention_adapter=True)
     params = perturbed(init(model), 0.1)
     h, _, adapted = frozen_and_adapted(model, params, path)
@@ -408,7 +411,7 @@ def encode(place, channels=8):
 
 
 def test_sincos3d_of_aligned_patches():
-    """L/14's case, small: two patches of 4 pixels across each frame of 8."""
+    """Checks L/14's case at a small size: two patches of 4 pixels across each frame of 8."""
     table = sincos3d(2, (4, 4), 8, 4, 48).reshape(2, 8, 8, 48)
     # Frameset 1, frame in row 2, column 3 of the grid; its patch in row 1, column 0.
     expected = np.concatenate([encode(16 + 2 * 4 + 3), encode(1), encode(0)])
@@ -420,23 +423,23 @@ def test_sincos3d_of_aligned_patches():
 
 
 def test_sincos3d_of_patches_over_several_frames():
-    """B/16's case: frames of 56 pixels are 3.5 patches; 52 of 196 tokens cover two or four."""
+    """Checks B/16's case: a frame is 3.5 patches long; 52 of 196 tokens cover several frames."""
     table = sincos3d(1, (4, 4), 56, 16, 96).reshape(14, 14, 96)
     code = {time: encode(time, 16) for time in (0, 1, 4, 5)}
     np.testing.assert_allclose(table[0, 3, :32], (code[0] + code[1]) / 2, atol=1e-6)
     np.testing.assert_allclose(table[3, 3, :32], sum(code.values()) / 4, atol=1e-6)
-    # Row 3 of patches: its upper half is the last half patch of frame row 0 (centre 2.75 + 0.5
+    # Row 3 of patches: its upper half is the last half patch of frame row 0 (center 2.75 + 0.5
     # patches from the top, place 2.75), its lower half the first of frame row 1 (place -0.25).
     halves = (encode(2.75, 16) + encode(-0.25, 16)) / 2
     np.testing.assert_allclose(table[3, 0, 32:64], halves, atol=1e-6)
-    # A patch inside one frame, half a patch off the frame's own raster.
+    # A patch inside one frame, offset by half a patch from the frame's grid.
     np.testing.assert_allclose(table[4, 0, 32:64], encode(0.5, 16), atol=1e-6)
     straddling = [(i, j) for i in range(14) for j in range(14) if 3 in (i % 7, j % 7)]
     assert len(straddling) == 52
 
 
 class Doubling(BlockHooks):
-    """A method that fills hooks with visible numbers."""
+    """Adds one on input and doubles on output, so that each call is visible."""
 
     def on_input(self, h, block):
         assert isinstance(block, vit.Block)
@@ -449,11 +452,11 @@ class Doubling(BlockHooks):
         return 2 * h
 
 
-def test_sites_are_called_where_they_say():
+def test_hooks_are_called_in_their_places():
     h = np.random.default_rng(0).normal(size=(1, 17, 48)).astype(np.float32)
     model = vit.ViT(TINY)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    # Zero the value and MLP outputs: what is left is what the hooks do.
+    # Zero parameters: only the hooks change the tokens.
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
     method = functools.partial(vit.ViT.encode, hooks=Doubling(parent=None))
     out = apply(model, params, h, method=method)

@@ -1,4 +1,4 @@
-"""DualPath on backbones other than CLIP's: Swin, and a ViT without projection."""
+"""Tests DualPath on backbones other than CLIP's: Swin, and a ViT without projection."""
 
 import dataclasses
 import functools
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dualpath_jax import train
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
@@ -18,9 +17,9 @@ from dualpath_jax.models.backbones import swin, vit
 from dualpath_jax.models.backbones.layers import BlockHooks
 from dualpath_jax.models.methods.adapters import Adapter
 from dualpath_jax.models.methods.dualpath import DualPath, sincos3d
-from dualpath_jax.training import experiment
 from dualpath_jax.weights import convert, source_checkpoint
 from tests.helpers.method_cases import apply
+from tests.helpers.runs import build_run
 from tests.models.test_dualpath import perturbed, programs
 
 # Maps of 8 and 4 tokens a side: the windows of the first stage are shifted.
@@ -54,13 +53,13 @@ def _init(model):
 
 
 def init(model):
-    """Parameters with a backbone that is nowhere trivial, adapters as initialised."""
-    params = _init(model.clone(scan_blocks=True))  # compiles sooner
-    return jax.tree.map(jnp.asarray, params)  # the dictionaries are the test's own
+    """Returns parameters with a nontrivial backbone and freshly initialized adapters."""
+    params = _init(model.clone(scan_blocks=True))  # compiles faster
+    return jax.tree.map(jnp.asarray, params)  # copies the dictionaries for the test
 
 
 def test_parameters_on_swin():
-    """Per stage its width; the window blocks alone, every other one (App. B.1); no tokens."""
+    """Checks adapters of each stage's width in the window blocks only (App. B.1); no tokens."""
     model = tiny_model(pre_attention_adapter=True)
     params = init(model)
     predicate = method_registry.is_trainable_fn("dualpath")
@@ -97,7 +96,7 @@ def test_parameters_on_swin():
 
 
 def frozen_and_adapted(model, params, path):
-    """Maps after all stages of the frozen backbone and of `path`, by two separate programs."""
+    """Returns maps before and after all stages, frozen and of `path`, by separate programs."""
     h = np.random.default_rng(2).normal(size=(2, 8, 8, 24)).astype(np.float32)
     return h, *(np.asarray(run({"params": params}, h)) for run in programs(model, path))
 
@@ -118,7 +117,7 @@ def test_paths_that_start_as_the_frozen_swin(shifted):
 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_temporal_path_starts_as_the_identity_where_it_is_adapted(shifted):
-    """Eq. 9 as printed; the blocks without adapters stay what they are."""
+    """Checks eq. 9 as printed; blocks without adapters stay unchanged."""
     model = tiny_model(adapt_shifted_windows=shifted)
     params = init(model)
     h, _, adapted = frozen_and_adapted(model, params, "temporal")
@@ -142,7 +141,7 @@ def test_temporal_path_starts_as_the_identity_where_it_is_adapted(shifted):
 
 
 class Counting(BlockHooks):
-    """A method that fills hooks with visible numbers."""
+    """Adds one on input and doubles on output, so that each call is visible."""
 
     def on_input(self, h, block):
         assert isinstance(block, swin.Block)
@@ -154,14 +153,14 @@ class Counting(BlockHooks):
 
 
 @pytest.mark.parametrize(("shifted", "times"), [(True, 4), (False, 2)])
-def test_sites_are_called_in_the_blocks_that_they_say(shifted, times):
+def test_hooks_are_called_in_the_chosen_blocks(shifted, times):
     config = dataclasses.replace(SWIN, depths=(4,))
     model = swin.Swin(config)
     h = np.random.default_rng(0).normal(size=(1, 8, 8, 24)).astype(np.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     params = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape), params
-    )  # what is left is what the hooks do
+    )  # only the hooks change the tokens
     hooks = Counting(shifted_windows=shifted, parent=None)
     method = functools.partial(swin.Swin.encode, hooks=hooks)
     out = apply(model, params["params"], h, method=method)
@@ -208,7 +207,7 @@ def test_dropout_differs_between_blocks_and_calls():
 
 
 def test_positions_are_added_after_the_patch_embedding():
-    """Each frameset its own, 2x2 patches a frame; nothing on the spatial path."""
+    """Checks the positions of each frameset, with 2x2 patches in a frame."""
     model = tiny_model()
     params = init(model)
     table = model.apply({"params": params}, method=DualPath._temporal_positions)
@@ -237,7 +236,7 @@ def test_features_start_as_the_backbones():
 
 
 @pytest.mark.parametrize("kind", ["sincos3d+clip", "clip", "learned"])
-def test_positions_that_swin_does_not_have(kind):
+def test_positions_that_need_a_backbone_table_are_rejected(kind):
     message = (
         f"temporal_position '{kind}' takes the backbone's position table, but tiny does not have"
     )
@@ -246,7 +245,7 @@ def test_positions_that_swin_does_not_have(kind):
 
 
 def test_training_on_a_swin_of_the_config(config, tmp_path):
-    """From a checkpoint of timm's through conversion to six steps and an evaluation."""
+    """Converts a timm checkpoint, trains six steps and evaluates."""
     pytest.importorskip("torch")
     from tests.helpers.torch_imagenet import timm_swin
 
@@ -266,12 +265,12 @@ def test_training_on_a_swin_of_the_config(config, tmp_path):
     config.backbone.checkpoint = str(tmp_path / "backbone.safetensors")
     config.num_train_steps = 6
     dataset = VideoDataset(config.data.dir, "train")
-    run = experiment.build_experiment(config, str(tmp_path / "run"), dataset)
+    run = build_run(config, str(tmp_path / "run"), dataset)
     before = {n: np.asarray(x) for n, x in param_tree.flatten(run.state.trainable).items()}
-    train.train(run, dataset, VideoDataset(config.data.dir, "test"))
+    run.train(dataset, VideoDataset(config.data.dir, "test"))
     after = {n: np.asarray(x) for n, x in param_tree.flatten(run.state.trainable).items()}
     assert not [name for name in after if np.array_equal(before[name], after[name])]
     assert np.isfinite(after["classifier/output/kernel"]).all()
     config.backbone.depths = (2, 2)
     with pytest.raises(ValueError, match=r"holds custom-swin .*\(4, 2\).*asks for.*\(2, 2\)"):
-        experiment.build_experiment(config, str(tmp_path / "other"), dataset)
+        build_run(config, str(tmp_path / "other"), dataset)

@@ -1,4 +1,4 @@
-"""cuDNN's attention on a GPU, tried without one: what JAX is asked for, and when."""
+"""Tests on a CPU how cuDNN's attention is called on a GPU: with which tokens, and when."""
 
 import types
 
@@ -20,8 +20,8 @@ on_any_device = jax.nn.dot_product_attention
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """Number of tokens of each call for cuDNN, which is computed by JAX's own attention instead."""
+def called_lengths(monkeypatch):
+    """Returns a list of each cuDNN call's number of tokens; plain attention replaces cuDNN."""
     lengths = []
 
     def stand_in(q, k, v, *, implementation, **options):
@@ -34,33 +34,33 @@ def asked(monkeypatch):
 
 
 def arrays(num_tokens):
-    """q, k, v and a gradient, [2, N, 3, 8] float32."""
+    """Returns q, k, v and a gradient, each [2, N, 3, 8] float32."""
     rng = np.random.default_rng(0)
     return [jnp.asarray(rng.normal(size=(2, num_tokens, HEADS, 8)), jnp.float32) for _ in range(4)]
 
 
 def gradients(function, q, k, v, dy):
-    """Of q, k and v, one after the other."""
+    """Returns the concatenated gradients of q, k and v."""
     gradient = jax.grad(lambda *qkv: (function(*qkv) * dy).sum(), argnums=(0, 1, 2))
     return np.concatenate([np.ravel(x) for x in gradient(q, k, v)])
 
 
 @pytest.mark.parametrize(("num_tokens", "with_backward"), [(5, 6), (6, 6)])
-def test_same_as_plain_attention(num_tokens, with_backward, asked):
+def test_same_as_plain_attention(num_tokens, with_backward, called_lengths):
     q, k, v, dy = arrays(num_tokens)
     np.testing.assert_allclose(
         attention_lib.flash_attention(q, k, v), on_any_device(q, k, v), rtol=0, atol=1e-6
     )
-    assert asked == [num_tokens]
+    assert called_lengths == [num_tokens]
     want = gradients(on_any_device, q, k, v, dy)
     np.testing.assert_allclose(
         gradients(attention_lib.flash_attention, q, k, v, dy), want, rtol=0, atol=2e-6
     )
-    assert asked == [num_tokens, with_backward]
+    assert called_lengths == [num_tokens, with_backward]
 
 
-def test_the_key_more_counts_where_it_is_not_hidden(monkeypatch):
-    """Twin: an odd number of tokens without their length."""
+def test_unmasked_padding_key_changes_gradients(monkeypatch):
+    """Checks as a twin an odd number of tokens without their length."""
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda q, k, v, **_: on_any_device(q, k, v)
     )
@@ -73,20 +73,20 @@ def test_the_key_more_counts_where_it_is_not_hidden(monkeypatch):
 
 @pytest.fixture
 def with_cudnn(monkeypatch):
-    """JAX takes this machine for one with cuDNN, so that programs for a GPU can be lowered."""
+    """Makes JAX assume that cuDNN is available, so that programs for a GPU can be lowered."""
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
 
 
 def lowered(function, num_tokens):
-    """The program for a GPU of the gradient, as text."""
+    """Returns the gradient's program for a GPU as text."""
     x = jax.ShapeDtypeStruct((2, num_tokens, HEADS, 8), jnp.bfloat16)
     loss = jax.grad(lambda q, k, v: function(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     return jax.jit(loss).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_jax_takes_197_tokens(with_cudnn):
+def test_jax_accepts_197_padded_tokens(with_cudnn):
     program = lowered(attention_lib.flash_attention, 197)
     assert program.count("@__cudnn$fmhaSoftmax(") == 1
     assert program.count("@__cudnn$fmhaSoftmaxBackward(") == 1
@@ -94,15 +94,15 @@ def test_jax_takes_197_tokens(with_cudnn):
     assert "197x197" not in program  # no array of attention's weights
 
 
-def test_jax_does_not_take_197_tokens_as_they_are(with_cudnn):
-    """Twin, and what to look at when JAX is newer: then `flash_attend` is simpler without it."""
+def test_jax_rejects_197_tokens_without_padding(with_cudnn):
+    """Checks the twin; if it fails with a newer JAX, `flash_attention` needs no padding."""
     with pytest.raises(NotImplementedError, match="Unsupported sequence length Q 197"):
         lowered(lambda *qkv: on_any_device(*qkv, implementation="cudnn"), 197)
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """Models take this machine for one with a GPU, whose attention fits 10 tokens and more."""
+    """Makes models assume a GPU whose flash attention supports 10 tokens and more."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(
         attention_lib, "can_use_flash_attention", lambda num_tokens, dtype: num_tokens >= 10
@@ -110,7 +110,10 @@ def on_gpu(monkeypatch):
 
 
 def gradient_in_training(scan=False, dtype=jnp.float32):
-    """(Adapters of three blocks, function of them: their gradient by the class token.)"""
+    """Returns (adapters of three blocks, function of them that computes their gradient).
+
+    The loss depends only on the class token.
+    """
     config = vit.ViTConfig("tiny", 32, 8, WIDTH, 3, HEADS, 48)  # 17 tokens
     model = vit.ViT(config, dtype, scan, remat="cheap")
     hooks = ParallelAdapterHooks(Adapter(4, dtype=dtype, parent=None), parent=None)
@@ -134,15 +137,15 @@ def test_training_adds_a_token_once_for_all_blocks(scan, request):
     adapters, gradient = gradient_in_training(scan)
     want = gradient(adapters)
     request.getfixturevalue("on_gpu")
-    asked = request.getfixturevalue("asked")
+    called_lengths = request.getfixturevalue("called_lengths")
     got = gradient_in_training(scan)[1](adapters)
-    assert set(asked) == {18}
+    assert set(called_lengths) == {18}
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
-def test_the_token_more_counts_in_all_blocks_where_it_is_not_hidden(on_gpu, monkeypatch):
-    """Twin of the test before it."""
+def test_unmasked_padding_token_changes_gradients(on_gpu, monkeypatch):
+    """Checks the twin of the test before it."""
     adapters, gradient = gradient_in_training()
     gradients = []
     for hidden in (True, False):
@@ -160,7 +163,7 @@ def test_the_token_more_counts_in_all_blocks_where_it_is_not_hidden(on_gpu, monk
 
 
 class OverFrames(BlockHooks):
-    """Attention over the frames of a token, as in AIM, through the block's own."""
+    """Applies the block's attention over the frames of a token, as AIM does."""
 
     pointwise = True
     padding = 0
@@ -177,7 +180,7 @@ class OverFramesWithoutTheLast(OverFrames):
 
 
 def over_frames(hooks):
-    """Output in training for twelve frames, on which attention fits `on_gpu`."""
+    """Returns the output in training for twelve frames, enough for flash attention `on_gpu`."""
     config = vit.ViTConfig("tiny", 32, 8, WIDTH, 3, HEADS, 48)
     model = vit.ViT(config)
     h = jax.random.normal(jax.random.key(0), (12, config.num_tokens, WIDTH))
@@ -188,24 +191,25 @@ def over_frames(hooks):
     return model.apply(params, h, *options, method=vit.ViT.encode)
 
 
-def test_the_token_more_is_none_of_the_frames(request):
+def test_padding_token_is_not_taken_for_a_frame(request):
     want = over_frames(OverFrames)
     request.getfixturevalue("on_gpu")
-    asked = request.getfixturevalue("asked")
+    called_lengths = request.getfixturevalue("called_lengths")
     np.testing.assert_allclose(over_frames(OverFrames), want, rtol=0, atol=1e-5)
-    assert set(asked) == {12, 18}
-    # Twin: the last frame taken for what is none.
+    assert set(called_lengths) == {12, 18}
+    # Twin: the last frame is taken for padding.
     assert np.abs(over_frames(OverFramesWithoutTheLast) - want).max() > 0.01
 
 
 @pytest.mark.parametrize(
-    ("scan", "kept", "times"), [(False, True, 2), (False, False, 4), (True, True, 2)]
+    ("scan", "saved", "times"), [(False, True, 2), (False, False, 4), (True, True, 2)]
 )
-def test_what_it_returns_is_kept_where_blocks_are_written_out(
-    scan, kept, times, on_gpu, with_cudnn, monkeypatch
-):
-    """Two of three blocks have it, and the second its backward pass; or one loop and its own."""
-    if not kept:
+def test_outputs_are_saved_in_unrolled_blocks(scan, saved, times, on_gpu, with_cudnn, monkeypatch):
+    """Counts calls: two of three unrolled blocks use it, the second with a backward pass.
+
+    A scanned model has one call in the forward loop and one in the backward loop.
+    """
+    if not saved:
         monkeypatch.setitem(block_loop._KEPT_WRITTEN_OUT, "gpu", block_loop._KEPT)
     adapters, gradient = gradient_in_training(scan, jnp.bfloat16)
     program = jax.jit(gradient).trace(adapters).lower(lowering_platforms=("cuda",)).as_text()
@@ -214,7 +218,7 @@ def test_what_it_returns_is_kept_where_blocks_are_written_out(
 
 
 @pytest.mark.parametrize(
-    ("platform", "version", "capability", "there"),
+    ("platform", "version", "capability", "available"),
     [
         ("gpu", "PJRT C API\ncuda 12090", "8.0", True),
         ("gpu", "PJRT C API\ncuda 13000", "10.3", True),
@@ -224,7 +228,7 @@ def test_what_it_returns_is_kept_where_blocks_are_written_out(
         ("tpu", "TPU v5e", None, False),
     ],
 )
-def test_which_devices_have_it(platform, version, capability, there, monkeypatch):
+def test_devices_with_flash_attention(platform, version, capability, available, monkeypatch):
     device = types.SimpleNamespace(
         platform=platform,
         client=types.SimpleNamespace(platform_version=version),
@@ -232,13 +236,13 @@ def test_which_devices_have_it(platform, version, capability, there, monkeypatch
     )
     monkeypatch.setattr(jax, "devices", lambda: [device])
     attention_lib.has_flash_attention.cache_clear()
-    assert attention_lib.has_flash_attention() == there
+    assert attention_lib.has_flash_attention() == available
     attention_lib.has_flash_attention.cache_clear()
 
 
 @pytest.mark.parametrize("for_cpu", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "num_tokens", "cls_token_only", "taken"),
+    ("dtype", "num_tokens", "cls_token_only", "expected"),
     [
         (jnp.bfloat16, 65, False, [65]),
         (jnp.bfloat16, 9, False, []),
@@ -246,8 +250,8 @@ def test_which_devices_have_it(platform, version, capability, there, monkeypatch
         (jnp.float32, 65, False, []),
     ],
 )
-def test_when_it_is_taken(dtype, num_tokens, cls_token_only, taken, for_cpu, monkeypatch):
-    """In half precision, on many tokens, of all of them."""
+def test_when_it_is_used(dtype, num_tokens, cls_token_only, expected, for_cpu, monkeypatch):
+    """Checks that it is used in half precision, on many tokens, for all queries."""
     used = []
 
     def recorder(q, k, v, padding):
@@ -261,10 +265,10 @@ def test_when_it_is_taken(dtype, num_tokens, cls_token_only, taken, for_cpu, mon
     params = attention.init(jax.random.key(0), x)
     used.clear()
     attention.apply(params, x, cls_token_only=cls_token_only)
-    assert used == taken
+    assert used == expected
 
 
-def test_not_where_fsdp_divides(monkeypatch):
+def test_not_used_with_fsdp(monkeypatch):
     monkeypatch.setattr(attention_lib, "has_flash_attention", lambda: True)
     assert attention_lib.can_use_flash_attention(65, jnp.bfloat16)
     with sharding.with_mesh(sharding.make_mesh(fsdp=2)):

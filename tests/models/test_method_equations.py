@@ -1,4 +1,4 @@
-"""Tuning methods against references written from their equations, in torch and plain numpy."""
+"""Compares tuning methods with references from their equations, in torch and plain numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ from tests.helpers.method_cases import (  # noqa: E402
     TINY,
     apply,
     backbone,
+    build_randomized,
     clips,
-    random,
     tiny_config,
 )
 
@@ -28,7 +28,7 @@ SIDE = 4  # patches along an image of TINY
 
 
 def frozen_block(block, h):
-    """A block of the backbone, as it is."""
+    """Runs a frozen block of the backbone without hooks."""
     return apply(vit.Block(TINY), block, h, method=lambda b, h: b(h, no_hooks()))
 
 
@@ -37,12 +37,13 @@ def pool(model, h):
 
 
 def distance(a, b):
+    """Returns the largest absolute difference."""
     return np.max(np.abs(np.asarray(a) - b))
 
 
 @pytest.mark.parametrize("case", torch_methods.METHODS)
 def test_blocks_against_torch(case):
-    model, params = random(tiny_config(case))
+    model, params = build_randomized(tiny_config(case))
     h = np.random.default_rng(3).normal(size=(2, FRAMES, TINY.num_tokens, 48)).astype(np.float32)
 
     def encode(model, h):
@@ -57,7 +58,7 @@ def test_blocks_against_torch(case):
 
 def test_aim_adds_temporal_positions_and_averages_the_frames():
     config = tiny_config("aim")
-    model, params = random(config)
+    model, params = build_randomized(config)
     frames, _ = clips(config)
     position = params["backbone"]["position_embedding"] + params["temporal_position"][:, None]
     images = frames.reshape(-1, 32, 32, 3)
@@ -76,9 +77,9 @@ def test_aim_adds_temporal_positions_and_averages_the_frames():
 
 @pytest.mark.parametrize("case", ["vpt", "vpt_shallow"])
 def test_prompts(case):
-    """[e; h] at every block with prompts of its own, or once."""
+    """Checks [e; h] with new prompts at every block, or with prompts only at the first."""
     config = tiny_config(case)
-    model, params = random(config)
+    model, params = build_randomized(config)
     frames = clips(config)[0].reshape(-1, 32, 32, 3)
     h = apply(model, params, frames, method=FrameModel.embed)
     prompts = params["prompts"][None] if case == "vpt_shallow" else params["adapters"]["prompts"]
@@ -97,8 +98,8 @@ def test_prompts(case):
 
 @pytest.mark.parametrize("case", ["adaptformer", "videoprompt"])
 def test_temporal_classifier(case):
-    """Positions, prompts before the frames, one block, average of the frames, FC."""
-    model, params = random(tiny_config(case))
+    """Checks the order: positions, prompts before the frames, block, average of frames, FC."""
+    model, params = build_randomized(tiny_config(case))
     head = params["head"]
     x = np.random.default_rng(0).normal(size=(2, FRAMES, 48)).astype(np.float32)
 
@@ -116,7 +117,7 @@ def test_temporal_classifier(case):
 
 
 def cross_attention(q, k, before, after):
-    """EVL's temporal cross attention, one number after the other; q, k [B, T, N, K, d]."""
+    """Computes EVL's temporal cross attention in loops; q, k [B, T, N, K, d]."""
     batch, frames, tokens, heads, size = q.shape
     out = np.zeros((batch, frames, tokens, before.shape[1]))
     for b, t, i in np.ndindex(batch, frames, tokens - 1):
@@ -152,7 +153,7 @@ def test_temporal_cross_attention_against_loops(for_cpu):
 
 def test_evl_reads_outputs_queries_and_keys_of_the_last_blocks():
     config = tiny_config("evl")
-    model, params = random(config)
+    model, params = build_randomized(config)
     frames = clips(config)[0]
     features = apply(model, params, frames, method=EVLModel.features)
     assert [[x.shape for x in feature] for feature in features] == [
@@ -175,7 +176,7 @@ def test_evl_reads_outputs_queries_and_keys_of_the_last_blocks():
 
 
 def decode(features, p):
-    """EVL's decoder in numpy, from its description."""
+    """Computes EVL's decoder in numpy from its description."""
 
     def norm(x, p):
         x = x - x.mean(axis=-1, keepdims=True)
@@ -200,8 +201,8 @@ def decode(features, p):
         logits = np.einsum("bkd,bnkd->bkn", query, key) / np.sqrt(12)
         weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        seen = np.einsum("bkn,bnkd->bkd", weights, value).reshape(-1, 48)
-        x = x + linear(seen, block["out"])
+        attended = np.einsum("bkn,bnkd->bkd", weights, value).reshape(-1, 48)
+        x = x + linear(attended, block["out"])
         y = linear(norm(x, block["ln_mlp"]), block["hidden"])
         x = x + linear(y / (1 + np.exp(-1.702 * y)), block["output"])
     return linear(norm(x, p["ln"]), p["output"])
@@ -209,7 +210,7 @@ def decode(features, p):
 
 def test_evl_decoder_against_numpy():
     config = tiny_config("evl")
-    model, params = random(config)
+    model, params = build_randomized(config)
     features = apply(model, params, clips(config)[0], method=EVLModel.features)
     features = [tuple(np.asarray(x) for x in feature) for feature in features]
     ours = apply(EVLDecoder(TINY, CLASSES), params["head"], features)

@@ -1,4 +1,4 @@
-"""Tuning methods: what trains and how much of it, where they start, randomness, bad values."""
+"""Tests tuning methods: trainable parameters, counts, initial values, randomness, bad values."""
 
 import functools
 import importlib
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualpath_jax import train
 from dualpath_jax.config import schema
 from dualpath_jax.config.schema import check_values
 from dualpath_jax.data import pipeline
+from dualpath_jax.data.clip_spec import Views
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
@@ -23,7 +23,6 @@ from dualpath_jax.models.frame_model import AverageClassifier
 from dualpath_jax.models.methods.adapters import Adapter, MlpClassifier
 from dualpath_jax.models.methods.aim import AIMHooks
 from dualpath_jax.models.temporal_head import TemporalClassifier
-from dualpath_jax.training import experiment
 from dualpath_jax.training.optimizer import make_optimizer
 from dualpath_jax.training.state import TrainState
 from dualpath_jax.training.step import make_train_step
@@ -33,18 +32,21 @@ from tests.helpers.method_cases import (
     EXACT,
     FRAMES,
     TINY,
+    build_initialized,
+    build_randomized,
     clips,
-    random,
-    started,
     tiny_config,
 )
+from tests.helpers.runs import build_run
 
 
 def layers(prefix, *names, leaves=("kernel", "bias")):
+    """Returns the paths of the leaves of layers below `prefix`."""
     return {f"{prefix}/{name}/{leaf}" for name in names for leaf in leaves}
 
 
 def adapters(*hooks, prefix="adapters"):
+    """Returns the paths of the leaves of bottleneck adapters."""
     return set().union(*(layers(f"{prefix}/{hook}", "down", "up") for hook in hooks))
 
 
@@ -88,7 +90,7 @@ TRAINABLE = {
 
 
 def one_step(config, model, params):
-    """One update by the training step: trainable leaves before and after, frozen ones, metrics."""
+    """Does one training step; returns trainable leaves before and after, frozen ones, metrics."""
     shapes = clip_shapes(config)
     rng = np.random.default_rng(0)
     batch = {
@@ -98,7 +100,7 @@ def one_step(config, model, params):
     }
     batch |= {"label": np.array([0, 3], np.int32), "mask": np.ones(2, np.float32)}
     mask = param_tree.trainable_mask(params, method_registry.is_trainable_fn(config.model.method))
-    config.optimizer.weight_decay = 0.0  # what moves is moved by its gradient
+    config.optimizer.weight_decay = 0.0  # only the gradient moves a leaf
     optimizer = make_optimizer(config.optimizer, lambda step: 1e-2, mask)
     trainable, frozen = param_tree.split(params, mask)
     step = make_train_step(model, config, optimizer)
@@ -116,7 +118,7 @@ def one_step(config, model, params):
 
 @pytest.mark.parametrize("head", ["classifier", "average", "temporal", "dense"])
 def test_heads_are_computed_in_float32(head):
-    """Also where products of float32 are made of less unless told; twin: a layer that is not."""
+    """Checks the precision of all products; twin: a plain layer has the default precision."""
     module, x = {
         "classifier": (MlpClassifier(8, 3), jnp.ones((2, 16))),
         "average": (AverageClassifier(3), jnp.ones((2, 4, 16))),
@@ -137,9 +139,9 @@ def test_every_method_has_a_case():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_moves_what_the_method_names(case):
+def test_a_step_moves_the_trainable_leaves(case):
     config = tiny_config(case, scan_blocks=True)
-    model, params = random(config)
+    model, params = build_randomized(config)
     before, after, frozen, metrics = one_step(config, model, params)
     assert set(before) == set(after) == TRAINABLE[case]
     assert not [name for name in after if np.array_equal(before[name], after[name])]
@@ -154,7 +156,7 @@ def test_a_step_moves_what_the_method_names(case):
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_scanned_blocks(case):
     config = tiny_config(case)
-    model, params = random(config)
+    model, params = build_randomized(config)
     inputs = clips(config)
     logits = jax.jit(model.apply)({"params": params}, *inputs)
     assert logits.shape == (2, CLASSES)
@@ -168,18 +170,18 @@ def test_logits_and_scanned_blocks(case):
 
 def test_full_tuning_keeps_the_trained_backbone_in_float32():
     config = tiny_config("full", dtype="bfloat16", scan_blocks=True)
-    model, params = started(config)
+    model, params = build_initialized(config)
     dtypes = {name: leaf.dtype for name, leaf in param_tree.flatten(params).items()}
     assert dtypes.pop("backbone/projection") == jnp.bfloat16
     assert set(dtypes.values()) == {jnp.dtype(jnp.float32)}
     before, after, _, _ = one_step(config, model, params)
     assert not [name for name in before if np.array_equal(before[name], after[name])]
     # Twin: a frozen backbone has the compute dtype.
-    params = started(tiny_config("linear", dtype="bfloat16"))[1]
+    params = build_initialized(tiny_config("linear", dtype="bfloat16"))[1]
     assert {leaf.dtype for leaf in jax.tree.leaves(params["backbone"])} == {jnp.dtype("bfloat16")}
 
 
-# Case -> a leaf of its adapters that starts at zero; moved, the method differs from the backbone.
+# Case -> a layer of its adapters that starts at zero; a change makes it differ from the backbone.
 ZERO_FORMS = {
     "adaptformer": ("mlp", "up"),
     "adaptformer_serial": ("mlp", "up"),
@@ -194,14 +196,14 @@ ZERO_FORMS = {
 @pytest.mark.parametrize("case", ZERO_FORMS)
 def test_starts_as_the_frozen_backbone(case):
     config = tiny_config(case)
-    _, params = started(config)
+    _, params = build_initialized(config)
     frames, _ = clips(config)
 
     def frozen_features(model, frames):
         backbone = model.backbone
         frames = frames.reshape(-1, 32, 32, 3)
         h = backbone.embed(frames, backbone.class_embedding, backbone.position_embedding)
-        h = backbone.encode(h, cls_token_only=model.hooks.pointwise)  # as the method may
+        h = backbone.encode(h, cls_token_only=model.hooks.pointwise)  # as the method does
         return backbone.pool(h, project=False).reshape(2, FRAMES, -1)
 
     leaf = params["adapters"]
@@ -225,9 +227,9 @@ def test_starts_as_the_frozen_backbone(case):
 
 
 def test_temporal_path_of_dualpath_at_the_start():
-    """Eq. 9 is the identity; with a skip and CLIP's positions the path is the backbone."""
+    """Checks that eq. 9 starts as the identity, and as the backbone with a skip connection."""
     config = tiny_config("dualpath")
-    _, params = started(config)
+    _, params = build_initialized(config)
     _, framesets = clips(config)
 
     def features(model, params, blocks):
@@ -254,28 +256,28 @@ def test_temporal_path_of_dualpath_at_the_start():
         assert not np.array_equal(temporal(model, params), features(model, params, not skip))
 
 
-# Trainable parameters at T = 8 (DualPath 16, EVL 32): case, backbone, classes, keys -> ours, and
-# what the paper prints in millions.
+# Trainable parameters at T = 8 (DualPath 16, EVL 32): method, backbone, classes, keys -> our
+# number, and the paper's number in millions.
 COUNTS = [
     ("full", "ViT-B/16", 51, {}, 85_838_643, 86),
-    # Table 2; both without the projection, which is not used.
+    # Table 2; both without the unused projection.
     ("full", "ViT-L/14", 174, {}, 303_358_126, 303),
     # 0.04M: the paper rounds up.
     ("linear", "ViT-B/16", 51, {}, 39_219, 0.1),
-    # Table 2 prints 6 for SSv2, where the same model has a larger FC: both cannot hold.
+    # Table 2 prints 6 for SSv2, although the same model has a larger FC there.
     ("vpt", "ViT-B/16", 51, {}, 7_225_395, 7),
     ("vpt", "ViT-B/16", 51, {"vpt.deep": False}, 7_140_915, None),
     ("adaptformer", "ViT-B/16", 51, {}, 8_322_867, 8),
     ("adaptformer", "ViT-B/16", 174, {}, 8_417_454, 8),
-    # The width between its convolutions, 96, is ours, chosen for this.
+    # We chose the width between its convolutions, 96, to match the paper.
     ("protuning", "ViT-B/16", 51, {}, 8_943_027, 9),
     ("protuning", "ViT-B/16", 174, {}, 9_037_614, 9),
-    # 7.09M are the temporal transformer of sec. 3.1; two blocks of ref. 39's own width of 512 on
-    # projected features would be 6.3M.
+    # The temporal transformer of sec. 3.1 has 7.09M; two blocks of ref. 39's own width of 512 on
+    # projected features would have 6.3M.
     ("videoprompt", "ViT-B/16", 51, {}, 7_157_811, 6),
     ("st_adapter", "ViT-B/16", 51, {}, 7_149_363, 7),
     ("st_adapter", "ViT-B/16", 400, {"st_adapter.form": "released"}, 7_417_744, 7),
-    # The paper's 11 does not follow from eq. 6 at any kernel; its authors' own SSv2 model has two
+    # The paper's 11 does not follow from eq. 6 with any kernel; the authors' SSv2 model has two
     # adapters in a block, 14M.
     ("st_adapter", "ViT-B/16", 174, {"st_adapter.kernel_size": (3, 3, 3)}, 7_354_542, 11),
     # Not in the paper's tables.
@@ -283,7 +285,7 @@ COUNTS = [
     ("aim", "ViT-B/16", 174, {"aim.num_temporal_adapters": 2}, 14_341_806, None),
     ("evl", "ViT-B/16", 51, {}, 32_988_723, None),
     ("evl", "ViT-L/14", 400, {}, 58_826_128, 59),
-    # M = 12 gives what Table 2 prints.
+    # M = 12 gives the number in Table 2.
     ("evl", "ViT-L/14", 174, {"evl.num_blocks": 12}, 175_420_590, 175),
     ("dualpath", "ViT-B/16", 51, {}, 10_183_987, 10),
 ]
@@ -291,7 +293,7 @@ NUM_FRAMES = {"dualpath": 16, "evl": 32}
 
 
 def abstract(config, backbone, classes):
-    """(shapes of all parameters, shape of the logits) of a method, and what of it trains."""
+    """Returns the shapes of a method's trainable parameters and of its logits."""
     shape = backbone_registry.MODELS[backbone]
     model = method_registry.build_model(config, shape, classes)
     inputs = [None if s is None else jnp.zeros(s) for s in clip_shapes(config)]
@@ -327,7 +329,7 @@ def test_temporal_transformer_has_7_09_million():
 
 # Table 5 and A4 on SSv2, as overrides of the config: keys -> shapes of spatial and temporal,
 # trainable parameters.
-WHOLE, CLIP = 12_617_134, (8, 224, 224, 3)
+BOTH_PATHS, CLIP = 12_617_134, (8, 224, 224, 3)
 ABLATIONS = [
     ({"model.spatial_path": False}, CLIP, (1, 224, 224, 3), 7_724_974),
     (
@@ -335,21 +337,21 @@ ABLATIONS = [
         *((16, 224, 224, 3), (1, 224, 224, 3), 5_506_222),
     ),
     *(
-        ({"data.num_spatial_frames": s}, (s, 224, 224, 3), (1, 224, 224, 3), WHOLE)
+        ({"data.num_spatial_frames": s}, (s, 224, 224, 3), (1, 224, 224, 3), BOTH_PATHS)
         for s in (8, 12, 16)
     ),
     *(
         (
             {"data.num_frames": 64, "data.grid": (side, side), "data.frame_scale": side},
-            *(CLIP, (64 // side**2, 224, 224, 3), WHOLE),
+            *(CLIP, (64 // side**2, 224, 224, 3), BOTH_PATHS),
         )
         for side in (2, 4, 8)
     ),
     *(
-        ({"data.frame_scale": scale}, CLIP, (1, 896 // scale, 896 // scale, 3), WHOLE)
+        ({"data.frame_scale": scale}, CLIP, (1, 896 // scale, 896 // scale, 3), BOTH_PATHS)
         for scale in (4, 2, 1)
     ),
-    *(({"data.num_frames": t}, CLIP, (t // 16, 224, 224, 3), WHOLE) for t in (16, 32, 48)),
+    *(({"data.num_frames": t}, CLIP, (t // 16, 224, 224, 3), BOTH_PATHS) for t in (16, 32, 48)),
 ]
 
 
@@ -373,7 +375,7 @@ def test_ablations(keys, spatial, temporal, expected):
 )
 def test_randomness_is_driven_by_its_key(case, off):
     config = tiny_config(case)
-    model, params = random(config)
+    model, params = build_randomized(config)
     inputs = clips(config)
 
     def logits(*seeds, **options):
@@ -385,7 +387,7 @@ def test_randomness_is_driven_by_its_key(case, off):
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
     assert not np.array_equal(first, still)
-    for key in off if len(off) > 1 else ():  # each alone is at work
+    for key in off if len(off) > 1 else ():  # each one has an effect by itself
         others = {name: rate for name, rate in off.items() if name != key}
         assert not np.array_equal(*logits(0, **others), still)
     np.testing.assert_allclose(*logits(0, **off), still, atol=1e-6)
@@ -402,14 +404,14 @@ def test_drop_path_is_by_clip():
 
 def test_training_and_evaluation_without_framesets(config, tmp_path):
     config.model.method = "linear"
-    config.data.num_frames = FRAMES  # does not divide by the grid, which means nothing here
+    config.data.num_frames = FRAMES  # not divisible by the grid, which has no effect here
     config.num_train_steps = 2
     dataset = VideoDataset(config.data.dir, "train")
-    run = experiment.build_experiment(config, str(tmp_path), dataset)
-    train.train(run, dataset, dataset)
+    run = build_run(config, str(tmp_path), dataset)
+    run.train(dataset, dataset)
     assert int(run.state.step) == 2
     config.eval.temporal_views = 2
-    scores = train.evaluate.evaluate_run(run, VideoDataset(config.data.dir, "test"))
+    scores = run.evaluate(VideoDataset(config.data.dir, "test"))
     assert scores.num_videos == 21
     assert run.total_params == param_tree.count_params(run.frozen) + run.trainable_params
 
@@ -424,7 +426,7 @@ def test_all_methods_see_the_same_clips(config):
     assert without["spatial"].shape == (8, 16, 32, 32, 3)
     assert np.array_equal(without["spatial"][:, [4, 12]], with_framesets["spatial"])
     assert np.array_equal(without["example_id"], with_framesets["example_id"])
-    views = next(pipeline.eval_batches(dataset, config.data, 2, 1, 8, framesets=False))
+    views = next(pipeline.eval_batches(dataset, config.data, Views(2, 1), 8, framesets=False))
     assert views["spatial"].shape == (8, 2, 16, 32, 32, 3)
     assert "temporal" not in views
 
@@ -455,7 +457,7 @@ def test_bad_values_are_named(case, key, value, match):
         build(tiny_config(case, **{key: value}))
 
 
-# Without class token and position table; the methods that need them refuse it.
+# A Swin has no class token and position table; the methods that need them reject it.
 SWIN = swin.SwinConfig("custom-swin", 32, 4, 24, (2, 2), 2, 48, 4)
 ON_SWIN = ("full", "linear", "adaptformer", "protuning", "st_adapter", "videoprompt")
 
@@ -464,7 +466,7 @@ ON_SWIN = ("full", "linear", "adaptformer", "protuning", "st_adapter", "videopro
 def test_methods_on_swin(case):
     config = tiny_config(case)
     if case in ("dualpath", *ON_SWIN):
-        model, params = random(config, SWIN)
+        model, params = build_randomized(config, SWIN)
         _, after, frozen, metrics = one_step(config, model, params)
         assert np.isfinite(metrics["gradient_norm"])
         assert all(np.isfinite(leaf).all() for leaf in after.values())
@@ -476,11 +478,11 @@ def test_methods_on_swin(case):
             method_registry.build_model(config, SWIN, CLASSES)
 
 
-# Table A2, IN-21K: method, classes, keys -> trainable parameters, and what the paper prints.
+# Table A2, IN-21K: method, classes, keys -> trainable parameters, and the paper's number.
 SWIN_COUNTS = [
     # The original Swin-B has 86.7M without its classifier.
     ("full", 174, {}, 86_921_574, 88),
-    # In every block; the paper does not say in which.
+    # In every block; the paper does not name the blocks.
     ("st_adapter", 174, {}, 9_477_038, 7),
 ]
 
@@ -492,13 +494,13 @@ def test_trainable_parameters_of_swin(method, classes, keys, expected, paper):
 
 def test_inputs_that_do_not_fit_the_method():
     config = tiny_config("linear")
-    model, params = random(config)
+    model, params = build_randomized(config)
     frames, _ = clips(config)
     with pytest.raises(ValueError, match=r"does not use framesets.*\(2, 4, 32, 32, 3\)"):
         model.apply({"params": params}, frames, frames)
     with pytest.raises(ValueError, match="3 frames.*data.num_frames=4"):
         model.apply({"params": params}, frames[:, :3])
     config = tiny_config("dualpath")
-    model, params = random(config)
+    model, params = build_randomized(config)
     with pytest.raises(ValueError, match="temporal path needs framesets"):
         model.apply({"params": params}, clips(config)[0], None)

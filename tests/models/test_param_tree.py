@@ -1,4 +1,4 @@
-"""Frozen weights of blocks that are written out: each block's own, without copies."""
+"""Tests that unrolled programs use each block's frozen weights without copies."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from tests.models.test_remat import loss_of, small, values_for
 
 @pytest.fixture(scope="module")
 def weights():
-    """(loss, trainable, frozen, inputs) of four blocks, written out."""
+    """Returns (loss, trainable, frozen, inputs) of four unrolled blocks."""
     config = small("ssv2_vitb", "cheap", scan=False)
     config.backbone.depth = 4
     loss, arguments = loss_of(config)
@@ -18,26 +18,29 @@ def weights():
     return loss, trainable, frozen, inputs
 
 
-def test_merge_puts_together_what_unstack_took_apart(weights):
+def test_merge_inverts_unstack(weights):
     _, trainable, frozen, _ = weights
-    apart = param_tree.unstack_blocks(frozen)
-    assert len(apart["backbone"]["blocks"]["mlp"]["hidden"]["kernel"]) == 4
-    assert apart["backbone"]["projection"] is frozen["backbone"]["projection"]
-    merged, want = (param_tree.merge(trainable, tree) for tree in (apart, frozen))
+    unstacked = param_tree.unstack_blocks(frozen)
+    assert len(unstacked["backbone"]["blocks"]["mlp"]["hidden"]["kernel"]) == 4
+    assert unstacked["backbone"]["projection"] is frozen["backbone"]["projection"]
+    merged, want = (param_tree.merge(trainable, tree) for tree in (unstacked, frozen))
     jax.tree.map(np.testing.assert_array_equal, merged, want)
-    turned = jax.tree.map(lambda leaf: leaf[::-1], apart, is_leaf=lambda x: isinstance(x, tuple))
+    reverse = jax.tree.map(
+        lambda leaf: leaf[::-1], unstacked, is_leaf=lambda x: isinstance(x, tuple)
+    )
     with pytest.raises(AssertionError):
-        jax.tree.map(np.testing.assert_array_equal, param_tree.merge(trainable, turned), want)
+        jax.tree.map(np.testing.assert_array_equal, param_tree.merge(trainable, reverse), want)
 
 
 def test_no_copy_of_a_blocks_weights(weights):
-    """By the compiler: a forward pass needs less memory than from a stack."""
+    """Checks that the compiler needs less memory for a forward pass than from a stack."""
     loss, trainable, frozen, inputs = weights
 
-    def temporaries(tree):
+    def run(tree):
         compiled = jax.jit(loss).lower(trainable, tree, *inputs).compile()
         return compiled.memory_analysis().temp_size_in_bytes, compiled(trainable, tree, *inputs)
 
-    stacked, apart = temporaries(frozen), temporaries(param_tree.unstack_blocks(frozen))
-    assert apart[0] < stacked[0]
-    np.testing.assert_allclose(apart[1], stacked[1], rtol=1e-6)
+    stacked_bytes, stacked_loss = run(frozen)
+    unstacked_bytes, unstacked_loss = run(param_tree.unstack_blocks(frozen))
+    assert unstacked_bytes < stacked_bytes
+    np.testing.assert_allclose(unstacked_loss, stacked_loss, rtol=1e-6)

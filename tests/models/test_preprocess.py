@@ -1,4 +1,4 @@
-"""What the device does to a batch: the same on any number of devices, nothing unless asked."""
+"""Tests the preprocessing on the device: equal on any number of devices, no unneeded work."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def batch():
 
 
 def with_ops(batch, *names, value=1.63):
-    """Each clip has these operations; the first clip has none."""
+    """Adds the named operations to all clips but the first."""
     ops = np.tile(np.array([OPS.index(name) for name in names], np.int32), (8, 1))
     ops[0] = 0
     tables = np.tile(np.arange(256, dtype=np.uint8), (8, 3, 1))
@@ -39,7 +39,7 @@ def model_inputs(batch):
     return preprocess.model_inputs(batch, DATA, jnp.float32)
 
 
-def test_normalisation(batch):
+def test_normalization(batch):
     spatial, temporal = model_inputs(batch)
     expected = (batch["spatial"] / 255 - np.array(DATA.mean)) / np.array(DATA.std)
     assert np.abs(spatial - expected).max() < 1e-5
@@ -50,7 +50,7 @@ def test_normalisation(batch):
 
 def test_operations_of_each_clip(batch):
     plain = model_inputs(batch)
-    names = ("color", "contrast", "rotate")  # geometry was done before
+    names = ("color", "contrast", "rotate")  # the pipeline applies the geometric operations
     changed = model_inputs(with_ops(batch, *names))
     for a, b in zip(plain, changed, strict=True):
         assert np.abs(a[0] - b[0]).max() < 1e-5
@@ -77,7 +77,7 @@ def test_no_work_without_randaugment(batch):
     assert "gather" in operations(with_ops(batch, "color"))
 
 
-def test_looking_up_without_a_gather_is_the_same():
+def test_tables_by_gather_and_by_select_are_equal():
     rng = np.random.default_rng(0)
     table = rng.integers(0, 256, (3, 256), dtype=np.uint8)
     images = np.concatenate([np.arange(256), rng.integers(0, 256, 512)]).astype(np.uint8)

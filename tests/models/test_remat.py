@@ -1,4 +1,4 @@
-"""What blocks keep for the backward pass: the same gradients, less memory, how much more work."""
+"""Tests activation checkpointing: equal gradients, less memory, amount of additional work."""
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ SMALL = {
 
 
 def small(name, remat, scan):
+    """Returns the configuration `name` with a small backbone and images of 64 pixels."""
     config = load(name)
     config.backbone.name = "custom-swin" if "swin" in name else "custom"
     config.backbone.update(SMALL[name])
@@ -32,18 +33,19 @@ def small(name, remat, scan):
 
 
 def loss_of(config):
-    """(loss(trainable, frozen, *inputs), its arguments without values)."""
+    """Returns loss(trainable, frozen, *inputs) and its arguments without values."""
     model = abstract_model(config, 174)
     trainable, frozen = param_tree.split(model.params, model.mask)
 
     def loss(trainable, frozen, *inputs):
         params = param_tree.merge(trainable, frozen)
-        return (model.model.apply({"params": params}, *inputs) ** 2).mean()
+        return (model.module.apply({"params": params}, *inputs) ** 2).mean()
 
     return loss, (trainable, frozen, *abstract_inputs(config))
 
 
 def values_for(tree):
+    """Returns random values for abstract arrays."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), tree)
 
@@ -66,12 +68,12 @@ def test_gradients_are_the_same(name, scan):
 
 
 def test_memory_falls():
-    """Temporaries of the scanned step on eight blocks, by the compiler."""
+    """Compares the compiler's memory for temporaries of the scanned step on eight blocks."""
     sizes = []
     for remat in block_loop.REMAT:
         config = small("ssv2_vitb", remat, scan=True)
         config.backbone.depth = 8
-        config.model.temporal_path = False  # compiles sooner
+        config.model.temporal_path = False  # compiles faster
         loss, arguments = loss_of(config)
         compiled = jax.jit(jax.grad(loss)).lower(*arguments).compile()
         sizes.append(compiled.memory_analysis().temp_size_in_bytes)
@@ -90,7 +92,7 @@ def test_memory_falls():
     ],
 )
 def test_work_of_a_step(name, remat, cls_token_only, ratio):
-    """Multiply-accumulates of forward and backward pass over those of a plain forward pass."""
+    """Checks the ratio of both passes' multiply-accumulates to those of a plain forward pass."""
     config = load(name)
     config.model.cls_token_only, config.model.remat = False, "none"
     loss, arguments = loss_of(config)

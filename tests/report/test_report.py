@@ -11,9 +11,9 @@ import pytest
 
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.report import line_charts, mistake_images, page, run_reader, statistics
-from dualpath_jax.training import experiment
 from dualpath_jax.training.checkpoint import Checkpoints
 from tests.helpers.report_runs import NAMES, write_run
+from tests.helpers.runs import build_run
 from tests.test_docs import script
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -384,7 +384,7 @@ def test_splits_of_one_run(tmp_path):
 def test_images_of_a_real_run(config, tmp_path):
     """Checks frames and attention of an untrained run with a checkpoint and made-up results."""
     dataset = VideoDataset(config.data.dir, "test")
-    run = experiment.build_experiment(config, str(tmp_path), dataset)
+    run = build_run(config, str(tmp_path), dataset)
     checkpoints = Checkpoints(run.workdir)
     checkpoints.save(0, run.state, run.metadata())
     checkpoints.close()

@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 
 from configs import demo
-from dualpath_jax import evaluate, train
 from dualpath_jax.data.video_dataset import UnreadableVideo, VideoDataset
 from dualpath_jax.demo import setup
 from dualpath_jax.runtime import gcs as gcs_lib
-from dualpath_jax.training import experiment, restore
 from dualpath_jax.training.inputs import check_inputs, check_workdir, open_datasets
 from dualpath_jax.weights import convert
 from scripts import export_adapter
 from tests.data.test_video_dataset import NUM_FRAMES, write
 from tests.helpers.compiling_once import compiling_once
 from tests.helpers.fake_gcs import FakeGcs
+from tests.helpers.runs import build_run
 
 SHARD = "bucket/my data/frames/frames-train.array_record-00000-of-00003"
 BACKBONE = "backbone.safetensors"
@@ -144,9 +143,9 @@ def train_and_evaluate(config, workdir):
     check_inputs(config)
     dataset, eval_dataset = open_datasets(config)
     with compiling_once():
-        run = experiment.build_experiment(config, workdir, dataset)
-        train.train(run, dataset, eval_dataset)
-        return evaluate.evaluate_and_write(run, eval_dataset)
+        run = build_run(config, workdir, dataset)
+        run.train(dataset, eval_dataset)
+        return run.evaluate_and_write(eval_dataset)
 
 
 def untimed_entries(text):
@@ -190,10 +189,10 @@ def test_a_run_in_gs_is_the_run_on_disk(gcs, tmp_path, capsys):
     assert message.startswith("wrote gs://bucket/a.safetensors: ")
     remote_config.init_from = "gs://bucket/a.safetensors"
     dataset, _ = open_datasets(remote_config)
-    run = experiment.build_experiment(remote_config, "gs://bucket/runs/two", dataset)
-    restore.restore_for_evaluation(run)
+    run = build_run(remote_config, "gs://bucket/runs/two", dataset)
+    run.restore_for_evaluation()
     assert "evaluating gs://bucket/a.safetensors\n" in capsys.readouterr().out
-    assert evaluate.evaluate_run(run, dataset).top1 == remote["top1"]
+    assert run.evaluate(dataset).top1 == remote["top1"]
 
 
 def saved_steps(gcs):

@@ -1,4 +1,4 @@
-"""The benchmarks of the pipeline at a tiny size: same clips and pixels for all, what is counted."""
+"""Tests the benchmarks of the pipeline at a tiny size: same clips for all loaders, counts."""
 
 import argparse
 import importlib.util
@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from dualpath_jax.data import pipeline
-from dualpath_jax.data.clip_spec import build_clip_format
+from dualpath_jax.data.clip_spec import Views, build_clip_format
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits, decode_frames
 from dualpath_jax.runtime import cpu_count
 from scripts.benchmarks import pipeline as pipeline_lib
@@ -22,7 +22,7 @@ MODES = ["training", "test"]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Three videos of 18 grey ramps, 8 brighter from frame to frame; a key frame every sixth."""
+    """Writes three videos of 18 gray ramps, each frame 8 brighter; every sixth is a key frame."""
     folder = tmp_path_factory.mktemp("videos")
     ramp = np.broadcast_to(np.linspace(0, 90, 64)[:, None], (48, 64, 3))
     frames = [(10 + 8 * i + ramp).astype(np.uint8) for i in range(18)]
@@ -41,7 +41,7 @@ def dataset(files, prepared):
 
 @pytest.fixture
 def scripts(monkeypatch):
-    """Imports scripts by name."""
+    """Returns a function that imports scripts by name."""
     monkeypatch.syspath_prepend("scripts")
     return importlib.import_module
 
@@ -52,6 +52,7 @@ def data(scripts):
 
 
 def tiny(data):
+    """Changes `config.data` to small images and framesets."""
     data.image_size, data.num_spatial_frames = 32, 2
     data.grid, data.frame_scale, data.sampling_interval = (2, 2), 2, 4
     return data
@@ -68,20 +69,20 @@ def test_online_decoders_give_the_chosen_frames(files, frames, name):
     assert got.shape == (4, 48, 64, 3)
     difference = np.abs(got.astype(int) - whole[frames]).mean(axis=(1, 2, 3))
     assert difference.max() < 3
-    # Twin: the frames beside them are 8 brighter.
-    beside = whole[[(i + 1) % 18 for i in frames]]
-    assert np.abs(got.astype(int) - beside).mean(axis=(1, 2, 3)).min() > 5
+    # Twin: the next frames are 8 brighter.
+    next_frames = whole[[(i + 1) % 18 for i in frames]]
+    assert np.abs(got.astype(int) - next_frames).mean(axis=(1, 2, 3)).min() > 5
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_online_clips_are_the_pipelines(dataset, data, mode):
-    """The same frames decoded online, with the same draws, give the same inputs, save JPEG's."""
+def test_online_clips_equal_the_pipelines(dataset, data, mode):
+    """Checks that online decoding with the same draws gives the same inputs, except for JPEG."""
     data.randaugment_layers, data.erasing_probability = 4, 1.0
     videos = pipeline_lib.RepeatedVideos(dataset, 2)
     if mode == "training":
         batch = next(pipeline.train_batches(videos, data, 0, 0, 1))
     else:
-        batch = next(pipeline.eval_batches(videos, data, 1, 1, 2))
+        batch = next(pipeline.eval_batches(videos, data, Views(1, 1), 2))
     clips = pipeline_lib._record_clips(dataset, data, mode == "training", 2)
     place = [video for video, _, _ in clips].index(1)
     video, frames, sample = clips[place]
@@ -110,11 +111,11 @@ def test_every_loader_makes_the_batches(dataset, data, name, mode):
     assert len(clips) == 6
     assert {len(frames) for _, frames, _ in clips} == {4}
     videos = pipeline_lib.RepeatedVideos(dataset, 6)
-    made = list(pipeline_lib.LOADERS[name](videos, data, mode == "training", clips))
-    assert made == [2, 2, 2]
+    batch_sizes = list(pipeline_lib.LOADERS[name](videos, data, mode == "training", clips))
+    assert batch_sizes == [2, 2, 2]
 
 
-def test_videos_repeat_and_note(dataset):
+def test_repeated_videos_note_the_frames_read(dataset):
     videos = pipeline_lib.RepeatedVideos(dataset, 7)
     assert len(videos) == 7
     assert videos.ids[4] == dataset.ids[1]
@@ -170,7 +171,7 @@ def test_stage_costs(dataset, prepared, data):
 
 
 def test_script(files, prepared, scripts, monkeypatch, capsys):
-    """The whole script: every loader timed twice, stages of each case, both lengths."""
+    """Runs the whole script: every loader twice, stages of each case, both video lengths."""
     stages = dict.fromkeys(pipeline_lib.STAGES, 1.5)
     monkeypatch.setattr(pipeline_lib, "stage_costs", lambda *args: stages)
     script = scripts("benchmark_pipeline")
@@ -205,11 +206,11 @@ def test_files_that_are_not_there(scripts):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_memory_is_sampled(dataset, data, training):
-    told = []
+    reported = []
     samples = pipeline_lib.sample_memory(
-        dataset, data, training, minutes=0.01, interval=0.1, report=lambda *s: told.append(s)
+        dataset, data, training, minutes=0.01, interval=0.1, report=lambda *s: reported.append(s)
     )
-    assert told == samples
+    assert reported == samples
     assert len(samples) >= 1
     for (before, _, fewer), (after, mib, clips) in itertools.pairwise([(0, 0, 0), *samples]):
         assert after - before >= 0.1 / 60
@@ -217,7 +218,7 @@ def test_memory_is_sampled(dataset, data, training):
         assert 50 < mib < 10_000
 
 
-def test_flatness():
+def test_memory_deviation():
     samples = [(1, 100.0, 1), (2, 200.0, 2), (3, 210.0, 3), (4, 205.0, 4)]
     assert pipeline_lib.memory_deviation(samples, 2) == (205.0, pytest.approx(5 / 205))
     assert pipeline_lib.memory_deviation(samples, 0)[1] == pytest.approx(1 - 100 / 202.5)

@@ -1,4 +1,4 @@
-"""The model in PyTorch gives the same logits and loss; what is timed, and how."""
+"""Tests the benchmark of the training step: PyTorch's model is the same; timing and counts."""
 
 import importlib
 
@@ -19,7 +19,7 @@ from scripts.benchmarks.train_step import Setting  # noqa: E402
 
 @pytest.fixture
 def config():
-    """SSv2's recipe, with its adapter before attention, on a tiny backbone; framesets 64 x 64."""
+    """Returns SSv2's recipe, with its adapter before attention, on a tiny backbone."""
     config = ssv2_vitb.get_config()
     config.backbone.name = "custom"
     config.backbone.update(TINY_VIT)
@@ -30,15 +30,15 @@ def config():
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """The benchmark's batches are small: not over the tests' eight devices."""
+    """Uses one device instead of the tests' eight, because the benchmark's batches are small."""
     one = sharding.make_mesh(devices=jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", lambda fsdp: one)
 
 
 def test_pytorch_is_the_same_model(config):
-    made, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
-    sides = (train_step.RUNNERS[name] for name in train_step.DEFAULT_RUNNERS)
-    ours, theirs = (make(made, batch) for make in sides)
+    experiment, state, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
+    make_runners = (train_step.RUNNERS[name] for name in train_step.DEFAULT_RUNNERS)
+    ours, theirs = (make(experiment, state, batch) for make in make_runners)
     assert ours.forward().shape == (2, 174)
     assert np.abs(ours.forward() - theirs.forward()).max() <= train_step.TOLERANCE
     assert abs(ours.train_step() - theirs.train_step()) <= 1e-4
@@ -46,35 +46,35 @@ def test_pytorch_is_the_same_model(config):
 
 
 def test_another_model_is_noticed(config, monkeypatch):
-    """Twin: without the adapter before attention."""
-    forget = train_step.make_torch_model
+    """Checks as a twin that a model without the adapter before attention is rejected."""
+    make_torch_model = train_step.make_torch_model
 
-    def forgetful(made):
-        model = forget(made)
+    def make_incomplete_model(experiment, state):
+        model = make_torch_model(experiment, state)
         for adapters in model.adapters["temporal"]:
             del adapters["before"]
         return model
 
-    made, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
-    ours = train_step.make_jax_runner(made, batch).forward()
-    right = train_step.make_torch_runner(made, batch).forward()
+    experiment, state, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
+    ours = train_step.make_jax_runner(experiment, state, batch).forward()
+    right = train_step.make_torch_runner(experiment, state, batch).forward()
     assert 0 < train_step.check_logits_agree("float32", ours, right) < train_step.TOLERANCE
-    monkeypatch.setattr(train_step, "make_torch_model", forgetful)
-    wrong = train_step.make_torch_runner(made, batch).forward()
+    monkeypatch.setattr(train_step, "make_torch_model", make_incomplete_model)
+    wrong = train_step.make_torch_runner(experiment, state, batch).forward()
     with pytest.raises(RuntimeError, match="PyTorch's logits differ by"):
         train_step.check_logits_agree("float32", ours, wrong)
 
 
 def test_compiled_pytorch_is_measured_too(config, monkeypatch):
-    """Both of its models, the one that trains as well, and it has a row of its own."""
+    """Checks that both models are compiled, also the trained one, and have rows in the tables."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    made, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
-    train_step.RUNNERS["torch"](made, batch)
+    experiment, state, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
+    train_step.RUNNERS["torch"](experiment, state, batch)
     assert not compiled  # twin
-    side = train_step.RUNNERS["torch_compiled"](made, batch)
+    runner = train_step.RUNNERS["torch_compiled"](experiment, state, batch)
     assert [type(model).__name__ for model in compiled] == ["TorchDualPath"] * 2
-    assert np.isfinite(side.train_step())
+    assert np.isfinite(runner.train_step())
     row = {"jax": 1.0, "torch": 2.0, "ratio_vs_torch": 2.0}
     row |= {"torch_compiled": 1.5, "ratio_vs_torch_compiled": 1.5}
     compared = {"forward": row, "train_step": row, "compile_seconds": 3.0}
@@ -89,22 +89,22 @@ def test_compiled_pytorch_is_measured_too(config, monkeypatch):
 
 
 def test_several_calls_give_the_last_result(config):
-    made, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
-    ours, again = (train_step.make_jax_runner(made, batch) for _ in range(2))
+    experiment, state, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
+    ours, again = (train_step.make_jax_runner(experiment, state, batch) for _ in range(2))
     losses = [ours.train_step() for _ in range(3)]
     assert again.train_step(3) == losses[2] != losses[0]
 
 
-def test_turns_alternate(monkeypatch):
+def test_turns_alternate():
     order = []
-    runs = {name: lambda name=name: order.append(name) for name in "ab"}
-    seconds = interleave.time_interleaved(runs, 3)
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = interleave.time_interleaved(calls, 3)
     assert order == ["a", "b", *"abbaab"]  # the first of each is not counted
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
 
 def test_operations_are_those_of_the_plain_model(config):
-    """Two per multiply-accumulate; twice the batch, twice as many; backward costs as much again."""
+    """Checks that operations grow with the batch and that the backward pass doubles them."""
     forward, both = train_step._count_operations(Setting(config, "float32", 1))
     assert train_step._count_operations(Setting(config, "float32", 3)) == (3 * forward, 3 * both)
     assert 1.9 < both / forward < 2.4
@@ -117,9 +117,9 @@ def test_limit_is_measured():
 
 
 def test_script(config, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", make_xla_flags())  # of the processes that are timed
+    monkeypatch.setenv("XLA_FLAGS", make_xla_flags())  # for the timed processes
     script = importlib.import_module("scripts.benchmark_step")
-    monkeypatch.setattr(train_step, "measure_peak_memory", lambda setting, side: 12.4)
+    monkeypatch.setattr(train_step, "measure_peak_memory", lambda setting, framework: 12.4)
     monkeypatch.setattr(train_step, "measure_matmul_gflops", lambda dtype: 100.0)
     settings = [Setting(config, "float32", 1)]
     result = script.measure_settings(settings, 1, list(train_step.DEFAULT_RUNNERS))

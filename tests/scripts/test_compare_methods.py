@@ -1,4 +1,4 @@
-"""The comparison of methods on the demo: what is stored of it, without any training."""
+"""Tests which timings the comparison of methods on the demo stores, without training."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from scripts import compare_methods
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Methods of each timing; scores are made up."""
+    """Returns a list of the methods in each timing; scores and times are fake."""
     calls = []
 
     def time_steps(configs, out):
@@ -20,7 +20,7 @@ def timed(monkeypatch):
     return calls
 
 
-def test_a_method_more_is_timed_with_the_others(timed, tmp_path):
+def test_an_added_method_is_timed_with_the_others(timed, tmp_path):
     for methods in (["dualpath", "linear"], ["dualpath", "linear", "aim"], ["dualpath", "linear"]):
         rows = compare_methods.compare_methods(tmp_path, methods, 10)
         assert [row["step_time"] for row in rows] == [1.0] * len(methods)

@@ -1,4 +1,4 @@
-"""What fits a device, by two compiled batches; compiling itself needs libtpu."""
+"""Tests the estimate of what fits a device from two compiled batches, without libtpu."""
 
 import pytest
 
@@ -6,14 +6,14 @@ from scripts.benchmarks.tpu_aot import StepReport, estimate_fits, format_fits
 
 
 def report(clips):
-    """A step with 1 GB, and 0.5 GB for each clip."""
+    """Returns the report of a step that needs 1 GB, and 0.5 GB for each clip."""
     peak = int(1e9 + 0.5e9 * clips)
     return StepReport("train", clips, 0.0, 0, 2 * peak, peak, 0, 0, 0, [], 1.0)
 
 
 def test_fits():
     rows = estimate_fits(report(8), report(16), [1.0, 2.0, 16.0, 80.0], [64, 128])
-    # 0.92 x 16 GB less 1 GB is 27 clips: 16 are the power of two.
+    # 0.92 x 16 GB less 1 GB hold 27 clips: the power of two is 16.
     assert [row.clips for row in rows] == [0, 1, 16, 128]
     assert [row.accumulation_steps for row in rows] == [
         *({}, {64: 64, 128: 128}, {64: 4, 128: 8}, {64: 1, 128: 1})

@@ -1,4 +1,4 @@
-"""What a compiled program moves, read from its text."""
+"""Tests reading the traffic of a compiled program from its text."""
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +56,8 @@ def test_loops_count_as_often_as_they_run():
 
 
 def test_bytes_accessed():
-    # Each of 3 rounds: the slice's 16 bytes, the index' 4, 16 written; 16 + 16 in the all-reduce;
-    # 16 read and 32 written by the fusion that gathers.
+    # Each of 3 rounds: 16 bytes of the slice, 4 of the index and 16 written; 16 + 16 in the
+    # all-reduce; 16 read and 32 written by the fusion that gathers.
     # Outside: 16 read by the copy, whose result is in VMEM; 16 written by the all-reduce.
     assert hlo_cost.HloProgram(TEXT).bytes_accessed() == 3 * (16 + 4 + 16 + 32 + 48) + 16 + 16
     assert (
@@ -94,7 +94,7 @@ ENTRY %main (x: f32[5,8], i: s32[]) -> f32[5,8] {
 
 
 def test_bytes_of_fusions_in_fusions():
-    """A row of 32 bytes is read in the innermost, and one written; the index has 4."""
+    """Checks that one row of 32 bytes is read, one is written, and the index has 4 bytes."""
     assert hlo_cost.HloProgram(FUSED).bytes_accessed() == 32 + 32 + 4
     whole = FUSED.replace(
         "ROOT %part = f32[1,8]{1,0} dynamic-slice(", "ROOT %part = f32[1,8] sort("
@@ -125,8 +125,8 @@ def test_arrays_fill_whole_tiles(shape, size):
     assert hlo_cost.shape_bytes(shape) == size
 
 
-def test_near_to_what_the_compiler_counts():
-    """Where there is no loop; a loop it counts once."""
+def test_bytes_are_close_to_the_compilers_without_loops():
+    """Checks the bytes against XLA's cost analysis, which counts a loop's body once."""
 
     def step(w, x):
         for i in range(3):
@@ -137,12 +137,12 @@ def test_near_to_what_the_compiler_counts():
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0].sum(axis=0)
 
     arguments = jnp.ones((3, 256, 256)), jnp.ones((64, 256))
-    found = []
+    counts = []
     for function in (step, looped):
         compiled = jax.jit(function).lower(*arguments).compile()
         ours = hlo_cost.HloProgram(compiled.as_text()).bytes_accessed()
-        found.append((ours, compiled.cost_analysis()["bytes accessed"]))
-    (ours, theirs), (loop_ours, loop_theirs) = found
+        counts.append((ours, compiled.cost_analysis()["bytes accessed"]))
+    (ours, theirs), (loop_ours, loop_theirs) = counts
     assert ours == pytest.approx(theirs, rel=0.25)
     assert loop_ours == pytest.approx(ours, rel=0.4)
     assert loop_theirs < 0.6 * loop_ours

@@ -1,4 +1,4 @@
-"""scripts/tpu_pod.sh: which commands it prints, and what gcloud gets; scripts/rerun.sh."""
+"""Tests scripts/tpu_pod.sh (printed commands, arguments of gcloud) and scripts/rerun.sh."""
 
 import json
 import os
@@ -25,7 +25,7 @@ HOST_COMMAND = (
     ">> run.log 2>&1 < /dev/null & echo $! > run.pid"
 )
 
-# Notes its arguments; for ssh it does what the host would, with $POD_HOME as home.
+# A fake gcloud, which notes its arguments; for ssh it runs the command in $POD_HOME like a host.
 GCLOUD = f"""#!{sys.executable}
 import json, os, subprocess, sys
 with open(os.environ["CALLS"], "a") as file:
@@ -41,7 +41,7 @@ sys.exit(status)
 
 @pytest.fixture
 def pod(tmp_path):
-    """Calls the script with a gcloud that notes its arguments in `pod.calls`."""
+    """Returns a function that calls the script with a fake gcloud, which notes its arguments."""
     folder = tmp_path / "bin"
     folder.mkdir()
     gcloud = folder / "gcloud"
@@ -66,7 +66,7 @@ def pod(tmp_path):
 
 
 def printed(pod, *arguments, **environment):
-    """The lines of --dry_run, which runs nothing."""
+    """Returns the lines that --dry_run prints, and checks that it does not call gcloud."""
     result = pod(*arguments, **environment)
     assert result.returncode == 0, result.stderr
     assert pod.calls() == []
@@ -145,7 +145,7 @@ def test_the_other_verbs(pod):
     assert hosts.endswith("; tail -n 3 run.log'")
 
 
-def test_what_is_printed_is_what_gcloud_gets(pod):
+def test_printed_command_equals_gclouds_arguments(pod):
     (line,) = printed(pod, "run", *PLACE, "--dry_run", "--", *ARGUMENTS)
     *words, command = shlex.split(line)
     assert words == shlex.split(SSH)
@@ -154,7 +154,7 @@ def test_what_is_printed_is_what_gcloud_gets(pod):
     assert pod.calls() == [shlex.split(line)[1:]]
 
 
-def test_environment_stands_for_options(pod):
+def test_environment_variables_replace_options(pod):
     environment = {"POD_NAME": "my-pod", "POD_ZONE": "us-west4-a", "POD_QUEUED": "1"}
     expected = printed(pod, "delete", *PLACE, "--queued", "--dry_run")
     assert printed(pod, "delete", "--dry_run", **environment) == expected
@@ -163,7 +163,7 @@ def test_environment_stands_for_options(pod):
 def test_a_failing_gcloud_ends_setup_with_its_status(pod):
     result = pod("setup", *PLACE, "--repository=https://h/a.git", STATUS="7")
     assert result.returncode == 7
-    assert len(pod.calls()) == 1  # nothing after what failed
+    assert len(pod.calls()) == 1  # no call after the failed one
     assert pod("delete", *PLACE, STATUS="3").returncode == 3
     assert pod("delete", *PLACE, STATUS="0").returncode == 0
 
@@ -218,7 +218,7 @@ def test_without_gcloud(tmp_path):
 
 @pytest.fixture
 def host(tmp_path):
-    """The home of a host after setup; instead of Python a script that saves at SIGTERM."""
+    """Makes the home of a host after setup; a script that saves at SIGTERM replaces Python."""
     repository = tmp_path / "home" / "dualpath_jax"
     (repository / "scripts").mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / "rerun.sh", repository / "scripts")
@@ -233,11 +233,12 @@ def host(tmp_path):
 
 
 def wait_for(condition):
+    """Waits until condition() is true; fails after 30 s."""
     for _ in range(600):
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("it did not happen within 30 s")
+    raise AssertionError("the condition did not become true within 30 s")
 
 
 @pytest.mark.skipif(not shutil.which("flock"), reason="needs flock, as on Linux")
@@ -257,8 +258,8 @@ def test_run_status_and_stop_on_a_host(pod, host):
 
     program = int((host / "started").read_text())
     (host / "started").unlink()
-    os.kill(program, signal.SIGTERM)  # it alone, as where its host goes away
-    wait_for((host / "started").exists)  # again
+    os.kill(program, signal.SIGTERM)  # only the program, as when its host is taken away
+    wait_for((host / "started").exists)  # it starts again
     assert "saved\nended with status 75; again in 0 s\n" in log.read_text()
 
     assert pod("stop", *PLACE, **environment).returncode == 0

@@ -30,7 +30,7 @@ from dualpath_jax import main
 from dualpath_jax.runtime import distributed
 distributed.HEARTBEAT_SECONDS = 10
 flags.mark_flag_as_required("config")
-app.run(main.main)
+app.run(main.run)
 """
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from dualpath_jax import evaluate
 from dualpath_jax.data.video_dataset import VideoDataset
-from dualpath_jax.training import experiment, predictions, sharding
+from dualpath_jax.training import predictions, sharding
+from tests.helpers.runs import build_run
 
 HEADER = {"step": 3, "split": "test", "views": "16x1x1", "class_names": ["a", "b"]}
 RESULTS = {"step": 3, "split": "test", "views": "16x1x1", "num_videos": 3}
@@ -100,8 +101,8 @@ def test_sums_alone_cross_devices():
 def test_of_a_run_each_video_once(config, tmp_path):
     config.model.temporal_path = False  # compiles sooner
     dataset = VideoDataset(config.data.dir, "test")
-    run = experiment.build_experiment(config, str(tmp_path), dataset)
-    results = evaluate.evaluate_and_write(run, dataset)
+    run = build_run(config, str(tmp_path), dataset)
+    results = run.evaluate_and_write(dataset)
     names, rows = predictions.read_predictions(tmp_path, results)
     assert names == dataset.class_names
     assert [row["id"] for row in rows] == dataset.ids
@@ -128,5 +129,5 @@ def test_an_evaluation_that_fails_leaves_nothing(tmp_path, monkeypatch):
         state=types.SimpleNamespace(step=1), config=config, class_names=["a"], workdir=tmp_path
     )
     with pytest.raises(OSError, match="no"):
-        evaluate.evaluate_and_write(run, types.SimpleNamespace(ids=["x"]))
+        run.evaluate_and_write(types.SimpleNamespace(ids=["x"]))
     assert not (tmp_path / predictions.FOLDER).exists()

@@ -16,7 +16,7 @@ from dualpath_jax import train
 from dualpath_jax.config.values import format_views
 from dualpath_jax.data import pipeline
 from dualpath_jax.runtime.preemption import EXIT_CODE, Preempted, PreemptionGuard
-from dualpath_jax.training import adapter_file, metrics_logger, restore
+from dualpath_jax.training import adapter_file, metrics_logger
 from dualpath_jax.training.checkpoint import Checkpoints
 from dualpath_jax.training.inputs import check_workdir
 from scripts import export_adapter
@@ -429,15 +429,15 @@ def test_changed_data(config, straight, tmp_path):
     run, _ = build(config, workdir)
     run.frame_format = dataclasses.replace(run.frame_format, fps=10.0)
     with pytest.raises(ValueError, match="frame_format of the data set: .*'fps': None.*'fps': 10"):
-        restore.restore_for_evaluation(run)
+        run.restore_for_evaluation()
     run, _ = build(config, workdir)
     run.num_videos += 1
-    restore.restore_for_evaluation(run)
+    run.restore_for_evaluation()
     checkpoints = Checkpoints(str(workdir))
     with pytest.raises(ValueError, match="num_videos of the data set: 40 -> 41"):
-        restore.restore_for_training(run, checkpoints)
+        run.restore_for_training(checkpoints)
     run.num_videos -= 1
-    assert restore.restore_for_training(run, checkpoints) == 6
+    assert run.restore_for_training(checkpoints) == 6
 
 
 def test_evaluation_leaves_a_workdir_as_it_is(config, straight, tmp_path):
@@ -446,12 +446,12 @@ def test_evaluation_leaves_a_workdir_as_it_is(config, straight, tmp_path):
     writing = workdir / "checkpoints" / "8.orbax-checkpoint-tmp"
     writing.mkdir()
     run, _ = build(config, workdir)
-    restore.restore_for_evaluation(run)
+    run.restore_for_evaluation()
     assert same(run.state, straight.state)
     for path in (workdir / "checkpoints" / "6" / "metadata").iterdir():
         path.write_bytes(b"{}")
     with pytest.raises(ValueError, match="checkpoints/6 cannot be read.*sets it aside"):
-        restore.restore_for_evaluation(run)
+        run.restore_for_evaluation()
     assert writing.exists()
     assert not (workdir / "damaged_checkpoints").exists()
 
@@ -528,7 +528,7 @@ def test_best_checkpoint(config, tmp_path):
     assert checkpoints.best_step() == max(scores, key=scores.get)
     config.eval.checkpoint = "best"
     run, _ = build(config, tmp_path)
-    restore.restore_for_evaluation(run)
+    run.restore_for_evaluation()
     assert int(run.state.step) == checkpoints.best_step()
     at_the_end = dict.fromkeys(("top1", "top5", "mean_class_accuracy", "num_videos"), 2.0)
     of = {"split": "test", "views": format_views(config)}
@@ -536,7 +536,7 @@ def test_best_checkpoint(config, tmp_path):
     assert Checkpoints(str(tmp_path), read_only=True).best_step() == 11
     config.eval.checkpoint = "worst"
     with pytest.raises(ValueError, match="'worst': known are latest, best"):
-        restore.restore_for_evaluation(run)
+        run.restore_for_evaluation()
 
 
 def test_exported_parameters_start_another_run(config, straight, tmp_path, capsys):
@@ -546,13 +546,13 @@ def test_exported_parameters_start_another_run(config, straight, tmp_path, capsy
     config.init_from = path
     run, dataset = build(config, tmp_path / "next")
     before = leaves(run.state.trainable)
-    adapter_file.init_from_adapter(run, path)
+    run.init_from_adapter(path)
     assert same(run.state.trainable, straight.state.trainable)
     assert int(run.state.step) == 0
     # Other classes: the layer that names them starts afresh.
     run, _ = build(config, tmp_path / "next")
     run.class_names = [*run.class_names[:-1], "Something else"]
-    adapter_file.init_from_adapter(run, path)
+    run.init_from_adapter(path)
     after, trained = leaves(run.state.trainable), leaves(straight.state.trainable)
     fresh = {name for name in after if np.array_equal(after[name], before[name])}
     assert fresh == {"classifier/output/kernel", "classifier/output/bias"}
@@ -560,28 +560,26 @@ def test_exported_parameters_start_another_run(config, straight, tmp_path, capsy
     assert "starting afresh: classifier/output/" in capsys.readouterr().out
     # Evaluation of the file alone; with a run that did not start from it, which of the two?
     run, _ = build(config, tmp_path / "nothing")
-    restore.restore_for_evaluation(run)
+    run.restore_for_evaluation()
     assert same(run.state.trainable, straight.state.trainable)
     run.class_names = [*run.class_names[:-1], "Something else"]
     with pytest.raises(ValueError, match="was trained on other classes, 8 of them, than the 8 of"):
-        restore.restore_for_evaluation(run)
+        run.restore_for_evaluation()
     run, _ = build(config, tmp_path / "straight")
     with pytest.raises(ValueError, match="which one is meant: config.init_from="):
-        restore.restore_for_evaluation(run)
+        run.restore_for_evaluation()
     capsys.readouterr()
-    assert (
-        restore.restore_for_training(run, Checkpoints(run.workdir)) == 6
-    )  # nor does a training take it
+    assert run.restore_for_training(Checkpoints(run.workdir)) == 6  # nor does a training take it
     assert f"init_from={path} is left out: the run in" in capsys.readouterr().out
     config.data.grid = (2, 2)
     run, _ = build(config, tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"trained with other settings:\n  data.grid: .* -> "):
-        restore.restore_for_evaluation(run)
+        run.restore_for_evaluation()
     config.data.grid = (4, 4)
     config.init_from, config.eval.checkpoint = None, "best"
     run, _ = build(config, tmp_path / "straight")
     with pytest.raises(ValueError, match="no checkpoint in .* was evaluated by a training"):
-        restore.restore_for_evaluation(run)
+        run.restore_for_evaluation()
 
 
 def test_exported_parameters_know_what_they_belong_to(config, straight, tmp_path):
@@ -590,13 +588,13 @@ def test_exported_parameters_know_what_they_belong_to(config, straight, tmp_path
     config.model.temporal_path = False
     run, _ = build(config, tmp_path / "next")
     with pytest.raises(ValueError, match="does not build: temporal/"):
-        adapter_file.init_from_adapter(run, path)
+        run.init_from_adapter(path)
     config.model.method = "linear"
     run, _ = build(config, tmp_path / "next")
     with pytest.raises(ValueError, match="method 'dualpath', this run has 'linear'"):
-        adapter_file.init_from_adapter(run, path)
+        run.init_from_adapter(path)
     with pytest.raises(ValueError, match="is a folder: python scripts/export_adapter"):
-        adapter_file.init_from_adapter(run, str(tmp_path / "straight"))
+        run.init_from_adapter(str(tmp_path / "straight"))
     with pytest.raises(FileNotFoundError, match="no adapter file"):
         adapter_file.read_adapter(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="not an adapter file of this package"):

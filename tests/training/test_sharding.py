@@ -9,10 +9,11 @@ from dualpath_jax.config import schema
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.models import param_tree
-from dualpath_jax.training import experiment, sharding
+from dualpath_jax.training import sharding
 from dualpath_jax.training.state import state_shardings
 from dualpath_jax.training.step import make_train_step
 from scripts.benchmarks import hlo_cost
+from tests.helpers.runs import build_run
 from tests.helpers.small_config import small_config
 
 
@@ -21,7 +22,7 @@ def step_on(config, dataset, devices):
     with pytest.MonkeyPatch.context() as patch:
         mesh = sharding.make_mesh(config.mesh.fsdp, jax.devices()[:devices])
         patch.setattr(sharding, "make_mesh", lambda fsdp: mesh)
-        run = experiment.build_experiment(config, "", dataset)
+        run = build_run(config, "", dataset)
     batch = next(pipeline.train_batches(dataset, config.data, 0, 0, 1))
     step = jax.jit(
         make_train_step(run.model, config, run.optimizer, mesh),

@@ -70,7 +70,7 @@ def check_videos(
     # Print the counts.
     counts = summary.count_splits(index, stored, bad)
     summary.print_counts(counts)
-    print(f"the frames would take about {summary.format_counts(counts['total'].num_bytes)}")
+    print(f"the frames would take about {summary.format_bytes(counts['total'].num_bytes)}")
     return counts
 
 

@@ -468,10 +468,10 @@ def _explain_full_disk(out_dir: str, shards: list[_Shard]) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         need, free, progress = _measure_disk(out_dir, shards)
-        rest = f"about {summary.format_counts(need)}" if need else "an unknown amount"
+        rest = f"about {summary.format_bytes(need)}" if need else "an unknown amount"
         raise OSError(
             f"cannot write to {out_dir!r}: {os.strerror(error.errno)}. {progress}; the rest takes "
-            f"{rest}, and {summary.format_counts(free)} are free. The finished shards are kept: "
+            f"{rest}, and {summary.format_bytes(free)} are free. The finished shards are kept: "
             "make room and run the same command again, or start over with another --out and a "
             "smaller --short_side, --quality or --fps"
         ) from None
@@ -483,8 +483,8 @@ def _warn_of_short_disk(out_dir: str, shards: list[_Shard]) -> None:
     if need > free:
         print(
             f"note: the disk of {out_dir!r} will be full before the end: {progress}; the rest "
-            f"takes about {summary.format_counts(need)}, "
-            f"and {summary.format_counts(free)} are free",
+            f"takes about {summary.format_bytes(need)}, "
+            f"and {summary.format_bytes(free)} are free",
             file=sys.stderr,
         )
 
@@ -497,5 +497,5 @@ def _measure_disk(out_dir: str, shards: list[_Shard]) -> tuple[float, int, str]:
     paths = [shard.frames_path(out_dir) for shard in finished]
     size = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
     need = size / done * (total - done) if done else 0.0
-    progress = f"{done} of {total} videos are finished and take {summary.format_counts(size)}"
+    progress = f"{done} of {total} videos are finished and take {summary.format_bytes(size)}"
     return need, shutil.disk_usage(out_dir).free, progress

@@ -16,7 +16,7 @@ import tensorflow as tf
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from dualpath_jax.data.preparation.video_decoder import FrameFormat
-from dualpath_jax.data.video_dataset import _shard_path
+from dualpath_jax.data.video_dataset import shard_path
 from dualpath_jax.runtime import files
 
 _WRITER_OPTIONS = "group_size:1,uncompressed"  # one record per read; JPEG does not compress
@@ -145,7 +145,7 @@ def write_tables(
 
     rows = {split: table for split, table in rows.items() if table}
     for split, table in rows.items():
-        with ShardWriter(_shard_path(out_dir, "videos", split, 0, 1)) as writer:
+        with ShardWriter(shard_path(out_dir, "videos", split, 0, 1)) as writer:
             for row in table:
                 writer.write(encode_row(row))
     names = json.dumps(list(class_names), indent=1)
@@ -230,7 +230,7 @@ def _write_metadata(
         template = tfds.core.ShardedFileTemplate(
             data_dir=data_dir, dataset_name=name, split=split, filetype_suffix="array_record"
         )
-        paths = (_shard_path(data_dir, name, split, i, len(lengths)) for i in range(len(lengths)))
+        paths = (shard_path(data_dir, name, split, i, len(lengths)) for i in range(len(lengths)))
         size = sum(os.path.getsize(path) for path, n in zip(paths, lengths, strict=True) if n)
         splits.append(
             tfds.core.SplitInfo(

@@ -107,7 +107,7 @@ def print_counts(counts: dict[str, SplitCounts]) -> None:
         print(f"{name}: {count}")
 
 
-def format_counts(num_bytes: float) -> str:
+def format_bytes(num_bytes: float) -> str:
     """Formats a number of bytes in powers of 1000: "1.6 TB", "12 GB", "350 kB"."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if num_bytes < 1000:

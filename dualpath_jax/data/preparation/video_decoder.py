@@ -154,7 +154,7 @@ class FrameReader:
                 except MemoryError:
                     raise
                 except (av.FFmpegError, ValueError) as problem:
-                    error = describe_video(problem)
+                    error = describe_error(problem)
                     break
                 if count == self._limits.max_frames:
                     raise VideoError(
@@ -184,7 +184,7 @@ class FrameReader:
             except (av.FFmpegError, ValueError) as problem:
                 if self._started:
                     raise
-                self._bad_start = self._bad_start or describe_video(problem)
+                self._bad_start = self._bad_start or describe_error(problem)
                 continue
             self._started = self._started or bool(frames)
             yield from frames
@@ -398,7 +398,7 @@ def _open_container(path: str):
     except MemoryError:
         raise
     except (av.FFmpegError, ValueError, OSError) as problem:
-        raise VideoError(f"cannot be opened as a video ({describe_video(problem)})") from None
+        raise VideoError(f"cannot be opened as a video ({describe_error(problem)})") from None
     return container
 
 
@@ -429,6 +429,6 @@ def _convert_to_rgb(frame: av.VideoFrame, size: tuple[int, int], turns: int) -> 
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(), turns))
 
 
-def describe_video(problem: BaseException) -> str:
+def describe_error(problem: BaseException) -> str:
     """Describes an exception in one line, for the list of bad videos."""
     return f"{type(problem).__name__}: {getattr(problem, 'strerror', None) or problem}"

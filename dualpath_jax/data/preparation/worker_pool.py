@@ -17,7 +17,7 @@ from typing import Any
 
 import av.logging
 
-from dualpath_jax.data.preparation.video_decoder import DecodeLimits, VideoError, describe_video
+from dualpath_jax.data.preparation.video_decoder import DecodeLimits, VideoError, describe_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,7 +304,7 @@ def _run_task(function: Callable, arguments: tuple, limits: DecodeLimits) -> byt
     except MemoryError:
         failure = Failure(f"needs more than {limits.memory_mb} MB of memory")
     except Exception as problem:  # a broken file may make a library raise anything
-        failure = Failure(describe_video(problem))
+        failure = Failure(describe_error(problem))
     return pickle.dumps(failure)
 
 

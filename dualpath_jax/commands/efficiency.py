@@ -1,0 +1,145 @@
+"""Counts parameters and multiply-accumulates of configurations, next to the paper's numbers.
+
+    dualpath efficiency
+    dualpath efficiency --config=ssv2_vitb:32 --json
+    dualpath efficiency --figure=figure1.png
+
+Without --config, all rows of the paper's tables are counted. Neither data nor weights are needed.
+
+In a checkout, python scripts/efficiency.py is the same command.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+
+from dualpath_jax.analysis import efficiency
+from dualpath_jax.cli import build_parser, parse_with_overrides
+from dualpath_jax.config.loading import load_config
+from dualpath_jax.runtime import environment, progress_bar
+
+
+def build_row(name: str, overrides: Sequence[str] = ()) -> dict:
+    """Counts one configuration with overrides and returns the counts and the paper's numbers."""
+    counted = dataclasses.asdict(efficiency.measure_efficiency(load_config(name, overrides)))
+    paper = efficiency.PAPER_ROWS.get(name)
+    return {"config": name, **counted, "paper": dataclasses.asdict(paper) if paper else None}
+
+
+def format_markdown(rows: list[dict]) -> str:
+    """Formats the rows as a Markdown table."""
+
+    def format_printed(row, key, unit=""):
+        value = (row["paper"] or {}).get(key)
+        return "" if value is None else f"{value:g}{unit}"
+
+    lines = [
+        "| config | trainable | `paper` | total | `paper` | GMAC per view, plain | executed "
+        "| views | GMAC per video, plain | executed | GFLOPs, `paper` |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cells = [
+            f"`{r['config']}`",
+            *(f"{r['trainable_params']:,}", format_printed(r, "trainable_params", "M")),
+            *(f"{r['total_params']:,}", format_printed(r, "total_params", "M")),
+            *(f"{r['plain_gmacs_per_view']:.1f}", f"{r['gmacs_per_view']:.1f}", r["views"]),
+            *(f"{r['plain_gmacs_per_video']:.0f}", f"{r['gmacs_per_video']:.0f}"),
+            format_printed(r, "gflops"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_figure(rows: list[dict], path: str) -> None:
+    """Draws Fig. 1: top-1 (paper) over trainable parameters (counted), area by GFLOPs (paper)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawing, axes = pyplot.subplots(1, 2, figsize=(13, 6.5), constrained_layout=True)
+    for axis, data in zip(axes, ("K400", "SSv2"), strict=True):
+        points = [r for r in rows if _belongs_in_figure(r, data)]
+        points.sort(key=lambda r: -r["paper"]["top1"])
+        for number, r in enumerate(points, start=1):
+            paper, millions = r["paper"], r["trainable_params"] / 1e6
+            label = f"{number}  {paper['label']}, {paper['gflops']:g} GFLOPs, {paper['top1']:g}"
+            ours = paper["label"].startswith("DualPath")
+            axis.scatter(
+                *(millions, paper["top1"]),
+                s=paper["gflops"] / 6,
+                color="tab:red" if ours else "tab:blue",
+                alpha=0.4,
+                label=label,
+            )
+            side = 9 if number % 2 else -9
+            axis.annotate(
+                str(number),
+                (millions, paper["top1"]),
+                xytext=(side, 0),
+                textcoords="offset points",
+                fontsize=8,
+                ha="center",
+                va="center",
+            )
+        axis.set_xscale("log")
+        ticks = (5, 10, 20, 50, 100, 200, 400)
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+        axis.set_xlim(5, 450)
+        axis.margins(y=0.15)
+        axis.set_xlabel("trainable parameters (millions, counted here)")
+        axis.set_ylabel("top-1 (%), as printed in the paper")
+        axis.set_title(f"{data}: figures of the paper, not reproduced here", fontsize=10)
+        handles, labels = axis.get_legend_handles_labels()
+        marks = [pyplot.Line2D([], [], linestyle="")] * len(handles)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 2}
+        axis.legend(marks, labels, fontsize=7, handlelength=0, handletextpad=0, **below)
+    drawing.savefig(path, dpi=120)
+    print(f"wrote {path}")
+
+
+def _belongs_in_figure(r: dict, data: str) -> bool:
+    """Checks whether a row is of the data set, has the paper's numbers and is not an ablation."""
+    paper, argument = r["paper"], r["config"].partition(":")[2]
+    if not paper or paper["data"] != data or not (paper["top1"] and paper["gflops"]):
+        return False
+    return not argument or argument.isdigit()  # no ablations
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    parser = build_parser(__doc__)
+    parser.add_argument(
+        "--config",
+        nargs="*",
+        help="config files, NAME or NAME:VARIANT (all rows); --config.KEY=VALUE sets their keys",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    parser.add_argument(
+        "--figure", metavar="FILE", help="PNG or SVG of Fig. 1 to write, instead of printing"
+    )
+    progress_bar.add_quiet_option(parser)
+    return parser
+
+
+def main() -> None:
+    """Counts the configurations and prints a table or JSON, or writes the figure."""
+    environment.configure_environment()
+    args, overrides = parse_with_overrides(parser())
+    progress_bar.set_quiet(args.quiet)
+    names = args.config or list(efficiency.PAPER_ROWS)
+    try:
+        rows = [
+            build_row(name, overrides)
+            for name in progress_bar.iterate_with_bar(names, "count", "configurations")
+        ]
+        if args.figure:
+            draw_figure(rows, args.figure)
+            return
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps(rows, indent=1) if args.json else format_markdown(rows))

@@ -1,0 +1,52 @@
+"""Exports a trained model for programs that do not have this package, with a model card.
+
+    dualpath export --workdir=runs/demo --out=exported
+    dualpath export --workdir=runs/demo --out=exported --batch_size=8
+
+Writes OUT/model.stablehlo (for jax.export, on CPU, CUDA and TPU), OUT/saved_model (TensorFlow),
+OUT/class_names.json and OUT/model_card.md, which describes the inputs and outputs.
+
+In a checkout, python scripts/export_model.py is the same command.
+"""
+
+import argparse
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # a program traced on the CPU fits every platform
+
+
+from dualpath_jax import cli
+from dualpath_jax.runtime import environment
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    arg_parser = cli.build_parser(__doc__)
+    add = arg_parser.add_argument
+    cli.add_model_options(arg_parser)
+    add("--out", required=True, help="folder to write")
+    add(
+        "--batch_size",
+        type=cli.positive(int),
+        help="number of views per call (any number)",
+    )
+    add(
+        "--formats",
+        nargs="+",
+        default=["stablehlo", "saved_model"],
+        choices=["stablehlo", "saved_model"],
+        help="formats to write (stablehlo saved_model)",
+    )
+    return arg_parser
+
+
+def main() -> None:
+    environment.configure_environment()
+    arguments = parser().parse_args()
+    from dualpath_jax.inference import export
+
+    with cli.user_errors():
+        model = cli.load_model(arguments)
+        results = export.read_results(arguments.workdir) if arguments.workdir else None
+        export.export_model(model, arguments.out, arguments.formats, arguments.batch_size, results)
+    print(f"wrote {arguments.out}/model_card.md and the files that it describes")

@@ -1,0 +1,74 @@
+"""Predicts the most probable classes of videos with a trained model.
+
+    dualpath predict --workdir=runs/demo data/demo/raw/videos
+    dualpath predict --adapter=mine.safetensors --backbone=clip.safetensors clip.mp4 --json
+    dualpath predict --workdir=runs/demo --window=2 --stride=1 --pictures=DIR long.mp4
+
+Each video is sampled, cropped and averaged over views as in evaluation. With --window a video is
+cut into windows; each window is treated like a video and gets its own line. --pictures draws some
+frames of each video above its most probable classes, or above their probabilities over time. An
+unreadable video is reported, the others are still predicted, and the exit status is 1.
+
+In a checkout, python scripts/predict.py is the same command.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+
+from dualpath_jax import cli
+from dualpath_jax.data.preparation.video_decoder import DecodeLimits
+from dualpath_jax.runtime import environment
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    arg_parser = cli.build_parser(__doc__)
+    add = arg_parser.add_argument
+    cli.add_model_options(arg_parser)
+    add("videos", nargs="+", help="video files, or folders of them")
+    add("--top_k", type=int, default=5, help="number of classes to print (5)")
+    add("--window", type=float, help="length of a window of a long video, seconds (no windows)")
+    add("--stride", type=float, help="seconds from one window to the next (half a window)")
+    add("--features", help=".npz file for the logits of every view, and for dualpath y_SP and y_TP")
+    add("--pictures", metavar="DIR", help="folder for an image of each video, VIDEO.png")
+    limits, positive = DecodeLimits(), cli.positive
+    for name, default, description in (
+        ("seconds", limits.seconds, "seconds for decoding a video, or a window of one"),
+        ("frames", limits.max_frames, "frames of a whole video"),
+    ):
+        help_ = f"maximum {description} ({default:,})"
+        add(f"--max_{name}", type=positive(type(default)), default=default, help=help_)
+    add("--json", action="store_true", help="print a line of JSON for each video or window")
+    add("--quiet", action="store_true", help="show no progress, as without a terminal")
+    return arg_parser
+
+
+def main() -> None:
+    environment.configure_environment()
+    arguments = parser().parse_args()
+    from dualpath_jax.inference import predict_files
+
+    def show(result: predict_files.VideoResult) -> None:
+        if arguments.json:
+            print(json.dumps(dataclasses.asdict(result)), flush=True)
+        else:
+            print(predict_files.format_result(result), flush=True)
+
+    sys.stdout.reconfigure(errors="surrogateescape")  # file names may contain any bytes
+    with cli.user_errors():
+        videos = predict_files.find_videos(arguments.videos)
+        bad = predict_files.predict_videos(
+            cli.load_model(arguments),
+            videos,
+            show,
+            top_k=arguments.top_k,
+            window=arguments.window,
+            stride=arguments.stride,
+            features=arguments.features,
+            pictures=arguments.pictures,
+            limits=DecodeLimits(seconds=arguments.max_seconds, max_frames=arguments.max_frames),
+            progress=sys.stderr.isatty() and not arguments.quiet,
+        )
+    sys.exit(1 if bad else 0)

@@ -1,0 +1,125 @@
+"""Checks and decodes videos once and stores their frames for training.
+
+    dualpath prepare --dataset=ssv2 --videos=DIR --annotations=DIR --out=OUT
+
+The same command resumes an interrupted run. OUT/bad_videos.jsonl lists the videos that cannot be
+used, with the reasons, and OUT/truncated_videos.jsonl those stored in part. The last lines printed
+report how many videos were listed, found and stored. If missing files have arrived since, or limits
+were too tight, the same command with --retry_bad decodes the bad videos again.
+
+With --check every video is decoded and nothing is stored. Bad and truncated videos are printed, one
+line of JSON each, and the last lines report what would be stored and how much disk it would take.
+
+Exit status: 0 success, 1 some videos are bad (only with --check), 2 an error, 130 interrupted.
+
+In a checkout, python scripts/prepare_dataset.py is the same command.
+"""
+
+import argparse
+import sys
+
+from dualpath_jax.cli import build_parser, positive
+from dualpath_jax.data.datasets.registry import DATASETS, list_videos
+from dualpath_jax.data.preparation.dry_run import check_videos
+from dualpath_jax.data.preparation.video_decoder import DecodeLimits
+from dualpath_jax.runtime import environment, progress_bar
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    limits = DecodeLimits()
+    command_parser = build_parser(__doc__)
+    add = command_parser.add_argument
+    add("--dataset", required=True, choices=list(DATASETS), help="kind of data set")
+    add("--videos", required=True, metavar="DIR", help="folder of the video files")
+    add("--annotations", metavar="PATH", help="folder or file of the annotations, as downloaded")
+    add("--out", metavar="OUT", help="folder to write; not needed with --check")
+    add("--check", action="store_true", help="decode every video and store nothing")
+    add(
+        "--bad_videos",
+        metavar="FILE",
+        help="with --check: list bad videos there, do not print them",
+    )
+    add("--short_side", type=positive(int), default=256, help="pixels of the shorter side (256)")
+    add("--quality", type=positive(int), default=90, help="JPEG quality, 1 to 95 (90)")
+    add("--fps", type=positive(float), help="frames per second to store of faster videos (all)")
+    add("--num_workers", type=positive(int), help="number of decoding processes (one per core)")
+    help_ = "decode the bad videos of an earlier run again; limits may differ from that run"
+    add("--retry_bad", action="store_true", help=help_)
+    help_ = "fraction of the videos of a split that may be missing, 0 to 1 (0.1)"
+    add("--max_missing", type=float, default=0.1, help=help_)
+    help_ = "fraction of each class for validation, if the annotations have no such split (0.2)"
+    add("--validation_fraction", type=float, default=0.2, help=help_)
+    for name, default, what in (
+        ("seconds", limits.seconds, "seconds of decoding"),
+        ("memory_mb", limits.memory_mb, "MiB of memory"),
+        ("pixels", limits.max_pixels, "pixels of a frame, width x height"),
+        ("frames", limits.max_frames, "stored frames"),
+    ):
+        help_ = f"limit for one video: {what} ({default:,})"
+        add(f"--max_{name}", type=positive(type(default)), default=default, help=help_)
+    progress_bar.add_quiet_option(command_parser)
+    return command_parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parses the command line; exits with status 2 if options contradict each other."""
+    command_parser = parser()
+    arguments = command_parser.parse_args()
+    if not arguments.out and not arguments.check:
+        command_parser.error(
+            "--out is missing; only --check, which stores nothing, does not need it"
+        )
+    if arguments.bad_videos and not arguments.check:
+        command_parser.error(
+            "--bad_videos needs --check; otherwise OUT/bad_videos.jsonl is the list"
+        )
+    if arguments.retry_bad and arguments.check:
+        command_parser.error("--retry_bad excludes --check, which decodes every video anyway")
+    return arguments
+
+
+def main() -> None:
+    """Checks or prepares the videos that the command line names."""
+    environment.configure_environment()
+    arguments = parse_arguments()
+    progress_bar.set_quiet(arguments.quiet)
+    sys.stdout.reconfigure(errors="surrogateescape")  # file names may hold any bytes
+    try:
+        index = list_videos(
+            arguments.dataset,
+            arguments.videos,
+            arguments.annotations,
+            arguments.validation_fraction,
+        )
+        for notice in index.notices:
+            print(f"note: {notice}", file=sys.stderr)
+        options = {
+            "short_side": arguments.short_side,
+            "quality": arguments.quality,
+            "fps": arguments.fps,
+            "num_workers": arguments.num_workers,
+            "limits": DecodeLimits(
+                seconds=arguments.max_seconds,
+                memory_mb=arguments.max_memory_mb,
+                max_pixels=arguments.max_pixels,
+                max_frames=arguments.max_frames,
+            ),
+            "max_missing": arguments.max_missing,
+        }
+        if arguments.check:
+            bad_videos = arguments.bad_videos
+            counts = check_videos(index, arguments.videos, bad_videos=bad_videos, **options)
+            sys.exit(1 if counts["total"].bad else 0)
+        # Imported here, because it imports TensorFlow.
+        from dualpath_jax.data.preparation.prepare import PrepareOptions, prepare_dataset
+
+        prepare_options = PrepareOptions(retry_bad=arguments.retry_bad, **options)
+        prepare_dataset(index, arguments.videos, arguments.out, prepare_options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        remedy = "" if arguments.check else "; run the same command again to resume"
+        print(f"stopped{remedy}", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,23 @@
+"""Names the commands of this package, for messages that tell a user what to run."""
+
+import pathlib
+
+# Subcommands of `dualpath`, and the scripts of a checkout that are the same commands.
+SCRIPTS = {
+    "prepare": "prepare_dataset",
+    "convert": "convert_clip",
+    "predict": "predict",
+    "report": "report",
+    "attention": "visualize_attention",
+    "export": "export_model",
+    "export-adapter": "export_adapter",
+    "efficiency": "efficiency",
+    "show-batch": "show_batch",
+}
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+def command_line(name: str) -> str:
+    """Returns how to run a subcommand here, "dualpath prepare", or its script in a checkout."""
+    script = f"scripts/{SCRIPTS[name]}.py"
+    return f"python {script}" if (_ROOT / script).is_file() else f"dualpath {name}"
