@@ -1,4 +1,4 @@
-"""Every key with its default, for config files that begin with `from configs import base`.
+"""Provides all keys with their defaults, for config files that use `from configs import base`.
 
 The keys are in dualpath_jax/config/schema.py; a config file of your own only overrides them.
 """

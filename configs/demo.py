@@ -1,10 +1,11 @@
-"""The embedded demo: DualPath on a tiny CLIP-shaped ViT and rendered videos; no download.
+"""Trains the demo: DualPath on a tiny CLIP-shaped ViT and rendered videos, without downloads.
 
     python -m dualpath_jax.main --config=configs/demo.py --workdir=runs/demo
 
-Eight actions in pairs that only order tells apart; chance 0.125, 0.5 without order. Two CPU cores,
-about 5 minutes with rendering and preparation (measured).
-Top-1, 16x1x1 views, 400 test videos: see the table in README.md (measured).
+The eight actions come in pairs that differ only in the order of their frames: top-1 is 0.125 by
+chance, and at most 0.5 without order.
+Duration: about 5 minutes on two CPU cores, with rendering and preparation (measured).
+Top-1 at 16x1x1 views, 400 test videos: see the table in README.md (measured).
 Trainable parameters: 264,168 of 742,824 (measured).
 """
 

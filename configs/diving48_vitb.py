@@ -1,4 +1,4 @@
-"""DualPath, CLIP ViT-B/16, Diving48 (CVPR 2023, Table 4).
+"""Trains CLIP ViT-B/16 with DualPath on Diving48 (CVPR 2023, Table 4).
 
     python -m dualpath_jax.main --config=configs/diving48_vitb.py
 

@@ -1,4 +1,4 @@
-"""DualPath, ImageNet-21K Swin-B, HMDB51 (CVPR 2023, Table A2).
+"""Trains ImageNet-21K Swin-B with DualPath on HMDB51 (CVPR 2023, Table A2).
 
     python -m dualpath_jax.main --config=configs/hmdb51_swinb.py --config.data.split=all
 

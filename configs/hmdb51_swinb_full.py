@@ -1,4 +1,4 @@
-"""Full-tuning, ImageNet-21K Swin-B, HMDB51 (CVPR 2023, Table A2).
+"""Trains ImageNet-21K Swin-B with full-tuning on HMDB51 (CVPR 2023, Table A2).
 
     python -m dualpath_jax.main --config=configs/hmdb51_swinb_full.py --config.data.split=all
 

@@ -1,4 +1,4 @@
-"""DualPath, ImageNet-21K ViT-B/16, HMDB51 (CVPR 2023, Table A2).
+"""Trains ImageNet-21K ViT-B/16 with DualPath on HMDB51 (CVPR 2023, Table A2).
 
     python -m dualpath_jax.main --config=configs/hmdb51_vitb_in21k.py --config.data.split=all
 

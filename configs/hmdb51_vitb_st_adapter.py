@@ -1,4 +1,4 @@
-"""ST-Adapter, CLIP ViT-B/16, HMDB51 (CVPR 2023, Table 3).
+"""Trains CLIP ViT-B/16 with ST-Adapter on HMDB51 (CVPR 2023, Table 3).
 
     python -m dualpath_jax.main --config=configs/hmdb51_vitb_st_adapter.py --config.data.split=all
 

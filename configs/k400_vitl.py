@@ -1,4 +1,4 @@
-"""DualPath, CLIP ViT-L/14, Kinetics-400 (CVPR 2023, Table 1).
+"""Trains CLIP ViT-L/14 with DualPath on Kinetics-400 (CVPR 2023, Table 1).
 
     python -m dualpath_jax.main --config=configs/k400_vitl.py
 

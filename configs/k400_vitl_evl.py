@@ -1,4 +1,4 @@
-"""EVL, CLIP ViT-L/14, Kinetics-400 (CVPR 2023, Table 1).
+"""Trains CLIP ViT-L/14 with EVL on Kinetics-400 (CVPR 2023, Table 1).
 
     python -m dualpath_jax.main --config=configs/k400_vitl_evl.py
 
@@ -14,5 +14,5 @@ from dualpath_jax.config import recipes
 def get_config():
     config = recipes.baseline(recipes.vit_l14(recipes.k400()), "evl")
     config.data.num_frames = 32
-    config.data.sampling_interval = None  # section 5.1's
+    config.data.sampling_interval = None  # the default of section 5.1
     return config

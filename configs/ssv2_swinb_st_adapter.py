@@ -1,4 +1,4 @@
-"""ST-Adapter, ImageNet-21K Swin-B, Something-Something-v2 (CVPR 2023, Table A2).
+"""Trains ImageNet-21K Swin-B with ST-Adapter on Something-Something-v2 (CVPR 2023, Table A2).
 
     python -m dualpath_jax.main --config=configs/ssv2_swinb_st_adapter.py
 

@@ -1,9 +1,9 @@
-"""DualPath, CLIP ViT-B/16, Something-Something-v2 (CVPR 2023, Tables 2, 5 and A4).
+"""Trains CLIP ViT-B/16 with DualPath on Something-Something-v2 (CVPR 2023, Tables 2, 5 and A4).
 
     python -m dualpath_jax.main --config=configs/ssv2_vitb.py
 
-Frames T by argument: `--config=configs/ssv2_vitb.py:16` (default), `:32`, `:48`; ablations by a
-name of `ABLATIONS`, as `--config=configs/ssv2_vitb.py:without_ta`.
+An argument sets the number of frames T: `--config=configs/ssv2_vitb.py:16` (default), `:32` or
+`:48`. A name of `ABLATIONS` selects an ablation: `--config=configs/ssv2_vitb.py:without_ta`.
 
 Trainable parameters: 12,617,134 of 98,809,774 (measured; paper: 13M).
 Top-1 at T x 1 x 3 views: 69.6 / 70.3 / 71.2 for T = 16 / 32 / 48 (paper; not reproduced).
@@ -13,7 +13,7 @@ GFLOPs per video: 642 / 716 / 791 (paper).
 
 from dualpath_jax.config import recipes
 
-# Overrides, and the paper's top-1 (not reproduced).
+# Overrides of each ablation, with the paper's top-1 (not reproduced).
 ABLATIONS = {
     "without_ta": {"model.temporal_path": False, "data.num_spatial_frames": 16},  # 53.7
     "without_sa": {"model.spatial_path": False},  # 55.1

@@ -1,8 +1,8 @@
-"""AIM, CLIP ViT-B/16, Something-Something-v2 (CVPR 2023, not in its tables; a peer).
+"""Trains CLIP ViT-B/16 with AIM on Something-Something-v2 (not in the tables of CVPR 2023).
 
     python -m dualpath_jax.main --config=configs/ssv2_vitb_aim.py
 
-Trainable parameters: 14,341,806 of 100,534,446 (measured; paper: none).
+Trainable parameters: 14,341,806 of 100,534,446 (measured).
 Top-1: see AIM's own paper (arXiv 2302.03024).
 GMACs per video: 623 plain, 586 executed (measured).
 """

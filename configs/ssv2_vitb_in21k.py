@@ -1,4 +1,4 @@
-"""DualPath, ImageNet-21K ViT-B/16, Something-Something-v2 (CVPR 2023, Table A2).
+"""Trains ImageNet-21K ViT-B/16 with DualPath on Something-Something-v2 (CVPR 2023, Table A2).
 
     python -m dualpath_jax.main --config=configs/ssv2_vitb_in21k.py
 

@@ -1,4 +1,4 @@
-"""VPT, CLIP ViT-B/16, Something-Something-v2 (CVPR 2023, Table 2).
+"""Trains CLIP ViT-B/16 with VPT on Something-Something-v2 (CVPR 2023, Table 2).
 
     python -m dualpath_jax.main --config=configs/ssv2_vitb_vpt.py
 

@@ -1,4 +1,4 @@
-"""Full-tuning, CLIP ViT-L/14, Something-Something-v2 (CVPR 2023, Table 2).
+"""Trains CLIP ViT-L/14 with full-tuning on Something-Something-v2 (CVPR 2023, Table 2).
 
     python -m dualpath_jax.main --config=configs/ssv2_vitl_full.py
 

@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
 
 
 def format_help() -> str:
-    """Returns the help of `dualpath`: every command with one line."""
+    """Return the help of `dualpath`: every command with one line."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, _, text) in COMMANDS.items()]
     return "\n".join(
@@ -41,7 +41,7 @@ def format_help() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command that the first argument names; exits with its status."""
+    """Run the command that the first argument names; exit with its status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments in ([], ["--help"], ["-h"], ["help"]):
         print(format_help())

@@ -20,14 +20,14 @@ from dualpath_jax.training.experiment import build_abstract
 from dualpath_jax.training.inputs import choose_train_batches
 from dualpath_jax.training.step import make_train_step
 
-# Keys that are read only when there are values.
-_READ_WITH_VALUES = {"init_from", "resume_changed", "eval.checkpoint"}
+# Keys that are read only in a run with parameters and data.
+_READ_BY_RUNS = {"init_from", "resume_changed", "eval.checkpoint"}
 
 
 class RecordedReads:
     """Wraps a ConfigDict and records which keys are read.
 
-    Attributes of a ConfigDict, items and iteration over names work as on the original.
+    Attributes, items and iteration over names work as those of the ConfigDict.
 
     Attributes:
       seen: dotted keys that were read, "data.grid", "seed", ...
@@ -55,7 +55,7 @@ class RecordedReads:
 def check_unread_keys(
     config: ConfigDict, seen: Collection[str], overrides: Collection[str] = ()
 ) -> None:
-    """Checks that each key that differs from its default has been read.
+    """Check that each key that differs from its default has been read.
 
     Args:
       config: the whole configuration.
@@ -79,7 +79,7 @@ def check_unread_keys(
 
 
 def check_config(config: ConfigDict, overrides: Collection[str] = ()) -> None:
-    """Builds everything that `config` names by shapes, and runs its pipeline on two clips.
+    """Build the run of `config` by shapes, and run its pipeline on two synthetic clips.
 
     Prints the table of parameters and the shapes of both batches.
 
@@ -93,14 +93,14 @@ def check_config(config: ConfigDict, overrides: Collection[str] = ()) -> None:
     start = time.monotonic()
     schema.check_values(config)
 
-    # The configuration with batches of two clips, which records what is read.
+    # A copy of the configuration, with batches of two clips, records which keys are read.
     small = copy.deepcopy(config)
     small.data.batch_size = small.eval.batch_size = 2
     small.optimizer.accumulation_steps = min(2, config.optimizer.accumulation_steps)
     log = RecordedReads(small)
     sharding.check_batch_sizes(RecordedReads(config, log.seen), jax.device_count())
 
-    # Model, optimizer and schedule by shapes.
+    # Model, optimizer and schedule are built by shapes.
     videos = synthetic.make_synthetic_split(log.data, num_videos=2)
     steps_per_epoch = len(videos) / log.data.batch_size
     abstract = build_abstract(log, len(videos.class_names), steps_per_epoch)
@@ -108,7 +108,7 @@ def check_config(config: ConfigDict, overrides: Collection[str] = ()) -> None:
     num_steps = max(1, abstract.num_train_steps)
     train.make_loop_schedule(log, num_steps, steps_per_epoch)
 
-    # A batch of each kind through the step that it is for.
+    # A batch of training and one of evaluation go through their steps.
     framesets = method_registry.uses_framesets(log.model.method)
     train_batches = choose_train_batches(log.data)
     batch = next(train_batches(videos, log.data, log.seed, 0, num_steps, framesets=framesets))
@@ -126,16 +126,17 @@ def check_config(config: ConfigDict, overrides: Collection[str] = ()) -> None:
     del batch["example_id"]
     jax.eval_shape(eval_step, state.trainable, abstract.frozen, batch)
 
-    # What was not read.
+    # Keys that were set and not read are errors.
     source = f"{log.data.dir} ({log.data.source}), {log.data.train_split} and {log.eval.split}"
     print(f"data: {source}; weights: {log.backbone.checkpoint}; neither was read")
-    log.seen |= _READ_WITH_VALUES
+    log.seen |= _READ_BY_RUNS
     if config.num_train_steps is not None:
-        log.seen.add("num_epochs")  # num_train_steps takes its place
+        log.seen.add("num_epochs")  # num_train_steps is used instead
     check_unread_keys(config, log.seen, overrides)
-    print(f"configuration holds together ({time.monotonic() - start:.1f} s)", flush=True)
+    print(f"the configuration is consistent ({time.monotonic() - start:.1f} s)", flush=True)
 
 
 def _print_batch(name: str, batch: pipeline.Batch) -> None:
+    """Print dtypes and shapes of a batch."""
     arrays = (f"{key} {value.dtype} {list(value.shape)}" for key, value in batch.items())
     print(f"{name} batch of two clips: {', '.join(arrays)}")

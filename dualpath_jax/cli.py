@@ -13,18 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import app, flags, logging
 
 from dualpath_jax.config import loading, schema
+from dualpath_jax.runtime import environment
 from dualpath_jax.runtime.command_line import command_line
 
 
 def build_parser(doc: str) -> argparse.ArgumentParser:
-    """Returns a parser whose help begins with a command's docstring, unchanged."""
+    """Return a parser whose help begins with a command's docstring, unchanged."""
     return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def positive(kind: type) -> Callable[[str], float]:
-    """Returns an argparse type for numbers above 0 of `kind`, int or float."""
+    """Return an argparse type for numbers above 0 of `kind`, int or float."""
 
     def number(text: str) -> float:
         value = kind(text)
@@ -37,7 +38,7 @@ def positive(kind: type) -> Callable[[str], float]:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that name a trained model, see `load_model`."""
+    """Add the options that name a trained model, see `load_model`."""
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", help="workdir of a training run, local or gs://")
     model.add_argument("--adapter", help="adapter file, instead of --workdir")
@@ -53,7 +54,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(arguments: argparse.Namespace):
-    """Loads the `TrainedModel` that the options of `add_model_options` name.
+    """Load the `TrainedModel` that the options of `add_model_options` name.
 
     Raises:
       ValueError, OSError: as `trained_model.load`.
@@ -72,7 +73,7 @@ def load_model(arguments: argparse.Namespace):
 def parse_with_overrides(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Parses a command line that takes --config.KEY=VALUE in addition to the parser's options.
+    """Parse a command line that takes --config.KEY=VALUE in addition to the parser's options.
 
     Returns:
       The parsed options, and the overrides for `loading.load_config`.
@@ -84,7 +85,7 @@ def parse_with_overrides(
 
 
 def run_app(main: Callable[[list[str]], None], doc: str) -> None:
-    """Runs `main` with absl's flags; ends with status 2 if a flag or the config file is wrong.
+    """Run `main` with absl's flags; end with status 2 if a flag or the config file is wrong.
 
     Args:
       main: called with the arguments that are not flags.
@@ -103,11 +104,11 @@ def run_app(main: Callable[[list[str]], None], doc: str) -> None:
     try:
         app.run(main, flags_parser=_parse_flags)
     except SystemExit as end:
-        sys.exit(0 if asked_for_help and end.code == 1 else end.code)
+        environment.exit_process(0 if asked_for_help and end.code == 1 else end.code)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses absl's flags and the config file; returns the other arguments.
+    """Parse absl's flags and the config file; return the other arguments.
 
     A wrong flag or config file ends the program with one line and status 2.
     """
@@ -129,7 +130,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
                 message = ast.literal_eval(message)  # an AttributeError quotes its KeyError
             message = f"the configuration has no {'. '.join(message.splitlines())}"
     except (flags.Error, OSError) as error:
-        message = str(error)
+        message = loading.find_unknown_override(argv[1:]) or str(error)
         if "get_config() takes 0 positional arguments" in message:
             message = "--config: this file takes no :VARIANT after its name"
     print(f"error: {message}", file=sys.stderr)
@@ -137,8 +138,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _find_config_files(arguments: Sequence[str]) -> list[str]:
-    """Replaces the value of --config by the path of the file, see `loading.find_config_file`."""
-    found, is_value = [], False
+    """Replace the value of --config by the path of the file, see `loading.find_config_file`."""
+    replaced, is_value = [], False
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if is_value:
@@ -146,13 +147,16 @@ def _find_config_files(arguments: Sequence[str]) -> list[str]:
         elif name in ("--config", "-config") and equals:
             argument = f"{name}={loading.find_config_file(value)}"
         is_value = argument in ("--config", "-config")
-        found.append(argument)
-    return found
+        replaced.append(argument)
+    return replaced
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Reports errors that the user can fix in one line; -v=1 adds the traceback."""
+    """End the program with one line for an error that the user can fix; -v=1 adds the traceback.
+
+    The exit status is 2, or that of the `Preempted` exception of a stopped run.
+    """
     from dualpath_jax.runtime import distributed  # imports JAX
     from dualpath_jax.runtime.preemption import Preempted
 

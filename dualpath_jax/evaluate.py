@@ -35,9 +35,13 @@ from dualpath_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Holds the result on a split. Accuracies are fractions in 0..1.
+    """Holds the result on a split.
 
-    `mean_class_accuracy` is over the classes that occur in the split.
+    Attributes:
+      top1: fraction of videos whose label is the most probable class, 0..1.
+      top5: fraction of videos whose label is among the five most probable classes, 0..1.
+      mean_class_accuracy: top-1 of each class, averaged over the classes in the split, 0..1.
+      num_videos: number of videos.
     """
 
     top1: float
@@ -47,7 +51,7 @@ class Scores:
 
 
 def eval_step_sums(logits: jax.Array, label: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Returns the sums over a batch from which `Scores` follow.
+    """Return the sums over a batch from which `Scores` follow.
 
     Args:
       logits: [B, V, classes] float32.
@@ -55,9 +59,10 @@ def eval_step_sums(logits: jax.Array, label: jax.Array, mask: jax.Array) -> dict
       mask: [B] float32, 0 for padding.
 
     Returns:
-      `top1`, `top5`: number of real videos whose label is (among the five) most probable, by the
-      probabilities averaged over views, where those are numbers; `class_correct`, `class_count`:
-      [classes]. All int32.
+      `top1`, `top5`: number of videos whose label is the most probable class, or among the five
+      most probable ones, by probabilities averaged over views; NaN counts as wrong.
+      `class_correct`, `class_count`: [classes], number of such videos by top-1, and of all videos.
+      All are int32 and leave out padding.
     """
     classes = logits.shape[-1]
     real = mask > 0
@@ -77,7 +82,7 @@ def evaluate_batches(
     batches: Iterator[dict[str, Any]],
     on_batch: Callable[[int], None] = lambda videos: None,
 ) -> Scores:
-    """Returns the scores over `batches`; a batch's sums are read while the next one computes.
+    """Return the scores over `batches`; a batch's sums are read while the next one computes.
 
     Args:
       eval_step: batch -> the sums of `eval_step_sums`, over all hosts.
@@ -85,7 +90,7 @@ def evaluate_batches(
       on_batch: called after each batch with the number of videos counted so far.
     """
     total: dict[str, np.ndarray] = {}
-    for sums in _one_late(map(eval_step, batches)):
+    for sums in _delay_by_one(map(eval_step, batches)):
         sums = jax.device_get(sums)
         total = {
             key: np.asarray(value, np.int64) + total.get(key, 0) for key, value in sums.items()
@@ -103,22 +108,23 @@ def evaluate_batches(
     )
 
 
-def _one_late(results: Iterator[Any]) -> Iterator[Any]:
-    """Yields each result once the one after it is there."""
-    before = collections.deque()
+def _delay_by_one(results: Iterator[Any]) -> Iterator[Any]:
+    """Yield each result after the next one has been requested from `results`."""
+    waiting = collections.deque()
     for result in results:
-        before.append(result)
-        if len(before) > 1:
-            yield before.popleft()
-    yield from before
+        waiting.append(result)
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def make_eval_step(
     model: Any, config: Any
 ) -> Callable[[Any, Any, Batch], tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]]:
-    """Returns the pure evaluation (trainable, frozen, batch with views) -> (sums, rows), to be jitted.
+    """Return the pure function (trainable, frozen, batch) -> (sums, rows), to be jitted.
 
-    `sums` are those of `eval_step_sums`; `rows`, one for each video, of `top_predictions`.
+    The batch has views. `sums` are those of `eval_step_sums`; `rows` are the `top_predictions`, one
+    row for each video.
     """
 
     def eval_step(trainable, frozen, batch):
@@ -129,12 +135,12 @@ def make_eval_step(
 
 
 def eval_out_shardings(mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
-    """Returns the shardings of (sums, rows): rows stay with their videos, only sums cross devices."""
+    """Return the shardings of (sums, rows): only sums are exchanged between devices."""
     return replicated_sharding(mesh), batch_sharding(mesh)
 
 
 def jit_eval_step(model: Any, config: Any, mesh: jax.sharding.Mesh) -> Callable:
-    """Returns the jitted `make_eval_step`."""
+    """Return the jitted `make_eval_step`."""
     return jax.jit(make_eval_step(model, config), out_shardings=eval_out_shardings(mesh))
 
 
@@ -143,19 +149,19 @@ class Evaluator:
 
     A batch has `eval.batch_size` videos, or fewer if the split is smaller.
 
-    Args:
+    Attributes:
       experiment: the run.
       dataset: the split.
     """
 
     def __init__(self, experiment: Experiment, dataset: VideoSource):
-        self._experiment, self._dataset = experiment, dataset
+        self.experiment, self.dataset = experiment, dataset
         self._step = jit_eval_step(experiment.model, experiment.config, experiment.mesh)
 
     def evaluate(self, state: TrainState, predictions: PredictionWriter | None = None) -> Scores:
-        """Returns the scores of `state` on every video; `predictions` gets one row for each."""
-        mesh, frozen = self._experiment.mesh, self._experiment.frozen
-        waiting = collections.deque()  # of each batch whose sums are computed: ids, labels, rows
+        """Return the scores of `state` on every video; `predictions` gets one row for each."""
+        mesh, frozen = self.experiment.mesh, self.experiment.frozen
+        waiting = collections.deque()  # (ids, labels, rows) of the batches in progress
 
         def step(batch: Batch) -> dict[str, jax.Array]:
             with with_mesh(mesh):
@@ -164,7 +170,7 @@ class Evaluator:
             return sums
 
         is_main = jax.process_index() == 0
-        with ProgressBar(len(self._dataset), "evaluate", "videos", shown=is_main) as bar:
+        with ProgressBar(len(self.dataset), "evaluate", "videos", shown=is_main) as bar:
 
             def on_batch(videos: int) -> None:
                 bar.update_to(videos)
@@ -176,28 +182,27 @@ class Evaluator:
             return evaluate_batches(step, self._batches(), on_batch)
 
     def _batches(self) -> Iterator[Batch]:
-        config, devices = self._experiment.config, self._experiment.mesh.size
+        config, devices = self.experiment.config, self.experiment.mesh.size
         return pipeline.eval_batches(
-            self._dataset,
+            self.dataset,
             config.data,
             Views(config.eval.temporal_views, config.eval.spatial_crops),
-            min(config.eval.batch_size, -(-len(self._dataset) // devices) * devices),
+            min(config.eval.batch_size, -(-len(self.dataset) // devices) * devices),
             jax.process_index(),
             jax.process_count(),
             framesets=method_registry.uses_framesets(config.model.method),
         )
 
 
-def evaluate_and_write(
-    experiment: Experiment, state: TrainState, dataset: VideoSource
-) -> dict[str, Any]:
-    """Evaluates `state` on `dataset`, prints the scores and writes results.json.
+def evaluate_and_write(evaluator: Evaluator, state: TrainState) -> dict[str, Any]:
+    """Evaluate `state`, print the scores and write results.json.
 
     The predictions for each video go to predictions/, see `training.predictions`.
 
     Returns:
-      What results.json holds.
+      The content of results.json.
     """
+    experiment = evaluator.experiment
     config, step = experiment.config, int(state.step)
     header = {
         "step": step,
@@ -205,17 +210,17 @@ def evaluate_and_write(
         "views": format_views(config),
         "class_names": list(experiment.class_names),
     }
-    predictions = PredictionWriter(experiment.workdir, header, dataset.ids)
-    scores = Evaluator(experiment, dataset).evaluate(state, predictions)
+    predictions = PredictionWriter(experiment.workdir, header, evaluator.dataset.ids)
+    scores = evaluator.evaluate(state, predictions)
     predictions.close()
-    results = write_results(experiment, step, scores)
+    results = _write_results(experiment, step, scores)
     print(f"{config.eval.split}  {format_scores(scores)}  views {results['views']}")
     print(f"wrote {experiment.workdir}/results.json", flush=True)
     return results
 
 
-def write_results(experiment: Experiment, step: int, scores: Scores) -> dict[str, Any]:
-    """Writes results.json into the workdir and returns what it holds.
+def _write_results(experiment: Experiment, step: int, scores: Scores) -> dict[str, Any]:
+    """Write results.json into the workdir and return its content.
 
     Args:
       experiment: the run.
@@ -233,14 +238,14 @@ def write_results(experiment: Experiment, step: int, scores: Scores) -> dict[str
         "split": config.eval.split,
         "backbone": experiment.backbone.name,
         "backbone_sha256": experiment.backbone.sha256,
-        "synthetic": config.data.synthetic,  # the scores then mean nothing
+        "synthetic": config.data.synthetic,  # True: the scores mean nothing
     }
     _write_json(experiment.workdir, results)
     return results
 
 
 def write_mean_results(workdir: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Writes results.json of several splits: their mean scores, and each one's under "splits"."""
+    """Write results.json of several splits: mean scores, and all results under "splits"."""
     scores = ("top1", "top5", "mean_class_accuracy")
     mean = {name: sum(result[name] for result in results) / len(results) for name in scores}
     _write_json(workdir, {**mean, "splits": {result["split"]: result for result in results}})
@@ -250,6 +255,6 @@ def write_mean_results(workdir: str, results: list[dict[str, Any]]) -> dict[str,
 
 
 def _write_json(workdir: str, results: dict[str, Any]) -> None:
-    """Writes results.json; only process 0 does."""
+    """Write results.json; only process 0 does."""
     if jax.process_index() == 0:
         files.write_text(epath.Path(workdir) / "results.json", json.dumps(results, indent=2) + "\n")

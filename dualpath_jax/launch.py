@@ -1,13 +1,12 @@
 """Launches what the command line asks for: training and evaluation in a workdir of their own."""
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 from dualpath_jax import evaluate, train
-from dualpath_jax.config.loading import check_known_keys
-from dualpath_jax.config.values import apply_renames, flatten_config
+from dualpath_jax.config.loading import upgrade_config
+from dualpath_jax.config.values import flatten_config
 from dualpath_jax.demo import setup
 from dualpath_jax.runtime import distributed, environment, file_lock
 from dualpath_jax.training import restore
@@ -20,12 +19,13 @@ from dualpath_jax.training.inputs import (
     open_datasets,
 )
 
-# Settings that may differ between hosts: paths on their own disks, and what nothing else waits for.
+# Settings that may differ between hosts: paths on their own disks, and the number of prefetched
+# batches.
 _HOST_SETTINGS = ("data.dir", "data.prefetch", "backbone.checkpoint", "init_from")
 
 
 def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
-    """Performs each run that `config` asks for: trains, if `training`, and evaluates.
+    """Train, if `training`, and evaluate each run that `config` asks for.
 
     Args:
       config: the whole configuration.
@@ -33,7 +33,8 @@ def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
       training: False evaluates a checkpoint of the workdir.
 
     Raises:
-      ValueError, OSError, FloatingPointError: what the user can fix, with the remedy.
+      ValueError, OSError, FloatingPointError: the user can fix the problem; the message has the
+        remedy.
       Preempted: a signal stopped the run; the state is saved.
     """
     upgrade_config(config)
@@ -55,7 +56,7 @@ def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
 
 
 def _run_split(config: Any, workdir: str, training: bool) -> dict[str, Any]:
-    """Trains, if `training`, and evaluates one run; returns what results.json holds."""
+    """Train, if `training`, and evaluate one run; return the content of results.json."""
     if distributed.is_main_process():
         check_workdir(workdir)
     dataset, eval_dataset = open_datasets(config)
@@ -67,37 +68,26 @@ def _run_split(config: Any, workdir: str, training: bool) -> dict[str, Any]:
         "give all hosts the same (on each host's own disk: copy the data set again)",
     )
     experiment, state = build_experiment(config, workdir, dataset)
+    evaluator = evaluate.Evaluator(experiment, eval_dataset)
     if training:
-        state = train.train(experiment, state, dataset, eval_dataset)
+        state = train.train(experiment, state, dataset, evaluator)
     else:
         state = restore.restore_for_evaluation(experiment, state)
-    results = evaluate.evaluate_and_write(experiment, state, eval_dataset)
+    results = evaluate.evaluate_and_write(evaluator, state)
     if training:
         train.record_final_scores(experiment, results)
     return results
 
 
-def upgrade_config(config: Any) -> None:
-    """Renames keys and values of older versions in place, with a line for each.
-
-    Raises:
-      ValueError: the config file sets a key that does not exist.
-    """
-    with config.unlocked():
-        for line in apply_renames(config):
-            print(line, file=sys.stderr)
-    check_known_keys(config)
-
-
 def shared_settings(config: Any) -> dict[str, Any]:
-    """Returns the settings, by dotted key, that must be the same on all hosts."""
+    """Return the settings, by dotted key, that must be the same on all hosts."""
     settings = flatten_config(config)
     return {key: value for key, value in settings.items() if key not in _HOST_SETTINGS}
 
 
 @contextlib.contextmanager
 def _claim_workdir(workdir: str) -> Iterator[None]:
-    """Makes the workdir and locks it in process 0, for which the other processes wait."""
+    """Make the workdir and lock it in process 0, for which the other processes wait."""
     with contextlib.ExitStack() as stack:
         if distributed.is_main_process():
             check_workdir(workdir)

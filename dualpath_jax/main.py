@@ -21,6 +21,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dualpath_jax import cli
+from dualpath_jax.config import loading
 from dualpath_jax.runtime import environment, progress_bar
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -62,21 +63,21 @@ QUIET = flags.DEFINE_bool(
 )
 
 
-def default_workdir(config: Any) -> str:
-    """Returns runs/NAME, the name of the config file; "_synthetic" follows for synthetic data."""
+def _default_workdir(config: Any) -> str:
+    """Return runs/NAME, the name of the config file; "_synthetic" follows for synthetic data."""
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     return f"runs/{pathlib.Path(path.split(':')[0]).stem}{'_synthetic' * config.data.synthetic}"
 
 
 def run(argv: list[str]) -> None:
-    """Runs the mode that the flags name; absl calls it with the parsed command line."""
+    """Run the mode that the flags name; absl calls it with the parsed command line."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax logs each step of a save otherwise
     progress_bar.set_quiet(QUIET.value)
     config = CONFIG.value
-    workdir = WORKDIR.value or default_workdir(config)
+    workdir = WORKDIR.value or _default_workdir(config)
 
     # Imported here, so that --help is quick and decoding workers do not load JAX and TensorFlow.
     from dualpath_jax.runtime import preemption
@@ -88,7 +89,7 @@ def run(argv: list[str]) -> None:
 
     with distributed.end_together(), cli.user_errors():
         if MODE.value == "check":
-            launch.upgrade_config(config)
+            loading.upgrade_config(config)
             overrides = config_flags.get_override_values(flags.FLAGS["config"])
             first_config, _ = expand_splits(config, workdir)[0]  # the others have other split names
             check_config.check_config(first_config, overrides)
@@ -98,7 +99,7 @@ def run(argv: list[str]) -> None:
 
 
 def main() -> None:
-    """Parses the command line and runs it; exits with the status of the module's docstring."""
+    """Parse the command line and run it; exit with the status of the module's docstring."""
     environment.configure_environment()
     flags.mark_flag_as_required("config")
     cli.run_app(run, __doc__)

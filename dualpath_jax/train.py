@@ -38,8 +38,8 @@ class LoopSchedule:
 
     Attributes:
       num_steps: length of the training.
-      log_every, save_every: steps between two logs, two checkpoints.
-      save_seconds: seconds after the last checkpoint at which one is saved in any case.
+      log_every, save_every: steps between two logs, and between two checkpoints.
+      save_seconds: seconds after which a checkpoint is saved in any case.
       keep: number of newest checkpoints that are kept.
       eval_every: steps between two evaluations; 0: only at the end.
       profile_first: first profiled step, counted from the start of the process.
@@ -56,22 +56,22 @@ class LoopSchedule:
     profile_steps: int
 
     def should_log(self, done: int) -> bool:
-        """Returns whether to log after `done` steps."""
+        """Return whether to log after `done` steps."""
         return done == self.num_steps or done % self.log_every == 0
 
     def should_save(self, done: int, seconds: float = 0.0) -> bool:
-        """Returns whether to save after `done` steps, `seconds` after the last checkpoint."""
+        """Return whether to save after `done` steps, `seconds` after the last checkpoint."""
         if done == self.num_steps or done % self.save_every == 0 or self.should_evaluate(done):
             return True
         return seconds >= self.save_seconds
 
     def should_evaluate(self, done: int) -> bool:
-        """Returns whether to evaluate after `done` steps; the end is not part of the loop."""
+        """Return whether to evaluate after `done` steps; the end is not part of the loop."""
         return self.eval_every > 0 and done % self.eval_every == 0 and done < self.num_steps
 
 
 def make_loop_schedule(config: Any, num_train_steps: int, steps_per_epoch: float) -> LoopSchedule:
-    """Returns the schedule of the loop that `config` asks for."""
+    """Return the schedule of the loop that `config` asks for."""
     eval_every = config.eval.every_epochs * steps_per_epoch
     return LoopSchedule(
         num_steps=num_train_steps,
@@ -85,40 +85,47 @@ def make_loop_schedule(config: Any, num_train_steps: int, steps_per_epoch: float
     )
 
 
-def check_finite(
+def _check_finite(
     step: int, metrics: dict[str, float], max_skipped: int, checkpoints: Checkpoints
 ) -> None:
-    """Raises FloatingPointError, naming the last checkpoint, if loss or gradient is not finite.
+    """Check that loss and gradient are finite.
 
-    With `max_skipped` above 0 such steps are skipped, and only one more than that is an error.
+    Args:
+      step: number of updates done.
+      metrics: of the last step, with "loss" and "gradient_norm".
+      max_skipped: number of steps that may be skipped because of values that are not finite.
+      checkpoints: of the run, for the message.
+
+    Raises:
+      FloatingPointError: they are not finite, for the (max_skipped + 1)-th time.
     """
     loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
     if np.isfinite(loss) and np.isfinite(norm):
         return
-    what = f"loss is {loss}, gradient norm {norm} at step {step}"
+    problem = f"loss is {loss}, gradient norm {norm} at step {step}"
     if max_skipped:
         skipped = int(metrics["skipped_steps"])
         if skipped <= max_skipped:
-            logging.warning("%s: skipped (%d of at most %d)", what, skipped, max_skipped)
+            logging.warning("%s: skipped (%d of at most %d)", problem, skipped, max_skipped)
             return
-        what += f", more than optimizer.max_skipped_steps={max_skipped} times"
+        problem += f", more than optimizer.max_skipped_steps={max_skipped} times"
     checkpoints.wait()
     raise FloatingPointError(
-        f"{what}. Last good checkpoint: {checkpoints.path(checkpoints.latest_step())}. "
+        f"{problem}. Last good checkpoint: {checkpoints.path(checkpoints.latest_step())}. "
         "Lower optimizer.learning_rate, or set optimizer.clip_norm; running again resumes there"
     )
 
 
 def train(
-    experiment: Experiment, state: TrainState, dataset: VideoSource, eval_dataset: VideoSource
+    experiment: Experiment, state: TrainState, dataset: VideoSource, evaluator: Evaluator
 ) -> TrainState:
-    """Trains to `experiment.num_train_steps`, resuming from the workdir's newest checkpoint.
+    """Train to `experiment.num_train_steps`, resuming from the workdir's newest checkpoint.
 
     Args:
       experiment: of `build_experiment`.
       state: the initial state, used when the workdir has no checkpoint; donated.
       dataset: the training split.
-      eval_dataset: the split that is evaluated during training.
+      evaluator: evaluates the run during training.
 
     Returns:
       The state after the last step.
@@ -131,7 +138,7 @@ def train(
     config = experiment.config
     loop = make_loop_schedule(config, experiment.num_train_steps, experiment.steps_per_epoch)
 
-    # Where the run begins: at the newest checkpoint, an adapter file, or fresh parameters.
+    # The run begins at the newest checkpoint, at an adapter file, or at fresh parameters.
     checkpoints = Checkpoints(experiment.workdir, loop.keep)
     first_step, state = restore.restore_for_training(experiment, state, checkpoints)
     if not first_step and config.init_from:
@@ -139,57 +146,39 @@ def train(
     if jax.process_index() == 0:
         _describe_run(experiment, first_step)
 
-    # What each step needs: program, batches, log.
+    # Each step needs the compiled program, a batch, and a record of its results.
     train_step = jit_train_step(
         experiment.model, config, experiment.optimizer, experiment.mesh, state
     )
     unreadable = UnreadableVideos(dataset.ids, config.data.max_broken_videos)
     batches = _train_batches(experiment, dataset, first_step, unreadable)
-    logger = MetricsLogger(experiment.workdir, loop.num_steps, config.data.batch_size)
-    logger.resume(first_step, checkpoints.has_scores(first_step))
-    recorder = _Recorder(experiment, loop, checkpoints, logger, Evaluator(experiment, eval_dataset))
-    logger.start(first_step)
+    recorder = _Recorder(experiment, loop, checkpoints, evaluator, unreadable, first_step)
 
-    # An evaluation that the last process began and did not finish.
+    # The last process may have ended before it evaluated its last checkpoint.
     if first_step and loop.should_evaluate(first_step) and not checkpoints.has_scores(first_step):
         recorder.evaluate(first_step, state)
 
-    stopping, pending = False, None
+    # Each step is checked, logged, saved and evaluated as the schedule demands.
     with PreemptionGuard() as guard, profile_steps(loop, experiment.workdir) as profile:
         for step in range(first_step, loop.num_steps):
-            done = step + 1
             profile(step - first_step)
-            with logger.measure_data_wait():
+            with recorder.logger.measure_data_wait():
                 batch = shard_batch(next(batches), experiment.mesh)
-            state, metrics = train_step(state, experiment.frozen, batch)
-            # The metrics of a step are read while the next one computes.
-            if pending is not None:
-                recorder.check_finite(step, jax.device_get(pending))
-            pending = metrics
-            logger.update_progress(done)
             if step == first_step:
-                logger.log_first_step(done, metrics)
-                environment.keep_freed_memory()
-            stopping = guard.should_stop(done)
-            saving = stopping or recorder.should_save(done)
-            if saving or loop.should_log(done):
-                pending = None
-                recorder.log(done, jax.device_get(metrics), len(unreadable.videos))
-            if saving:
-                recorder.save(done, state)
-            if loop.should_evaluate(done) and not stopping:
-                recorder.evaluate_saved(done, state, guard)
-            if stopping:
+                recorder.logger.log_compilation()
+            state, metrics = train_step(state, experiment.frozen, batch)
+            recorder.finish_step(step + 1, state, metrics, guard)
+            if recorder.stopping:
                 break
         checkpoints.close()
-        logger.close()
-        if loop.num_steps > first_step and (stopping or guard.stop_requested):
-            raise guard.stop_exception(f"told to stop; saved {checkpoints.path(done)}")
+        recorder.logger.close()
+        if loop.num_steps > first_step and (recorder.stopping or guard.stop_requested):
+            raise guard.stop_exception(f"stopped; saved {checkpoints.path(step + 1)}")
     return state
 
 
 def _describe_run(experiment: Experiment, first_step: int) -> None:
-    """Writes config.json and environment.json into the workdir."""
+    """Write config.json and environment.json into the workdir."""
     workdir = epath.Path(experiment.workdir)
     config = experiment.config.to_json_best_effort(indent=2)
     files.write_text(workdir / "config.json", config + "\n")
@@ -201,7 +190,7 @@ def _describe_run(experiment: Experiment, first_step: int) -> None:
 def _train_batches(
     experiment: Experiment, dataset: VideoSource, first_step: int, unreadable: UnreadableVideos
 ) -> Iterator[dict[str, Any]]:
-    """Returns this host's training batches from `first_step` to the last step."""
+    """Return this host's training batches from `first_step` to the last step."""
     config = experiment.config
     return choose_train_batches(config.data)(
         dataset,
@@ -217,67 +206,102 @@ def _train_batches(
 
 
 class _Recorder:
-    """Checks, logs, saves and evaluates the steps of one training run."""
+    """Checks, logs, saves and evaluates the steps of one training run.
+
+    Attributes:
+      logger: progress lines, metrics.jsonl and TensorBoard.
+      stopping: True once a signal asked to stop and the state is saved.
+    """
 
     def __init__(
         self,
         experiment: Experiment,
         loop: LoopSchedule,
         checkpoints: Checkpoints,
-        logger: MetricsLogger,
         evaluator: Evaluator,
+        unreadable: UnreadableVideos,
+        first_step: int,
     ):
         self._experiment, self._loop = experiment, loop
-        self._checkpoints, self._logger, self._evaluator = checkpoints, logger, evaluator
+        self._checkpoints, self._evaluator = checkpoints, evaluator
+        self._unreadable, self._first_step = unreadable, first_step
+        self._pending = None  # metrics of the last step, unless they have been read
         self._last_save = time.monotonic()
+        self.stopping = False
+        batch_size = experiment.config.data.batch_size
+        self.logger = MetricsLogger(experiment.workdir, loop.num_steps, batch_size)
+        self.logger.resume(first_step, checkpoints.has_scores(first_step))
+        self.logger.start(first_step)
+
+    def finish_step(
+        self, done: int, state: TrainState, metrics: dict[str, Any], guard: PreemptionGuard
+    ) -> None:
+        """Check, log, save and evaluate step `done`; the device may still be computing it."""
+        # The metrics of a step are read while the next one computes.
+        if self._pending is not None:
+            self.check_finite(done - 1, jax.device_get(self._pending))
+        self._pending = metrics
+        self.logger.update_progress(done)
+        if done == self._first_step + 1:
+            self.logger.log_first_step(done, metrics)
+            environment.keep_freed_memory()
+        self.stopping = guard.should_stop(done)
+        saving = self.stopping or self.should_save(done)
+        if saving or self._loop.should_log(done):
+            self._pending = None
+            self.log(done, jax.device_get(metrics))
+        if saving:
+            self.save(done, state)
+        if self._loop.should_evaluate(done) and not self.stopping:
+            self.evaluate_saved(done, state, guard)
 
     def check_finite(self, step: int, metrics: dict[str, Any]) -> None:
-        """Raises FloatingPointError as the function of the same name does."""
+        """Raise FloatingPointError as the function of the same name does."""
         max_skipped = self._experiment.config.optimizer.max_skipped_steps
-        check_finite(step, metrics, max_skipped, self._checkpoints)
+        _check_finite(step, metrics, max_skipped, self._checkpoints)
 
     def should_save(self, done: int) -> bool:
-        """Returns whether to save after `done` steps; the clock is read only at logged steps."""
+        """Return whether to save after `done` steps; the clock is read only at logged steps."""
         seconds = 0.0
         if self._loop.should_log(done):
             seconds = synced_elapsed_seconds(self._last_save)
         return self._loop.should_save(done, seconds)
 
-    def log(self, done: int, metrics: dict[str, Any], num_unreadable: int) -> None:
-        """Checks the metrics of step `done` and, where that is due, logs them."""
+    def log(self, done: int, metrics: dict[str, Any]) -> None:
+        """Check the metrics of step `done`, and log them if that is due."""
         values = {key: float(value) for key, value in metrics.items()}
         self.check_finite(done, values)
         if self._loop.should_log(done):
             updates = done - 1 - values.get("skipped_steps", 0)  # as the optimizer counts
             values["learning_rate"] = float(self._experiment.schedule(updates))
-            self._logger.log_step(done, values | {"broken_videos": num_unreadable})
+            self.logger.log_step(done, values | {"broken_videos": len(self._unreadable.videos)})
 
     def save(self, done: int, state: TrainState) -> None:
-        """Saves the state after `done` steps in the background."""
+        """Save the state after `done` steps in the background."""
         state = sharding.replicate(state, self._experiment.mesh)
         metadata = self._experiment.metadata()
-        self._checkpoints.save(done, state, metadata, self._logger.flush())
+        self._checkpoints.save(done, state, metadata, self.logger.flush())
         self._last_save = time.monotonic()
 
     def evaluate_saved(self, done: int, state: TrainState, guard: PreemptionGuard) -> None:
-        """Evaluates a state that `save` was given; SIGTERM then ends the process at once."""
-        self._checkpoints.wait()  # the checkpoint is complete, whatever becomes of the evaluation
-        is_saved = self._checkpoints.latest_step() == done  # unless the disk was full
+        """Evaluate the state that was just saved; SIGTERM then end the process at once."""
+        self._checkpoints.wait()  # a signal may end the evaluation, but not a save
+        is_saved = self._checkpoints.latest_step() == done  # False if the disk was full
         with guard.exit_on_sigterm() if is_saved else contextlib.nullcontext():
             self.evaluate(done, state)
 
     def evaluate(self, done: int, state: TrainState) -> None:
-        """Evaluates the state after `done` steps, and adds the scores to log and checkpoint."""
+        """Evaluate the state after `done` steps, and add the scores to log and checkpoint."""
         config = self._experiment.config
         scores = self._evaluator.evaluate(state)
-        self._logger.log_scores(done, config.eval.split, scores)
+        self.logger.log_scores(done, config.eval.split, scores)
         origin = {"split": config.eval.split, "views": format_views(config)}
         entry = dataclasses.asdict(scores) | origin
-        self._checkpoints.add_scores(done, entry, self._logger.flush())
+        self._checkpoints.add_scores(done, entry, self.logger.flush())
 
 
 def record_final_scores(experiment: Experiment, results: dict[str, Any]) -> None:
-    """Adds the results of a finished training (`evaluate_and_write`) to its checkpoint."""
+    """Add the results of a finished training (`evaluate_and_write`) to its checkpoint."""
     names = [field.name for field in dataclasses.fields(Scores)] + ["split", "views"]
     checkpoints = Checkpoints(experiment.workdir, experiment.config.checkpoint.keep)
     checkpoints.add_scores(results["step"], {name: results[name] for name in names})
@@ -285,7 +309,7 @@ def record_final_scores(experiment: Experiment, results: dict[str, Any]) -> None
 
 
 def synced_elapsed_seconds(since: float) -> float:
-    """Returns the seconds since `since` (time.monotonic) by process 0's clock, on all processes."""
+    """Return the seconds since `since` (time.monotonic) by process 0's clock, on all processes."""
     seconds = time.monotonic() - since
     if jax.process_count() == 1:
         return seconds
@@ -293,8 +317,8 @@ def synced_elapsed_seconds(since: float) -> float:
 
 
 @contextlib.contextmanager
-def profile_steps(plan: LoopSchedule, workdir: str) -> Iterator[Callable[[int], None]]:
-    """Profiles the scheduled steps with JAX's profiler.
+def profile_steps(loop: LoopSchedule, workdir: str) -> Iterator[Callable[[int], None]]:
+    """Profile the scheduled steps with JAX's profiler.
 
     Yields:
       A function to call before each step, with the number of steps that this process has done.
@@ -309,10 +333,10 @@ def profile_steps(plan: LoopSchedule, workdir: str) -> Iterator[Callable[[int], 
 
     def before_step(steps_done: int) -> None:
         nonlocal tracing
-        if plan.profile_steps and steps_done == plan.profile_first:
+        if loop.profile_steps and steps_done == loop.profile_first:
             jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
             tracing = True
-        if tracing and steps_done == plan.profile_first + plan.profile_steps:
+        if tracing and steps_done == loop.profile_first + loop.profile_steps:
             stop()
 
     try:

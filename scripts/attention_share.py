@@ -10,7 +10,6 @@ block to the patches, or with --rollout that of all blocks.
 """
 
 import argparse
-import os
 import pathlib
 import sys
 
@@ -25,7 +24,7 @@ COLUMNS = ("area", "without adaptation", "with adaptation", "at most")
 
 
 def compute_shares(model, rollout: bool) -> dict[str, np.ndarray]:
-    """Computes the `COLUMNS` of each path, averaged over the videos of the evaluated split."""
+    """Compute the `COLUMNS` of each path, averaged over the videos of the evaluated split."""
     from dualpath_jax.analysis import attention_maps
     from dualpath_jax.data import pipeline
     from dualpath_jax.data.clip_spec import Views
@@ -62,7 +61,7 @@ def compute_shares(model, rollout: bool) -> dict[str, np.ndarray]:
 
 
 def build_table(workdirs: list[str], backbone: str | None, rollout: bool) -> list[str]:
-    """Computes the shares of the runs and returns the lines of the table."""
+    """Compute the shares of the runs and return the lines of the table."""
     from dualpath_jax.inference import trained_model
 
     lines = [f"| path | run | {' | '.join(COLUMNS)} |", "|---|---|---|---|---|---|"]
@@ -80,7 +79,7 @@ def build_table(workdirs: list[str], backbone: str | None, rollout: bool) -> lis
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     parser = build_parser(__doc__)
     parser.add_argument(
         "--workdirs", nargs="+", required=True, help="folders of runs of configs/demo.py"
@@ -96,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     args = parser().parse_args()
     progress_bar.set_quiet(args.quiet)
     with user_errors():
@@ -104,5 +103,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from dualpath_jax.runtime.environment import quiet_tensorflow
+
+    quiet_tensorflow()
     main()

@@ -8,7 +8,6 @@ the first minutes (--warm_up) differs from the median of these samples by more t
 """
 
 import argparse
-import os
 import pathlib
 import sys
 import tempfile
@@ -22,7 +21,7 @@ MAX_DEVIATION = 0.05  # from the median, as a fraction
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     result = build_parser(__doc__)
     add = result.add_argument
     source = result.add_mutually_exclusive_group(required=True)
@@ -42,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = parser().parse_args()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from dualpath_jax.runtime.environment import quiet_tensorflow
+
+    quiet_tensorflow()
     from benchmark_pipeline import find_video_files, make_data_config
 
     from dualpath_jax.data.video_dataset import VideoDataset

@@ -22,7 +22,7 @@ from dualpath_jax.runtime import environment
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     from dualpath_jax.models import registry as method_registry
 
     result = build_parser(__doc__)
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def format_markdown(speeds: dict) -> str:
-    """Formats the speeds of `measure_methods` as a Markdown table."""
+    """Format the speeds of `measure_methods` as a Markdown table."""
     lines = [
         "| method | frames | trainable | GMAC per view | latency, ms | / DualPath's "
         "| views/s (batch) |",

@@ -1,6 +1,6 @@
 """Compares the data pipeline's clips per second with online decoding and the limit.
 
-    pip install -r requirements-bench.txt
+    pip install ".[bench]"
     python scripts/benchmark_pipeline.py --videos=FOLDER
 
 Prepares the videos in a temporary folder (or in --prepared). Then it times in turns, on the same
@@ -13,7 +13,6 @@ of each stage, and the pipeline on videos of 300 and of 60 frames.
 import argparse
 import importlib.util
 import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -27,7 +26,7 @@ VIDEO_LENGTHS = (300, 60)  # frames
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     result = build_parser(__doc__)
     add = result.add_argument
     add("--videos", nargs="+", required=True, help="folder of video files, or the files")
@@ -46,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Parses and checks the command line."""
+    """Parse and check the command line."""
     arguments = parser().parse_args()
     if arguments.batches < 2:
         parser().error("--batches must be at least 2")
@@ -54,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def find_video_files(names: list[str]) -> list[str]:
-    """Returns the given files and the files in the given folders, without hidden files.
+    """Return the given files and the files in the given folders, without hidden files.
 
     Raises:
       ValueError: a name does not exist, or there are no files.
@@ -71,7 +70,7 @@ def find_video_files(names: list[str]) -> list[str]:
 
 
 def make_data_config(num_frames: int, batch_size: int):
-    """Returns `config.data` of the recipe for Kinetics-400 for clips of `num_frames` frames."""
+    """Return `config.data` of the recipe for Kinetics-400 for clips of `num_frames` frames."""
     from dualpath_jax.config import recipes
 
     data_config = recipes.k400().data
@@ -80,7 +79,7 @@ def make_data_config(num_frames: int, batch_size: int):
 
 
 def measure_pipeline(arguments: argparse.Namespace, folder: str) -> dict:
-    """Measures all cases; prepares the videos in `folder`.
+    """Measure all cases; prepare the videos in `folder`.
 
     Returns:
       {"videos", "cores": numbers; "cases": results of `compare_loaders` with "frames", "mode" and
@@ -91,7 +90,7 @@ def measure_pipeline(arguments: argparse.Namespace, folder: str) -> dict:
 
     loaders = list(pipeline.LOADERS)
     if importlib.util.find_spec("decord") is None:
-        print("decord is not installed: pip install -r requirements-bench.txt", file=sys.stderr)
+        print('decord is not installed: pip install ".[bench]"', file=sys.stderr)
         loaders.remove("decord")
     dataset = pipeline.prepare_files(find_video_files(arguments.videos), folder)
     counts = arguments.batches, arguments.rounds
@@ -117,7 +116,7 @@ def measure_pipeline(arguments: argparse.Namespace, folder: str) -> dict:
 
 
 def format_markdown(result: dict) -> str:
-    """Formats the result of `measure_pipeline` as Markdown tables."""
+    """Format the result of `measure_pipeline` as Markdown tables."""
     names = list(result["cases"][0]["clips_per_second"])
     others = names[1:]
     lines = [
@@ -153,7 +152,9 @@ def format_markdown(result: dict) -> str:
 
 def main() -> None:
     arguments = parse_arguments()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from dualpath_jax.runtime.environment import quiet_tensorflow
+
+    quiet_tensorflow()
     with tempfile.TemporaryDirectory() as folder:
         try:
             result = measure_pipeline(arguments, arguments.prepared or folder)

@@ -7,7 +7,6 @@ Times in turns the first batch of a pipeline that begins at step 0, 1, 2, ... an
 """
 
 import argparse
-import os
 import pathlib
 import statistics
 import sys
@@ -19,7 +18,7 @@ from dualpath_jax.cli import build_parser, positive  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     result = build_parser(__doc__)
     add = result.add_argument
     add("--prepared", required=True, help="folder that scripts/prepare_dataset.py wrote")
@@ -32,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def measure_first_batch(dataset, data_config, step: int) -> float:
-    """Returns the seconds in which a new pipeline that begins at `step` makes its only batch."""
+    """Return the seconds in which a new pipeline that begins at `step` makes its only batch."""
     from dualpath_jax.data import pipeline
 
     begin = time.perf_counter()
@@ -43,7 +42,7 @@ def measure_first_batch(dataset, data_config, step: int) -> float:
 def compare_start_steps(
     dataset, data_config, late_step: int, rounds: int
 ) -> tuple[float, float, float]:
-    """Times the first batch of early and late steps in turns.
+    """Time the first batch of early and late steps in turns.
 
     Returns:
       (median seconds early, median seconds late, median of the ratio late / early within a round).
@@ -62,7 +61,9 @@ def compare_start_steps(
 
 def main() -> None:
     arguments = parser().parse_args()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from dualpath_jax.runtime.environment import quiet_tensorflow
+
+    quiet_tensorflow()
     from benchmark_pipeline import make_data_config
 
     from dualpath_jax.data.video_dataset import VideoDataset

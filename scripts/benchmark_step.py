@@ -1,6 +1,6 @@
 """Compares DualPath's forward pass and training step with PyTorch on this machine.
 
-    pip install -r requirements-bench.txt
+    pip install ".[bench]"
     python scripts/benchmark_step.py
     python scripts/benchmark_step.py --config=k400_vitb --batch_size=4 --json
 
@@ -30,7 +30,7 @@ _ROW_SUFFIXES = {"torch": "", "torch_compiled": ", torch.compile"}
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     result = build_parser(__doc__)
     add = result.add_argument
     add("--config", default="ssv2_vitb", help="name of a dualpath config in configs/ (ssv2_vitb)")
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def measure_settings(settings: list, rounds: int, frameworks: list[str]) -> dict:
-    """Measures speed, memory, compile time and the matrix product rate for each setting.
+    """Measure speed, memory, compile time and the matrix product rate for each setting.
 
     Args:
       settings: a `train_step.Setting` for each dtype.
@@ -93,7 +93,7 @@ def measure_settings(settings: list, rounds: int, frameworks: list[str]) -> dict
 
 
 def format_markdown(result: dict) -> str:
-    """Formats the result of `measure_settings` as Markdown tables."""
+    """Format the result of `measure_settings` as Markdown tables."""
     lines = [
         "| | ours, s | PyTorch, s | PyTorch / ours | of the matrix product rate |",
         "|---|---|---|---|---|",

@@ -27,7 +27,7 @@ _FAULTS_PER_MINUTE = 4  # approximately
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     made = build_parser(__doc__)
     add = made.add_argument
     add(
@@ -44,9 +44,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Runs the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     arguments = parser().parse_args()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from dualpath_jax.runtime.environment import quiet_tensorflow
+
+    quiet_tensorflow()
     os.environ["JAX_PLATFORMS"] = "cpu"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleans up on SIGTERM
     if arguments.workdir:
@@ -57,7 +59,7 @@ def main() -> int:
 
 
 def run_chaos(arguments: argparse.Namespace, folder: pathlib.Path) -> int:
-    """Makes both runs and compares them; returns the exit status."""
+    """Make both runs and compare them; return the exit status."""
     from tests.chaos import chaos, full_disk, same_run
     from tests.chaos.training_fixture import ChaosError, TrainingFixture
 
@@ -93,7 +95,7 @@ def run_chaos(arguments: argparse.Namespace, folder: pathlib.Path) -> int:
 
 
 def print_table(records: list) -> None:
-    """Prints how often each kind of fault happened, and what the program did."""
+    """Print how often each kind of fault happened, and what the program did."""
     counts = collections.Counter((record.kind, record.outcome) for record in records)
     print("| fault | number | what the program did |\n|---|---|---|")
     for (kind, outcome), number in sorted(counts.items()):

@@ -40,7 +40,7 @@ METHOD_SETTINGS = {  # changes to the configuration for a backbone of width 96 a
 
 
 def method_config(method: str, learning_rate: float, seed: int, steps: int):
-    """Returns the demo's configuration with 4 frames, for one run."""
+    """Return the demo's configuration with 4 frames, for one run."""
     from configs import demo
 
     config = demo.get_config()
@@ -54,7 +54,7 @@ def method_config(method: str, learning_rate: float, seed: int, steps: int):
 
 
 def build_run(config, workdir: str):
-    """Builds a run in `workdir`; returns experiment, initial state and training split."""
+    """Build a run in `workdir`; return experiment, initial state and training split."""
     from dualpath_jax.data.video_dataset import VideoDataset
     from dualpath_jax.training.experiment import build_experiment
     from dualpath_jax.training.inputs import check_workdir
@@ -65,7 +65,7 @@ def build_run(config, workdir: str):
 
 
 def train_and_score(config, workdir: str, split: str) -> dict:
-    """Trains in `workdir`, unless the training is finished, and evaluates on `split`.
+    """Train in `workdir`, unless the training is finished, and evaluate on `split`.
 
     Output goes to the workdir's log.txt.
 
@@ -80,15 +80,15 @@ def train_and_score(config, workdir: str, split: str) -> dict:
     os.makedirs(workdir, exist_ok=True)
     with open(f"{workdir}/log.txt", "a") as log, contextlib.redirect_stdout(log):
         experiment, state, dataset = build_run(config, workdir)
-        state = train.train(experiment, state, dataset, dataset)
-        split_dataset = VideoDataset(config.data.dir, split)
-        scores = evaluate.Evaluator(experiment, split_dataset).evaluate(state)
+        evaluator = evaluate.Evaluator(experiment, VideoDataset(config.data.dir, split))
+        state = train.train(experiment, state, dataset, evaluator)
+        scores = evaluator.evaluate(state)
     jax.clear_caches()
     return {"top1": scores.top1, "trainable_params": experiment.trainable_params}
 
 
 def time_steps(configs: dict, out: str, rounds: int = 9, steps: int = 4) -> dict[str, float]:
-    """Measures step times as ratios to `dualpath`'s in the same round; returns their medians.
+    """Measure step times as ratios to `dualpath`'s in the same round; return their medians.
 
     Args:
       configs: configuration by method; contains "dualpath".
@@ -135,7 +135,7 @@ class ScoreCache:
         self._entries = json.loads(path.read_text()) if path.exists() else {}
 
     def get(self, key: str, make) -> dict:
-        """Returns the entry `key`; creates it by `make()` and stores it if it is missing."""
+        """Return the entry `key`; creates it by `make()` and store it if it is missing."""
         if key not in self._entries:
             self._entries[key] = make()
             files.write_text(self._path, json.dumps(self._entries, indent=1) + "\n")
@@ -143,7 +143,7 @@ class ScoreCache:
 
 
 def compare_methods(out: pathlib.Path, methods: list[str], steps: int) -> list[dict]:
-    """Trains and scores all methods; returns a row of results for each."""
+    """Train and scores all methods; return a row of results for each."""
     scores, rows, best = ScoreCache(out / "scores.json"), [], {}
 
     def score_run(method, learning_rate, seed, split):
@@ -178,7 +178,7 @@ def compare_methods(out: pathlib.Path, methods: list[str], steps: int) -> list[d
 
 
 def format_table(rows: list[dict]) -> str:
-    """Formats the rows as a Markdown table, best method first."""
+    """Format the rows as a Markdown table, best method first."""
     lines = [
         "| method | trainable parameters | learning rate | top-1, mean of 3 seeds "
         "| lowest - highest | step time / DualPath's |",
@@ -195,7 +195,7 @@ def format_table(rows: list[dict]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     arg_parser = build_parser(__doc__)
     arg_parser.add_argument(
         "--out", default="runs/compare", help="folder for runs and scores (runs/compare)"

@@ -1,6 +1,6 @@
 """Compiles the training and evaluation steps of a configuration for a TPU slice, without a TPU.
 
-    pip install -r requirements.txt -r requirements-tpu.txt
+    pip install ".[tpu]"
     python scripts/compile_tpu.py --config=configs/ssv2_vitb.py --topology=v5e:4x4
     python scripts/compile_tpu.py --config=configs/ssv2_vitl.py --topology=v5e:2x2 --max_batch
     python scripts/compile_tpu.py --config=configs/ssv2_vitb.py --topology=v5e:2x2 --fits=16,24,80
@@ -49,12 +49,12 @@ BATCHES = (64, 128)  # batch sizes of the recipes
 
 
 def log(line: str) -> None:
-    """Prints progress to stderr, apart from the result."""
+    """Print progress to stderr, apart from the result."""
     print(line, file=sys.stderr, flush=True)
 
 
 def print_fits(config, topology: str, clips: int, memories: list[float]) -> None:
-    """Prints how many clips fit devices with `memories` in GB."""
+    """Print how many clips fit devices with `memories` in GB."""
     from scripts.benchmarks import tpu_aot
 
     reports = []

@@ -19,14 +19,17 @@ import sys
 # The reading processes import this file again, so `main` must stay guarded.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from dualpath_jax.runtime.environment import quiet_tensorflow  # noqa: E402
+
+quiet_tensorflow()
 
 from dualpath_jax.cli import build_parser, positive  # noqa: E402
 from dualpath_jax.runtime import progress_bar  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     made = build_parser(__doc__)
     add = made.add_argument
     add(
@@ -49,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def fuzz(arguments: argparse.Namespace) -> bool:
-    """Reads the inputs and prints the table; returns whether there are no findings."""
+    """Read the inputs and print the table; return whether there are no findings."""
     from tests.fuzz import harness
     from tests.fuzz.targets import SHARES, TARGETS
 
@@ -78,7 +81,7 @@ def fuzz(arguments: argparse.Namespace) -> bool:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     arguments = parser().parse_args()
     progress_bar.set_quiet(arguments.quiet)
     try:

@@ -36,7 +36,7 @@ MAX_OBJECTS = 8
 
 
 def make_image(photos: list, size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Draws a random training image and its labels.
+    """Draw a random training image and its labels.
 
     Returns:
       image: uint8 [size, size, 3].
@@ -76,7 +76,7 @@ def make_image(photos: list, size: int, rng: np.random.Generator) -> dict[str, n
 
 
 def make_batch(args: tuple[int, int, int, int]) -> dict[str, np.ndarray]:
-    """Draws a batch of images, see `make_image`; the result depends only on the arguments.
+    """Draw a batch of images, see `make_image`; the result depends only on the arguments.
 
     Args:
       args: (seed, step, batch size, side of an image in pixels).
@@ -104,14 +104,14 @@ class Pretraining(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
-        """Returns (logits by head, center [B, 2], dense [B, patches, 4]) of images [B, H, W, 3]."""
+        """Return (logits by head, center [B, 2], dense [B, patches, 4]) of images [B, H, W, 3]."""
         tokens, feature = ViT(self.config, name="backbone")(images)
         logits = {name: nn.Dense(size, name=name)(feature) for name, size in HEADS.items()}
         return logits, nn.Dense(2, name="centre")(feature), nn.Dense(4, name="dense")(tokens[:, 1:])
 
 
 def compute_losses(model: Pretraining, params: dict, batch: dict) -> tuple[jax.Array, dict]:
-    """Returns the total loss and the metrics of a batch, all scalars."""
+    """Return the total loss and the metrics of a batch, all scalars."""
     mean, std = jnp.asarray(render.MEAN), jnp.asarray(render.STD)
     images = (batch["image"].astype(jnp.float32) / 255 - mean) / std
     logits, center, dense = model.apply({"params": params}, images)
@@ -137,7 +137,7 @@ def compute_losses(model: Pretraining, params: dict, batch: dict) -> tuple[jax.A
 
 
 def to_openai_layout(params: dict) -> dict[str, np.ndarray]:
-    """Converts the backbone's parameters to the names and shapes of OpenAI's checkpoints."""
+    """Convert the backbone's parameters to the names and shapes of OpenAI's checkpoints."""
     b = jax.tree.map(np.asarray, params)
     out = {
         "visual.class_embedding": b["class_embedding"],
@@ -170,7 +170,7 @@ def to_openai_layout(params: dict) -> dict[str, np.ndarray]:
 def _train(
     model: Pretraining, params: dict, args: argparse.Namespace
 ) -> tuple[dict, dict[str, float]]:
-    """Trains all parameters; returns them with the mean metrics of the last 250 steps."""
+    """Train all parameters; return them with the mean metrics of the last 250 steps."""
     warmup = min(200, args.steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, warmup, args.steps)
     decay = jax.tree.map(lambda leaf: leaf.ndim > 1, params)
@@ -206,7 +206,7 @@ def _train(
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     arg_parser = build_parser(__doc__)
     add = arg_parser.add_argument
     add("--out", required=True, help="safetensors file to write")

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# One training on the hosts of a Cloud TPU slice, by gcloud.
+# Runs a training on the hosts of a Cloud TPU slice, with gcloud.
 usage='scripts/tpu_pod.sh create|setup|run|status|stop|delete --name=NAME --zone=ZONE [OPTION...] [-- ARGUMENTS]
 
-  create   the slice: --accelerator=v5litepod-16, --version=SOFTWARE, --spot, --queued
-  setup    on every host: copy this folder, install; --repository=URL clones that instead;
-           --data=gs://FOLDER --data_to=data/NAME copies prepared data there
-  run      on every host: python -m dualpath_jax.main ARGUMENTS, again after status 75; goes on
-           when this command has ended, its output is in dualpath_jax/run.log there
-  status   state of the slice, and the end of run.log of each host
-  stop     tell the run to save and end
-  delete   the slice with all on its disks
+  create   creates the slice: --accelerator=v5litepod-16, --version=SOFTWARE, --spot, --queued
+  setup    copies this folder to every host and installs the packages; --repository=URL clones a
+           repository instead; --data=gs://FOLDER --data_to=data/NAME also copies prepared data
+  run      starts python -m dualpath_jax.main ARGUMENTS on every host and returns; the hosts
+           repeat it after status 75 and write its output to dualpath_jax/run.log
+  status   prints the state of the slice and the end of run.log of each host
+  stop     makes the run save and end
+  delete   deletes the slice and its disks
 
-  --project=PROJECT and --zone: as for gcloud. --python=python3.11: the one to install with.
-  --queued belongs to all verbs of a slice that was created with it. --dry_run prints the commands.
-  POD_NAME, POD_ZONE, POD_PROJECT, POD_ACCELERATOR and POD_QUEUED=1 in the environment stand for
-  the options.'
+  --project=PROJECT and --zone are those of gcloud. --python=python3.11 is the Python to install
+  with. --queued is needed for every verb if the slice was created with it. --dry_run only prints
+  the commands. The environment variables POD_NAME, POD_ZONE, POD_PROJECT, POD_ACCELERATOR and
+  POD_QUEUED=1 replace the options.'
 set -euo pipefail
 
 name=${POD_NAME:-} zone=${POD_ZONE:-} project=${POD_PROJECT:-}
@@ -27,7 +27,7 @@ fail() {
     exit 2
 }
 
-quoted() { # the arguments as a shell reads them
+quoted() { # quotes the arguments for a shell
     local LC_ALL=C argument words=''
     for argument in "$@"; do
         case $argument in
@@ -40,12 +40,12 @@ quoted() { # the arguments as a shell reads them
     printf '%s' "$words"
 }
 
-step() { # print a command; run it unless --dry_run
+step() { # prints a command, and runs it unless --dry_run
     printf '%s\n' "$(quoted "$@")"
     [ -n "$dry_run" ] || "$@"
 }
 
-place=() # of the slice, for gcloud
+place=() # zone and project of the slice, for gcloud
 on_hosts() { step gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all "--command=$1"; }
 
 check() {
@@ -57,7 +57,7 @@ check() {
     [[ $verb != create || $accelerator =~ ^(v2|v3|v4|v5litepod|v5p|v6e)-[1-9][0-9]*$ ]] ||
         fail "--accelerator=$accelerator must be a type and a number, such as v4-16," \
             "v5litepod-16, v5p-16 or v6e-16; gcloud compute tpus accelerator-types list" \
-            "--zone=$zone shows what there is"
+            "--zone=$zone lists those of the zone"
     [[ -z $data || $data == gs://?* ]] ||
         fail "--data=$data must be a folder in Cloud Storage, gs://BUCKET/FOLDER"
     [[ -n $data_to || -z $data ]] || fail "--data=$data needs --data_to=FOLDER on the hosts, such as data/k400"
@@ -67,7 +67,7 @@ check() {
         fail "run needs the arguments of dualpath_jax.main: -- --config=configs/ssv2_vitb.py" \
             "--workdir=gs://BUCKET/FOLDER ..., it got: ${*:-none}"
     [[ -n $dry_run ]] || command -v gcloud >/dev/null ||
-        fail "there is no gcloud: install the Google Cloud CLI, or see the commands by --dry_run"
+        fail "there is no gcloud: install the Google Cloud CLI, or see the commands with --dry_run"
 }
 
 create() {
@@ -106,7 +106,9 @@ setup() {
     # A new host may still be installing its own updates.
     local apt='sudo apt-get -o DPkg::Lock::Timeout=600'
     on_hosts "$python -m ensurepip --version || { $apt update && $apt install -y $python $python-venv; }"
-    on_hosts "cd dualpath_jax && $python -m venv .venv && .venv/bin/pip install -r requirements-gcs.txt 'jax[tpu]'"
+    # The extras tpu and gcs of pyproject.toml; requirements.txt decides the version of JAX.
+    local extras="'jax[tpu]' 'array_record>=0.8.6' 'google-cloud-storage>=3.0'"
+    on_hosts "cd dualpath_jax && $python -m venv .venv && .venv/bin/pip install -r requirements.txt $extras"
     [ -z "$data" ] ||
         on_hosts "cd dualpath_jax && mkdir -p $(quoted "$data_to") && gcloud storage rsync --recursive $(quoted "$data" "$data_to")"
 }
@@ -155,7 +157,7 @@ while [ $# -gt 0 ]; do
         shift
         break
         ;;
-    *) fail "unknown option '$1' of $verb (--help lists them; what dualpath_jax.main takes stands behind --)" ;;
+    *) fail "unknown option '$1' of $verb (--help lists them; arguments of dualpath_jax.main follow --)" ;;
     esac
     shift
 done

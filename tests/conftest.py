@@ -6,6 +6,7 @@ which use the flags that users have.
 
 import contextlib
 import gc
+import importlib.metadata
 import os
 
 with contextlib.suppress(ImportError):  # before TensorFlow, see scripts/benchmarks/train_step.py
@@ -15,13 +16,15 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        # Both flags together make programs compile several times sooner.
         "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
     ]
 )
+if importlib.metadata.version("jax").startswith("0.10."):  # later ones abort on this flag
+    # Both flags together make programs compile several times sooner.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 # Tracing makes many small objects, so frequent garbage collection takes noticeable time.
 gc.set_threshold(20_000, 20, 20)
@@ -32,14 +35,14 @@ from absl import logging  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
-    """Runs files with long tests first, so that no worker starts one of them at the end."""
+    """Run files with long tests first, so that no worker starts one of them at the end."""
     first = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in first)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Caches compiled programs on disk, because many tests compile the same steps."""
+    """Cache compiled programs on disk, because many tests compile the same steps."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent  # the folder shared by all workers
@@ -51,7 +54,7 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def verbosity():
-    """Restores absl's verbosity, which scripts run by a test in this process change."""
+    """Restore absl's verbosity, which scripts run by a test in this process change."""
     before = logging.get_verbosity()
     yield
     logging.set_verbosity(before)
@@ -59,7 +62,7 @@ def verbosity():
 
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory):
-    """Renders and prepares a small demo set: 40 training, 8 validation and 21 test videos."""
+    """Render and prepare a small demo set: 40 training, 8 validation and 21 test videos."""
     from dualpath_jax.data.datasets import registry as dataset_registry
     from dualpath_jax.data.preparation import prepare
     from dualpath_jax.demo import render
@@ -76,7 +79,7 @@ def demo_data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def demo_backbone(tmp_path_factory):
-    """Converts the packaged backbone; returns its path."""
+    """Convert the packaged backbone; return its path."""
     from dualpath_jax.demo import setup
     from dualpath_jax.weights import convert
 
@@ -87,7 +90,7 @@ def demo_backbone(tmp_path_factory):
 
 @pytest.fixture
 def config(demo_data, demo_backbone):
-    """Returns the config of `small_config` on the fixtures' data and backbone."""
+    """Return the config of `small_config` on the fixtures' data and backbone."""
     from tests.helpers.small_config import small_config
 
     return small_config(demo_data, demo_backbone)

@@ -1,4 +1,4 @@
-"""`--mode=check`: every configuration holds together; what does not, or has no effect, is named."""
+"""Checks `--mode=check` on the config files, on wrong values and on keys without effect."""
 
 import importlib
 import pathlib
@@ -8,9 +8,12 @@ import pytest
 
 from dualpath_jax import check_config
 from dualpath_jax.config import schema
+from dualpath_jax.config.loading import load_config
+from dualpath_jax.config.values import flatten_config
 from dualpath_jax.data.datasets import registry as dataset_registry
 from dualpath_jax.models import param_tree
 from dualpath_jax.models.abstract import abstract_model
+from dualpath_jax.models.registry import METHODS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted(
@@ -19,12 +22,13 @@ CONFIGS = sorted(
 
 
 def load(name):
+    """Return the configuration of a file in configs/, "NAME" or "NAME:VARIANT"."""
     file, _, argument = name.partition(":")
     get_config = importlib.import_module(f"configs.{file}").get_config
     return get_config(argument) if argument else get_config()
 
 
-# One for each method, backbone and data set; the command line takes all of them.
+# Some files, with every kind of backbone and data set.
 CHECKED = [
     "demo",
     "diving48_vitb",
@@ -41,15 +45,15 @@ CHECKED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKED)
-def test_configs_hold_together(name, capsys):
+def test_configs_are_consistent(name, capsys):
     check_config.check_config(load(name))
     out = capsys.readouterr().out
-    assert "configuration holds together" in out
+    assert "the configuration is consistent" in out
     assert "training batch of two clips: spatial uint8" in out
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_header_gives_the_parameters(name):
+def test_header_has_the_numbers_of_parameters(name):
     text = (ROOT / "configs" / f"{name}.py").read_text()
     assert f"python -m dualpath_jax.main --config=configs/{name}.py" in text
     config = load(name)
@@ -66,22 +70,23 @@ def test_header_gives_the_parameters(name):
         assert found.groups() == (f"{trainable:,}", f"{total:,}")
 
 
-def ablations():
+def get_ablations():
+    """Return the overrides of each ablation of the paper."""
     from configs import ssv2_vitb
 
     return ssv2_vitb.ABLATIONS
 
 
-@pytest.mark.parametrize("name", sorted(ablations()))
+@pytest.mark.parametrize("name", sorted(get_ablations()))
 def test_ablations_build(name):
     config = load(f"ssv2_vitb:{name}")
-    for key, value in ablations()[name].items():
+    for key, value in get_ablations()[name].items():
         section, key = key.split(".")
         assert config[section][key] == value
     abstract_model(config, 174)
 
 
-def test_unknown_argument():
+def test_unknown_variant():
     with pytest.raises(ValueError, match="unknown argument 'sixteen'.*48, without_ta"):
         load("ssv2_vitb:sixteen")
 
@@ -93,7 +98,7 @@ def test_unknown_argument():
         ("demo", "model.vpt.num_prompts", 5),
     ],
 )
-def test_a_key_without_effect(name, key, value):
+def test_key_without_effect(name, key, value):
     config = load(name)
     config.update_from_flattened_dict({key: value})
     message = f"without effect for model.method='{config.model.method}'.*: {key}={value}$"
@@ -101,35 +106,61 @@ def test_a_key_without_effect(name, key, value):
         check_config.check_config(config)
 
 
-def test_keys_that_have_an_effect_beside_others():
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_with_the_config_of_dualpath(method, capsys):
+    """Check --config=ssv2_vitb --config.model.method=NAME: keys of DualPath are a warning."""
+    config = load_config("ssv2_vitb", [f"--config.model.method={method}"])
+    check_config.check_config(config, ["model.method"])
+    out = capsys.readouterr().out
+    assert "the configuration is consistent" in out
+    warning = f"keys without effect for model.method='{method}' and the rest of this configuration"
+    assert (
+        f"warning: the config file sets {warning}: model.pre_attention_adapter=True" in out
+    ) == (method != "dualpath")
+
+
+def test_overridden_key_without_effect():
+    """Check that a key of the command line without effect is an error also with another method."""
+    overrides = {"model.method": "linear", "model.adapter_bottleneck": 32}
+    config = load_config("ssv2_vitb", [f"--config.{key}={v}" for key, v in overrides.items()])
+    seen = {key for key in flatten_config(config) if not key.startswith("model.adapter")}
+    with pytest.raises(
+        ValueError, match="^set, but without effect .*: model.adapter_bottleneck=32$"
+    ):
+        check_config.check_unread_keys(config, seen, overrides)
+    check_config.check_unread_keys(config, seen | {"model.adapter_bottleneck"}, overrides)
+
+
+def test_keys_that_only_matter_with_other_values():
     config = load("demo")
     changes = {
-        "data.sampling_interval": 4,  # without dense sampling
-        "model.adapt_shifted_windows": True,  # of a ViT
-        "profile.first_step": 3,  # of no steps
+        "data.sampling_interval": 4,  # only matters for dense sampling
+        "model.adapt_shifted_windows": True,  # only matters for Swin
+        "profile.first_step": 3,  # only matters if steps are profiled
     }
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=", ".join(f"{k}={v}" for k, v in changes.items()) + "$"):
         check_config.check_config(config)
 
 
-def test_keys_of_a_run_have_an_effect(capsys):
-    """Though nothing reads them here; `num_epochs` is the recipe's."""
+def test_keys_that_only_a_run_reads(capsys):
+    """Check that they count as read; `num_epochs` is set by the recipe."""
     config = load("hmdb51_vitb_linear")
     config.num_train_steps, config.init_from = 1000, "a.safetensors"
     config.eval.checkpoint, config.resume_changed = "best", True
     check_config.check_config(config)
-    assert "configuration holds together" in capsys.readouterr().out
+    assert "the configuration is consistent" in capsys.readouterr().out
 
 
-def test_a_wrong_value():
+def test_value_out_of_range():
     config = load("demo")
     config.log_every_steps = 0
     with pytest.raises(ValueError, match="log_every_steps=0 must be 1 or more"):
         check_config.check_config(config)
 
 
-def test_read_log():
+def test_recorded_reads():
     log = check_config.RecordedReads(schema.get_config())
     assert log.data.num_frames == 32
     assert log.seen == {"data.num_frames"}

@@ -1,10 +1,13 @@
-"""README and docs: links lead somewhere, commands parse, errors exist, examples run."""
+"""Checks README and docs: links, commands, error messages, file map and examples."""
 
 import ast
 import copy
+import importlib
 import importlib.util
+import itertools
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -13,8 +16,11 @@ import tomllib
 import pytest
 from absl import flags
 from ml_collections import config_flags
+from setuptools.config.pyprojecttoml import read_configuration
 
 import dualpath_jax.main
+from dualpath_jax.__main__ import COMMANDS as SUBCOMMANDS
+from dualpath_jax.config import loading, schema
 from tests.helpers.documents import (
     PAGES,
     ROOT,
@@ -22,6 +28,7 @@ from tests.helpers.documents import (
     find_commands,
     find_example,
     find_links,
+    find_subcommands,
     find_table_messages,
 )
 from tests.helpers.video_files import write_video
@@ -58,14 +65,51 @@ def test_every_page_can_be_reached():
 
 
 def test_an_installation_has_every_package():
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
-    folders = [path.parent for path in ROOT.glob("[cd]*/**/__init__.py")]
-    assert sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders) == listed
+    """Check that setuptools finds each folder with an __init__.py, and the config files."""
+    settings = read_configuration(ROOT / "pyproject.toml", expand=True)["tool"]["setuptools"]
+    folders = [path.parent for path in (ROOT / "dualpath_jax").rglob("__init__.py")]
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert len(names) > 10
+    assert set(settings["packages"]) == names | {"dualpath_jax.configs"}
+    assert settings["package-dir"]["dualpath_jax.configs"] == "configs"
+
+
+def test_the_file_map_has_every_folder():
+    """Check that each package of README's table of folders exists, and that none is missing."""
+    rows = re.findall(r"^\| `([\w/]+/)` \|", (ROOT / "README.md").read_text(), flags=re.M)
+    assert all((ROOT / row).is_dir() for row in rows), rows
+    folders = [path.parent for path in (ROOT / "dualpath_jax").rglob("__init__.py")]
+    assert {f"{folder.relative_to(ROOT)}/" for folder in folders} <= set(rows)
+    assert len(rows) <= 20
+
+
+def find_missing_paths(page):
+    """Return the paths of files that a page names and that do not exist; NAME is a placeholder."""
+    folders = r"(?:dualpath_jax|scripts|tests|configs|docs)"
+    paths = re.findall(rf"(?<![\w/.])({folders}/[\w./]+\.(?:py|sh|md))", page.read_text())
+    return [path for path in paths if "NAME" not in path and not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_files_exist(page):
+    assert find_missing_paths(page) == []
+
+
+def test_a_missing_file_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("`dualpath_jax/train.py`, `dualpath_jax/data/nothing.py`, `configs/{a,b}.py`\n")
+    assert find_missing_paths(page) == ["dualpath_jax/data/nothing.py"]
+
+
+def test_subcommands_are_known():
+    """Check each `dualpath NAME` of the pages; README's table has all of them."""
+    named = {page: find_subcommands(page) for page in PAGES}
+    assert set().union(*named.values()) <= SUBCOMMANDS.keys()
+    assert named[PAGES[0]] == SUBCOMMANDS.keys()
 
 
 def script(name):
-    """The module of a script."""
+    """Return the module of a script."""
     sys.path.insert(0, str(ROOT))
     spec = importlib.util.spec_from_file_location(pathlib.Path(name).stem, ROOT / name)
     module = importlib.util.module_from_spec(spec)
@@ -74,7 +118,15 @@ def script(name):
 
 
 def parse_main(arguments):
-    """Parse the flags of dualpath_jax.main, those of the configuration included."""
+    """Parse the flags of dualpath_jax.main, including those of the configuration."""
+    if arguments == ["--help_config"]:
+        return
+    arguments = [
+        f"--config={loading.find_config_file(argument.removeprefix('--config='))}"
+        if argument.startswith("--config=")
+        else argument
+        for argument in arguments
+    ]
     values, argv = flags.FlagValues(), ["main", *arguments]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     for flag in flags.FLAGS.flags_by_module_dict()[dualpath_jax.main.__name__]:
@@ -86,7 +138,10 @@ def parse_main(arguments):
 
 
 def parse_absl(name, arguments):
-    """Parse the flags of a script that uses absl; apart, as names of flags are the same."""
+    """Parse the flags of a script that uses absl, in a process of its own.
+
+    The script and dualpath_jax.main have flags of the same name.
+    """
     code = (
         f"import {name} as m, sys; from absl import flags; assert len(flags.FLAGS(sys.argv)) == 1"
     )
@@ -94,8 +149,28 @@ def parse_absl(name, arguments):
     subprocess.run(command, check=True, cwd=ROOT / "scripts", env=os.environ, timeout=100)
 
 
+def parse_pip(arguments):
+    """Check the files and extras that a `pip install` command names."""
+    assert arguments[0] == "install"
+    files = [after for word, after in itertools.pairwise(arguments) if word == "-r"]
+    assert all((ROOT / file).exists() for file in files), files
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    for word in arguments:
+        if named := re.fullmatch(r"\.\[(.*)\]", word):
+            assert set(named[1].split(",")) <= extras.keys(), word
+
+
+def parse_subcommand(name, arguments):
+    """Parse `dualpath NAME ARGUMENTS`."""
+    module, added, _ = SUBCOMMANDS[name]
+    if module == dualpath_jax.main.__name__:
+        return parse_main([*added, *arguments])
+    return importlib.import_module(module).parser().parse_args(arguments)
+
+
 def parse_command(command):
-    """Raises what it finds wrong with a command; runs nothing but dry runs."""
+    """Raise an error if a command is wrong; run only dry runs."""
     words = shlex.split(command, comments=True)
     if words[0] == "bash":
         words = words[1:]
@@ -107,10 +182,9 @@ def parse_command(command):
             ["bash", *words], check=True, cwd=ROOT, env=os.environ | POD, capture_output=True
         )
     if words[0] == "pip":
-        assert words[1] == "install"
-        files = [after for word, after in zip(words, words[1:], strict=False) if word == "-r"]
-        assert all((ROOT / file).exists() for file in files), files
-        return None
+        return parse_pip(words[1:])
+    if words[0] == "dualpath":
+        return parse_subcommand(words[1], words[2:])
     assert words[0] == "python", f"unknown program {words[0]}"
     if words[1:3] == ["-m", "pytest"]:
         tests = [word for word in words[3:] if word.startswith("tests")]
@@ -118,6 +192,9 @@ def parse_command(command):
         return None
     if words[1:3] == ["-m", "dualpath_jax.main"]:
         return parse_main(words[3:])
+    if words[1:3] == ["-m", "dualpath_jax.config.schema"]:  # takes no arguments
+        assert words[3:] == []
+        return None
     if words[1] == "scripts/compile_tpu.py":
         return parse_absl("compile_tpu", words[2:])
     return script(words[1]).parser().parse_args([word for word in words[2:] if word != "..."])
@@ -145,6 +222,11 @@ def test_there_are_commands():
         "python scripts/nothing.py",
         "python -m pytest tests/test_nothing.py",
         "pip install -r requirements-nothing.txt",
+        "pip install '.[nothing]'",
+        "dualpath demos",
+        "dualpath check --config=nothing",
+        "dualpath train --config=demo --config.seeed=1",
+        "dualpath report --workdir=runs/demo --output=report.html",
         "scripts/tpu_pod.sh creat --spot",
         "scripts/rerun.sh python -m dualpath_jax.main --confg=configs/demo.py",
     ],
@@ -155,7 +237,7 @@ def test_wrong_commands_do_not_parse(command):
 
 
 def constants():
-    """The constant texts of the package, those of f-strings apart from their values."""
+    """Return the constant texts of the package; the parts of an f-string are joined by NUL."""
     found = []
     for path in (ROOT / "dualpath_jax").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -179,14 +261,15 @@ def test_the_program_can_say_every_message_of_troubleshooting():
 
 
 @pytest.fixture
-def tables():
-    """The tables that the examples add to, as they were."""
+def tables(monkeypatch):
+    """Restore the tables that the examples add to."""
     from dualpath_jax.data.datasets import registry as dataset_registry
     from dualpath_jax.models import registry as method_registry
 
     before = [
         (table, dict(table)) for table in (dataset_registry.DATASETS, method_registry.METHODS)
     ]
+    monkeypatch.setattr(schema, "_ADDED_CHOICES", {})
     yield
     for table, content in before:
         table.clear()
@@ -194,7 +277,7 @@ def tables():
 
 
 def run_example(name):
-    """The names that an example of docs/extending.md leaves behind."""
+    """Run an example of docs/extending.md and return the names that it defines."""
     parts, names = find_example(EXTENDING, name), {"__name__": "example"}
     assert len(parts) == 2
     for part in parts:
@@ -212,8 +295,8 @@ def test_extending_a_data_set(tmp_path, monkeypatch):
         lines.append(f"{split} {number}.mp4 {['three balls', 'four clubs'][number % 2]}\n")
     (tmp_path / "juggling.txt").write_text("".join(lines))
     names = run_example("data set")
-    assert names["listing"].class_names == ["four clubs", "three balls"]
-    assert {split: len(v) for split, v in names["listing"].splits.items()} == {
+    assert names["index"].class_names == ["four clubs", "three balls"]
+    assert {split: len(v) for split, v in names["index"].splits.items()} == {
         "train": 8,
         "validation": 4,
     }
@@ -222,7 +305,7 @@ def test_extending_a_data_set(tmp_path, monkeypatch):
     assert names["batch"]["label"].max() == 1
     (tmp_path / "juggling.txt").write_text("train a.mp4 four clubs\ntraining b.mp4 four clubs\n")
     with pytest.raises(ValueError, match=r"'training b.mp4 four clubs' is not `<train\|valid"):
-        names["datasets"].list_videos("juggling", "videos", "juggling.txt")
+        names["registry"].list_videos("juggling", "videos", "juggling.txt")
 
 
 @pytest.mark.slow
@@ -231,7 +314,7 @@ def test_extending_a_method():
     import jax
 
     names = run_example("method")
-    flatten, tuning = names["params_lib"].flatten, names["tuning"]
+    flatten, registry = names["param_tree"].flatten, names["registry"]
     before, after = flatten(names["trainable"]), flatten(names["after"].trainable)
     assert set(after) == {
         *("adapters/scale", "adapters/shift", "head/output/kernel", "head/output/bias")
@@ -240,5 +323,5 @@ def test_extending_a_method():
     assert all((jax.device_get(before[n]) != jax.device_get(after[n])).any() for n in after)
     assert all(path.startswith("backbone/") for path in flatten(names["frozen"]))
     assert float(names["metrics"]["loss"]) > 0
-    with pytest.raises(ValueError, match="no rule of method 'scale_shift' says whether"):
-        tuning.trains("scale_shift")("gate/kernel")
+    with pytest.raises(ValueError, match="no rule of method 'scale_shift' matches parameter"):
+        registry.is_trainable_fn("scale_shift")("gate/kernel")

@@ -1,4 +1,4 @@
-"""The command line, as a process: the owner's command, bad input, a whole tiny run."""
+"""Runs the command line as a process: wrong input, and complete tiny runs."""
 
 import json
 import os
@@ -16,13 +16,14 @@ from tests.helpers.processes import ROOT, make_environment
 from tests.helpers.video_files import write_video
 
 
-def run(*args, cwd=ROOT):
+def run_main(*args, cwd=ROOT):
+    """Run dualpath_jax.main with arguments; return the finished process."""
     command = [sys.executable, "-m", "dualpath_jax.main", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=make_environment())
 
 
-def test_the_owners_command_names_what_is_missing(tmp_path):
-    result = run(f"--config={ROOT}/configs/ssv2_vitb.py", cwd=tmp_path)
+def test_missing_data_and_weights_are_named(tmp_path):
+    result = run_main(f"--config={ROOT}/configs/ssv2_vitb.py", cwd=tmp_path)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     errors = result.stderr[result.stderr.index("error:") :].strip().splitlines()
@@ -33,37 +34,39 @@ def test_the_owners_command_names_what_is_missing(tmp_path):
 
 
 def test_unknown_key():
-    result = run("--config=configs/demo.py", "--config.optimizer.learning_rte=1")
+    result = run_main("--config=configs/demo.py", "--config.optimizer.learning_rte=1")
     assert result.returncode == 2
-    assert "error: the configuration has no 'learning_rte'. Did you mean" in result.stderr
-    assert "learning_rate" in result.stderr  # the remedy
+    assert (
+        "error: the configuration has no key 'optimizer.learning_rte': did you mean "
+        "optimizer.learning_rate?" in result.stderr
+    )
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs /proc as a folder that nobody can write")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs /proc, a folder that nobody can write to")
 def test_unwritable_workdir():
-    result = run("--config=configs/demo.py", "--workdir=/proc/nowhere")
+    result = run_main("--config=configs/demo.py", "--workdir=/proc/nowhere")
     assert result.returncode == 2
     assert "error: cannot write to --workdir=/proc/nowhere" in result.stderr
 
 
 def test_missing_config():
-    result = run("--config=configs/nothing.py")
+    result = run_main("--config=configs/nothing.py")
     assert result.returncode == 2
-    assert "configs/nothing.py" in result.stderr
+    assert "error: there is no config file 'configs/nothing.py'; packaged are " in result.stderr
     assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--config=configs/demo.py:16", "--config: this file takes nothing behind a colon"),
+        ("--config=configs/demo.py:16", "--config: this file takes no :VARIANT after its name"),
         ("--config.data.batch_size=four", "flag --config.data.batch_size=four: invalid literal"),
         ("--confg=x", "Unknown command line flag 'confg'"),
     ],
 )
 def test_wrong_flags(flag, message):
-    result = run("--config=configs/demo.py", flag)
+    result = run_main("--config=configs/demo.py", flag)
     assert result.returncode == 2
     assert f"error: {message}" in result.stderr
     assert "Traceback" not in result.stderr
@@ -84,7 +87,7 @@ def test_train_then_evaluate(demo_data, demo_backbone, tmp_path):
         "--config.eval.batch_size=8",
         "--config.model.scan_blocks=True",
     ]
-    result = run(*args)
+    result = run_main(*args)
     assert result.returncode == 0, result.stderr
     assert "classifier/hidden" in result.stdout  # the table of parameters
     assert "step 4/4  loss " in result.stdout
@@ -92,27 +95,27 @@ def test_train_then_evaluate(demo_data, demo_backbone, tmp_path):
     assert Checkpoints(str(tmp_path), read_only=True).best_step() == 4
     assert first["num_videos"] == 21
     assert json.loads((tmp_path / "config.json").read_text())["num_train_steps"] == 4
-    again = run(*args, "--mode=eval")
+    again = run_main(*args, "--mode=eval")
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "results.json").read_text()) == first
 
 
-def test_divide():
+def test_expand_splits():
     config = hmdb51_vitb.get_config()
 
-    def names(split):
+    def list_runs(split):
         config.data.split = split
         return [(c.data.train_split, c.eval.split, w) for c, w in expand_splits(config, "runs/x")]
 
-    assert names(None) == [("train1", "test1", "runs/x")]
-    assert names("2") == [("train2", "test2", "runs/x")]
-    assert names("all") == [(f"train{i}", f"test{i}", f"runs/x/split{i}") for i in (1, 2, 3)]
-    assert config.data.train_split == "train1"  # as it was
+    assert list_runs(None) == [("train1", "test1", "runs/x")]
+    assert list_runs("2") == [("train2", "test2", "runs/x")]
+    assert list_runs("all") == [(f"train{i}", f"test{i}", f"runs/x/split{i}") for i in (1, 2, 3)]
+    assert config.data.train_split == "train1"  # unchanged
 
 
 @pytest.mark.slow
 def test_all_splits_of_hmdb51(demo_backbone, tmp_path):
-    """Trains and evaluates the three splits and writes their mean."""
+    """Train and evaluate the three splits and write their mean."""
     videos, lists, data = tmp_path / "videos", tmp_path / "lists", tmp_path / "data"
     lists.mkdir()
     files = [f"{i}.avi" for i in range(6)]
@@ -138,20 +141,20 @@ def test_all_splits_of_hmdb51(demo_backbone, tmp_path):
         "--config.model.scan_blocks=True",
         "--config.model.temporal_path=False",
     ]
-    result = run(*args, "--config.data.split=all")
+    result = run_main(*args, "--config.data.split=all")
     assert result.returncode == 0, result.stderr
     assert "mean of 3 splits  top-1 " in result.stdout
     mean = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(mean["splits"]) == ["test1", "test2", "test3"]
     for i in (1, 2, 3):
-        one = json.loads((tmp_path / "run" / f"split{i}" / "results.json").read_text())
-        assert one == mean["splits"][f"test{i}"]
-        assert one["num_videos"] == 4
+        single = json.loads((tmp_path / "run" / f"split{i}" / "results.json").read_text())
+        assert single == mean["splits"][f"test{i}"]
+        assert single["num_videos"] == 4
     for score in ("top1", "top5", "mean_class_accuracy"):
-        values = [one[score] for one in mean["splits"].values()]
+        values = [single[score] for single in mean["splits"].values()]
         assert mean[score] == pytest.approx(sum(values) / 3)
-    # Twin: a split that is not there is an error which names those that are.
-    wrong = run(*args, "--config.data.split=4", f"--workdir={tmp_path / 'other'}")
+    # Twin: a missing split is an error that names the existing ones.
+    wrong = run_main(*args, "--config.data.split=4", f"--workdir={tmp_path / 'other'}")
     assert wrong.returncode == 2
     assert "no videos of split 'train4'" in wrong.stderr
     assert "it has train1, test1, train2, test2, train3, test3" in wrong.stderr

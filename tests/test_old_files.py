@@ -12,19 +12,19 @@ from dualpath_jax import launch
 from dualpath_jax.config.values import restore_config
 
 FILES = Path(__file__).parent / "data" / "version_0.1.0"
-TOLERANCE = 1e-5  # between processors; on one they are equal
+TOLERANCE = 1e-5  # between kinds of CPUs; on the same one the results are equal
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """A copy that may be changed, as the current folder: its configs name relative paths."""
+    """Copy the files to the current folder, because their configs name relative paths."""
     shutil.copytree(FILES, tmp_path / "files")
     monkeypatch.chdir(tmp_path / "files")
     return tmp_path / "files"
 
 
 def read_config():
-    """The configuration that the old run saved, from which tuples have become lists."""
+    """Return the configuration that the old run saved; JSON made lists of its tuples."""
     return restore_config(json.loads(Path("run/config.json").read_text()))
 
 
@@ -35,17 +35,17 @@ def test_logits(files, path):
     assert model.step == 4
     with np.load("batch.npz") as arrays:
         batch = dict(arrays)
-    want = np.load("logits.npy")
+    expected = np.load("logits.npy")
     for video in range(4):
         clips = {key: batch[key][video : video + 1] for key in ("spatial", "temporal")}
-        assert np.abs(model.logits(clips) - want[video]).max() <= TOLERANCE
-        assert np.abs(model.logits(clips) - want[video - 1]).max() > TOLERANCE  # of another video
+        assert np.abs(model.logits(clips) - expected[video]).max() <= TOLERANCE
+        assert np.abs(model.logits(clips) - expected[video - 1]).max() > TOLERANCE  # another video
 
 
-def test_evaluated_and_resumed(files):
-    """Step 4 evaluates as it did, and steps 3 and 4 from the checkpoint of step 2 lead there."""
+def test_old_run_is_evaluated_and_resumed(files):
+    """Check the scores of step 4, and that training from the checkpoint of step 2 leads to it."""
     old = json.loads(Path("run/results.json").read_text())
-    want = dualpath_jax.load("run")
+    expected = dualpath_jax.load("run")
     config = read_config()
     launch.train_and_evaluate(config, "run", False)
     assert json.loads(Path("run/results.json").read_text()) == old
@@ -56,19 +56,21 @@ def test_evaluated_and_resumed(files):
         json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()
     ]
     assert steps == [1, 2, 3, 4]
-    found = dualpath_jax.load("run")
-    assert found.step == 4
-    difference = max_difference(found.params, want.params)
-    assert difference <= TOLERANCE
+    resumed = dualpath_jax.load("run")
+    assert resumed.step == 4
+    assert max_difference(resumed.params, expected.params) <= TOLERANCE
     shutil.copytree(files / "run", files / "longer")
     config.num_train_steps = 6
     config.resume_changed = True
     launch.train_and_evaluate(config, "longer", True)
-    assert max_difference(dualpath_jax.load("longer").params, want.params) > TOLERANCE
+    assert max_difference(dualpath_jax.load("longer").params, expected.params) > TOLERANCE
 
 
-def max_difference(one, other):
+def max_difference(left, right):
+    """Return the largest absolute difference between two parameter trees."""
     import jax
 
-    differences = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), one, other)
+    differences = jax.tree.map(
+        lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), left, right
+    )
     return max(jax.tree.leaves(differences))

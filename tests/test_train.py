@@ -1,4 +1,4 @@
-"""Training: what moves, what does not, resuming, accumulation, and refusals before any work."""
+"""Checks training: updates, frozen weights, accumulation, and errors before any work."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from dualpath_jax import evaluate, train
+from dualpath_jax import evaluate, launch, train
 from dualpath_jax.config import schema
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.video_dataset import VideoDataset
@@ -24,12 +24,14 @@ from tests.helpers.runs import build_run
 
 
 def build(config, workdir):
+    """Return the run of a configuration and its training split."""
     dataset = VideoDataset(config.data.dir, "train")
     with compiling_once():
         return build_run(config, str(workdir), dataset), dataset
 
 
 def run_all(config, workdir):
+    """Train to the last step and return the run."""
     run, dataset = build(config, workdir)
     with compiling_once():
         run.train(dataset, VideoDataset(config.data.dir, "test"))
@@ -37,10 +39,11 @@ def run_all(config, workdir):
 
 
 def leaves(tree):
+    """Return the arrays of a pytree by path."""
     return {name: np.asarray(leaf) for name, leaf in param_tree.flatten(tree).items()}
 
 
-def test_twenty_steps_move_what_trains_and_nothing_else(config, tmp_path):
+def test_twenty_steps_change_only_trainable_parameters(config, tmp_path):
     config.num_train_steps = 20
     run, dataset = build(config, tmp_path)
     frozen, before = leaves(run.frozen), leaves(run.state.trainable)
@@ -72,8 +75,8 @@ def test_no_optimizer_slot_for_a_frozen_leaf(config, tmp_path):
     assert [n for n in param_tree.flatten(optax.adamw(1e-3).init(params)) if "backbone" in n]
 
 
-def test_weight_decay_is_on_kernels_alone(config, tmp_path):
-    """With zero gradients AdamW moves only what decays."""
+def test_weight_decay_is_only_on_kernels(config, tmp_path):
+    """Check updates for zero gradients, with which AdamW only decays weights."""
     config.optimizer.clip_norm = None
     config.optimizer.warmup_epochs = 0.0
     run, _ = build(config, tmp_path)
@@ -92,7 +95,7 @@ def test_schedule():
     values = [float(schedule(step)) for step in (0, 15, 100)]
     assert values == pytest.approx([0.0, 2.0, 0.0], abs=1e-6)
     assert float(schedule(15 + 85 // 2)) == pytest.approx(1.0, abs=0.05)
-    # A run shorter than the warm-up still reaches the top.
+    # A run shorter than the warm-up still reaches the peak.
     assert float(make_schedule(optimizer, 10, 5.0)(5)) == pytest.approx(2.0)
 
 
@@ -103,7 +106,7 @@ def test_accumulation_equals_one_batch(config, tmp_path):
     batch = sharding.shard_batch(batch, run.mesh)
     params = param_tree.merge(run.state.trainable, run.frozen)
     mask = param_tree.trainable_mask(params, lambda name: not name.startswith("backbone"))
-    sgd = optax.masked(optax.sgd(1.0), mask)  # so that the parameters show the gradients
+    sgd = optax.masked(optax.sgd(1.0), mask)  # the parameters then change by the gradients
     state = run.state.replace(opt_state=sgd.init(params))
     results = []
     for parts in (1, 2):
@@ -126,44 +129,45 @@ def test_evaluations_share_one_program(config, tmp_path, monkeypatch):
     made, make = [], evaluate.jit_eval_step
     monkeypatch.setattr(evaluate, "jit_eval_step", lambda *args: made.append(1) or make(*args))
     run, dataset = build(config, tmp_path)
-    scores = [run.evaluate(dataset) for _ in range(2)]
+    evaluator = evaluate.Evaluator(run.experiment, dataset)
+    scores = [evaluator.evaluate(run.state) for _ in range(2)]
     assert scores[0] == scores[1]
     assert made == [1]
 
 
-@pytest.mark.parametrize(("asked", "taken"), [(64, 24), (8, 8)])
-def test_a_batch_has_no_more_than_the_videos(asked, taken, config, tmp_path, monkeypatch):
-    """21 of them, on eight devices."""
+@pytest.mark.parametrize(("batch_size", "reduced"), [(64, 24), (8, 8)])
+def test_evaluation_batch_is_not_larger_than_the_split(
+    batch_size, reduced, config, tmp_path, monkeypatch
+):
+    """Check 21 videos on eight devices."""
     sizes, batches = [], pipeline.eval_batches
 
-    def batches_of(*args, **kwargs):
+    def record_batches(*args, **kwargs):
         for batch in batches(*args, **kwargs):
             sizes.append(len(batch["label"]))
             yield batch
 
-    monkeypatch.setattr(pipeline, "eval_batches", batches_of)
-    config.eval.batch_size = asked
+    monkeypatch.setattr(pipeline, "eval_batches", record_batches)
+    config.eval.batch_size = batch_size
     run, _ = build(config, tmp_path)
     scores = run.evaluate(VideoDataset(config.data.dir, "test"))
-    assert (scores.num_videos, set(sizes)) == (21, {taken})
+    assert (scores.num_videos, set(sizes)) == (21, {reduced})
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("eval.spatial_crops", 2, "eval.spatial_crops=2 must be 1 or 3"),
+        ("eval.spatial_crops", 2, "unknown eval.spatial_crops=2: known are 1, 3"),
         ("eval.temporal_views", 0, r"eval.temporal_views=0 must be in \[1, 1024\]"),
         ("data.sampling_interval", 0, "data.sampling_interval=0 must be 1 or more"),
         ("model.adapter_bottleneck", 0, r"model.adapter_bottleneck=0 must be in \[1, 65536\]"),
         ("model.adapter_dropout", 1.0, r"model.adapter_dropout=1.0 must be in \[0, 1\)"),
         ("optimizer.clip_norm", 0.0, "optimizer.clip_norm=0.0 must be above 0"),
         ("optimizer.accumulation_steps", 0, "optimizer.accumulation_steps=0 must be 1 or more"),
-        ("backbone.heads", 4, r"backbone.heads=4, but .* has 2 \(scripts/convert_clip.py --heads"),
+        ("backbone.heads", 4, r"backbone.heads=4, but .* has 2, set by .*convert_clip.py --heads"),
     ],
 )
-def test_values_that_make_no_sense_are_refused_before_training(
-    key, value, message, config, tmp_path
-):
+def test_values_out_of_range_are_refused_before_training(key, value, message, config, tmp_path):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=message):
         build(config, tmp_path)
@@ -191,7 +195,7 @@ def test_results(config, tmp_path):
     )
     assert len(results["backbone_sha256"]) == 64
     assert {"top5", "mean_class_accuracy"} <= results.keys()
-    # Evaluation alone, from the checkpoint, gives the same.
+    # An evaluation of the checkpoint gives the same.
     other, _ = build(config, tmp_path)
     other.restore_for_evaluation()
     scores = other.evaluate(VideoDataset(config.data.dir, "test"))
@@ -228,7 +232,7 @@ def test_non_finite_loss_stops_and_names_the_last_checkpoint(config, tmp_path, m
     assert Checkpoints(str(tmp_path)).latest_step() == 3
 
 
-def test_checkpoints_know_what_they_belong_to(config, tmp_path):
+def test_checkpoints_of_another_run_are_refused(config, tmp_path):
     run_all(config, tmp_path)
     run, _ = build(config, tmp_path)
     checkpoints = Checkpoints(str(tmp_path))
@@ -298,7 +302,7 @@ def test_missing_inputs_are_named_with_both_commands(config):
 
 @pytest.mark.parametrize(("first", "traces"), [(1, 1), (4, 1), (5, 0)])
 def test_profile_is_written(first, traces, config, tmp_path, capsys):
-    """Also of the last of five steps alone, where two are planned."""
+    """Check two profiled steps; of those from step 4 on, only one is left of five."""
     config.num_train_steps = 5
     config.profile.first_step, config.profile.num_steps = first, 2
     run_all(config, tmp_path)
@@ -306,39 +310,47 @@ def test_profile_is_written(first, traces, config, tmp_path, capsys):
     assert capsys.readouterr().out.count("profiler trace written") == traces
 
 
-def test_evaluation_during_training(config, tmp_path):
+def test_evaluation_during_training(config, tmp_path, monkeypatch):
+    """Check its scores, and that it shares its program with the evaluation at the end."""
+    made, make = [], evaluate.jit_eval_step
+    monkeypatch.setattr(evaluate, "jit_eval_step", lambda *args: made.append(1) or make(*args))
     config.eval.every_epochs = 1
     config.num_train_steps = 11
-    run_all(config, tmp_path)
+    with compiling_once():
+        launch.train_and_evaluate(config, str(tmp_path), True)
+    assert made == [1]
+    assert json.loads((tmp_path / "results.json").read_text())["step"] == 11
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     scores = [line for line in lines if line["split"] == "test"]
     assert [line["step"] for line in scores] == [5, 10]
     assert all(line["num_videos"] == 21 for line in scores)
 
 
-def test_plan():
+def test_loop_schedule():
     config = schema.get_config()
     config.log_every_steps, config.checkpoint.every_steps = 4, 5
     config.eval.every_epochs = 2
-    plan = train.make_loop_schedule(config, num_train_steps=11, steps_per_epoch=1.6)
+    loop = train.make_loop_schedule(config, num_train_steps=11, steps_per_epoch=1.6)
     steps = range(1, 12)
-    assert [step for step in steps if plan.should_log(step)] == [4, 8, 11]
-    assert [step for step in steps if plan.should_evaluate(step)] == [3, 6, 9]
-    assert [step for step in steps if plan.should_save(step)] == [3, 5, 6, 9, 10, 11]
+    assert [step for step in steps if loop.should_log(step)] == [4, 8, 11]
+    assert [step for step in steps if loop.should_evaluate(step)] == [3, 6, 9]
+    assert [step for step in steps if loop.should_save(step)] == [3, 5, 6, 9, 10, 11]
     config.eval.every_epochs = 0
-    plan = train.make_loop_schedule(config, num_train_steps=11, steps_per_epoch=1.6)
-    assert not any(plan.should_evaluate(step) for step in steps)
-    assert [step for step in steps if plan.should_save(step)] == [5, 10, 11]
-    assert [plan.should_save(4, seconds) for seconds in (899.0, 900.0)] == [False, True]
+    loop = train.make_loop_schedule(config, num_train_steps=11, steps_per_epoch=1.6)
+    assert not any(loop.should_evaluate(step) for step in steps)
+    assert [step for step in steps if loop.should_save(step)] == [5, 10, 11]
+    assert [loop.should_save(4, seconds) for seconds in (899.0, 900.0)] == [False, True]
     config.checkpoint.every_minutes = 2.0
-    plan = train.make_loop_schedule(config, num_train_steps=11, steps_per_epoch=1.6)
-    assert [plan.should_save(4, seconds) for seconds in (0.0, 119.0, 120.0)] == [False, False, True]
+    loop = train.make_loop_schedule(config, num_train_steps=11, steps_per_epoch=1.6)
+    assert [loop.should_save(4, seconds) for seconds in (0.0, 119.0, 120.0)] == [False, False, True]
 
 
 @pytest.mark.parametrize(
-    ("epochs", "steps", "counted"), [(1, None, 1), (4, None, 2), (0, None, 0), (1, 0, 0), (1, 7, 7)]
+    ("epochs", "steps", "expected"),
+    [(1, None, 1), (4, None, 2), (0, None, 0), (1, 0, 0), (1, 7, 7)],
 )
-def test_a_training_has_a_step_unless_none_is_asked_for(epochs, steps, counted):
+def test_short_training_has_at_least_one_step(epochs, steps, expected):
+    """Check the number of steps; 0 epochs or steps stay 0."""
     config = schema.get_config()
     config.num_epochs, config.num_train_steps = epochs, steps
-    assert count_train_steps(config, steps_per_epoch=0.47) == counted
+    assert count_train_steps(config, steps_per_epoch=0.47) == expected

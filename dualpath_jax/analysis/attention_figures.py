@@ -35,7 +35,7 @@ class ClipAttention:
     num_frames: int
 
     def split_framesets(self) -> "ClipAttention":
-        """Returns a copy whose temporal path has T single frames, in time order, not framesets.
+        """Return a copy whose temporal path has T single frames, in time order, not framesets.
 
         The copy's temporal maps sum to 1 over the frames of a frameset, not over a frame.
         """
@@ -51,7 +51,7 @@ class ClipAttention:
         return dataclasses.replace(self, images=split(self.images), maps=maps)
 
     def draw_overlays(self, path: str, kind: str, size: tuple[int, int]) -> list[np.ndarray]:
-        """Draws the path's maps over its images, on one color scale.
+        """Draw the path's maps over its images, on one color scale.
 
         Args:
           path: "spatial" or "temporal".
@@ -69,12 +69,12 @@ class ClipAttention:
         ]
 
     def resize_images(self, path: str, size: tuple[int, int]) -> list[np.ndarray]:
-        """Returns the path's images, uint8 [height, width, 3], at `size` (width, height)."""
+        """Return the path's images, uint8 [height, width, 3], at `size` (width, height)."""
         return [image_grid.upscale(image, size) for image in self.images[path]]
 
 
 def middle_view_clips(batch: dict[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
-    """Picks the view in the middle of time and image from clips with all views.
+    """Pick the view in the middle of time and image from clips with all views.
 
     Args:
       batch: clips, [B, V, ...].
@@ -94,7 +94,7 @@ def analyze_clip(
     rollout: bool = False,
     kinds: Sequence[str] = tuple(_ADAPTED),
 ) -> ClipAttention:
-    """Computes the attention maps of one clip.
+    """Compute the attention maps of one clip.
 
     Args:
       model: a `TrainedModel`, see `trained_model.load`.
@@ -121,14 +121,14 @@ def analyze_clip(
 
 
 def _scale_size(image: np.ndarray, side: int) -> tuple[int, int]:
-    """Scales (width, height) by the least integer that makes both at least `side` pixels."""
+    """Scale (width, height) by the least integer that makes both at least `side` pixels."""
     height, width = image.shape[:2]
     factor = max(1, -(-side // min(height, width)))
     return width * factor, height * factor
 
 
 def draw_grid(view: ClipAttention, title: str) -> Image.Image:
-    """Draws frames, framesets and the framesets' frames: plain, without and with adaptation."""
+    """Draw frames, framesets and the framesets' frames: plain, without and with adaptation."""
     rows = []
     names = {"spatial": "spatial path, sampled frames", "temporal": "temporal path, framesets"}
     for path, images in view.images.items():
@@ -145,7 +145,7 @@ def draw_grid(view: ClipAttention, title: str) -> Image.Image:
 def _build_rows(
     view: ClipAttention, path: str, name: str, size: tuple[int, int]
 ) -> list[image_grid.Row]:
-    """Arranges a path's images: plain, without and with adaptation.
+    """Arrange a path's images: plain, without and with adaptation.
 
     The three are next to each other if they fit in one row; otherwise each has rows of its own.
     """
@@ -164,7 +164,7 @@ def _build_rows(
 
 
 def draw_animation(view: ClipAttention) -> list[Image.Image]:
-    """Draws one picture for each of the T frames: both paths, without and with adaptation.
+    """Draw one picture for each of the T frames: both paths, without and with adaptation.
 
     The spatial path shows the sampled frame that is nearest in time.
     """

@@ -21,7 +21,7 @@ from dualpath_jax.models.methods.dualpath import DualPath
 def class_token_attention(
     model: Any, clips: dict[str, np.ndarray], adapted: bool = True, rollout: bool = False
 ) -> dict[str, np.ndarray]:
-    """Computes the maps of both paths (Fig. 4, A1), averaged over the heads.
+    """Compute the maps of both paths (Fig. 4, A1), averaged over the heads.
 
     Args:
       model: a `TrainedModel`, see `trained_model.load`; its method is dualpath on a ViT.
@@ -54,7 +54,7 @@ def class_token_attention(
 
 @functools.lru_cache(maxsize=8)
 def _build_map_fn(module: DualPath, adapted: bool, rollout: bool) -> Any:
-    """Builds the compiled function (params, spatial, temporal) -> path -> [B, n, patches]."""
+    """Build the compiled function (params, spatial, temporal) -> path -> [B, n, patches]."""
 
     def maps(params, spatial, temporal):
         weights = module.apply(
@@ -68,7 +68,7 @@ def _build_map_fn(module: DualPath, adapted: bool, rollout: bool) -> Any:
 
 
 def attention_rollout(weights: jax.Array) -> jax.Array:
-    """Computes attention rollout (Abnar and Zuidema 2020): attention through all blocks.
+    """Compute attention rollout (Abnar and Zuidema 2020): attention through all blocks.
 
     It is the product of (attention + identity) / 2 over the blocks: the residual connection counts
     as half of a block.
@@ -84,13 +84,13 @@ def attention_rollout(weights: jax.Array) -> jax.Array:
 
 
 def upsample_to_pixels(maps: np.ndarray, patch_size: int) -> np.ndarray:
-    """Spreads each patch's share evenly over its pixels: [..., h, w] -> [..., H, W]."""
+    """Spread each patch's share evenly over its pixels: [..., h, w] -> [..., H, W]."""
     pixels = maps.repeat(patch_size, axis=-2).repeat(patch_size, axis=-1)
     return pixels / patch_size**2
 
 
 def split_framesets(framesets: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Splits framesets into their frames: the inverse of `framesets.tile_framesets`.
+    """Split framesets into their frames: the inverse of `framesets.tile_framesets`.
 
     Args:
       framesets: [B, G, down * fh, across * fw, ...]; a frame has fh x fw pixels.
@@ -105,7 +105,7 @@ def split_framesets(framesets: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def patch_coverage(masks: np.ndarray, patch_size: int) -> np.ndarray:
-    """Computes the share of each patch that an object covers.
+    """Compute the share of each patch that an object covers.
 
     Args:
       masks: the object's share of each pixel, 0..1, [B, n, H, W].
@@ -119,7 +119,7 @@ def patch_coverage(masks: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def mean_attention_share(maps: np.ndarray, coverage: np.ndarray) -> np.ndarray:
-    """Computes the share of attention that falls on an object, averaged over a clip's images.
+    """Compute the share of attention that falls on an object, averaged over a clip's images.
 
     A patch's attention is assumed to be spread evenly over its pixels.
 

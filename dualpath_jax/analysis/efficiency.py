@@ -22,7 +22,7 @@ from dualpath_jax.models.abstract import AbstractModel, abstract_inputs, abstrac
 
 
 def count_macs(function: Callable, *args: Any) -> int:
-    """Counts the multiply-accumulates of the matrix products and convolutions in `function`.
+    """Count the multiply-accumulates of the matrix products and convolutions in `function`.
 
     A loop's body is counted as often as it runs. XLA's own cost analysis counts it only once.
 
@@ -34,7 +34,7 @@ def count_macs(function: Callable, *args: Any) -> int:
 
 
 def _count_jaxpr_macs(jaxpr: core.Jaxpr) -> int:
-    """Counts the multiply-accumulates of a jaxpr, including the jaxprs inside it."""
+    """Count the multiply-accumulates of a jaxpr, including the jaxprs inside it."""
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -53,7 +53,7 @@ def _count_jaxpr_macs(jaxpr: core.Jaxpr) -> int:
 
 
 def _find_inner_jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
-    """Returns the jaxprs among an equation's parameters: bodies of loops, called functions."""
+    """Return the jaxprs among an equation's parameters: bodies of loops, called functions."""
     values = [v for p in params.values() for v in (p if isinstance(p, (tuple, list)) else (p,))]
     values = [value.jaxpr if isinstance(value, core.ClosedJaxpr) else value for value in values]
     return [value for value in values if isinstance(value, core.Jaxpr)]
@@ -85,12 +85,12 @@ class Efficiency:
 
 
 def _build_forward_fn(model: AbstractModel) -> Callable:
-    """Returns the function (params, *inputs) -> logits of a model."""
+    """Return the function (params, *inputs) -> logits of a model."""
     return lambda params, *inputs: model.module.apply({"params": params}, *inputs)
 
 
 def measure_efficiency(config: Any) -> Efficiency:
-    """Counts parameters and multiply-accumulates of a configuration.
+    """Count parameters and multiply-accumulates of a configuration.
 
     The model is only traced: neither weights nor data are needed. If the number of classes of
     `data.source` is not known, a placeholder is used.

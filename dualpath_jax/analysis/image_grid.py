@@ -18,12 +18,12 @@ _COLORS = np.array(
 
 
 def upscale(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes an image to `size` (width, height) in pixels, bicubically; uint8 [H, W, 3]."""
+    """Resize an image to `size` (width, height) in pixels, bicubically; uint8 [H, W, 3]."""
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
 
 def overlay_heatmap(image: np.ndarray, attention: np.ndarray, hottest: float) -> np.ndarray:
-    """Draws attention over a gray image, in colors from blue through yellow to red.
+    """Draw attention over a gray image, in colors from blue through yellow to red.
 
     Zero attention leaves the image gray. The color depends on the square root of the attention, so
     that a tenth of the highest value is still visible.
@@ -56,13 +56,13 @@ class Row:
 
 
 def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """Loads matplotlib's font, which covers most scripts; `size` is in pixels."""
+    """Load matplotlib's font, which covers most scripts; `size` is in pixels."""
     fonts = os.path.join(matplotlib.get_data_path(), "fonts", "ttf")
     return ImageFont.truetype(os.path.join(fonts, "DejaVuSans.ttf"), size)
 
 
 def draw_grid(rows: Sequence[Row]) -> Image.Image:
-    """Draws the rows below one another on white."""
+    """Draw the rows below one another on white."""
     widths = [sum(picture.shape[1] + _GAP for picture in row.pictures) for row in rows]
     heights = [_LINE_HEIGHT + row.pictures[0].shape[0] + _GAP for row in rows]
     font = load_font(10)
@@ -80,18 +80,18 @@ def draw_grid(rows: Sequence[Row]) -> Image.Image:
 
 
 def write_png(path: str, picture: Image.Image) -> None:
-    """Writes a picture as PNG with 256 colors, which makes the file smaller."""
+    """Write a picture as PNG with 256 colors, which makes the file smaller."""
     picture.quantize(256, method=Image.Quantize.MEDIANCUT).save(path, optimize=True)
 
 
 def write_gif(path: str, pictures: Sequence[Image.Image], milliseconds: int = 200) -> None:
-    """Writes the pictures as a GIF that repeats; each is shown for `milliseconds`."""
+    """Write the pictures as a GIF that repeats; each is shown for `milliseconds`."""
     first, *others = [picture.convert("P", palette=Image.Palette.ADAPTIVE) for picture in pictures]
     first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
 
 
 def unused_path(folder: pathlib.Path, video: str, taken: set[str]) -> pathlib.Path:
-    """Returns a path without suffix for the pictures of `video`, and adds its name to `taken`.
+    """Return a path without suffix for the pictures of `video`, and add its name to `taken`.
 
     Videos with the same name are numbered.
 

@@ -22,7 +22,7 @@ class _EvenSubsample:
         self.items: list[Any] = []
 
     def add(self, make: Callable[[], Any]) -> None:
-        """Counts the next item, and calls `make` for it only if it is kept."""
+        """Count the next item, and call `make` for it only if it is kept."""
         if self._count % self._stride == 0:
             self.items.append(make())
         self._count += 1
@@ -39,7 +39,7 @@ class PredictionFigures:
     """
 
     def __init__(self, folder: str, class_names: Sequence[str], top_k: int):
-        """Creates the folder.
+        """Create the folder.
 
         Args:
           folder: folder of the figures, VIDEO.png.
@@ -54,11 +54,11 @@ class PredictionFigures:
         self._begin()
 
     def _begin(self) -> None:
-        """Forgets the frames and windows of the previous video."""
+        """Forget the frames and windows of the previous video."""
         self._frames, self._points = _EvenSubsample(4 * MAX_FRAMES), _EvenSubsample(MAX_POINTS)
 
     def add(self, number: int, result: Any, frames: Any, probabilities: np.ndarray) -> None:
-        """Adds a video or the next window of one; a new video completes the previous figure.
+        """Add a video or the next window of one; a new video completes the previous figure.
 
         Args:
           number: number of the video.
@@ -81,7 +81,7 @@ class PredictionFigures:
         self._probabilities = probabilities
 
     def close(self) -> None:
-        """Draws the last video; must be called at the end."""
+        """Draw the last video; must be called at the end."""
         if self._number is not None:
             with matplotlib.rc_context({"text.parse_math": False}):  # dollar signs in names
                 self._draw()
@@ -89,7 +89,7 @@ class PredictionFigures:
             self._begin()
 
     def _draw(self) -> None:
-        """Writes the figure of the current video."""
+        """Write the figure of the current video."""
         path = image_grid.unused_path(self._folder, self._result.video, self._taken)
         height = max(4.8, 3.3 + 0.3 * min(self._top_k, len(self._class_names)))
         figure = Figure(figsize=(9, height), layout="constrained")
@@ -114,11 +114,11 @@ class PredictionFigures:
         figure.savefig(f"{path}.png", dpi=110)
 
     def _top_classes(self, probabilities: np.ndarray) -> np.ndarray:
-        """Returns the indices of the most probable classes, in descending order."""
+        """Return the indices of the most probable classes, in descending order."""
         return np.argsort(-probabilities, kind="stable")[: self._top_k]
 
     def _draw_bars(self, axis: Any) -> None:
-        """Draws a bar for the probability of each of the most probable classes."""
+        """Draw a bar for the probability of each of the most probable classes."""
         best = self._top_classes(self._probabilities)
         values = self._probabilities[best]
         bars = axis.barh([self._class_names[i] for i in best], values)
@@ -128,7 +128,7 @@ class PredictionFigures:
         axis.set_xlabel("probability")
 
     def _draw_timeline(self, axis: Any) -> None:
-        """Draws the probability over time of the classes with the highest peaks."""
+        """Draw the probability over time of the classes with the highest peaks."""
         times, rows = map(np.array, zip(*self._points.items, strict=True))
         for i in self._top_classes(rows.max(axis=0)):
             axis.plot(times, rows[:, i], marker=".", label=self._class_names[i])

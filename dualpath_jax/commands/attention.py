@@ -1,4 +1,4 @@
-"""Draws where the model looks: heat maps of the class token's attention over videos.
+"""Draws heat maps of the class token's attention over videos.
 
     dualpath attention --workdir=runs/demo --out=attention VIDEO...
 
@@ -17,49 +17,49 @@ from dualpath_jax.runtime import environment
 
 
 def draw_videos(args: argparse.Namespace) -> int:
-    """Writes the pictures of each video; returns the number of videos that cannot be read."""
+    """Write the images of each video; return the number of videos that cannot be read."""
     from dualpath_jax.analysis import attention_figures, image_grid
     from dualpath_jax.data.preparation.video_decoder import VideoError
     from dualpath_jax.inference import trained_model
 
     model = trained_model.load(args.workdir, backbone=args.backbone)
-    folder, taken, bad = pathlib.Path(args.out), set(), 0
+    folder, used_paths, num_unreadable = pathlib.Path(args.out), set(), 0
     folder.mkdir(parents=True, exist_ok=True)
     for video in args.videos:
         try:
             clips = attention_figures.middle_view_clips(model.clips(video), model.config)
         except VideoError as error:
             print(f"error: {error}", file=sys.stderr)
-            bad += 1
+            num_unreadable += 1
             continue
         view = attention_figures.analyze_clip(model, clips, args.rollout)
-        path = image_grid.unused_path(folder, video, taken)
+        path = image_grid.unused_path(folder, video, used_paths)
         kind = "rollout" if args.rollout else "last block"
         grid = attention_figures.draw_grid(view, f"{path.name}, {kind}")
         image_grid.write_png(f"{path}.png", grid)
         image_grid.write_gif(f"{path}.gif", attention_figures.draw_animation(view))
         print(f"wrote {path}.png and {path.name}.gif", flush=True)
-    return bad
+    return num_unreadable
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
-    parser = build_parser(__doc__)
-    parser.add_argument("videos", nargs="+", metavar="VIDEO", help="video files")
-    parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
-    parser.add_argument(
+    """Return the parser of the command line."""
+    arg_parser = build_parser(__doc__)
+    arg_parser.add_argument("videos", nargs="+", metavar="VIDEO", help="video files")
+    arg_parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
+    arg_parser.add_argument(
         "--backbone", help="file of the converted backbone, if it is not where the run had it"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
-    parser.add_argument(
+    arg_parser.add_argument("--out", required=True, metavar="DIR", help="folder for the images")
+    arg_parser.add_argument(
         "--rollout", action="store_true", help="attention through all blocks, not only the last one"
     )
-    return parser
+    return arg_parser
 
 
 def main() -> None:
-    """Draws the videos; exits with status 1 if some cannot be read."""
+    """Draw the videos; exit with status 1 if some cannot be read."""
     environment.configure_environment()
     with user_errors():
-        bad = draw_videos(parser().parse_args())
-    sys.exit(1 if bad else 0)
+        num_unreadable = draw_videos(parser().parse_args())
+    sys.exit(1 if num_unreadable else 0)

@@ -18,28 +18,32 @@ from dualpath_jax.weights import convert
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
-    parser = build_parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, help="checkpoint, a local file")
-    parser.add_argument("--out", required=True, help="safetensors file to write, local or gs://")
-    parser.add_argument(
+    """Return the parser of the command line."""
+    arg_parser = build_parser(__doc__)
+    arg_parser.add_argument("--checkpoint", required=True, help="checkpoint, a local file")
+    arg_parser.add_argument(
+        "--out", required=True, help="safetensors file to write, local or gs://"
+    )
+    arg_parser.add_argument(
         "--trust",
         action="store_true",
         help="open a TorchScript archive that OpenAI did not publish; it can run code",
     )
-    parser.add_argument(
+    arg_parser.add_argument(
         "--activation",
         choices=("quick_gelu", "gelu"),
         help="activation of the MLPs; needed if neither the checkpoint nor the publisher's config "
         "next to it states it",
     )
-    parser.add_argument("--heads", type=int, help="attention heads of a ViT; default: width / 64")
-    progress_bar.add_quiet_option(parser)
-    return parser
+    arg_parser.add_argument(
+        "--heads", type=int, help="attention heads of a ViT; default: width / 64"
+    )
+    progress_bar.add_quiet_option(arg_parser)
+    return arg_parser
 
 
 def main() -> int:
-    """Converts the checkpoint, prints a summary and returns the exit status."""
+    """Convert the checkpoint, print a summary and return the exit status."""
     environment.configure_environment()
     options = vars(parser().parse_args())
     progress_bar.set_quiet(options.pop("quiet"))

@@ -22,16 +22,17 @@ from dualpath_jax.runtime import environment, progress_bar
 
 
 def build_row(name: str, overrides: Sequence[str] = ()) -> dict:
-    """Counts one configuration with overrides and returns the counts and the paper's numbers."""
+    """Count one configuration with overrides and return the counts and the paper's numbers."""
     counted = dataclasses.asdict(efficiency.measure_efficiency(load_config(name, overrides)))
     paper = efficiency.PAPER_ROWS.get(name)
     return {"config": name, **counted, "paper": dataclasses.asdict(paper) if paper else None}
 
 
 def format_markdown(rows: list[dict]) -> str:
-    """Formats the rows as a Markdown table."""
+    """Format the rows as a Markdown table."""
 
-    def format_printed(row, key, unit=""):
+    def format_paper_value(row, key, unit=""):
+        """Return a number that the paper prints; "" if it prints none."""
         value = (row["paper"] or {}).get(key)
         return "" if value is None else f"{value:g}{unit}"
 
@@ -40,21 +41,21 @@ def format_markdown(rows: list[dict]) -> str:
         "| views | GMAC per video, plain | executed | GFLOPs, `paper` |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in rows:
+    for row in rows:
         cells = [
-            f"`{r['config']}`",
-            *(f"{r['trainable_params']:,}", format_printed(r, "trainable_params", "M")),
-            *(f"{r['total_params']:,}", format_printed(r, "total_params", "M")),
-            *(f"{r['plain_gmacs_per_view']:.1f}", f"{r['gmacs_per_view']:.1f}", r["views"]),
-            *(f"{r['plain_gmacs_per_video']:.0f}", f"{r['gmacs_per_video']:.0f}"),
-            format_printed(r, "gflops"),
+            f"`{row['config']}`",
+            *(f"{row['trainable_params']:,}", format_paper_value(row, "trainable_params", "M")),
+            *(f"{row['total_params']:,}", format_paper_value(row, "total_params", "M")),
+            *(f"{row['plain_gmacs_per_view']:.1f}", f"{row['gmacs_per_view']:.1f}", row["views"]),
+            *(f"{row['plain_gmacs_per_video']:.0f}", f"{row['gmacs_per_video']:.0f}"),
+            format_paper_value(row, "gflops"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def draw_figure(rows: list[dict], path: str) -> None:
-    """Draws Fig. 1: top-1 (paper) over trainable parameters (counted), area by GFLOPs (paper)."""
+    """Draw Fig. 1: top-1 (paper) over trainable parameters (counted), area by GFLOPs (paper)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,10 +63,10 @@ def draw_figure(rows: list[dict], path: str) -> None:
 
     drawing, axes = pyplot.subplots(1, 2, figsize=(13, 6.5), constrained_layout=True)
     for axis, data in zip(axes, ("K400", "SSv2"), strict=True):
-        points = [r for r in rows if _belongs_in_figure(r, data)]
-        points.sort(key=lambda r: -r["paper"]["top1"])
-        for number, r in enumerate(points, start=1):
-            paper, millions = r["paper"], r["trainable_params"] / 1e6
+        points = [row for row in rows if _belongs_in_figure(row, data)]
+        points.sort(key=lambda row: -row["paper"]["top1"])
+        for number, row in enumerate(points, start=1):
+            paper, millions = row["paper"], row["trainable_params"] / 1e6
             label = f"{number}  {paper['label']}, {paper['gflops']:g} GFLOPs, {paper['top1']:g}"
             ours = paper["label"].startswith("DualPath")
             axis.scatter(
@@ -102,32 +103,32 @@ def draw_figure(rows: list[dict], path: str) -> None:
     print(f"wrote {path}")
 
 
-def _belongs_in_figure(r: dict, data: str) -> bool:
-    """Checks whether a row is of the data set, has the paper's numbers and is not an ablation."""
-    paper, argument = r["paper"], r["config"].partition(":")[2]
+def _belongs_in_figure(row: dict, data: str) -> bool:
+    """Check whether a row is of the data set, has the paper's numbers and is not an ablation."""
+    paper, argument = row["paper"], row["config"].partition(":")[2]
     if not paper or paper["data"] != data or not (paper["top1"] and paper["gflops"]):
         return False
     return not argument or argument.isdigit()  # no ablations
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
-    parser = build_parser(__doc__)
-    parser.add_argument(
+    """Return the parser of the command line."""
+    arg_parser = build_parser(__doc__)
+    arg_parser.add_argument(
         "--config",
         nargs="*",
         help="config files, NAME or NAME:VARIANT (all rows); --config.KEY=VALUE sets their keys",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
-    parser.add_argument(
+    arg_parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    arg_parser.add_argument(
         "--figure", metavar="FILE", help="PNG or SVG of Fig. 1 to write, instead of printing"
     )
-    progress_bar.add_quiet_option(parser)
-    return parser
+    progress_bar.add_quiet_option(arg_parser)
+    return arg_parser
 
 
 def main() -> None:
-    """Counts the configurations and prints a table or JSON, or writes the figure."""
+    """Count the configurations and print a table or JSON, or write the figure."""
     environment.configure_environment()
     args, overrides = parse_with_overrides(parser())
     progress_bar.set_quiet(args.quiet)

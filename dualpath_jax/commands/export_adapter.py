@@ -14,7 +14,7 @@ from dualpath_jax.runtime import environment, files
 
 
 def export(workdir: str, out: str, which: str) -> str:
-    """Writes the adapter file of a run and returns a line that describes it.
+    """Write the adapter file of a run and return a line that describes it.
 
     Args:
       workdir: folder of the run, local or gs://.
@@ -37,7 +37,7 @@ def export(workdir: str, out: str, which: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     arg_parser = build_parser(__doc__)
     arg_parser.add_argument("--workdir", required=True, help="workdir of the run, local or gs://")
     arg_parser.add_argument(
@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """Export the checkpoint that the command line names."""
     environment.configure_environment()
     args = parser().parse_args()
     with user_errors():

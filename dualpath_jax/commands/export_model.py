@@ -20,7 +20,7 @@ from dualpath_jax.runtime import environment
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     arg_parser = cli.build_parser(__doc__)
     add = arg_parser.add_argument
     cli.add_model_options(arg_parser)
@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """Export the model that the command line names."""
     environment.configure_environment()
     arguments = parser().parse_args()
     from dualpath_jax.inference import export

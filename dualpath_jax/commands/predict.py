@@ -23,7 +23,7 @@ from dualpath_jax.runtime import environment
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     arg_parser = cli.build_parser(__doc__)
     add = arg_parser.add_argument
     cli.add_model_options(arg_parser)
@@ -46,11 +46,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """Predict the videos and print the results; exit with status 1 if some cannot be read."""
     environment.configure_environment()
     arguments = parser().parse_args()
     from dualpath_jax.inference import predict_files
 
-    def show(result: predict_files.VideoResult) -> None:
+    def print_result(result: predict_files.VideoResult) -> None:
         if arguments.json:
             print(json.dumps(dataclasses.asdict(result)), flush=True)
         else:
@@ -59,10 +60,10 @@ def main() -> None:
     sys.stdout.reconfigure(errors="surrogateescape")  # file names may contain any bytes
     with cli.user_errors():
         videos = predict_files.find_videos(arguments.videos)
-        bad = predict_files.predict_videos(
+        num_unreadable = predict_files.predict_videos(
             cli.load_model(arguments),
             videos,
-            show,
+            print_result,
             top_k=arguments.top_k,
             window=arguments.window,
             stride=arguments.stride,
@@ -71,4 +72,4 @@ def main() -> None:
             limits=DecodeLimits(seconds=arguments.max_seconds, max_frames=arguments.max_frames),
             progress=sys.stderr.isatty() and not arguments.quiet,
         )
-    sys.exit(1 if bad else 0)
+    sys.exit(1 if num_unreadable else 0)

@@ -26,10 +26,10 @@ from dualpath_jax.runtime import environment, progress_bar
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     limits = DecodeLimits()
-    command_parser = build_parser(__doc__)
-    add = command_parser.add_argument
+    arg_parser = build_parser(__doc__)
+    add = arg_parser.add_argument
     add("--dataset", required=True, choices=list(DATASETS), help="kind of data set")
     add("--videos", required=True, metavar="DIR", help="folder of the video files")
     add("--annotations", metavar="PATH", help="folder or file of the annotations, as downloaded")
@@ -58,29 +58,25 @@ def parser() -> argparse.ArgumentParser:
     ):
         help_ = f"limit for one video: {what} ({default:,})"
         add(f"--max_{name}", type=positive(type(default)), default=default, help=help_)
-    progress_bar.add_quiet_option(command_parser)
-    return command_parser
+    progress_bar.add_quiet_option(arg_parser)
+    return arg_parser
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Parses the command line; exits with status 2 if options contradict each other."""
-    command_parser = parser()
-    arguments = command_parser.parse_args()
+    """Parse the command line; exit with status 2 if options contradict each other."""
+    arg_parser = parser()
+    arguments = arg_parser.parse_args()
     if not arguments.out and not arguments.check:
-        command_parser.error(
-            "--out is missing; only --check, which stores nothing, does not need it"
-        )
+        arg_parser.error("--out is missing; only --check, which stores nothing, does not need it")
     if arguments.bad_videos and not arguments.check:
-        command_parser.error(
-            "--bad_videos needs --check; otherwise OUT/bad_videos.jsonl is the list"
-        )
+        arg_parser.error("--bad_videos needs --check; otherwise OUT/bad_videos.jsonl is the list")
     if arguments.retry_bad and arguments.check:
-        command_parser.error("--retry_bad excludes --check, which decodes every video anyway")
+        arg_parser.error("--retry_bad excludes --check, which decodes every video anyway")
     return arguments
 
 
 def main() -> None:
-    """Checks or prepares the videos that the command line names."""
+    """Check or prepare the videos that the command line names."""
     environment.configure_environment()
     arguments = parse_arguments()
     progress_bar.set_quiet(arguments.quiet)

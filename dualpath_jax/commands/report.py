@@ -17,7 +17,7 @@ from dualpath_jax.runtime import environment, files, progress_bar
 
 
 def make_report(args: argparse.Namespace) -> None:
-    """Reads the runs, draws the page and writes it."""
+    """Read the runs, draw the page and write it."""
     if args.mistakes < 0:
         raise ValueError(f"--mistakes={args.mistakes} must be at least 0")
     files.check_output_file("--out", args.out)
@@ -43,7 +43,7 @@ def make_report(args: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     arg_parser = cli.build_parser(__doc__)
     add = arg_parser.add_argument
     add(
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """Write the page of the runs that the command line names."""
     environment.configure_environment()
     args = parser().parse_args()
     progress_bar.set_quiet(args.quiet)

@@ -19,13 +19,13 @@ from dualpath_jax.cli import build_parser, parse_with_overrides
 from dualpath_jax.config.loading import load_config
 from dualpath_jax.runtime import environment
 
-GAP = 8  # pixels between pictures
+GAP = 8  # pixels between images
 LINE = 16  # pixels for a line of text
-MIN_WIDTH = 480  # pixels; leaves room for the label of small pictures
+MIN_WIDTH = 480  # pixels; leaves room for the label above small images
 
 
 def format_operations(batch: dict, i: int) -> str:
-    """Returns the operations of RandAugment on clip `i` as text; "" without any."""
+    """Return the operations of RandAugment on clip `i` as text; "" without any."""
     from dualpath_jax.data.randaugment_ops import OPS
 
     pairs = zip(batch["ops"][i], batch["op_values"][i], strict=True) if "ops" in batch else ()
@@ -33,7 +33,7 @@ def format_operations(batch: dict, i: int) -> str:
 
 
 def apply_color_operations(batch: dict) -> dict:
-    """Returns `batch` with the color operations applied, which training applies on the device."""
+    """Return `batch` with the color operations applied, which training applies on the device."""
     from dualpath_jax.models import preprocess
 
     if "ops" not in batch:
@@ -46,7 +46,7 @@ def apply_color_operations(batch: dict) -> dict:
 
 
 def draw_batch(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
-    """Draws one row per clip: label, spatial frames, and framesets if the method uses them."""
+    """Draw one row per clip: label, spatial frames, and framesets if the method uses them."""
     from dualpath_jax.analysis.image_grid import load_font
 
     clips = []
@@ -70,7 +70,7 @@ def draw_batch(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     arg_parser = build_parser(__doc__)
     arg_parser.add_argument(
         "--config",
@@ -90,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """Write the image of the batch that the command line names."""
     environment.configure_environment()
     args, overrides = parse_with_overrides(parser())
     from dualpath_jax.config.schema import check_values

@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dualpath_jax.config import schema
+from dualpath_jax.config.values import apply_renames, flatten_config
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 # Short names that users of other projects try first.
@@ -30,13 +31,13 @@ _ALIASES = {
 
 
 def packaged_configs() -> pathlib.Path:
-    """Returns the folder of this package's config files, in a wheel or in a checkout."""
+    """Return the folder of this package's config files, in a wheel or in a checkout."""
     inside = _PACKAGE / "configs"
     return inside if inside.is_dir() else _PACKAGE.parent / "configs"
 
 
 def find_config_file(name: str) -> str:
-    """Returns the path of a config file, with the variant that `name` has after a colon.
+    """Return the path of a config file, with the variant that `name` has after a colon.
 
     Args:
       name: "configs/demo.py", "demo", "configs/ssv2_vitb.py:32" or "ssv2_vitb:32". A file of
@@ -64,7 +65,7 @@ def find_config_file(name: str) -> str:
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Loads a config file as `--config` of the command line does.
+    """Load a config file as `--config` of the command line does.
 
     Args:
       name: see `find_config_file`.
@@ -72,7 +73,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: an override names an unknown key, or its value is not of the key's type.
+      ValueError: an override or the file names an unknown key, or a value is not of its key's type.
     """
     values = flags.FlagValues()
     arguments = ["", f"--config={find_config_file(name)}", *rename_overrides(overrides)]
@@ -84,14 +85,28 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
             raise ValueError(unknown) from None
         raise
     except flags.Error as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(find_unknown_override(overrides) or str(error)) from None
     if len(left) > 1:
         raise ValueError(f"unexpected arguments: {' '.join(left[1:])}")
-    return values["config"].value
+    config = values["config"].value
+    upgrade_config(config)
+    return config
+
+
+def upgrade_config(config: ConfigDict) -> None:
+    """Rename keys and values of older versions in place, with a line on standard error for each.
+
+    Raises:
+      ValueError: the config file sets a key that does not exist.
+    """
+    with config.unlocked():
+        for line in apply_renames(config):
+            print(line, file=sys.stderr)
+    check_known_keys(config)
 
 
 def rename_overrides(arguments: Sequence[str]) -> list[str]:
-    """Replaces keys and values of older versions in `arguments`, with a line on standard error."""
+    """Replace keys and values of older versions in `arguments`, with a line on standard error."""
     renamed = []
     for argument in arguments:
         key, equals, value = _split_override(argument)
@@ -108,7 +123,7 @@ def rename_overrides(arguments: Sequence[str]) -> list[str]:
 
 
 def _split_override(argument: str) -> tuple[str | None, str, str]:
-    """Splits "--config.KEY=VALUE" into (KEY, "=", VALUE); KEY is None for other arguments."""
+    """Split "--config.KEY=VALUE" into (KEY, "=", VALUE); KEY is None for other arguments."""
     name, equals, value = argument.partition("=")
     stripped = name.lstrip("-")
     if name == stripped or not stripped.startswith("config."):
@@ -117,7 +132,7 @@ def _split_override(argument: str) -> tuple[str | None, str, str]:
 
 
 def find_unknown_override(arguments: Sequence[str]) -> str | None:
-    """Returns an error message for the first override of a key that does not exist, or None."""
+    """Return an error message for the first override of a key that does not exist, or None."""
     for argument in arguments:
         key, _, _ = _split_override(argument)
         if key is not None and (message := describe_unknown_key(key)):
@@ -126,7 +141,7 @@ def find_unknown_override(arguments: Sequence[str]) -> str | None:
 
 
 def describe_unknown_key(key: str) -> str | None:
-    """Returns an error message with the key that was probably meant; None for a known key."""
+    """Return an error message with the key that was probably meant; None for a known key."""
     names = [known.name for known in schema.KEYS]
     if key in names or key in schema.RENAMED_KEYS:
         return None
@@ -145,9 +160,7 @@ def describe_unknown_key(key: str) -> str | None:
 
 
 def check_known_keys(config: ConfigDict) -> None:
-    """Raises ValueError for a key that a config file sets and that does not exist."""
-    from dualpath_jax.config.values import flatten_config
-
+    """Raise ValueError for a key that a config file sets and that does not exist."""
     for key in flatten_config(config):
         if message := describe_unknown_key(key):
             raise ValueError(message)

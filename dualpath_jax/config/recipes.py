@@ -1,7 +1,7 @@
-"""The recipe of each data set (Table A1), and that of the baselines (section 3.2).
+"""Defines the recipes of the data sets (Table A1) and of the baselines (section 3.2).
 
-`base.py` has every key; these set what a data set or a kind of method shares, and the config files
-what is left. A value marked `ours` is not in the paper.
+They set the keys that all configurations of a data set or a kind of method share; the config files
+set the others. `schema.py` lists all keys. The paper does not give the values marked `ours`.
 """
 
 from collections.abc import Collection
@@ -12,14 +12,14 @@ from dualpath_jax.config import schema
 
 
 def k400() -> ConfigDict:
-    """Kinetics-400: dense clips of 32 frames; 3x1 views."""
+    """Return the recipe of Kinetics-400: dense clips of 32 frames; 3x1 views."""
     config = schema.get_config()
     config.num_epochs = 30  # ours
     config.data.dir = "data/k400"
     config.data.source = "k400"
     config.data.batch_size = 64
     config.data.num_frames = 32
-    config.data.randaugment_layers = 4  # ours; that there is RandAugment: paper
+    config.data.randaugment_layers = 4  # ours; the paper uses RandAugment
     config.optimizer.learning_rate = 3e-4
     config.optimizer.weight_decay = 5e-2
     config.eval.temporal_views = 3
@@ -28,7 +28,10 @@ def k400() -> ConfigDict:
 
 
 def ssv2() -> ConfigDict:
-    """Something-Something-v2: 16 frames over the whole video, a fifth adapter; 1x3 views."""
+    """Return the recipe of Something-Something-v2.
+
+    It has 16 frames over the whole video, a fifth adapter, and 1x3 views.
+    """
     config = schema.get_config()
     config.num_epochs = 50  # ours
     config.data.dir = "data/ssv2"
@@ -36,9 +39,9 @@ def ssv2() -> ConfigDict:
     config.data.batch_size = 128
     config.data.num_frames = 16
     config.data.sampling = "segments"
-    config.data.flip = False  # classes name left and right; ours
-    config.data.randaugment_layers = 4  # ours; that there is RandAugment: paper
-    config.data.erasing_probability = 0.25  # ours; that there is random erasing: paper
+    config.data.flip = False  # ours; classes are named by left and right
+    config.data.randaugment_layers = 4  # ours; the paper uses RandAugment
+    config.data.erasing_probability = 0.25  # ours; the paper uses random erasing
     config.model.pre_attention_adapter = True
     config.optimizer.learning_rate = 5e-4
     config.optimizer.weight_decay = 5e-2
@@ -49,7 +52,10 @@ def ssv2() -> ConfigDict:
 
 
 def hmdb51() -> ConfigDict:
-    """HMDB51: dense clips of 16 frames; 2x3 views. The first of three splits, see data.split."""
+    """Return the recipe of HMDB51: dense clips of 16 frames; 2x3 views.
+
+    It trains on the first of three splits, see `data.split`.
+    """
     config = schema.get_config()
     config.num_epochs = 50  # ours
     config.data.dir = "data/hmdb51"
@@ -57,8 +63,8 @@ def hmdb51() -> ConfigDict:
     config.data.train_split = "train1"
     config.data.batch_size = 128
     config.data.num_frames = 16
-    config.data.randaugment_layers = 4  # ours; that there is RandAugment: paper
-    config.data.erasing_probability = 0.25  # ours; that there is random erasing: paper
+    config.data.randaugment_layers = 4  # ours; the paper uses RandAugment
+    config.data.erasing_probability = 0.25  # ours; the paper uses random erasing
     config.optimizer.learning_rate = 1e-4
     config.optimizer.weight_decay = 2e-2
     config.eval.split = "test1"
@@ -68,14 +74,14 @@ def hmdb51() -> ConfigDict:
 
 
 def diving48() -> ConfigDict:
-    """Diving48: dense clips of 32 frames (ours); 1x1 views."""
+    """Return the recipe of Diving48: dense clips of 32 frames (ours); 1x1 views."""
     config = schema.get_config()
     config.num_epochs = 50  # ours
     config.data.dir = "data/diving48"
     config.data.source = "diving48"
     config.data.batch_size = 128
     config.data.num_frames = 32
-    config.data.randaugment_layers = 4  # ours; that there is RandAugment: paper
+    config.data.randaugment_layers = 4  # ours; the paper uses RandAugment
     config.optimizer.learning_rate = 3e-4
     config.optimizer.weight_decay = 3e-2
     config.eval.split = "test"
@@ -85,7 +91,7 @@ def diving48() -> ConfigDict:
 
 
 def baseline(config: ConfigDict, method: str) -> ConfigDict:
-    """`config` for a method of section 3.2: 8 frames, the rest of the recipe as it is."""
+    """Set a method of section 3.2, with 8 frames; the rest of the recipe stays as it is."""
     config.model.method = method
     config.model.pre_attention_adapter = False
     config.data.num_frames = 8
@@ -97,38 +103,46 @@ def baseline(config: ConfigDict, method: str) -> ConfigDict:
 
 
 def vit_b16(config: ConfigDict) -> ConfigDict:
-    """CLIP's ViT-B/16."""
+    """Set the backbone: CLIP's ViT-B/16."""
     config.backbone.name = "ViT-B/16"
     config.backbone.checkpoint = "weights/clip_vit_b16.safetensors"
     return config
 
 
 def vit_l14(config: ConfigDict) -> ConfigDict:
-    """CLIP's ViT-L/14."""
+    """Set the backbone: CLIP's ViT-L/14."""
     config.backbone.name = "ViT-L/14"
     config.backbone.checkpoint = "weights/clip_vit_l14.safetensors"
     return config
 
 
 def vit_b16_in21k(config: ConfigDict) -> ConfigDict:
-    """ViT-B/16 of ImageNet-21K."""
+    """Set the backbone: ViT-B/16 of ImageNet-21K."""
     config.backbone.name = "ViT-B/16-IN21K"
     config.backbone.checkpoint = "weights/in21k_vit_b16.safetensors"
-    config.data.mean = config.data.std = (0.5, 0.5, 0.5)  # of its checkpoints
+    config.data.mean = config.data.std = (0.5, 0.5, 0.5)  # its checkpoints expect these
     return config
 
 
 def swin_b(config: ConfigDict) -> ConfigDict:
-    """Swin-B of ImageNet-21K."""
+    """Set the backbone: Swin-B of ImageNet-21K."""
     config.backbone.name = "Swin-B"
     config.backbone.checkpoint = "weights/in21k_swin_b.safetensors"
-    config.data.mean = (0.485, 0.456, 0.406)  # of its checkpoints
+    config.data.mean = (0.485, 0.456, 0.406)  # its checkpoints expect these
     config.data.std = (0.229, 0.224, 0.225)
     return config
 
 
 def set_num_frames(argument: str, variants: Collection[str] = ()) -> int:
-    """T from a config's argument; ValueError that lists what it can be."""
+    """Parse T, the number of frames, from the argument of a config file.
+
+    Args:
+      argument: "16", "32" or "48".
+      variants: other arguments that the config takes, for the message.
+
+    Raises:
+      ValueError: the argument is none of these.
+    """
     known = ("16", "32", "48")
     if argument not in known:
         raise ValueError(

@@ -80,187 +80,85 @@ _BACKBONES = (
 )
 _SOURCES = ("k400", "ssv2", "hmdb51", "diving48", "folder", "csv", "demo")
 
+# fmt: off
 KEYS = (
-    Key(
-        "seed",
-        0,
-        "Seed of all randomness: initial parameters, order of examples, augmentation.",
-    ),
+    Key("seed", 0, "Seed of all randomness: initial parameters, order of examples, augmentation."),
     Key("num_epochs", 30, "Length of the training in epochs; ours.", _NOT_NEGATIVE),
-    Key(
-        "num_train_steps",
-        Optional(int),
-        "Length of the training in steps, used instead of num_epochs when set.",
-        _NOT_NEGATIVE,
-    ),
-    Key(
-        "log_every_steps",
-        50,
-        "Steps between two progress lines and entries in metrics.jsonl.",
-        _COUNT,
-    ),
-    Key(
-        "init_from",
-        Optional(str),
-        "Adapter file (scripts/export_adapter.py) whose parameters the run starts from.",
-    ),
-    Key(
-        "resume_changed",
-        False,
-        "Resumes from a checkpoint even if it was saved with other settings.",
-    ),
+    Key("num_train_steps", Optional(int),
+        "Length of the training in steps, used instead of num_epochs when set.", _NOT_NEGATIVE),
+    Key("log_every_steps", 50,
+        "Steps between two progress lines and entries in metrics.jsonl.", _COUNT),
+    Key("init_from", Optional(str),
+        "Adapter file (scripts/export_adapter.py) whose parameters the run starts from."),
+    Key("resume_changed", False,
+        "Resumes from a checkpoint even if it was saved with other settings."),
     # data
     Key("data.dir", Optional(str), "Output folder of scripts/prepare_dataset.py, local or gs://."),
-    Key(
-        "data.source",
-        "folder",
+    Key("data.source", "folder",
         "Data set that was prepared (its --dataset); demo renders and prepares it on first use.",
-        _SOURCES,
-    ),
+        _SOURCES),
     Key("data.train_split", "train", "Split that is trained on."),
-    Key(
-        "data.split",
-        Optional(str),
-        "HMDB51: split 1, 2, 3 or all, instead of the 1 in the names of the splits.",
-    ),
+    Key("data.split", Optional(str),
+        "HMDB51: split 1, 2, 3 or all, instead of the 1 in the names of the splits."),
     Key("data.batch_size", 64, "Clips per step, over all devices and hosts.", _COUNT),
     Key("data.image_size", 224, "Height and width of a spatial frame, pixels.", _SIZE),
-    Key(
-        "data.num_frames",
-        32,
-        "T, frames sampled from a video (sec. 3.2: 8 for the baselines).",
-        _SIZE,
-    ),
-    Key(
-        "data.num_spatial_frames",
-        8,
-        "S, frames of the spatial path; only dualpath uses it.",
-        _SIZE,
-    ),
-    Key(
-        "data.grid",
-        (4, 4),
-        "(w, h), frames across and down a frameset; only dualpath uses it.",
-        _SIZE,
-    ),
-    Key(
-        "data.frame_scale",
-        4,
-        "Factor by which a frame is reduced in a frameset; only dualpath uses it.",
-        _SIZE,
-    ),
-    Key(
-        "data.sampling",
-        "dense",
-        "How frames are sampled: dense takes a clip at sampling_interval, segments the whole video.",
-        ("dense", "segments"),
-    ),
-    Key(
-        "data.sampling_interval",
-        Optional(int),
+    Key("data.num_frames", 32,
+        "T, frames sampled from a video (sec. 3.2: 8 for the baselines).", _SIZE),
+    Key("data.num_spatial_frames", 8,
+        "S, frames of the spatial path; only dualpath uses it.", _SIZE),
+    Key("data.grid", (4, 4),
+        "(w, h), frames across and down a frameset; only dualpath uses it.", _SIZE),
+    Key("data.frame_scale", 4,
+        "Factor by which a frame is reduced in a frameset; only dualpath uses it.", _SIZE),
+    Key("data.sampling", "dense",
+        "How frames are sampled: dense takes a clip at sampling_interval, segments the whole "
+        "video.",
+        ("dense", "segments")),
+    Key("data.sampling_interval", Optional(int),
         "Frames from one sampled frame to the next; None: 4, 2, 1 for T = 16, 32, 48 (sec. 5.1).",
-        _COUNT,
-    ),
-    Key(
-        "data.crop_scale",
-        (0.08, 1.0),
+        _COUNT),
+    Key("data.crop_scale", (0.08, 1.0),
         "Smallest and largest part of a frame's area in a random resized crop; ours.",
-        Range(0, 1, open_low=True),
-    ),
-    Key(
-        "data.crop_ratio",
-        (3 / 4, 4 / 3),
-        "Smallest and largest width / height of a random resized crop; ours.",
-        _POSITIVE,
-    ),
-    Key(
-        "data.flip",
-        True,
-        "Mirrors half of the training clips; label_swap handles left and right; ours.",
-    ),
-    Key(
-        "data.label_swap",
-        Optional(str),
-        "Pairs of classes that a flip exchanges: ssv2, or a JSON file of pairs.",
-    ),
-    Key(
-        "data.randaugment_layers",
-        0,
-        "N, RandAugment operations drawn per clip; 0 switches RandAugment off.",
-        _NOT_NEGATIVE,
-    ),
+        Range(0, 1, open_low=True)),
+    Key("data.crop_ratio", (3 / 4, 4 / 3),
+        "Smallest and largest width / height of a random resized crop; ours.", _POSITIVE),
+    Key("data.flip", True,
+        "Mirrors half of the training clips; label_swap handles left and right; ours."),
+    Key("data.label_swap", Optional(str),
+        "Pairs of classes that a flip exchanges: ssv2, or a JSON file of pairs."),
+    Key("data.randaugment_layers", 0,
+        "N, RandAugment operations drawn per clip; 0 switches RandAugment off.", _NOT_NEGATIVE),
     Key("data.randaugment_magnitude", 7.0, "M, RandAugment's magnitude; ours.", Range(0, 10)),
-    Key(
-        "data.erasing_probability",
-        0.0,
-        "Probability of erasing a box in all frames of a clip.",
-        _FRACTION,
-    ),
-    Key(
-        "data.mean",
-        (0.48145466, 0.4578275, 0.40821073),
-        "Mean of red, green and blue that the backbone expects, 0..1; CLIP's.",
-    ),
-    Key(
-        "data.std",
-        (0.26862954, 0.26130258, 0.27577711),
-        "Standard deviation of red, green and blue that the backbone expects; CLIP's.",
-        _POSITIVE,
-    ),
-    Key(
-        "data.prefetch",
-        2,
-        "Batches made ahead of the step that needs them; -1 lets tf.data choose.",
-        Range(-1),
-    ),
-    Key(
-        "data.max_broken_videos",
-        100,
-        "Unreadable videos that are replaced in training; one more stops it.",
-        _NOT_NEGATIVE,
-    ),
-    Key(
-        "data.synthetic",
-        False,
-        "Times the device: one made-up batch, random weights, no files.",
-    ),
+    Key("data.erasing_probability", 0.0,
+        "Probability of erasing a box in all frames of a clip.", _FRACTION),
+    Key("data.mean", (0.48145466, 0.4578275, 0.40821073),
+        "Mean of red, green and blue that the backbone expects, 0..1; CLIP's."),
+    Key("data.std", (0.26862954, 0.26130258, 0.27577711),
+        "Standard deviation of red, green and blue that the backbone expects; CLIP's.", _POSITIVE),
+    Key("data.prefetch", 2,
+        "Batches made ahead of the step that needs them; -1 lets tf.data choose.", Range(-1)),
+    Key("data.max_broken_videos", 100,
+        "Unreadable videos that are replaced in training; one more stops it.", _NOT_NEGATIVE),
+    Key("data.synthetic", False, "Times the device: one made-up batch, random weights, no files."),
     # mesh
-    Key(
-        "mesh.fsdp",
-        1,
-        "Devices that share frozen weights and optimizer state; must divide their number.",
-        _COUNT,
-    ),
+    Key("mesh.fsdp", 1,
+        "Devices that share frozen weights and optimizer state; must divide their number.", _COUNT),
     # backbone
-    Key(
-        "backbone.name",
-        "ViT-B/16",
-        "Name of the backbone; custom takes the keys below.",
-        _BACKBONES,
-    ),
+    Key("backbone.name", "ViT-B/16",
+        "Name of the backbone; custom takes the keys below.", _BACKBONES),
     Key("backbone.checkpoint", Optional(str), "Output file of scripts/convert_clip.py."),
-    Key(
-        "backbone.patch_size",
-        Optional(int),
-        "P, side of a patch, pixels; None here and below: that of the named backbone.",
-        _SIZE,
-    ),
-    Key(
-        "backbone.width", Optional(int), "D, width of the tokens; Swin: of the first stage.", _WIDTH
-    ),
+    Key("backbone.patch_size", Optional(int),
+        "P, side of a patch, pixels; None here and below: that of the named backbone.", _SIZE),
+    Key("backbone.width", Optional(int),
+        "D, width of the tokens; Swin: of the first stage.", _WIDTH),
     Key("backbone.depth", Optional(int), "ViT: L, number of blocks.", _DEPTH),
     Key("backbone.depths", Optional(tuple), "Swin: number of blocks in each stage.", _DEPTH),
-    Key(
-        "backbone.heads", Optional(int), "K, attention heads; must be those of the weights.", _WIDTH
-    ),
+    Key("backbone.heads", Optional(int),
+        "K, attention heads; must be those of the weights.", _WIDTH),
     Key("backbone.mlp_dim", Optional(int), "Width of the MLP's hidden layer.", _WIDTH),
     Key("backbone.window_size", Optional(int), "Swin: side of a window, tokens.", _SIZE),
-    Key(
-        "backbone.projection_dim",
-        Optional(int),
-        "ViT: e, width of CLIP's joint space; custom backbones may have none.",
-        _WIDTH,
-    ),
+    Key("backbone.projection_dim", Optional(int),
+        "ViT: e, width of CLIP's joint space; custom backbones may have none.", _WIDTH),
     Key("backbone.pre_norm", Optional(bool), "ViT: CLIP's LayerNorm before the first block."),
     Key("backbone.patch_bias", Optional(bool), "ViT: a bias in the patch embedding (ImageNet)."),
     # model
@@ -269,223 +167,106 @@ KEYS = (
     Key("model.temporal_path", True, "dualpath: False is Table 5, without temporal adaptation."),
     Key("model.adapter_bottleneck", 128, "dualpath: R, width of an adapter.", _WIDTH),
     Key("model.adapter_scale", 1.0, "dualpath: s, factor on an adapter's output; ours."),
-    Key(
-        "model.adapter_dropout",
-        0.0,
-        "dualpath: dropout rate in an adapter, after its activation; ours.",
-        _RATE,
-    ),
+    Key("model.adapter_dropout", 0.0,
+        "dualpath: dropout rate in an adapter, after its activation; ours.", _RATE),
     Key("model.adapter_layer_norm", False, "dualpath: a LayerNorm before each adapter; ours."),
-    Key(
-        "model.serial_skip",
-        False,
-        "dualpath, temporal path: y + Adapter(y) instead of eq. 9's Adapter(y).",
-    ),
-    Key(
-        "model.pre_attention_adapter",
-        False,
-        "dualpath, temporal path: one more adapter before attention (SSv2).",
-    ),
-    Key(
-        "model.pre_attention_residual",
-        True,
-        "dualpath: that adapter computes x + Adapter(x) instead of Adapter(x); ours.",
-    ),
-    Key(
-        "model.temporal_position",
-        "sincos3d",
+    Key("model.serial_skip", False,
+        "dualpath, temporal path: y + Adapter(y) instead of eq. 9's Adapter(y)."),
+    Key("model.pre_attention_adapter", False,
+        "dualpath, temporal path: one more adapter before attention (SSv2)."),
+    Key("model.pre_attention_residual", True,
+        "dualpath: that adapter computes x + Adapter(x) instead of Adapter(x); ours."),
+    Key("model.temporal_position", "sincos3d",
         "dualpath: position encoding of the framesets' patches.",
-        ("sincos3d", "sincos3d+clip", "clip", "learned"),
-    ),
-    Key(
-        "model.train_tokens",
-        True,
-        "dualpath: trains class tokens and spatial positions (sec. 4).",
-    ),
-    Key(
-        "model.adapt_shifted_windows",
-        False,
-        "dualpath on a Swin: adapters also in the shifted-window blocks (not in App. B.1).",
-    ),
-    Key(
-        "model.dtype",
-        "bfloat16",
+        ("sincos3d", "sincos3d+clip", "clip", "learned")),
+    Key("model.train_tokens", True,
+        "dualpath: trains class tokens and spatial positions (sec. 4)."),
+    Key("model.adapt_shifted_windows", False,
+        "dualpath on a Swin: adapters also in the shifted-window blocks (not in App. B.1)."),
+    Key("model.dtype", "bfloat16",
         "Dtype of the computation; trainable parameters are float32; ours.",
-        ("float32", "bfloat16"),
-    ),
-    Key(
-        "model.scan_blocks",
-        Optional(bool),
-        "True scans over the blocks, False unrolls them; None: unrolled on a GPU, else scanned.",
-    ),
-    Key(
-        "model.remat",
-        "save_matmuls",
+        ("float32", "bfloat16")),
+    Key("model.scan_blocks", Optional(bool),
+        "True scans over the blocks, False unrolls them; None: unrolled on a GPU, else scanned."),
+    Key("model.remat", "save_matmuls",
         "Activation checkpointing: none saves everything, save_matmuls the outputs of large "
         "products, full block inputs only.",
-        ("none", "save_matmuls", "full"),
-    ),
-    Key(
-        "model.cls_token_only",
-        True,
-        "ViT: the last block computes only what the class token needs; same result.",
-    ),
-    Key(
-        "model.vpt.num_prompts",
-        10,
-        "vpt: K, prompts; VPT's own choices are 1, 5, 10, 50, 100, 200; ours.",
-        _WIDTH,
-    ),
+        ("none", "save_matmuls", "full")),
+    Key("model.cls_token_only", True,
+        "ViT: the last block computes only what the class token needs; same result."),
+    Key("model.vpt.num_prompts", 10,
+        "vpt: K, prompts; VPT's own choices are 1, 5, 10, 50, 100, 200; ours.", _WIDTH),
     Key("model.vpt.deep", True, "vpt: new prompts in each block; False is VPT-shallow."),
     Key("model.adaptformer.bottleneck", 64, "adaptformer: R, width of an adapter.", _WIDTH),
     Key("model.adaptformer.scale", 0.1, "adaptformer: s, factor on an adapter's output."),
     Key("model.adaptformer.parallel", True, "adaptformer: eq. 4; False is the serial Fig. 2c."),
-    Key(
-        "model.protuning.width",
-        96,
-        "protuning: channels between the 1x1 convolutions; ours, gives its 9M.",
-        _WIDTH,
-    ),
-    Key(
-        "model.st_adapter.form",
-        "paper",
+    Key("model.protuning.width", 96,
+        "protuning: channels between the 1x1 convolutions; ours, gives its 9M.", _WIDTH),
+    Key("model.st_adapter.form", "paper",
         "st_adapter: eq. 6 of the paper, or the form that its authors released.",
-        ("paper", "released"),
-    ),
+        ("paper", "released")),
     Key("model.st_adapter.width", 384, "st_adapter: R, width; its authors'.", _WIDTH),
-    Key(
-        "model.st_adapter.kernel_size",
-        (3, 1, 1),
-        "st_adapter: kernel over frames, rows, columns; odd numbers; its authors'.",
-        _SIZE,
-    ),
-    Key(
-        "model.st_adapter.scale",
-        1.0,
-        "st_adapter: s, factor on an adapter's output in eq. 6; ours.",
-    ),
-    Key(
-        "model.videoprompt.num_prompts",
-        32,
-        "videoprompt: prompts before the frames; its authors' 16 + 16.",
-        _WIDTH,
-    ),
-    Key(
-        "model.aim.bottleneck",
-        Optional(int),
-        "aim: R, width of an adapter; None: D/4, its authors'.",
-        _WIDTH,
-    ),
+    Key("model.st_adapter.kernel_size", (3, 1, 1),
+        "st_adapter: kernel over frames, rows, columns; odd numbers; its authors'.", _SIZE),
+    Key("model.st_adapter.scale", 1.0,
+        "st_adapter: s, factor on an adapter's output in eq. 6; ours."),
+    Key("model.videoprompt.num_prompts", 32,
+        "videoprompt: prompts before the frames; its authors' 16 + 16.", _WIDTH),
+    Key("model.aim.bottleneck", Optional(int),
+        "aim: R, width of an adapter; None: D/4, its authors'.", _WIDTH),
     Key("model.aim.scale", 0.5, "aim: s of joint adaptation; its authors'; 1.0 on SSv2."),
-    Key(
-        "model.aim.num_temporal_adapters",
-        1,
-        "aim: adapters around temporal attention; its authors'; 2 on SSv2.",
-        (1, 2),
-    ),
-    Key(
-        "model.aim.drop_path",
-        0.2,
-        "aim: stochastic depth of temporal and joint adaptation, by clip; its authors'.",
-        _RATE,
-    ),
+    Key("model.aim.num_temporal_adapters", 1,
+        "aim: adapters around temporal attention; its authors'; 2 on SSv2.", (1, 2)),
+    Key("model.aim.drop_path", 0.2,
+        "aim: stochastic depth of temporal and joint adaptation, by clip; its authors'.", _RATE),
     Key("model.aim.dropout", 0.5, "aim: dropout rate before the classifier; its authors'.", _RATE),
     Key("model.evl.num_blocks", 4, "evl: M, last blocks that are decoded; its authors'."),
-    Key(
-        "model.evl.mlp_dropout", 0.5, "evl: dropout rate in the decoder's MLP; its authors'.", _RATE
-    ),
+    Key("model.evl.mlp_dropout", 0.5,
+        "evl: dropout rate in the decoder's MLP; its authors'.", _RATE),
     Key("model.evl.dropout", 0.5, "evl: dropout rate before the classifier; its authors'.", _RATE),
     # optimizer
-    Key(
-        "optimizer.learning_rate",
-        3e-4,
-        "Peak learning rate of AdamW; the schedule is a cosine to zero.",
-        _POSITIVE,
-    ),
+    Key("optimizer.learning_rate", 3e-4,
+        "Peak learning rate of AdamW; the schedule is a cosine to zero.", _POSITIVE),
     Key("optimizer.weight_decay", 5e-2, "Weight decay, on kernels only (ours).", _NOT_NEGATIVE),
-    Key(
-        "optimizer.warmup_epochs",
-        3.0,
-        "Epochs of linear warm-up, at most half of the training; ours.",
-        _NOT_NEGATIVE,
-    ),
+    Key("optimizer.warmup_epochs", 3.0,
+        "Epochs of linear warm-up, at most half of the training; ours.", _NOT_NEGATIVE),
     Key("optimizer.b1", 0.9, "AdamW's decay of the first moment; ours.", _RATE),
     Key("optimizer.b2", 0.999, "AdamW's decay of the second moment; ours.", _RATE),
-    Key(
-        "optimizer.clip_norm",
-        Optional(float),
-        "Largest global gradient norm; None does not clip.",
-        _POSITIVE,
-    ),
+    Key("optimizer.clip_norm", Optional(float),
+        "Largest global gradient norm; None does not clip.", _POSITIVE),
     Key("optimizer.label_smoothing", 0.0, "Label smoothing; ours.", _RATE),
-    Key(
-        "optimizer.accumulation_steps",
-        1,
-        "Parts of a batch that are computed one after the other.",
-        _COUNT,
-    ),
-    Key(
-        "optimizer.reduce_dtype",
-        "float32",
-        "Dtype of gradients between devices, along mesh axis data.",
-        ("float32", "bfloat16"),
-    ),
-    Key(
-        "optimizer.max_skipped_steps",
-        0,
+    Key("optimizer.accumulation_steps", 1,
+        "Parts of a batch that are computed one after the other.", _COUNT),
+    Key("optimizer.reduce_dtype", "float32",
+        "Dtype of gradients between devices, along mesh axis data.", ("float32", "bfloat16")),
+    Key("optimizer.max_skipped_steps", 0,
         "Steps with a non-finite loss or gradient that are skipped; one more stops the training.",
-        _NOT_NEGATIVE,
-    ),
+        _NOT_NEGATIVE),
     # eval
     Key("eval.split", "validation", "Split that results.json is about."),
     Key("eval.batch_size", 32, "Videos per evaluation step, over all devices and hosts.", _COUNT),
     Key("eval.temporal_views", 3, "Clips per video.", Range(1, 1024)),
     Key("eval.spatial_crops", 1, "Crops per clip.", (1, 3)),
-    Key(
-        "eval.every_epochs",
-        0,
-        "Epochs between evaluations during training; 0 evaluates only at the end.",
-        _NOT_NEGATIVE,
-    ),
-    Key(
-        "eval.checkpoint",
-        "latest",
+    Key("eval.every_epochs", 0,
+        "Epochs between evaluations during training; 0 evaluates only at the end.", _NOT_NEGATIVE),
+    Key("eval.checkpoint", "latest",
         "Checkpoint that --mode=eval takes: the latest, or the best by top-1 during training.",
-        ("latest", "best"),
-    ),
+        ("latest", "best")),
     # checkpoint
-    Key(
-        "checkpoint.every_steps",
-        1000,
-        "Steps between checkpoints; evaluations and the end are saved as well.",
-        _COUNT,
-    ),
-    Key(
-        "checkpoint.every_minutes",
-        15.0,
+    Key("checkpoint.every_steps", 1000,
+        "Steps between checkpoints; evaluations and the end are saved as well.", _COUNT),
+    Key("checkpoint.every_minutes", 15.0,
         "Minutes after which a checkpoint is saved in any case, checked when progress is logged.",
-        _POSITIVE,
-    ),
-    Key(
-        "checkpoint.keep",
-        3,
-        "Newest checkpoints that are kept, in addition to the best by top-1.",
-        _COUNT,
-    ),
+        _POSITIVE),
+    Key("checkpoint.keep", 3,
+        "Newest checkpoints that are kept, in addition to the best by top-1.", _COUNT),
     # profile
-    Key(
-        "profile.first_step",
-        10,
-        "First step that is traced, counted from the start of the process.",
-        _NOT_NEGATIVE,
-    ),
-    Key(
-        "profile.num_steps",
-        0,
-        "Steps that JAX's profiler traces into the workdir; 0 traces none.",
-        _NOT_NEGATIVE,
-    ),
+    Key("profile.first_step", 10,
+        "First step that is traced, counted from the start of the process.", _NOT_NEGATIVE),
+    Key("profile.num_steps", 0,
+        "Steps that JAX's profiler traces into the workdir; 0 traces none.", _NOT_NEGATIVE),
 )
+# fmt: on
 
 _BY_NAME = {key.name: key for key in KEYS}
 _ADDED_CHOICES: dict[str, list[Any]] = {}
@@ -496,7 +277,7 @@ RENAMED_VALUES = {("model.remat", "cheap"): "save_matmuls"}
 
 
 def get_config() -> ConfigDict:
-    """Returns every key with its default; config files change the values they need."""
+    """Return every key with its default; config files change the values they need."""
     config = ConfigDict()
     for key in KEYS:
         *groups, name = key.name.split(".")
@@ -511,7 +292,7 @@ def get_config() -> ConfigDict:
 
 
 def choices(name: str) -> tuple[Any, ...] | None:
-    """Returns the values that key `name` may have, or None if it is not restricted to a list."""
+    """Return the values that key `name` may have, or None if it is not restricted to a list."""
     allowed = _BY_NAME[name].allowed
     if not isinstance(allowed, tuple):
         return None
@@ -519,14 +300,14 @@ def choices(name: str) -> tuple[Any, ...] | None:
 
 
 def add_choice(name: str, value: Any) -> None:
-    """Allows one more value of key `name`, for methods and backbones outside this repository."""
+    """Allow one more value of key `name`, for methods and backbones outside this repository."""
     if choices(name) is None:
         raise ValueError(f"{name} is not restricted to a list of values")
     _ADDED_CHOICES.setdefault(name, []).append(value)
 
 
 def check_values(config: Mapping[str, Any]) -> None:
-    """Checks each value of a configuration by itself; what belongs together is checked in use.
+    """Check each value of a configuration by itself; what belongs together is checked in use.
 
     Args:
       config: a `ConfigDict` with the keys of `KEYS`.
@@ -573,7 +354,7 @@ def _describe_allowed(key: Key) -> str:
 
 
 def format_keys() -> str:
-    """Returns all keys as text for a terminal, which --help_config prints."""
+    """Return all keys as text for a terminal, which --help_config prints."""
 
     def lines() -> Iterator[str]:
         for key in KEYS:
@@ -587,7 +368,7 @@ def format_keys() -> str:
 
 
 def markdown_table() -> str:
-    """Returns all keys as the Markdown page docs/configuration.md."""
+    """Return all keys as the Markdown page docs/configuration.md."""
     lines = [
         "# Configuration keys",
         "",

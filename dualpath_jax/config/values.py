@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from dualpath_jax.config import schema
 
-# What is raised when values from an untrusted file are not a configuration.
+# Errors that are raised if values from an untrusted file are not a configuration.
 INVALID_CONFIG_ERRORS = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
 
 # Keys that may differ from those of a checkpoint, since they do not change what is learned.
@@ -32,7 +32,7 @@ SAFE_CHANGES = (
 
 
 def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the values of a nested configuration by dotted key."""
+    """Return the values of a nested configuration by dotted key."""
     values: dict[str, Any] = {}
     for name in config:
         value = config[name]
@@ -44,13 +44,13 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 
 
 def format_views(config: Any) -> str:
-    """Returns the views of an evaluation as the paper writes them, frames x clips x crops."""
+    """Return the views of an evaluation as the paper writes them, frames x clips x crops."""
     views = (config.data.num_frames, config.eval.temporal_views, config.eval.spatial_crops)
     return "x".join(map(str, views))
 
 
 def apply_renames(config: MutableMapping[str, Any]) -> list[str]:
-    """Replaces keys and values of older versions in a nested configuration, in place.
+    """Replace keys and values of older versions in a nested configuration, in place.
 
     Returns:
       A line for each replacement that names the new key or value.
@@ -73,6 +73,7 @@ def apply_renames(config: MutableMapping[str, Any]) -> list[str]:
 
 
 def _find_group(config: Any, groups: list[str]) -> Any:
+    """Return the nested group of a configuration, None if there is no such group."""
     for name in groups:
         if not isinstance(config, Mapping | ConfigDict) or name not in config:
             return None
@@ -81,7 +82,7 @@ def _find_group(config: Any, groups: list[str]) -> Any:
 
 
 def restore_config(saved: Mapping[str, Any]) -> ConfigDict:
-    """Restores a saved configuration and fills keys added since then with their defaults.
+    """Restore a saved configuration and fill keys added since then with their defaults.
 
     Args:
       saved: nested, of the values that JSON has, as in config.json and in checkpoints.
@@ -103,10 +104,11 @@ def restore_config(saved: Mapping[str, Any]) -> ConfigDict:
 def config_changes(
     saved: Mapping[str, Any], current: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """Compares two configurations, leaving out the keys of `SAFE_CHANGES`.
+    """Compare two configurations, leaving out the keys of `SAFE_CHANGES`.
 
     Args:
-      saved, current: nested dicts, as `Experiment.metadata()["config"]`.
+      saved: nested dict, as `Experiment.metadata()["config"]`.
+      current: as `saved`.
 
     Returns:
       (saved, current) values by dotted key, where they differ.

@@ -51,7 +51,7 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = False,
 ) -> Crop:
-    """Draws a box of random area and aspect ratio (Szegedy et al. 2015).
+    """Draw a box of random area and aspect ratio (Szegedy et al. 2015).
 
     Args:
       height: height of the stored frames, in pixels.
@@ -78,7 +78,7 @@ def random_resized_crop(
 
 
 def eval_crop(height: int, width: int, crop: int, num_crops: int) -> Crop:
-    """Returns a square test crop, as large as the short side of the frame.
+    """Return a square test crop, as large as the short side of the frame.
 
     Args:
       height: height of the stored frames, in pixels.
@@ -103,7 +103,7 @@ def random_erasing(
     area: tuple[float, float] = (0.02, 1 / 3),
     ratio: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> np.ndarray:
-    """Draws the box to erase in every frame of a clip (Zhong et al. 2020, timm's defaults).
+    """Draw the box to erase in every frame of a clip (Zhong et al. 2020, timm's defaults).
 
     Args:
       side: side of the square frame, in pixels.
@@ -127,7 +127,7 @@ def random_erasing(
 
 
 def read_label_swaps(label_swap: str | None) -> list[tuple[str, str]]:
-    """Returns the pairs of class names that mirroring exchanges.
+    """Return the pairs of class names that mirroring exchanges.
 
     Args:
       label_swap: `config.data.label_swap`: "ssv2", the path of a JSON file
@@ -158,7 +158,7 @@ def read_label_swaps(label_swap: str | None) -> list[tuple[str, str]]:
 
 
 def mirrored_labels(class_names: Sequence[str], label_swap: str | None) -> np.ndarray:
-    """Returns the class that a clip of each class has after mirroring.
+    """Return the class that a clip of each class has after mirroring.
 
     Args:
       class_names: name of each class, by class index.
@@ -193,6 +193,6 @@ def mirrored_labels(class_names: Sequence[str], label_swap: str | None) -> np.nd
 
 
 def _swap_left_right(name: str) -> str:
-    """Replaces left by right and right by left in a class name."""
+    """Replace left by right and right by left in a class name."""
     sides = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
     return re.sub("|".join(sides), lambda match: sides[match.group()], name)

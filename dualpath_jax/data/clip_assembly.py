@@ -21,12 +21,12 @@ from dualpath_jax.runtime.cpu_count import num_cores
 
 
 class ClipSample(TypedDict, total=False):
-    """Holds what the pipeline's generators yield for one clip: raw records and what was drawn.
+    """Holds the raw records of one clip and everything that was drawn for it.
 
     Attributes:
       records: bytes [T], serialized tf.train.Example of each frame.
       box: int32 [4], top, left, height and width of the crop, pixels of the stored frame.
-      decode_ratio: int32, place in `frame_ops.DECODE_RATIOS` of the JPEG decoder's scale.
+      decode_ratio: int32, index in `frame_ops.DECODE_RATIOS` of the JPEG decoder's scale.
       flip: bool, mirror the clip.
       label: int32.
       mask: float32, 0 for padding.
@@ -56,7 +56,7 @@ def make_clip_sample(
     crop: augment.Crop,
     real: bool = True,
 ) -> ClipSample:
-    """Reads the records of a clip and returns them as a sample, without augmentation's draws.
+    """Read the records of a clip and return them as a sample, without augmentation's draws.
 
     Args:
       dataset: the split.
@@ -79,7 +79,7 @@ def make_clip_sample(
     return {
         "records": dataset.read_frames(example, frames),
         "box": frame_ops.snap_box(box, unit),
-        "decode_ratio": np.int32(frame_ops.DECODE_RATIOS.index(ratio)),  # its place
+        "decode_ratio": np.int32(frame_ops.DECODE_RATIOS.index(ratio)),  # index of the ratio
         "flip": crop.flip,
         "label": np.int32(dataset.labels[example]),
         "mask": np.float32(real),
@@ -94,7 +94,7 @@ def compose_inputs(
     clip: ClipFormat,
     fill: np.ndarray,
 ) -> dict[str, tf.Tensor]:
-    """Composes a clip's inputs from its scaled frames and what was drawn for it.
+    """Compose a clip's inputs from its scaled frames and its draws.
 
     Args:
       spatial: uint8 [S, H, W, 3].
@@ -119,7 +119,7 @@ def compose_inputs(
         color = {key: sample[key] for key in ("ops", "op_values")}
         color["tables"] = randaugment.lookup_tables(images[-1], *color.values())
     if "erase" in sample:
-        box = sample["erase"]  # in pixels of the last, so that it is the same part of both
+        box = sample["erase"]  # pixels of the smallest input: the same part of all inputs
 
         def erased() -> list[tf.Tensor]:
             side = images[-1].shape[1]
@@ -133,14 +133,17 @@ def compose_inputs(
 
 
 def fill_color(data: Any) -> np.ndarray:
-    """Returns the color of erased pixels and of those from outside, float32 [3]; 0 when normalized."""
+    """Return the color of erased pixels and of those outside of a frame, float32 [3].
+
+    It is the mean of the data, which normalization maps to 0.
+    """
     return 255 * np.array(data.mean, np.float32)
 
 
 def _assemble(
     sample: dict[str, tf.Tensor], clip: ClipFormat, fill: np.ndarray
 ) -> dict[str, tf.Tensor]:
-    """Decodes the records of one clip and composes its inputs."""
+    """Decode the records of one clip and compose its inputs."""
     jpegs = tf.io.parse_example(sample["records"], FRAME_FEATURES)["image"]
     jpegs = tf.unstack(jpegs, clip.num_frames)
     chosen = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
@@ -160,7 +163,7 @@ def _assemble(
 
 
 def _signature(clip: ClipFormat, layers: int, erasing: bool) -> dict[str, tf.TensorSpec]:
-    """Returns the tensor specs of a `ClipSample` with what RandAugment (`layers`) and erasing drew."""
+    """Return the tensor specs of a `ClipSample`, with the draws of RandAugment and erasing."""
     signature = {
         "records": tf.TensorSpec([clip.num_frames], tf.string),
         "box": tf.TensorSpec([4], tf.int32),
@@ -183,7 +186,7 @@ def _signature(clip: ClipFormat, layers: int, erasing: bool) -> dict[str, tf.Ten
 def _traced(
     clip: ClipFormat, fill: tuple[float, ...], layers: int, erasing: bool
 ) -> Callable[[dict[str, Any]], dict[str, tf.Tensor]]:
-    """Returns `_assemble` as a graph, which all passes over a data set and all clips share."""
+    """Return `_assemble` as a graph, which all passes over a data set and all clips share."""
 
     def assemble(sample: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         return _assemble(sample, clip, np.array(fill, np.float32))
@@ -199,13 +202,14 @@ def decode_clips(
     problems: list[Exception],
     training: bool = False,
 ) -> tf.data.Dataset:
-    """Decodes samples to clips (see `pipeline`, without the axis B), in order and in parallel.
+    """Decode samples to clips (see `pipeline`, without the axis B), in order and in parallel.
 
     Args:
-      samples: of `make_clip_sample`; in training with what RandAugment and erasing drew.
+      samples: of `make_clip_sample`; in training with the draws of RandAugment and erasing.
       clip: what a clip is.
       data: `config.data`.
-      problems: gets the exceptions of `samples`, of which TensorFlow passes on only the text.
+      problems: a list that receives the exceptions of `samples`, as TensorFlow passes on only
+        their text.
       training: True if the samples have RandAugment's and erasing's draws, as `data` asks.
     """
     layers = data.randaugment_layers if training else 0
@@ -224,12 +228,11 @@ def decode_clips(
 
 
 def parallel_map(clips: tf.data.Dataset, function: Callable[..., Any]) -> tf.data.Dataset:
-    """`clips` through `function`, in order, twice as many at a time as there are cores.
+    """Apply `function` to `clips` in order, two calls per core in parallel.
 
-    With one for each core, cores stand idle while their clips, done, wait for one before them.
-    Without tf.data's autotuner: its thread wakes up ever more rarely, once a minute at last, and
-    what ends a stream waits for that (TensorFlow 2.21: 1.2 s after an evaluation of 1.3 s). Without
-    AutoGraph, which takes as long to rewrite `function` as TensorFlow to trace it.
+    With one call per core, cores are idle while finished clips wait for an earlier one. tf.data's
+    autotuner is off, because the end of a stream waits for its thread (TensorFlow 2.21); so is
+    AutoGraph, which is slow and not needed.
     """
     options = tf.data.Options()
     options.autotune.enabled = False
@@ -239,15 +242,15 @@ def parallel_map(clips: tf.data.Dataset, function: Callable[..., Any]) -> tf.dat
 
 
 def build_clip_fn(clip: ClipFormat, data: Any) -> Callable[[dict[str, Any]], dict[str, tf.Tensor]]:
-    """Returns the function that `decode_clips` applies, for clips that come one by one.
+    """Return the function that `decode_clips` applies, for single clips of evaluation.
 
-    Building a tf.data pipeline takes longer than making a clip.
+    For a single clip, building a tf.data pipeline would take longer than assembling it.
     """
     return _traced(clip, tuple(fill_color(data)), layers=0, erasing=False)
 
 
 def find_decode_error(sample: ClipSample, clip: ClipFormat, data: Any) -> str:
-    """Returns why the records of a sample cannot be decoded; "" if they can."""
+    """Return why the records of a sample cannot be decoded; "" if they can."""
     try:
         _assemble({k: tf.convert_to_tensor(v) for k, v in sample.items()}, clip, fill_color(data))
     except DECODE_ERRORS as problem:

@@ -39,17 +39,17 @@ class FramesetShape:
 
     @property
     def num_framesets(self) -> int:
-        """Returns G = T / (w h)."""
+        """Return G = T / (w h)."""
         return self.num_frames // (self.grid[0] * self.grid[1])
 
     @property
     def frame_size(self) -> int:
-        """Returns the side of a frame in the frameset, in pixels."""
+        """Return the side of a frame in the frameset, in pixels."""
         return self.image_size // self.frame_scale
 
     @property
     def size(self) -> tuple[int, int]:
-        """Returns (height, width) of a frameset, in pixels."""
+        """Return (height, width) of a frameset, in pixels."""
         return self.grid[1] * self.frame_size, self.grid[0] * self.frame_size
 
 
@@ -66,7 +66,7 @@ class Views(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Returns V, the number of views of a video."""
+        """Return V, the number of views of a video."""
         return self.temporal * self.spatial
 
 
@@ -92,7 +92,7 @@ class ClipFormat:
 
 
 def build_clip_format(data_config: Any, framesets: bool = True) -> ClipFormat:
-    """Builds and checks the clip format of a configuration.
+    """Build and check the clip format of a configuration.
 
     Args:
       data_config: `config.data`.

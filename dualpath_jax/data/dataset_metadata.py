@@ -14,6 +14,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
 from dualpath_jax.data.preparation.video_decoder import MAX_SIDE, FrameFormat
+from dualpath_jax.runtime.command_line import command_line
 from dualpath_jax.runtime.safe_read import read_json, truncated_repr
 
 _REMEDY = "check the disk and prepare the data set again with another --out"
@@ -34,7 +35,7 @@ _FEATURES = {
 
 
 def read_splits(data_dir: str) -> dict[str, list[int]]:
-    """Reads the number of records in each shard of each split from a TFDS dataset_info.json.
+    """Read the number of records in each shard of each split from a TFDS dataset_info.json.
 
     Args:
       data_dir: folder of a TFDS data set, local or gs://.
@@ -50,7 +51,7 @@ def read_splits(data_dir: str) -> dict[str, list[int]]:
     if not epath.Path(path).exists():
         raise FileNotFoundError(
             f"no prepared videos in {data_dir} (there is no {path}). Prepare them with: "
-            "python scripts/prepare_dataset.py --dataset=... --videos=... --out=" + data_dir
+            f"{command_line('prepare')} --dataset=... --videos=... --out={data_dir}"
         )
     splits = read_json(path, dict).get("splits")
     if not isinstance(splits, list):
@@ -59,7 +60,7 @@ def read_splits(data_dir: str) -> dict[str, list[int]]:
 
 
 def _parse_split(path: str, split: Any) -> tuple[str, list[int]]:
-    """Returns (name, records per shard) of a split; the JSON file has numbers as strings."""
+    """Return (name, records per shard) of a split; the JSON file has numbers as strings."""
     name, lengths = (
         split.get(k) if isinstance(split, dict) else 0 for k in ("name", "shardLengths")
     )
@@ -73,7 +74,7 @@ def _parse_split(path: str, split: Any) -> tuple[str, list[int]]:
 
 
 def read_class_names(data_dir: str) -> list[str]:
-    """Reads the name of each class, by class index, from class_names.json.
+    """Read the name of each class, by class index, from class_names.json.
 
     Raises:
       ValueError: the file is damaged.
@@ -86,7 +87,7 @@ def read_class_names(data_dir: str) -> list[str]:
 
 
 def read_frame_format(data_dir: str) -> FrameFormat:
-    """Reads how the frames are stored from frame_format.json.
+    """Read how the frames are stored from frame_format.json.
 
     Returns:
       The frame format; the default one if the file does not exist.
@@ -101,7 +102,7 @@ def read_frame_format(data_dir: str) -> FrameFormat:
 
 
 def parse_frame_format(values: dict[str, Any], where: str) -> FrameFormat:
-    """Checks the fields of a `FrameFormat`.
+    """Check the fields of a `FrameFormat`.
 
     Args:
       values: field name -> value.
@@ -127,7 +128,7 @@ def parse_frame_format(values: dict[str, Any], where: str) -> FrameFormat:
 def read_video_table(
     path: str, num_videos: int, num_classes: int, shards: list[int]
 ) -> dict[str, Any]:
-    """Reads the columns of a video table.
+    """Read the columns of a video table.
 
     Args:
       path: path of the table's only shard, local or gs://.

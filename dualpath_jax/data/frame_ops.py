@@ -19,7 +19,7 @@ FRAMES_PER_GROUP = 4
 
 
 def choose_decode_ratio(side: int, frame_size: int) -> int:
-    """Returns the factor by which libjpeg may reduce a frame that is used only in a frameset.
+    """Return the factor by which libjpeg may reduce a frame that is used only in a frameset.
 
     Args:
       side: shorter side of the crop, in pixels of the stored frame.
@@ -33,7 +33,7 @@ def choose_decode_ratio(side: int, frame_size: int) -> int:
 
 
 def snap_box(box: np.ndarray, ratio: int) -> np.ndarray:
-    """Shrinks a box to multiples of `ratio`.
+    """Shrink a box to multiples of `ratio`.
 
     Args:
       box: int32 [4]: top, left, height, width, in pixels.
@@ -47,7 +47,7 @@ def snap_box(box: np.ndarray, ratio: int) -> np.ndarray:
 
 
 def decode_crops(jpegs: list[tf.Tensor], box: tf.Tensor, ratio: int, size: int) -> tf.Tensor:
-    """Decodes frames cropped at `box` and scales them to squares as `resize` does.
+    """Decode frames cropped at `box` and scale them to squares as `resize` does.
 
     Args:
       jpegs: n scalar strings, the encoded frames.
@@ -79,7 +79,7 @@ def decode_crops(jpegs: list[tf.Tensor], box: tf.Tensor, ratio: int, size: int) 
 
 
 def resize(frames: tf.Tensor, size: int) -> tf.Tensor:
-    """Scales frames to squares: bilinear for small reductions, the mean over areas for large ones.
+    """Scale frames to squares: bilinear for small reductions, the mean over areas for large ones.
 
     Args:
       frames: uint8 [n, h, w, 3] in 0..255.
@@ -99,20 +99,20 @@ def resize(frames: tf.Tensor, size: int) -> tf.Tensor:
 def _split_into_groups(
     frames: Sequence[tf.Tensor] | tf.Tensor, count: int
 ) -> list[Sequence[tf.Tensor] | tf.Tensor]:
-    """Splits `count` frames into groups of `FRAMES_PER_GROUP`."""
+    """Split `count` frames into groups of `FRAMES_PER_GROUP`."""
     return [frames[k : k + FRAMES_PER_GROUP] for k in range(0, count, FRAMES_PER_GROUP)]
 
 
 def _call_by_reduction(
     sides: tf.Tensor, size: int, resize_fn: Callable[[str], tf.Tensor]
 ) -> tf.Tensor:
-    """Calls `resize_fn` with the method that suits frames of `sides` (int32 [2], in pixels)."""
+    """Call `resize_fn` with the method that suits frames of `sides` (int32 [2], in pixels)."""
     is_small_reduction = tf.reduce_max(sides) <= int(_MAX_BILINEAR_REDUCTION * size)
     return tf.cond(is_small_reduction, lambda: resize_fn("bilinear"), lambda: resize_fn("area"))
 
 
 def _resize_group(frames: tf.Tensor, size: int, method: str) -> tf.Tensor:
-    """Scales uint8 [n, h, w, 3] to uint8 [n, size, size, 3]."""
+    """Scale uint8 [n, h, w, 3] to uint8 [n, size, size, 3]."""
     if method == "bilinear":  # as exact from float32 as from uint8, and faster
         frames = tf.cast(frames, tf.float32)
     resized = tf.image.resize(frames, (size, size), method=method)
@@ -120,13 +120,13 @@ def _resize_group(frames: tf.Tensor, size: int, method: str) -> tf.Tensor:
 
 
 def mirror(images: tf.Tensor) -> tf.Tensor:
-    """Exchanges left and right of images [n, H, W, 3]."""
+    """Exchange left and right of images [n, H, W, 3]."""
     rows = tf.reshape(images, [-1, *images.shape[2:]])  # faster with three axes than with four
     return tf.reshape(tf.reverse(rows, [1]), images.shape)
 
 
 def erase(images: tf.Tensor, box: tf.Tensor, fill: np.ndarray) -> tf.Tensor:
-    """Paints a box of all images with one color.
+    """Paint a box of all images with one color.
 
     Args:
       images: uint8 [n, H, W, 3] in 0..255.

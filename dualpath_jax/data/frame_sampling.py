@@ -10,7 +10,7 @@ _PAPER_INTERVALS = {16: 4, 32: 2, 48: 1}
 
 
 def default_interval(num_frames: int) -> int:
-    """Returns the paper's sampling interval for T = `num_frames` (sec. 5.1).
+    """Return the paper's sampling interval for T = `num_frames` (sec. 5.1).
 
     Raises:
       ValueError: the paper does not use this number of frames.
@@ -31,7 +31,7 @@ def dense_indices(
     view: int = 0,
     num_views: int = 1,
 ) -> np.ndarray:
-    """Samples a dense clip: T frames, `interval` apart.
+    """Sample a dense clip: T frames, `interval` apart.
 
     Indices wrap around in a video that is too short.
 
@@ -63,7 +63,7 @@ def segment_indices(
     view: int = 0,
     num_views: int = 1,
 ) -> np.ndarray:
-    """Samples one frame from each of T equal segments of the video (SSv2's dynamic sampling).
+    """Sample one frame from each of T equal segments of the video (SSv2's dynamic sampling).
 
     Args:
       video_frames: number of frames in the video, at least 1. With fewer than T frames, segments
@@ -83,7 +83,7 @@ def segment_indices(
 
 
 def spatial_subset(num_frames: int, num_spatial: int) -> np.ndarray:
-    """Returns the positions of the S spatial frames among the T frames of a clip.
+    """Return the positions of the S spatial frames among the T frames of a clip.
 
     Args:
       num_frames: T.
@@ -114,7 +114,7 @@ def sample_frames(
     view: int = 0,
     num_views: int = 1,
 ) -> np.ndarray:
-    """Samples the frames of a clip.
+    """Sample the frames of a clip.
 
     Args:
       sampling: "dense" (`dense_indices`) or "segments" (`segment_indices`).

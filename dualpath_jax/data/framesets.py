@@ -4,7 +4,7 @@ import tensorflow as tf
 
 
 def tile_framesets(frames: tf.Tensor, grid: tuple[int, int]) -> tf.Tensor:
-    """Tiles frames row by row in time order.
+    """Tile frames row by row in time order.
 
     Args:
       frames: [T, fh, fw, C], any dtype, already scaled to their size in the grid. (Scaling the

@@ -11,7 +11,7 @@ import tensorflow as tf
 def train_indices(
     seed: int, step: int, batch_size: int, num_examples: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the examples of training step `step`.
+    """Return the examples of training step `step`.
 
     Every epoch is its own permutation of all examples. A batch may straddle two epochs, and no
     example is dropped.
@@ -37,5 +37,5 @@ def train_indices(
 
 
 def example_seed(seed: int, epoch: int, example: int) -> np.random.SeedSequence:
-    """Returns the seed of all random choices for one example in one epoch."""
+    """Return the seed of all random choices for one example in one epoch."""
     return np.random.SeedSequence([seed % 2**32, epoch, example])

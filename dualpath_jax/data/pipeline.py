@@ -11,8 +11,8 @@ A batch is a dict of numpy arrays:
   mask        float32 [B]                 0 for padding, else 1
   example_id  int64   [B]                 row in the split's video table; -1 for padding
 In evaluation, spatial and temporal have an axis V (views) after B. In training with RandAugment
-(N operations), for what `preprocess.augment_color` does to both inputs:
-  ops         int32   [B, N]              places in `randaugment_ops.OPS`
+(N operations), a batch also has the arguments of `preprocess.augment_color`:
+  ops         int32   [B, N]              indices in `randaugment_ops.OPS`
   op_values   float32 [B, N]              see `randaugment_ops.compute_op_value`
   tables      uint8   [B, 3, 256]         new value of each level of red, green, blue, before ops
 """
@@ -66,13 +66,13 @@ class TrainingClips:
         )
 
     def samples(self, steps: range, rows: slice) -> Iterator[ClipSample]:
-        """Yields the samples of the batches of `steps`, this host's rows of each."""
+        """Yield the samples of the batches of `steps`, this host's rows of each."""
         for step in steps:
             for _, sample in self.samples_of_step(step, rows):
                 yield sample
 
     def samples_of_step(self, step: int, rows: slice) -> Iterator[tuple[int, ClipSample]]:
-        """Yields (epoch, sample) of each clip of one step."""
+        """Yield (epoch, sample) of each clip of one step."""
         examples, epochs = index_sampler.train_indices(
             self._seed, step, self._data.batch_size, len(self._dataset)
         )
@@ -80,6 +80,7 @@ class TrainingClips:
             yield int(epoch), self._unreadable.make_or_replace(int(example), int(epoch), self._draw)
 
     def _draw(self, example: int, epoch: int) -> ClipSample:
+        """Draw frames, crop and augmentations of an example, and read its records."""
         dataset, clip, data = self._dataset, self._clip, self._data
         rng = np.random.default_rng(index_sampler.example_seed(self._seed, epoch, example))
         frames = frame_sampling.sample_frames(
@@ -119,11 +120,11 @@ def eval_samples(
     batch_size: int,
     rows: slice,
 ) -> Iterator[ClipSample]:
-    """Yields the samples of one pass, this host's rows of each batch: one for every view."""
-    for step in range(num_eval_steps(len(dataset), batch_size)):
-        for place in range(step * batch_size, (step + 1) * batch_size)[rows]:
-            real = place < len(dataset)
-            example = place if real else 0
+    """Yield a sample for every view in one pass, of this host's rows of each batch."""
+    for step in range(_num_eval_steps(len(dataset), batch_size)):
+        for row in range(step * batch_size, (step + 1) * batch_size)[rows]:
+            real = row < len(dataset)
+            example = row if real else 0
             yield from _view_samples(dataset, clip, views, example, real)
 
 
@@ -134,7 +135,7 @@ def _view_samples(
     example: int,
     real: bool = True,
 ) -> Iterator[ClipSample]:
-    """Yields a sample for every view of a video."""
+    """Yield a sample for every view of a video."""
     height, width = int(dataset.heights[example]), int(dataset.widths[example])
     for view in range(views.temporal):
         frames = frame_sampling.sample_frames(
@@ -150,8 +151,8 @@ def _view_samples(
             yield make_clip_sample(dataset, clip, example, frames, crop, real)
 
 
-def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    """Returns this host's rows of a global batch."""
+def _host_rows(batch_size: int, process_index: int, process_count: int) -> slice:
+    """Return this host's rows of a global batch."""
     if batch_size % process_count:
         raise ValueError(f"batch size {batch_size} is not divisible by {process_count} hosts")
     share = batch_size // process_count
@@ -169,24 +170,25 @@ def train_batches(
     framesets: bool = True,
     unreadable: UnreadableVideos | None = None,
 ) -> Iterator[Batch]:
-    """Returns this host's share of the training batches of steps first_step ... num_steps - 1.
+    """Return this host's share of the training batches of steps first_step ... num_steps - 1.
 
     Args:
       dataset: the training split.
       data: `config.data` (batch_size is global, over all hosts).
       seed: of the run.
-      first_step: where to begin; beginning later costs nothing and gives the same batches.
+      first_step: the first step; a later start costs nothing and gives the same batches.
       num_steps: length of the run.
-      process_index, process_count: which host of how many.
-      framesets: see `clip_format`.
+      process_index: of this host.
+      process_count: number of hosts.
+      framesets: see `build_clip_format`.
       unreadable: records and replaces videos that cannot be read; a new one by default.
 
     Raises:
-      ValueError: for values that do not go together (at once); more than `data.max_broken_videos`
-        videos cannot be read (when it shows).
+      ValueError: settings do not fit each other (raised at once), or more than
+        `data.max_broken_videos` videos cannot be read (raised when that many were found).
     """
     clip = build_clip_format(data, framesets)
-    rows = _rows(data.batch_size, process_index, process_count)
+    rows = _host_rows(data.batch_size, process_index, process_count)
     unreadable = unreadable or UnreadableVideos(dataset.ids, data.max_broken_videos)
     clips = TrainingClips(dataset, clip, data, seed, unreadable)
 
@@ -204,20 +206,20 @@ def train_batches(
             except DECODE_ERRORS:
                 if problems:
                     raise problems[0] from None
-                # A clip of this step was read and cannot be decoded: without it, from here again.
-                found = False
+                # A clip of this step cannot be decoded: record it and repeat the step without it.
+                recorded = False
                 for epoch, sample in clips.samples_of_step(step, rows):
                     if reason := find_decode_error(sample, clip, data):
                         unreadable.record_clip(int(sample["example_id"]), epoch, reason)
-                        found = True
-                if not found:
+                        recorded = True
+                if not recorded:
                     raise
 
     return batches()
 
 
-def num_eval_steps(num_examples: int, batch_size: int) -> int:
-    """Returns how many batches cover `num_examples` once, the last one padded."""
+def _num_eval_steps(num_examples: int, batch_size: int) -> int:
+    """Return how many batches cover `num_examples` once, the last one padded."""
     return -(-num_examples // batch_size)
 
 
@@ -230,13 +232,13 @@ def eval_batches(
     process_count: int = 1,
     framesets: bool = True,
 ) -> Iterator[Batch]:
-    """Returns this host's share of one pass over `dataset`: each video once, then padding (mask 0).
+    """Return this host's share of one pass over `dataset`: each video once, then padding (mask 0).
 
     Raises:
-      UnreadableVideo: a video cannot be read; none is left out, and this ends the pass.
+      UnreadableVideo: a video cannot be read. This ends the pass, because no video is left out.
     """
     clip = build_clip_format(data, framesets)
-    rows = _rows(batch_size, process_index, process_count)
+    rows = _host_rows(batch_size, process_index, process_count)
 
     def samples() -> Iterator[ClipSample]:
         return eval_samples(dataset, clip, views, batch_size, rows)
@@ -264,7 +266,7 @@ def eval_batches(
 
 
 def _merge_views(batch: Batch) -> Batch:
-    """Reduces label, mask and id of a batch of views, [B, V], to those of the videos, [B]."""
+    """Reduce label, mask and id of a batch of views, [B, V], to those of the videos, [B]."""
     return batch | {key: batch[key][:, 0] for key in ("label", "mask", "example_id")}
 
 
@@ -274,7 +276,7 @@ class EvalClips:
     Args:
       data: `config.data`.
       views: clips and crops of each video.
-      framesets: see `clip_format`.
+      framesets: see `build_clip_format`.
     """
 
     def __init__(self, data: Any, views: Views, framesets: bool = True):
@@ -283,10 +285,12 @@ class EvalClips:
         self._make = build_clip_fn(self._clip, data)
 
     def __call__(self, video: VideoSource) -> Batch:
-        """Returns a batch of one, the first video of `video`; threads may call this at the same time.
+        """Return a batch of the first video of `video`.
+
+        Several threads may call it at the same time.
 
         Raises:
-          UnreadableVideo: its frames are not there or cannot be decoded.
+          UnreadableVideo: its frames are missing or cannot be decoded.
         """
         try:
             views = [self._make(e) for e in _view_samples(video, self._clip, self._views, 0)]

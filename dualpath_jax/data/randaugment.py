@@ -18,7 +18,7 @@ from dualpath_jax.data.randaugment_ops import OPS, TABLES
 
 
 def warp_frames(frames: tf.Tensor, matrix: tf.Tensor, fill: np.ndarray) -> tf.Tensor:
-    """Warps all frames by one affine map, with bilinear interpolation.
+    """Warp all frames by one affine map, with bilinear interpolation.
 
     Args:
       frames: uint8 [n, h, w, 3] in 0..255.
@@ -37,7 +37,7 @@ def warp_frames(frames: tf.Tensor, matrix: tf.Tensor, fill: np.ndarray) -> tf.Te
 
 @tf.function(jit_compile=True, autograph=False)  # faster than ImageProjectiveTransformV3
 def _warp(frames: tf.Tensor, matrix: tf.Tensor, fill: tf.Tensor) -> tf.Tensor:
-    """Warps frames like `warp_frames`, also by the identity."""
+    """Warp frames like `warp_frames`, also by the identity."""
     count, height, width, channels = frames.shape
     # The matrix maps coordinates in 0..1; pixel centers are half a pixel from the corner.
     to_pixels = np.array([[width, 0, -0.5], [0, height, -0.5], [0, 0, 1]], np.float32)
@@ -62,7 +62,7 @@ def _warp(frames: tf.Tensor, matrix: tf.Tensor, fill: tf.Tensor) -> tf.Tensor:
 
 
 def lookup_tables(frames: tf.Tensor, ops: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
-    """Composes the table operations of a draw into one table for each channel.
+    """Compose the table operations of a draw into one table for each channel.
 
     Args:
       frames: uint8 [n, h, w, 3] in 0..255; AutoContrast and Equalize use the histogram of all.
@@ -88,7 +88,7 @@ def lookup_tables(frames: tf.Tensor, ops: tf.Tensor, values: tf.Tensor) -> tf.Te
         counts = tf.cond(needs_histogram, compute_histogram, lambda: tf.zeros([3, 256], tf.int32))
 
         def current_histogram() -> tf.Tensor:
-            """Returns the histogram after the operations so far."""
+            """Return the histogram after the operations so far."""
             return tf.stack(
                 [
                     tf.math.unsorted_segment_sum(counts[c], table[c], num_segments=256)
@@ -118,12 +118,12 @@ def lookup_tables(frames: tf.Tensor, ops: tf.Tensor, values: tf.Tensor) -> tf.Te
 
 
 def _posterize(levels: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:
-    """Keeps the upper `bits` bits of levels, int32 [3, 256]."""
+    """Keep the upper `bits` bits of levels, int32 [3, 256]."""
     return tf.bitwise.left_shift(tf.bitwise.right_shift(levels, 8 - bits), 8 - bits)
 
 
 def _auto_contrast(counts: tf.Tensor) -> tf.Tensor:
-    """Stretches the levels that occur to 0..255, per channel.
+    """Stretch the levels that occur to 0..255, per channel.
 
     Args:
       counts: int32 [3, 256], histogram of each channel.
@@ -139,7 +139,7 @@ def _auto_contrast(counts: tf.Tensor) -> tf.Tensor:
 
 
 def _equalize(counts: tf.Tensor) -> tf.Tensor:
-    """Spreads the levels evenly, per channel, as PIL does.
+    """Spread the levels evenly, per channel, as PIL does.
 
     Args:
       counts: int32 [3, 256], histogram of each channel.

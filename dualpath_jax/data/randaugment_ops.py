@@ -32,7 +32,7 @@ _MAX_SIGNED_VALUES = {
 
 
 def compute_op_value(op: str, strength: float, sign: float) -> float:
-    """Computes the value with which an operation is applied.
+    """Compute the value with which an operation is applied.
 
     Args:
       op: a name in `OPS`.
@@ -56,7 +56,7 @@ def compute_op_value(op: str, strength: float, sign: float) -> float:
 def draw_ops(
     rng: np.random.Generator, layers: int, magnitude: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the operations of one clip.
+    """Draw the operations of one clip.
 
     Args:
       rng: random generator of this example.
@@ -77,7 +77,7 @@ def draw_ops(
 
 
 def affine_matrix(ops: Sequence[int], values: Sequence[float]) -> np.ndarray:
-    """Composes the geometric operations of a draw into one affine map.
+    """Compose the geometric operations of a draw into one affine map.
 
     Args:
       ops: indices in `OPS`, N of them; other operations are skipped.

@@ -1,7 +1,4 @@
-"""Videos made in memory, for checks and timings that need no prepared data.
-
-Public: `SyntheticVideos`, `make_synthetic_split`, `train_batches`.
-"""
+"""Makes videos in memory, for checks and timings without prepared data."""
 
 import io
 import itertools
@@ -24,7 +21,8 @@ class SyntheticVideos:
       class_names: one per class; labels repeat in this order.
       num_videos: length of the split.
       num_frames: of each video.
-      height, width: of each frame, pixels.
+      height: of each frame, pixels.
+      width: of each frame, pixels.
     """
 
     def __init__(
@@ -54,15 +52,16 @@ class SyntheticVideos:
         return len(self.ids)
 
     def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
-        """Returns the record of the one frame, once for each index."""
+        """Return the record of the frame, once for each index."""
         del video_index
         return [self._record] * len(frame_indices)
 
 
 def make_synthetic_split(data: Any, num_videos: int) -> SyntheticVideos:
-    """Returns a split for `config.data` with as many classes as its `source` has, or 2.
+    """Return a split for `config.data` with as many classes as its `source` has, or 2.
 
-    Classes are called 0, 1, ...; the first ones as `label_swap` asks, if clips are mirrored.
+    Classes are called 0, 1, ...; with mirrored clips the first ones have the names that
+    `data.label_swap` needs.
     """
     names = [str(i) for i in range(NUM_CLASSES.get(data.source, PLACEHOLDER_NUM_CLASSES))]
     if data.flip:
@@ -74,6 +73,6 @@ def make_synthetic_split(data: Any, num_videos: int) -> SyntheticVideos:
 def train_batches(
     dataset: SyntheticVideos, data: Any, seed: int, first_step: int, num_steps: int, *args, **kwargs
 ) -> Iterator[pipeline.Batch]:
-    """Yields the first batch of `pipeline.train_batches` for every step."""
+    """Yield the first batch of `pipeline.train_batches` at every step."""
     batch = next(pipeline.train_batches(dataset, data, seed, 0, 1, *args, **kwargs))
     return itertools.repeat(batch, num_steps - first_step)

@@ -33,7 +33,7 @@ class UnreadableVideos:
         self._clips: set[tuple[int, int]] = set()
 
     def record_video(self, example: int, reason: str) -> None:
-        """Records that video `example` cannot be read.
+        """Record that video `example` cannot be read.
 
         Args:
           example: index of the video in the split.
@@ -57,7 +57,7 @@ class UnreadableVideos:
             )
 
     def record_clip(self, example: int, epoch: int, reason: str) -> None:
-        """Records that the clip of `example` in `epoch` was read but cannot be decoded.
+        """Record that the clip of `example` in `epoch` was read but cannot be decoded.
 
         Raises:
           ValueError: more than `limit` videos cannot be read.
@@ -66,7 +66,7 @@ class UnreadableVideos:
         self.record_video(example, reason)
 
     def make_or_replace(self, example: int, epoch: int, make: Callable[[int, int], _Clip]) -> _Clip:
-        """Makes the clip of `example`, or of the first video after it that can be read.
+        """Make the clip of `example`, or of the first video after it that can be read.
 
         Args:
           example: index of the video in the split.

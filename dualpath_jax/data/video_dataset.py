@@ -1,13 +1,13 @@
 """Reads prepared videos: a video table and frame records, both readable as TFDS data sets.
 
-    OUT/                       TFDS data set "videos": one record per video (`shard_writer.VideoRow`)
-    OUT/class_names.json       the class names, exactly
-    OUT/frame_format.json      the fields of `decode.FrameFormat`
-    OUT/frames/                TFDS data set "frames": one JPEG per record, split names as in OUT,
-                               or one split "all" where the splits of OUT share videos
+    OUT/                    TFDS data set "videos": a `shard_writer.VideoRow` per video
+    OUT/class_names.json    the class names, exactly
+    OUT/frame_format.json   the fields of `video_decoder.FrameFormat`
+    OUT/frames/             TFDS data set "frames": one JPEG per record, split names as in OUT, or
+                            one split "all" if the splits of OUT share videos
 
-The frames of a video are consecutive records, and videos are in the order of the table. One
-record per frame, uncompressed, makes the cost of a clip follow the frames chosen and not the
+The frames of a video are consecutive records, and videos are in the order of the table. With one
+uncompressed record per frame, the cost of a clip depends on the number of its frames, not on the
 length of the video.
 """
 
@@ -22,6 +22,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from dualpath_jax.data import dataset_metadata
 from dualpath_jax.data.datasets.annotations import SHARED_SPLIT
+from dualpath_jax.runtime.command_line import command_line
 
 tf.config.set_visible_devices([], "GPU")  # accelerators belong to JAX
 
@@ -49,13 +50,13 @@ class VideoDataset:
       frame_format: how the frames are stored.
 
     Args:
-      data_dir: what `scripts/prepare_dataset.py` wrote, local or gs://.
+      data_dir: folder of the prepared data set, local or gs://.
       split: "train", "validation" or "test"; of HMDB51 "train1", "test1", "train2", ...
 
     Raises:
-      FileNotFoundError: nothing (finished) in `data_dir`.
+      FileNotFoundError: `data_dir` has no prepared data set, or an unfinished one.
       OSError: Cloud Storage does not deliver it.
-      ValueError: there is no such split, it holds no videos, or what is stored is damaged.
+      ValueError: there is no such split, it has no videos, or the stored files are damaged.
     """
 
     def __init__(self, data_dir: str, split: str):
@@ -65,8 +66,8 @@ class VideoDataset:
             raise ValueError(
                 f"no videos of split {split!r} in {data_dir}: it has {', '.join(splits)}; choose "
                 "by --config.data.train_split and --config.eval.split. If it should have them, its "
-                "bad_videos.jsonl may tell why; otherwise check the annotations and run "
-                "scripts/prepare_dataset.py with another --out"
+                "bad_videos.jsonl may list the reasons; otherwise check the annotations and run "
+                f"`{command_line('prepare')}` with another --out"
             )
         self.class_names = dataset_metadata.read_class_names(data_dir)
         self.frame_format = dataset_metadata.read_frame_format(data_dir)
@@ -100,7 +101,9 @@ class VideoDataset:
         return len(self.ids)
 
     def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
-        """Reads the raw records of some frames of one video; threads may call this at the same time.
+        """Read the raw records of some frames of one video.
+
+        Several threads may call it at the same time.
 
         Args:
           video_index: row of the table, 0..n-1.
@@ -110,8 +113,8 @@ class VideoDataset:
           T serialized tf.train.Example, see `FRAME_FEATURES`.
 
         Raises:
-          IndexError: a frame that the video does not have.
-          UnreadableVideo: the file is damaged, by its checksums.
+          IndexError: the video does not have such a frame.
+          UnreadableVideo: the file is damaged, according to its checksums.
           OSError: Cloud Storage does not deliver it.
         """
         frames = np.asarray(frame_indices, np.int64)
@@ -124,12 +127,12 @@ class VideoDataset:
         shard = int(np.searchsorted(self._shard_ends, first, side="right"))
         start = self._shard_ends[shard - 1] if shard else 0
         try:
-            reader, places = self._reader(shard), (first - start + frames).tolist()
+            reader, positions = self._reader(shard), (first - start + frames).tolist()
             if np.all(np.diff(frames) == 1) and not self._shard_paths[shard].startswith("gs://"):
-                # One by one, as the system reads ahead: half the CPU time of threads that wait
-                # for each other, and no slower where the file is not in memory.
-                return [reader.read([place])[0] for place in places]
-            return reader.read(places)  # by several threads
+                # The system reads ahead in a local file: single reads then take less CPU time than
+                # threads that wait for each other, and are as fast.
+                return [reader.read([position])[0] for position in positions]
+            return reader.read(positions)  # in several threads
         except RuntimeError as error:
             _check_reached(self._shard_paths[shard], error)
             raise UnreadableVideo(
@@ -146,16 +149,17 @@ class VideoDataset:
 
 
 def frame_shard_path(out_dir: str, split: str, shard: int, num_shards: int) -> str:
-    """Returns the path of a shard of frame records, named as TFDS names them."""
+    """Return the path of a shard of frame records, named as TFDS names them."""
     return shard_path(os.path.join(out_dir, "frames"), "frames", split, shard, num_shards)
 
 
 def shard_path(data_dir: str, name: str, split: str, shard: int, num_shards: int) -> str:
+    """Return the path of a shard of the TFDS data set `name`."""
     return os.path.join(data_dir, f"{name}-{split}.array_record-{shard:05d}-of-{num_shards:05d}")
 
 
 def _allow_open_files(num_shards: int) -> None:
-    """Raises the limit of open files: each shard of two data sets stays open."""
+    """Raise the limit of open files: each shard of two data sets stays open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * num_shards + 512
     if soft < wanted and soft != resource.RLIM_INFINITY:
@@ -165,7 +169,7 @@ def _allow_open_files(num_shards: int) -> None:
 
 
 def _check_reached(path: str, error: RuntimeError) -> None:
-    """Raises OSError if array_record's `error` is about access to the file, not its records."""
+    """Raise OSError if array_record's `error` is about access to the file, not its records."""
     if path.startswith("gs://") and path in str(error):
         raise OSError(f"cannot read from Cloud Storage: {error}") from None
     if "open() failed" in str(error):

@@ -1,4 +1,4 @@
-"""Defines what the pipeline reads videos from: prepared data sets and what stands in for them."""
+"""Defines the interface through which the pipeline reads videos."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,9 +9,9 @@ import numpy as np
 class VideoSource(Protocol):
     """Gives random access to the stored frames of n videos.
 
-    `video_dataset.VideoDataset` is the one for prepared data. Others hold one decoded video
-    (`inference.trained_model.SingleVideo`), made-up videos (`data.synthetic.SyntheticVideos`) or
-    masks (`demo.object_masks.ObjectMasks`).
+    `video_dataset.VideoDataset` implements it for prepared data. Other implementations hold one
+    decoded video (`inference.trained_model.SingleVideo`), made-up videos
+    (`data.synthetic.SyntheticVideos`) or masks (`demo.object_masks.ObjectMasks`).
 
     Attributes:
       ids: n names of videos, for messages and predictions.
@@ -31,5 +31,5 @@ class VideoSource(Protocol):
     def __len__(self) -> int: ...
 
     def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
-        """Returns the records of some frames of a video, see `VideoDataset.read_frames`."""
+        """Return the records of some frames of a video, see `VideoDataset.read_frames`."""
         ...

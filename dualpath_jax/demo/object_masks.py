@@ -43,13 +43,13 @@ class ObjectMasks:
         return len(self.ids)
 
     def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
-        """Returns the masks of frames as records; see `VideoDataset.read_frames`."""
+        """Return the masks of frames as records; see `VideoDataset.read_frames`."""
         masks = render.find_scene(self._split, self._numbers[video_index]).masks()
         return [_encode_mask(masks[frame]) for frame in frame_indices]
 
 
 def _encode_mask(mask: np.ndarray) -> bytes:
-    """Encodes a mask, float32 [size, size] in 0..1, as a stored frame."""
+    """Encode a mask, float32 [size, size] in 0..1, as a stored frame."""
     buffer = io.BytesIO()
     gray = Image.fromarray(np.round(255 * mask).astype(np.uint8)).convert("RGB")
     gray.save(buffer, "JPEG", quality=100, subsampling=0)

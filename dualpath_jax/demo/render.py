@@ -70,7 +70,7 @@ COLORS = {
 
 @functools.cache
 def load_photo(name: str) -> Image.Image:
-    """Loads a scikit-image photograph as RGB, short side at most 192 pixels."""
+    """Load a scikit-image photograph as RGB, short side at most 192 pixels."""
     import skimage.data
 
     photo = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
@@ -79,7 +79,7 @@ def load_photo(name: str) -> Image.Image:
 
 
 def crop_photo(photo: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Crops a random square and rotates, mirrors and grades it: uint8 [size, size, 3].
+    """Crop a random square and rotates, mirrors and grades it: uint8 [size, size, 3].
 
     The color grade (a permutation of the channels, and a gain and a gamma for each) makes many
     backgrounds out of few photographs.
@@ -97,7 +97,7 @@ def crop_photo(photo: Image.Image, size: int, rng: np.random.Generator) -> np.nd
 
 
 def shape_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Returns a distance-like function of a shape of radius 1 at the origin: below 1 inside.
+    """Return a distance-like function of a shape of radius 1 at the origin: below 1 inside.
 
     Args:
       shape: one of `SHAPES`.
@@ -129,12 +129,12 @@ class Track:
     opacity: np.ndarray
 
     def states(self) -> Iterator[tuple[float, float, float, float]]:
-        """Returns an iterator over (x, y, radius, opacity) of each frame."""
+        """Return an iterator over (x, y, radius, opacity) of each frame."""
         return zip(self.x, self.y, self.radius, self.opacity, strict=True)
 
 
 def draw_track(label: int, num_frames: int, rng: np.random.Generator) -> Track:
-    """Draws a random track of class `label`; an odd class is the even one reversed in time."""
+    """Draw a random track of class `label`; an odd class is the even one reversed in time."""
     time = np.linspace(0, 1, num_frames)
     constant = np.ones(num_frames)
     radius, opacity = rng.uniform(0.16, 0.26) * constant, constant
@@ -161,7 +161,7 @@ def draw_track(label: int, num_frames: int, rng: np.random.Generator) -> Track:
 def _rasterize_object(
     shape: str, x: float, y: float, radius: float, opacity: float, size: int
 ) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-    """Rasterizes the object in a frame of `size` x `size` pixels.
+    """Rasterize the object in a frame of `size` x `size` pixels.
 
     Returns:
       (window, distance, alpha). The window is the pair of slices (rows, columns) that covers the
@@ -184,7 +184,7 @@ def _rasterize_object(
 def paint_object(
     background: np.ndarray, track: Track, shape: str, color: tuple[int, int, int]
 ) -> np.ndarray:
-    """Paints the object over a photograph.
+    """Paint the object over a photograph.
 
     Args:
       background: uint8 [size, size, 3].
@@ -222,11 +222,11 @@ class Scene:
     color: tuple[int, int, int]
 
     def frames(self) -> np.ndarray:
-        """Renders the clip: uint8 [frames, size, size, 3]."""
+        """Render the clip: uint8 [frames, size, size, 3]."""
         return paint_object(self.background, self.track, self.shape, self.color)
 
     def masks(self) -> np.ndarray:
-        """Returns the object's share of each pixel: float32 [frames, size, size] in 0..1."""
+        """Return the object's share of each pixel: float32 [frames, size, size] in 0..1."""
         size = self.background.shape[0]
         masks = np.zeros((len(self.track.x), size, size), np.float32)
         for mask, state in zip(masks, self.track.states(), strict=True):
@@ -238,7 +238,7 @@ class Scene:
 def draw_scene(
     photo: Image.Image, label: int, num_frames: int, size: int, rng: np.random.Generator
 ) -> Scene:
-    """Draws a random scene of class `label` over `photo`.
+    """Draw a random scene of class `label` over `photo`.
 
     Args:
       photo: background, see `load_photo`.
@@ -260,24 +260,24 @@ def draw_scene(
 def render_clip(
     photo: Image.Image, label: int, num_frames: int, size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Renders a random clip, uint8 [num_frames, size, size, 3]; see `draw_scene`."""
+    """Render a random clip, uint8 [num_frames, size, size, 3]; see `draw_scene`."""
     return draw_scene(photo, label, num_frames, size, rng).frames()
 
 
 def find_scene(split: str, number: int) -> Scene:
-    """Returns the scene of video `number` of a split of the demo; its class is `number` % 8."""
+    """Return the scene of video `number` of a split of the demo; its class is `number` % 8."""
     rng = np.random.default_rng([list(SIZES).index(split), number])
     photo = load_photo(PHOTOS[split][rng.integers(len(PHOTOS[split]))])
     return draw_scene(photo, number % len(CLASSES), NUM_FRAMES, FRAME_SIZE, rng)
 
 
 def class_names() -> list[str]:
-    """Returns the classes as the annotations name them, without brackets."""
+    """Return the classes as the annotations name them, without brackets."""
     return [_template_key(template) for template in CLASSES]
 
 
 def write_video(frames: np.ndarray, path: pathlib.Path, fps: int = 12) -> None:
-    """Writes frames as H.264 in an .mp4 file.
+    """Write frames as H.264 in an .mp4 file.
 
     Args:
       frames: uint8 [frames, height, width, 3], RGB; height and width are even.
@@ -301,7 +301,7 @@ def write_video(frames: np.ndarray, path: pathlib.Path, fps: int = 12) -> None:
 
 
 def _render_range(videos: pathlib.Path, split: str, first: int, numbers: range) -> int:
-    """Renders the videos `numbers` of a split, whose first id is `first`; returns how many."""
+    """Render the videos `numbers` of a split, whose first id is `first`; return how many."""
     for number in numbers:
         frames = find_scene(split, number).frames()
         write_video(frames, videos / f"{first + number}.mp4")
@@ -309,7 +309,7 @@ def _render_range(videos: pathlib.Path, split: str, first: int, numbers: range) 
 
 
 def render_demo(out: str, sizes: dict[str, int] | None = None, progress: bool = True) -> None:
-    """Writes the demo in the layout of Something-Something-v2: `videos/{id}.mp4`, JSON `labels/`.
+    """Write the demo in the layout of Something-Something-v2: `videos/{id}.mp4`, JSON `labels/`.
 
     The same version of the encoder writes the same bytes every time.
 
@@ -351,12 +351,12 @@ def render_demo(out: str, sizes: dict[str, int] | None = None, progress: bool = 
 
 
 def _template_key(template: str) -> str:
-    """Removes the brackets of a template."""
+    """Remove the brackets of a template."""
     return template.replace("[", "").replace("]", "")
 
 
 def _make_annotation(video: int, label: int) -> dict:
-    """Returns an entry of the annotations of a split."""
+    """Return an entry of the annotations of a split."""
     template = CLASSES[label]
     return {
         "id": str(video),

@@ -15,7 +15,7 @@ BACKBONE = pathlib.Path(__file__).parent / "demo_backbone.safetensors"
 
 
 def ensure_demo_data(config: Any) -> None:
-    """Creates the prepared videos and the converted backbone of `config` if they do not exist.
+    """Create the prepared videos and the converted backbone of `config` if they do not exist.
 
     Args:
       config: a configuration of the demo; `data.dir` and `backbone.checkpoint` are written.

@@ -1,13 +1,17 @@
 """Exports the forward pass of a trained model for programs that do not have this package.
 
-The command line is scripts/export_model.py. The exported function takes one view of each video,
+`dualpath export` is the command. The exported function takes one view of each video,
 cropped as in evaluation; normalization and weights are inside:
 
     spatial   [B, S, H, W, 3] uint8, RGB, 0..255
     temporal  [B, G, H', W', 3] uint8: framesets (only for the method dualpath)
     result    [B, classes] float32: logits
+
+`jax.export` promises that a later JAX reads a file only for six months. Therefore each file holds
+the versions and the date that it was made with, see `export_info`.
 """
 
+import datetime
 import json
 import pathlib
 import shutil
@@ -23,22 +27,34 @@ from dualpath_jax.models import param_tree
 from dualpath_jax.models.abstract import clip_shapes
 from dualpath_jax.models.forward import clip_logits
 from dualpath_jax.runtime import files
+from dualpath_jax.version import __version__
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
+def export_info() -> dict[str, str]:
+    """Return what an exported file is made with: versions of dualpath_jax and jax, and the date."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"dualpath_jax": __version__, "jax": jax.__version__, "date": today}
+
+
 def build_serving_fn(model: trained_model.TrainedModel) -> Callable[..., jax.Array]:
-    """Returns the function (spatial) or (spatial, temporal) -> logits, see the module docstring."""
+    """Return the function (spatial) or (spatial, temporal) -> logits, see the module docstring.
+
+    Its name holds `export_info`; `jax.export.deserialize(...).fun_name` shows it.
+    """
 
     def logits(*views: jax.Array) -> jax.Array:
         clips = dict(zip(("spatial", "temporal"), views, strict=False))
         return clip_logits(model.module, model.config, model.params, clips)
 
+    info = "_".join(f"{name}_{value}" for name, value in export_info().items())
+    logits.__name__ = "logits_" + info.replace(".", "_").replace("-", "_")
     return logits
 
 
 def input_shapes(model: trained_model.TrainedModel) -> dict[str, tuple[int, ...]]:
-    """Returns the input shapes of `build_serving_fn` by name, without the batch axis."""
+    """Return the input shapes of `build_serving_fn` by name, without the batch axis."""
     named = zip(("spatial", "temporal"), clip_shapes(model.config), strict=True)
     return {name: shape[1:] for name, shape in named if shape is not None}
 
@@ -46,7 +62,7 @@ def input_shapes(model: trained_model.TrainedModel) -> dict[str, tuple[int, ...]
 def _write_stablehlo(
     model: trained_model.TrainedModel, out: pathlib.Path, batch_size: int | None
 ) -> None:
-    """Writes OUT/model.stablehlo."""
+    """Write OUT/model.stablehlo."""
     batch = "b" if batch_size is None else str(batch_size)
     shapes = list(input_shapes(model).values())
     texts = [", ".join([batch, *map(str, shape)]) for shape in shapes]
@@ -61,7 +77,7 @@ def _write_stablehlo(
 def _write_saved_model(
     model: trained_model.TrainedModel, out: pathlib.Path, batch_size: int | None
 ) -> None:
-    """Writes OUT/saved_model."""
+    """Write OUT/saved_model."""
     import tensorflow as tf
     from jax.experimental import jax2tf
 
@@ -74,6 +90,8 @@ def _write_saved_model(
         with_gradient=False,
     )
     module = tf.Module()
+    info = json.dumps(export_info())
+    module.export_info = tf.function(lambda: tf.constant(info), input_signature=[])
     module.logits = tf.function(
         lambda *views: {"logits": function(*views)},
         autograph=False,
@@ -112,7 +130,7 @@ def export_model(
     batch_size: int | None = None,
     results: dict[str, Any] | None = None,
 ) -> None:
-    """Writes `model` in each of `formats`, with class_names.json and model_card.md.
+    """Write `model` in each of `formats`, with class_names.json and model_card.md.
 
     Args:
       model: a model from `trained_model.load`.
@@ -138,7 +156,7 @@ def export_model(
 
 
 def read_results(workdir: str) -> dict[str, Any] | None:
-    """Reads results.json of a run; returns None if it does not exist."""
+    """Read results.json of a run; return None if it does not exist."""
     path = epath.Path(workdir) / "results.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -149,7 +167,7 @@ def format_model_card(
     batch_size: int | None,
     results: dict[str, Any] | None,
 ) -> str:
-    """Returns a Markdown text that explains how to use the exported model.
+    """Return a Markdown text that explains how to use the exported model.
 
     Args:
       model: the exported model.
@@ -171,6 +189,10 @@ def format_model_card(
         "## Files",
         "",
         *_format_files(model, formats),
+        "The files were exported on {date} with jax {jax} and dualpath_jax {dualpath_jax}. "
+        "`jax.export` promises that later versions of jax read them for six months; export the "
+        "model again after that.".format(**export_info()),
+        "",
         "## Parameters",
         "",
         f"{total:,}, of which {trainable:,} outside the backbone.",
@@ -189,7 +211,7 @@ def format_model_card(
 
 
 def _format_inputs(model: trained_model.TrainedModel, batch_size: int | None) -> list[str]:
-    """Returns the model card's section on input and output."""
+    """Return the model card's section on input and output."""
     config = model.config
     batch = "B" if batch_size is None else batch_size
     views = f"{config.eval.temporal_views} clips x {config.eval.spatial_crops} crops"
@@ -210,7 +232,7 @@ def _format_inputs(model: trained_model.TrainedModel, batch_size: int | None) ->
 
 
 def _format_files(model: trained_model.TrainedModel, formats: list[str]) -> list[str]:
-    """Returns the model card's list of files, each with the code that reads it."""
+    """Return the model card's list of files, each with the code that reads it."""
     inputs = ", ".join(input_shapes(model))
     lines = []
     for name in formats:
@@ -220,7 +242,7 @@ def _format_files(model: trained_model.TrainedModel, formats: list[str]) -> list
 
 
 def _format_scores(model: trained_model.TrainedModel, results: dict[str, Any] | None) -> str:
-    """Returns the model card's line on the scores of the exported step."""
+    """Return the model card's line on the scores of the exported step."""
     if results is None or "top1" not in results or results.get("step") != model.step:
         return "There are none: the run has not been evaluated at this step."
     return (

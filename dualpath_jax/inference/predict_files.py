@@ -45,7 +45,7 @@ class VideoResult:
 
 
 def find_videos(paths: Sequence[str]) -> list[str]:
-    """Returns the files among `paths`, and the videos in the folders among them.
+    """Return the files among `paths`, and the videos in the folders among them.
 
     Folders are searched recursively for `VIDEO_SUFFIXES`; the videos of a folder are sorted.
 
@@ -85,7 +85,7 @@ def predict_videos(
     progress: bool = False,
     limits: video_decoder.DecodeLimits | None = None,
 ) -> int:
-    """Predicts videos or their windows, calls `show` with each result, and counts bad videos.
+    """Predict videos or their windows, call `show` with each result, and counts bad videos.
 
     Videos are decoded in processes that can be killed: whole videos several at a time, windows one
     after the other. If a video turns out to be bad, its earlier windows have already been shown.
@@ -138,7 +138,7 @@ def predict_videos(
 def _check_options(
     top_k: int, window: float | None, stride: float | None, features: str | None
 ) -> None:
-    """Raises ValueError if options of `predict_videos` are out of range or do not fit together."""
+    """Raise ValueError if options of `predict_videos` are out of range or do not fit together."""
     if top_k < 1:
         raise ValueError(f"--top_k={top_k} must be at least 1")
     if features and not features.endswith(".npz"):
@@ -171,7 +171,7 @@ def _predict_part(
     top_k: int,
     with_features: bool,
 ) -> tuple[VideoResult, dict[str, np.ndarray] | None]:
-    """Returns the result of a part and the model's arrays, which are None for a bad part.
+    """Return the result of a part and the model's arrays, which are None for a bad part.
 
     The arrays are `TrainedModel.features`, or without `with_features` only the logits.
     """
@@ -189,7 +189,7 @@ def _decode_parts(
     stride: float | None,
     limits: video_decoder.DecodeLimits,
 ) -> Iterator[_VideoPart]:
-    """Checks the windows and returns an iterator over the decoded videos or windows."""
+    """Check the windows and return an iterator over the decoded videos or windows."""
     if window is None:
         return _decode_whole_videos(model, videos, limits)
     stride = window / 2 if stride is None else stride
@@ -200,7 +200,7 @@ def _decode_parts(
 def _decode_whole_videos(
     model: trained_model.TrainedModel, videos: Sequence[str], limits: video_decoder.DecodeLimits
 ) -> Iterator[_VideoPart]:
-    """Yields whole videos, decoded in several processes."""
+    """Yield whole videos, decoded in several processes."""
     stored = model.frame_format
     sizes = (stored.short_side, stored.quality)
     arguments = [(video, *sizes, limits, stored.fps) for video in videos]
@@ -225,7 +225,7 @@ def _decode_windows(
     stride: float,
     limits: video_decoder.DecodeLimits,
 ) -> Iterator[_VideoPart]:
-    """Yields the windows of all videos, decoded one after the other."""
+    """Yield the windows of all videos, decoded one after the other."""
     arguments = [(video, seconds, stride, model.frame_format) for video in videos]
     for number, item in pull_streams(sliding_windows.decode_windows, arguments, limits):
         video = videos[number]
@@ -245,7 +245,7 @@ _MAX_WAITING_PARTS = 2  # parts whose clips are made while the model computes an
 def _make_clips_ahead(
     model: trained_model.TrainedModel, parts: Iterable[_VideoPart]
 ) -> Iterator[tuple[_VideoPart, pipeline.Batch | None]]:
-    """Yields each part with its clips (None for a bad one), in order.
+    """Yield each part with its clips (None for a bad one), in order.
 
     A thread makes the clips of later parts while the caller uses those of an earlier one.
     """
@@ -262,7 +262,7 @@ def _make_clips_ahead(
 
 
 def _write_features(path: str, rows: Sequence[tuple[VideoResult, dict[str, np.ndarray]]]) -> None:
-    """Writes the features of all results as arrays [results, V, ...], with the results' names."""
+    """Write the features of all results as arrays [results, V, ...], with the results' names."""
     results = [result for result, _ in rows]
     table = {"video": np.array([result.video for result in results], dtype=str)}
     if results and results[0].start is not None:
@@ -275,7 +275,7 @@ def _write_features(path: str, rows: Sequence[tuple[VideoResult, dict[str, np.nd
 
 
 def format_result(result: VideoResult) -> str:
-    """Formats a result as one line of text."""
+    """Format a result as one line of text."""
     name = result.video
     if result.start is not None:
         name += f"  {result.start:.1f}-{result.end:.1f} s"

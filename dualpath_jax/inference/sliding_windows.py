@@ -30,7 +30,7 @@ class Window:
 
 
 def check_windows(seconds: float, stride: float) -> None:
-    """Checks the length and the stride of windows, both in seconds.
+    """Check the length and the stride of windows, both in seconds.
 
     Raises:
       ValueError: one of them is not a finite number above 0.
@@ -43,7 +43,7 @@ def check_windows(seconds: float, stride: float) -> None:
 def decode_windows(
     path: str, seconds: float, stride: float, frame_format: video_decoder.FrameFormat
 ) -> Iterator[Window]:
-    """Yields the windows of a video and decodes frames as they are needed.
+    """Yield the windows of a video and decode frames as they are needed.
 
     A video shorter than a window is one window. If frames remain after the last window, one more
     window of full length ends with the video.

@@ -28,12 +28,13 @@ from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool
 from dualpath_jax.models import abstract, param_tree, preprocess
 from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.forward import flatten_views, view_logits
+from dualpath_jax.runtime.command_line import command_line
 from dualpath_jax.runtime.safe_read import truncated_repr
 from dualpath_jax.training import adapter_file
 from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from dualpath_jax.weights import convert
 
-_MAX_POSITIONS = 2**28  # ViT-L's, of 96 frames at 336 pixels, are 57 million
+_MAX_POSITIONS = 2**28  # numbers in the position tables of a clip; ViT-L with 96 frames: 57 million
 
 
 class SingleVideo:
@@ -41,7 +42,8 @@ class SingleVideo:
 
     Args:
       jpegs: files in memory, see `video_decoder.video_to_jpegs`.
-      height, width: of each, pixels.
+      height: of each frame, pixels.
+      width: of each frame, pixels.
       name: of the video, for messages.
       class_names: of the model.
     """
@@ -59,12 +61,12 @@ class SingleVideo:
         return 1
 
     def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
-        """Returns the records of some frames, see `VideoDataset.read_frames`."""
+        """Return the records of some frames, see `VideoDataset.read_frames`."""
         del video_index
         return [encode_frame(self._jpegs[frame]) for frame in frame_indices]
 
     def image(self, frame: int) -> Image.Image:
-        """Returns one frame, RGB."""
+        """Return one frame, RGB."""
         return Image.open(io.BytesIO(self._jpegs[frame])).convert("RGB")
 
 
@@ -84,7 +86,7 @@ class Prediction:
     def from_logits(
         cls, logits: np.ndarray, class_names: Sequence[str], top_k: int
     ) -> "Prediction":
-        """Returns the `top_k` most probable classes by logits [V, classes] of all views."""
+        """Return the `top_k` most probable classes by logits [V, classes] of all views."""
         probabilities = mean_probabilities(logits)
         best = np.argsort(-probabilities, kind="stable")[: max(1, top_k)]
         return cls([class_names[i] for i in best], [float(probabilities[i]) for i in best])
@@ -111,7 +113,7 @@ class TrainedModel:
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False)
 
     def clips(self, video: str | os.PathLike[str]) -> pipeline.Batch:
-        """Returns all views of a video file as `pipeline.eval_batches` makes them, a batch of one.
+        """Return all views of a video file as `pipeline.eval_batches` makes them, a batch of one.
 
         The file is decoded in a process that can be killed, with the limits of `DecodeLimits`. It
         starts with the first video and serves all later ones.
@@ -127,13 +129,16 @@ class TrainedModel:
             (result,) = self._pool.map(video_decoder.video_to_jpegs, [arguments])
         if isinstance(result, Failure):
             raise video_decoder.VideoError(f"{path}: {result.reason}")
-        jpegs, facts = result
+        jpegs, info = result
         return self.clips_from_frames(
-            SingleVideo(jpegs, facts.height, facts.width, path, self.class_names)
+            SingleVideo(jpegs, info.height, info.width, path, self.class_names)
         )
 
     def clips_from_frames(self, frames: SingleVideo) -> pipeline.Batch:
-        """Returns what `clips` does for decoded frames; threads may call this at the same time."""
+        """Return all views of a decoded video, see `clips`.
+
+        Several threads may call it at the same time.
+        """
         return self._make_clips(frames)
 
     @functools.cached_property
@@ -152,26 +157,28 @@ class TrainedModel:
 
     @functools.cached_property
     def _features(self) -> Any:
+        """Return the compiled function of `features` for dualpath."""
+
         def features(params: Any, batch: Any) -> dict[str, jax.Array]:
             dtype = method_registry.compute_dtype(self.config)
             clips = flatten_views(batch)
             spatial, temporal = preprocess.model_inputs(clips, self.config.data, dtype)
             apply = functools.partial(self.module.apply, {"params": params})
-            found = {"logits": apply(spatial, temporal)}
+            outputs = {"logits": apply(spatial, temporal)}
             if self.module.spatial_path:
-                found["y_SP"] = apply(spatial, method="spatial_features")
+                outputs["y_SP"] = apply(spatial, method="spatial_features")
             if self.module.temporal_path:
-                found["y_TP"] = apply(temporal, method="temporal_features")
-            return found
+                outputs["y_TP"] = apply(temporal, method="temporal_features")
+            return outputs
 
         return jax.jit(features)
 
     def logits(self, clips: pipeline.Batch) -> np.ndarray:
-        """Returns logits [V, classes] float32 of the views that `clips` or `clips_from_frames` made."""
+        """Return logits [V, classes] float32 of the views of `clips` or `clips_from_frames`."""
         return np.asarray(self._logits(self.params, model_arrays(clips)))[0]
 
     def predict(self, video: str | os.PathLike[str], top_k: int = 5) -> Prediction:
-        """Returns the `top_k` most probable classes of a video file, by all views of evaluation.
+        """Return the `top_k` most probable classes of a video file, over all views of evaluation.
 
         Raises:
           video_decoder.VideoError: see `clips`.
@@ -179,9 +186,9 @@ class TrainedModel:
         return Prediction.from_logits(self.logits(self.clips(video)), self.class_names, top_k)
 
     def features(self, clips: pipeline.Batch) -> dict[str, np.ndarray]:
-        """Returns `logits` [V, classes] and, for dualpath, `y_SP` and `y_TP` [V, e] (eq. 8, 10).
+        """Return "logits" [V, classes] and, for dualpath, "y_SP" and "y_TP" [V, e] (eq. 8, 10).
 
-        All are float32.
+        All are float32. A path that the config switches off has no features.
         """
         if self.config.model.method != "dualpath":
             return {"logits": self.logits(clips)}
@@ -191,27 +198,30 @@ class TrainedModel:
 
 
 def mean_probabilities(logits: np.ndarray) -> np.ndarray:
-    """Returns probabilities [classes], float32, 0..1, averaged over the views of logits [V, classes]."""
+    """Average the probabilities of logits [V, classes] over views: float32 [classes], 0..1."""
     return np.asarray(jax.nn.softmax(logits, axis=-1)).mean(axis=0)
 
 
 def model_arrays(clips: pipeline.Batch) -> dict[str, np.ndarray]:
-    """Returns the arrays of a batch that a model takes: "spatial" and, with framesets, "temporal"."""
+    """Return the model's inputs in a batch: "spatial" and, with framesets, "temporal"."""
     return {key: clips[key] for key in ("spatial", "temporal") if key in clips}
 
 
 def read_trained_params(
     path: str, which: str = "latest"
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads (trainable parameters by path, metadata with "step") of a run or an adapter file.
+    """Read the trained parameters of a run or an adapter file.
 
     Args:
-      path: workdir of a run, or a file of scripts/export_adapter.py; local or gs://.
+      path: workdir of a run, or an adapter file; local or gs://.
       which: checkpoint of a run: "latest", or "best" by top-1 during training.
 
+    Returns:
+      (trainable parameters by path, float32; metadata with "step").
+
     Raises:
-      OSError: no such file.
-      ValueError: no checkpoint, or a damaged one.
+      OSError: there is no such file.
+      ValueError: there is no checkpoint, or it is damaged.
     """
     if path.endswith(".safetensors"):
         return adapter_file.read_adapter(path)
@@ -220,8 +230,8 @@ def read_trained_params(
     checkpoints = Checkpoints(path, read_only=True)  # the run may still be training
     step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
     if step is None:
-        found = "evaluated during training (config.eval.every_epochs)" if which == "best" else "yet"
-        raise ValueError(f"no checkpoint {found} in {path}: wait until the run has saved one")
+        kind = "evaluated during training (config.eval.every_epochs)" if which == "best" else "yet"
+        raise ValueError(f"no checkpoint {kind} in {path}: wait until the run has saved one")
     try:
         leaves, metadata = checkpoints.read(step)
     except DamagedCheckpoint as damage:
@@ -236,35 +246,35 @@ def read_trained_params(
 
 
 def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> TrainedModel:
-    """Loads a trained model; its data set is not needed.
+    """Load a trained model; its data set is not needed.
 
         import dualpath_jax as dp
         model = dp.load("runs/demo")
         model.predict("clip.mp4")
 
     Args:
-      path: workdir of a run, or a file of scripts/export_adapter.py; local or gs://.
-      backbone: file of the converted backbone; None: the one that the run used.
+      path: workdir of a run, or an adapter file; local or gs://.
+      backbone: file of the converted backbone; None: the file that the run used.
       checkpoint: of a run: "latest", or "best" by top-1 during training.
 
     Raises:
-      OSError: a file is not there.
-      ValueError: no checkpoint, a damaged one, parameters that do not belong to the model, or
-        another backbone than the run's.
+      OSError: a file is missing.
+      ValueError: there is no checkpoint, it is damaged, its parameters do not belong to the model,
+        or the backbone is not that of the run.
     """
     path = os.fspath(path)
     leaves, saved = read_trained_params(path, checkpoint)
-    config = _check(path, leaves, saved)
+    config = _check_trained_params(path, leaves, saved)
     file = backbone or config.backbone.checkpoint
     if not file:
-        raise ValueError(f"{path} does not say where its backbone is: pass --backbone=FILE")
+        raise ValueError(f"{path} does not name the file of its backbone: pass --backbone=FILE")
     try:
         frozen, shape, info = convert.load_backbone(file, abstract.build_backbone_config(config))
     except FileNotFoundError as error:
         if backbone:
             raise
         raise FileNotFoundError(
-            f"the backbone of {path} is not at {file}, where the run had it: say where it is now, "
+            f"the backbone of {path} is not at {file}, where the run had it: pass its new place, "
             "--backbone=FILE or in Python backbone=FILE"
         ) from error
     if info.sha256 != saved["backbone_sha256"]:
@@ -274,33 +284,29 @@ def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> 
         )
     module = method_registry.build_model(config, shape, len(saved["class_names"]))
     flat = param_tree.flatten({"backbone": frozen})
-    dtype = method_registry.compute_dtype(
-        config
-    )  # of the frozen weights, as in `experiment.init_params`
+    # Frozen weights have the compute dtype, as in `experiment.init_params`.
+    dtype = method_registry.compute_dtype(config)
     params = {name: jnp.asarray(leaf).astype(dtype) for name, leaf in flat.items()}
     params |= {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
     params = traverse_util.unflatten_dict(params, sep="/")
     class_names, step = list(saved["class_names"]), saved["step"]
-    stored = saved.get("frame_format")  # older files do not have it
-    frames = (
-        video_decoder.FrameFormat()
-        if stored is None
-        else dataset_metadata.parse_frame_format(stored, path)
-    )
-    return TrainedModel(config, module, jax.device_put(params), class_names, step, frames)
+    frame_format = video_decoder.FrameFormat()
+    if saved.get("frame_format") is not None:  # older versions did not save it
+        frame_format = dataset_metadata.parse_frame_format(saved["frame_format"], path)
+    return TrainedModel(config, module, jax.device_put(params), class_names, step, frame_format)
 
 
 def parse_saved_config(saved: dict[str, Any]) -> Any:
-    """Parses the config in the metadata of a checkpoint or an adapter file, which may be untrusted.
+    """Parse the config in the metadata of a checkpoint or an adapter file, which may be untrusted.
 
     Raises:
-      NO_CONFIG: it is none, or one of a model larger than any.
+      INVALID_CONFIG_ERRORS: it is not a configuration, or its model is implausibly large.
     """
     config = restore_config(saved["config"])
     check_values(config)
     if not isinstance(config.backbone.checkpoint, str | None):
         raise ValueError(
-            f"backbone.checkpoint={truncated_repr(config.backbone.checkpoint)} is no path"
+            f"backbone.checkpoint={truncated_repr(config.backbone.checkpoint)} is not a path"
         )
     shape = abstract.build_backbone_config(config)
     positions = config.data.num_frames * shape.num_tokens * shape.width
@@ -309,25 +315,31 @@ def parse_saved_config(saved: dict[str, Any]) -> Any:
     return config
 
 
-def _check(path: str, leaves: dict[str, np.ndarray], saved: dict[str, Any]) -> Any:
-    """Returns the config of a trained model whose parameters are `leaves`.
+def _check_trained_params(path: str, leaves: dict[str, np.ndarray], saved: dict[str, Any]) -> Any:
+    """Return the config of a trained model, after a check of its parameters.
+
+    Args:
+      path: workdir or adapter file, for messages.
+      leaves: trained parameters by path.
+      saved: metadata.
 
     Raises:
       ValueError: the config is invalid, or the model that it builds has other parameters.
     """
-    remedy = "take the file of the run itself, or write it again (scripts/export_adapter.py)"
+    command = command_line("export-adapter")
+    remedy = f"use the workdir of the run, or write the file again by `{command}`"
     try:
         config = parse_saved_config(saved)
         model = abstract.abstract_model(config, len(saved["class_names"]))
     except INVALID_CONFIG_ERRORS as error:
         raise ValueError(f"{path}: its config builds no model ({error}): {remedy}") from None
-    trains = param_tree.flatten(model.mask)
-    shapes = {n: p.shape for n, p in param_tree.flatten(model.params).items() if trains[n]}
+    is_trainable = param_tree.flatten(model.mask)
+    shapes = {n: p.shape for n, p in param_tree.flatten(model.params).items() if is_trainable[n]}
     for name in sorted(shapes.keys() | leaves.keys()):
-        has = f"{name} of shape {leaves[name].shape}" if name in leaves else f"no {name}"
-        wants = f"{name} of shape {shapes[name]}" if name in shapes else f"no {name}"
-        if has != wants:
-            raise ValueError(f"{path} has {has}, its config builds {wants}: {remedy}")
+        actual = f"{name} of shape {leaves[name].shape}" if name in leaves else f"no {name}"
+        expected = f"{name} of shape {shapes[name]}" if name in shapes else f"no {name}"
+        if actual != expected:
+            raise ValueError(f"{path} has {actual}, its config builds {expected}: {remedy}")
         if not np.isfinite(leaves[name]).all():
-            raise ValueError(f"{path} is damaged: {name} has values that are no numbers: {remedy}")
+            raise ValueError(f"{path} is damaged: {name} has values that are not finite: {remedy}")
     return config

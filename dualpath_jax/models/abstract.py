@@ -29,7 +29,7 @@ class AbstractModel:
 
 
 def clip_shapes(config: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Returns the shapes of `spatial` [1, S, H, W, 3] and `temporal` [1, G, H', W', 3] of one clip.
+    """Return the shapes of `spatial` [1, S, H, W, 3] and `temporal` [1, G, H', W', 3] of one clip.
 
     For a method without framesets, S is T and the shape of `temporal` is None.
     """
@@ -43,7 +43,7 @@ def clip_shapes(config: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
 
 
 def abstract_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct | None, ...]:
-    """Returns the abstract inputs of the model for one clip: `spatial` and `temporal`, float32."""
+    """Return the abstract inputs of the model for one clip: `spatial` and `temporal`, float32."""
     return tuple(
         None if shape is None else jax.ShapeDtypeStruct(shape, jnp.float32)
         for shape in clip_shapes(config)
@@ -51,7 +51,7 @@ def abstract_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct | None, ...]:
 
 
 def build_backbone_config(config: Any) -> backbone_registry.BackboneConfig:
-    """Returns the shape of the backbone that `config` names, at its image size."""
+    """Return the shape of the backbone that `config` names, at its image size."""
     return backbone_registry.backbone_config(
         config.backbone.name,
         image_size=config.data.image_size,
@@ -62,7 +62,7 @@ def build_backbone_config(config: Any) -> backbone_registry.BackboneConfig:
 def abstract_model(
     config: Any, num_classes: int, backbone: backbone_registry.BackboneConfig | None = None
 ) -> AbstractModel:
-    """Returns the model that `config` describes, its parameters' shapes and which of them train.
+    """Return the model that `config` describes, its parameters' shapes and which of them train.
 
     Args:
       config: the whole configuration.

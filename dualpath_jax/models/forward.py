@@ -10,18 +10,18 @@ from dualpath_jax.models.preprocess import Batch
 
 
 def clip_logits(model: Any, config: Any, params: Any, clips: Batch) -> jax.Array:
-    """Logits [B, classes] float32 of uint8 clips, one view of each video."""
+    """Compute logits [B, classes] float32 of uint8 clips, one view of each video."""
     dtype = method_registry.compute_dtype(config)
     return model.apply({"params": params}, *preprocess.model_inputs(clips, config.data, dtype))
 
 
 def flatten_views(batch: Batch) -> Batch:
-    """The clips of a batch with views, without them: [B, V, ...] -> [B V, ...]."""
+    """Merge the views of a batch into its first axis: [B, V, ...] -> [B V, ...]."""
     inputs = [key for key in ("spatial", "temporal") if key in batch]
     return {key: batch[key].reshape(-1, *batch[key].shape[2:]) for key in inputs}
 
 
 def view_logits(model: Any, config: Any, params: Any, batch: Batch) -> jax.Array:
-    """Logits [B, V, classes] float32 of every view of a batch, see `pipeline.eval_batches`."""
+    """Compute logits [B, V, classes] float32 of all views, see `pipeline.eval_batches`."""
     logits = clip_logits(model, config, params, flatten_views(batch))
     return logits.reshape(*batch["spatial"].shape[:2], -1)

@@ -17,7 +17,7 @@ from dualpath_jax.models.backbones.registry import BackboneConfig, build_backbon
 
 
 def patch_grid_side(num_patches: int) -> int:
-    """Returns the side of the square grid that `num_patches` patches form.
+    """Return the side of the square grid that `num_patches` patches form.
 
     Raises:
       ValueError: `num_patches` is not a square number.
@@ -43,7 +43,7 @@ class AverageClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, dropout_rng: jax.Array | None = None) -> jax.Array:
-        """Maps frame features x [B, T, D] float32 to logits [B, classes] float32."""
+        """Map frame features x [B, T, D] float32 to logits [B, classes] float32."""
         x = x.mean(axis=1)
         x = nn.Dropout(self.dropout)(x, deterministic=dropout_rng is None, rng=dropout_rng)
         with layers.full_precision():
@@ -81,20 +81,20 @@ class FrameModel(nn.Module):
             self.hook_params = self.param("adapters", self._init_adapters)
 
     def _init_adapters(self, rng: jax.Array) -> Any:
-        """Initializes the parameters of `hooks` for all blocks, stacked [L, ...]."""
+        """Initialize the parameters of `hooks` for all blocks, stacked [L, ...]."""
         hooks = self.hooks.clone(parent=None)
         return self.backbone.init_hooks(rng, hooks, self.num_frames, self.config.num_tokens)
 
     def start_from_backbone(self, params: Any) -> Any:
-        """Returns `params` unchanged: no parameter of the method starts at a backbone value."""
+        """Return `params` unchanged: no parameter of the method starts at a backbone value."""
         return params
 
     def embed(self, images: jax.Array) -> jax.Array:
-        """Maps images [M, H, W, 3] to the tokens [M, N, D] that enter the first block."""
+        """Map images [M, H, W, 3] to the tokens [M, N, D] that enter the first block."""
         return self.backbone.embed(images)
 
     def features(self, frames: jax.Array, dropout_rng: jax.Array | None = None) -> Any:
-        """Returns the head's input: pooled features [B, T, D] float32 of frames [B, T, H, W, 3].
+        """Return the head's input: pooled features [B, T, D] float32 of frames [B, T, H, W, 3].
 
         The feature of a frame is its class token after the final LayerNorm; a backbone without a
         class token averages its tokens.
@@ -110,7 +110,7 @@ class FrameModel(nn.Module):
         temporal: jax.Array | None = None,
         dropout_rng: jax.Array | None = None,
     ) -> jax.Array:
-        """Computes the logits of a batch of clips; see `registry.Method.build`.
+        """Compute the logits of a batch of clips; see `registry.Method.build`.
 
         Args:
           spatial: [B, T, H, W, 3] frames, normalized with the mean and std of the pretraining.

@@ -16,23 +16,23 @@ Tree = Any
 
 
 def _path_name(path: tuple) -> str:
-    """Formats a JAX key path, such as "spatial/adapters/attention/down/kernel"."""
+    """Format a JAX key path, such as "spatial/adapters/attention/down/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Returns the leaves of a tree by their paths, such as "classifier/output/bias"."""
+    """Return the leaves of a tree by their paths, such as "classifier/output/bias"."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {_path_name(path): leaf for path, leaf in leaves}
 
 
 def trainable_mask(params: Tree, predicate: Callable[[str], bool]) -> Tree:
-    """Returns a tree of bool that is True where `predicate(path)` says that the leaf trains."""
+    """Return a tree of bool: `predicate(path)` of each leaf's path, True for trainable leaves."""
     return jax.tree_util.tree_map_with_path(lambda path, _: predicate(_path_name(path)), params)
 
 
 def decay_mask(params: Tree) -> Tree:
-    """Returns a tree of bool that is True where weight decay applies.
+    """Return a tree of bool that is True where weight decay applies.
 
     Only kernels decay: not biases, norms, class tokens or positions.
     """
@@ -40,7 +40,7 @@ def decay_mask(params: Tree) -> Tree:
 
 
 def split(params: Tree, mask: Tree) -> tuple[Tree, Tree]:
-    """Splits `params` into (trainable, frozen) by a tree of bool.
+    """Split `params` into (trainable, frozen) by a tree of bool.
 
     Each result has the whole structure, with `optax.MaskedNode` where the other has a leaf.
     """
@@ -51,7 +51,7 @@ def split(params: Tree, mask: Tree) -> tuple[Tree, Tree]:
 
 
 def merge(trainable: Tree, frozen: Tree) -> Tree:
-    """Merges the results of `split`; frozen leaves may come from `unstack_blocks`."""
+    """Merge the results of `split`; frozen leaves may come from `unstack_blocks`."""
 
     def is_hole(node):
         return isinstance(node, optax.MaskedNode)
@@ -65,7 +65,7 @@ def merge(trainable: Tree, frozen: Tree) -> Tree:
 
 
 def unstack_blocks(frozen: Tree) -> Tree:
-    """Unstacks frozen block weights [L, ...] into tuples of L arrays.
+    """Unstack frozen block weights [L, ...] into tuples of L arrays.
 
     Unrolled programs use these arrays in place and `merge` them inside; from a stack they would
     slice (copy) the weights of each block at every step.
@@ -78,12 +78,12 @@ def unstack_blocks(frozen: Tree) -> Tree:
 
 
 def count_params(tree: Tree) -> int:
-    """Counts the parameters of a tree."""
+    """Count the parameters of a tree."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def parameter_groups(params: Tree, mask: Tree) -> dict[str, list[int]]:
-    """Counts [all, trainable, decayed] parameters of each group.
+    """Count [all, trainable, decayed] parameters of each group.
 
     A group is "backbone" or the first two parts of a path, such as "spatial/adapters". The last
     entry is "total".
@@ -103,7 +103,7 @@ def parameter_groups(params: Tree, mask: Tree) -> dict[str, list[int]]:
 
 
 def parameter_table(params: Tree, mask: Tree) -> str:
-    """Formats `parameter_groups` as a text table."""
+    """Format `parameter_groups` as a text table."""
     rows = [("group", "parameters", "trainable", "decayed")]
     for group, row in parameter_groups(params, mask).items():
         rows.append((group, *(f"{n:,}" for n in row)))

@@ -12,19 +12,19 @@ Batch = dict[str, Any]  # see `data.pipeline`; jax or numpy arrays
 
 
 def _apply_tables(table: jax.Array, images: jax.Array) -> jax.Array:
-    """Looks up images [..., 3] in one table per channel [3, 256], both uint8 -> uint8 [..., 3]."""
+    """Look up images [..., 3] in one table per channel [3, 256], both uint8 -> uint8 [..., 3]."""
     return jax.lax.platform_dependent(
         table, images, cpu=_apply_tables_by_gather, default=_apply_tables_by_select
     )
 
 
 def _apply_tables_by_gather(table: jax.Array, images: jax.Array) -> jax.Array:
-    """Implements `_apply_tables` for CPUs."""
+    """Implement `_apply_tables` for CPUs."""
     return jax.vmap(lambda t, x: t[x], in_axes=(0, -1), out_axes=-1)(table, images)
 
 
 def _apply_tables_by_select(table: jax.Array, images: jax.Array) -> jax.Array:
-    """Implements `_apply_tables` for accelerators by 256 selections, in 8 iterations of 32.
+    """Implement `_apply_tables` for accelerators by 256 selections, in 8 iterations of 32.
 
     Accelerators process a gather one element after the other.
     """
@@ -39,7 +39,7 @@ def _apply_tables_by_select(table: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def _apply_op(images: jax.Array, op: jax.Array, value: jax.Array, gray: jax.Array) -> jax.Array:
-    """Applies one operation to one clip and returns images like `images`.
+    """Apply one operation to one clip and return images like `images`.
 
     Args:
       images: float32 [n, H, W, 3], 0..1.
@@ -49,7 +49,7 @@ def _apply_op(images: jax.Array, op: jax.Array, value: jax.Array, gray: jax.Arra
     """
 
     def blend(other: jax.Array | float) -> jax.Array:
-        """Scales the distance of the images from `other` by `value`, as PIL does."""
+        """Scale the distance of the images from `other` by `value`, as PIL does."""
         return jnp.clip(other + value * (images - other), 0, 1)
 
     results = {
@@ -65,7 +65,7 @@ def _apply_op(images: jax.Array, op: jax.Array, value: jax.Array, gray: jax.Arra
 def augment_color(
     inputs: list[jax.Array], ops: jax.Array, values: jax.Array, tables: jax.Array
 ) -> list[jax.Array]:
-    """Applies RandAugment's color operations, the same ones to all images of a clip.
+    """Apply RandAugment's color operations, the same ones to all images of a clip.
 
     Args:
       inputs: arrays uint8 [B, n, H, W, 3]; "contrast" uses the mean of the last array.
@@ -86,7 +86,7 @@ def augment_color(
 
 
 def normalize(images: jax.Array, data_config: Any, dtype: Any) -> jax.Array:
-    """Normalizes images [..., H, W, 3], 0..255, with the config's mean and std (of 0..1).
+    """Normalize images [..., H, W, 3], 0..255, with the config's mean and std (of 0..1).
 
     Returns:
       [..., H, W, 3] of `dtype`.
@@ -97,7 +97,7 @@ def normalize(images: jax.Array, data_config: Any, dtype: Any) -> jax.Array:
 
 
 def model_inputs(batch: Batch, data_config: Any, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the normalized inputs (spatial, temporal) of a batch from `data.pipeline`.
+    """Return the normalized inputs (spatial, temporal) of a batch from `data.pipeline`.
 
     If the batch holds RandAugment operations, their color part is applied first.
 

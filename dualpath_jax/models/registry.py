@@ -1,9 +1,6 @@
-"""Tuning methods: how each is built and which of its parameters train.
+"""Registers the tuning methods: how each is built and which of its parameters are trained.
 
-Public: `METHODS`, `Method`, `build_model`, `is_trainable_fn`, `uses_framesets`, `compute_dtype`,
-`resolve_scan_blocks`.
-
-To add a method: write its module, add it to `METHODS` with a rule for each of its parameters.
+To add a method, write its module and add it to `METHODS` with a rule for each of its parameters.
 """
 
 import dataclasses
@@ -12,11 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from dualpath_jax.models.backbones.block_loop import check_remat
-from dualpath_jax.models.backbones.kernels import choose_kernels
+from dualpath_jax.models.backbones.kernels import choose_kernels, prefers_scan
 from dualpath_jax.models.backbones.layers import BlockHooks
 from dualpath_jax.models.backbones.registry import FAMILIES, BackboneConfig, family_of
 from dualpath_jax.models.frame_model import AverageClassifier, FrameModel
@@ -35,19 +31,21 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to tune a frozen backbone.
+    """Describes a way to tune a frozen backbone.
 
     Attributes:
-      build: (config, backbone shape, number of classes) -> module. All are called alike,
+      build: (config, backbone shape, number of classes) -> module. Every module is called as
         `module(spatial, temporal, dropout_rng)` -> logits [B, classes] float32, where
-          spatial: [B, S, H, W, 3] normalised frames; all T of them for a method without framesets.
-          temporal: [B, G, H', W', 3] normalised framesets; None for a method without framesets.
+          spatial: [B, S, H, W, 3] normalized frames; all T frames for a method without framesets.
+          temporal: [B, G, H', W', 3] normalized framesets; None for a method without framesets.
           dropout_rng: jax key that switches on the method's training-time randomness, or None.
-        Their parameters have the backbone's under "backbone"; `module.start_from_backbone(params)`
-        gives those that start at the backbone's values.
-      rules: (regular expression of the whole parameter path, does it train), first match wins.
-      families: the backbones that it works with, names of `backbones.FAMILIES`.
-      framesets: does it take framesets?
+        Its parameters hold those of the backbone under "backbone".
+        `module.start_from_backbone(params)` returns `params`, in which the method's parameters that
+        start at values of the backbone have these.
+      rules: (regular expression of the whole parameter path, whether it is trained); the first
+        match decides.
+      families: the backbones that it works with, names of `backbones.registry.FAMILIES`.
+      framesets: True if it takes framesets.
     """
 
     build: Callable[[Any, BackboneConfig, int], nn.Module]
@@ -57,11 +55,13 @@ class Method:
 
 
 def _check_choice(key: str, value: Any, known: tuple[Any, ...]) -> None:
+    """Raise ValueError unless `value` of a config key is one of `known`."""
     if value not in known:
         raise ValueError(f"unknown {key}={value!r}: known are {', '.join(map(str, known))}")
 
 
 def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> DualPath:
+    """Build DualPath: adapters on a spatial path (frames) and a temporal path (framesets)."""
     data, model = config.data, config.model
     adapter = Adapter(
         bottleneck=model.adapter_bottleneck,
@@ -102,7 +102,7 @@ def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> 
     )
 
 
-def _frame_model(
+def _build_frame_model(
     config: Any,
     backbone: BackboneConfig,
     head: nn.Module,
@@ -110,6 +110,7 @@ def _frame_model(
     kind: type[FrameModel] = FrameModel,
     **options: Any,
 ) -> FrameModel:
+    """Build a model that runs the backbone with `hooks` on each frame, then `head` on all."""
     return kind(
         config=backbone,
         num_frames=config.data.num_frames,
@@ -123,22 +124,24 @@ def _frame_model(
     )
 
 
-def _temporal(
+def _temporal_head(
     backbone: BackboneConfig, num_classes: int, num_prompts: int = 0
 ) -> TemporalClassifier:
     return TemporalClassifier(backbone, num_classes, num_prompts, parent=None)
 
 
 def _build_average(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
-    """`full` and `linear`, which differ in what trains."""
-    return _frame_model(config, backbone, AverageClassifier(num_classes, parent=None))
+    """Build `full` and `linear`, which differ only in which parameters are trained."""
+    return _build_frame_model(config, backbone, AverageClassifier(num_classes, parent=None))
 
 
 def _build_vpt(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
-    head, prompts = _temporal(backbone, num_classes), config.model.vpt.num_prompts
+    head, prompts = _temporal_head(backbone, num_classes), config.model.vpt.num_prompts
     if not config.model.vpt.deep:
-        return _frame_model(config, backbone, head, kind=ShallowPromptModel, num_prompts=prompts)
-    return _frame_model(
+        return _build_frame_model(
+            config, backbone, head, kind=ShallowPromptModel, num_prompts=prompts
+        )
+    return _build_frame_model(
         config, backbone, head, DeepPromptHooks(prompts, backbone.patch_size, parent=None)
     )
 
@@ -147,7 +150,7 @@ def _build_adaptformer(config: Any, backbone: BackboneConfig, num_classes: int) 
     options = config.model.adaptformer
     adapter = Adapter(options.bottleneck, options.scale, dtype=compute_dtype(config), parent=None)
     hooks = AdaptFormerHooks(adapter, options.parallel, parent=None)
-    return _frame_model(config, backbone, _temporal(backbone, num_classes), hooks)
+    return _build_frame_model(config, backbone, _temporal_head(backbone, num_classes), hooks)
 
 
 def _build_protuning(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
@@ -157,7 +160,7 @@ def _build_protuning(config: Any, backbone: BackboneConfig, num_classes: int) ->
         dtype=compute_dtype(config),
         parent=None,
     )
-    return _frame_model(config, backbone, _temporal(backbone, num_classes), hooks)
+    return _build_frame_model(config, backbone, _temporal_head(backbone, num_classes), hooks)
 
 
 def _build_st_adapter(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
@@ -179,12 +182,12 @@ def _build_st_adapter(config: Any, backbone: BackboneConfig, num_classes: int) -
         dtype=compute_dtype(config),
         parent=None,
     )
-    return _frame_model(config, backbone, AverageClassifier(num_classes, parent=None), hooks)
+    return _build_frame_model(config, backbone, AverageClassifier(num_classes, parent=None), hooks)
 
 
 def _build_videoprompt(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     prompts = config.model.videoprompt.num_prompts
-    return _frame_model(config, backbone, _temporal(backbone, num_classes, prompts))
+    return _build_frame_model(config, backbone, _temporal_head(backbone, num_classes, prompts))
 
 
 def _build_aim(config: Any, backbone: BackboneConfig, num_classes: int) -> AIMModel:
@@ -200,7 +203,7 @@ def _build_aim(config: Any, backbone: BackboneConfig, num_classes: int) -> AIMMo
         parent=None,
     )
     head = AverageClassifier(num_classes, options.dropout, parent=None)
-    return _frame_model(config, backbone, head, hooks, kind=AIMModel)
+    return _build_frame_model(config, backbone, head, hooks, kind=AIMModel)
 
 
 def _build_evl(config: Any, backbone: BackboneConfig, num_classes: int) -> EVLModel:
@@ -219,11 +222,11 @@ def _build_evl(config: Any, backbone: BackboneConfig, num_classes: int) -> EVLMo
         dtype=compute_dtype(config),
         parent=None,
     )
-    return _frame_model(config, backbone, head, kind=EVLModel, num_blocks=options.num_blocks)
+    return _build_frame_model(config, backbone, head, kind=EVLModel, num_blocks=options.num_blocks)
 
 
 _FROZEN, _ADAPTERS, _HEAD = ("backbone/.*", False), ("adapters/.*", True), ("head/.*", True)
-_VIT = ("vit",)  # methods on class token and position table
+_VIT = ("vit",)  # for methods that need a class token or a position table
 
 METHODS = {
     "dualpath": Method(
@@ -245,14 +248,18 @@ METHODS = {
     "st_adapter": Method(_build_st_adapter, (_FROZEN, _ADAPTERS, _HEAD)),
     "videoprompt": Method(_build_videoprompt, (_FROZEN, _HEAD)),
     "aim": Method(
-        _build_aim, (_FROZEN, _ADAPTERS, ("temporal_position", True), _HEAD), families=("vit",)
+        _build_aim, (_FROZEN, _ADAPTERS, ("temporal_position", True), _HEAD), families=_VIT
     ),
-    "evl": Method(_build_evl, (_FROZEN, _HEAD), families=("vit",)),
+    "evl": Method(_build_evl, (_FROZEN, _HEAD), families=_VIT),
 }
 
 
 def compute_dtype(config: Any) -> Any:
-    """The dtype named by `config.model.dtype`."""
+    """Return the dtype that `config.model.dtype` names.
+
+    Raises:
+      ValueError: there is no such dtype.
+    """
     if config.model.dtype not in DTYPES:
         raise ValueError(
             f"unknown model.dtype {config.model.dtype!r}: known are {', '.join(DTYPES)}"
@@ -261,27 +268,39 @@ def compute_dtype(config: Any) -> Any:
 
 
 def resolve_scan_blocks(config: Any) -> bool:
-    """Whether the compiled program loops over a backbone's blocks, by `config.model.scan_blocks`.
+    """Return whether to scan over the blocks of the backbone.
 
-    Where that is None they are written out on a GPU: its programs copy what a loop keeps for the
-    backward pass. With `config.mesh.fsdp` they are not, as it divides what a loop goes over.
+    If `config.model.scan_blocks` is None, blocks are unrolled on GPUs, where a scan copies the
+    activations that it saves for the backward pass; elsewhere they are scanned. With
+    `config.mesh.fsdp` they are scanned on GPUs too, because it divides the weights of scanned
+    blocks.
     """
     if config.model.scan_blocks is not None:
         return config.model.scan_blocks
-    return jax.default_backend() != "gpu" or config.mesh.fsdp > 1
+    return prefers_scan() or config.mesh.fsdp > 1
 
 
-def _method(name: str) -> Method:
+def _find_method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"unknown model.method {name!r}: known are {', '.join(METHODS)}")
     return METHODS[name]
 
 
 def build_model(config: Any, backbone: BackboneConfig, num_classes: int) -> nn.Module:
-    """The module of `config.model.method` on a backbone of shape `backbone`."""
+    """Build the module of `config.model.method`.
+
+    Args:
+      config: the whole configuration.
+      backbone: shape of the backbone.
+      num_classes: of the data set.
+
+    Raises:
+      ValueError: the method is unknown or does not work with this backbone, or its settings
+        contradict each other.
+    """
     name = config.model.method
     check_remat(config.model.remat)
-    method, family = _method(name), family_of(backbone)
+    method, family = _find_method(name), family_of(backbone)
     if family not in method.families:
         raise ValueError(
             f"model.method {name!r} works with backbones of the families "
@@ -292,21 +311,21 @@ def build_model(config: Any, backbone: BackboneConfig, num_classes: int) -> nn.M
 
 
 def uses_framesets(method: str) -> bool:
-    """Does `method` take framesets, or every sampled frame at full size?"""
-    return _method(method).framesets
+    """Return whether `method` takes framesets; other methods take each frame at full size."""
+    return _find_method(method).framesets
 
 
 def is_trainable_fn(method: str) -> Callable[[str], bool]:
-    """Predicate of a parameter's path ("spatial/class_token"): does it train under `method`?
+    """Return the function that decides by path ("spatial/class_token") if a parameter is trained.
 
-    The predicate raises ValueError for a path that no rule names.
+    The function raises ValueError for a path that no rule of `method` matches.
     """
-    rules = _method(method).rules
+    rules = _find_method(method).rules
 
-    def predicate(path: str) -> bool:
+    def is_trainable(path: str) -> bool:
         for pattern, trained in rules:
             if re.fullmatch(pattern, path):
                 return trained
-        raise ValueError(f"no rule of method {method!r} says whether parameter {path!r} trains")
+        raise ValueError(f"no rule of method {method!r} matches parameter {path!r}: add one")
 
-    return predicate
+    return is_trainable

@@ -10,7 +10,7 @@ from dualpath_jax.models.backbones.vit import Block, ViTConfig
 
 
 def _block_config(config: BackboneConfig, width: int) -> ViTConfig:
-    """Returns the shape of the transformer block for features of width D = `width`.
+    """Return the shape of the transformer block for features of width D = `width`.
 
     On a ViT it is the shape of the backbone's blocks; otherwise the heads have width 64 and the
     MLP has width 4 D.
@@ -50,7 +50,7 @@ class TemporalClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, dropout_rng: jax.Array | None = None) -> jax.Array:
-        """Maps frame features x [B, T, D] float32 to logits [B, classes] float32.
+        """Map frame features x [B, T, D] float32 to logits [B, classes] float32.
 
         `dropout_rng` is ignored, because the head does not use dropout.
         """

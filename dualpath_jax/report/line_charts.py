@@ -57,12 +57,12 @@ class Chart:
 
 
 def format_percent(value: float, digits: int = 1) -> str:
-    """Formats a fraction as a percentage: 0.125 -> "12.5%"."""
+    """Format a fraction as a percentage: 0.125 -> "12.5%"."""
     return f"{100 * value:.{digits}f}%"
 
 
 def format_number(value: float) -> str:
-    """Formats a number with four significant digits."""
+    """Format a number with four significant digits."""
     return f"{value:.4g}"
 
 
@@ -72,7 +72,7 @@ def line_chart(
     formatter: Callable[[float], str],
     unit_scale: bool = False,
 ) -> Chart | None:
-    """Returns a chart of values against steps; the vertical scale includes zero.
+    """Return a chart of values against steps; the vertical scale includes zero.
 
     Args:
       title: heading of the chart.
@@ -122,12 +122,12 @@ def line_chart(
 
 
 def _format_tick(value: float, formatter: Callable[[float], str]) -> str:
-    """Formats a tick; percentages have no more digits than they need."""
+    """Format a tick; percentages have no more digits than they need."""
     return f"{100 * value:g}%" if formatter is format_percent else formatter(value)
 
 
 def _describe_line(line: Series, formatter: Callable[[float], str]) -> str:
-    """Returns the first and last value of a line as text."""
+    """Return the first and last value of a line as text."""
     (first_step, first), (last_step, last) = line.points[0], line.points[-1]
     return (
         f"{line.name} from {formatter(first)} at step {first_step:,.0f} "
@@ -136,7 +136,7 @@ def _describe_line(line: Series, formatter: Callable[[float], str]) -> str:
 
 
 def _choose_ticks(low: float, high: float) -> list[float]:
-    """Returns round values that cover low..high."""
+    """Return round values that cover low..high."""
     if not high > low:
         high = low + 1.0
     values = ticker.MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
@@ -144,13 +144,13 @@ def _choose_ticks(low: float, high: float) -> list[float]:
 
 
 def _make_scale(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:
-    """Returns the linear function that maps low..high to begin..end."""
+    """Return the linear function that maps low..high to begin..end."""
     span = high - low if high > low else 1.0
     return lambda value: begin + (value - low) / span * (end - begin)
 
 
 def _thin_points(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Returns at most `MAX_POINTS` points: the lowest and the highest of each stretch."""
+    """Return at most `MAX_POINTS` points: the lowest and the highest of each stretch."""
     if len(points) <= MAX_POINTS:
         return points
     size = math.ceil(len(points) / (MAX_POINTS // 2))
@@ -163,7 +163,7 @@ def _thin_points(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def calibration_chart(bins: CalibrationBins) -> dict[str, Any]:
-    """Returns a bar chart of accuracy by confidence.
+    """Return a bar chart of accuracy by confidence.
 
     Returns:
       A dict with x_ticks and y_ticks ((position, label) pairs), diagonal (x1, y1, x2, y2), and

@@ -17,6 +17,7 @@ from dualpath_jax.data.video_dataset import FRAME_FEATURES, VideoDataset
 from dualpath_jax.inference import trained_model
 from dualpath_jax.report.run_reader import RunRecord
 from dualpath_jax.runtime import progress_bar
+from dualpath_jax.runtime.command_line import command_line
 
 _TILES_PER_ROW = 4  # images side by side
 TILE_HEIGHT = 112  # pixels of such an image
@@ -57,7 +58,7 @@ class _SingleVideoDataset:
         return 1
 
     def read_frames(self, video_index: int, frame_indices: Sequence[int]) -> list[bytes]:
-        """Returns records of frames; see `VideoDataset.read_frames`."""
+        """Return records of frames; see `VideoDataset.read_frames`."""
         del video_index
         return self._dataset.read_frames(self._row, frame_indices)
 
@@ -65,7 +66,7 @@ class _SingleVideoDataset:
 def mistake_strips(
     run: RunRecord, ids: Sequence[str], data_dir: str | None = None, backbone: str | None = None
 ) -> dict[str, list[Strip]]:
-    """Draws the videos `ids`: their frames, and attention over them if the model allows it.
+    """Draw the videos `ids`: their frames, and attention over them if the model allows it.
 
     Anything that cannot be drawn is added to `run.missing`.
 
@@ -119,12 +120,12 @@ def mistake_strips(
 
 
 def _preparation_command(run: RunRecord, folder: str) -> str:
-    """Returns the command that prepares the videos of a run."""
+    """Return the command that prepares the videos of a run."""
     source = run.settings.get("data.source", "DATASET")
     if source == "demo":
         return run.command("eval")  # this renders the demo again
     return (
-        f"python scripts/prepare_dataset.py --dataset={source} --videos=VIDEOS "
+        f"{command_line('prepare')} --dataset={source} --videos=VIDEOS "
         f"--annotations=ANNOTATIONS --out={folder}"
     )
 
@@ -132,13 +133,13 @@ def _preparation_command(run: RunRecord, folder: str) -> str:
 def _attention_strips(
     run: RunRecord, dataset: VideoDataset, rows: Sequence[int], backbone: str | None
 ) -> Iterator[list[Strip]]:
-    """Yields the attention strips of each video; ends early if the model cannot draw them."""
+    """Yield the attention strips of each video; end early if the model cannot draw them."""
     try:
         model = _load_evaluated_model(run, backbone)
     except (ValueError, OSError, KeyError, AttributeError) as problem:
         run.report_missing(
             f"no attention maps: {_one_line(problem)}. If the backbone was moved, give its file",
-            f"python scripts/report.py --workdir={run.workdir} --backbone=FILE --out=report.html",
+            f"{command_line('report')} --workdir={run.workdir} --backbone=FILE --out=report.html",
         )
         return
     for row in rows:
@@ -154,7 +155,7 @@ def _attention_strips(
 
 
 def _load_evaluated_model(run: RunRecord, backbone: str | None) -> trained_model.TrainedModel:
-    """Loads the model that was evaluated: the newest checkpoint, otherwise the best."""
+    """Load the model that was evaluated: the newest checkpoint, otherwise the best."""
     model, step = trained_model.load(run.workdir, backbone), run.results["step"]
     if model.step != step:
         with contextlib.suppress(ValueError):  # the run has no best checkpoint
@@ -165,7 +166,7 @@ def _load_evaluated_model(run: RunRecord, backbone: str | None) -> trained_model
 
 
 def _draw_attention_strips(view: attention_figures.ClipAttention) -> list[Strip]:
-    """Draws attention over the spatial frames, and over the frames of the framesets."""
+    """Draw attention over the spatial frames, and over the frames of the framesets."""
     apart, strips = view.split_framesets(), []
     for path, images in apart.images.items():
         tiles, rows = (
@@ -180,7 +181,7 @@ def _draw_attention_strips(view: attention_figures.ClipAttention) -> list[Strip]
 
 
 def _draw_frame_strip(dataset: VideoDataset, row: int) -> Strip:
-    """Draws evenly spaced frames of a video."""
+    """Draw evenly spaced frames of a video."""
     records = dataset.read_frames(row, _evenly_spaced(int(dataset.num_frames[row]), _TILES_PER_ROW))
     images = []
     for record in records:
@@ -192,13 +193,13 @@ def _draw_frame_strip(dataset: VideoDataset, row: int) -> Strip:
 
 
 def _evenly_spaced(count: int, limit: int) -> list[int]:
-    """Returns up to `limit` indices below `count`: the middles of equal parts."""
+    """Return up to `limit` indices below `count`: the middles of equal parts."""
     number = min(count, limit)
     return [int((k + 0.5) * count / number) for k in range(number)]
 
 
 def _make_strip(title: str, images: Sequence[np.ndarray], tiles: int) -> Strip:
-    """Joins images of one size, `tiles` in a row; an incomplete last row is left out."""
+    """Join images of one size, `tiles` in a row; an incomplete last row is left out."""
     columns = min(len(images), tiles)
     rows = len(images) // columns
     grid = np.stack(images[: rows * columns]).reshape(rows, columns, *images[0].shape)
@@ -210,5 +211,5 @@ def _make_strip(title: str, images: Sequence[np.ndarray], tiles: int) -> Strip:
 
 
 def _one_line(problem: Exception) -> str:
-    """Returns an error's message on one line, at most 300 characters."""
+    """Return an error's message on one line, at most 300 characters."""
     return " ".join(str(problem).split())[:300]

@@ -31,7 +31,7 @@ _CURVES = (  # (title, key of metrics.jsonl, label formatter, True if the scale 
 def render_page(
     runs: Sequence[RunRecord], mistakes: Sequence[int], strips: dict[str, list[Strip]]
 ) -> str:
-    """Renders the page of one run, or the comparison of several.
+    """Render the page of one run, or the comparison of several.
 
     Args:
       runs: at least one run.
@@ -83,12 +83,12 @@ def render_page(
 
 
 def _read_asset(name: str) -> markupsafe.Markup:
-    """Reads a file of this package as markup, which the template does not escape."""
+    """Read a file of this package as markup, which the template does not escape."""
     return markupsafe.Markup((_FOLDER / name).read_text(encoding="utf-8"))
 
 
 def _curve_charts(runs: Sequence[RunRecord]) -> list[line_charts.Chart | None]:
-    """Draws the training curves, one chart per metric; None for a metric that no run has."""
+    """Draw the training curves, one chart per metric; None for a metric that no run has."""
     charts = []
     for title, key, formatter, unit_scale in _CURVES:
         series = []
@@ -104,7 +104,7 @@ def _curve_charts(runs: Sequence[RunRecord]) -> list[line_charts.Chart | None]:
 
 
 def _top1_points(run: RunRecord) -> list[tuple[float, float]]:
-    """Returns (step, top-1) of the evaluations during training and of the final one."""
+    """Return (step, top-1) of the evaluations during training and of the final one."""
     points = dict(metric_points(run.evaluations, "top1"))
     if run.results:
         points[float(run.results["step"])] = float(run.results["top1"])
@@ -112,21 +112,21 @@ def _top1_points(run: RunRecord) -> list[tuple[float, float]]:
 
 
 def _calibration_bins(run: RunRecord) -> statistics.CalibrationBins | None:
-    """Returns the calibration of a run; None without predictions."""
+    """Return the calibration of a run; None without predictions."""
     if run.predictions is None:
         return None
     return statistics.calibration_bins(run.predictions.probabilities[:, 0], run.predictions.correct)
 
 
 def _summary_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Returns (name, value in each run) for each quantity that at least one run has."""
+    """Return (name, value in each run) for each quantity that at least one run has."""
     columns = [_summarize_run(run) for run in runs]
     names = list(dict.fromkeys(name for column in columns for name in column))
     return [(name, [column.get(name, "–") for column in columns]) for name in names]
 
 
 def _summarize_run(run: RunRecord) -> dict[str, str]:
-    """Returns the scores and sizes of a run as text, by name."""
+    """Return the scores and sizes of a run as text, by name."""
     results, summary = run.results, {}
     if results:
         videos = results["num_videos"]
@@ -164,7 +164,7 @@ def _summarize_run(run: RunRecord) -> dict[str, str]:
 
 
 def _parameter_tables(runs: Sequence[RunRecord]) -> list[tuple[str, dict[str, list[int]]]]:
-    """Returns the distinct tables of parameters, each with the names of the runs that have it."""
+    """Return the distinct tables of parameters, each with the names of the runs that have it."""
     tables: list[tuple[list[str], dict[str, list[int]]]] = []
     for run in runs:
         names = next((names for names, table in tables if table == run.parameters), None)
@@ -176,7 +176,7 @@ def _parameter_tables(runs: Sequence[RunRecord]) -> list[tuple[str, dict[str, li
 
 
 def _setting_differences(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
-    """Compares one run with the defaults of config/schema.py, or several with each other."""
+    """Compare one run with the defaults of config/schema.py, or several with each other."""
     known = [run for run in runs if run.config]
     if not known:
         return None
@@ -189,7 +189,7 @@ def _setting_differences(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
 
 
 def _environment_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Returns (name, value in each run) for each entry of environment.json."""
+    """Return (name, value in each run) for each entry of environment.json."""
     columns = [traverse_util.flatten_dict(run.environment, sep=", ") for run in runs]
     keys = list(dict.fromkeys(key for column in columns for key in column))
     return [
@@ -204,7 +204,7 @@ def _environment_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
 def _single_run_context(
     run: RunRecord, mistakes: Sequence[int], strips: dict[str, list[Strip]]
 ) -> dict[str, Any]:
-    """Returns the template's variables that only the page of a single run has."""
+    """Return the template's variables that only the page of a single run has."""
     predictions, names = run.predictions, run.class_names
     if predictions is None:
         return {"classes": [], "confusion": None, "mistakes": [], "bins": None}
@@ -255,7 +255,7 @@ def _single_run_context(
 
 
 def _top_guesses(run: RunRecord, row: int) -> list[tuple[str, float]]:
-    """Returns the three most probable classes of a video, and its label if it follows later.
+    """Return the three most probable classes of a video, and its label if it follows later.
 
     The label follows only if it is among the stored classes (the K most probable).
     """
@@ -269,7 +269,7 @@ def _top_guesses(run: RunRecord, row: int) -> list[tuple[str, float]]:
 
 
 def _class_comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """Returns the accuracy of each class in each run, the largest difference first.
+    """Return the accuracy of each class in each run, the largest difference first.
 
     The tables are empty unless at least two runs have predictions, all with the same classes.
     """

@@ -60,7 +60,7 @@ class Predictions:
 
     @property
     def correct(self) -> np.ndarray:
-        """Returns bool [n]: True where the most probable class is the label."""
+        """Return bool [n]: True where the most probable class is the label."""
         return self.classes[:, 0] == self.labels
 
 
@@ -98,11 +98,11 @@ class RunRecord:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Returns the configuration by dotted key."""
+        """Return the configuration by dotted key."""
         return flatten_config(self.config)
 
     def command(self, mode: str = "train") -> str:
-        """Returns the command line that trains or evaluates this run.
+        """Return the command line that trains or evaluate this run.
 
         The config file is written as CONFIG if the recorded command is unknown.
 
@@ -118,12 +118,12 @@ class RunRecord:
         return shlex.join([*words, "--mode=eval"] if mode == "eval" else words)
 
     def report_missing(self, what: str, command: str = "") -> None:
-        """Adds an entry to `missing`."""
+        """Add an entry to `missing`."""
         self.missing.append(MissingResult(what, command))
 
 
 def read_runs(workdirs: Sequence[str]) -> list[RunRecord]:
-    """Reads the runs of some workdirs.
+    """Read the runs of some workdirs.
 
     A workdir that holds several splits (HMDB51's "all") counts as several runs.
 
@@ -142,7 +142,7 @@ def read_runs(workdirs: Sequence[str]) -> list[RunRecord]:
 
 
 def _find_run_folders(workdir: str) -> list[str]:
-    """Returns `workdir`, or the workdirs of its splits.
+    """Return `workdir`, or the workdirs of its splits.
 
     Raises:
       ValueError: it is not a local workdir.
@@ -171,7 +171,7 @@ def _is_workdir(path: pathlib.Path) -> bool:
 
 
 def _read_run(workdir: str, name: str) -> RunRecord:
-    """Reads one workdir."""
+    """Read one workdir."""
     run = RunRecord(workdir, name)
     run.environment = _read_json_file(
         run, "environment.json", "train", "versions, devices and command"
@@ -196,7 +196,7 @@ def _read_run(workdir: str, name: str) -> RunRecord:
 
 
 def _read_json_file(run: RunRecord, name: str, mode: str, content: str) -> dict[str, Any]:
-    """Reads a JSON file of the workdir; returns {} and reports it if it is missing or damaged.
+    """Read a JSON file of the workdir; return {} and report it if it is missing or damaged.
 
     Args:
       run: the run; gets an entry in `missing`.
@@ -215,7 +215,7 @@ def _read_json_file(run: RunRecord, name: str, mode: str, content: str) -> dict[
 
 
 def _read_config(run: RunRecord) -> dict[str, Any]:
-    """Reads `RunRecord.config`."""
+    """Read `RunRecord.config`."""
     saved = _read_json_file(run, "config.json", "train", "settings")
     try:
         return restore_config(saved).to_dict() if saved else {}
@@ -228,7 +228,7 @@ def _read_config(run: RunRecord) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    """Returns True for a finite number of a magnitude that charts can draw."""
+    """Return True for a finite number of a magnitude that charts can draw."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and -1e18 < value < 1e18
 
@@ -242,7 +242,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _read_metrics(run: RunRecord) -> None:
-    """Reads metrics.jsonl and the planned number of steps."""
+    """Read metrics.jsonl and the planned number of steps."""
     path = epath.Path(run.workdir) / "metrics.jsonl"
     entries, bad = [], 0
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -273,7 +273,7 @@ def _read_metrics(run: RunRecord) -> None:
 
 
 def _read_results(run: RunRecord) -> None:
-    """Reads results.json and checks its values."""
+    """Read results.json and check its values."""
     name = "results.json"
     if not (pathlib.Path(run.workdir) / name).exists():
         run.report_missing("no evaluation: there are no final scores", run.command("eval"))
@@ -296,7 +296,7 @@ def _read_results(run: RunRecord) -> None:
 
 
 def _parse_predictions(rows: list[dict[str, Any]]) -> Predictions:
-    """Converts rows of predictions to arrays.
+    """Convert rows of predictions to arrays.
 
     Raises:
       ValueError: a row is damaged.
@@ -325,12 +325,12 @@ def _parse_predictions(rows: list[dict[str, Any]]) -> Predictions:
 
 
 def _parse_class_names(names: Any) -> list[str]:
-    """Returns class names from a file as text; [] if they are not a list."""
+    """Return class names from a file as text; [] if they are not a list."""
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _read_class_names(run: RunRecord) -> None:
-    """Completes `run.class_names`, which may hold names from the predictions.
+    """Complete `run.class_names`, which may hold names from the predictions.
 
     Without any it takes them from a checkpoint, otherwise from the data set. Classes that still
     lack a name are numbered.
@@ -353,7 +353,7 @@ def _read_class_names(run: RunRecord) -> None:
 
 
 def _class_names_from_checkpoint(run: RunRecord) -> Any:
-    """Returns the class names in the newest checkpoint; [] without one."""
+    """Return the class names in the newest checkpoint; [] without one."""
     if not (pathlib.Path(run.workdir) / "checkpoints").is_dir():
         return []
     checkpoints = Checkpoints(run.workdir, read_only=True)
@@ -367,7 +367,7 @@ def _class_names_from_checkpoint(run: RunRecord) -> Any:
 
 
 def _class_names_from_data(run: RunRecord) -> Any:
-    """Returns the class names of the prepared data; [] if it is not there."""
+    """Return the class names of the prepared data; [] if it is not there."""
     folder = run.settings.get("data.dir")
     try:
         return dataset_metadata.read_class_names(folder) if folder else []
@@ -376,7 +376,7 @@ def _class_names_from_data(run: RunRecord) -> Any:
 
 
 def _count_parameters(run: RunRecord) -> None:
-    """Sets `run.parameters` from the model that the run's configuration describes."""
+    """Set `run.parameters` from the model that the run's configuration describes."""
     if not run.config or not run.class_names:
         unknown = "configuration" if not run.config else "number of classes"
         run.report_missing(f"no table of parameters: the {unknown} is unknown", run.command("eval"))
@@ -394,12 +394,12 @@ def _count_parameters(run: RunRecord) -> None:
 
 
 def metric_points(entries: list[dict[str, Any]], key: str) -> Iterator[tuple[float, float]]:
-    """Yields (step, value) of the entries that have a finite number under `key`."""
+    """Yield (step, value) of the entries that have a finite number under `key`."""
     for entry in entries:
         if _is_number(entry.get(key)):
             yield float(entry["step"]), float(entry[key])
 
 
 def format_value(value: Any) -> str:
-    """Formats a value for the page: text as it is, anything else as Python writes it."""
+    """Format a value for the page: text as it is, anything else as Python writes it."""
     return value if isinstance(value, str) else repr(value)

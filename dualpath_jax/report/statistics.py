@@ -17,7 +17,7 @@ _NUM_BINS = 15  # as in Guo et al. 2017, who define the expected calibration err
 
 
 def confidence_interval(fraction: float, number: int) -> tuple[float, float]:
-    """Returns Wilson's 95% confidence interval (low, high) of a fraction of `number` videos.
+    """Return Wilson's 95% confidence interval (low, high) of a fraction of `number` videos.
 
     It accounts only for the random choice of the videos.
     """
@@ -27,18 +27,18 @@ def confidence_interval(fraction: float, number: int) -> tuple[float, float]:
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """Counts videos by (label, predicted class): int64 [C, C] from two arrays of int64 [n]."""
+    """Count videos by (label, predicted class): int64 [C, C] from two arrays of int64 [n]."""
     flat = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
     return flat.reshape(num_classes, num_classes)
 
 
 def class_counts(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the videos and the correct ones per class, each [C], from a confusion matrix."""
+    """Return the videos and the correct ones per class, each [C], from a confusion matrix."""
     return matrix.sum(axis=1), np.diag(matrix)
 
 
 def order_by_similarity(matrix: np.ndarray) -> list[int]:
-    """Orders the classes so that those often confused with each other are neighbors.
+    """Order the classes so that those often confused with each other are neighbors.
 
     Clusters by average linkage on the share of confusions; the leaves are in their optimal order
     (Bar-Joseph 2001).
@@ -58,7 +58,7 @@ def order_by_similarity(matrix: np.ndarray) -> list[int]:
 
 
 def worst_pairs(matrix: np.ndarray, number: int) -> list[tuple[int, int, int]]:
-    """Returns the most frequent confusions as (label, predicted class, videos), most first."""
+    """Return the most frequent confusions as (label, predicted class, videos), most first."""
     wrong = matrix - np.diag(np.diag(matrix))
     best = np.argsort(-wrong, axis=None, kind="stable")[:number]
     pairs = zip(*np.unravel_index(best, wrong.shape), strict=True)
@@ -86,7 +86,7 @@ class CalibrationBins:
 def calibration_bins(
     confidence: np.ndarray, correct: np.ndarray, bins: int = _NUM_BINS
 ) -> CalibrationBins:
-    """Bins the probabilities of the most probable classes.
+    """Bin the probabilities of the most probable classes.
 
     Args:
       confidence: [n] in 0..1, the probability of each video's most probable class.
@@ -106,13 +106,13 @@ def calibration_bins(
 
 
 def confident_mistakes(confidence: np.ndarray, correct: np.ndarray, number: int) -> list[int]:
-    """Returns the rows of the wrong videos with the highest confidence [n], highest first."""
+    """Return the rows of the wrong videos with the highest confidence [n], highest first."""
     wrong = np.flatnonzero(~correct)
     return wrong[np.argsort(-confidence[wrong], kind="stable")][:number].tolist()
 
 
 def pairwise_differences(settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Returns the keys whose values differ between runs, with the value of each run.
+    """Return the keys whose values differ between runs, with the value of each run.
 
     Values are compared as JSON, where a tuple equals a list. A missing key counts as None.
     """

@@ -18,6 +18,6 @@ _ROOT = pathlib.Path(__file__).parents[2]
 
 
 def command_line(name: str) -> str:
-    """Returns how to run a subcommand here, "dualpath prepare", or its script in a checkout."""
+    """Return how to run a subcommand here, "dualpath prepare", or its script in a checkout."""
     script = f"scripts/{SCRIPTS[name]}.py"
     return f"python {script}" if (_ROOT / script).is_file() else f"dualpath {name}"

@@ -38,7 +38,7 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Joins the other processes of the run, if there are any; call it before JAX uses a device.
+    """Join the other processes of the run, if there are any; call it before JAX uses a device.
 
     JAX detects the arguments that are missing (Cloud TPU pods, Slurm, Open MPI, Kubernetes). If all
     are missing and it detects no cluster, or if `num_processes` is 1, this is the only process.
@@ -80,7 +80,7 @@ def initialize(
 
 
 def _is_only_process_on_host() -> bool:
-    """Returns whether Open MPI or Slurm started only this process here; False without them."""
+    """Return whether Open MPI or Slurm started only this process here; False without them."""
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in os.environ:
         return os.environ["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
     tasks, nodes = (os.environ.get(f"SLURM_{name}") for name in ("NTASKS", "STEP_NUM_NODES"))
@@ -88,7 +88,7 @@ def _is_only_process_on_host() -> bool:
 
 
 def _connect_processes() -> None:
-    """Connects processes and devices, and prints the host of each process."""
+    """Connect processes and devices, and print the host of each process."""
     # Connect now, while all processes are running: Gloo waits 30 s for the others when it
     # connects, and forever later.
     name = socket.gethostname().encode()[:64].ljust(64)
@@ -104,7 +104,7 @@ def _connect_processes() -> None:
 
 
 def check_same_on_all_hosts(values: dict[str, Any], remedy: str) -> None:
-    """Checks that all processes have the same values; otherwise they would wait for each other.
+    """Check that all processes have the same values; otherwise they would wait for each other.
 
     Args:
       values: JSON values by name.
@@ -129,12 +129,12 @@ def check_same_on_all_hosts(values: dict[str, Any], remedy: str) -> None:
 
 
 def is_main_process() -> bool:
-    """Returns whether this is process 0, which prints and writes for all."""
+    """Return whether this is process 0, which prints and write for all."""
     return jax.process_index() == 0
 
 
 def process_label() -> str:
-    """Returns the prefix of this process's errors, empty if it is the only process."""
+    """Return the prefix of this process's errors, empty if it is the only process."""
     if not jax.distributed.is_initialized():  # checked first: process_count() starts devices
         return ""
     return f"process {jax.process_index()} of {jax.process_count()}: "
@@ -142,7 +142,7 @@ def process_label() -> str:
 
 @contextlib.contextmanager
 def end_together() -> Iterator[None]:
-    """Ends all processes of the run when one of them fails; wraps the whole program.
+    """End all processes of the run when one of them fails; wraps the whole program.
 
     A process that fails exits at once, without JAX's barrier at exit: in that barrier it would seem
     alive to the others, which would wait for it. JAX's coordination service notices the exit, names
@@ -163,7 +163,7 @@ def end_together() -> Iterator[None]:
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Returns whether `error` only reports that another process is gone."""
+    """Return whether `error` only reports that another process is gone."""
     # An OSError is not a peer failure: Cloud Storage can be "unavailable" too.
     if not jax.distributed.is_initialized() or isinstance(error, SystemExit | OSError):
         return False
@@ -171,7 +171,7 @@ def is_peer_failure(error: BaseException) -> bool:
 
 
 def _wait_for_termination(error: BaseException) -> NoReturn:
-    """Waits until the coordination service names the lost process and ends this one."""
+    """Wait until the coordination service names the lost process and end this one."""
     faulthandler.disable()  # its stack traces would bury the index of the process
     line = " ".join(str(error).split())
     print(
@@ -185,7 +185,7 @@ def _wait_for_termination(error: BaseException) -> NoReturn:
 
 
 def _exit_process(status: int) -> NoReturn:
-    """Exits without JAX's barrier."""
+    """Exit without JAX's barrier."""
     if is_main_process():  # it runs the coordination service: the others end with it
         time.sleep(_GRACE_SECONDS)
     sys.stdout.flush()
@@ -194,7 +194,7 @@ def _exit_process(status: int) -> NoReturn:
 
 
 def share_compiled_programs(workdir: str) -> None:
-    """Keeps compiled programs in the workdir if there are several processes.
+    """Keep compiled programs in the workdir if there are several processes.
 
     Only process 0 writes compiled programs. In folders local to their hosts the other processes
     would find none, and compile at every start. On GPUs they would also wait for process 0, which
@@ -210,7 +210,7 @@ def share_compiled_programs(workdir: str) -> None:
 
 
 def check_shared_workdir(workdir: str) -> None:
-    """Checks that all processes see the workdir of process 0; waits for all of them.
+    """Check that all processes see the workdir of process 0; wait for all of them.
 
     Raises:
       OSError: a process sees another folder.

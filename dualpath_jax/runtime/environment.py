@@ -15,7 +15,9 @@ import pathlib
 import platform
 import shlex
 import sys
-from typing import Any
+import threading
+import time
+from typing import Any, NoReturn
 
 from dualpath_jax.runtime.cpu_count import num_cores
 from dualpath_jax.version import __version__
@@ -35,20 +37,35 @@ _XLA_FLAGS = (
     "--xla_gpu_dot_merger_threshold_mb=0",
 )
 
+# TensorFlow only reads and decodes videos here. Without oneDNN, which no operation of the pipeline
+# uses, it prints nothing at start; batches are the same.
+_TENSORFLOW_VARIABLES = {
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TF_ENABLE_ONEDNN_OPTS": "0",
+}
+
+_THREAD_SECONDS = 30.0  # in which threads end by themselves when the program is done
+
 # Parameters of `mallopt`, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
+def quiet_tensorflow() -> None:
+    """Keep TensorFlow from printing when it is imported; call it before that."""
+    for name, value in _TENSORFLOW_VARIABLES.items():
+        os.environ.setdefault(name, value)
+
+
 def configure_environment() -> None:
-    """Quiets TensorFlow, sets XLA flags, and makes JAX keep compiled programs for later starts."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    """Quiet TensorFlow, set XLA flags, and make JAX keep compiled programs for later starts."""
+    quiet_tensorflow()
     os.environ.setdefault("XLA_FLAGS", " ".join(_XLA_FLAGS))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 def disable_async_dispatch() -> None:
-    """Makes steps on a CPU run in the calling thread, as `keep_freed_memory` requires.
+    """Make steps on a CPU run in the calling thread, as `keep_freed_memory` requires.
 
     Call it before JAX makes its first array. It changes nothing on other devices.
     """
@@ -58,7 +75,7 @@ def disable_async_dispatch() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep the memory that a step on a CPU frees, so that the next step reuses it.
+    """Make glibc keep the memory that a step on a CPU frees, so that the next step reuses it.
 
     Otherwise glibc returns blocks as large as a step's to the system at once, and the next step
     waits for new pages (docs/notes/measurements.md).
@@ -78,8 +95,25 @@ def keep_freed_memory() -> None:
     glibc.malloc_trim(0)
 
 
+def exit_process(status: Any) -> NoReturn:
+    """Exit with `status`, without waiting for threads that no longer do anything.
+
+    Orbax's threads wait by the wall clock. When that is set back while a checkpoint is written, a
+    save that was given up would keep the process for as long.
+    """
+    deadline = time.monotonic() + _THREAD_SECONDS
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive() and isinstance(status, int | None):
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status or 0)
+    sys.exit(status)
+
+
 def cache_folder() -> pathlib.Path:
-    """Returns the folder for compiled programs: one for each kind of CPU, as homes are shared.
+    """Return the folder for compiled programs: one for each kind of CPU, as homes are shared.
 
     The folder is in $XDG_CACHE_HOME or ~/.cache. JAX_COMPILATION_CACHE_DIR chooses another one, and
     JAX_ENABLE_COMPILATION_CACHE=false switches the cache off.
@@ -95,7 +129,7 @@ def cache_folder() -> pathlib.Path:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Returns what this process runs on, for JSON.
+    """Return what this process runs on, for JSON.
 
     Returns:
       A dictionary with the keys command, versions (by package), devices (their number by kind),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def exclusive_lock(folder: str, option: str) -> Iterator[None]:
-    """Locks a local folder against a second program while the block runs.
+    """Lock a local folder against a second program while the block runs.
 
     The operating system releases the lock when its owner dies.
 
@@ -41,7 +41,7 @@ def exclusive_lock(folder: str, option: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def waiting_lock(folder: str) -> Iterator[None]:
-    """Locks a folder while the block runs; waits until no other program holds the lock.
+    """Lock a folder while the block runs; wait until no other program holds the lock.
 
     Args:
       folder: created if it does not exist. Storage without files ("gs://...") is not locked.

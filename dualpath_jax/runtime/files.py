@@ -11,20 +11,23 @@ from dualpath_jax.runtime import gcs
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
-    """Yields a temporary path whose file replaces `path` when the block ends without an error.
+def atomic_path(path: str | os.PathLike[str], unique: bool = False) -> Iterator[epath.Path]:
+    """Yield a temporary path whose file replaces `path` when the block ends without an error.
 
     The temporary file is in the same folder and has the same suffix. It is removed when the block
     fails. A local file is on the disk, not only in the page cache, before it replaces `path`.
 
     Args:
-      path: the final file, local or gs://.
+      path: of the final file, local or gs://.
+      unique: name the temporary file after this process, for a file that several programs may
+        write at the same time. Otherwise the next writer replaces what a killed one left.
 
     Raises:
       OSError: the file cannot be written; `path` is as it was.
     """
     final = epath.Path(path)
-    temporary = final.with_name(f"{final.stem}.incomplete-{os.getpid()}{final.suffix}")
+    mark = f"incomplete-{os.getpid()}" if unique else "incomplete"
+    temporary = final.with_name(f"{final.stem}.{mark}{final.suffix}")
     try:
         with gcs.gcs_errors(os.fspath(path)):
             yield temporary
@@ -39,7 +42,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file in UTF-8 atomically.
+    """Write a text file in UTF-8 atomically.
 
     File names in the text may hold bytes outside UTF-8, which Python represents as surrogates; they
     are written unchanged.
@@ -58,7 +61,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def check_output_file(option: str, name: str) -> None:
-    """Checks that the file that a command line option names can be written.
+    """Check that the file that a command line option names can be written.
 
     Args:
       option: the option, such as "--out", for the message.

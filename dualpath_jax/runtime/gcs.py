@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 def check_gcs_installed(path: str, option: str) -> None:
-    """Checks that orbax's client library is installed if `path` is in Cloud Storage.
+    """Check that orbax's client library is installed if `path` is in Cloud Storage.
 
     Args:
       path: the folder for checkpoints.
@@ -25,13 +25,13 @@ def check_gcs_installed(path: str, option: str) -> None:
     except ImportError:
         raise ValueError(
             f"{option}={path} is in Cloud Storage, which needs google-cloud-storage: "
-            "pip install -r requirements-gcs.txt"
+            'pip install ".[gcs]"'
         ) from None
 
 
 @contextlib.contextmanager
 def gcs_errors(path: str) -> Iterator[None]:
-    """Reports errors of Cloud Storage with a remedy; wraps the first use of `path`.
+    """Report errors of Cloud Storage with a remedy; wraps the first use of `path`.
 
     Raises:
       OSError: Cloud Storage refuses `path`.

@@ -26,13 +26,13 @@ class Interrupted(Preempted):
 
 
 def exit_at_once(*_) -> None:
-    """Ends the process at once; handles SIGTERM while there is nothing to save."""
+    """End the process at once; handles SIGTERM while there is nothing to save."""
     os.write(2, b"stopped by SIGTERM; the same command resumes from the last checkpoint\n")
     os._exit(EXIT_CODE)
 
 
 def install_sigterm_handler() -> None:
-    """Installs `exit_at_once`, which then also runs while a program computes or compiles.
+    """Install `exit_at_once`, which then also runs while a program computes or compile.
 
     The main thread calls Python's signal handlers only when it executes Python code again, perhaps
     minutes later. Python writes a signal's number to a pipe at once, and a thread reads it. The
@@ -46,7 +46,7 @@ def install_sigterm_handler() -> None:
 
 
 def _watch_signal_pipe(pipe: int) -> None:
-    """Reads signal numbers from `pipe` and ends the process where it must not wait."""
+    """Read signal numbers from `pipe` and end the process where it must not wait."""
     counts = collections.Counter()
     while numbers := os.read(pipe, 1):
         number = numbers[0]
@@ -88,7 +88,7 @@ class PreemptionGuard:
 
     @contextlib.contextmanager
     def exit_on_sigterm(self) -> Iterator[None]:
-        """Restores the SIGTERM handler from before the guard was entered while the block runs."""
+        """Restore the SIGTERM handler from before the guard was entered while the block runs."""
         previous = self._previous_handlers.get(signal.SIGTERM)
         if previous is None or self.stop_requested:
             yield
@@ -101,7 +101,7 @@ class PreemptionGuard:
             signal.signal(signal.SIGTERM, handler)
 
     def _record_signal(self, number: int, frame: object) -> None:
-        """Requests a stop; the next signal ends the process."""
+        """Request a stop; the next signal ends the process."""
         del frame
         self.stop_requested = True
         for each in self._previous_handlers:
@@ -113,7 +113,7 @@ class PreemptionGuard:
             )
 
     def should_stop(self, step: int) -> bool:
-        """Returns whether to stop after `step`; to be called on every host, for every step."""
+        """Return whether to stop after `step`; to be called on every host, for every step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.stop_requested

@@ -20,13 +20,13 @@ _quiet = False
 
 
 def set_quiet(quiet: bool = True) -> None:
-    """Switches bars and `print_above_bar` off in this process, or on again."""
+    """Switch bars and `print_above_bar` off in this process, or on again."""
     global _quiet
     _quiet = quiet
 
 
 def add_quiet_option(parser: argparse.ArgumentParser) -> None:
-    """Adds `--quiet`, which every script with progress has."""
+    """Add `--quiet`, which every script with progress has."""
     help_ = (
         "show no progress (default: a bar on a terminal, otherwise a line every "
         f"{_LINE_INTERVAL_SECONDS:g} s)"
@@ -35,7 +35,7 @@ def add_quiet_option(parser: argparse.ArgumentParser) -> None:
 
 
 def print_above_bar(line: str) -> None:
-    """Prints a line above the bars; ignores errors, such as a full disk under the log file."""
+    """Print a line above the bars; ignore errors, such as a full disk under the log file."""
     if not _quiet:
         with contextlib.suppress(OSError):
             tqdm.tqdm.write(line, file=sys.stdout)
@@ -88,11 +88,11 @@ class ProgressBar:
         self.close()
 
     def close(self) -> None:
-        """Closes the bar and leaves its last state on the terminal."""
+        """Close the bar and leave its last state on the terminal."""
         self._bar.close()
 
     def update(self, number: int = 1) -> None:
-        """Counts `number` more units as done."""
+        """Count `number` more units as done."""
         self._bar.update(number)
         self.done += number
         now = self._clock()
@@ -104,21 +104,21 @@ class ProgressBar:
                 print(f"{self._format_count()}, {left} left", file=sys.stderr, flush=True)
 
     def postpone_line(self) -> None:
-        """Delays the next log line, because the caller has just printed one of its own."""
+        """Delay the next log line, because the caller has just printed one of its own."""
         self._last_line_time = self._clock()
 
     def update_to(self, done: int) -> None:
-        """Sets the number of units done, including those from before."""
+        """Set the number of units done, including those from before."""
         self.update(done - self.done)
 
     def _format_count(self) -> str:
-        """Returns the current count, such as "prepare: 70 of 100 videos (70%)"."""
+        """Return the current count, such as "prepare: 70 of 100 videos (70%)"."""
         part = self.done / max(self._total, 1)
         return f"{self._task}: {self.done:,} of {self._total:,} {self._unit} ({part:.0%})"
 
 
 def iterate_with_bar(items: Collection[_Item], task: str, unit: str) -> Iterator[_Item]:
-    """Yields the items and shows a progress bar."""
+    """Yield the items and show a progress bar."""
     with ProgressBar(len(items), task, unit) as bar:
         for item in items:
             yield item
@@ -126,6 +126,6 @@ def iterate_with_bar(items: Collection[_Item], task: str, unit: str) -> Iterator
 
 
 def format_duration(seconds: float) -> str:
-    """Returns a duration as hours, minutes and seconds: 3725.4 -> "1:02:05"."""
+    """Return a duration as hours, minutes and seconds: 3725.4 -> "1:02:05"."""
     rounded = round(seconds)
     return f"{rounded // 3600}:{rounded // 60 % 60:02}:{rounded % 60:02}"

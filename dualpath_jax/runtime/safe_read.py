@@ -16,7 +16,7 @@ _MAX_REPR_CHARS = 200  # characters of a value in a message
 
 
 def check_size(path: str | os.PathLike[str], limit: int) -> None:
-    """Checks that `path` is a regular file of at most `limit` bytes.
+    """Check that `path` is a regular file of at most `limit` bytes.
 
     A reader would wait forever for a pipe, and read without end from a device.
 
@@ -41,7 +41,7 @@ def check_size(path: str | os.PathLike[str], limit: int) -> None:
 def open_text(
     path: str | os.PathLike[str], errors: str = "strict", newline: str | None = None
 ) -> Iterator[TextIO]:
-    """Opens a UTF-8 text file for reading, with or without a byte order mark.
+    """Open a UTF-8 text file for reading, with or without a byte order mark.
 
     Args:
       path: a local file.
@@ -66,7 +66,7 @@ def open_text(
 
 
 def read_json(path: str | os.PathLike[str], expected_type: type) -> Any:
-    """Reads a JSON file whose top level is an `expected_type`.
+    """Read a JSON file whose top level is an `expected_type`.
 
     Raises:
       ValueError: the file is too large, not JSON, nested too deep, or of another type.
@@ -79,12 +79,12 @@ def read_json(path: str | os.PathLike[str], expected_type: type) -> Any:
 
 
 def _is_remote(path: str | os.PathLike[str]) -> bool:
-    """Returns whether `path` is in Cloud Storage."""
+    """Return whether `path` is in Cloud Storage."""
     return "://" in os.fspath(path)
 
 
 def parse_json(text: str | bytes, expected_type: type, source: str | os.PathLike[str]) -> Any:
-    """Parses a JSON text whose top level is an `expected_type`.
+    """Parse a JSON text whose top level is an `expected_type`.
 
     Args:
       text: the JSON text.
@@ -113,13 +113,13 @@ def parse_json(text: str | bytes, expected_type: type, source: str | os.PathLike
 
 
 def _children(node: Any) -> Any:
-    """Returns the values directly below a JSON node."""
+    """Return the values directly below a JSON node."""
     if isinstance(node, dict):
         return node.values()
     return node if isinstance(node, list) else ()
 
 
 def truncated_repr(value: Any) -> str:
-    """Returns `repr(value)`, cut to a length that fits in a message."""
+    """Return `repr(value)`, cut to a length that fits in a message."""
     text = repr(value)
     return text if len(text) <= _MAX_REPR_CHARS else f"{text[:_MAX_REPR_CHARS]}..."

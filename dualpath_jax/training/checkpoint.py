@@ -1,11 +1,12 @@
-"""Checkpoints: trainables, optimizer state and what they belong to. The only importer of orbax.
+"""Saves and restores checkpoints: trainable parameters, optimizer state and metadata.
 
-Public: `Checkpoints`, `DamagedCheckpoint`, `config_changes`.
+This is the only module that imports orbax.
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import traceback
@@ -28,24 +29,24 @@ from dualpath_jax.config.values import (
 from dualpath_jax.models import param_tree
 from dualpath_jax.runtime import files
 
-_MAX_BYTES = 32 * 2**30  # of the arrays of a checkpoint; ViT-L, fully tuned, has 4 GB
-METRIC = "top1"  # by which the best checkpoint is the best
-_MAX_ERRORS = 10  # that one save may give, one by one
+_MAX_BYTES = 32 * 2**30  # of all arrays of a checkpoint; those of a fully tuned ViT-L take 4 GB
+_BEST_METRIC = "top1"  # the best checkpoint has the highest value of this score
+_MAX_ERRORS = 10  # a failed save raises the errors of its threads one by one
 
 
-def _is_news(record: Any) -> bool:
-    """Not what orbax raises, whose traceback each of its threads logs, nor that we only read."""
+def _is_relevant(record: Any) -> bool:
+    """Filter out orbax's tracebacks of errors that it also raises, and its read-only notices."""
     if logging.level_debug() or "orbax" not in record.pathname:
         return True
     return not (record.exc_info or "read_only" in str(record.msg) or "read only" in str(record.msg))
 
 
-logging.get_absl_logger().addFilter(_is_news)
+logging.get_absl_logger().addFilter(_is_relevant)
 
 
 @dataclasses.dataclass(frozen=True)
 class _NewestAndBest(checkpoint_managers.PreservationPolicy):
-    """Which checkpoints stay: the newest `count` and the best one."""
+    """Keeps the newest `count` checkpoints and the best one."""
 
     count: int
     best_step: Callable[[], int | None]
@@ -57,21 +58,21 @@ class _NewestAndBest(checkpoint_managers.PreservationPolicy):
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint that cannot be read, or does not hold what was saved."""
+    """Reports that a checkpoint cannot be read, or does not contain what was saved."""
 
 
 class Checkpoints:
-    """The checkpoints of a workdir, written in the background.
+    """Manages the checkpoints of a workdir and writes them in the background.
 
-    Kept are the newest `keep` ones and the best one by `METRIC`. A checkpoint holds the leaves of a
-    state by path (float32 trainables, optimizer slots, step), metadata, and the SHA-256 of both.
-    The frozen backbone is not in it: it is read from its own file, and its hash compared. A
-    checkpoint appears under its step, whole, when all of it is on disk.
+    The newest `keep` ones and the best one by top-1 are kept. A checkpoint holds the leaves of a
+    state by path (float32 parameters, optimizer slots, step), metadata, and the SHA-256 of both.
+    It does not hold the frozen backbone, which is read from its own file and compared by its hash.
+    A checkpoint appears under its step when all of it is on disk.
 
     Args:
-      workdir: of the run.
-      keep: how many of the newest stay.
-      read_only: leave all as it is; another process may be writing there.
+      workdir: of the run, local or gs://.
+      keep: number of newest checkpoints that are kept.
+      read_only: change nothing in the workdir; another process may be writing there.
     """
 
     def __init__(self, workdir: str, keep: int = 3, read_only: bool = False):
@@ -81,11 +82,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
-            cleanup_tmp_directories=not read_only,  # on gs:// orbax alone can tell them
+            cleanup_tmp_directories=not read_only,  # on gs:// only orbax recognizes them
             preservation_policy=_NewestAndBest(keep, self.best_step),
         )
         if not read_only:
-            self._remove_incomplete()  # of a process that was killed while it saved
+            self._remove_incomplete()  # left by a process that was killed while it saved
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=options,
@@ -94,40 +95,41 @@ class Checkpoints:
                 "metadata": ocp.JsonCheckpointHandler(),
             },
         )
-        self._saving: int | None = None  # the step that is being written
-        self._lost = False  # could it not be?
-        self._scores: dict[int, dict[str, Any]] = {}  # of the checkpoints that have some
+        self._saving_step: int | None = None  # the step that is being written
+        self._save_failed = False  # True if the checkpoint of that step could not be written
+        self._scores: dict[int, dict[str, Any]] = {}  # by step, of the evaluated checkpoints
         for step in self._manager.all_steps():
             with contextlib.suppress(DamagedCheckpoint):
                 saved = self.read_metadata(step)
                 if saved["scores"] is not None:
-                    self._scores[step] = _evaluated_as(saved["config"]) | saved["scores"]
+                    self._scores[step] = _read_score_origin(saved["config"]) | saved["scores"]
 
     def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint, None if there is none."""
+        """Return the step of the newest complete checkpoint; None without checkpoints."""
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """Step of the checkpoint with the highest `METRIC`, None if none was evaluated.
+        """Return the step of the checkpoint with the highest top-1; None if none was evaluated.
 
-        Of those evaluated as the newest was, on its split and with its views.
+        Only checkpoints that were evaluated like the newest one are compared: on the same split,
+        with the same views.
         """
         if not self._scores:
             return None
         last = self._scores[max(self._scores)]
-        alike = [
+        comparable = [
             step
             for step, scores in self._scores.items()
             if all(scores.get(key) == last.get(key) for key in ("split", "views"))
         ]
-        return max(alike, key=lambda step: self._scores[step][METRIC])
+        return max(comparable, key=lambda step: self._scores[step][_BEST_METRIC])
 
     def has_scores(self, step: int) -> bool:
-        """Was the checkpoint of `step` evaluated?"""
+        """Return whether the checkpoint of `step` was evaluated."""
         return step in self._scores
 
     def path(self, step: int | None) -> str:
-        """Where the checkpoint of `step` lies, for messages."""
+        """Return the folder of the checkpoint of `step` for messages; "none" if `step` is None."""
         return "none" if step is None else str(self.directory / str(step))
 
     def save(
@@ -135,42 +137,52 @@ class Checkpoints:
         step: int,
         state: Any,
         metadata: dict[str, Any],
-        reported: bool = True,
+        metrics_on_disk: bool = True,
     ) -> None:
-        """Write `state` (any pytree of arrays) in the background, unless `step` is there already.
+        """Write a state in the background, unless there is a checkpoint of `step` already.
 
-        A checkpoint that cannot be written is given up with a warning, here or, where it
-        shows later, in the next call; so is one whose steps are not `reported`: a run that resumed
-        there would never report them.
+        If the checkpoint cannot be written, a warning is logged here or in the next call, and
+        training continues.
+
+        Args:
+          step: number of updates done.
+          state: any pytree of arrays.
+          metadata: what the checkpoint belongs to, see `Experiment.metadata`.
+          metrics_on_disk: False if metrics.jsonl lacks entries of earlier steps. The checkpoint is
+            then not written, because a run that resumed there would never log these entries.
         """
         self.wait()
-        if self._lost:
-            self._clean_up()  # again: its threads may have written on
+        if self._save_failed:
+            self._clean_up()  # once more: threads of the failed save may have kept writing
         if step in self._manager.all_steps():
             return
-        self._saving, self._lost = step, False
-        if _on_any_host(not reported):
+        self._saving_step, self._save_failed = step, False
+        if _on_any_host(not metrics_on_disk):
             self._give_up(OSError("the metrics of its steps are not on disk"))
             return
         leaves = param_tree.flatten(state)
-        metadata = {**metadata, "scores": None, "leaves": _digests(leaves)}
+        metadata = {**metadata, "scores": None, "leaves": _digest_leaves(leaves)}
         metadata["sha256"] = _digest_json(metadata)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves), metadata=ocp.args.JsonSave(metadata)
         )
         self._attempt(lambda: self._manager.save(step, args=args))
 
-    def add_scores(self, step: int, scores: dict[str, Any], reported: bool = True) -> None:
-        """Note the first scores of an evaluation in the checkpoint of `step`.
+    def add_scores(self, step: int, scores: dict[str, Any], metrics_on_disk: bool = True) -> None:
+        """Add the scores of an evaluation to the metadata of the checkpoint of `step`.
 
-        They are `METRIC` and others by name, and "split" and "views", see `best_step`.
+        Nothing is done if there is no such checkpoint, if it has scores already, or if
+        `metrics_on_disk` is False, see `save`. If the metadata cannot be written, a warning is
+        logged.
 
-        Where it is not there nothing is done, nor unless they are `reported`, as in `save`; a
-        warning where its metadata cannot be written.
+        Args:
+          step: number of updates of the evaluated state.
+          scores: "top1" and others by name, and "split" and "views", see `best_step`.
+          metrics_on_disk: see `save`.
         """
         self.wait()
-        there = step in self._manager.all_steps() and not self.has_scores(step)
-        if _on_any_host(not (there and reported)):
+        needs_scores = step in self._manager.all_steps() and not self.has_scores(step)
+        if _on_any_host(not (needs_scores and metrics_on_disk)):
             return
         problem = None
         try:
@@ -182,41 +194,45 @@ class Checkpoints:
                 )
         except (DamagedCheckpoint, OSError) as error:
             problem = error
-            logging.warning("the scores of step %d are not kept: %s", step, _one_line(error))
+            logging.warning(
+                "the scores of step %d could not be saved: %s", step, _format_error(error)
+            )
         if not _on_any_host(problem is not None):
             self._scores[step] = scores
 
     def wait(self) -> None:
-        """Return when everything saved so far is on disk, or has been given up."""
+        """Wait until the checkpoint that is being written is on disk, or its save has failed."""
         self._attempt(self._manager.wait_until_finished)
 
     def _attempt(self, action: Callable[[], Any]) -> None:
+        """Run an action of the manager; if it fails, clean up and log a warning."""
         try:
             action()
-        except Exception as error:  # of many kinds: the disk is full, the folder is gone, ...
+        except Exception as error:  # many kinds: the disk is full, the folder was deleted, ...
             logging.debug("%s", traceback.format_exc())
             self._clean_up()
-            if self._saving in self._manager.all_steps():
-                logging.warning("an old checkpoint could not be deleted: %s", _one_line(error))
+            if self._saving_step in self._manager.all_steps():
+                logging.warning("an old checkpoint could not be deleted: %s", _format_error(error))
             else:
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        self._scores.pop(self._saving, None)
+        """Mark the current save as failed and log a warning."""
+        self._scores.pop(self._saving_step, None)
         logging.warning(
-            "the checkpoint of step %s could not be written: %s. Training goes on; the last good "
-            "one is %s",
-            self._saving,
-            _one_line(error),
+            "the checkpoint of step %s could not be written: %s. Training continues; the last "
+            "good one is %s",
+            self._saving_step,
+            _format_error(error),
             self.path(self.latest_step()),
         )
-        self._lost = True
+        self._save_failed = True
 
     def _clean_up(self) -> None:
-        """After a save that failed: free its disk space, and count what is on disk again."""
+        """Free the disk space of a failed save and lists the checkpoints on disk again."""
         for _ in range(_MAX_ERRORS):
             try:
-                self._manager.wait_until_finished()  # each of its threads may have failed
+                self._manager.wait_until_finished()  # raises the error of one thread per call
                 break
             except Exception:
                 logging.debug("%s", traceback.format_exc())
@@ -230,10 +246,19 @@ class Checkpoints:
                     path.rmtree()
 
     def restore_newest(self, state: Any, metadata: dict[str, Any]) -> tuple[int, Any] | None:
-        """(step, state) of the newest checkpoint that is whole, or None if there is none.
+        """Restore the newest checkpoint that is not damaged.
 
-        A damaged one is moved to WORKDIR/damaged_checkpoints with a warning. Otherwise as
-        `restore`.
+        Damaged ones are moved to WORKDIR/damaged_checkpoints with a warning.
+
+        Args:
+          state: has the structure, dtypes and shardings of the result.
+          metadata: of the run, see `restore`.
+
+        Returns:
+          (step, state), or None if there is no such checkpoint.
+
+        Raises:
+          ValueError: as from `restore`.
         """
         while (step := self.latest_step()) is not None:
             leaves, damage = None, None
@@ -242,41 +267,41 @@ class Checkpoints:
             except DamagedCheckpoint as error:
                 damage = error
             if not _on_any_host(damage is not None):
-                return step, _placed(leaves, state)
+                return step, _place_leaves(leaves, state)
             self._set_aside(step, damage)
         return None
 
     def restore(self, step: int, state: Any, metadata: dict[str, Any]) -> Any:
-        """The state saved at `step`, in the structure, dtypes and shardings of `state`.
+        """Return the state saved at `step`, in the structure, dtypes and shardings of `state`.
 
         Raises:
           ValueError: the checkpoint belongs to another backbone, method or set of classes than
             `metadata` names, or holds other parameters than `state`.
-          DamagedCheckpoint: it cannot be read, or is not what was saved.
+          DamagedCheckpoint: it cannot be read, or does not contain what was saved.
         """
-        return _placed(self._read_for(step, state, metadata), state)
+        return _place_leaves(self._read_for(step, state, metadata), state)
 
     def _read_for(self, step: int, state: Any, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Leaves by path, fit for `state`; raises as `restore`."""
+        """Return the leaves of `step` by path, checked against `state`; raises like `restore`."""
         saved = self.read_metadata(step)
         _compare_metadata(saved, metadata, self.path(step))
         _compare_shapes(saved["leaves"], param_tree.flatten(state), self.path(step))
         return self._read_leaves(step, saved)
 
     def read(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(leaves by path, metadata) of `step`, whatever it belongs to.
+        """Return (leaves by path, metadata) of `step`, without a check of what it belongs to.
 
         Raises:
-          DamagedCheckpoint: it cannot be read, or is not what was saved.
+          DamagedCheckpoint: it cannot be read, or does not contain what was saved.
         """
         saved = self.read_metadata(step)
         return self._read_leaves(step, saved), saved
 
     def _read_leaves(self, step: int, saved: dict[str, Any]) -> dict[str, jax.Array]:
-        """The arrays of `step`, compared with the digests in its metadata, `saved`."""
+        """Read the arrays of `step` and compare them with the digests in its metadata."""
         where = self.path(step)
-        # Onto a device of this process: those of the processes that saved need not be there. By a
-        # handler: the manager waits for all processes here, also for one that cannot read.
+        # The arrays go to a device of this process, as the devices that saved them may be gone. The
+        # handler reads them, because the manager would wait for processes that cannot read.
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = {
             name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=device)
@@ -288,19 +313,23 @@ class Checkpoints:
             )
         except Exception as error:
             raise DamagedCheckpoint(
-                f"checkpoint {where} cannot be read: {_one_line(error)}"
+                f"checkpoint {where} cannot be read: {_format_error(error)}"
             ) from error
-        now = _digests(leaves)
-        differing = [name for name, entry in saved["leaves"].items() if now.get(name) != entry]
+        digests = _digest_leaves(leaves)
+        differing = [name for name, entry in saved["leaves"].items() if digests.get(name) != entry]
         if differing:
             raise DamagedCheckpoint(
-                f"checkpoint {where} does not hold what was saved: {len(differing)} arrays differ, "
-                f"first {differing[0]}"
+                f"checkpoint {where} does not contain what was saved: {len(differing)} arrays "
+                f"differ, first {differing[0]}"
             )
         return leaves
 
     def read_metadata(self, step: int) -> dict[str, Any]:
-        """What `save` was given for `step`, and "leaves"; DamagedCheckpoint if it is not that."""
+        """Return the metadata of `step`, with its "scores" and the digests of its "leaves".
+
+        Raises:
+          DamagedCheckpoint: it cannot be read, or is not what was saved.
+        """
         where = self.path(step)
         try:
             folder = self.directory / str(step) / "metadata"
@@ -308,55 +337,63 @@ class Checkpoints:
             digest = saved.pop("sha256")
         except Exception as error:
             raise DamagedCheckpoint(
-                f"checkpoint {where} cannot be read: {_one_line(error)}"
+                f"checkpoint {where} cannot be read: {_format_error(error)}"
             ) from error
         if digest != _digest_json(saved):
-            raise DamagedCheckpoint(f"checkpoint {where} does not hold what was saved: metadata")
+            raise DamagedCheckpoint(f"checkpoint {where} does not contain what was saved: metadata")
         _check_metadata(saved, where)
         return saved
 
     def _set_aside(self, step: int, damage: DamagedCheckpoint | None) -> None:
-        """Moves a damaged checkpoint out of the way, so that its step can be saved again."""
+        """Move a damaged checkpoint out of the way, so that its step can be saved again."""
         folder = self._workdir / "damaged_checkpoints"
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             number = 0
-            while (kept := folder / f"{step}-{number}").exists():
+            while (target := folder / f"{step}-{number}").exists():
                 number += 1
-            (self.directory / str(step)).rename(kept)
+            (self.directory / str(step)).rename(target)
             problem = damage or f"another host cannot read checkpoint {self.path(step)}"
-            logging.warning("%s; it was moved to %s", problem, kept)
+            logging.warning("%s; it was moved to %s", problem, target)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
         self._scores.pop(step, None)
         self._manager.reload()
 
     def close(self) -> None:
-        """Wait for what is being written. OSError if the last checkpoint could not be written."""
+        """Wait for the checkpoint that is being written.
+
+        Raises:
+          OSError: the last checkpoint could not be written.
+        """
         self.wait()
         self._manager.close()
-        if self._lost:
+        if self._save_failed:
             raise OSError(
-                f"the last checkpoint, of step {self._saving}, could not be written to "
-                f"{self.directory}; make room there and run the same command again, which goes on "
+                f"the last checkpoint, of step {self._saving_step}, could not be written to "
+                f"{self.directory}; make room there and run the same command again, which resumes "
                 f"from {self.path(self.latest_step())}"
             )
 
 
-def _evaluated_as(config: dict[str, Any]) -> dict[str, str]:
-    """Split and views of scores that do not say so, as those of older versions do not."""
+def _read_score_origin(config: dict[str, Any]) -> dict[str, str]:
+    """Read split and views from the config, for scores of older versions that lack them."""
     config = restore_config(config)
     return {"split": config.eval.split, "views": format_views(config)}
 
 
 def _on_any_host(flag: bool) -> bool:
+    """Return whether `flag` is True in any process; all processes must call it."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
-def _placed(leaves: dict[str, jax.Array], state: Any) -> Any:
-    """`leaves` in the structure, dtypes and shardings of `state`; to be called by all processes."""
+def _place_leaves(leaves: dict[str, jax.Array], state: Any) -> Any:
+    """Return `leaves` in the structure, dtypes and shardings of `state`.
+
+    All processes must call it.
+    """
     target = param_tree.flatten(state)
     new = [
         jax.device_put(np.asarray(leaves[name], leaf.dtype), leaf.sharding)
@@ -365,8 +402,8 @@ def _placed(leaves: dict[str, jax.Array], state: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(state), new)
 
 
-def _digests(leaves: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and SHA-256 of arrays by name."""
+def _digest_leaves(leaves: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return shape, dtype and SHA-256 of each array, by name."""
     entries = {}
     for name, leaf in leaves.items():
         value = np.asarray(jax.device_get(leaf), order="C")
@@ -382,13 +419,17 @@ def _digest_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _one_line(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
 
 
 def _check_metadata(saved: dict[str, Any], where: str) -> None:
-    """DamagedCheckpoint unless it has what is relied on, and arrays that fit into memory."""
+    """Check that the metadata have all required entries, and arrays that fit into memory.
+
+    Raises:
+      DamagedCheckpoint: they do not.
+    """
     try:
         for key in ("method", "backbone_name", "backbone_sha256", "class_names", "scores"):
             saved[key]
@@ -396,30 +437,33 @@ def _check_metadata(saved: dict[str, Any], where: str) -> None:
         arrays = [(entry["shape"], np.dtype(entry["dtype"])) for entry in saved["leaves"].values()]
         size = sum(math.prod(map(int, shape)) * dtype.itemsize for shape, dtype in arrays)
     except INVALID_CONFIG_ERRORS as error:
-        raise DamagedCheckpoint(f"checkpoint {where} is none of ours: {_one_line(error)}") from None
+        raise DamagedCheckpoint(
+            f"checkpoint {where} was not written by this package: {_format_error(error)}"
+        ) from None
     if size > _MAX_BYTES or any(int(n) < 0 for shape, _ in arrays for n in shape):
         raise DamagedCheckpoint(f"checkpoint {where} claims {size:,} bytes of parameters")
 
 
 def _compare_metadata(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
+    """Raise ValueError unless a checkpoint has the run's method, backbone and classes."""
     for key in ("method", "backbone_name", "backbone_sha256"):
         if saved[key] != current[key]:
             raise ValueError(
                 f"checkpoint {where} was trained with {key} {saved[key]!r}, this run has "
                 f"{current[key]!r}: use the same one, or another --workdir"
             )
-    ours, theirs = current["class_names"], saved["class_names"]
-    for index in range(max(len(ours), len(theirs))):
-        pair = [names[index] if index < len(names) else None for names in (theirs, ours)]
-        if pair[0] != pair[1]:
+    old, new = saved["class_names"], current["class_names"]
+    for index, (before, now) in enumerate(itertools.zip_longest(old, new)):
+        if before != now:
             raise ValueError(
-                f"checkpoint {where} has {len(theirs)} classes, the data set has {len(ours)}; the "
-                f"first difference is at class {index}: {pair[0]!r} against {pair[1]!r}. Use the "
+                f"checkpoint {where} has {len(old)} classes, the data set has {len(new)}; the "
+                f"first difference is at class {index}: {before!r} against {now!r}. Use the "
                 "data set that the checkpoint was trained on, or another --workdir"
             )
 
 
 def _compare_shapes(saved: dict[str, Any], target: dict[str, Any], where: str) -> None:
+    """Raise ValueError unless a checkpoint has the leaves of `target`, in the same shapes."""
     saved_shapes = {name: tuple(entry["shape"]) for name, entry in saved.items()}
     shapes = {name: tuple(leaf.shape) for name, leaf in target.items()}
     if saved_shapes == shapes:

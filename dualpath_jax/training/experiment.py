@@ -26,6 +26,7 @@ from dualpath_jax.models.abstract import (
 )
 from dualpath_jax.models.backbones.registry import BackboneConfig
 from dualpath_jax.runtime import progress_bar
+from dualpath_jax.runtime.command_line import command_line
 from dualpath_jax.training import sharding
 from dualpath_jax.training.optimizer import count_train_steps, make_optimizer, make_schedule
 from dualpath_jax.training.state import TrainState, abstract_state, state_shardings
@@ -35,14 +36,14 @@ from dualpath_jax.weights import convert
 
 @dataclasses.dataclass(frozen=True)
 class AbstractExperiment:
-    """Describes a run without values: arrays are `jax.ShapeDtypeStruct`.
+    """Describes a run by shapes: its arrays are `jax.ShapeDtypeStruct`.
 
     Attributes:
       model: the module, its parameters and which of them train.
       num_train_steps: length of the training.
       schedule: learning rate by step.
-      optimizer: AdamW on what trains.
-      state: what training changes, float32.
+      optimizer: AdamW on the trainable parameters.
+      state: the initial state, float32.
       frozen: the frozen weights in the compute dtype; `optax.MaskedNode` where a parameter trains.
     """
 
@@ -67,7 +68,7 @@ class Experiment:
       frame_format: how the training frames are stored.
       backbone: where the frozen weights come from.
       frozen: the frozen weights, on the devices.
-      optimizer, schedule: AdamW on what trains, and its learning rate by step.
+      optimizer, schedule: AdamW on the trainable parameters, and its learning rate by step.
       num_train_steps: length of the training.
       steps_per_epoch: training videos / batch size.
       total_params, trainable_params: numbers of parameters.
@@ -91,7 +92,7 @@ class Experiment:
     num_videos: int
 
     def metadata(self) -> dict[str, Any]:
-        """Returns what a checkpoint of this run belongs to, for JSON."""
+        """Return what a checkpoint of this run belongs to, for JSON."""
         return {
             "method": self.config.model.method,
             "backbone_name": self.backbone.name,
@@ -110,7 +111,7 @@ def build_abstract(
     steps_per_epoch: float,
     backbone: BackboneConfig | None = None,
 ) -> AbstractExperiment:
-    """Describes the run of `config` by shapes; computes nothing and reads no file.
+    """Describe the run of `config` by shapes; computes nothing and read no file.
 
     Args:
       config: the whole configuration.
@@ -129,7 +130,7 @@ def build_abstract(
 
 
 def init_params(model: nn.Module, config: Any, backbone: Any) -> Any:
-    """Returns fresh parameters from `config.seed`.
+    """Return fresh parameters from `config.seed`.
 
     Args:
       model: of `method_registry.build_model`.
@@ -138,7 +139,7 @@ def init_params(model: nn.Module, config: Any, backbone: Any) -> Any:
         keeps random ones.
 
     Returns:
-      The parameter tree. What trains is float32; the frozen rest has the compute dtype.
+      The parameter tree: trainable parameters in float32, frozen ones in the compute dtype.
     """
     inputs = [None if x is None else jnp.zeros(x.shape) for x in abstract_inputs(config)]
     params = dict(jax.jit(model.init)(jax.random.key(config.seed), *inputs)["params"])
@@ -154,15 +155,15 @@ def init_params(model: nn.Module, config: Any, backbone: Any) -> Any:
 def build_experiment(
     config: Any, workdir: str, dataset: VideoSource
 ) -> tuple[Experiment, TrainState]:
-    """Checks the configuration against data and backbone, and builds model and initial state.
+    """Check the configuration against data and backbone, and build model and initial state.
 
     Args:
       config: the whole configuration.
       workdir: of the run; nothing is written there.
-      dataset: the training split, of which no video is read.
+      dataset: the training split; none of its videos is read.
 
     Raises:
-      ValueError, OSError: what the user can fix, with the remedy.
+      ValueError, OSError: the user can fix the problem; the message has the remedy.
     """
     # The configuration by itself.
     check_values(config)
@@ -177,7 +178,7 @@ def build_experiment(
     params = init_params(abstract.model.module, config, weights)
     progress_bar.print_above_bar(param_tree.parameter_table(params, abstract.model.mask))
 
-    # What training changes, and what it does not.
+    # The state, which training changes, and the frozen weights.
     trainable, frozen = param_tree.split(params, abstract.model.mask)
     # Two arrays: one buffer in two places of a donated state would be freed twice.
     step, skipped = (jnp.zeros((), jnp.int32) for _ in range(2))
@@ -205,7 +206,10 @@ def build_experiment(
 
 
 def _load_backbone(config: Any) -> tuple[Any, BackboneConfig, convert.BackboneInfo]:
-    """Returns the frozen weights, their shape and source; random weights (None) for synthetic data."""
+    """Return the frozen weights, their shape and their source.
+
+    The weights are None for synthetic data, which has random ones.
+    """
     backbone = build_backbone_config(config)
     if config.data.synthetic:
         # No real run resumes from a source of this name.
@@ -214,6 +218,6 @@ def _load_backbone(config: Any) -> tuple[Any, BackboneConfig, convert.BackboneIn
     if config.backbone.heads not in (None, backbone.heads):
         raise ValueError(
             f"backbone.heads={config.backbone.heads}, but {config.backbone.checkpoint} has "
-            f"{backbone.heads} (scripts/convert_clip.py --heads): set it to that"
+            f"{backbone.heads}, set by `{command_line('convert')} --heads`: use the same number"
         )
     return weights, backbone, info

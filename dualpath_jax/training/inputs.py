@@ -1,4 +1,4 @@
-"""Checks what a run reads and writes, and opens its data: workdir, prepared videos, weights."""
+"""Checks the workdir, data and weights of a run, and opens its data sets."""
 
 import copy
 from collections.abc import Callable
@@ -9,13 +9,20 @@ from etils import epath
 from dualpath_jax.data import pipeline, synthetic
 from dualpath_jax.data.datasets import hmdb51
 from dualpath_jax.data.video_dataset import VideoDataset
+from dualpath_jax.data.video_source import VideoSource
 from dualpath_jax.runtime import gcs
+from dualpath_jax.runtime.command_line import command_line
 
-SYNTHETIC_VIDEOS = 1000
+_NUM_SYNTHETIC_VIDEOS = 1000
 
 
 def check_workdir(workdir: str) -> None:
-    """Make the workdir; OSError with the remedy when it cannot be written."""
+    """Make the workdir and check that it can be written.
+
+    Raises:
+      OSError: it cannot be written.
+      ValueError: it is in Cloud Storage, and the client library is not installed.
+    """
     gcs.check_gcs_installed(workdir, "--workdir")
     path = epath.Path(workdir)
     try:
@@ -30,29 +37,35 @@ def check_workdir(workdir: str) -> None:
 
 
 def expand_splits(config: Any, workdir: str) -> list[tuple[Any, str]]:
-    """The runs that `config.data.split` asks for: what it is in each, and the workdir of each.
+    """Return the config and the workdir of each run that `config.data.split` asks for.
 
-    A data set that is divided in several ways has splits train1, test1, train2, ...; "2" stands for
-    train2 and test2, "all" for the three runs of HMDB51, in workdir/split1 and so on.
+    A data set with several divisions has the splits train1, test1, train2, ... The value "2"
+    selects train2 and test2. "all" selects the three divisions of HMDB51; each has a run of its
+    own, in workdir/split1, workdir/split2 and workdir/split3.
     """
     split = config.data.split
     if split is None:
         return [(config, workdir)]
     runs = []
     for number in hmdb51.DIVISIONS if split == "all" else (split,):
-        one = copy.deepcopy(config)
-        one.data.split = None
-        one.data.train_split = config.data.train_split.rstrip("0123456789") + number
-        one.eval.split = config.eval.split.rstrip("0123456789") + number
-        runs.append((one, f"{workdir}/split{number}" if split == "all" else workdir))
+        split_config = copy.deepcopy(config)
+        split_config.data.split = None
+        split_config.data.train_split = config.data.train_split.rstrip("0123456789") + number
+        split_config.eval.split = config.eval.split.rstrip("0123456789") + number
+        runs.append((split_config, f"{workdir}/split{number}" if split == "all" else workdir))
     return runs
 
 
 def check_inputs(config: Any) -> None:
-    """FileNotFoundError with the commands for whatever is missing, data and weights at once."""
+    """Check that prepared data and converted weights are there.
+
+    Raises:
+      ValueError: the config does not name them.
+      FileNotFoundError: files are missing; the message has the commands that make them.
+    """
     if config.data.synthetic:
         print(
-            f"data.synthetic: one made-up batch at every step, random {config.backbone.name} "
+            f"data.synthetic: the same made-up batch at every step, random {config.backbone.name} "
             "weights; the device is timed, scores mean nothing",
             flush=True,
         )
@@ -61,27 +74,27 @@ def check_inputs(config: Any) -> None:
     if not data_dir:
         raise ValueError(
             "config.data.dir is not set: pass --config.data.dir=DIR, the --out of "
-            "scripts/prepare_dataset.py"
+            f"`{command_line('prepare')}`"
         )
     if not weights:
         raise ValueError(
-            "config.backbone.checkpoint is not set: pass "
-            "--config.backbone.checkpoint=FILE, the --out of scripts/convert_clip.py"
+            "config.backbone.checkpoint is not set: pass --config.backbone.checkpoint=FILE, the "
+            f"--out of `{command_line('convert')}`"
         )
     missing, commands = [], []
     if not _exists(f"{data_dir}/dataset_info.json"):
         missing.append(f"prepared data in {data_dir}")
-        # A folder that nobody prepared videos in may be that of the videos.
-        theirs = _exists(data_dir) and not _exists(f"{data_dir}/prepare")
-        videos, out = (data_dir, "NEW") if theirs else ("VIDEOS", data_dir)
+        # An existing folder where no preparation began is probably the folder of the videos.
+        has_videos = _exists(data_dir) and not _exists(f"{data_dir}/prepare")
+        videos, out = (data_dir, "NEW") if has_videos else ("VIDEOS", data_dir)
         annotations = "" if config.data.source == "folder" else " --annotations=ANNOTATIONS"
         commands.append(
-            f"python scripts/prepare_dataset.py --dataset={config.data.source} --videos={videos}"
+            f"{command_line('prepare')} --dataset={config.data.source} --videos={videos}"
             f"{annotations} --out={out}"
         )
     if not _exists(weights):
         missing.append(f"converted {config.backbone.name} weights in {weights}")
-        commands.append(f"python scripts/convert_clip.py --checkpoint=FILE --out={weights}")
+        commands.append(f"{command_line('convert')} --checkpoint=FILE --out={weights}")
     if missing:
         raise FileNotFoundError(
             f"no {' and no '.join(missing)}. Run first:\n  " + "\n  ".join(commands)
@@ -93,24 +106,24 @@ def _exists(path: str) -> bool:
         return epath.Path(path).exists()
 
 
-def open_datasets(config: Any) -> tuple[VideoDataset, VideoDataset]:
-    """The splits to train on and to evaluate; with `data.synthetic` stand-ins, made in memory.
+def open_datasets(config: Any) -> tuple[VideoSource, VideoSource]:
+    """Open the splits to train on and to evaluate; synthetic ones for `data.synthetic`.
 
-    A synthetic epoch has `SYNTHETIC_VIDEOS` videos, an evaluation one batch.
+    The synthetic training split has `_NUM_SYNTHETIC_VIDEOS` videos, the other one a batch.
     """
     if config.data.synthetic:
-        sizes = (SYNTHETIC_VIDEOS, config.eval.batch_size)
+        sizes = (_NUM_SYNTHETIC_VIDEOS, config.eval.batch_size)
         return tuple(synthetic.make_synthetic_split(config.data, size) for size in sizes)
     splits = (config.data.train_split, config.eval.split)
     return tuple(VideoDataset(config.data.dir, split) for split in splits)
 
 
-def dataset_fingerprint(dataset: VideoDataset) -> list[Any]:
-    """What decides which videos are seen when, and what is learnt of them, for JSON."""
+def dataset_fingerprint(dataset: VideoSource) -> list[Any]:
+    """Return, for JSON, what must be the same on all hosts: ids, labels, lengths and classes."""
     numbers = (dataset.labels.tolist(), dataset.num_frames.tolist())
     return [list(dataset.ids), *numbers, list(dataset.class_names)]
 
 
 def choose_train_batches(data: Any) -> Callable:
-    """`train_batches` of the pipeline, or the one for `data.synthetic`."""
+    """Return `pipeline.train_batches`, or `synthetic.train_batches` for `data.synthetic`."""
     return (synthetic if data.synthetic else pipeline).train_batches

@@ -8,7 +8,7 @@ from dualpath_jax.models import param_tree
 
 
 def make_schedule(optimizer: Any, num_train_steps: int, steps_per_epoch: float) -> optax.Schedule:
-    """Returns the learning rate by step: linear warm-up, then a cosine to zero at the last step.
+    """Return the learning rate by step: linear warm-up, then a cosine to zero at the last step.
 
     Args:
       optimizer: `config.optimizer`; its warm-up takes at most half of the steps.
@@ -27,7 +27,7 @@ def make_schedule(optimizer: Any, num_train_steps: int, steps_per_epoch: float) 
 def make_optimizer(
     optimizer: Any, schedule: optax.Schedule, mask: Any
 ) -> optax.GradientTransformation:
-    """Returns AdamW on the leaves where `mask` is True, with weight decay only on kernels."""
+    """Return AdamW on the leaves where `mask` is True, with weight decay only on kernels."""
     adamw = optax.adamw(
         schedule,
         b1=optimizer.b1,
@@ -41,7 +41,7 @@ def make_optimizer(
 
 
 def count_train_steps(config: Any, steps_per_epoch: float) -> int:
-    """Returns the length of the training in steps.
+    """Return the length of the training in steps.
 
     It is `num_train_steps` where set; else `num_epochs` in steps, at least 1 unless they are 0.
     """

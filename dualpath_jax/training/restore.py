@@ -11,7 +11,7 @@ from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from dualpath_jax.training.experiment import Experiment
 from dualpath_jax.training.state import TrainState
 
-# Settings that decide how videos become the model's inputs, and these its logits.
+# Prefixes of settings that decide how videos become inputs of the model, and these its logits.
 _MODEL_SETTINGS = (
     "model.",
     *("data.num_frames", "data.num_spatial_frames", "data.sampling", "data.grid"),
@@ -20,93 +20,103 @@ _MODEL_SETTINGS = (
 
 
 def restore_for_training(
-    run: Experiment, state: TrainState, checkpoints: Checkpoints
+    experiment: Experiment, state: TrainState, checkpoints: Checkpoints
 ) -> tuple[int, TrainState]:
-    """Restores the newest complete checkpoint.
+    """Restore the newest complete checkpoint of the workdir.
 
     Args:
-      run: the run.
-      state: its initial state, with the structure and shardings that the result has.
+      experiment: the run.
+      state: its initial state, which has the structure and shardings of the result.
       checkpoints: of the run's workdir.
 
     Returns:
       The step of the checkpoint and its state; 0 and `state` if there is no checkpoint.
 
     Raises:
-      ValueError: it was trained with other settings or data, and `config.resume_changed` is off.
+      ValueError: the checkpoint was trained with other settings or data, and
+        `config.resume_changed` is off.
     """
-    restored = checkpoints.restore_newest(state, run.metadata())
+    restored = checkpoints.restore_newest(state, experiment.metadata())
     if restored is None:
         return 0, state
     step, state = restored
     saved, where = checkpoints.read_metadata(step), checkpoints.path(step)
-    differing = config_changes(saved["config"], run.metadata()["config"])
-    differing |= _data_changes(run, saved, ("frame_format", "num_videos"))
-    _report_changes(run, differing, where, "resumed from")
-    file = run.config.init_from
+    differing = config_changes(saved["config"], experiment.metadata()["config"])
+    differing |= _data_changes(experiment, saved, ("frame_format", "num_videos"))
+    _report_changes(experiment, differing, where, "resumed from")
+    file = experiment.config.init_from
     if file and file != saved["config"].get("init_from"):
-        print(f"init_from={file} is ignored: the run in {run.workdir} has begun", flush=True)
+        print(
+            f"init_from={file} is ignored: the run in {experiment.workdir} has already begun",
+            flush=True,
+        )
     return step, state
 
 
-def restore_for_evaluation(run: Experiment, state: TrainState) -> TrainState:
-    """Restores the checkpoint that `config.eval.checkpoint` names, or else `config.init_from`.
+def restore_for_evaluation(experiment: Experiment, state: TrainState) -> TrainState:
+    """Restore the checkpoint that `config.eval.checkpoint` names, or else `config.init_from`.
 
     The workdir is not changed: a training may be running there.
 
     Args:
-      run: the run.
-      state: its initial state, with the structure and shardings that the result has.
+      experiment: the run.
+      state: its initial state, which has the structure and shardings of the result.
 
     Raises:
-      ValueError: there is no such checkpoint, a damaged one, or one that was trained with other
-        settings, and `config.resume_changed` is off.
+      ValueError: there is no such checkpoint, it is damaged, or it was trained with other settings
+        and `config.resume_changed` is off.
     """
-    which, file = run.config.eval.checkpoint, run.config.init_from
+    which, file = experiment.config.eval.checkpoint, experiment.config.init_from
     if which not in ("latest", "best"):
         raise ValueError(f"unknown eval.checkpoint={which!r}: known are latest, best")
     checkpoints = None
-    if (epath.Path(run.workdir) / "checkpoints").exists():
-        checkpoints = Checkpoints(run.workdir, read_only=True)
+    if (epath.Path(experiment.workdir) / "checkpoints").exists():
+        checkpoints = Checkpoints(experiment.workdir, read_only=True)
     if checkpoints and checkpoints.latest_step() is not None:
         step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
         if step is None:
             raise ValueError(
-                f"eval.checkpoint=best: no checkpoint in {run.workdir} was evaluated by a training "
-                "(eval.every_epochs, or its end): take the latest"
+                f"eval.checkpoint=best: no checkpoint in {experiment.workdir} was evaluated by a "
+                "training (eval.every_epochs, or its end): use eval.checkpoint=latest"
             )
         try:
-            state = checkpoints.restore(step, state, run.metadata())
+            state = checkpoints.restore(step, state, experiment.metadata())
             saved = checkpoints.read_metadata(step)
         except DamagedCheckpoint as damage:
-            raise ValueError(f"{damage}; a training in {run.workdir} sets it aside") from None
+            raise ValueError(
+                f"{damage}; --mode=train in {experiment.workdir} moves it out of the way"
+            ) from None
         if file and file != saved["config"].get("init_from"):
             raise ValueError(
-                f"which one is meant: config.init_from={file!r}, or the run in {run.workdir}, "
-                "which did not start from it? Leave init_from out, or pass another --workdir"
+                f"config.init_from={file!r} is ambiguous: {experiment.workdir} has a checkpoint of "
+                "a run that did not start from it. Leave out init_from to evaluate the checkpoint, "
+                "or pass another --workdir to evaluate the adapter file"
             )
-        differing = config_changes(saved["config"], run.metadata()["config"])
+        differing = config_changes(saved["config"], experiment.metadata()["config"])
         where = checkpoints.path(step)
     elif file:
-        state, saved = adapter_file.init_from_adapter(run, state, file, training=False)
+        state, saved = adapter_file.init_from_adapter(experiment, state, file, training=False)
         where = file
-        differing = config_changes(saved["config"], run.metadata()["config"])
+        differing = config_changes(saved["config"], experiment.metadata()["config"])
         differing = {k: v for k, v in differing.items() if k.startswith(_MODEL_SETTINGS)}
     else:
         raise ValueError(
-            f"no checkpoint in {run.workdir}/checkpoints: train first, --mode=train, or pass "
-            "--config.init_from=FILE"
+            f"no checkpoint in {experiment.workdir}/checkpoints: train first, --mode=train, or "
+            "pass --config.init_from=FILE"
         )
-    differing |= _data_changes(run, saved, ("frame_format",))
-    _report_changes(run, differing, where, "evaluating")
+    differing |= _data_changes(experiment, saved, ("frame_format",))
+    _report_changes(experiment, differing, where, "evaluating")
     return state
 
 
 def _data_changes(
-    run: Experiment, saved: dict[str, Any], keys: Sequence[str]
+    experiment: Experiment, saved: dict[str, Any], keys: Sequence[str]
 ) -> dict[str, tuple[Any, Any]]:
-    """Compares the metadata `keys` of the data set, which older checkpoints do not have."""
-    now = run.metadata()
+    """Return the (old, new) values of the data set's metadata `keys` that have changed.
+
+    Checkpoints of older versions do not have them.
+    """
+    now = experiment.metadata()
     return {
         f"{key} of the data set": (saved[key], now[key])
         for key in keys
@@ -115,17 +125,23 @@ def _data_changes(
 
 
 def _report_changes(
-    run: Experiment, differing: dict[str, tuple[Any, Any]], where: str, doing: str
+    experiment: Experiment, differing: dict[str, tuple[Any, Any]], where: str, action: str
 ) -> None:
-    """Prints where a state comes from, and which settings have changed since.
+    """Print where a state comes from, and which settings have changed since.
+
+    Args:
+      experiment: the run.
+      differing: (old, new) values of the changed settings.
+      where: the checkpoint or adapter file.
+      action: how the state is used: "resumed from" or "evaluating".
 
     Raises:
-      ValueError: some have changed, and `config.resume_changed` is off.
+      ValueError: settings have changed, and `config.resume_changed` is off.
     """
     listed = "".join(f"\n  {key}: {old} -> {new}" for key, (old, new) in differing.items())
-    if differing and not run.config.resume_changed:
+    if differing and not experiment.config.resume_changed:
         raise ValueError(
             f"{where} was trained with other settings:{listed}\nUse those, or another --workdir; "
             "or continue with the new ones by --config.resume_changed=True"
         )
-    print(f"{doing} {where}" + (f" with other settings:{listed}" if listed else ""), flush=True)
+    print(f"{action} {where}" + (f" with other settings:{listed}" if listed else ""), flush=True)

@@ -1,11 +1,8 @@
-"""How arrays lie on the devices of a run.
+"""Distributes the arrays of a run over its devices.
 
-Public: `make_mesh`, `check_batch_sizes`, `replicated_sharding`, `batch_sharding`, `shard_batch`, `fsdp_sharding`,
-`with_mesh`, `replicate`, `data_parallel_mean`, `AXES`.
-
-The mesh has two axes. Each device computes its own rows of the batch, along both axes together.
-Along `fsdp` (fully sharded data parallel), frozen weights and the optimizer's state are divided as
-well: a block's weights are gathered when it is computed. What trains is whole on each device.
+The mesh has two axes. The rows of a batch are divided over both axes together. Along `fsdp` (fully
+sharded data parallel), frozen weights and the optimizer's state are divided too: a block's weights
+are gathered when it is computed. Trainable parameters are replicated on each device.
 """
 
 import contextlib
@@ -20,11 +17,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
 REDUCE_DTYPES = ("float32", "bfloat16")
-_SMALL = 2**16  # elements: a leaf below that is not worth dividing
+_MIN_SHARDED_SIZE = 2**16  # elements; dividing smaller leaves saves too little memory
 
 
 def make_mesh(fsdp: int = 1, devices: Any = None) -> Mesh:
-    """All devices, [n / fsdp, fsdp]; those of a process stand together, as its rows do.
+    """Return the mesh [n / fsdp, fsdp] of n devices, in which those of a process are neighbors.
+
+    Args:
+      fsdp: size of the axis that divides frozen weights.
+      devices: the devices of the mesh; None: all devices of the run.
 
     Raises:
       ValueError: `fsdp` does not divide the number of devices.
@@ -40,7 +41,12 @@ def make_mesh(fsdp: int = 1, devices: Any = None) -> Mesh:
 
 
 def check_batch_sizes(config: Any, num_devices: int) -> None:
-    """ValueError unless batches divide over the devices and the accumulation steps."""
+    """Check that batches can be divided over the devices and the accumulation steps.
+
+    Raises:
+      ValueError: they cannot, `optimizer.reduce_dtype` is unknown, or `mesh.fsdp` is used with
+        unrolled blocks.
+    """
     dtype = config.optimizer.reduce_dtype
     if dtype not in REDUCE_DTYPES:
         raise ValueError(
@@ -48,8 +54,8 @@ def check_batch_sizes(config: Any, num_devices: int) -> None:
         )
     if config.mesh.fsdp > 1 and config.model.scan_blocks is False:
         raise ValueError(
-            f"mesh.fsdp={config.mesh.fsdp} divides the weights that a loop goes over, and nothing "
-            "with model.scan_blocks=False: leave that out"
+            f"mesh.fsdp={config.mesh.fsdp} divides the weights of scanned blocks, and with "
+            "model.scan_blocks=False no block is scanned: leave out model.scan_blocks=False"
         )
     accumulation_steps = config.optimizer.accumulation_steps
     for key, size, parts in (
@@ -64,17 +70,17 @@ def check_batch_sizes(config: Any, num_devices: int) -> None:
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of what each device has whole."""
+    """Return the sharding of arrays that each device holds in full."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: its first axis over all devices."""
+    """Return the sharding of a batch: its first axis is divided over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def shard_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's rows of a batch, onto its devices."""
+    """Put this host's rows of a batch on its devices; "example_id" is left out."""
     return {
         key: jax.make_array_from_process_local_data(batch_sharding(mesh), value)
         for key, value in batch.items()
@@ -83,16 +89,16 @@ def shard_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def fsdp_sharding(tree: Any, mesh: Mesh) -> Any:
-    """Tree of shardings for frozen weights or the optimizer's state: large leaves over `fsdp`.
+    """Return the shardings of frozen weights or the optimizer's state: large leaves over `fsdp`.
 
-    Those of blocks, which a loop gathers one after the other: [L, ..., ...], divided along the
-    longest axis that can be, but the first.
+    Only the leaves of stacked blocks [L, ..., ...] are divided, along the longest axis that `fsdp`
+    divides, except the first one: a scan gathers the blocks one after the other.
     """
 
     def sharding(leaf: Any) -> NamedSharding:
         fsdp, shape = mesh.shape["fsdp"], leaf.shape
         axes = [i for i in range(1, len(shape)) if shape[i] % fsdp == 0]
-        if fsdp == 1 or len(shape) != 3 or math.prod(shape) < _SMALL or not axes:
+        if fsdp == 1 or len(shape) != 3 or math.prod(shape) < _MIN_SHARDED_SIZE or not axes:
             return replicated_sharding(mesh)
         longest = max(axes, key=lambda i: shape[i])
         return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
@@ -101,56 +107,62 @@ def fsdp_sharding(tree: Any, mesh: Mesh) -> Any:
 
 
 def with_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """In it, what is compiled gathers the weights that `fsdp` divides, see `block_loop.gather_fsdp`."""
+    """Return a context for compilation in which `block_loop.gather_fsdp` gathers weights."""
     return contextlib.nullcontext() if mesh.shape["fsdp"] == 1 else jax.set_mesh(mesh)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """`tree` with each leaf whole on each device, as it is saved; to be called by all processes."""
+    """Return `tree` with each leaf in full on each device, for saving.
+
+    All processes must call it.
+    """
     if mesh.shape["fsdp"] == 1:
         return tree
     return jax.jit(lambda x: x, out_shardings=replicated_sharding(mesh))(tree)
 
 
 def _platform(mesh: Mesh) -> str:
-    """ "cpu", "gpu" or "tpu"."""
+    """Return the kind of the devices: "cpu", "gpu" or "tpu"."""
     return mesh.devices.flat[0].platform
 
 
 def data_parallel_mean(compute: Callable, mesh: Mesh, dtype: str) -> Callable:
-    """`compute`, each device on its own rows, and the mean of the results over devices.
+    """Return a function that runs `compute` on each device's rows and average over devices.
 
-    What comes out is reduced once, after all of it is computed: XLA alone would do it leaf by leaf
-    inside the loop over blocks, once for each accumulation step, and in the dtype of the model.
-    (Along `fsdp` XLA does.)
+    All results are reduced at once at the end. XLA's own partitioning would reduce leaf by leaf
+    inside the loop over blocks, once for each accumulation step, and in the dtype of the model. (It
+    does so along `fsdp`.)
 
     Args:
       compute: (trainable, frozen, batch, rng) -> (metrics, gradients), means over the batch.
       mesh: of the run.
-      dtype: of the gradients on their way between devices; they are float32 before and after. On
-        CPUs they are rounded to it, and travel in float32.
-    """
+      dtype: of the gradients while they are reduced; they are float32 before and after. On CPUs
+        they are rounded to it and reduced in float32.
 
+    Returns:
+      A function with the arguments of `compute`, for the batch of all devices.
+    """
     # XLA's CPU compiler aborts on a sum of bfloat16 between devices (jax 0.10.2).
-    on_the_way = jnp.float32 if _platform(mesh) == "cpu" else dtype
-    # Where `fsdp` divides nothing, GPUs take it as well: no operation is left to be divided by XLA,
-    # as JAX's for cuDNN would have to be. A TPU's step has 7% more cycles so (v5e).
+    transfer_dtype = jnp.float32 if _platform(mesh) == "cpu" else dtype
+    # On GPUs the axis `fsdp` is mapped too if its size is 1. XLA then has no operation left to
+    # partition, such as JAX's cuDNN attention. On TPUs this makes steps slower.
     axes = set(AXES) if _platform(mesh) == "gpu" and mesh.shape["fsdp"] == 1 else {"data"}
 
-    def local(trainable, frozen, batch, rng):
-        rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))  # other rows, other dropout
+    def compute_local_rows(trainable, frozen, batch, rng):
+        # Devices that hold other rows draw other dropout.
+        rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
         metrics, gradients = compute(trainable, frozen, batch, rng)
-        gradients = jax.tree.map(lambda leaf: leaf.astype(dtype).astype(on_the_way), gradients)
+        gradients = jax.tree.map(lambda leaf: leaf.astype(dtype).astype(transfer_dtype), gradients)
         if mesh.shape["data"] > 1:  # a GPU's compiler refuses a sum of one (jax 0.10.2)
             metrics, gradients = jax.lax.pmean((metrics, gradients), "data")
         return metrics, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients)
 
-    everywhere = PartitionSpec()
+    replicated = PartitionSpec()
     return jax.shard_map(
-        local,
+        compute_local_rows,
         mesh=mesh,
-        in_specs=(everywhere, everywhere, PartitionSpec("data"), everywhere),
-        out_specs=everywhere,
+        in_specs=(replicated, replicated, PartitionSpec("data"), replicated),
+        out_specs=replicated,
         axis_names=axes,
-        check_vma=False,  # else each gradient is summed where it arises
+        check_vma=False,  # otherwise each gradient is summed where it arises
     )

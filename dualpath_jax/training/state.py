@@ -30,7 +30,7 @@ class TrainState:
 
 
 def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """Returns the shardings of a state: replicated, except the optimizer's, divided along `fsdp`."""
+    """Return the shardings of a state: only the optimizer's state is divided, along `fsdp`."""
     replicated = jax.tree.map(lambda leaf: sharding.replicated_sharding(mesh), state)
     return replicated.replace(opt_state=sharding.fsdp_sharding(state.opt_state, mesh))
 
@@ -38,7 +38,7 @@ def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
 def abstract_state(
     model: AbstractModel, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Any]:
-    """Returns a run's initial state and its frozen weights as shapes, both float32."""
+    """Return a run's initial state and its frozen weights as shapes, both float32."""
     trainable, frozen = param_tree.split(model.params, model.mask)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, model.params)

@@ -27,10 +27,10 @@ _GradientFn = Callable[[Any, Any, Batch, jax.Array], tuple[Metrics, Any]]
 def loss_fn(
     model: nn.Module, config: Any, params: Any, batch: Batch, dropout_rng: jax.Array
 ) -> tuple[jax.Array, Metrics]:
-    """Computes softmax cross-entropy with label smoothing, averaged over the batch.
+    """Compute softmax cross-entropy with label smoothing, averaged over the batch.
 
     Args:
-      model: called as `method_registry.Method.build` says.
+      model: called as `method_registry.Method.build` describes.
       config: the whole configuration.
       params: all parameters, frozen and trainable.
       batch: uint8 clips and int32 labels, see `data.pipeline`.
@@ -50,7 +50,7 @@ def loss_fn(
 
 
 def _accumulate(compute: _GradientFn, parts: int) -> _GradientFn:
-    """Returns `compute` as the mean over `parts` of the batch, computed one after the other."""
+    """Return a function that runs `compute` on `parts` of the batch in turn and averages."""
 
     def accumulated(trainable, frozen, batch, rng):
         # Strided parts keep each row on its device: [B, ...] -> [parts, B/parts, ...].
@@ -58,13 +58,13 @@ def _accumulate(compute: _GradientFn, parts: int) -> _GradientFn:
             lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
         )
 
-        def body(total, part):
-            index, part = part
+        def body(total, indexed_part):
+            index, part = indexed_part
             new = compute(trainable, frozen, part, jax.random.fold_in(rng, index))
             return jax.tree.map(lambda a, b: a + b / parts, total, new), None
 
-        one = jax.tree.map(lambda x: x[0], batch)
-        shapes = jax.eval_shape(compute, trainable, frozen, one, rng)
+        first_part = jax.tree.map(lambda x: x[0], batch)
+        shapes = jax.eval_shape(compute, trainable, frozen, first_part, rng)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return jax.lax.scan(body, zeros, (jnp.arange(parts), batch))[0]
 
@@ -78,7 +78,7 @@ def make_train_step(
     mesh: jax.sharding.Mesh | None = None,
     loss_fn: LossFn = loss_fn,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
-    """Returns the pure update (state, frozen, batch) -> (state, metrics), to be jitted.
+    """Return the pure update (state, frozen, batch) -> (state, metrics), to be jitted.
 
     Args:
       model: the Flax module.
@@ -109,6 +109,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         new = TrainState(state.step + 1, trainable, opt_state, state.skipped)
+        # A step without a finite loss and gradient changes nothing but the counters.
         if config.optimizer.max_skipped_steps:
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
             unchanged = state.replace(step=state.step + 1, skipped=state.skipped + 1)
@@ -127,7 +128,7 @@ def jit_train_step(
     state: TrainState,
     loss_fn: LossFn = loss_fn,
 ) -> Callable:
-    """Returns the jitted `make_train_step`: the new state replaces `state`, with its shardings."""
+    """Return the jitted `make_train_step`: the new state replaces `state`, with its shardings."""
     return jax.jit(
         make_train_step(model, config, optimizer, mesh, loss_fn),
         donate_argnums=0,

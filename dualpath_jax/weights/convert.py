@@ -30,6 +30,7 @@ from flax import traverse_util
 
 from dualpath_jax.models.backbones import registry as backbone_registry
 from dualpath_jax.runtime import files, gcs
+from dualpath_jax.runtime.command_line import command_line
 from dualpath_jax.runtime.safe_read import parse_json, truncated_repr
 from dualpath_jax.weights.source_checkpoint import (
     CONVERTED_KEY,
@@ -77,7 +78,7 @@ class BackboneInfo:
 
 @functools.lru_cache(maxsize=16)
 def parameter_shapes(config: backbone_registry.BackboneConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of a backbone's parameters by flat name."""
+    """Return the shapes of a backbone's parameters by flat name."""
     module = backbone_registry.build_backbone(config)
     image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
     tree = jax.eval_shape(lambda x: module.init(jax.random.key(0), x)["params"], image)
@@ -85,7 +86,7 @@ def parameter_shapes(config: backbone_registry.BackboneConfig) -> dict[str, tupl
 
 
 def _check_limits(path: Any, config: backbone_registry.BackboneConfig) -> None:
-    """Raises ValueError if a backbone is larger than any real one."""
+    """Raise ValueError if a backbone is larger than any real one."""
     for name, limit in _SIZE_LIMITS.items():
         value = getattr(config, name, 0)
         total = sum(value) if isinstance(value, tuple) else value
@@ -96,7 +97,7 @@ def _check_limits(path: Any, config: backbone_registry.BackboneConfig) -> None:
 def _check_arrays(
     path: Any, arrays: Mapping[str, np.ndarray], config: backbone_registry.BackboneConfig
 ) -> None:
-    """Raises ValueError unless names, shapes and dtypes are those of the backbone."""
+    """Raise ValueError unless names, shapes and dtypes are those of the backbone."""
     _check_limits(path, config)
     expected = parameter_shapes(config)
     actual = {n: array.shape for n, array in arrays.items()}
@@ -117,7 +118,7 @@ def _check_arrays(
 def _infer_config(
     arrays: Mapping[str, np.ndarray], stated: Mapping[str, Any], family: str, checkpoint: Any
 ) -> backbone_registry.BackboneConfig:
-    """Returns the backbone's config: sizes come from `arrays`, all other values from `stated`."""
+    """Return the backbone's config: sizes come from `arrays`, all other values from `stated`."""
     if "activation" not in stated:
         raise ValueError(
             f"{checkpoint} does not state the activation of its MLPs: pass "
@@ -134,8 +135,8 @@ def _infer_config(
 
 @contextlib.contextmanager
 def _writable_output(out: epath.Path) -> Iterator[epath.Path]:
-    """Yields the temporary path of `files.atomic_path` after checking that it can be written."""
-    with files.atomic_path(out) as temporary:
+    """Yield the temporary path of `files.atomic_path` after checking that it can be written."""
+    with files.atomic_path(out, unique=True) as temporary:
         try:
             if out.is_dir():
                 raise IsADirectoryError(None, "it is a directory")
@@ -153,7 +154,7 @@ def convert_checkpoint(
     activation: str | None = None,
     heads: int | None = None,
 ) -> dict[str, Any]:
-    """Writes the image tower of a checkpoint as this project's backbone file.
+    """Write the image tower of a checkpoint as this project's backbone file.
 
     Supported files are OpenAI's TorchScript archives, torch state dicts (bare or under
     "state_dict" or "model"), and safetensors; the format is detected from the content. The weights
@@ -205,7 +206,7 @@ def convert_checkpoint(
 def _convert_arrays(
     checkpoint: pathlib.Path, trust: bool, flags: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns the arrays under our flat names, and the metadata for the backbone file."""
+    """Return the arrays under our flat names, and the metadata for the backbone file."""
     source = read_checkpoint(checkpoint, trust)
     arrays = source.arrays
     config = _infer_config(arrays, source.stated | flags, source.family, checkpoint)
@@ -222,7 +223,7 @@ def _convert_arrays(
 
 
 def _parse_stored_config(path: Any, meta: Mapping[str, Any]) -> backbone_registry.BackboneConfig:
-    """Returns the config in a backbone file's metadata; raises ValueError if it is invalid."""
+    """Return the config in a backbone file's metadata; raises ValueError if it is invalid."""
     family = meta.get("family", "vit")  # old files have no entry: ViT was the only family
     values = meta.get("config")
     known_family = backbone_registry.FAMILIES.get(family) if isinstance(family, str) else None
@@ -247,7 +248,7 @@ def _parse_stored_config(path: Any, meta: Mapping[str, Any]) -> backbone_registr
 def load_backbone(
     path: str | os.PathLike[str], config: backbone_registry.BackboneConfig
 ) -> tuple[dict[str, Any], backbone_registry.BackboneConfig, BackboneInfo]:
-    """Loads the frozen backbone's parameters from a file that `convert_checkpoint` wrote.
+    """Load the frozen backbone's parameters from a file that `convert_checkpoint` wrote.
 
     Args:
       path: the file, local or gs://.
@@ -284,14 +285,14 @@ def load_backbone(
 
 
 def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Any, str]:
-    """Returns the arrays by flat name, the metadata and the SHA-256 of a backbone file."""
+    """Return the arrays by flat name, the metadata and the SHA-256 of a backbone file."""
     create_this = (
         "create it from a checkpoint with "
-        f"`python scripts/convert_clip.py --checkpoint=FILE --out={path}`"
+        f"`{command_line('convert')} --checkpoint=FILE --out={path}`"
     )
     not_converted = (
         f"{path} is not a converted backbone: if it is a checkpoint, convert it with "
-        f"`python scripts/convert_clip.py --checkpoint={path} --out=NEW`"
+        f"`{command_line('convert')} --checkpoint={path} --out=NEW`"
     )
     with gcs.gcs_errors(path):
         exists = epath.Path(path).is_file()

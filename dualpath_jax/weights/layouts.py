@@ -30,7 +30,7 @@ _Table = tuple[Row, ...]
 
 
 def _build_block_rows(ours: str, source: str, names: Mapping[str, str]) -> _Table:
-    """Builds the rows for the weight and bias of each layer of a block.
+    """Build the rows for the weight and bias of each layer of a block.
 
     Args:
       ours: prefix of our names.
@@ -138,7 +138,7 @@ _TIMM_VIT: _Table = (
 
 
 def _huggingface_block_names(attention: str) -> dict[str, str]:
-    """Returns Hugging Face's names of a block's layers by our name."""
+    """Return Hugging Face's names of a block's layers by our name."""
     qkv = " ".join(f"attention.{attention}.{name}" for name in ("query", "key", "value"))
     return {
         "ln_1": "layernorm_before",
@@ -173,7 +173,7 @@ def _build_swin_table(
     merge: str,
     norm: str,
 ) -> _Table:
-    """Builds the table of a Swin from one publisher's prefixes of the names of its parts."""
+    """Build the table of a Swin from one publisher's prefixes of the names of its parts."""
     return (
         (f"{patch}.weight", "patch_embedding/kernel", _transpose_conv),
         (f"{patch}.bias", "patch_embedding/bias", _identity),
@@ -216,7 +216,7 @@ _HUGGINGFACE_SWIN = _build_swin_table(
 
 
 def _widen_windows(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Widens the tables of relative positions of all stages to the largest window.
+    """Widen the tables of relative positions of all stages to the largest window.
 
     The tables are [L, (2w-1)^2, K]. At a small image size, the published models shrink the windows
     and tables of the last stages. The added positions do not occur at that size and are zero.
@@ -240,20 +240,20 @@ def _widen_windows(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _get_vit_shape(arrays: Mapping[str, np.ndarray]) -> tuple[int, int]:
-    """Returns (width, depth) of a ViT."""
+    """Return (width, depth) of a ViT."""
     depth, width = arrays["blocks/ln_1/scale"].shape
     return width, depth
 
 
 def _get_swin_shape(arrays: Mapping[str, np.ndarray]) -> tuple[int, tuple[int, ...]]:
-    """Returns the width of a Swin's first stage, and the depth of each stage."""
+    """Return the width of a Swin's first stage, and the depth of each stage."""
     stages = sum(name.endswith("/ln_1/scale") for name in arrays)
     shapes = [arrays[f"blocks_{s}/ln_1/scale"].shape for s in range(stages)]
     return shapes[0][1], tuple(depth for depth, _ in shapes)
 
 
 def _ignore_config(config: Mapping[str, Any]) -> None:
-    """Ignores the publisher's config: it states nothing that is needed."""
+    """Ignore the publisher's config: it states nothing that is needed."""
     del config
 
 
@@ -291,7 +291,7 @@ class Layout:
 
 
 def _transformers_5_aliases(attention: str) -> tuple[tuple[str, str], ...]:
-    """Returns aliases for state dicts of transformers 5; its files keep the older names."""
+    """Return aliases for state dicts of transformers 5; its files keep the older names."""
     return (
         (r"^layers\.", "encoder.layer."),
         (r"\.attention\.q_proj\.", f".attention.{attention}.query."),

@@ -60,7 +60,7 @@ _TensorReaders = Mapping[str, Callable[[], np.ndarray]]  # by name; called to re
 
 
 def _detect_container(path: pathlib.Path) -> str:
-    """Returns "safetensors", "torchscript" or "torch".
+    """Return "safetensors", "torchscript" or "torch".
 
     Looks only at the file's bytes and executes nothing in it.
     """
@@ -80,7 +80,7 @@ def _detect_container(path: pathlib.Path) -> str:
 
 
 def _detect_zip_container(path: pathlib.Path) -> str:
-    """Returns "torchscript" or "torch" by the names in an archive, without unpacking it."""
+    """Return "torchscript" or "torch" by the names in an archive, without unpacking it."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -96,7 +96,7 @@ def _detect_zip_container(path: pathlib.Path) -> str:
 
 
 def _check_expansion(path: pathlib.Path, num_bytes: int) -> None:
-    """Raises ValueError if a file claims to hold far more bytes than it has."""
+    """Raise ValueError if a file claims to hold far more bytes than it has."""
     size = path.stat().st_size
     if num_bytes > _MAX_EXPANSION * size:
         raise ValueError(
@@ -106,7 +106,7 @@ def _check_expansion(path: pathlib.Path, num_bytes: int) -> None:
 
 
 def _torch_to_numpy(tensor: Any) -> np.ndarray:
-    """Converts a torch tensor to an array of the same dtype, bfloat16 included."""
+    """Convert a torch tensor to an array of the same dtype, bfloat16 included."""
     import torch
 
     tensor = tensor.detach().cpu().contiguous()
@@ -116,7 +116,7 @@ def _torch_to_numpy(tensor: Any) -> np.ndarray:
 
 
 def _load_torch(path: pathlib.Path, container: str) -> Mapping[str, Any]:
-    """Returns the state dict in a torch file.
+    """Return the state dict in a torch file.
 
     Opening a TorchScript archive can run code from it; opening any other torch file cannot.
     """
@@ -157,7 +157,7 @@ def _load_torch(path: pathlib.Path, container: str) -> Mapping[str, Any]:
 
 
 def _open_tensors(path: pathlib.Path, container: str) -> tuple[_TensorReaders, dict[str, str]]:
-    """Returns readers of the tensors by name, and the file's metadata."""
+    """Return readers of the tensors by name, and the file's metadata."""
     if container == "safetensors":
         try:
             file = safetensors.safe_open(path, "numpy")
@@ -177,7 +177,7 @@ def _open_tensors(path: pathlib.Path, container: str) -> tuple[_TensorReaders, d
 
 
 def _wrap_readers(path: pathlib.Path, readers: _TensorReaders) -> _TensorReaders:
-    """Makes the readers raise ValueError for a tensor that is empty or unknown to numpy."""
+    """Make the readers raise ValueError for a tensor that is empty or unknown to numpy."""
 
     def read(name: str) -> np.ndarray:
         try:
@@ -192,13 +192,13 @@ def _wrap_readers(path: pathlib.Path, readers: _TensorReaders) -> _TensorReaders
 
 
 def compute_sha256(path: pathlib.Path) -> str:
-    """Returns the SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def format_names(names: Any) -> str:
-    """Lists at most eight of the names, sorted, for a message."""
+    """List at most eight of the names, sorted, for a message."""
     names = sorted(map(str, names))
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return (", ".join(names[:8]) or "none") + more
@@ -208,7 +208,7 @@ def format_names(names: Any) -> str:
 
 
 def _detect_layout(path: pathlib.Path, names: Collection[str], metadata: Mapping[str, str]) -> str:
-    """Returns the name in `LAYOUTS` of the layout that these weights have.
+    """Return the name in `LAYOUTS` of the layout that these weights have.
 
     Raises:
       ValueError: the file is already converted, or the weights have no known layout.
@@ -227,7 +227,7 @@ def _detect_layout(path: pathlib.Path, names: Collection[str], metadata: Mapping
 
 
 def _normalize_name(name: str, layout: Layout) -> str:
-    """Returns `name` as the layout's table spells it."""
+    """Return `name` as the layout's table spells it."""
     name = name.removeprefix(layout.prefix)
     for pattern, replacement in layout.aliases:
         name = re.sub(pattern, replacement, name)
@@ -235,7 +235,7 @@ def _normalize_name(name: str, layout: Layout) -> str:
 
 
 def _count_blocks(table: tuple[Row, ...], names: Collection[str]) -> list[int]:
-    """Counts the blocks of each stage, at least one each.
+    """Count the blocks of each stage, at least one each.
 
     A table without stages counts as one stage.
     """
@@ -254,7 +254,7 @@ def _count_blocks(table: tuple[Row, ...], names: Collection[str]) -> list[int]:
 def _expand_table(
     table: tuple[Row, ...], depths: list[int]
 ) -> Iterator[tuple[list[str], str, Callable]]:
-    """Yields the table's rows for all stages and blocks.
+    """Yield the table's rows for all stages and blocks.
 
     A row is (the source names of all blocks of a stage, our name, transform).
     """
@@ -271,7 +271,7 @@ def _expand_table(
 def _rename_tensors(
     path: pathlib.Path, tensors: _TensorReaders, layout: Layout
 ) -> dict[str, np.ndarray]:
-    """Reads all of `tensors` and returns them under our flat names.
+    """Read all of `tensors` and return them under our flat names.
 
     Raises:
       ValueError: names are left over or missing (the message lists both), or shapes are wrong.
@@ -303,7 +303,7 @@ def _rename_tensors(
 def _read_publisher_config(
     checkpoint: pathlib.Path, layout: Layout, shape: tuple
 ) -> dict[str, Any]:
-    """Returns the values stated by the publisher's config next to the checkpoint.
+    """Return the values stated by the publisher's config next to the checkpoint.
 
     The keys are "activation", "heads", "eps" and "image_size", as far as the config states them.
     The dict is empty if there is no config.
@@ -355,7 +355,7 @@ class SourceCheckpoint:
 
 
 def read_checkpoint(path: pathlib.Path, trust: bool) -> SourceCheckpoint:
-    """Reads the image tower of the checkpoint at `path`.
+    """Read the image tower of the checkpoint at `path`.
 
     Args:
       path: local file; its format is detected from its content.

@@ -13,7 +13,7 @@ from typing import Any
 
 
 def read_open_clip(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Reads open_clip's `open_clip_config.json`."""
+    """Read open_clip's `open_clip_config.json`."""
     if "model_cfg" not in config:
         return None
     vision = config["model_cfg"].get("vision_cfg", {})
@@ -27,7 +27,7 @@ def read_open_clip(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def read_huggingface_clip(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Reads the `config.json` of a Hugging Face CLIP, with or without its text tower."""
+    """Read the `config.json` of a Hugging Face CLIP, with or without its text tower."""
     if not str(config.get("model_type")).startswith("clip"):
         return None
     vision = config.get("vision_config", config)
@@ -40,7 +40,7 @@ def read_huggingface_clip(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def read_huggingface_vit(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Reads the `config.json` of a Hugging Face ViT."""
+    """Read the `config.json` of a Hugging Face ViT."""
     if config.get("model_type") != "vit":
         return None
     return {
@@ -52,7 +52,7 @@ def read_huggingface_vit(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def read_huggingface_swin(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Reads the `config.json` of a Hugging Face Swin; its depth is a tuple over the stages."""
+    """Read the `config.json` of a Hugging Face Swin; its depth is a tuple over the stages."""
     if config.get("model_type") != "swin":
         return None
     return {

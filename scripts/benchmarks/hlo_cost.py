@@ -58,11 +58,11 @@ class _Instruction:
 
     @functools.cached_property
     def operands(self) -> list[str]:
-        """Returns the names of the operands."""
+        """Return the names of the operands."""
         return re.findall(r"%([^ ,()]+)", self.rest.split(")", 1)[0])
 
     def called_computation(self, key: str) -> str | None:
-        """Returns the computation that the attribute `key` names, such as "body", or None."""
+        """Return the computation that the attribute `key` names, such as "body", or None."""
         match = re.search(rf"\b{key}=%([^ ,()]+)", self.rest)
         return match and match[1]
 
@@ -107,7 +107,7 @@ class HloProgram:
         self._count_runs(entry, 1)
 
     def _count_runs(self, name: str, times: int) -> None:
-        """Adds `times` runs of a computation and of the computations that it calls.
+        """Add `times` runs of a computation and of the computations that it calls.
 
         Computations inside fusions are counted separately, because the fusion accounts for them.
         """
@@ -128,7 +128,7 @@ class HloProgram:
                         self._count_runs(branch, times)
 
     def _trip_count(self, loop: _Instruction) -> int:
-        """Returns how often a loop runs: the bound that its condition compares with."""
+        """Return how often a loop runs: the bound that its condition compares with."""
         if match := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest):
             return int(match[1])
         names, bounds = [loop.called_computation("condition")], []
@@ -141,7 +141,7 @@ class HloProgram:
         return max(bounds, default=1)
 
     def bytes_accessed(self) -> int:
-        """Returns the bytes read from and written to the device's memory, without a TPU's VMEM.
+        """Return the bytes read from and written to the device's memory, without a TPU's VMEM.
 
         Each instruction reads its operands once and writes its result once. If a fusion or a slice
         uses only a part of an operand, only that part counts.
@@ -154,7 +154,7 @@ class HloProgram:
         return total
 
     def cycles(self) -> int:
-        """Returns the TPU compiler's estimate of cycles, summed over instructions; 0 if absent."""
+        """Return the TPU compiler's estimate of cycles, summed over instructions; 0 if absent."""
         total = 0
         for name, times in self._run_counts.items():
             for instruction in self._computations.get(name, ()):
@@ -163,7 +163,7 @@ class HloProgram:
         return total
 
     def _instruction_bytes(self, instruction: _Instruction, shapes: dict[str, str]) -> int:
-        """Returns the bytes that an instruction accesses; `shapes` has the operands' shapes."""
+        """Return the bytes that an instruction accesses; `shapes` has the operands' shapes."""
         op, shape = instruction.op, instruction.shape
         if op in _FREE or op.endswith("-done") or _FREE_CALL.search(instruction.rest):
             return 0
@@ -182,7 +182,7 @@ class HloProgram:
         return shape_bytes(shape) + sum(map(shape_bytes, operands))
 
     def _fusion_bytes(self, fusion: _Instruction, operands: list[str]) -> int:
-        """Returns the bytes that a fusion reads from its operands and writes to its result."""
+        """Return the bytes that a fusion reads from its operands and write to its result."""
         total, written = 0, shape_bytes(fusion.shape)
         for index, operand in enumerate(operands):
             uses = list(self._parameter_uses(fusion.called_computation("calls"), index))
@@ -197,7 +197,7 @@ class HloProgram:
         return total + max(0, written)
 
     def _parameter_uses(self, computation: str, index: int) -> Iterator[_ParameterUse]:
-        """Yields the uses of a fusion's parameter `index`, also those in fusions inside it."""
+        """Yield the uses of a fusion's parameter `index`, also those in fusions inside it."""
         instructions = self._computations[computation]
         shapes = {instruction.name: instruction.shape for instruction in instructions}
         names = {
@@ -219,7 +219,7 @@ class HloProgram:
                     yield _ParameterUse(op, operand, result, shape_bytes(update))
 
     def collectives(self) -> list[Collective]:
-        """Returns the traffic between chips by kind and dtype, also that inside fusions."""
+        """Return the traffic between chips by kind and dtype, also that inside fusions."""
         totals: dict[tuple[str, str], list[int]] = {}
         for name, times in (self._run_counts + self._fused_run_counts).items():
             for instruction in self._computations.get(name, ()):
@@ -242,7 +242,7 @@ class HloProgram:
 
 
 def shape_bytes(shape: str, include_vmem: bool = False) -> int:
-    """Returns the bytes of a shape in HLO text; a tuple's elements are added.
+    """Return the bytes of a shape in HLO text; a tuple's elements are added.
 
     Args:
       shape: such as "f32[64,197]{1,0:T(8,128)}".
@@ -256,7 +256,7 @@ def shape_bytes(shape: str, include_vmem: bool = False) -> int:
 
 
 def _array_bytes(dtype: str, sizes: str, layout: str) -> int:
-    """Returns the bytes of an array in memory.
+    """Return the bytes of an array in memory.
 
     In a TPU's memory the innermost axes fill whole tiles, such as those of {1,0:T(8,128)}.
     """
@@ -272,12 +272,12 @@ def _array_bytes(dtype: str, sizes: str, layout: str) -> int:
 
 
 def _num_elements(sizes: str) -> int:
-    """Returns the number of elements of an array with `sizes`, such as "64,197"."""
+    """Return the number of elements of an array with `sizes`, such as "64,197"."""
     return math.prod(int(n) for n in sizes.split(",") if n)
 
 
 def _dtype_bits(dtype: str) -> int:
-    """Returns the bits of an element, 0 for a token."""
+    """Return the bits of an element, 0 for a token."""
     if dtype in _BITS:
         return _BITS[dtype]
     match = re.search(r"\d+", dtype)  # as in f32, s8, f8e4m3fn

@@ -8,7 +8,7 @@ from typing import Any
 def time_interleaved(
     calls: dict[str, Callable[[], Any]], rounds: int, log: Callable[[str], None] = lambda line: None
 ) -> dict[str, list[float]]:
-    """Times each call once per round, after a first call that is not counted.
+    """Time each call once per round, after a first call that is not counted.
 
     Args:
       calls: functions by name; each waits for its result.

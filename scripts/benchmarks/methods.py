@@ -50,7 +50,7 @@ class MethodSpeed:
 
 
 def method_config(dualpath: Any, baseline: Any, method: str) -> Any:
-    """Returns a copy of the configuration `dualpath` for that method, of `baseline` for others.
+    """Return a copy of the configuration `dualpath` for that method, of `baseline` for others.
 
     The copy names the method and uses synthetic data without random augmentation.
     """
@@ -70,7 +70,7 @@ class ForwardPass:
         videos = synthetic.make_synthetic_split(config.data, 1)
         with contextlib.redirect_stdout(io.StringIO()):  # the table of parameters
             random_experiment, state = build_experiment(config, "", videos)
-        model = random_experiment.model  # only this is kept: the optimizer's state is freed
+        model = random_experiment.model  # without the experiment, so that its state is freed
         names = ("spatial", "temporal")
         shapes = dict(zip(names, clip_shapes(config), strict=True))
         self._shapes = {k: shape[1:] for k, shape in shapes.items() if shape is not None}
@@ -83,7 +83,7 @@ class ForwardPass:
         )
 
     def _compile(self, batch_size: int) -> Any:
-        """Compiles the forward pass for a batch size."""
+        """Compile the forward pass for a batch size."""
         batch = {
             key: jax.ShapeDtypeStruct((batch_size, *shape), np.uint8)
             for key, shape in self._shapes.items()
@@ -91,12 +91,12 @@ class ForwardPass:
         return self._logits.lower(*self._params, batch).compile()
 
     def required_bytes(self, batch_size: int) -> int:
-        """Returns the device memory that the compiled program needs, with arguments and result."""
+        """Return the device memory that the compiled program needs, with arguments and result."""
         sizes = self._compile(batch_size).memory_analysis()
         return sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
 
     def make_call(self, batch_size: int) -> Callable[[], None]:
-        """Returns a function that computes a batch and waits for the result."""
+        """Return a function that computes a batch and wait for the result."""
         compiled = self._compile(batch_size)
         batch = {
             key: jax.random.randint(jax.random.key(0), (batch_size, *shape), 0, 256, np.uint8)
@@ -106,7 +106,7 @@ class ForwardPass:
 
 
 def find_largest_batch(forward: ForwardPass, memory: int) -> tuple[int, float]:
-    """Finds the largest power of two that runs in `memory` bytes.
+    """Find the largest power of two that runs in `memory` bytes.
 
     The search begins at a linear extrapolation from the memory of two compiled batches, and halves
     the batch until it fits.
@@ -129,7 +129,7 @@ def find_largest_batch(forward: ForwardPass, memory: int) -> tuple[int, float]:
 def measure_methods(
     configs: dict[str, Any], rounds: int, log: Callable[[str], None]
 ) -> dict[str, MethodSpeed]:
-    """Measures latencies in turns, then, on an accelerator, throughputs.
+    """Measure latencies in turns, then, on an accelerator, throughputs.
 
     Args:
       configs: configurations of `method_config` by method; "dualpath" must be among them.

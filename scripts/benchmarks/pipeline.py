@@ -37,7 +37,7 @@ Clip = tuple[int, np.ndarray, dict[str, tf.Tensor]]
 
 
 def prepare_files(paths: Sequence[str], out: str) -> video_dataset.VideoDataset:
-    """Prepares video files as a data set of one class; a video's id is its absolute path."""
+    """Prepare video files as a data set of one class; a video's id is its absolute path."""
     paths = [os.path.abspath(path) for path in paths]
     listing = DatasetIndex(["any"], {"train": [Video(path, path, 0) for path in paths]})
     with contextlib.redirect_stdout(sys.stderr):
@@ -62,7 +62,7 @@ class RepeatedVideos:
         return len(self._rows)
 
     def read_frames(self, video_index: int, frame_indices: np.ndarray) -> list[bytes]:
-        """Reads frames, see `VideoDataset.read_frames`, and notes them in `last_frames`."""
+        """Read frames, see `VideoDataset.read_frames`, and note them in `last_frames`."""
         self.last_frames = np.array(frame_indices)
         return self._dataset.read_frames(self._rows[video_index], frame_indices)
 
@@ -74,7 +74,7 @@ class RepeatedVideos:
 def load_ours(
     videos: RepeatedVideos, data_config: Any, training: bool, clips: Sequence[Clip]
 ) -> Iterator[int]:
-    """Loads with this package's pipeline; testing takes one centered view of each video."""
+    """Load with this package's pipeline; testing takes one centered view of each video."""
     del clips  # the pipeline chooses them
     if training:
         steps = len(videos) // data_config.batch_size
@@ -88,21 +88,21 @@ def load_ours(
 def load_decord(
     videos: RepeatedVideos, data_config: Any, training: bool, clips: Sequence[Clip]
 ) -> Iterator[int]:
-    """Decodes the video of each clip with decord, one clip per core at a time."""
+    """Decode the video of each clip with decord, one clip per core at a time."""
     return _load_online(decode_decord, videos, data_config, training, clips)
 
 
 def load_pyav(
     videos: RepeatedVideos, data_config: Any, training: bool, clips: Sequence[Clip]
 ) -> Iterator[int]:
-    """Decodes the video of each clip with PyAV, one clip per core at a time."""
+    """Decode the video of each clip with PyAV, one clip per core at a time."""
     return _load_online(decode_pyav, videos, data_config, training, clips)
 
 
 def load_jpeg(
     videos: RepeatedVideos, data_config: Any, training: bool, clips: Sequence[Clip]
 ) -> Iterator[int]:
-    """Decodes the clips' stored JPEGs fully, from memory, and discards them: the speed limit."""
+    """Decode the clips' stored JPEGs fully, from memory, and discard them: the speed limit."""
     del training
     records = [videos.read_frames(video, frames) for video, frames, _ in clips]
     jpegs = [
@@ -132,7 +132,7 @@ LOADERS: dict[str, Callable[..., Iterator[int]]] = {
 
 
 def decode_decord(path: str, frames: np.ndarray) -> np.ndarray:
-    """Decodes frames [T] of a video with decord, which seeks, as uint8 [T, H, W, 3]."""
+    """Decode frames [T] of a video with decord, which seeks, as uint8 [T, H, W, 3]."""
     import decord
 
     reader = decord.VideoReader(path, num_threads=1)
@@ -140,7 +140,7 @@ def decode_decord(path: str, frames: np.ndarray) -> np.ndarray:
 
 
 def decode_pyav(path: str, frames: np.ndarray) -> np.ndarray:
-    """Decodes frames [T] of a video with PyAV as uint8 [T, H, W, 3].
+    """Decode frames [T] of a video with PyAV as uint8 [T, H, W, 3].
 
     Decoding begins at the key frame before the first frame. Frames are identified by their time
     stamps, which assumes a constant frame rate.
@@ -163,7 +163,7 @@ def decode_pyav(path: str, frames: np.ndarray) -> np.ndarray:
 
 
 def make_transform(clip: ClipFormat, data_config: Any) -> Callable[..., dict[str, tf.Tensor]]:
-    """Returns a function (frames uint8 [T, H, W, 3], sample) -> the clip's model inputs.
+    """Return a function (frames uint8 [T, H, W, 3], sample) -> the clip's model inputs.
 
     It applies the pipeline's crops and augmentation. The sample has the fields of
     `make_clip_sample` without records.
@@ -194,7 +194,7 @@ def _load_online(
     training: bool,
     clips: Sequence[Clip],
 ) -> Iterator[int]:
-    """Decodes and transforms the clips in threads, one per core; yields the size of each batch."""
+    """Decode and transform the clips in threads, one per core; yield the size of each batch."""
     del training  # the clips already belong to training or testing
     transform = make_transform(build_clip_format(data_config), data_config)
 
@@ -219,7 +219,7 @@ def _load_online(
 
 
 def _measure_speed(batches: Iterator[int]) -> tuple[float, float]:
-    """Returns (clips per second, CPU milliseconds per clip) of all batches after the first."""
+    """Return (clips per second, CPU milliseconds per clip) of all batches after the first."""
     next(batches)  # starts threads and traces functions
     wall, cpu = time.perf_counter(), time.process_time()
     count = sum(batches)
@@ -228,7 +228,7 @@ def _measure_speed(batches: Iterator[int]) -> tuple[float, float]:
 
 
 def _compare_speeds(runs: dict[str, Callable[[], Iterator[int]]], rounds: int) -> dict[str, Any]:
-    """Times `runs` in alternating order; see the result of `compare_loaders`.
+    """Time `runs` in alternating order; see the result of `compare_loaders`.
 
     The ratios compare the first of `runs` with each other one.
     """
@@ -257,7 +257,7 @@ def _compare_speeds(runs: dict[str, Callable[[], Iterator[int]]], rounds: int) -
 def _record_clips(
     dataset: video_dataset.VideoDataset, data_config: Any, training: bool, length: int
 ) -> list[Clip]:
-    """Returns the clips that the pipeline chooses; this also loads the files into memory."""
+    """Return the clips that the pipeline chooses; this also loads the files into memory."""
     videos, clip = RepeatedVideos(dataset, length), build_clip_format(data_config)
     rows = slice(0, data_config.batch_size)
     if training:
@@ -281,7 +281,7 @@ def compare_loaders(
     rounds: int,
     loaders: Sequence[str] = tuple(LOADERS),
 ) -> dict[str, Any]:
-    """Measures clips per second of the pipeline and of other loaders on the same clips.
+    """Measure clips per second of the pipeline and of other loaders on the same clips.
 
     Args:
       dataset: from `prepare_files`.
@@ -315,7 +315,7 @@ def compare_video_lengths(
     num_batches: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Compares the pipeline's speed on the same videos, cut or looped to each of `lengths` frames.
+    """Compare the pipeline's speed on the same videos, cut or looped to each of `lengths` frames.
 
     Returns:
       As `compare_loaders`, by length; the ratios compare the first length with each other one.
@@ -332,7 +332,7 @@ def compare_video_lengths(
 def _write_cut_videos(
     dataset: video_dataset.VideoDataset, out: str, length: int
 ) -> video_dataset.VideoDataset:
-    """Writes a data set of the same stored frames with `length` frames in every video."""
+    """Write a data set of the same stored frames with `length` frames in every video."""
     os.makedirs(os.path.join(out, "frames"))
     writer = shard_writer.ShardWriter(video_dataset.frame_shard_path(out, "train", 0, 1))
     rows = []
@@ -379,7 +379,7 @@ STAGES = ("read", "decode, crop", "resize", "warp", "flip, tile, erase", "batch 
 def stage_costs(
     prepared: str, data_config: Any, training: bool, num_batches: int
 ) -> dict[str, float]:
-    """Measures CPU milliseconds per clip of each of `STAGES`, on one core, without overlap.
+    """Measure CPU milliseconds per clip of each of `STAGES`, on one core, without overlap.
 
     TensorFlow's profiler reports the duration of each operation of the running pipeline. The last
     stage is the rest of the CPU time that a clip takes without the profiler. The measurement runs
@@ -405,7 +405,7 @@ def _use_one_core() -> None:
 def _stage_costs(
     prepared: str, data_config: Any, training: bool, num_batches: int
 ) -> dict[str, float]:
-    """Implements `stage_costs` in the process that it starts."""
+    """Implement `stage_costs` in the process that it starts."""
     from jax.profiler import ProfileData
 
     videos = RepeatedVideos(
@@ -426,14 +426,14 @@ def _stage_costs(
             for event in line.events:
                 if stage := _find_stage(event.name):
                     costs[stage] += event.duration_ns / 1e6 / count
-    # Other programs on the core lengthen all operations: keep only our share of the time.
+    # Other programs on the core lengthen all operations: scale them to our share of the time.
     costs = {stage: cost * cpu / wall for stage, cost in costs.items()}
     costs["batch and the rest"] = max(0.0, total - sum(costs.values()))
     return costs
 
 
 def _find_stage(event: str) -> str | None:
-    """Returns the stage of a profiler event, or None if it is not an operation of a stage."""
+    """Return the stage of a profiler event, or None if it is not an operation of a stage."""
     operation = event.split("#")[0].split(":")[-1]  # "map/Cast:Cast#...#" is one run of a Cast
     if operation in _OP_STAGES:
         return _OP_STAGES[operation]
@@ -456,7 +456,7 @@ def sample_memory(
     interval: float,
     report: Callable[[float, float, int], None] = lambda minutes, mib, clips: None,
 ) -> list[tuple[float, float, int]]:
-    """Reads `dataset` in a loop and samples the resident memory of this process.
+    """Read `dataset` in a loop and sample the resident memory of this process.
 
     Args:
       dataset: a small data set.
@@ -486,7 +486,7 @@ def sample_memory(
 def _endless_batches(
     dataset: video_dataset.VideoDataset, data_config: Any, training: bool
 ) -> Iterator[pipeline.Batch]:
-    """Yields training or test batches without end."""
+    """Yield training or test batches without end."""
     if training:
         yield from pipeline.train_batches(dataset, data_config, 0, 0, sys.maxsize)
     while True:
@@ -496,7 +496,7 @@ def _endless_batches(
 def memory_deviation(
     samples: Sequence[tuple[float, float, int]], after: float
 ) -> tuple[float, float]:
-    """Returns the median MiB of samples and the largest deviation from it as a fraction.
+    """Return the median MiB of samples and the largest deviation from it as a fraction.
 
     Args:
       samples: from `sample_memory`.

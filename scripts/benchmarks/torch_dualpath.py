@@ -3,7 +3,7 @@
 It follows the equations of sec. 4 for CLIP backbones with the defaults of
 dualpath_jax/config/schema.py and, if the parameters contain it, SSv2's adapter before attention.
 Every layer is torch's own; attention is `scaled_dot_product_attention`. Torch is needed only for
-the benchmarks (requirements-bench.txt).
+the benchmarks: pip install ".[bench]".
 
 Axes: B batch, S frames, G framesets, M images, N tokens, D width, K heads.
 """
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 
 def _linear(arrays: Mapping[str, np.ndarray], name: str) -> nn.Linear:
-    """Makes a linear layer from the arrays below `name`."""
+    """Make a linear layer from the arrays below `name`."""
     kernel, bias = arrays[f"{name}/kernel"], arrays[f"{name}/bias"]
     layer = nn.Linear(*kernel.shape)
     layer.weight.data = torch.tensor(kernel.T.copy())
@@ -26,7 +26,7 @@ def _linear(arrays: Mapping[str, np.ndarray], name: str) -> nn.Linear:
 
 
 def _layer_norm(arrays: Mapping[str, np.ndarray], name: str, eps: float) -> nn.LayerNorm:
-    """Makes a LayerNorm from the arrays below `name`."""
+    """Make a LayerNorm from the arrays below `name`."""
     layer = nn.LayerNorm(arrays[f"{name}/scale"].shape[0], eps=eps)
     layer.weight.data = torch.tensor(arrays[f"{name}/scale"])
     layer.bias.data = torch.tensor(arrays[f"{name}/bias"])
@@ -36,7 +36,7 @@ def _layer_norm(arrays: Mapping[str, np.ndarray], name: str, eps: float) -> nn.L
 def _block_arrays(
     arrays: Mapping[str, np.ndarray], prefix: str, index: int
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays of block `index` from the stacked arrays below `prefix`."""
+    """Return the arrays of block `index` from the stacked arrays below `prefix`."""
     return {k[len(prefix) :]: v[index] for k, v in arrays.items() if k.startswith(prefix)}
 
 
@@ -62,26 +62,26 @@ class Block(nn.Module):
         self.hidden, self.output = (_linear(arrays, f"mlp/{name}") for name in ("hidden", "output"))
 
     def attention(self, x: torch.Tensor) -> torch.Tensor:
-        """Applies self-attention to x [M, N, D]; the shape stays."""
+        """Apply self-attention to x [M, N, D]; the shape stays."""
         m, n, d = x.shape
         qkv = self.qkv(x).view(m, n, 3, self.heads, d // self.heads)
         y = functional.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
         return self.out(y.transpose(1, 2).reshape(m, n, d))
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """Applies the MLP with CLIP's QuickGELU to x [M, N, D]."""
+        """Apply the MLP with CLIP's QuickGELU to x [M, N, D]."""
         x = self.hidden(x)
         return self.output(x * torch.sigmoid(1.702 * x))
 
     def spatial(self, h: torch.Tensor, adapters: nn.ModuleDict) -> torch.Tensor:
-        """Applies eq. 7 to h [M, N, D]."""
+        """Apply eq. 7 to h [M, N, D]."""
         x = self.ln_1(h)
         z = h + self.attention(x) + adapters["attention"](x)
         x = self.ln_2(z)
         return z + self.mlp(x) + adapters["mlp"](x)
 
     def temporal(self, h: torch.Tensor, adapters: nn.ModuleDict) -> torch.Tensor:
-        """Applies eq. 9 to h [M, N, D]."""
+        """Apply eq. 9 to h [M, N, D]."""
         x = self.ln_1(h)
         if "before" in adapters:
             x = x + adapters["before"](x)
@@ -132,7 +132,7 @@ class TorchDualPath(nn.Module):
         )
 
     def _features(self, images: torch.Tensor, path: str) -> torch.Tensor:
-        """Maps the images of each clip [B, images, 3, H, W] to features of a path [B, e]."""
+        """Map the images of each clip [B, images, 3, H, W] to features of a path [B, e]."""
         batch, count = images.shape[:2]
         patches = self.patch(images.flatten(0, 1)).flatten(2).transpose(1, 2)
         token = self.class_tokens[path].expand(len(patches), 1, -1).to(patches.dtype)
@@ -146,6 +146,6 @@ class TorchDualPath(nn.Module):
         return features.view(batch, count, -1).mean(1)
 
     def forward(self, spatial: torch.Tensor, temporal: torch.Tensor) -> torch.Tensor:
-        """Maps normalized [B, S, 3, H, W] and [B, G, 3, H', W'] to logits [B, classes]."""
+        """Map normalized [B, S, 3, H, W] and [B, G, 3, H', W'] to logits [B, classes]."""
         y = [self._features(spatial, "spatial"), self._features(temporal, "temporal")]
         return self.classifier(torch.cat(y, -1))

@@ -56,7 +56,7 @@ _MEMORY_NEEDED = re.compile(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm")
 
 
 def describe_topology(topology: str) -> tuple[Chip, list[Any]]:
-    """Returns the chip and the devices of a slice, such as "v5e:4x4".
+    """Return the chip and the devices of a slice, such as "v5e:4x4".
 
     Raises:
       ValueError: there is no such slice, or libtpu is missing or in use.
@@ -82,9 +82,7 @@ def describe_topology(topology: str) -> tuple[Chip, list[Any]]:
                 "ALLOW_MULTIPLE_LIBTPU_LOAD=1"
             ) from error
         if "libtpu" in str(error) or "Unknown" in str(error) or "not found" in str(error):
-            raise ValueError(
-                "libtpu is not installed: pip install -r requirements-tpu.txt"
-            ) from error
+            raise ValueError('libtpu is not installed: pip install ".[tpu]"') from error
         raise ValueError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
 
 
@@ -130,7 +128,7 @@ class TooLarge(Exception):
 def compile_steps(
     config: Any, topology: str, per_chip_batch: int, steps: tuple[str, ...] = ("train", "eval")
 ) -> list[StepReport]:
-    """Compiles the steps of `config` for `topology`.
+    """Compile the steps of `config` for `topology`.
 
     Args:
       config: configuration of a run; the batch sizes are replaced in a copy.
@@ -164,14 +162,14 @@ def compile_steps(
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:
-    """Adds shardings to the abstract arrays of a tree."""
+    """Add shardings to the abstract arrays of a tree."""
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings
     )
 
 
 def _abstract_experiment(config: Any, mesh: Any) -> AbstractExperiment:
-    """Describes a run whose arrays have the shardings of `mesh`."""
+    """Describe a run whose arrays have the shardings of `mesh`."""
     num_classes = dataset_registry.NUM_CLASSES.get(
         config.data.source, dataset_registry.PLACEHOLDER_NUM_CLASSES
     )
@@ -187,7 +185,7 @@ def _abstract_experiment(config: Any, mesh: Any) -> AbstractExperiment:
 def _abstract_batch(
     config: Any, mesh: Any, lead: tuple[int, ...]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Describes a batch of the pipeline with the leading axes `lead`: [B] or [videos, views]."""
+    """Describe a batch of the pipeline with the leading axes `lead`: [B] or [videos, views]."""
     shapes = {"label": (lead[:1], jnp.int32), "mask": (lead[:1], jnp.float32)}
     for key, shape in zip(("spatial", "temporal"), clip_shapes(config), strict=True):
         if shape is not None:
@@ -205,7 +203,7 @@ def _abstract_batch(
 
 
 def _train_program(config: Any, mesh: Any) -> tuple[Callable, tuple[Any, ...], int]:
-    """Returns the jitted training step, its arguments and the multiply-accumulates on a chip."""
+    """Return the jitted training step, its arguments and the multiply-accumulates on a chip."""
     abstract = _abstract_experiment(config, mesh)
     module, state = abstract.model.module, abstract.state
     jitted = jit_train_step(module, config, abstract.optimizer, mesh, state)
@@ -216,7 +214,7 @@ def _train_program(config: Any, mesh: Any) -> tuple[Callable, tuple[Any, ...], i
 
 
 def _eval_program(config: Any, mesh: Any) -> tuple[Callable, tuple[Any, ...], int]:
-    """Returns the jitted evaluation step, its arguments and the multiply-accumulates on a chip."""
+    """Return the jitted evaluation step, its arguments and the multiply-accumulates on a chip."""
     abstract = _abstract_experiment(config, mesh)
     module = abstract.model.module
     step = evaluate.make_eval_step(module, config)
@@ -230,7 +228,7 @@ def _eval_program(config: Any, mesh: Any) -> tuple[Callable, tuple[Any, ...], in
 def _compile_and_report(
     step: str, clips: int, chip: Chip, lowered: jax.stages.Lowered, macs: int
 ) -> StepReport:
-    """Compiles a lowered step and reports its requirements.
+    """Compile a lowered step and report its requirements.
 
     Raises:
       TooLarge: the step does not fit the chip's memory.
@@ -267,7 +265,7 @@ def _compile_and_report(
 def find_largest_batch(
     config: Any, topology: str, start: int, log: Callable[[str], None] = print
 ) -> tuple[int, list[StepReport]]:
-    """Finds the largest number of training clips on a chip that fits.
+    """Find the largest number of training clips on a chip that fits.
 
     It is a power of two or 1.5 times a power of two. The search doubles `start` while it fits, or
     halves it until it fits, and then tries 1.5 times the result.
@@ -365,7 +363,7 @@ def estimate_fits(
 
 
 def format_fits(rows: Sequence[Fit], batches: Sequence[int]) -> str:
-    """Formats estimates as a Markdown table."""
+    """Format estimates as a Markdown table."""
     heads = [f"`accumulation_steps` for {batch}" for batch in batches]
     lines = [
         "| ".join(["", "memory of a device, GB ", "clips per device ", *(f"{h} " for h in heads)])
@@ -379,7 +377,7 @@ def format_fits(rows: Sequence[Fit], batches: Sequence[int]) -> str:
 
 
 def format_reports(topology: str, reports: list[StepReport]) -> str:
-    """Formats reports as a Markdown table; GB are 10^9 bytes."""
+    """Format reports as a Markdown table; GB are 10^9 bytes."""
     lines = [
         "| slice | step | clips per chip | memory per chip, GB | temporaries per clip, GB | "
         "TFLOP | GB accessed | cycles, 10^6 | between chips, MB | compiled in | "

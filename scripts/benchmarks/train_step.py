@@ -86,7 +86,7 @@ class Runner:
 
 
 def _repeat(call: Callable[[], Any], fetch: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Returns run(calls=1), which calls `call` that often and fetches the last result."""
+    """Return run(calls=1), which calls `call` that often and fetch the last result."""
 
     def run(calls: int = 1) -> Any:
         for _ in range(calls):
@@ -99,7 +99,7 @@ def _repeat(call: Callable[[], Any], fetch: Callable[[Any], Any]) -> Callable[..
 def build_random_experiment(
     setting: Setting,
 ) -> tuple[Experiment, TrainState, dict[str, np.ndarray]]:
-    """Builds an experiment with random nonzero weights and a batch of random clips, without files.
+    """Build an experiment with random nonzero weights and a batch of random clips, without files.
 
     Returns:
       (experiment, state, batch): the batch has uint8 "spatial" and "temporal" and int32 "label".
@@ -129,13 +129,13 @@ def build_random_experiment(
 
 
 def _jit_step(experiment: Experiment) -> Callable:
-    """Returns the jitted training step (state, frozen, batch) -> (state, metrics)."""
+    """Return the jitted training step (state, frozen, batch) -> (state, metrics)."""
     step = make_train_step(experiment.model, experiment.config, experiment.optimizer)
     return jax.jit(step, donate_argnums=0)
 
 
 def _lower_step(setting: Setting) -> jax.stages.Lowered:
-    """Lowers the training step."""
+    """Lower the training step."""
     experiment, state, batch = build_random_experiment(setting)
     return _jit_step(experiment).lower(
         state, experiment.frozen, sharding.shard_batch(batch, experiment.mesh)
@@ -145,7 +145,7 @@ def _lower_step(setting: Setting) -> jax.stages.Lowered:
 def make_jax_runner(
     experiment: Experiment, state: TrainState, batch: dict[str, np.ndarray]
 ) -> Runner:
-    """Makes the runner of this package: its training step, and evaluation's forward pass."""
+    """Make the runner of this package: its training step, and evaluation's forward pass."""
     config, step = experiment.config, _jit_step(experiment)
     placed = sharding.shard_batch(batch, experiment.mesh)
 
@@ -168,7 +168,7 @@ def make_jax_runner(
 
 
 def make_torch_model(experiment: Experiment, state: TrainState) -> TorchDualPath:
-    """Makes the PyTorch model with an experiment's weights; frozen ones have the compute dtype."""
+    """Make the PyTorch model with an experiment's weights; frozen ones have the compute dtype."""
     merged = param_tree.merge(state.trainable, experiment.frozen)
     arrays = {k: np.asarray(v, np.float32) for k, v in param_tree.flatten(merged).items()}
     position = experiment.model.apply(
@@ -187,7 +187,7 @@ def make_torch_model(experiment: Experiment, state: TrainState) -> TorchDualPath
 
 
 def torch_device() -> str:
-    """Returns the device of PyTorch: "cuda" if JAX computes on a GPU, else "cpu".
+    """Return the device of PyTorch: "cuda" if JAX computes on a GPU, else "cpu".
 
     Raises:
       RuntimeError: JAX computes on a GPU, but PyTorch cannot.
@@ -201,7 +201,7 @@ def torch_device() -> str:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Makes GPUs compute float32 products in float32 instead of TF32, in both frameworks."""
+    """Make GPUs compute float32 products in float32 instead of TF32, in both frameworks."""
     if torch_device() == "cpu":
         yield
         return
@@ -214,18 +214,19 @@ def full_precision() -> Iterator[None]:
 
 
 def _set_tf32(use: bool) -> None:
-    """Switches TF32 products of PyTorch on a GPU on or off."""
+    """Switch TF32 products of PyTorch on a GPU on or off."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = use
 
 
 def make_torch_runner(
     experiment: Experiment, state: TrainState, batch: dict[str, np.ndarray], compiled: bool = False
 ) -> Runner:
-    """Makes the runner of PyTorch: AdamW on the trainable parameters, autocast for bfloat16.
+    """Make the runner of PyTorch: AdamW on the trainable parameters, autocast for bfloat16.
 
     Args:
       experiment: gives configuration and weights.
-      state, batch: from `build_random_experiment`.
+      state: trainable weights, from `build_random_experiment`.
+      batch: random clips, from `build_random_experiment`.
       compiled: compile each model by `torch.compile`.
     """
     device = torch_device()
@@ -282,7 +283,7 @@ def compare_frameworks(
     frameworks: Sequence[str] = DEFAULT_RUNNERS,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Checks that the frameworks compute the same logits, then times them in turns.
+    """Check that the frameworks compute the same logits, then time them in turns.
 
     Args:
       setting: what to measure.
@@ -338,14 +339,14 @@ def _measure_seconds_per_call(
     rounds: int,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, list[float]]:
-    """Times functions of the number of calls in a row, in turns; see `time_interleaved`."""
+    """Time functions of the number of calls in a row, in turns; see `time_interleaved`."""
     repeated = {name: functools.partial(run, calls) for name, run in runs.items()}
     seconds = time_interleaved(repeated, rounds, log)
     return {name: [value / calls for value in values] for name, values in seconds.items()}
 
 
 def check_logits_agree(dtype: str, ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Returns the largest difference of logits that were computed in `dtype`.
+    """Return the largest difference of logits that were computed in `dtype`.
 
     Raises:
       RuntimeError: the difference is more than `TOLERANCE` in float32.
@@ -357,7 +358,7 @@ def check_logits_agree(dtype: str, ours: np.ndarray, theirs: np.ndarray) -> floa
 
 
 def _spawn_process(start: Callable | None = None, *arguments: Any) -> concurrent.futures.Executor:
-    """Returns an executor with one new process, which first calls `start(*arguments)`."""
+    """Return an executor with one new process, which first calls `start(*arguments)`."""
     context = multiprocessing.get_context("spawn")
     return concurrent.futures.ProcessPoolExecutor(1, context, start, arguments)
 
@@ -366,7 +367,7 @@ def _spawn_process(start: Callable | None = None, *arguments: Any) -> concurrent
 
 
 def _init_worker(setting: Setting, name: str) -> None:
-    """Makes the process's runner and does its first step, which compiles, as a run does."""
+    """Make the process's runner and do its first step, which compiles, as a run does."""
     global _runner
     _runner = RUNNERS[name](*build_random_experiment(setting))
     _runner.train_step()
@@ -375,18 +376,18 @@ def _init_worker(setting: Setting, name: str) -> None:
 
 
 def _compute_logits(dtype: str) -> np.ndarray:
-    """Returns the logits, in full precision if `dtype` is float32."""
+    """Return the logits, in full precision if `dtype` is float32."""
     with full_precision() if dtype == "float32" else contextlib.nullcontext():
         return _runner.forward()
 
 
 def _run_calls(part: str, calls: int) -> None:
-    """Runs "forward" or "train_step" `calls` times."""
+    """Run "forward" or "train_step" `calls` times."""
     getattr(_runner, part)(calls)
 
 
 def _count_operations(setting: Setting) -> tuple[int, int]:
-    """Counts operations of the plain model on a batch, two for each multiply-accumulate.
+    """Count operations of the plain model on a batch, two for each multiply-accumulate.
 
     Returns:
       (operations of a forward pass, of a forward and backward pass).
@@ -407,7 +408,7 @@ def _count_operations(setting: Setting) -> tuple[int, int]:
 
 
 def measure_matmul_gflops(dtype: str, size: int | None = None, rounds: int = 5) -> float:
-    """Measures a product of square matrices in both frameworks.
+    """Measure a product of square matrices in both frameworks.
 
     Args:
       dtype: "float32" or "bfloat16".
@@ -433,7 +434,7 @@ def measure_matmul_gflops(dtype: str, size: int | None = None, rounds: int = 5) 
 
 
 def measure_compile_seconds(setting: Setting) -> float:
-    """Measures the seconds to compile our lowered training step without the compilation cache."""
+    """Measure the seconds to compile our lowered training step without the compilation cache."""
     lowered = _lower_step(setting)
     cache_enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
@@ -448,7 +449,7 @@ def measure_compile_seconds(setting: Setting) -> float:
 
 
 def measure_peak_memory(setting: Setting, framework: str) -> float:
-    """Measures the memory in MiB that a training step needs beyond the memory between steps.
+    """Measure the memory in MiB that a training step needs beyond the memory between steps.
 
     On a CPU it is that of a new process (Linux). On a GPU it is the requirement of XLA's compiled
     step, or the memory that PyTorch's allocator hands out.
@@ -468,7 +469,7 @@ def measure_peak_memory(setting: Setting, framework: str) -> float:
 
 
 def _measure_process_memory(setting: Setting, framework: str) -> float:
-    """Measures the rise of this process's resident memory during a step, in MiB."""
+    """Measure the rise of this process's resident memory during a step, in MiB."""
     step = RUNNERS[framework](*build_random_experiment(setting)).train_step
     for _ in range(2):
         step()  # compiles, makes the optimizer's state, and fills the frameworks' caches
@@ -482,14 +483,14 @@ def _measure_process_memory(setting: Setting, framework: str) -> float:
 
 
 def _compute_xla_memory(setting: Setting) -> float:
-    """Returns the MiB that the compiled step needs for temporaries and new results."""
+    """Return the MiB that the compiled step needs for temporaries and new results."""
     sizes = _lower_step(setting).compile().memory_analysis()
     new = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return (sizes.temp_size_in_bytes + new) / 2**20
 
 
 def _measure_torch_memory(setting: Setting, framework: str) -> float:
-    """Measures the rise of PyTorch's GPU memory during a step, in MiB."""
+    """Measure the rise of PyTorch's GPU memory during a step, in MiB."""
     step = RUNNERS[framework](*build_random_experiment(setting)).train_step
     for _ in range(2):
         step()  # makes the optimizer's state
@@ -500,6 +501,6 @@ def _measure_torch_memory(setting: Setting, framework: str) -> float:
 
 
 def _read_proc_status(key: str) -> int:
-    """Reads a value in KiB of this process from /proc, such as "VmRSS"."""
+    """Read a value in KiB of this process from /proc, such as "VmRSS"."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1])

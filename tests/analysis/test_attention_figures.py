@@ -23,7 +23,7 @@ SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "visualize_attention.py
 
 @pytest.fixture
 def run(config, tmp_path):
-    """Returns a run with one checkpoint, in which every trained parameter has changed."""
+    """Return a run with one checkpoint, in which every trained parameter has changed."""
     dataset = VideoDataset(config.data.dir, "test")
     run = build_run(config, str(tmp_path / "run"), dataset)
     rng = np.random.default_rng(0)
@@ -71,7 +71,7 @@ def test_errors_name_missing_files(run, tmp_path):
 
 
 def test_overlay_heatmap():
-    """Checks that the image is gray without attention and has one red where it is hottest."""
+    """Check that the image is gray without attention and has one red where it is hottest."""
     image = np.full((8, 8, 3), (200, 100, 0), np.uint8)
     cold = image_grid.overlay_heatmap(image, np.zeros((2, 2)), 1.0)
     assert np.array_equal(cold, np.full((8, 8, 3), 100))

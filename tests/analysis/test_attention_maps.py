@@ -21,7 +21,7 @@ TINY = vit.ViTConfig("tiny", 32, 8, 48, 3, 4, 96, 24)
 
 
 def build_tiny_model(scan: bool = False):
-    """Returns a model of both paths and its parameters; no adapter weight is zero."""
+    """Return a model of both paths and its parameters; no adapter weight is zero."""
     module = DualPath(
         TINY,
         num_classes=5,
@@ -37,14 +37,14 @@ def build_tiny_model(scan: bool = False):
 
 
 def make_inputs():
-    """Returns "spatial" [2, 3, 32, 32, 3] and "temporal" [2, 1, 32, 32, 3] images."""
+    """Return "spatial" [2, 3, 32, 32, 3] and "temporal" [2, 1, 32, 32, 3] images."""
     rng = np.random.default_rng(0)
     shapes = (2, 3, 32, 32, 3), (2, 1, 32, 32, 3)
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
 def compute_attention(module, params, *options):
-    """Calls `DualPath.attention` on the inputs, compiled."""
+    """Call `DualPath.attention` on the inputs, compiled."""
 
     def attention(params):
         return module.apply({"params": params}, *make_inputs(), *options, method=DualPath.attention)
@@ -63,7 +63,7 @@ def select_block(tree, index):
 
 
 def split_heads(x, block):
-    """Returns queries, keys and values [3, M, K, N, D/K] of x [M, N, D], in numpy."""
+    """Return queries, keys and values [3, M, K, N, D/K] of x [M, N, D], in numpy."""
     qkv = x @ block["attention"]["qkv"]["kernel"] + block["attention"]["qkv"]["bias"]
     return qkv.reshape(*x.shape[:2], 3, 4, 12).transpose(2, 0, 3, 1, 4)
 
@@ -75,7 +75,7 @@ def softmax(x):
 
 @pytest.mark.parametrize("adapted", [True, False])
 def test_temporal_attention_is_that_of_the_equations(adapted):
-    """Computes the last block's attention in numpy from its input; a wrong scale must not match."""
+    """Compute the last block's attention in numpy from its input; a wrong scale must not match."""
     module, params = build_tiny_model()
     temporal = make_inputs()[1]
     weights = compute_attention(module, params, adapted)["temporal"]
@@ -107,7 +107,7 @@ def test_temporal_attention_is_that_of_the_equations(adapted):
 
 
 def test_attention_times_values_is_the_blocks_own_output():
-    """Applies each head's weights to its values; the weights of another head must not match."""
+    """Apply each head's weights to its values; the weights of another head must not match."""
     _, params = build_tiny_model()
     block = jax.tree.map(lambda leaf: leaf[0], params["backbone"]["blocks"])
     x = np.random.default_rng(2).normal(size=(2, 17, 48)).astype(np.float32)
@@ -141,7 +141,7 @@ def test_all_blocks_end_with_the_last_one_and_scan_gives_the_same():
 
 
 def test_without_adaptation_nothing_trained_counts_but_the_positions():
-    """Checks that other adapters and class tokens change only the maps with adaptation."""
+    """Check that other adapters and class tokens change only the maps with adaptation."""
     module, params = build_tiny_model()
     other = dict(params)
     for path in ("spatial", "temporal"):
@@ -220,7 +220,7 @@ def test_other_methods_and_swin_are_refused():
 
 
 def test_the_mask_covers_the_object():
-    """Checks that frames differ from the photograph only inside their own mask."""
+    """Check that frames differ from the photograph only inside their own mask."""
     for number in range(8):
         scene, other = render.find_scene("test", number), render.find_scene("test", number + 8)
         changed = (scene.frames() != scene.background).any(axis=-1)
@@ -230,7 +230,7 @@ def test_the_mask_covers_the_object():
 
 
 def test_masks_are_processed_like_the_videos(config, demo_data):
-    """Checks that the masks' patches are bright where the videos' patches show the object."""
+    """Check that the masks' patches are bright where the videos' patches show the object."""
     dataset = VideoDataset(demo_data, "test")
     masks = object_masks.ObjectMasks(dataset, "test")
     (videos, objects) = (

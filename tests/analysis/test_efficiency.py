@@ -54,7 +54,7 @@ def _parse_dims(text):
 
 
 def count_stablehlo_macs(text):
-    """Counts a StableHLO module's multiply-accumulates; a function counts once for each call."""
+    """Count a StableHLO module's multiply-accumulates; a function counts once for each call."""
     functions, body = {}, None
     for line in text.splitlines():
         if match := re.search(r"func\.func .*?@([\w.]+)\(", line):
@@ -85,7 +85,7 @@ def count_stablehlo_macs(text):
 
 
 def expected_macs(config, classes):
-    """Returns the plain MACs of DualPath on a CLIP ViT for one view, by PAPER.md."""
+    """Return the plain MACs of DualPath on a CLIP ViT for one view, by PAPER.md."""
     shape = build_backbone_config(config)
     width, tokens, e = shape.width, shape.num_tokens, shape.projection_dim
     r, s = config.model.adapter_bottleneck, config.data.num_spatial_frames
@@ -110,7 +110,7 @@ def test_dualpath_matches_the_formula(name, classes):
 
 
 def test_cudnn_attention_is_counted(monkeypatch):
-    """Checks that cuDNN's attention is counted; tracing for a GPU directly would miss it."""
+    """Check that cuDNN's attention is counted; tracing for a GPU directly would miss it."""
     config = load_config("ssv2_vitb")
     expected = efficiency.measure_efficiency(config)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -137,7 +137,7 @@ def test_count_is_that_of_the_unrolled_program(cls_token_only):
 
 
 def test_skipping_the_last_block_saves_what_it_should():
-    """Checks that the last block skips N - 1 tokens.
+    """Check that the last block skips N - 1 tokens.
 
     Only its attention still reads their norms, once per head.
     """
@@ -159,7 +159,7 @@ def test_skipping_the_last_block_saves_what_it_should():
     ],
 )
 def test_trainable_parameters(name, trainable):
-    """Checks some counts of PAPER.md; test_dualpath.py and the configs' headers have the others."""
+    """Check some counts of PAPER.md; test_dualpath.py and the configs' headers have the others."""
     assert efficiency.measure_efficiency(load_config(name)).trainable_params == trainable
 
 

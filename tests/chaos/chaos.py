@@ -49,19 +49,19 @@ class FaultedRun:
         self.training = self.start()
 
     def start(self, wrong_clock: bool = False) -> TrainingProcess:
-        """Starts the next process."""
+        """Start the next process."""
         self.num_starts += 1
         log = f"process{self.num_starts:03}.txt"
         self.training = self.fixture.start(self.workdir, log, wrong_clock)
         return self.training
 
     def wait_for_step(self, step: int) -> None:
-        """Waits until `step` is done."""
+        """Wait until `step` is done."""
         if not self.training.wait_until(lambda: self.training.last_step() >= step):
             raise self.exit_error()
 
     def restart(self, wrong_clock: bool = False) -> str:
-        """Starts the same command after a death; returns where it resumed, in words."""
+        """Start the same command after a death; return where it resumed, in words."""
         training = self.start(wrong_clock)
         if not training.wait_for_first_step() and training.wait_for_exit() != 0:
             status = training.process.returncode
@@ -71,25 +71,25 @@ class FaultedRun:
         return f"resumed from step {resumed[0].rsplit('/', 1)[1]}" if resumed else "began again"
 
     def exit_error(self, where: str = "") -> ChaosError:
-        """Returns an error with the exit status of the last process."""
+        """Return an error with the exit status of the last process."""
         status = self.training.process.returncode
         return self.training.make_error(f"ended with status {status}{where}")
 
     def saved_steps(self) -> list[int]:
-        """Returns the steps of the finished checkpoints."""
+        """Return the steps of the finished checkpoints."""
         folders = (self.workdir / "checkpoints").glob("*")
         return sorted(int(path.name) for path in folders if path.name.isdigit())
 
     def newest_step(self) -> int:
-        """Returns the step of the newest checkpoint, or 0."""
+        """Return the step of the newest checkpoint, or 0."""
         return max(self.saved_steps(), default=0)
 
     def unfinished_checkpoints(self) -> list[pathlib.Path]:
-        """Returns checkpoints that are being written, or were when the program died."""
+        """Return checkpoints that are being written, or were when the program died."""
         return list((self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
 
     def count_damaged_checkpoints(self) -> int:
-        """Returns the number of checkpoints that the program has set aside as damaged."""
+        """Return the number of checkpoints that the program has set aside as damaged."""
         return len(list((self.workdir / "damaged_checkpoints").glob("*")))
 
 
@@ -194,7 +194,7 @@ def _full_disk_and_kill(run: FaultedRun, rng: np.random.Generator) -> tuple[str,
 
 
 def _wait_for_lost_checkpoint(run: FaultedRun) -> None:
-    """Waits until the program warns that it could not write a checkpoint."""
+    """Wait until the program warns that it could not write a checkpoint."""
     training = run.training
     before = training.read_log().count(_LOST_CHECKPOINT)
     if not training.wait_until(lambda: training.read_log().count(_LOST_CHECKPOINT) > before):
@@ -252,7 +252,7 @@ FAULTS: dict[str, Callable[[FaultedRun, np.random.Generator], tuple[str, str]]] 
 
 
 def plan_faults(seed: int, count: int) -> list[tuple[str, int]]:
-    """Draws `count` faults, each kind equally often.
+    """Draw `count` faults, each kind equally often.
 
     Returns:
       For each fault its kind, a key of `FAULTS`, and the step after which it happens.
@@ -266,7 +266,7 @@ def plan_faults(seed: int, count: int) -> list[tuple[str, int]]:
 
 
 def num_steps(count: int) -> int:
-    """Returns a number of training steps that leaves room for `count` faults."""
+    """Return a number of training steps that leaves room for `count` faults."""
     return STEPS_PER_FAULT * (count + 5)
 
 
@@ -290,7 +290,7 @@ class FaultRecord:
 def run_with_faults(
     fixture: TrainingFixture, disk: LimitedDisk, plan: list[tuple[str, int]], seed: int
 ) -> Iterator[FaultRecord]:
-    """Trains to the end under the faults of `plan`; yields a record after each of them.
+    """Train to the end under the faults of `plan`; yields a record after each of them.
 
     Raises:
       ChaosError: the program hung, ended with a wrong status, or did not start again.

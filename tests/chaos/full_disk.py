@@ -49,7 +49,7 @@ class LimitedDisk:
 
     @contextlib.contextmanager
     def full(self, pid: int) -> Iterator[None]:
-        """Makes the disk full for process `pid` while the block runs."""
+        """Make the disk full for process `pid` while the block runs."""
         if not self.mounted:
             self.limit(pid)
             yield
@@ -68,14 +68,14 @@ class LimitedDisk:
             filler.unlink()
 
     def limit(self, pid: int) -> None:
-        """Makes the full disk full for process `pid` too, which was started in the block."""
+        """Make the full disk full for process `pid` too, which was started in the block."""
         if not self.mounted:
             with contextlib.suppress(ProcessLookupError):
                 _limit_files(pid, LARGEST_FILE)
 
 
 def _succeeds(command: list[str]) -> bool:
-    """Runs a command; returns whether it succeeds."""
+    """Run a command; return whether it succeeds."""
     try:
         return subprocess.run(command, capture_output=True).returncode == 0
     except OSError:
@@ -83,13 +83,13 @@ def _succeeds(command: list[str]) -> bool:
 
 
 def _limit_files(pid: int, size: int) -> None:
-    """Limits the files that a process writes to `size` bytes."""
+    """Limit the files that a process writes to `size` bytes."""
     _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, hard))
 
 
 def _fill_disk(path: pathlib.Path, filled: threading.Event, stop: threading.Event) -> None:
-    """Takes all space and sets `filled`; also takes space freed later, until `stop` is set."""
+    """Take all space and set `filled`; also takes space freed later, until `stop` is set."""
     with path.open("wb", buffering=0) as file:
         while not stop.is_set():
             try:

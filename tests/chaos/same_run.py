@@ -11,14 +11,14 @@ from dualpath_jax.training.metrics_logger import PROCESS_METRICS
 
 
 def read_metric_entries(workdir: str) -> list[dict[str, Any]]:
-    """Returns the entries of metrics.jsonl, without the metrics of the process (such as timing)."""
+    """Return the entries of metrics.jsonl, without the metrics of the process (such as timing)."""
     lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
     return [{k: v for k, v in entry.items() if k not in PROCESS_METRICS} for entry in entries]
 
 
 def find_run_differences(left: str, right: str) -> list[str]:
-    """Returns a line for each difference between two finished runs.
+    """Return a line for each difference between two finished runs.
 
     It compares the newest checkpoints (trainable parameters, optimizer state, step), every entry of
     metrics.jsonl, and results.json, bit for bit.
@@ -34,7 +34,7 @@ def find_run_differences(left: str, right: str) -> list[str]:
 
 
 def _read_newest_checkpoint(workdir: str) -> dict[str, tuple]:
-    """Returns (shape, dtype, bytes) of each array of the newest checkpoint, by its path."""
+    """Return (shape, dtype, bytes) of each array of the newest checkpoint, by its path."""
     checkpoints = Checkpoints(workdir, read_only=True)
     step = checkpoints.latest_step()
     if step is None:
@@ -45,7 +45,7 @@ def _read_newest_checkpoint(workdir: str) -> dict[str, tuple]:
 
 
 def _list_differences(what: str, left: dict, right: dict) -> list[str]:
-    """Returns a line for each key whose values differ, or that only one dictionary has."""
+    """Return a line for each key whose values differ, or that only one dictionary has."""
     names = sorted(left.keys() | right.keys())
     missing = object()
     return [f"{what}: {n}" for n in names if left.get(n, missing) != right.get(n, missing)]

@@ -34,7 +34,7 @@ def test_plan():
 
 
 def write_finished_run(workdir: pathlib.Path, kernel: np.ndarray) -> None:
-    """Writes the workdir of a run that ended at step 2."""
+    """Write the workdir of a run that ended at step 2."""
     workdir.mkdir()
     checkpoints = Checkpoints(str(workdir))
     checkpoints.save(1, {"kernel": np.zeros_like(kernel)}, METADATA)
@@ -46,7 +46,7 @@ def write_finished_run(workdir: pathlib.Path, kernel: np.ndarray) -> None:
 
 
 def replace(path: pathlib.Path, old: str, new: str) -> None:
-    """Replaces `old`, which must be in the file."""
+    """Replace `old`, which must be in the file."""
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))

@@ -69,16 +69,16 @@ class TrainingFixture:
 
     @property
     def data(self) -> str:
-        """Returns the folder of the prepared data."""
+        """Return the folder of the prepared data."""
         return str(self.folder / "data")
 
     @property
     def shard(self) -> pathlib.Path:
-        """Returns the file with the frames of the training videos."""
+        """Return the file with the frames of the training videos."""
         return pathlib.Path(frame_shard_path(self.data, "train", 0, 1))
 
     def make_inputs(self) -> None:
-        """Renders, prepares and damages the videos, and converts the backbone."""
+        """Render, prepare and damage the videos, and convert the backbone."""
         raw = self.folder / "raw"
         render.render_demo(raw, SIZES, progress=False)
         videos, labels = str(raw / "videos"), str(raw / "labels")
@@ -104,7 +104,7 @@ class TrainingFixture:
     def start(
         self, workdir: pathlib.Path, log: str, wrong_clock: bool = False
     ) -> "TrainingProcess":
-        """Starts the program as a user does; its output goes to `logs/<log>`."""
+        """Start the program as a user does; its output goes to `logs/<log>`."""
         options = {
             **_SETTINGS,
             "data.dir": self.data,
@@ -118,7 +118,7 @@ class TrainingFixture:
         return TrainingProcess(command, self._environment(), self.folder / "logs" / log)
 
     def _environment(self) -> dict[str, str]:
-        """Returns the environment of the program; restarts reuse compiled programs."""
+        """Return the environment of the program; restarts reuse compiled programs."""
         return {
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -149,16 +149,16 @@ class TrainingProcess:
             )
 
     def read_log(self) -> str:
-        """Returns what the program has printed so far."""
+        """Return what the program has printed so far."""
         return self._log.read_text(errors="replace")
 
     def last_step(self) -> int:
-        """Returns the last step that the program has printed, or 0."""
+        """Return the last step that the program has printed, or 0."""
         lines = [line for line in self.read_log().splitlines() if line.startswith("step ")]
         return int(lines[-1].split()[1].split("/")[0]) if lines else 0
 
     def wait_until(self, condition: Callable[[], bool], pause: float = 0.02) -> bool:
-        """Waits for `condition`; returns False if the program ends before it is true.
+        """Wait for `condition`; return False if the program ends before it is true.
 
         Raises:
           ChaosError: neither has happened after `PATIENCE` seconds.
@@ -173,11 +173,11 @@ class TrainingProcess:
         return True
 
     def wait_for_first_step(self) -> bool:
-        """Waits for the first step; returns False if the program ends before it."""
+        """Wait for the first step; return False if the program ends before it."""
         return self.wait_until(lambda: "first step, compilation included" in self.read_log())
 
     def wait_for_exit(self) -> int:
-        """Waits for the end; returns the exit status, or minus the number of the signal."""
+        """Wait for the end; return the exit status, or minus the number of the signal."""
         self.wait_until(lambda: self.process.poll() is not None)
         return self.process.returncode
 
@@ -187,7 +187,7 @@ class TrainingProcess:
         self.process.wait()
 
     def make_error(self, what: str) -> ChaosError:
-        """Returns an error for what the program did, with the end of its output."""
+        """Return an error for what the program did, with the end of its output."""
         return ChaosError(
             f"the program {what}. The end of its output, from {self._log}:\n"
             f"{self.read_log()[-3000:]}"

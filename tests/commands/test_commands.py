@@ -1,8 +1,8 @@
-"""Every command of README.md and docs is run on small data, or there is a reason why not.
+"""Runs every command of README.md and docs on small data, except where `NOT_RUN` has a reason.
 
-A command runs as it is documented, but for what its row in `RUN` says: texts that stand for
-something of the reader's (VIDEOS) replaced, and options put behind that make it small. Scripts are
-executed in this process, as `python SCRIPT` does, so that JAX and TensorFlow are imported once.
+A command runs as it is documented, with the changes of its row in `RUN`: placeholders (VIDEOS) are
+replaced, and options that make it small are appended. Scripts run in this process, as `python
+SCRIPT` runs them, so that JAX and TensorFlow are imported once.
 """
 
 import contextlib
@@ -42,91 +42,96 @@ _DEMO_BACKBONE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class How:
-    """How a command is run.
+class CommandRun:
+    """Describes how a command is run, and what it must print and write.
 
     Attributes:
-      says: what its output has, a regular expression.
-      makes: a file that is there afterwards.
-      replaced: texts of the command, and what stands in their place.
-      more: options put behind.
-      after: a command that must have run.
+      output: a regular expression that its output contains.
+      file: a file that exists afterwards.
+      replaced: texts of the command, and their replacements.
+      options: options to append.
+      after: a command that must run before.
     """
 
-    says: str = ""
-    makes: str = ""
+    output: str = ""
+    file: str = ""
     replaced: dict[str, str] = dataclasses.field(default_factory=dict)
-    more: str = ""
+    options: str = ""
     after: str = ""
 
 
 _SSV2 = "python scripts/prepare_dataset.py --dataset=ssv2 --videos=VIDEOS"
 _STORED = "total: listed 69, found 69, stored 69, bad 0"
 RUN = {
-    _PREPARE: How("total: listed 12, found 12, stored 12", "data/mine/dataset_info.json"),
-    "python scripts/prepare_dataset.py --dataset=folder --videos=VIDEOS --check": How(
+    _PREPARE: CommandRun("total: listed 12, found 12, stored 12", "data/mine/dataset_info.json"),
+    "python scripts/prepare_dataset.py --dataset=folder --videos=VIDEOS --check": CommandRun(
         "the frames would take about"
     ),
-    f"{_SSV2} --annotations=FOLDER --out=data/ssv2": How(
+    f"{_SSV2} --annotations=FOLDER --out=data/ssv2": CommandRun(
         *(_STORED, "data/ssv2/dataset_info.json"),
         replaced={"VIDEOS": "data/demo/raw/videos", "--annotations=FOLDER": _LABELS},
     ),
-    f"{_SSV2} --annotations=ANNOTATIONS --out=data/ssv2": How(
+    f"{_SSV2} --annotations=ANNOTATIONS --out=data/ssv2": CommandRun(
         _STORED, replaced=_LISTS | {"data/ssv2": "data/ssv2_again"}
     ),
-    f"{_SSV2} --annotations=ANNOTATIONS --check --bad_videos=bad.jsonl": How(
-        makes="bad.jsonl", replaced=_LISTS
+    f"{_SSV2} --annotations=ANNOTATIONS --check --bad_videos=bad.jsonl": CommandRun(
+        file="bad.jsonl", replaced=_LISTS
     ),
     "python scripts/convert_clip.py --checkpoint=ViT-B-16.pt "
-    "--out=weights/clip_vit_b16.safetensors": How(
-        makes="weights/clip_vit_b16.safetensors",
+    "--out=weights/clip_vit_b16.safetensors": CommandRun(
+        file="weights/clip_vit_b16.safetensors",
         replaced={"ViT-B-16.pt": "dualpath_jax/demo/demo_backbone.safetensors"},
     ),
     "python scripts/show_batch.py --config=configs/demo.py --step=3 --clips=2 --zoom=3 "
-    "--out=batch.png": How(makes="batch.png"),
-    "python scripts/benchmark_seek.py --prepared=data/demo --batch_size=4 --rounds=15": How(
-        "first batch at step 0", more="--rounds=1"
+    "--out=batch.png": CommandRun(file="batch.png"),
+    "python scripts/benchmark_seek.py --prepared=data/demo --batch_size=4 --rounds=15": CommandRun(
+        "first batch at step 0", options="--rounds=1"
     ),
-    "python scripts/efficiency.py": How("12,617,134", more="--config ssv2_vitb"),
-    "python scripts/efficiency.py --figure=figure1.png": How(
-        makes="figure1.png", more="--config ssv2_vitb"
+    "python scripts/efficiency.py": CommandRun("12,617,134", options="--config ssv2_vitb"),
+    "python scripts/efficiency.py --figure=figure1.png": CommandRun(
+        file="figure1.png", options="--config ssv2_vitb"
     ),
     "scripts/tpu_pod.sh create --spot --dry_run --name=dualpath --zone=us-west4-a "
-    "--project=PROJECT --accelerator=v5litepod-16": How("gcloud .* create dualpath"),
-    _DEMO: How("step 2/2 .*\ntest  top-1 ", "runs/demo/results.json", more=_SMALL),
-    "python scripts/export_adapter.py --workdir=runs/demo --out=demo.safetensors": How(
-        makes="demo.safetensors", after=_DEMO
+    "--project=PROJECT --accelerator=v5litepod-16": CommandRun("gcloud .* create dualpath"),
+    _DEMO: CommandRun("step 2/2 .*\ntest  top-1 ", "runs/demo/results.json", options=_SMALL),
+    "python scripts/export_adapter.py --workdir=runs/demo --out=demo.safetensors": CommandRun(
+        file="demo.safetensors", after=_DEMO
     ),
-    "python scripts/predict.py --workdir=runs/demo data/demo/raw/videos": How(
+    "python scripts/predict.py --workdir=runs/demo data/demo/raw/videos": CommandRun(
         r"videos/0\.mp4  0\.\d+ \w+ something", after=_DEMO
     ),
-    "python scripts/export_model.py --workdir=runs/demo --out=exported": How(
-        makes="exported/model.stablehlo", after=_DEMO
+    "python scripts/export_model.py --workdir=runs/demo --out=exported": CommandRun(
+        file="exported/model.stablehlo", after=_DEMO
     ),
     "python scripts/visualize_attention.py --workdir=runs/demo --out=attention "
-    "data/demo/raw/videos/8161.mp4": How(
-        makes="attention/48.gif", replaced={"8161": "48"}, after=_DEMO
+    "data/demo/raw/videos/8161.mp4": CommandRun(
+        file="attention/48.gif", replaced={"8161": "48"}, after=_DEMO
     ),
-    "python scripts/attention_share.py --workdirs runs/demo runs/demo1 runs/demo2": How(
+    "python scripts/attention_share.py --workdirs runs/demo runs/demo1 runs/demo2": CommandRun(
         r"\| temporal \| seed 0 \|", replaced={" runs/demo1 runs/demo2": ""}, after=_DEMO
     ),
-    "python scripts/report.py --workdir runs/demo runs/demo1 --out=runs/compared.html": How(
-        makes="runs/compared.html", replaced={"runs/demo1": "runs/folder_vitb"}, after=_MINE
+    "python scripts/report.py --workdir runs/demo runs/demo1 --out=runs/compared.html": CommandRun(
+        file="runs/compared.html", replaced={"runs/demo1": "runs/folder_vitb"}, after=_MINE
     ),
-    "python -m dualpath_jax.main --config=configs/ssv2_vitb.py --mode=check": How("12,617,134"),
-    _MINE: How(
+    "python -m dualpath_jax.main --config=configs/ssv2_vitb.py --mode=check": CommandRun(
+        "12,617,134"
+    ),
+    "python -m dualpath_jax.main --help_config": CommandRun("--config.data.batch_size=64"),
+    "python -m dualpath_jax.config.schema": CommandRun(r"\| `data.batch_size` \| `64` \|"),
+    _MINE: CommandRun(
         "step 2/2 .*\nvalidation  top-1 ",
-        more=f"{_SMALL} {_DEMO_BACKBONE} --config.model.method=linear",
+        options=f"{_SMALL} {_DEMO_BACKBONE} --config.model.method=linear",
         after=_PREPARE,
     ),
 }
 
-# Why a command is not run, and which (patterns of `fnmatch`).
-CI = "CI runs it word for word, the tests among the rest"
+# Reasons not to run a command, and the commands of each (patterns of `fnmatch`).
+CI = "CI runs it exactly as documented"
 CLOUD = "needs a cloud; test_docs.py runs it with --dry_run"
-FOREIGN = "needs data or weights of others"
+FOREIGN = "needs data or weights that others publish"
 PACKAGES = "needs packages that CI does not install"
-SLOW = "takes 45 s at its smallest; test_methods.py trains every method, no test runs the script"
+SLOW = "takes 45 s at its smallest; test_methods.py trains every method"
+INSTALLATION = "needs an installation; test_docs.py parses it, and scripts are the same commands"
 SAME = "another documented command, which is run, does the same with another configuration"
 NOT_RUN = {
     CI: [
@@ -148,56 +153,69 @@ NOT_RUN = {
         "python -m dualpath_jax.main --config=configs/hmdb51_vitb.py --config.data.split=all",
     ],
     PACKAGES: [
-        *("pip install -r requirements-bench.txt", "pip install -r requirements-tpu.txt"),
+        *('pip install ".[[]bench]"', 'pip install ".[[]tpu]"'),
         "python scripts/benchmark_memory.py *",
         "python scripts/compile_tpu.py *",
     ],
+    INSTALLATION: ["pip install .", "dualpath *"],
     SLOW: ["python scripts/compare_methods.py --out=runs/compare"],
     SAME: ["python -m dualpath_jax.main --config=configs/diving48_vitb.py --mode=check"],
 }
-# "It takes long": by pattern, the test that executes the program on less, and what names it there.
-LONG = {
-    "python scripts/show_batch.py --config=configs/folder_vitb.py *": ("show_batch", "show_batch"),
-    "python scripts/benchmark_pipeline.py *": ("benchmark_pipeline", "benchmark_pipeline"),
-    "python scripts/benchmark_step.py*": ("step_benchmark", "step_benchmark"),
-    "python scripts/benchmark_methods.py": ("method_benchmark", "method_benchmark"),
-    "python scripts/fuzz.py *": ("fuzz", "scripts/fuzz.py"),
-    "python -m dualpath_jax.main *synthetic=True *": ("synthetic", "--config.data.synthetic=True"),
-    "python -m dualpath_jax.main *coordinator_address=*": ("multiprocess", "coordinator_address"),
-    "scripts/rerun.sh *": ("tpu_pod", "rerun.sh"),
+# Slow commands by pattern: the test that runs the program on less data, and a text of that test.
+SLOW_COMMANDS = {
+    "python scripts/show_batch.py --config=configs/folder_vitb.py *": (
+        "commands/test_show_batch",
+        "show_batch",
+    ),
+    "python scripts/benchmark_pipeline.py *": (
+        "scripts/test_benchmark_pipeline",
+        "benchmark_pipeline",
+    ),
+    "python scripts/benchmark_step.py*": ("scripts/test_benchmark_step", "benchmark_step"),
+    "python scripts/benchmark_methods.py": ("scripts/test_benchmark_methods", "benchmark_methods"),
+    "python scripts/fuzz.py *": ("fuzz/test_fuzz", "scripts/fuzz.py"),
+    "python -m dualpath_jax.main *synthetic=True *": (
+        "data/test_synthetic",
+        "--config.data.synthetic=True",
+    ),
+    "python -m dualpath_jax.main *coordinator_address=*": (
+        "training/test_multiprocess",
+        "coordinator_address",
+    ),
+    "scripts/rerun.sh *": ("scripts/test_tpu_pod", "rerun.sh"),
 }
 
 
-PATTERNS = [*LONG, *(pattern for row in NOT_RUN.values() for pattern in row)]
+PATTERNS = [*SLOW_COMMANDS, *(pattern for row in NOT_RUN.values() for pattern in row)]
 
 
-def unclassified(documented):
-    """Commands that are neither run nor excused, or both."""
-    excused = {c for c in documented if any(fnmatch.fnmatchcase(c, p) for p in PATTERNS)}
-    return {c for c in documented if (c in RUN) == (c in excused)}
+def find_unclassified(documented):
+    """Return the commands that are neither run nor excluded, or both."""
+    excluded = {c for c in documented if any(fnmatch.fnmatchcase(c, p) for p in PATTERNS)}
+    return {c for c in documented if (c in RUN) == (c in excluded)}
 
 
 def test_every_command_has_its_row():
-    assert unclassified(DOCUMENTED) == set()
-    assert unclassified([*DOCUMENTED, "python scripts/new.py"]) == {"python scripts/new.py"}
-    assert set(RUN) <= set(DOCUMENTED)  # no row is left over
+    assert find_unclassified(DOCUMENTED) == set()
+    assert find_unclassified([*DOCUMENTED, "python scripts/new.py"]) == {"python scripts/new.py"}
+    assert set(RUN) <= set(DOCUMENTED)  # every row is documented
     for pattern in PATTERNS:
         assert fnmatch.filter(DOCUMENTED, pattern), pattern
 
 
-@pytest.mark.parametrize("pattern", LONG)
-def test_what_takes_long_is_tested(pattern):
-    test, name = LONG[pattern]
-    assert name in (ROOT / "tests" / f"test_{test}.py").read_text()
+@pytest.mark.parametrize("pattern", SLOW_COMMANDS)
+def test_slow_command_has_a_test(pattern):
+    test, name = SLOW_COMMANDS[pattern]
+    assert name in (ROOT / "tests" / f"{test}.py").read_text()
 
 
-class Place:
-    """A folder with the repository's files and small data, in which commands run, once each."""
+class CommandFolder:
+    """Runs each command once, in a folder with the repository's files and small data."""
 
     def __init__(self, folder, demo_data):
         self.folder = folder
         self._results: dict[str, futures.Future] = {}
-        # Compiled as other tests are. Taken here: a thread would read it while pytest changes it.
+        # Copied here, because pytest changes the environment while a thread reads it.
         self._environment = {**os.environ, "XLA_FLAGS": make_xla_flags()}
         for name in ("configs", "dualpath_jax", "scripts"):
             (folder / name).symlink_to(ROOT / name)
@@ -209,12 +227,12 @@ class Place:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(video, target)
 
-    def begin(self, executor, command):
-        """Run a command in the background."""
+    def start(self, executor, command):
+        """Start a command in the background."""
         self._results[command] = executor.submit(self._run, command)
 
     def run(self, command):
-        """(exit status, output) of a command of `RUN`."""
+        """Return (exit status, output) of a command of `RUN`."""
         if command not in self._results:
             result = self._run(command)
             self._results[command] = futures.Future()
@@ -222,17 +240,17 @@ class Place:
         return self._results[command].result()
 
     def _run(self, command):
-        how = RUN[command]
-        if how.after:
-            assert self.run(how.after)[0] == 0
-        for old, new in how.replaced.items():
+        row = RUN[command]
+        if row.after:
+            assert self.run(row.after)[0] == 0
+        for old, new in row.replaced.items():
             assert old in command
             command = command.replace(old, new)
-        words = shlex.split(f"{command} {how.more}")
+        words = shlex.split(f"{command} {row.options}")
         if words[0] == "python" and words[1].startswith("scripts/"):
-            return self._inside(words[1:])
+            return self._run_script(words[1:])
         words = [sys.executable if word == "python" else word for word in words]
-        done = subprocess.run(
+        result = subprocess.run(
             words,
             cwd=self.folder,
             env=self._environment,
@@ -240,9 +258,10 @@ class Place:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        return done.returncode, done.stdout
+        return result.returncode, result.stdout
 
-    def _inside(self, words):
+    def _run_script(self, words):
+        """Run a script in this process."""
         output, status = io.TextIOWrapper(io.BytesIO(), write_through=True), 0
         with (
             pytest.MonkeyPatch.context() as patch,
@@ -260,22 +279,23 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, demo_data):
-    made = Place(tmp_path_factory.mktemp("commands"), demo_data)
-    made.run(_PREPARE)
-    with futures.ThreadPoolExecutor(1) as executor:  # processes of their own, on another core
+def folder(tmp_path_factory, demo_data):
+    """Return a `CommandFolder` that runs the commands of `main` in the background."""
+    command_folder = CommandFolder(tmp_path_factory.mktemp("commands"), demo_data)
+    command_folder.run(_PREPARE)
+    with futures.ThreadPoolExecutor(1) as executor:  # they run in processes of their own
         for command in RUN:
             if command.startswith("python -m dualpath_jax.main"):
-                made.begin(executor, command)
-        yield made
+                command_folder.start(executor, command)
+        yield command_folder
 
 
 @pytest.mark.parametrize("command", RUN, ids=lambda command: command[:90])
-def test_command(place, command):
-    status, output = place.run(command)
+def test_command(folder, command):
+    status, output = folder.run(command)
     assert status == 0, output[-2000:]
-    assert re.search(RUN[command].says, output), output[-2000:]
-    assert not RUN[command].makes or (place.folder / RUN[command].makes).exists()
+    assert re.search(RUN[command].output, output), output[-2000:]
+    assert not RUN[command].file or (folder.folder / RUN[command].file).exists()
 
 
 @pytest.mark.parametrize(
@@ -291,8 +311,8 @@ def test_command(place, command):
         "fuzz --inputs=0",
     ],
 )
-def test_numbers_of_nothing_are_refused(command, capsys):
-    """Before any work; the twin is the same command with a one."""
+def test_zero_is_refused(command, capsys):
+    """Check that the parser refuses it; twin: the same command with 1."""
     name, *arguments = command.split()
     parser = importlib.import_module(f"scripts.{name}").parser()
     with pytest.raises(SystemExit):
@@ -301,10 +321,10 @@ def test_numbers_of_nothing_are_refused(command, capsys):
     parser.parse_args([re.sub(r"(^|=)0$", r"\g<1>1", argument) for argument in arguments])
 
 
-def test_a_command_that_fails_is_seen(place, monkeypatch):
-    """Not the commands alone, the place too: what names nothing ends with an error."""
+def test_a_failing_command_is_noticed(folder, monkeypatch):
+    """Check that `CommandFolder` reports the status of a command with missing videos."""
     wrong = "python scripts/prepare_dataset.py --dataset=folder --videos=NOTHING --out=data/none"
-    monkeypatch.setitem(RUN, wrong, How())
-    status, output = place.run(wrong)
+    monkeypatch.setitem(RUN, wrong, CommandRun())
+    status, output = folder.run(wrong)
     assert status != 0
     assert "NOTHING" in output

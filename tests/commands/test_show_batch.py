@@ -1,6 +1,5 @@
-"""The picture of a batch."""
+"""Checks the picture of a training batch."""
 
-import importlib.util
 import pathlib
 import subprocess
 import sys
@@ -8,12 +7,14 @@ import sys
 import numpy as np
 from PIL import Image
 
+from dualpath_jax.commands import show_batch
 from dualpath_jax.data.randaugment_ops import OPS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def run(*args):
+def run_script(*args):
+    """Run scripts/show_batch.py; return the finished process."""
     command = [sys.executable, "scripts/show_batch.py", *args]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
@@ -21,7 +22,7 @@ def run(*args):
 def test_picture_of_a_batch(demo_data, tmp_path):
     out = tmp_path / "batch.png"
     args = ("--config=configs/demo.py", f"--data_dir={demo_data}", f"--out={out}")
-    result = run(*args, "--clips=3", "--zoom=2")
+    result = run_script(*args, "--clips=3", "--zoom=2")
     assert result.returncode == 0, result.stderr
     assert "3 clips of step 0" in result.stdout
     picture = np.asarray(Image.open(out))
@@ -40,16 +41,13 @@ def test_picture_of_a_method_without_framesets(demo_data, tmp_path):
         "    config.data.erasing_probability = 0.5\n    return config\n"
     )
     out = tmp_path / "batch.png"
-    result = run(f"--config={config}", f"--data_dir={demo_data}", f"--out={out}", "--zoom=3")
+    result = run_script(f"--config={config}", f"--data_dir={demo_data}", f"--out={out}", "--zoom=3")
     assert result.returncode == 0, result.stderr
     # Eight rows of 16 + 192 + 8 pixels; three frames of 192 pixels each.
     assert np.asarray(Image.open(out)).shape == (8 * 216, 3 * 200, 3)
 
 
-def test_colours_as_the_model_gets_them():
-    spec = importlib.util.spec_from_file_location("show_batch", ROOT / "scripts/show_batch.py")
-    show_batch = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(show_batch)
+def test_colors_are_those_that_the_model_gets():
     batch = {
         "spatial": np.full((1, 2, 4, 4, 3), 60, np.uint8),
         "temporal": np.full((1, 1, 4, 4, 3), 60, np.uint8),
@@ -66,7 +64,7 @@ def test_colours_as_the_model_gets_them():
 
 
 def test_missing_data(tmp_path):
-    result = run("--config=configs/demo.py", "--data_dir=nowhere", "--out=x.png")
+    result = run_script("--config=configs/demo.py", "--data_dir=nowhere", "--out=x.png")
     assert result.returncode == 2
     assert "error: no prepared videos in nowhere" in result.stderr
     assert "Traceback" not in result.stderr

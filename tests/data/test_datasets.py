@@ -46,7 +46,7 @@ def test_bad_arguments(videos, tmp_path):
 
 
 def test_one_class_or_one_split_gives_a_notice(tmp_path):
-    """Checks the notices, and that two classes with two videos each give none."""
+    """Check the notices, and that two classes with two videos each give none."""
     touch(tmp_path / "one" / "run", "1.mp4")
     class_notice, split_notice = list_videos("folder", str(tmp_path / "one")).notices
     assert class_notice.startswith("'run' is the only class")
@@ -192,7 +192,7 @@ def test_folder_fraction_zero_and_empty(videos):
 
 
 def test_split_by_hash_is_fixed():
-    """Checks the exact ids: they must be the same on every machine and in every release."""
+    """Check the exact ids: they must be the same on every machine and in every release."""
     split = split_by_hash([Video(f"v{i}", f"v{i}.mp4", i % 2) for i in range(20)], 0.2)
     assert [video.id for video in split["validation"]] == ["v0", "v7", "v11", "v16"]
 

@@ -22,7 +22,7 @@ CLIPS = os.environ.get("DUALPATH_TEST_VIDEOS")
 
 @pytest.fixture(autouse=True)
 def no_cached_graph(monkeypatch):
-    """Turns off the cache of clip graphs, because tests replace functions in them."""
+    """Turn off the cache of clip graphs, because tests replace functions in them."""
     monkeypatch.setattr(clip_assembly, "_traced", clip_assembly._traced.__wrapped__)
 
 
@@ -57,7 +57,7 @@ def photographs():
 
 
 def framesets(videos, image_size, epochs=3):
-    """Returns training framesets, int [epochs x videos, H', W', 3], of 4 frames at 1/4 scale."""
+    """Return training framesets, int [epochs x videos, H', W', 3], of 4 frames at 1/4 scale."""
     data = schema.get_config().data
     data.num_frames, data.num_spatial_frames, data.grid = 4, 1, (2, 2)
     data.sampling, data.image_size, data.batch_size = "segments", image_size, len(videos)
@@ -66,7 +66,7 @@ def framesets(videos, image_size, epochs=3):
 
 
 def differences(videos, image_size, monkeypatch):
-    """Returns the mean absolute difference, in 0..255, of each frameset to full decoding."""
+    """Return the mean absolute difference, in 0..255, of each frameset to full decoding."""
     reduced = framesets(videos, image_size)
     with monkeypatch.context() as patch:
         decode = frame_ops.decode_crops
@@ -113,14 +113,14 @@ def test_boxes_snap_to_reduced_pixels():
 
 
 def scale_corner(picture, side, size):
-    """Scales the upper left square of `side` pixels to `size`."""
+    """Scale the upper left square of `side` pixels to `size`."""
     frames = tf.constant(np.asarray(picture.convert("RGB"))[None, :side, :side])
     return frame_ops.resize(frames, size).numpy().astype(int)
 
 
 @pytest.mark.parametrize(("side", "size"), [(256, 224), (200, 224), (256, 56), (330, 224)])
 def test_resize_is_near_the_bicubic_of_clip(side, size):
-    """Checks photographs, and that large reductions need antialiasing to be as near."""
+    """Check photographs, and that large reductions need antialiasing to be as near."""
     ours, plain = [], []
     for name in NAMES:
         picture = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
@@ -136,7 +136,7 @@ def test_resize_is_near_the_bicubic_of_clip(side, size):
 
 @pytest.mark.parametrize("size", [224, 56])  # bilinear, the mean over areas
 def test_frames_keep_their_places_in_groups(size):
-    """Checks the order of frames; they all differ, which makes any swap visible."""
+    """Check the order of frames; they all differ, which makes any swap visible."""
     stills = photographs()
     raw = [record for i in (0, 2, 5, 6, 1, 3, 4) for record in stills.read_frames(i, [0])]
     jpegs = tf.unstack(tf.io.parse_example(raw, FRAME_FEATURES)["image"])

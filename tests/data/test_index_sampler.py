@@ -32,7 +32,7 @@ def test_a_step_needs_no_other_step():
 
 
 def test_the_order_never_changes():
-    """Checks exact indices, because a run must see the same batches under newer versions."""
+    """Check exact indices, because a run must see the same batches under newer versions."""
     assert index_sampler.train_indices(0, 0, 8, 100)[0].tolist() == EXPECTED
 
 

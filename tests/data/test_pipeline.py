@@ -1,4 +1,4 @@
-"""tf.data pipeline: the batch contract, purity of the order, exact pixels, every video once."""
+"""Checks the batches of the pipeline: shapes, order, pixels, and that each video comes once."""
 
 import io
 import json
@@ -21,16 +21,19 @@ from dualpath_jax.data.clip_spec import Views
 from dualpath_jax.data.video_dataset import FRAME_FEATURES, VideoDataset
 
 
-def decode(record):
+def decode_frame(record):
+    """Return the pixels of a frame record."""
     jpeg = tf.io.parse_single_example(record, FRAME_FEATURES)["image"].numpy()
     return np.asarray(Image.open(io.BytesIO(jpeg)))
 
 
-def take(batches, n):
+def take_batches(batches, n):
+    """Return the next `n` batches."""
     return [next(batches) for _ in range(n)]
 
 
-def same(a, b):
+def is_same(a, b):
+    """Return whether two batches are equal."""
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
@@ -52,7 +55,7 @@ def test_batch_contract(config):
 
 def test_batches_follow_the_order(config):
     dataset = VideoDataset(config.data.dir, "train")
-    batches = take(pipeline.train_batches(dataset, config.data, 3, 0, 6), 6)
+    batches = take_batches(pipeline.train_batches(dataset, config.data, 3, 0, 6), 6)
     for step, batch in enumerate(batches):
         expected, _ = index_sampler.train_indices(3, step, 8, len(dataset))
         assert batch["example_id"].tolist() == expected.tolist()
@@ -60,10 +63,10 @@ def test_batches_follow_the_order(config):
 
 def test_resuming_gives_the_same_batches(config):
     dataset = VideoDataset(config.data.dir, "train")
-    straight = take(pipeline.train_batches(dataset, config.data, 0, 0, 8), 8)
-    resumed = take(pipeline.train_batches(dataset, config.data, 0, 5, 8), 3)
-    assert all(same(a, b) for a, b in zip(straight[5:], resumed, strict=True))
-    # Twin: the same examples in the next epoch are cut otherwise.
+    straight = take_batches(pipeline.train_batches(dataset, config.data, 0, 0, 8), 8)
+    resumed = take_batches(pipeline.train_batches(dataset, config.data, 0, 5, 8), 3)
+    assert all(is_same(a, b) for a, b in zip(straight[5:], resumed, strict=True))
+    # Twin: the same examples have other crops in the next epoch.
     first = {
         int(i): s for b in straight[:5] for i, s in zip(b["example_id"], b["spatial"], strict=True)
     }
@@ -72,11 +75,11 @@ def test_resuming_gives_the_same_batches(config):
     }
     assert any(not np.array_equal(first[i], later[i]) for i in later)
     other = next(pipeline.train_batches(dataset, config.data, 1, 0, 8))
-    assert not same(straight[0], other)
+    assert not is_same(straight[0], other)
 
 
-def test_beginning_late_reads_nothing_else(config, monkeypatch):
-    """At step 1,000,000, just the videos of that step; so also in one of two processes."""
+def test_late_step_reads_only_its_videos(config, monkeypatch):
+    """Check step 1,000,000, in one process and in one of two."""
     dataset = VideoDataset(config.data.dir, "train")
     read, read_frames = [], dataset.read_frames
     monkeypatch.setattr(
@@ -91,7 +94,7 @@ def test_beginning_late_reads_nothing_else(config, monkeypatch):
     read.clear()
     next(pipeline.train_batches(dataset, config.data, 0, far, far + 1, 1, 2))
     assert read == expected[4:]
-    # Twin: a step later it is others.
+    # Twin: the next step reads others.
     read.clear()
     next(pipeline.train_batches(dataset, config.data, 0, far + 1, far + 2))
     assert read != expected
@@ -101,17 +104,17 @@ def test_hosts_share_the_batch(config):
     dataset = VideoDataset(config.data.dir, "train")
     whole = next(pipeline.train_batches(dataset, config.data, 0, 0, 1))
     parts = [next(pipeline.train_batches(dataset, config.data, 0, 0, 1, i, 4)) for i in range(4)]
-    assert same(whole, {key: np.concatenate([p[key] for p in parts]) for key in whole})
+    assert is_same(whole, {key: np.concatenate([p[key] for p in parts]) for key in whole})
     with pytest.raises(ValueError, match="batch size 8 is not divisible by 3 hosts"):
         pipeline.train_batches(dataset, config.data, 0, 0, 1, 0, 3)
 
 
 def test_pixels_of_a_test_clip(config):
-    """Frames by PIL, cut and tiled by hand, against the pipeline's."""
+    """Compare the pipeline with frames that PIL decodes and this test crops and tiles."""
     dataset = VideoDataset(config.data.dir, "test")
     batch = next(pipeline.eval_batches(dataset, config.data, Views(1, 1), 8))
     frames = frame_sampling.segment_indices(int(dataset.num_frames[2]), 16)
-    stored = [decode(record) for record in dataset.read_frames(2, frames)]
+    stored = [decode_frame(record) for record in dataset.read_frames(2, frames)]
     assert stored[0].shape == (72, 72, 3)
     for k, time in enumerate((4, 12)):
         expected = tf.image.resize(stored[time], (32, 32), method="area").numpy().round()
@@ -122,7 +125,7 @@ def test_pixels_of_a_test_clip(config):
         row, column = divmod(time, 4)
         cell = batch["temporal"][2, 0, 0, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
         difference = np.abs(cell.astype(int) - expected)
-        # A spatial frame is reduced from its full size, the others are decoded at 1/4.
+        # A frame of the spatial path is reduced from full size, the others are decoded at 1/4.
         assert (difference.max() <= 1) if time in (4, 12) else (0.05 < difference.mean() <= 2)
 
 
@@ -133,18 +136,18 @@ def test_crop_and_flip_reach_both_inputs(config, monkeypatch):
     monkeypatch.setattr(augment, "eval_crop", lambda *_: flipped)
     mirrored = next(pipeline.eval_batches(dataset, config.data, Views(1, 1), 8))
 
-    def close(a, b):  # sums of the resize run the other way round: one step of rounding
+    def is_close(a, b):  # mirroring reverses the sums of the resize, which may differ by rounding
         return np.abs(a.astype(int) - b).max() <= 1
 
-    assert close(mirrored["spatial"], plain["spatial"][..., ::-1, :])
-    assert not close(mirrored["spatial"], plain["spatial"])
+    assert is_close(mirrored["spatial"], plain["spatial"][..., ::-1, :])
+    assert not is_close(mirrored["spatial"], plain["spatial"])
     cells = plain["temporal"][0, 0, 0].reshape(4, 8, 4, 8, 3)
     expected = cells[:, :, :, ::-1].reshape(32, 32, 3)  # each frame mirrored, order kept
-    assert close(mirrored["temporal"][0, 0, 0], expected)
+    assert is_close(mirrored["temporal"][0, 0, 0], expected)
 
 
-def augmented(config, layers=0, erasing=0.0):
-    """The configuration with whole frames, so that only what is asked for changes them."""
+def set_augmentation(config, layers=0, erasing=0.0):
+    """Set crops of whole frames, and RandAugment and erasing as given; return config.data."""
     config.data.crop_scale, config.data.crop_ratio = (1.0, 1.0), (1.0, 1.0)
     config.data.randaugment_layers, config.data.erasing_probability = layers, erasing
     return config.data
@@ -153,7 +156,7 @@ def augmented(config, layers=0, erasing=0.0):
 def test_randaugment_in_the_batch(config):
     dataset = VideoDataset(config.data.dir, "train")
     config.data.randaugment_layers, config.data.erasing_probability = 4, 0.5
-    batches = take(pipeline.train_batches(dataset, config.data, 0, 0, 10), 10)
+    batches = take_batches(pipeline.train_batches(dataset, config.data, 0, 0, 10), 10)
     shapes = {key: (value.shape, value.dtype.name) for key, value in batches[0].items()}
     assert shapes == {
         "spatial": ((8, 2, 32, 32, 3), "uint8"),
@@ -165,14 +168,14 @@ def test_randaugment_in_the_batch(config):
         "op_values": ((8, 4), "float32"),
         "tables": ((8, 3, 256), "uint8"),
     }
-    # The same again, also from the middle; another draw in another epoch (five steps) and seed.
-    assert same(batches[2], next(pipeline.train_batches(dataset, config.data, 0, 2, 10)))
+    # A late start gives the same draw; another epoch (five steps) or seed gives another.
+    assert is_same(batches[2], next(pipeline.train_batches(dataset, config.data, 0, 2, 10)))
     ops = {int(i): o for b in batches[:5] for i, o in zip(b["example_id"], b["ops"], strict=True)}
     later = {int(i): o for b in batches[5:] for i, o in zip(b["example_id"], b["ops"], strict=True)}
     assert sum(not np.array_equal(ops[i], later[i]) for i in ops) > 30
     other = next(pipeline.train_batches(dataset, config.data, 1, 0, 10))
     assert not np.array_equal(other["ops"], batches[0]["ops"])
-    # Table operations and only they change the tables.
+    # Only the operations of `TABLES` change the tables.
     for batch in batches:
         for op, table in zip(batch["ops"], batch["tables"], strict=True):
             if not set(op) & {randaugment_ops.OPS.index(name) for name in randaugment_ops.TABLES}:
@@ -182,9 +185,9 @@ def test_randaugment_in_the_batch(config):
     assert "ops" not in next(pipeline.eval_batches(dataset, config.data, Views(1, 1), 8))
 
 
-def test_one_warp_for_all_frames_and_the_framesets(config, monkeypatch):
+def test_all_frames_and_framesets_are_warped_alike(config, monkeypatch):
     dataset = VideoDataset(config.data.dir, "train")
-    data = augmented(config, layers=1)
+    data = set_augmentation(config, layers=1)
     rotate = (np.array([randaugment_ops.OPS.index("rotate")], np.int32), np.array([25], np.float32))
     nothing = (np.zeros(1, np.int32), np.zeros(1, np.float32))
     monkeypatch.setattr(randaugment_ops, "draw_ops", lambda *_: nothing)
@@ -192,39 +195,40 @@ def test_one_warp_for_all_frames_and_the_framesets(config, monkeypatch):
     monkeypatch.setattr(randaugment_ops, "draw_ops", lambda *_: rotate)
     batch = next(pipeline.train_batches(dataset, data, 0, 0, 1))
 
-    def distance(clip, a, b):
-        """Between rotated spatial frames of `a` by PIL and those of `b`; and framesets' cells."""
+    def measure_differences(clip, a, b):
+        """Return the mean differences between `b` and `a` rotated by PIL, by frame and cell."""
         fill = tuple(round(255 * x) for x in data.mean)
-        total = []
+        differences = []
         for k, time in enumerate((4, 12)):
             frame = Image.fromarray(a["spatial"][clip, k])
             frame = np.asarray(frame.rotate(25, Image.Resampling.BILINEAR, fillcolor=fill))
-            total.append(np.abs(frame.astype(int) - b["spatial"][clip, k]).mean())
+            differences.append(np.abs(frame.astype(int) - b["spatial"][clip, k]).mean())
             row, column = divmod(time, 4)
             cell = b["temporal"][clip, 0, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
             small = frame.reshape(8, 4, 8, 4, 3).mean(axis=(1, 3))
-            total.append(np.abs(small - cell).mean())
-        return np.array(total)
+            differences.append(np.abs(small - cell).mean())
+        return np.array(differences)
 
     for clip in range(8):
-        # Rotating before or after scaling differs a little; not rotating differs much.
-        assert (distance(clip, plain, batch) < 0.5 * distance(clip, plain, plain)).all()
+        # The order of rotation and scaling changes little, no rotation changes much.
+        unrotated = measure_differences(clip, plain, plain)
+        assert (measure_differences(clip, plain, batch) < 0.5 * unrotated).all()
 
 
-def test_erasing_the_same_of_both_inputs(config, monkeypatch):
+def test_both_inputs_are_erased_alike(config, monkeypatch):
     dataset = VideoDataset(config.data.dir, "train")
-    data = augmented(config)
+    data = set_augmentation(config)
     plain = next(pipeline.train_batches(dataset, data, 0, 0, 1))
     box = np.array([1, 2, 4, 3], np.int32)  # in pixels of a frame of 8 in a frameset
     monkeypatch.setattr(augment, "random_erasing", lambda *_: box)
     data.erasing_probability = 1.0
     erased = next(pipeline.train_batches(dataset, data, 0, 0, 1))
-    colour = [round(255 * x) for x in data.mean]
+    color = [round(255 * x) for x in data.mean]
     spatial = plain["spatial"].copy()
-    spatial[:, :, 4:20, 8:20] = colour
+    spatial[:, :, 4:20, 8:20] = color
     assert np.array_equal(erased["spatial"], spatial)
     cells = plain["temporal"].reshape(8, 1, 4, 8, 4, 8, 3).copy()
-    cells[:, :, :, 1:5, :, 2:5] = colour
+    cells[:, :, :, 1:5, :, 2:5] = color
     assert np.array_equal(erased["temporal"], cells.reshape(8, 1, 32, 32, 3))
     assert not np.array_equal(erased["temporal"], plain["temporal"])
 
@@ -233,29 +237,29 @@ def test_labels_of_mirrored_clips(config, tmp_path):
     dataset = VideoDataset(config.data.dir, "train")
     left, right = "Moving something to the left", "Moving something to the right"
     assert dataset.class_names[:2] == [left, right]
-    data = augmented(config)
-    plain = take(pipeline.train_batches(dataset, data, 0, 0, 5), 5)
+    data = set_augmentation(config)
+    plain = take_batches(pipeline.train_batches(dataset, data, 0, 0, 5), 5)
     data.flip = True
     with pytest.raises(ValueError, match="'Moving something to the left' into"):
         pipeline.train_batches(dataset, data, 0, 0, 5)
     swap = tmp_path / "swap.json"
     swap.write_text(json.dumps([[left, right]]))
     data.label_swap = str(swap)
-    flipped = take(pipeline.train_batches(dataset, data, 0, 0, 5), 5)
+    flipped = take_batches(pipeline.train_batches(dataset, data, 0, 0, 5), 5)
     mirrored = 0
     for a, b in zip(plain, flipped, strict=True):
         for i in range(8):
-            flips = not np.array_equal(a["spatial"][i], b["spatial"][i])
-            mirrored += flips
+            is_flipped = not np.array_equal(a["spatial"][i], b["spatial"][i])
+            mirrored += is_flipped
             label = int(a["label"][i])
-            assert b["label"][i] == (1 - label if flips and label < 2 else label)
-            if flips:
+            assert b["label"][i] == (1 - label if is_flipped and label < 2 else label)
+            if is_flipped:
                 assert np.array_equal(a["spatial"][i][:, :, ::-1], b["spatial"][i])
     assert 10 < mirrored < 30
 
 
 @pytest.mark.parametrize(("batch_size", "hosts"), [(8, 1), (8, 4), (5, 1)])
-def test_every_test_video_once(config, batch_size, hosts):
+def test_evaluation_has_every_video_once(config, batch_size, hosts):
     dataset = VideoDataset(config.data.dir, "test")
     assert len(dataset) == 21
     seen, padding = [], 0
@@ -280,17 +284,17 @@ def test_views_differ(config):
 
 
 def test_no_stream_has_an_autotuner():
-    """What ends a stream would wait for its thread, up to a minute."""
+    """Check the option: the end of a stream would wait for the autotuner, up to a minute."""
     numbers = tf.data.Dataset.range(20)
     stream = clip_assembly.parallel_map(numbers, lambda number: number + 1).batch(5).prefetch(2)
     assert stream.options().autotune.enabled is False
     assert np.concatenate(list(stream.as_numpy_iterator())).tolist() == list(range(1, 21))
-    # Twin: TensorFlow's own default is to have one.
+    # Twin: TensorFlow enables it by default.
     assert numbers.map(lambda number: number + 1).options().autotune.enabled is not False
 
 
 def test_a_graph_is_built_once(config, monkeypatch):
-    """For all passes over data of one format, training without augmentation and testing alike."""
+    """Check that passes over data of one format share a graph: training and evaluation."""
     built, assemble = [], clip_assembly._assemble
     monkeypatch.setattr(
         clip_assembly, "_assemble", lambda *args: built.append(1) or assemble(*args)

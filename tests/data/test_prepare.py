@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
+from dualpath_jax.commands.prepare import parse_arguments
 from dualpath_jax.data.datasets.registry import list_videos
 from dualpath_jax.data.preparation import prepare as prepare_module
 from dualpath_jax.data.preparation import shard_writer
@@ -30,7 +31,6 @@ from dualpath_jax.data.preparation.summary import SplitCounts, format_bytes
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits
 from dualpath_jax.data.video_dataset import FRAME_FEATURES, VideoDataset
 from dualpath_jax.runtime import files
-from scripts.prepare_dataset import parse_arguments
 from tests.helpers.video_files import gray_frames, noise_frames, write_video
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -41,7 +41,7 @@ OPTIONS = PrepareOptions(
 
 @pytest.fixture
 def videos(tmp_path):
-    """Makes five training videos of 3, 4, 5, 6, 7 frames and two validation videos, all listed.
+    """Make five training videos of 3, 4, 5, 6, 7 frames and two validation videos, all listed.
 
     Training video 1 is broken, and training video 3 is missing.
     """
@@ -81,7 +81,7 @@ def read_bad_entries(out):
 
 
 def read_files(out):
-    """Returns the bytes of every file except the lock, by relative path."""
+    """Return the bytes of every file except the lock, by relative path."""
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(pathlib.Path(out).rglob("*"))
@@ -216,7 +216,7 @@ def test_retry_bad_updates_the_reasons(videos, tmp_path, monkeypatch):
 
 
 def test_copy_without_the_folder_prepare_is_refused(videos, tmp_path):
-    """Checks that a later run does not replace the frames of a copy and keep its tables."""
+    """Check that a later run does not replace the frames of a copy and keep its tables."""
     out = tmp_path / "out"
     run(videos, out)
     for path in (out / "prepare").iterdir():
@@ -261,7 +261,7 @@ def test_interrupted_retry(videos, tmp_path, monkeypatch):
 
 
 def test_moved_videos(videos, tmp_path):
-    """Checks that a run resumes with the same videos, by id and label, at other paths."""
+    """Check that a run resumes with the same videos, by id and label, at other paths."""
     out = tmp_path / "out"
     run(videos, out)
     whole = read_files(out)
@@ -326,7 +326,7 @@ def test_truncated_and_empty_split(videos, tmp_path):
 
 
 def test_fps(videos, tmp_path):
-    """Checks that fps=5 stores half the frames of videos with 10 frames per second."""
+    """Check that fps=5 stores half the frames of videos with 10 frames per second."""
     out = tmp_path / "out"
     counts = run(videos, out, fps=5)
     assert counts["total"].num_frames == 2 + 3 + 4 + 1 + 1
@@ -346,7 +346,7 @@ def test_fps(videos, tmp_path):
 
 
 def test_output_of_older_versions_is_accepted(videos, tmp_path):
-    """Checks that settings without `fps` are accepted, as older versions wrote them."""
+    """Check that settings without `fps` are accepted, as older versions wrote them."""
     out = tmp_path / "out"
     counts = run(videos, out)
     path = out / "prepare" / "settings.json"
@@ -384,7 +384,7 @@ class FullWriter:
 
 
 def test_full_disk(videos, tmp_path, monkeypatch):
-    """Checks that the first shard is kept, and nothing of the second, which does not fit."""
+    """Check that the first shard is kept, and nothing of the second, which does not fit."""
     out = tmp_path / "out"
     monkeypatch.setattr(shard_writer, "ArrayRecordWriter", FullWriter)
     FullWriter.room = 3000  # 3 frames of train's first shard, but not 5 more
@@ -444,7 +444,7 @@ def test_disk_full_for_the_tables(videos, tmp_path, monkeypatch):
 
 
 def test_limited_file_size(tmp_path):
-    """Checks the message where the system refuses a file that is larger than allowed."""
+    """Check the message where the system refuses a file that is larger than allowed."""
     videos, out = tmp_path / "videos", tmp_path / "out"
     write_video(videos / "a" / "x.mkv", noise_frames(40), gop=1)
     index = list_videos("folder", str(videos))
@@ -476,7 +476,7 @@ def test_warning_of_a_short_disk(videos, tmp_path, monkeypatch, capsys):
 
 
 def test_check(videos, tmp_path, capsys, monkeypatch):
-    """Checks that `check_videos` reports what `prepare_dataset` would, and writes no file."""
+    """Check that `check_videos` reports what `prepare_dataset` would, and write no file."""
     path = write_video(videos / "clip 0.mp4", 30, options={"movflags": "faststart"}, gop=1)
     data = pathlib.Path(path).read_bytes()
     pathlib.Path(path).write_bytes(data[: len(data) * 2 // 3])
@@ -613,7 +613,7 @@ def test_contradicting_options(monkeypatch, capsys, more, message):
 
 
 def test_killed_run_resumes(tmp_path):
-    """Checks that after SIGKILL the same command finishes; no video is lost or stored twice."""
+    """Check that after SIGKILL the same command finishes; no video is lost or stored twice."""
     videos = tmp_path / "videos"
     listed = [f"{i}.mp4" for i in range(24)]
     for name in listed:
@@ -651,7 +651,7 @@ def test_killed_run_resumes(tmp_path):
 
 
 def test_missing_videos(videos, tmp_path, capsys):
-    """Checks that missing videos are refused before decoding; the error names the first five."""
+    """Check that missing videos are refused before decoding; the error names the first five."""
     names = [f"gone ü {i}.mp4" for i in range(6)]
     with open(videos.parent / "lists" / "train.csv", "a") as file:
         file.writelines(f"{name},up\n" for name in names)
@@ -679,7 +679,7 @@ def test_missing_videos(videos, tmp_path, capsys):
 
 
 def test_splits_that_share_videos(tmp_path, capsys):
-    """Checks that each video of HMDB51, in three divisions, is decoded and stored once."""
+    """Check that each video of HMDB51, in three divisions, is decoded and stored once."""
     videos, lists, out = tmp_path / "videos", tmp_path / "lists", tmp_path / "out"
     lists.mkdir()
     names = ["a [b] (c).d.avi", "x y.avi", "-z.avi", "broken.avi"]

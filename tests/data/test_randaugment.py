@@ -15,19 +15,19 @@ FILL = (122, 116, 104)
 
 @pytest.fixture(scope="module")
 def clip():
-    """Returns two frames of little contrast, uint8 [2, 64, 96, 3]."""
+    """Return two frames of little contrast, uint8 [2, 64, 96, 3]."""
     coffee = Image.fromarray(skimage.data.coffee()).resize((192, 64))
     frames = (np.asarray(coffee) * 0.6 + 30).astype(np.uint8).reshape(64, 2, 96, 3)
     return frames.transpose(1, 0, 2, 3)
 
 
 def picture(frames):
-    """Returns the frames as one image, one below the other."""
+    """Return the frames as one image, one below the other."""
     return Image.fromarray(np.concatenate(frames))
 
 
 def on_device(frames, *steps, last=None):
-    """Applies color operations (name, value) to uint8 frames; returns float [n, h, w, 3]."""
+    """Apply color operations (name, value) to uint8 frames; return float [n, h, w, 3]."""
     ops = np.array([OPS.index(name) for name, _ in steps], np.int32)
     values = np.array([value for _, value in steps], np.float32)
     tables = randaugment.lookup_tables(tf.constant(frames), tf.constant(ops), tf.constant(values))
@@ -64,7 +64,7 @@ def test_color_like_pil(clip, name, value, reference):
 
 
 def test_equalize_uses_the_statistics_of_the_clip(clip):
-    """Checks that equalizing each frame separately would give something else."""
+    """Check that equalizing each frame separately would give something else."""
     clip = clip.copy()
     clip[1] //= 2
     expected = np.asarray(ImageOps.equalize(picture(clip))).astype(int)
@@ -81,7 +81,7 @@ def test_contrast_of_both_inputs_uses_the_mean_of_the_last(clip):
 
 
 def test_operations_compose(clip):
-    """Checks that operations compose in order, with the statistics of the previous result."""
+    """Check that operations compose in order, with the statistics of the previous result."""
     steps = [("posterize", 2), ("auto_contrast", 0), ("invert", 0)]
     expected = ImageOps.invert(ImageOps.autocontrast(ImageOps.posterize(picture(clip), 2)))
     assert np.abs(np.concatenate(on_device(clip, *steps)) - np.asarray(expected)).max() <= 2
@@ -141,7 +141,7 @@ def test_geometric_operations_compose(clip):
 
 
 def test_geometry_is_relative_to_the_size(clip):
-    """Checks a translation by a quarter of 96 pixels, its fill color, and the identity."""
+    """Check a translation by a quarter of 96 pixels, its fill color, and the identity."""
     moved = warped(clip, ("translate_x", 0.25))
     assert np.array_equal(moved[:, :, :72], clip[:, :, 24:])
     assert (moved[:, :, 72:] == FILL).all()

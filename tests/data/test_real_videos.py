@@ -108,7 +108,7 @@ def test_classes_are_the_folders(prepared):
 
 @pytest.mark.slow
 def test_two_steps_of_training(prepared, demo_backbone, tmp_path):
-    """Trains the folder configuration, with the demo's tiny backbone, on these clips."""
+    """Train the folder configuration, with the demo's tiny backbone, on these clips."""
     from configs import folder_vitb
 
     out, _, _ = prepared

@@ -1,4 +1,4 @@
-"""`data.synthetic`: batches of the pipeline's shapes without its work; a run without any file."""
+"""Checks `data.synthetic`: batches like those of the pipeline, and a run without files."""
 
 import json
 import subprocess
@@ -32,6 +32,7 @@ TINY = [
 
 @pytest.fixture
 def data():
+    """Return the data section of a configuration."""
     config = demo.get_config()
     config.data.batch_size = 4
     config.data.image_size = 32
@@ -39,11 +40,11 @@ def data():
 
 
 @pytest.mark.parametrize("framesets", [True, False])
-def test_batches_are_the_pipelines(data, framesets):
+def test_batches_equal_those_of_the_pipeline(data, framesets):
     videos = synthetic.make_synthetic_split(data, 20)
     batches = list(synthetic.train_batches(videos, data, 0, 3, 10, 1, 2, framesets=framesets))
     assert len(batches) == 7
-    assert all(batch is batches[0] for batch in batches)  # nothing is made for a step
+    assert all(batch is batches[0] for batch in batches)  # no batch is made for a step
     real = next(pipeline.train_batches(videos, data, 0, 0, 10, 1, 2, framesets=framesets))
     assert batches[0].keys() == real.keys()
     for key, value in real.items():
@@ -52,12 +53,12 @@ def test_batches_are_the_pipelines(data, framesets):
 
 
 @pytest.mark.parametrize(("source", "classes"), [("k400", 400), ("ssv2", 174), ("folder", 2)])
-def test_classes_of_the_data_set(data, source, classes):
+def test_number_of_classes(data, source, classes):
     data.source = source
     assert len(synthetic.make_synthetic_split(data, 3).class_names) == classes
 
 
-def test_classes_that_mirroring_exchanges(data):
+def test_class_names_for_a_label_swap(data):
     data.source, data.flip, data.label_swap = "ssv2", True, "ssv2"
     names = synthetic.make_synthetic_split(data, 3).class_names
     assert len(names) == 174
@@ -71,14 +72,14 @@ def test_no_frame_is_read_for_a_step(data):
     read, original = [], videos.read_frames
     videos.read_frames = lambda *args: read.append(args) or original(*args)
 
-    def reads(make):
+    def count_reads(make):
         read.clear()
         assert len(list(make(videos, data, 0, 0, 5))) == 5
         return len(read)
 
-    assert reads(choose_train_batches(data)) == 20  # twin: the pipeline reads every clip
+    assert count_reads(choose_train_batches(data)) == 20  # twin: the pipeline reads every clip
     data.synthetic = True
-    assert reads(choose_train_batches(data)) == 4
+    assert count_reads(choose_train_batches(data)) == 4
 
 
 @pytest.mark.slow
@@ -93,11 +94,11 @@ def test_a_run_without_files(tmp_path):
     results = json.loads((tmp_path / "runs" / "demo_synthetic" / "results.json").read_text())
     assert results["synthetic"] is True
     assert results["num_videos"] == 8
-    assert results["backbone_sha256"] == "random"  # so that no real run resumes from it
+    assert results["backbone_sha256"] == "random"  # no real run resumes from it
     assert not (tmp_path / "data").exists()
 
 
-def test_only_a_synthetic_run_needs_no_files(tmp_path, monkeypatch):
+def test_other_runs_need_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = demo.get_config()
     with pytest.raises(FileNotFoundError, match="no prepared data in .* and no converted custom"):

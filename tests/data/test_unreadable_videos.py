@@ -30,7 +30,7 @@ def flip(dataset, path, wanted):
 
 
 def damaged(source, out, videos, how, split="train"):
-    """Returns a split of a copy of prepared data in which some videos cannot be read."""
+    """Return a split of a copy of prepared data in which some videos cannot be read."""
     shutil.copytree(source, out)
     dataset = VideoDataset(str(out), split)
     path = frame_shard_path(str(out), split, 0, 1)
@@ -58,7 +58,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("how", ["flipped byte", "no image"])
 def test_the_next_video_replaces_a_damaged_one(config, demo_data, tmp_path, how):
-    """Checks two epochs with 5, 6 and 39 (the last) damaged: 7 replaces 5 and 6, 0 replaces 39."""
+    """Check two epochs with 5, 6 and 39 (the last) damaged: 7 replaces 5 and 6, 0 replaces 39."""
     bad = (5, 6, 39)
     healthy = VideoDataset(config.data.dir, "train")
     dataset = damaged(demo_data, tmp_path / "data", bad, how)
@@ -87,7 +87,7 @@ def test_the_next_video_replaces_a_damaged_one(config, demo_data, tmp_path, how)
 
 
 def test_a_clip_without_the_damaged_frame_is_kept(config, demo_data, tmp_path):
-    """Checks that a damaged frame removes only the clips that contain it."""
+    """Check that a damaged frame removes only the clips that contain it."""
     dataset = damaged(demo_data, tmp_path / "data", (), "no image")
     path = frame_shard_path(str(tmp_path / "data"), "train", 0, 1)
     flip(dataset, path, lambda video, frame: (video, frame) == (3, 0))
@@ -129,7 +129,7 @@ def test_nothing_can_be_read(config, demo_data, tmp_path):
 
 
 def test_a_shard_that_cannot_be_opened_is_an_error(config, demo_data, tmp_path):
-    """Checks that the run ends at once and names the file, instead of replacing its videos."""
+    """Check that the run ends at once and names the file, instead of replacing its videos."""
     shutil.copytree(demo_data, tmp_path / "data")
     dataset = VideoDataset(str(tmp_path / "data"), "train")
     for path in (tmp_path / "data" / "frames").glob("frames-train.array_record*"):
@@ -150,7 +150,7 @@ def test_the_limit_of_open_files_grows_with_the_shards(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("how", ["flipped byte", "no image"])
 def test_evaluation_names_the_video(config, demo_data, tmp_path, how):
-    """Checks that evaluation fails instead of leaving a video out."""
+    """Check that evaluation fails instead of leaving a video out."""
     dataset = damaged(demo_data, tmp_path / "data", (13,), how, "test")
     passes = pipeline.eval_batches(dataset, config.data, Views(1, 1), 8)
     assert next(passes)["mask"].sum() == 8  # the videos before it

@@ -1,4 +1,4 @@
-"""Storage: TFDS reads it, our reader finds the right frames."""
+"""Checks prepared data: TFDS reads it, and `VideoDataset` finds the right frames."""
 
 import io
 import json
@@ -15,19 +15,21 @@ from dualpath_jax.data.preparation import shard_writer, video_decoder
 from dualpath_jax.data.preparation.shard_writer import VideoRow
 from dualpath_jax.data.video_dataset import FRAME_FEATURES, VideoDataset
 
-NUM_FRAMES = [3, 1, 5, 2]  # per video; shards hold videos 0, 1 | none | 2, 3
+NUM_FRAMES = [3, 1, 5, 2]  # per video; the shards hold videos 0 and 1, no video, videos 2 and 3
 NAMES = ["Holding [something]", "pull-ups, 'fast'", "跳", "a"]
 IDS = ["-x [1] .mp4", "ü/視 頻", "b", "c"]
 
 
-def jpeg(video, frame):
+def make_jpeg(video, frame):
+    """Return the JPEG file of a frame, whose color is different for each frame."""
     image = Image.new("RGB", (16, 8), (20 * video + 5, 40 * frame + 5, 0))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 
 
-def rows():
+def make_rows():
+    """Return the rows of the table of videos."""
     first = np.cumsum([0] + NUM_FRAMES)
     return [
         VideoRow(IDS[v], 3 - v, int(first[v]), NUM_FRAMES[v], 12.5 * v, 8, 16, v == 2)
@@ -35,7 +37,8 @@ def rows():
     ]
 
 
-def write(out, class_names=NAMES, table=None):
+def write_data(out, class_names=NAMES, table=None):
+    """Write prepared data with four videos and return its folder."""
     os.makedirs(out / "frames")
     for shard, videos in [(0, [0, 1]), (2, [2, 3])]:
         writer = shard_writer.ShardWriter(
@@ -43,9 +46,9 @@ def write(out, class_names=NAMES, table=None):
         )
         for video in videos:
             for frame in range(NUM_FRAMES[video]):
-                writer.write(shard_writer.encode_frame(jpeg(video, frame)))
+                writer.write(shard_writer.encode_frame(make_jpeg(video, frame)))
         writer.commit()
-    table = {"train": rows() if table is None else table, "test": []}
+    table = {"train": make_rows() if table is None else table, "test": []}
     lengths = {"train": [4, 0, 7], "test": [0]}
     shard_writer.write_tables(
         str(out), class_names, table, lengths, video_decoder.FrameFormat(fps=10.0)
@@ -55,7 +58,7 @@ def write(out, class_names=NAMES, table=None):
 
 @pytest.fixture
 def out(tmp_path):
-    return write(tmp_path / "out")
+    return write_data(tmp_path / "out")
 
 
 def test_table(out):
@@ -85,14 +88,14 @@ def test_table(out):
         ({}, "quality is None"),
     ],
 )
-def test_frame_formats_that_cannot_be(out, stored, message):
+def test_impossible_frame_formats_are_refused(out, stored, message):
     with open(os.path.join(out, "frame_format.json"), "w") as file:
         json.dump(stored, file)
     with pytest.raises(ValueError, match=f"frame_format.json is damaged: {message}"):
         VideoDataset(out, "train")
 
 
-def test_older_data_sets_do_not_say_how_frames_are_stored(out):
+def test_data_of_an_older_version_has_the_default_frame_format(out):
     os.remove(os.path.join(out, "frame_format.json"))
     assert VideoDataset(out, "train").frame_format == video_decoder.FrameFormat(256, 90, None)
 
@@ -100,18 +103,18 @@ def test_older_data_sets_do_not_say_how_frames_are_stored(out):
 def test_read_frames(out):
     dataset = VideoDataset(out, "train")
     for video, wanted in [(0, [0, 1, 2]), (2, [4, 0, 0, 2]), (3, [1]), (1, [0, 0, 0]), (0, [])]:
-        found = dataset.read_frames(video, wanted)
-        images = [tf.io.parse_single_example(r, FRAME_FEATURES)["image"].numpy() for r in found]
-        assert images == [jpeg(video, frame) for frame in wanted]
+        records = dataset.read_frames(video, wanted)
+        images = [tf.io.parse_single_example(r, FRAME_FEATURES)["image"].numpy() for r in records]
+        assert images == [make_jpeg(video, frame) for frame in wanted]
     assert dataset.read_frames(2, np.array([1], np.int32)) == [
-        shard_writer.encode_frame(jpeg(2, 1))
+        shard_writer.encode_frame(make_jpeg(2, 1))
     ]
     for wanted in ([3], [-1], [0, 7]):
         with pytest.raises(IndexError, match=r"'-x \[1\] .mp4' has frames 0..2"):
             dataset.read_frames(0, wanted)
 
 
-def test_tfds_reads_both(out):
+def test_tfds_reads_videos_and_frames(out):
     videos = tfds.builder_from_directory(out)
     assert list(videos.info.splits) == ["train"]
     assert videos.info.features["label"].names == NAMES
@@ -124,38 +127,38 @@ def test_tfds_reads_both(out):
     assert not source[3]["truncated"]
     frames = tfds.builder_from_directory(os.path.join(out, "frames")).as_data_source("train")
     assert len(frames) == 11
-    decoded = np.asarray(Image.open(io.BytesIO(jpeg(2, 3))))
+    decoded = np.asarray(Image.open(io.BytesIO(make_jpeg(2, 3))))
     np.testing.assert_array_equal(frames[4 + 3]["image"], decoded)
     assert not np.array_equal(frames[4 + 2]["image"], decoded)
 
 
-def test_examples_are_those_of_tfds():
+def test_examples_are_encoded_as_by_tfds():
     frames = tfds.features.FeaturesDict({"image": tfds.features.Image(encoding_format="jpeg")})
-    content = jpeg(1, 1)
+    content = make_jpeg(1, 1)
     assert shard_writer.encode_frame(content) == frames.serialize_example({"image": content})
     features = tfds.features.FeaturesDict(shard_writer.build_video_features(NAMES))
-    row = rows()[1]
-    theirs = tf.train.Example.FromString(features.serialize_example(vars(row)))
-    assert tf.train.Example.FromString(shard_writer.encode_row(row)) == theirs
+    row = make_rows()[1]
+    expected = tf.train.Example.FromString(features.serialize_example(vars(row)))
+    assert tf.train.Example.FromString(shard_writer.encode_row(row)) == expected
 
 
 @pytest.mark.parametrize("names", [[" a ", "b"], ["a\nb", "c"], ["", "x"], ["a\rb", "\u2028"]])
-def test_class_names_survive(tmp_path, names):
-    """TFDS keeps names as stripped lines of a text file, and would lose these."""
+def test_class_names_are_kept(tmp_path, names):
+    """Check names that TFDS would lose, because it strips the lines of a text file."""
     table = [VideoRow("v", 1, 0, 3, 0.0, 8, 16, False)]
-    out = write(tmp_path / "out", names, table)
+    out = write_data(tmp_path / "out", names, table)
     assert VideoDataset(out, "train").class_names == names
     label = tfds.builder_from_directory(out).info.features["label"]
     assert label.num_classes == 2
 
 
-def test_id_of_any_bytes(tmp_path):
+def test_id_may_hold_any_bytes(tmp_path):
     name = os.fsdecode(b"\xff.mp4")
-    out = write(tmp_path / "out", table=[VideoRow(name, 1, 0, 3, 0.0, 8, 16, False)])
+    out = write_data(tmp_path / "out", table=[VideoRow(name, 1, 0, 3, 0.0, 8, 16, False)])
     assert VideoDataset(out, "train").ids == [name]
 
 
-def test_missing(out, tmp_path):
+def test_missing_data_and_splits(out, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.*python scripts/prepare_dataset.py"):
         VideoDataset(str(tmp_path / "nowhere"), "train")
     for split in ("validation", "test"):  # no such split; one with no stored videos

@@ -77,7 +77,7 @@ def test_short_side(tmp_path, height, width, short_side, expected):
 
 
 def test_scaling_averages(tmp_path):
-    """Checks that a fine pattern becomes its mean, and not some of its black and white pixels."""
+    """Check that a fine pattern becomes its mean, and not some of its black and white pixels."""
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
     (frame,), _ = read(write_video(tmp_path / "a.mkv", [stripes]), 16)
@@ -87,7 +87,7 @@ def test_scaling_averages(tmp_path):
 
 
 def rotate_header(path, a, b, c, d):
-    """Writes a display matrix into the track header of an mp4."""
+    """Write a display matrix into the track header of an mp4."""
     data = bytearray(pathlib.Path(path).read_bytes())
     start = data.index(b"tkhd") + 4 + 40
     one = 1 << 16
@@ -143,7 +143,7 @@ LIMITED, FULL = 1, 2  # AVColorRange
 
 
 def write_color(path, matrix, full, pix_fmt, matrix_tag, range_tag, codec="ffv1", size=(48, 64)):
-    """Writes a video of ORANGE, converted by the textbook formula, not by the tested library."""
+    """Write a video of ORANGE, converted by the textbook formula, not by the tested library."""
     red, green, blue = (value / 255 for value in ORANGE)
     kr, kb = MATRICES[matrix]
     luma = kr * red + (1 - kr - kb) * green + kb * blue
@@ -207,7 +207,7 @@ def test_colors(tmp_path, pix_fmt, matrix, full, matrix_tag, range_tag):
     ],
 )
 def test_wrong_tags_give_other_colors(tmp_path, matrix, full, matrix_tag, range_tag):
-    """Checks that the tags are read, which `test_colors` relies on."""
+    """Check that the tags are read, which `test_colors` relies on."""
     path = write_color(tmp_path / "a.mkv", matrix, full, "yuv420p", TAGS[matrix_tag], range_tag)
     (frame,), _ = read(path)
     assert np.abs(frame[0, 0].astype(int) - ORANGE).max() >= 9
@@ -225,7 +225,7 @@ def test_colors_of_h264(tmp_path, pix_fmt, full):
 
 @pytest.mark.parametrize("tag", [8, 10, 13, 17])
 def test_unsupported_matrices_are_accepted(tmp_path, tag):
-    """Checks YCgCo, constant luminance and reserved numbers, which swscale does not support."""
+    """Check YCgCo, constant luminance and reserved numbers, which swscale does not support."""
     matrix = "2020" if tag == 10 else "601"
     path = write_color(tmp_path / "a.mkv", matrix, False, "yuv444p", tag, LIMITED, "libx264")
     assert_color(path, ORANGE, 2)
@@ -235,7 +235,7 @@ def test_unsupported_matrices_are_accepted(tmp_path, tag):
 
 
 def write_at(path, milliseconds):
-    """Writes a video of `gray_frames` with these time stamps in milliseconds."""
+    """Write a video of `gray_frames` with these time stamps in milliseconds."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
@@ -411,7 +411,7 @@ def test_garbage_in_the_middle(tmp_path):
 
 
 def test_a_lost_packet_of_a_transport_stream(tmp_path):
-    """Checks that a lost packet damages one frame and that the rest of the file is kept."""
+    """Check that a lost packet damages one frame and that the rest of the file is kept."""
     path = pathlib.Path(write_video(tmp_path / "a.ts", noise_frames(20), "mpeg2video", 25, gop=1))
     data = path.read_bytes()
     middle = len(data) // 188 // 2 * 188
@@ -506,7 +506,7 @@ def test_too_many_frames(tmp_path):
 
 
 def act(what, value=None):
-    """Runs in a worker: does what `what` says, and returns `value` or a result of that size."""
+    """Run in a worker: does what `what` says, and return `value` or a result of that size."""
     if what == "sleep":
         time.sleep(value)
     if what == "kill":
@@ -595,7 +595,7 @@ def test_results_in_flight_are_bounded():
 
 @pytest.mark.parametrize("limited", [True, False])
 def test_large_results_wait_in_their_processes(monkeypatch, tmp_path, limited):
-    """Checks the limit; without it (the negative case) results accumulate behind the first one."""
+    """Check the limit; without it (the negative case) results accumulate behind the first one."""
     monkeypatch.setattr(worker_pool, "_MAX_WAITING_BYTES", 1_000_000 if limited else 10**9)
     held = [0]
 
@@ -630,7 +630,7 @@ def test_pool_serves_several_maps_and_ends_its_workers():
 
 @pytest.mark.parametrize("late", [False, True])
 def test_next_map_ignores_results_of_an_interrupted_one(late):
-    """Checks `map` as after Ctrl-C in a notebook, which keeps the generator open."""
+    """Check `map` as after Ctrl-C in a notebook, which keeps the generator open."""
     with WorkerPool(1, LIMITS) as pool:
         interrupted = pool.map(act, [("return", 0), ("sleep", 0.2), ("return", "old")])
         assert next(interrupted) == 0
@@ -657,7 +657,7 @@ def test_interrupted_while_a_task_is_sent():
 
 
 def generate_acts(*jobs):
-    """Runs in a worker: yields the result of `act` for each job."""
+    """Run in a worker: yields the result of `act` for each job."""
     for job in jobs:
         yield act(*job)
 
@@ -683,14 +683,14 @@ def test_streams_keep_what_came_before_a_failure():
 
 
 def touch_files(folder):
-    """Runs in a worker: yields 30 numbers and makes a file before each."""
+    """Run in a worker: yields 30 numbers and make a file before each."""
     for number in range(30):
         (folder / str(number)).touch()
         yield number
 
 
 def test_streams_are_not_run_far_ahead(tmp_path):
-    """Checks that at most four items are requested before they are taken."""
+    """Check that at most four items are requested before they are taken."""
     for place, item in pull_streams(touch_files, [(tmp_path,)], LIMITS):
         assert place == 0
         time.sleep(0.1 if item < 5 else 0)
@@ -723,7 +723,7 @@ print(process.exitcode == 0)
     ],
 )
 def test_workers_do_not_execute_the_main_module(tmp_path, source, code, lines):
-    """Checks main modules without a guard or a file, for which `multiprocessing` fails."""
+    """Check main modules without a guard or a file, for which `multiprocessing` fails."""
     code = f"import os\nprint('once', flush=True)\n{code}"
     (tmp_path / "main.py").write_text(code)
     (tmp_path / "empty").touch()

@@ -31,7 +31,7 @@ def test_tracks_match_their_class(label):
 
 @pytest.mark.parametrize("pair", range(4))
 def test_a_pair_differs_only_in_order(pair):
-    """Checks that a clip reversed is a clip of the paired class, with the same set of frames."""
+    """Check that a clip reversed is a clip of the paired class, with the same set of frames."""
     photo = render_lib.load_photo("chelsea")
     forward, backward = (
         render_lib.render_clip(photo, label, 16, 64, np.random.default_rng(5))
@@ -42,7 +42,7 @@ def test_a_pair_differs_only_in_order(pair):
 
 
 def test_a_second_rendering_has_the_same_bytes(tmp_path):
-    """Checks that rendering is reproducible, which x264's lookahead thread would prevent."""
+    """Check that rendering is reproducible, which x264's lookahead thread would prevent."""
 
     def render(name: str) -> dict[str, bytes]:
         render_lib.render_demo(tmp_path / name, {"train": 64}, progress=False)

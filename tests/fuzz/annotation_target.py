@@ -111,7 +111,7 @@ class Annotations(Target):
 
 
 def _mutate_name(rng: random.Random, path: str) -> str:
-    """Returns a damaged file name in the same folder or below."""
+    """Return a damaged file name in the same folder or below."""
     folder, _, name = path.rpartition("/")
     mutated = mutate_bytes(rng, os.fsencode(name))[:200].strip(b"./").replace(b"\0", b"")
     parts = [part for part in mutated.split(b"/") if part.strip(b".")]

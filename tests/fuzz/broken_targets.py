@@ -17,7 +17,7 @@ ELSEWHERE = "/tmp/fuzz_evil"
 
 
 def _perform(action: str, folder: pathlib.Path, out: pathlib.Path) -> None:
-    """Performs the action of this name."""
+    """Perform the action of this name."""
     actions = {
         "good": lambda: (out / "result").write_text("fine"),
         "refuse": lambda: int("refuse"),
@@ -65,7 +65,7 @@ class Unread(Broken):
 
 
 def _make_target(action: str) -> type[Broken]:
-    """Returns a class that other processes can import by its name."""
+    """Return a class that other processes can import by its name."""
     name = f"Broken_{action}"
     globals()[name] = type(name, (Broken,), {"action": action, "__module__": __name__})
     return globals()[name]

@@ -73,7 +73,7 @@ class _Reader:
             raise ValueError(f"{target.__name__} does not read its own seeds: {answer}")
 
     def _receive(self, seconds: float):
-        """Returns the next message, or the reason why there is none."""
+        """Return the next message, or the reason why there is none."""
         if not self._connection.poll(seconds):
             return f"hangs: no answer within {seconds:g} s"
         try:
@@ -84,15 +84,15 @@ class _Reader:
             return f"the reading process died (exit code {self._process.exitcode}):\n{log}"
 
     def send_cases(self, first: int, end: int) -> None:
-        """Makes the process read the cases first ... end - 1."""
+        """Make the process read the cases first ... end - 1."""
         self._connection.send((first, end))
 
     def receive_outcomes(self) -> list[Outcome] | str:
-        """Returns the outcomes of the next batch, or the reason why the process failed."""
+        """Return the outcomes of the next batch, or the reason why the process failed."""
         return self._receive(self._seconds)
 
     def stop(self, grace: float = 0.0) -> None:
-        """Ends the process, by force after `grace` seconds."""
+        """End the process, by force after `grace` seconds."""
         self._connection.close()  # this ends the process, unless it hangs
         self._process.join(grace)
         self._process.kill()
@@ -107,7 +107,7 @@ def fuzz_target(
     seed: int,
     findings_dir: pathlib.Path,
 ) -> TargetReport:
-    """Reads the cases first ... end - 1 of a target.
+    """Read the cases first ... end - 1 of a target.
 
     Args:
       name: name of the target.
@@ -148,7 +148,7 @@ def fuzz_target(
 
 
 def _count_outcome(report: TargetReport, index: int, outcome: Outcome) -> None:
-    """Adds the outcome of input `index` to the report."""
+    """Add the outcome of input `index` to the report."""
     report.inputs += 1
     report.accepted += outcome.kind == ACCEPTED
     report.refused += outcome.kind == REFUSED
@@ -161,7 +161,7 @@ def _count_outcome(report: TargetReport, index: int, outcome: Outcome) -> None:
 def _write_findings(
     report: TargetReport, target: Target, seed: int, findings_dir: pathlib.Path
 ) -> None:
-    """Writes the files of each finding, its description, and the command that repeats it."""
+    """Write the files of each finding, its description, and the command that repeats it."""
     for index, text in report.findings.items():
         folder = findings_dir / f"{report.target}-{seed}-{index}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -171,7 +171,7 @@ def _write_findings(
 
 
 def share_inputs(inputs: int, shares: Mapping[str, float]) -> dict[str, int]:
-    """Divides `inputs` among the targets in proportion to `shares`, at least one for each."""
+    """Divide `inputs` among the targets in proportion to `shares`, at least one for each."""
     total = sum(shares.values())
     counts = {name: max(1, int(inputs * share / total)) for name, share in shares.items()}
     largest = max(shares, key=shares.get)
@@ -180,7 +180,7 @@ def share_inputs(inputs: int, shares: Mapping[str, float]) -> dict[str, int]:
 
 
 def format_table(reports: list[TargetReport]) -> str:
-    """Returns the reports as a table in Markdown, with a last row of sums."""
+    """Return the reports as a table in Markdown, with a last row of sums."""
     lines = ["| target | inputs | accepted | refused with a named error | findings | seconds |"]
     lines.append("|---|---|---|---|---|---|")
     total = TargetReport("total")

@@ -74,14 +74,14 @@ _VALUES: tuple[Any, ...] = (
 
 
 def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
-    """Returns the data with one to four small damages, usually one."""
+    """Return the data with one to four small damages, usually one."""
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         data = rng.choice(_DAMAGES)(rng, data)
     return data
 
 
 def mutate_text(rng: random.Random, data: bytes) -> bytes:
-    """Returns a text with damaged bytes, or with a line dropped, doubled or exchanged."""
+    """Return a text with damaged bytes, or with a line dropped, doubled or exchanged."""
     if rng.random() < 0.6:
         return mutate_bytes(rng, data)
     lines = data.splitlines(keepends=True) or [b""]
@@ -101,7 +101,7 @@ def mutate_text(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_json(rng: random.Random, data: bytes) -> bytes:
-    """Returns a JSON text with one to three values or names replaced, added or removed."""
+    """Return a JSON text with one to three values or names replaced, added or removed."""
     content = [json.loads(data)]  # in a list, so that the top level is a value like others
     for _ in range(rng.choice((1, 1, 2, 3))):
         _change_value(rng, content)
@@ -116,7 +116,7 @@ def mutate_json(rng: random.Random, data: bytes) -> bytes:
 
 
 def _change_value(rng: random.Random, content: list) -> None:
-    """Replaces, removes, copies or adds one value in place."""
+    """Replace, remove, copy or add one value in place."""
     places = list(_places(content))
     container, key = rng.choice(places)
     kind = rng.randrange(8)
@@ -136,7 +136,7 @@ def _change_value(rng: random.Random, content: list) -> None:
 
 
 def _places(container: Any):
-    """Yields (container, key) for every value below `container`."""
+    """Yield (container, key) for every value below `container`."""
     keys = container.keys() if isinstance(container, dict) else range(len(container))
     for key in list(keys):
         yield container, key
@@ -148,7 +148,7 @@ def _places(container: Any):
 
 
 def _draw_range(rng: random.Random, data: bytes) -> tuple[int, int]:
-    """Draws start and end of a part of the data, usually a short one."""
+    """Draw start and end of a part of the data, usually a short one."""
     start = rng.randrange(len(data) + 1)
     return start, min(len(data), start + rng.choice((1, 2, 4, 8, 64, 1024, len(data))))
 
@@ -193,7 +193,7 @@ def _insert(rng: random.Random, data: bytes) -> bytes:
 
 
 def _splice(rng: random.Random, data: bytes) -> bytes:
-    """Writes one part of the data over another."""
+    """Write one part of the data over another."""
     start, end = _draw_range(rng, data)
     place = rng.randrange(len(data) + 1)
     return data[:place] + data[start:end] + data[place + end - start :]

@@ -74,7 +74,7 @@ class Records(Target):
         return Case(seed.kind, seed.files | {name: content})
 
     def _mutate_records(self, rng: random.Random, name: str) -> bytes:
-        """Returns a shard with valid checksums and a record damaged, missing or doubled."""
+        """Return a shard with valid checksums and a record damaged, missing or doubled."""
         payloads = list(self._payloads[name])
         place = rng.randrange(len(payloads))
         kind = rng.randrange(6)
@@ -133,7 +133,7 @@ class _ClipSamples:
 
 
 def _encode_noise(seed: int, progressive: bool) -> bytes:
-    """Returns a JPEG of random pixels."""
+    """Return a JPEG of random pixels."""
     noise = np.random.default_rng(seed).integers(0, 256, (_HEIGHT, _WIDTH, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "JPEG", quality=50, progressive=progressive)
@@ -141,7 +141,7 @@ def _encode_noise(seed: int, progressive: bool) -> bytes:
 
 
 def _write_prepared_data(out: pathlib.Path) -> None:
-    """Writes a small prepared data set of random frames."""
+    """Write a small prepared data set of random frames."""
     first = np.cumsum([0, *_NUM_FRAMES])
     rows = [
         VideoRow(f"v{i}", i % 2, int(first[i]), count, 12.5, _HEIGHT, _WIDTH, False)
@@ -162,7 +162,7 @@ def _write_prepared_data(out: pathlib.Path) -> None:
 
 
 def _mutate_example(rng: random.Random, payload: bytes) -> bytes:
-    """Returns a tf.train.Example with one feature damaged, empty, doubled, missing or retyped."""
+    """Return a tf.train.Example with one feature damaged, empty, doubled, missing or retyped."""
     example = tf.train.Example.FromString(payload)
     features = example.features.feature
     name = rng.choice(sorted(features))

@@ -79,21 +79,21 @@ class Target:
         raise NotImplementedError
 
     def seeds(self) -> list[Case]:
-        """Returns valid cases."""
+        """Return valid cases."""
         raise NotImplementedError
 
     def mutate(self, rng: random.Random, seed: Case) -> Case:
-        """Returns a damaged copy of a seed, which depends only on the seed and `rng`."""
+        """Return a damaged copy of a seed, which depends only on the seed and `rng`."""
         raise NotImplementedError
 
     def read(self, kind: str, folder: pathlib.Path, out: pathlib.Path) -> None:
-        """Reads the files in `folder` as a user of the package does; may write into `out`."""
+        """Read the files in `folder` as a user of the package does; may write into `out`."""
         raise NotImplementedError
 
     def read_all(
         self, cases: list[Case], folders: list[pathlib.Path], out: pathlib.Path
     ) -> list[Outcome]:
-        """Reads a batch of cases and returns the outcome of each."""
+        """Read a batch of cases and return the outcome of each."""
         return [
             run_reader(lambda case=case, folder=folder: self.read(case.kind, folder, out))
             for case, folder in zip(cases, folders, strict=True)
@@ -101,7 +101,7 @@ class Target:
 
 
 def run_reader(read: Callable[[], None]) -> Outcome:
-    """Calls `read`; returns ACCEPTED, REFUSED for `NAMED_ERRORS`, or FINDING for other errors."""
+    """Call `read`; return ACCEPTED, REFUSED for `NAMED_ERRORS`, or FINDING for other errors."""
     try:
         read()
     except (
@@ -132,7 +132,7 @@ class SideEffectMonitor:
 
     @contextlib.contextmanager
     def changes(self) -> Iterator[list[str]]:
-        """Yields a list that gets, at the end of the block, a line for each forbidden action."""
+        """Yield a list that gets, at the end of the block, a line for each forbidden action."""
         changes: list[str] = []
         before = self._list_files()
         self._events, self._is_active = [], True
@@ -146,7 +146,7 @@ class SideEffectMonitor:
             changes += [f"changed outside the output folder: {path}" for path in differing]
 
     def _handle_audit_event(self, event: str, arguments: tuple) -> None:
-        """Records the event if it is forbidden."""
+        """Record the event if it is forbidden."""
         if not self._is_active:
             return
         if event == "subprocess.Popen" and arguments[1][1:3] == ["-c", worker_pool.WORKER_PROGRAM]:
@@ -162,12 +162,12 @@ class SideEffectMonitor:
             self._events += [f"{event} {path!r}" for path in paths if not self._is_allowed(path)]
 
     def _is_allowed(self, path: str | bytes) -> bool:
-        """Returns whether `path` may be written."""
+        """Return whether `path` may be written."""
         path = os.path.realpath(os.fsdecode(path))
         return path == os.devnull or pathlib.Path(path).is_relative_to(self._out)
 
     def _list_files(self) -> dict[str, tuple[int, int]]:
-        """Returns size and modification time of each watched file outside the output folder."""
+        """Return size and modification time of each watched file outside the output folder."""
         files = {}
         folders = [str(self._watched_dir)]
         while folders:
@@ -183,14 +183,14 @@ class SideEffectMonitor:
 
 
 def make_case(target: Target, seed: int, index: int) -> Case:
-    """Returns case `index` of a target; equal seeds give equal cases."""
+    """Return case `index` of a target; equal seeds give equal cases."""
     rng = random.Random(f"{type(target).__name__}/{seed}/{index}")
     seeds = target.seeds()
     return target.mutate(rng, seeds[rng.randrange(len(seeds))])
 
 
 def write_case(case: Case, folder: pathlib.Path) -> None:
-    """Writes the files of a case into a folder."""
+    """Write the files of a case into a folder."""
     for name, content in case.files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def write_case(case: Case, folder: pathlib.Path) -> None:
 
 
 def serve(connection, target_type: type[Target], work: str, seed: int) -> None:
-    """Runs the reading process: receives ranges of cases, reads them, and sends the outcomes.
+    """Run the reading process: receives ranges of cases, read them, and send the outcomes.
 
     First it reads the seeds, and sends "ready" or the text of their errors. Then it receives ranges
     (first, end) and sends a list of `Outcome` for each batch in them.
@@ -224,7 +224,7 @@ def serve(connection, target_type: type[Target], work: str, seed: int) -> None:
     monitor = SideEffectMonitor(watched_dir, out)
 
     def read(cases: list[Case]) -> list[Outcome]:
-        """Reads a batch; every case of it is a finding if one has a side effect."""
+        """Read a batch; every case of it is a finding if one has a side effect."""
         folders = [cases_dir / str(i) for i in range(len(cases))]
         for case, folder in zip(cases, folders, strict=True):
             folder.mkdir()
@@ -251,7 +251,7 @@ def serve(connection, target_type: type[Target], work: str, seed: int) -> None:
 
 
 def _limit_memory(memory_mb: int) -> None:
-    """Limits the address space to what is mapped now and `memory_mb` MiB more."""
+    """Limit the address space to what is mapped now and `memory_mb` MiB more."""
     with open("/proc/self/statm") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_mb * 2**20, resource.RLIM_INFINITY))

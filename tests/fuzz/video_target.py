@@ -85,7 +85,7 @@ class Videos(Target):
 
 
 def _find_outcome(name: str, stored: list[str], bad: dict[str, str]) -> Outcome:
-    """Returns the outcome of a video by the table of stored videos and the list of bad ones."""
+    """Return the outcome of a video by the table of stored videos and the list of bad ones."""
     if (name in stored) == (name in bad):
         return Outcome(FINDING, f"{name} is both stored and listed as bad, or neither")
     return (
@@ -94,7 +94,7 @@ def _find_outcome(name: str, stored: list[str], bad: dict[str, str]) -> Outcome:
 
 
 def _write_video(path: pathlib.Path, codec: str, options: dict[str, str]) -> None:
-    """Writes a video of 12 small frames of smooth noise."""
+    """Write a video of 12 small frames of smooth noise."""
     noise = np.random.default_rng(0).integers(0, 256, (12, 6, 8, 3), np.uint8)
     frames = noise.repeat(8, 1).repeat(8, 2)
     options = options | {"fflags": "+bitexact"}  # no random numbers in mkv and webm
@@ -104,6 +104,8 @@ def _write_video(path: pathlib.Path, codec: str, options: dict[str, str]) -> Non
         stream.pix_fmt = "yuv420p"
         stream.gop_size = 6
         stream.codec_context.thread_count = 1  # the same bytes every time
+        if codec == "libx264":  # its lookahead has a thread of its own
+            stream.options = {"x264-params": "sync-lookahead=0:rc-lookahead=0"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

@@ -80,14 +80,14 @@ _LAYOUTS = {
 
 
 def _backbone_arrays(name: str) -> dict[str, np.ndarray]:
-    """Returns a backbone's parameters by flat name, float16 noise."""
+    """Return a backbone's parameters by flat name, float16 noise."""
     rng = np.random.default_rng(0)
     shapes = convert.parameter_shapes(BACKBONES[name])
     return {n: rng.standard_normal(shape).astype(np.float16) for n, shape in shapes.items()}
 
 
 def _invert_transform(transform, array: np.ndarray) -> np.ndarray:
-    """Returns the array that `transform` turns into `array`.
+    """Return the array that `transform` turns into `array`.
 
     The transforms in the tables of `layouts` permute axes or drop axes of size 1.
     """
@@ -103,7 +103,7 @@ def _invert_transform(transform, array: np.ndarray) -> np.ndarray:
 
 
 def _shape_before(transform, shape: tuple[int, ...]) -> list[int]:
-    """Returns the shape that a permutation of axes turns into `shape`."""
+    """Return the shape that a permutation of axes turns into `shape`."""
     probe = transform(np.empty(range(2, 2 + len(shape))))  # a different size for each axis
     before = [0] * len(shape)
     for size, place in zip(shape, probe.shape, strict=True):
@@ -112,7 +112,7 @@ def _shape_before(transform, shape: tuple[int, ...]) -> list[int]:
 
 
 def _state_dict(layout: str) -> dict[str, np.ndarray]:
-    """Returns random weights under the names of a publisher's layout."""
+    """Return random weights under the names of a publisher's layout."""
     arrays = _backbone_arrays(_LAYOUTS[layout][0])
     table = layouts.LAYOUTS[layout].table
     state = {}
@@ -204,7 +204,7 @@ class Checkpoints(Target):
                 self._seeds.append(Case(name, files))
 
     def _files(self, state: dict[str, np.ndarray]) -> dict[str, bytes]:
-        """Returns the checkpoint's content by file suffix."""
+        """Return the checkpoint's content by file suffix."""
         metadata = {"heads": "1"}  # a single entry: safetensors writes several in random order
         return {".safetensors": safetensors.numpy.save(state, metadata)}
 
@@ -257,7 +257,7 @@ class TorchCheckpoints(Checkpoints):
 
 
 def _pickle_text(text: str) -> bytes:
-    """Returns a short text as encoded by pickle protocol 2."""
+    """Return a short text as encoded by pickle protocol 2."""
     return b"X" + len(text).to_bytes(4, "little") + text.encode()
 
 

@@ -13,7 +13,7 @@ _cache = {}
 
 
 def _key(model, config):
-    """Returns a key that is equal for equal programs; it ignores when a run saves and evaluates."""
+    """Return a key that is equal for equal programs; it ignores when a run saves and evaluate."""
     config = config.copy_and_resolve_references()
     for name in ("checkpoint", "eval", "init_from", "log_every_steps", "profile", "resume_changed"):
         del config[name]
@@ -22,7 +22,7 @@ def _key(model, config):
 
 @contextlib.contextmanager
 def compiling_once():
-    """Makes steps and initial parameters only once per configuration while the block runs."""
+    """Make steps and initial parameters only once per configuration while the block runs."""
 
     def cached(module, name):
         make = getattr(module, name)

@@ -63,19 +63,19 @@ class FakeGcs:
         self._server.server_close()
 
     def put(self, name: str, data: bytes) -> None:
-        """Stores an object."""
+        """Store an object."""
         self.objects[name] = bytes(data)
         self.generations[name] = self.generations.get(name, 0) + 1
 
     def upload_folder(self, folder, prefix: str) -> None:
-        """Stores every file of a local folder under `prefix`."""
+        """Store every file of a local folder under `prefix`."""
         for path in folder.rglob("*"):
             if path.is_file():
                 self.put(f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
 
 def _write_certificate(certificate, key) -> None:
-    """Writes a self-signed certificate and its key."""
+    """Write a self-signed certificate and its key."""
     names = "DNS:www.googleapis.com,DNS:storage.googleapis.com"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1"
     names = ["-subj", "/CN=fake", "-addext", f"subjectAltName={names}"]
@@ -147,7 +147,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def _handle_object(self, name: str) -> None:
-        """Answers a request for the content or the metadata of an object, or deletes it."""
+        """Answer a request for the content or the metadata of an object, or delete it."""
         gcs = self.server.gcs
         if name not in gcs.objects or name in gcs.denied:
             self._send_object(name)
@@ -160,7 +160,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send_json(self._resource(name))
 
     def _send_object(self, name: str) -> None:
-        """Sends the requested range of an object, or an error."""
+        """Send the requested range of an object, or an error."""
         gcs = self.server.gcs
         if name in gcs.denied:
             return self._send_json({"error": {"code": 403, "message": f"no access to {name}"}}, 403)
@@ -183,7 +183,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._send(206, data[start:end], headers)
 
     def _list_or_upload(self, bucket: str) -> None:
-        """Lists a bucket (GET), or begins or performs an upload (POST)."""
+        """List a bucket (GET), or begin or perform an upload (POST)."""
         if self.command == "POST":
             name = f"{bucket}/{self.query['name']}"
             if self.query.get("uploadType") == "resumable":
@@ -214,7 +214,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._store(name, bytes(self.server.gcs.uploads.pop(name)))
 
     def _store(self, name: str, data: bytes) -> None:
-        """Stores an object, unless the client expects another generation of it."""
+        """Store an object, unless the client expects another generation of it."""
         expected = self.query.get("ifGenerationMatch")
         current = self.server.gcs.generations[name] if name in self.server.gcs.objects else 0
         if expected is not None and int(expected) != current:
@@ -223,14 +223,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._send_json(self._resource(name))
 
     def _rewrite(self, name: str, to: str) -> None:
-        """Copies an object."""
+        """Copy an object."""
         if name not in self.server.gcs.objects:
             return self._send_object(name)
         self.server.gcs.put(to, self.server.gcs.objects[name])
         return self._send_json({"done": True, "resource": self._resource(to)})
 
     def _resource(self, name: str) -> dict:
-        """Returns the metadata of an object."""
+        """Return the metadata of an object."""
         bucket, _, key = name.partition("/")
         data = self.server.gcs.objects[name]
         return {

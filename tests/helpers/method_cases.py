@@ -16,7 +16,7 @@ TINY = vit.ViTConfig("tiny", 32, 8, 48, 3, 4, 96, 24)
 FRAMES, CLASSES = 4, 5
 
 # Compiler option for programs that agree to the bit, which conftest.py turns off otherwise.
-EXACT = {"xla_cpu_use_fusion_emitters": True}
+EXACT = {"xla_cpu_use_fusion_emitters": True} if jax.__version__.startswith("0.10.") else {}
 
 # Name of the case -> method and its keys under config.model.
 CASES = {
@@ -44,7 +44,7 @@ CASES = {
 
 
 def tiny_config(case, **options):
-    """Returns the configuration of a case; `options` are keys under config.model."""
+    """Return the configuration of a case; `options` are keys under config.model."""
     method, keys = CASES[case]
     config = schema.get_config()
     config.data.image_size = 32
@@ -60,7 +60,7 @@ def tiny_config(case, **options):
 
 
 def perturbed(params, scale=0.1):
-    """Adds noise to every leaf, so that no bias is zero and no scale is one."""
+    """Add noise to every leaf, so that no bias is zero and no scale is one."""
     rng = np.random.default_rng(1)
     return jax.tree.map(
         lambda x: np.asarray(x) + scale * rng.normal(size=x.shape).astype(x.dtype), params
@@ -69,20 +69,20 @@ def perturbed(params, scale=0.1):
 
 @functools.cache
 def backbone():
-    """Returns nontrivial parameters of a TINY backbone."""
+    """Return nontrivial parameters of a TINY backbone."""
     init = jax.jit(vit.ViT(TINY, scan_blocks=True).init)
     return perturbed(init(jax.random.key(7), jnp.zeros((1, 32, 32, 3)))["params"])
 
 
 def build_initialized(config):
-    """Returns the model and the initial parameters of a run."""
+    """Return the model and the initial parameters of a run."""
     model = method_registry.build_model(config, TINY, CLASSES)
     scanned = model.clone(scan_blocks=True)  # compiles faster
     return model, experiment.init_params(scanned, config, backbone())
 
 
 def build_randomized(config, shape=TINY):
-    """Returns the model and nontrivial parameters, without compiling the initialization."""
+    """Return the model and nontrivial parameters, without compiling the initialization."""
     model = method_registry.build_model(config, shape, CLASSES)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *clips(config))["params"]
     zeros = jax.tree_util.tree_map_with_path(
@@ -93,7 +93,7 @@ def build_randomized(config, shape=TINY):
 
 
 def clips(config, batch=2):
-    """Returns random inputs of the model, like normalized images: (spatial, temporal or None)."""
+    """Return random inputs of the model, like normalized images: (spatial, temporal or None)."""
     rng = np.random.default_rng(0)
     shapes = clip_shapes(config)
     return tuple(
@@ -103,7 +103,7 @@ def clips(config, batch=2):
 
 
 def apply(model, params, *args, method=None):
-    """Compiles and runs `model.apply`."""
+    """Compile and run `model.apply`."""
 
     def run(params, *args):
         return model.apply({"params": params}, *args, method=method)

@@ -13,7 +13,7 @@ NAMES = ["moves left", "moves right", "comes closer", "goes away", "turns", "ris
 def write_run(
     workdir: pathlib.Path, names=NAMES, num_videos=200, steps=1500, seed=0, wrong=0.2
 ) -> pathlib.Path:
-    """Writes a finished run of the demo's model with the classes `names`; returns the workdir.
+    """Write a finished run of the demo's model with the classes `names`; return the workdir.
 
     Video i has class i % C. A share `wrong` of the videos is predicted as the next class. The data
     and the backbone that the files name do not exist.
@@ -34,7 +34,7 @@ def write_run(
 
 
 def _write_config_and_environment(workdir: pathlib.Path, steps: int, seed: int) -> str:
-    """Writes config.json and environment.json; returns the folder of the data."""
+    """Write config.json and environment.json; return the folder of the data."""
     config = demo.get_config()
     config.seed, config.num_train_steps = seed, steps
     config.data.dir = str(workdir / "no_data")
@@ -51,7 +51,7 @@ def _write_config_and_environment(workdir: pathlib.Path, steps: int, seed: int) 
 
 
 def _write_metrics(workdir: pathlib.Path, steps: int, rng: np.random.Generator) -> None:
-    """Writes metrics.jsonl: an entry every 100 steps, and one evaluation halfway."""
+    """Write metrics.jsonl: an entry every 100 steps, and one evaluation halfway."""
     lines = []
     for step in range(100, steps + 1, 100):
         progress = step / steps
@@ -71,7 +71,7 @@ def _write_metrics(workdir: pathlib.Path, steps: int, rng: np.random.Generator) 
 def _make_predictions(
     labels: np.ndarray, mistaken: np.ndarray, num_classes: int, rng: np.random.Generator
 ) -> list[dict]:
-    """Returns a row per video; its first class is the label or, if mistaken, the next class."""
+    """Return a row per video; its first class is the label or, if mistaken, the next class."""
     rows = []
     for i, label in enumerate(labels.tolist()):
         first = (label + int(mistaken[i])) % num_classes
@@ -84,7 +84,7 @@ def _make_predictions(
 
 
 def _write_results(workdir: pathlib.Path, mistaken: np.ndarray, steps: int, data_dir: str) -> dict:
-    """Writes results.json; returns its content."""
+    """Write results.json; return its content."""
     top1 = float(1 - mistaken.mean())
     results = {
         "top1": top1,

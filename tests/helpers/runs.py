@@ -1,4 +1,4 @@
-"""Builds runs for tests: an experiment with its state in one object that changes."""
+"""Builds runs for tests: an experiment and its state in one mutable object."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from dualpath_jax.training.state import TrainState
 
 @dataclasses.dataclass
 class Run:
-    """Holds an experiment and its present state; attributes of the experiment are its own too."""
+    """Holds an experiment and its current state; it also has the attributes of the experiment."""
 
     experiment: Experiment
     state: TrainState
@@ -19,33 +19,39 @@ class Run:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.experiment, name)
 
+    def replace(self, **values: Any) -> None:
+        """Replace values of the experiment, which is frozen."""
+        self.experiment = dataclasses.replace(self.experiment, **values)
+
     def train(self, dataset, eval_dataset) -> None:
-        """Trains to the end."""
-        self.state = train.train(self.experiment, self.state, dataset, eval_dataset)
+        """Train to the last step."""
+        evaluator = evaluate.Evaluator(self.experiment, eval_dataset)
+        self.state = train.train(self.experiment, self.state, dataset, evaluator)
 
     def evaluate(self, dataset) -> evaluate.Scores:
-        """Returns the scores of the present state."""
+        """Return the scores of the current state."""
         return evaluate.Evaluator(self.experiment, dataset).evaluate(self.state)
 
     def evaluate_and_write(self, dataset) -> dict[str, Any]:
-        """Evaluates the present state and writes results.json."""
-        return evaluate.evaluate_and_write(self.experiment, self.state, dataset)
+        """Evaluate the current state, write results.json and return its content."""
+        evaluator = evaluate.Evaluator(self.experiment, dataset)
+        return evaluate.evaluate_and_write(evaluator, self.state)
 
     def restore_for_evaluation(self) -> None:
-        """Restores what the configuration names for --mode=eval."""
+        """Restore the state that --mode=eval evaluates."""
         self.state = restore.restore_for_evaluation(self.experiment, self.state)
 
     def restore_for_training(self, checkpoints) -> int:
-        """Restores the newest checkpoint and returns its step."""
+        """Restore the newest checkpoint and return its step."""
         step, self.state = restore.restore_for_training(self.experiment, self.state, checkpoints)
         return step
 
     def init_from_adapter(self, path: str) -> dict[str, Any]:
-        """Starts from an adapter file and returns its metadata."""
+        """Start from an adapter file and return its metadata."""
         self.state, metadata = adapter_file.init_from_adapter(self.experiment, self.state, path)
         return metadata
 
 
 def build_run(config: Any, workdir: str, dataset) -> Run:
-    """Builds the experiment of `config` and its initial state."""
+    """Build the experiment of `config` and its initial state."""
     return Run(*build_experiment(config, workdir, dataset))

@@ -16,6 +16,7 @@ import pytest
 
 from dualpath_jax import evaluate, train
 from dualpath_jax.data.video_dataset import VideoDataset
+from dualpath_jax.models import preprocess
 from dualpath_jax.runtime import distributed
 from dualpath_jax.runtime.preemption import Preempted, PreemptionGuard
 from dualpath_jax.training import sharding
@@ -26,7 +27,7 @@ from tests.helpers.small_config import small_config
 
 
 def make_six_step_config(data, backbone):
-    """Returns a config of six steps, saved at 2, 4 and 6, on the spatial path only."""
+    """Return a config of six steps, saved at 2, 4 and 6, on the spatial path only."""
     config = small_config(data, backbone)
     config.num_train_steps = 6
     config.checkpoint.every_steps = 2
@@ -37,7 +38,7 @@ def make_six_step_config(data, backbone):
 
 
 def train_and_evaluate(config, workdir, evaluation=True, poison=0.0):
-    """Trains and evaluates.
+    """Train and evaluate.
 
     Args:
       config: the configuration.
@@ -51,7 +52,7 @@ def train_and_evaluate(config, workdir, evaluation=True, poison=0.0):
     dataset, test = (VideoDataset(config.data.dir, split) for split in ("train", "test"))
     run = build_run(config, str(workdir), dataset)
     example_ids = {"train": [], "test": []}
-    original_inputs = train.preprocess.model_inputs
+    original_inputs = preprocess.model_inputs
 
     def shard_training(batch, mesh):
         example_ids["train"].append(batch["example_id"].tolist())
@@ -72,7 +73,7 @@ def train_and_evaluate(config, workdir, evaluation=True, poison=0.0):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "shard_batch", shard_training)
         patch.setattr(evaluate, "shard_batch", shard_testing)
-        patch.setattr(train.preprocess, "model_inputs", model_inputs)
+        patch.setattr(preprocess, "model_inputs", model_inputs)
         run.train(dataset, test)
         if evaluation:
             run.evaluate_and_write(test)
@@ -80,13 +81,13 @@ def train_and_evaluate(config, workdir, evaluation=True, poison=0.0):
 
 
 def straight(config, folder, process_id):
-    """Trains and evaluates without interruption, or from an existing checkpoint."""
+    """Train and evaluate without interruption, or from an existing checkpoint."""
     _, example_ids = train_and_evaluate(config, folder)
     (folder / f"seen{process_id}.json").write_text(json.dumps(example_ids))
 
 
 def stopped(config, folder, process_id):
-    """Stops after three steps, as on SIGTERM."""
+    """Stop after three steps, as on SIGTERM."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PreemptionGuard, "should_stop", lambda self, step: step == 3)
         with pytest.raises(Preempted, match="checkpoints/3"):
@@ -94,7 +95,7 @@ def stopped(config, folder, process_id):
 
 
 def apart(config, folder, process_id):
-    """Checks that workdirs that are not shared are refused."""
+    """Check that workdirs that are not shared are refused."""
     own = folder / str(process_id)
     own.mkdir(parents=True)
     with pytest.raises(OSError, match=f"--workdir={own} is another folder for process 1 than"):
@@ -102,7 +103,7 @@ def apart(config, folder, process_id):
 
 
 def damaged(config, folder, process_id):
-    """Resumes when the newest checkpoint is damaged, and the one before only for process 1."""
+    """Resume when the newest checkpoint is damaged, and the one before only for process 1."""
     if process_id == 0:
         shutil.copytree(folder.parent / "straight", folder)
         arrays = [p for p in (folder / "checkpoints/6/state").rglob("*") if p.is_file()]
@@ -131,7 +132,7 @@ def skipped(config, folder, process_id):
 
 
 def timed(config, folder, process_id):
-    """Saves by time: the clock of process 0 advances by a minute at every reading."""
+    """Save by time: the clock of process 0 advances by a minute at every reading."""
     config.checkpoint.every_steps = 100
     config.checkpoint.keep = 10
     config.checkpoint.every_minutes = 1.0
@@ -145,7 +146,7 @@ SCENARIOS = {f.__name__: f for f in (apart, straight, stopped, damaged, skipped,
 
 
 def main():
-    """Runs the scenarios named on the command line."""
+    """Run the scenarios named on the command line."""
     names, address, number, process_id, folder, data, backbone = sys.argv[1:]
     with distributed.end_together(), compiling_once():
         distributed.initialize(address, int(number), int(process_id))

@@ -14,7 +14,7 @@ TINY_VIT = {
 
 
 def small_config(data, backbone):
-    """Returns a config with eight clips per step, small images and five steps."""
+    """Return a config with eight clips per step, small images and five steps."""
     config = demo.get_config()
     config.data.source = "ssv2"  # prepared already
     config.data.dir = str(data)

@@ -11,7 +11,7 @@ from tests.helpers.torch_reference import import_torchvision, randomize_paramete
 
 
 def timm_vit(config: ViTConfig) -> torch.nn.Module:
-    """Builds timm's ViT."""
+    """Build timm's ViT."""
     import_torchvision()
     from timm.models.vision_transformer import VisionTransformer
 
@@ -28,7 +28,7 @@ def timm_vit(config: ViTConfig) -> torch.nn.Module:
 
 
 def huggingface_vit(config: ViTConfig, classifier: bool = True) -> torch.nn.Module:
-    """Builds transformers' ViT, with or without its classifier."""
+    """Build transformers' ViT, with or without its classifier."""
     import_torchvision()
     import transformers
 
@@ -46,7 +46,7 @@ def huggingface_vit(config: ViTConfig, classifier: bool = True) -> torch.nn.Modu
 
 
 def timm_swin(config: SwinConfig) -> torch.nn.Module:
-    """Builds timm's Swin."""
+    """Build timm's Swin."""
     import_torchvision()
     from timm.models.swin_transformer import SwinTransformer
 
@@ -64,7 +64,7 @@ def timm_swin(config: SwinConfig) -> torch.nn.Module:
 
 
 def huggingface_swin(config: SwinConfig, classifier: bool = True) -> torch.nn.Module:
-    """Builds transformers' Swin, with or without its classifier."""
+    """Build transformers' Swin, with or without its classifier."""
     import_torchvision()
     import transformers
 
@@ -83,7 +83,7 @@ def huggingface_swin(config: SwinConfig, classifier: bool = True) -> torch.nn.Mo
 
 
 def _stage_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Returns the modules to record: "embed", "block_<s>_<i>" (ViT: s = 0), "merge_<s>", "norm"."""
+    """Return the modules to record: "embed", "block_<s>_<i>" (ViT: s = 0), "merge_<s>", "norm"."""
     if hasattr(model, "blocks"):  # timm's ViT
         embed, norm, stages, merges = model.norm_pre, model.norm, [model.blocks], []
     elif hasattr(model, "layers") and hasattr(model, "patch_embed"):  # timm's Swin
@@ -104,7 +104,7 @@ def _stage_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def stages(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Runs a model on images [M, 3, H, W] and records the outputs of its stages.
+    """Run a model on images [M, 3, H, W] and records the outputs of its stages.
 
     Returns:
       Outputs [M, N, D] by the names of `_stage_modules` (but "norm"), and "features" [M, D].

@@ -20,7 +20,7 @@ def norm(x, p):
 
 
 def attend(x, p):
-    """Applies attention over the N tokens of x [..., N, D]."""
+    """Apply attention over the N tokens of x [..., N, D]."""
     q, k, v = linear(x, p["qkv"]).unflatten(-1, (3, HEADS, -1)).movedim(-3, 0).transpose(-2, -3)
     y = functional.scaled_dot_product_attention(q, k, v)
     return linear(y.transpose(-2, -3).flatten(-2), p["out"])
@@ -36,13 +36,13 @@ def adapter(x, a):
 
 
 def run_frozen_block(h, p):
-    """Returns (z, MLP output) of a frozen block; the block's output is their sum."""
+    """Return (z, MLP output) of a frozen block; the block's output is their sum."""
     z = h + attend(norm(h, p["ln_1"]), p["attention"])
     return z, mlp(norm(z, p["ln_2"]), p["mlp"])
 
 
 def convolve(x, a, side):
-    """Applies a depthwise 3D convolution to x [B, T, side^2, R]."""
+    """Apply a depthwise 3D convolution to x [B, T, side^2, R]."""
     kernel = a["kernel"]  # [T, H, W, 1, R]
     x = x.unflatten(2, (side, side)).permute(0, 4, 1, 2, 3)
     padding = [size // 2 for size in kernel.shape[:3]]
@@ -128,14 +128,14 @@ METHODS = {
 
 
 def select_block(tree, i):
-    """Returns the tensors of block i from arrays stacked [L, ...]."""
+    """Return the tensors of block i from arrays stacked [L, ...]."""
     if isinstance(tree, dict):
         return {name: select_block(leaf, i) for name, leaf in tree.items()}
     return torch.tensor(tree[i])
 
 
 def run(case, h, blocks, adapters, wrong=None):
-    """Runs h [B, T, N, D] through all blocks of a case."""
+    """Run h [B, T, N, D] through all blocks of a case."""
     h = torch.tensor(h)
     for i in range(len(blocks["ln_1"]["scale"])):
         h = METHODS[case][0](h, select_block(blocks, i), select_block(adapters, i), wrong)

@@ -27,7 +27,7 @@ _torchvision = torch.library.Library("torchvision", "FRAGMENT")
 
 
 def import_torchvision() -> None:
-    """Imports torchvision, which open_clip and transformers need, even if its operators are broken.
+    """Import torchvision, which open_clip and transformers need, even if its operators are broken.
 
     Next to a torch of another build (CPU torch, CUDA torchvision) its compiled operators do not
     load, and the import fails with "operator torchvision::nms does not exist". CLIP does not need
@@ -52,7 +52,7 @@ def import_torchvision() -> None:
 
 
 def randomize_parameters(model: torch.nn.Module) -> torch.nn.Module:
-    """Sets every parameter to new values, none of them zero or one, and returns the model.
+    """Set every parameter to new values, none of them zero or one, and return the model.
 
     Branches are of order 1. Embeddings are small, as in CLIP: with tokens of low variance before
     the first LayerNorm, its epsilon has a visible effect.
@@ -72,7 +72,7 @@ def randomize_parameters(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def open_clip_model(shape: dict, quick_gelu: bool) -> torch.nn.Module:
-    """Builds open_clip's CLIP with a ViT of `shape` and a small text tower."""
+    """Build open_clip's CLIP with a ViT of `shape` and a small text tower."""
     import_torchvision()
     import open_clip
 
@@ -90,7 +90,7 @@ def open_clip_model(shape: dict, quick_gelu: bool) -> torch.nn.Module:
 
 
 def huggingface_model(shape: dict, hidden_act: str, vision_only: bool = False) -> torch.nn.Module:
-    """Builds transformers' CLIPModel, or CLIPVisionModelWithProjection, with a ViT of `shape`."""
+    """Build transformers' CLIPModel, or CLIPVisionModelWithProjection, with a ViT of `shape`."""
     import_torchvision()
     import transformers
 
@@ -124,7 +124,7 @@ def huggingface_model(shape: dict, hidden_act: str, vision_only: bool = False) -
 
 
 def _record(modules: dict[str, torch.nn.Module], run) -> dict[str, torch.Tensor]:
-    """Records the outputs of `modules` during run(), and its result as "projection"."""
+    """Record the outputs of `modules` during run(), and its result as "projection"."""
     outputs = {}
 
     def hook(name):
@@ -144,7 +144,7 @@ def _record(modules: dict[str, torch.nn.Module], run) -> dict[str, torch.Tensor]
 
 
 def open_clip_stages(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Runs open_clip's image tower on [M, 3, H, W] and records its stages.
+    """Run open_clip's image tower on [M, 3, H, W] and records its stages.
 
     Returns:
       "embed" and "block_<i>" [M, N, D], "ln_post" [M, D], "projection" [M, e].
@@ -156,7 +156,7 @@ def open_clip_stages(model: torch.nn.Module, images: torch.Tensor) -> dict[str, 
 
 
 def huggingface_stages(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Records the stages of either model of transformers, as `open_clip_stages` does."""
+    """Record the stages of either model of transformers, as `open_clip_stages` does."""
     vision = model.vision_model
     blocks = {f"block_{i}": block for i, block in enumerate(vision.encoder.layers)}
     modules = {"embed": vision.pre_layrnorm, **blocks, "ln_post": vision.post_layernorm}

@@ -11,7 +11,7 @@ from dualpath_jax.inference import sliding_windows
 
 
 def gray_frames(num_frames: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
-    """Returns gray uint8 [H, W, 3] frames; frame i < 20 has brightness 10 + 12 i."""
+    """Return gray uint8 [H, W, 3] frames; frame i < 20 has brightness 10 + 12 i."""
     return [np.full((height, width, 3), 10 + 12 * i % 240, np.uint8) for i in range(num_frames)]
 
 
@@ -23,7 +23,7 @@ def write_video(
     options: dict[str, str] | None = None,
     gop: int | None = None,
 ) -> str:
-    """Writes a video file and returns its path.
+    """Write a video file and return its path.
 
     Args:
       path: the file to write.
@@ -50,13 +50,13 @@ def write_video(
 
 
 def noise_frames(num_frames: int, height: int = 48, width: int = 64) -> list[np.ndarray]:
-    """Returns uint8 [H, W, 3] frames of noise, which take many bytes when compressed."""
+    """Return uint8 [H, W, 3] frames of noise, which take many bytes when compressed."""
     rng = np.random.default_rng(0)
     return list(rng.integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8))
 
 
 def decode_windows_then_fail(path: str, *arguments):
-    """Runs in a worker: yields two windows, then does what the file's name says."""
+    """Run in a worker: yields two windows, then does what the file's name says."""
     for number, window in enumerate(sliding_windows.decode_windows(path, *arguments)):
         if number == 2 and os.path.basename(path) == "crash.mp4":
             os.kill(os.getpid(), signal.SIGSEGV)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import dualpath_jax
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.inference import export, trained_model
 from dualpath_jax.training.checkpoint import Checkpoints
@@ -26,8 +27,11 @@ folder, clips, out = sys.argv[1:]
 with np.load(clips) as arrays:
     spatial, temporal = arrays["spatial"], arrays["temporal"]
 code = open(folder + "/model.stablehlo", "rb").read()
-logits = {"stablehlo": jax.export.deserialize(code).call(spatial, temporal)}
+exported = jax.export.deserialize(code)
+logits = {"stablehlo": exported.call(spatial, temporal)}
+assert "_jax_" + jax.__version__.replace(".", "_") + "_date_20" in exported.fun_name
 loaded = tf.saved_model.load(folder + "/saved_model")
+assert jax.__version__ in loaded.export_info().numpy().decode()
 logits["saved_model"] = loaded.logits(spatial, temporal)["logits"].numpy()
 assert "dualpath_jax" not in sys.modules
 np.savez(out, **{k: np.asarray(v) for k, v in logits.items()})
@@ -36,7 +40,7 @@ np.savez(out, **{k: np.asarray(v) for k, v in logits.items()})
 
 @pytest.fixture
 def model(config, tmp_path):
-    """Returns the model of a run whose trained parameters differ from their initial values."""
+    """Return the model of a run whose trained parameters differ from their initial values."""
     dataset = VideoDataset(config.data.dir, "test")
     run = build_run(config, str(tmp_path / "run"), dataset)
     moved = jax.tree.map(lambda x: x + 0.05 * np.cos(np.arange(x.size)).reshape(x.shape), run.state)
@@ -84,6 +88,7 @@ def test_model_card(model):
     assert "call(spatial, temporal)" in card
     assert "Top-1 0.5000" in card
     assert "saved_model" not in card
+    assert f"with jax {jax.__version__} and dualpath_jax {dualpath_jax.__version__}" in card
     for other in (None, results | {"step": model.step + 1}):
         assert "has not been evaluated" in export.format_model_card(model, [], None, other)
 

@@ -16,6 +16,7 @@ from PIL import Image
 import dualpath_jax as dp
 from dualpath_jax import cli, evaluate
 from dualpath_jax.analysis import prediction_figures
+from dualpath_jax.commands import export_adapter
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.clip_spec import Views
 from dualpath_jax.data.preparation import video_decoder
@@ -25,7 +26,6 @@ from dualpath_jax.models import param_tree
 from dualpath_jax.models.forward import view_logits
 from dualpath_jax.training import adapter_file
 from dualpath_jax.training.checkpoint import Checkpoints
-from scripts import export_adapter
 from tests.helpers.runs import build_run
 from tests.helpers.video_files import decode_windows_then_fail, noise_frames, write_video
 
@@ -35,7 +35,7 @@ FORMAT = video_decoder.FrameFormat()
 
 @pytest.fixture
 def run(config, tmp_path):
-    """Returns a run with one checkpoint, whose trained parameters all differ from the start."""
+    """Return a run with one checkpoint, whose trained parameters all differ from the start."""
     config.model.scan_blocks = False
     config.eval.temporal_views = 2
     dataset = VideoDataset(config.data.dir, "test")
@@ -50,13 +50,13 @@ def run(config, tmp_path):
 
 @pytest.fixture
 def video(demo_data):
-    """Returns the file of the second test video."""
+    """Return the file of the second test video."""
     dataset = VideoDataset(demo_data, "test")
     return demo_data.parent / "raw" / "videos" / f"{dataset.ids[1]}.mp4"
 
 
 def run_script(monkeypatch, capsys, *arguments):
-    """Runs scripts/predict.py; returns (exit status, lines of output, errors)."""
+    """Run scripts/predict.py; return (exit status, lines of output, errors)."""
     monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -65,7 +65,7 @@ def run_script(monkeypatch, capsys, *arguments):
 
 
 def test_predictions_match_evaluation(run, config, video, tmp_path):
-    """Checks clips, logits and probabilities against the pipeline and step of evaluation."""
+    """Check clips, logits and probabilities against the pipeline and step of evaluation."""
     dataset = VideoDataset(config.data.dir, "test")
     batches = pipeline.eval_batches(dataset, config.data, Views(2, 1), batch_size=1)
     next(batches)
@@ -200,7 +200,7 @@ def test_windows_of_a_long_video(tmp_path):
 
 
 def test_frames_have_the_format_of_the_training_data(run, config, tmp_path):
-    """Checks a model of data prepared with `--fps` and `--short_side`, and its adapter file."""
+    """Check a model of data prepared with `--fps` and `--short_side`, and its adapter file."""
     path = str(tmp_path / "fast.mp4")
     write_video(path, [np.full((64, 96, 3), 3 * i, np.uint8) for i in range(60)], rate=30)
     frame_format = video_decoder.FrameFormat(48, 70, 10.0)
@@ -233,7 +233,7 @@ def test_frames_have_the_format_of_the_training_data(run, config, tmp_path):
 
 
 def test_windows_of_a_cut_video(tmp_path):
-    """Checks that the last window notes what is missing and ends where the video ends."""
+    """Check that the last window notes what is missing and end where the video ends."""
     path = tmp_path / "cut.mp4"
     options = {"movflags": "frag_keyframe+empty_moov"}
     write_video(path, noise_frames(40), rate=10, options=options, gop=5)
@@ -271,7 +271,7 @@ def test_windows_command(run, video, tmp_path, monkeypatch, capsys):
 
 
 def test_windows_that_hang_or_crash_the_decoder(run, tmp_path, monkeypatch):
-    """Checks that earlier windows are kept and that the next video is predicted."""
+    """Check that earlier windows are kept and that the next video is predicted."""
     names = ("crash.mp4", "hang.mp4", "good.mp4")
     videos = [write_video(tmp_path / name, 40) for name in names]
     monkeypatch.setattr(predict_files.sliding_windows, "decode_windows", decode_windows_then_fail)
@@ -289,7 +289,7 @@ def test_windows_that_hang_or_crash_the_decoder(run, tmp_path, monkeypatch):
 
 
 def changed_adapters(leaves, metadata):
-    """Returns adapter files that do not fit: case -> (leaves, metadata, message)."""
+    """Return adapter files that do not fit: case -> (leaves, metadata, message)."""
     name = "spatial/class_token"
     other = copy.deepcopy(metadata)
     other["config"]["model"]["method"] = "linear"
@@ -315,7 +315,7 @@ def changed_adapters(leaves, metadata):
             ("backbone.heads", 0, "heads=0 must be in"),
             ("data.frame_scale", 0, "frame_scale=0 must be in"),
             ("data.frame_scale", "many", "not supported between"),
-            ("backbone.checkpoint", ["x"], "is no path"),
+            ("backbone.checkpoint", ["x"], "is not a path"),
             ("data", 3, "its config builds no model"),
         )
     ):
@@ -329,7 +329,7 @@ def changed_adapters(leaves, metadata):
 
 
 def test_adapter_files_that_do_not_fit(run, tmp_path, monkeypatch, capsys):
-    """Checks that damaged, hostile and foreign adapter files are refused with a remedy."""
+    """Check that damaged, hostile and foreign adapter files are refused with a remedy."""
     good = str(tmp_path / "good.safetensors")
     export_adapter.export(run.workdir, good, "latest")
     leaves, metadata = adapter_file.read_adapter(good)
@@ -347,7 +347,7 @@ def test_adapter_files_that_do_not_fit(run, tmp_path, monkeypatch, capsys):
     for file, message in (
         (cut, f"'{cut}' is not a readable safetensors file"),
         (foreign, f"'{foreign}' is not an adapter file of this package"),
-        (run.workdir, f"--adapter='{run.workdir}' is no .safetensors file"),
+        (run.workdir, f"--adapter='{run.workdir}' is not a .safetensors file"),
         (tmp_path / "no.safetensors", f"no adapter file '{tmp_path / 'no.safetensors'}'"),
     ):
         status, _, err = run_script(monkeypatch, capsys, "--adapter", file, cut)
@@ -361,7 +361,7 @@ def test_adapter_files_that_do_not_fit(run, tmp_path, monkeypatch, capsys):
 
 
 def test_pictures(tmp_path):
-    """Checks the image of each video; a timeline uses a bounded number of windows."""
+    """Check the image of each video; a timeline uses a bounded number of windows."""
     jpegs = [video_decoder.to_jpeg(np.full((48, 64, 3), 8 * i, np.uint8), 90) for i in range(9)]
     frames = trained_model.SingleVideo(jpegs, 48, 64, "x", ["a", "$b", "c"])
     drawn = prediction_figures.PredictionFigures(str(tmp_path), frames.class_names, top_k=2)

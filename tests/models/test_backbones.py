@@ -39,13 +39,13 @@ SWIN = swin.SwinConfig("custom-swin", 64, 4, 32, (2, 2, 2), 1, 64, 4)
 
 
 def _images(size, count=2):
-    """Returns random images [M, H, W, 3] for size (H, W), or a side."""
+    """Return random images [M, H, W, 3] for size (H, W), or a side."""
     size = (size, size) if isinstance(size, int) else size
     return np.random.default_rng(0).standard_normal((count, *size, 3), np.float32)
 
 
 def _save_safetensors(state, path):
-    """Saves a torch state dict as a safetensors file and returns its path."""
+    """Save a torch state dict as a safetensors file and return its path."""
     arrays = {
         k: np.ascontiguousarray(source_checkpoint._torch_to_numpy(v)) for k, v in state.items()
     }
@@ -54,7 +54,7 @@ def _save_safetensors(state, path):
 
 
 def _converted(source, tmp_path, **options):
-    """Converts a checkpoint and returns (information, arrays by path)."""
+    """Convert a checkpoint and return (information, arrays by path)."""
     out = tmp_path / "backbone.safetensors"
     return convert.convert_checkpoint(source, out, **options), convert._read_backbone(out)[0]
 
@@ -68,7 +68,7 @@ def _tree(arrays):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_patch_embedding_equals_a_convolution(bias):
-    """Compares parameters and results on non-square images; twin: transposed patches."""
+    """Compare parameters and results on non-square images; twin: transposed patches."""
     images = _images((24, 40))
     patches = layers.PatchEmbedding(16, 8, bias)
     convolution = nn.Conv(16, (8, 8), strides=8, padding="VALID", use_bias=bias)
@@ -127,7 +127,7 @@ STAGES = {"vit": _vit_stages, "swin": _swin_stages}
 
 
 def _differences(params, config, images, expected):
-    """Returns the maximum of |ours - torch's| by stage, in order."""
+    """Return the maximum of |ours - torch's| by stage, in order."""
     ours = STAGES[backbone_registry.family_of(config)](params, config, images)
     assert ours.keys() == expected.keys()
     differences = {}
@@ -223,7 +223,7 @@ def test_swin_parity(publisher, config, size, tmp_path, record_property):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Returns (our arrays, config, images, torch's stages) of timm's small models, by family."""
+    """Return (our arrays, config, images, torch's stages) of timm's small models, by family."""
     result = {}
     for config, build in ((VIT, reference.timm_vit), (SWIN, reference.timm_swin)):
         folder = tmp_path_factory.mktemp(config.name)
@@ -254,7 +254,7 @@ def _no_patch_bias(arrays):
 
 
 def _rows_outside(arrays):
-    """Orders the four tokens of merging by rows."""
+    """Order the four tokens of merging by rows."""
     for name in arrays:
         if name.startswith("merge_0/") and not name.endswith("reduction/kernel"):
             a, b, c, d = np.split(arrays[name], 4)
@@ -295,7 +295,7 @@ def test_no_shift_mask_exceeds_the_tolerance(small, monkeypatch):
 
 
 def test_shift_mask_of_a_small_map():
-    """Checks 4x4 tokens, windows of 2, shift 1: the last window joins four corners."""
+    """Check 4x4 tokens, windows of 2, shift 1: the last window joins four corners."""
     same = swin._same_region((4, 4), 2, 1)
     assert same.shape == (4, 1, 4, 4)
     assert same[0].all()  # rows and columns 1, 2
@@ -308,14 +308,14 @@ def test_shift_mask_of_a_small_map():
 
 
 def _with_buffers(state):
-    """Adds the buffers that older files contain."""
+    """Add the buffers that older files contain."""
     names = [n.removesuffix("relative_position_bias_table") for n in state if n.endswith("_table")]
     state = {**state, **{n + "relative_position_index": torch.zeros(16, 16) for n in names}}
     return {**state, "layers.0.blocks.1.attn_mask": torch.zeros(4, 16, 16)}
 
 
 def _microsoft(state):
-    """Renames a state like Microsoft's: merging belongs to the stage before; head, buffers."""
+    """Rename a state like Microsoft's: merging belongs to the stage before; head, buffers."""
     state = {
         re.sub(r"layers\.(\d)\.down", lambda m: f"layers.{int(m[1]) - 1}.down", name): value
         for name, value in state.items()
@@ -337,7 +337,7 @@ def test_swin_of_its_authors(small, tmp_path):
 @pytest.mark.parametrize("classifier", [True, False])
 @pytest.mark.parametrize("family", ["vit", "swin"])
 def test_huggingface_in_memory_and_in_files(family, classifier, tmp_path):
-    """Checks that both names are read: transformers 5 writes older ones than it has in memory."""
+    """Check that both names are read: transformers 5 writes older ones than it has in memory."""
     config, build = {
         "vit": (VIT, reference.huggingface_vit),
         "swin": (SWIN, reference.huggingface_swin),
@@ -383,7 +383,7 @@ def test_left_over_and_missing_names_are_listed(build, config, missing, extra, t
 
 
 def test_widened_windows_are_logged_and_change_nothing(tmp_path, caplog):
-    """Checks 32 pixels, where timm's last stage has windows of 2 and tables of that size."""
+    """Check 32 pixels, where timm's last stage has windows of 2 and tables of that size."""
     config = dataclasses.replace(SWIN, image_size=32)
     state = reference.timm_swin(config).state_dict()
     source = _save_safetensors(state, tmp_path / "a.safetensors")

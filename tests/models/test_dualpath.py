@@ -12,6 +12,7 @@ from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.backbones import attention, vit
 from dualpath_jax.models.backbones import registry as backbone_registry
+from dualpath_jax.models.backbones.kernels import choose_kernels
 from dualpath_jax.models.backbones.layers import BlockHooks
 from dualpath_jax.models.methods.adapters import Adapter, ParallelAdapterHooks, SerialAdapterHooks
 from dualpath_jax.models.methods.dualpath import DualPath, sincos3d
@@ -21,8 +22,10 @@ TINY = vit.ViTConfig("tiny", 32, 8, 48, 3, 4, 96, 24)
 
 
 def tiny_model(**options):
+    """Build DualPath on TINY, with the kernels that the registry would choose."""
     options = {"config": TINY, "num_classes": 5, "frame_size": 8} | options
-    return DualPath(adapter=Adapter(bottleneck=16, parent=None), **options)
+    kernels = choose_kernels(options.get("scan_blocks", False))
+    return DualPath(adapter=Adapter(bottleneck=16, kernels=kernels, parent=None), **options)
 
 
 def tiny_inputs(framesets=1):
@@ -32,7 +35,7 @@ def tiny_inputs(framesets=1):
 
 
 def perturbed(params, scale=0.3):
-    """Adds noise to every leaf, so that no bias is zero and no scale is one."""
+    """Add noise to every leaf, so that no bias is zero and no scale is one."""
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: x + scale * rng.normal(size=x.shape).astype(x.dtype), params)
 
@@ -45,7 +48,7 @@ def _init(model, framesets):
 
 
 def init(model, framesets=1):
-    """Returns parameters with a nontrivial backbone and freshly initialized adapters."""
+    """Return parameters with a nontrivial backbone and freshly initialized adapters."""
     params = _init(model.clone(scan_blocks=True), framesets)  # compiles faster
     return jax.tree.map(jnp.asarray, params)  # copies the dictionaries for the test
 
@@ -89,7 +92,7 @@ def test_frozen_tokens_are_not_counted():
 
 
 def test_backbone_parameters_of_clip():
-    """Checks the count of CLIP ViT-B/16's image tower with its projection (openai/CLIP)."""
+    """Check the count of CLIP ViT-B/16's image tower with its projection (openai/CLIP)."""
     model = vit.ViT(vit.MODELS["ViT-B/16"])
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     assert param_tree.count_params(params) == 86_192_640
@@ -134,7 +137,7 @@ def test_adapter_initialization():
 
 @functools.cache
 def programs(model, path):
-    """Returns compiled functions of the frozen backbone's blocks and of the blocks of `path`."""
+    """Return compiled functions of the frozen backbone's blocks and of the blocks of `path`."""
 
     def frozen(model, h):
         return model.backbone.encode(h)
@@ -148,7 +151,7 @@ def programs(model, path):
 
 
 def frozen_and_adapted(model, params, path):
-    """Returns tokens before and after the blocks, frozen and of `path`, by separate programs."""
+    """Return tokens before and after the blocks, frozen and of `path`, by separate programs."""
     h = np.random.default_rng(2).normal(size=(6, TINY.num_tokens, 48)).astype(np.float32)
     return h, *(np.asarray(run({"params": params}, h)) for run in programs(model, path))
 
@@ -184,7 +187,7 @@ def test_spatial_features_start_as_clips(cls_token_only):
 
 
 def test_cls_token_only_does_not_change_results():
-    """Compares logits and gradients; twin: it has no effect on a method that mixes tokens."""
+    """Compare logits and gradients; twin: it has no effect on a method that mixes tokens."""
     inputs = tiny_inputs()
     params = perturbed(init(tiny_model()), 0.1)
     out = {}
@@ -222,7 +225,7 @@ def test_a_backbone_of_one_block(scan):
 
 
 def gradients(function, arrays, dy):
-    """Returns the concatenated gradients of sum(function(*arrays) * dy).
+    """Return the concatenated gradients of sum(function(*arrays) * dy).
 
     They are compiled with the option that `environment` sets.
     """
@@ -236,7 +239,7 @@ def gradients(function, arrays, dy):
 
 
 def test_attention_and_its_gradient():
-    """Compares attention with JAX's own."""
+    """Compare attention with JAX's own."""
     rng = np.random.default_rng(0)
     *arrays, dy = (jnp.asarray(rng.normal(size=(2, 5, 3, 8)), jnp.float32) for _ in range(4))
     theirs = jax.nn.dot_product_attention
@@ -257,7 +260,7 @@ def test_attention_and_its_gradient():
 
 @pytest.mark.parametrize("num_images", [1, 3])
 def test_attention_of_one_query_and_its_gradient(num_images):
-    """Compares it with attention to projected keys and values; a key bias has no effect."""
+    """Compare it with attention to projected keys and values; a key bias has no effect."""
     rng = np.random.default_rng(0)
     shapes = (num_images, 3, 8), (num_images, 5, 24), (24, 3, 8), (24, 3, 8), (3, 8)
     q, x, *weights = arrays = [jnp.asarray(rng.normal(size=n) / 2, jnp.float32) for n in shapes]
@@ -283,7 +286,7 @@ def test_attention_of_one_query_and_its_gradient(num_images):
 
 
 def test_temporal_path_starts_as_the_identity():
-    """Checks eq. 9 as printed, without skip connections around the adapters."""
+    """Check eq. 9 as printed, without skip connections around the adapters."""
     model = tiny_model(pre_attention_adapter=True)
     h, frozen, adapted = frozen_and_adapted(model, init(model), "temporal")
     assert np.array_equal(h, adapted)
@@ -304,7 +307,7 @@ def test_pre_attention_without_residual_starts_with_zero_input():
 
 @pytest.mark.parametrize("path", ["spatial", "temporal"])
 def test_equations_of_a_block(path):
-    """Compares the hooks with eq. 7 and eq. 9, written in steps of numpy."""
+    """Compare the hooks with eq. 7 and eq. 9, written in steps of numpy."""
     model = tiny_model(pre_attention_adapter=True)
     params = perturbed(init(model), 0.1)
     h, _, adapted = frozen_and_adapted(model, params, path)
@@ -411,7 +414,7 @@ def encode(place, channels=8):
 
 
 def test_sincos3d_of_aligned_patches():
-    """Checks L/14's case at a small size: two patches of 4 pixels across each frame of 8."""
+    """Check L/14's case at a small size: two patches of 4 pixels across each frame of 8."""
     table = sincos3d(2, (4, 4), 8, 4, 48).reshape(2, 8, 8, 48)
     # Frameset 1, frame in row 2, column 3 of the grid; its patch in row 1, column 0.
     expected = np.concatenate([encode(16 + 2 * 4 + 3), encode(1), encode(0)])
@@ -423,7 +426,7 @@ def test_sincos3d_of_aligned_patches():
 
 
 def test_sincos3d_of_patches_over_several_frames():
-    """Checks B/16's case: a frame is 3.5 patches long; 52 of 196 tokens cover several frames."""
+    """Check B/16's case: a frame is 3.5 patches long; 52 of 196 tokens cover several frames."""
     table = sincos3d(1, (4, 4), 56, 16, 96).reshape(14, 14, 96)
     code = {time: encode(time, 16) for time in (0, 1, 4, 5)}
     np.testing.assert_allclose(table[0, 3, :32], (code[0] + code[1]) / 2, atol=1e-6)

@@ -53,13 +53,13 @@ def _init(model):
 
 
 def init(model):
-    """Returns parameters with a nontrivial backbone and freshly initialized adapters."""
+    """Return parameters with a nontrivial backbone and freshly initialized adapters."""
     params = _init(model.clone(scan_blocks=True))  # compiles faster
     return jax.tree.map(jnp.asarray, params)  # copies the dictionaries for the test
 
 
 def test_parameters_on_swin():
-    """Checks adapters of each stage's width in the window blocks only (App. B.1); no tokens."""
+    """Check adapters of each stage's width in the window blocks only (App. B.1); no tokens."""
     model = tiny_model(pre_attention_adapter=True)
     params = init(model)
     predicate = method_registry.is_trainable_fn("dualpath")
@@ -96,7 +96,7 @@ def test_parameters_on_swin():
 
 
 def frozen_and_adapted(model, params, path):
-    """Returns maps before and after all stages, frozen and of `path`, by separate programs."""
+    """Return maps before and after all stages, frozen and of `path`, by separate programs."""
     h = np.random.default_rng(2).normal(size=(2, 8, 8, 24)).astype(np.float32)
     return h, *(np.asarray(run({"params": params}, h)) for run in programs(model, path))
 
@@ -117,7 +117,7 @@ def test_paths_that_start_as_the_frozen_swin(shifted):
 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_temporal_path_starts_as_the_identity_where_it_is_adapted(shifted):
-    """Checks eq. 9 as printed; blocks without adapters stay unchanged."""
+    """Check eq. 9 as printed; blocks without adapters stay unchanged."""
     model = tiny_model(adapt_shifted_windows=shifted)
     params = init(model)
     h, _, adapted = frozen_and_adapted(model, params, "temporal")
@@ -207,7 +207,7 @@ def test_dropout_differs_between_blocks_and_calls():
 
 
 def test_positions_are_added_after_the_patch_embedding():
-    """Checks the positions of each frameset, with 2x2 patches in a frame."""
+    """Check the positions of each frameset, with 2x2 patches in a frame."""
     model = tiny_model()
     params = init(model)
     table = model.apply({"params": params}, method=DualPath._temporal_positions)
@@ -245,7 +245,7 @@ def test_positions_that_need_a_backbone_table_are_rejected(kind):
 
 
 def test_training_on_a_swin_of_the_config(config, tmp_path):
-    """Converts a timm checkpoint, trains six steps and evaluates."""
+    """Convert a timm checkpoint, train six steps and evaluate."""
     pytest.importorskip("torch")
     from tests.helpers.torch_imagenet import timm_swin
 

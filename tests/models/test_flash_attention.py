@@ -10,7 +10,8 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from dualpath_jax.models.backbones import attention as attention_lib
-from dualpath_jax.models.backbones import block_loop, vit
+from dualpath_jax.models.backbones import kernels as kernels_lib
+from dualpath_jax.models.backbones import vit
 from dualpath_jax.models.backbones.layers import BlockHooks
 from dualpath_jax.models.methods.adapters import Adapter, ParallelAdapterHooks
 from dualpath_jax.training import sharding
@@ -21,7 +22,7 @@ on_any_device = jax.nn.dot_product_attention
 
 @pytest.fixture
 def called_lengths(monkeypatch):
-    """Returns a list of each cuDNN call's number of tokens; plain attention replaces cuDNN."""
+    """Return a list of each cuDNN call's number of tokens; plain attention replaces cuDNN."""
     lengths = []
 
     def stand_in(q, k, v, *, implementation, **options):
@@ -34,13 +35,13 @@ def called_lengths(monkeypatch):
 
 
 def arrays(num_tokens):
-    """Returns q, k, v and a gradient, each [2, N, 3, 8] float32."""
+    """Return q, k, v and a gradient, each [2, N, 3, 8] float32."""
     rng = np.random.default_rng(0)
     return [jnp.asarray(rng.normal(size=(2, num_tokens, HEADS, 8)), jnp.float32) for _ in range(4)]
 
 
 def gradients(function, q, k, v, dy):
-    """Returns the concatenated gradients of q, k and v."""
+    """Return the concatenated gradients of q, k and v."""
     gradient = jax.grad(lambda *qkv: (function(*qkv) * dy).sum(), argnums=(0, 1, 2))
     return np.concatenate([np.ravel(x) for x in gradient(q, k, v)])
 
@@ -60,7 +61,7 @@ def test_same_as_plain_attention(num_tokens, with_backward, called_lengths):
 
 
 def test_unmasked_padding_key_changes_gradients(monkeypatch):
-    """Checks as a twin an odd number of tokens without their length."""
+    """Check as a twin an odd number of tokens without their length."""
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda q, k, v, **_: on_any_device(q, k, v)
     )
@@ -73,14 +74,14 @@ def test_unmasked_padding_key_changes_gradients(monkeypatch):
 
 @pytest.fixture
 def with_cudnn(monkeypatch):
-    """Makes JAX assume that cuDNN is available, so that programs for a GPU can be lowered."""
+    """Make JAX assume that cuDNN is available, so that programs for a GPU can be lowered."""
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
 
 
 def lowered(function, num_tokens):
-    """Returns the gradient's program for a GPU as text."""
+    """Return the gradient's program for a GPU as text."""
     x = jax.ShapeDtypeStruct((2, num_tokens, HEADS, 8), jnp.bfloat16)
     loss = jax.grad(lambda q, k, v: function(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     return jax.jit(loss).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
@@ -95,14 +96,14 @@ def test_jax_accepts_197_padded_tokens(with_cudnn):
 
 
 def test_jax_rejects_197_tokens_without_padding(with_cudnn):
-    """Checks the twin; if it fails with a newer JAX, `flash_attention` needs no padding."""
+    """Check the twin; if it fails with a newer JAX, `flash_attention` needs no padding."""
     with pytest.raises(NotImplementedError, match="Unsupported sequence length Q 197"):
         lowered(lambda *qkv: on_any_device(*qkv, implementation="cudnn"), 197)
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """Makes models assume a GPU whose flash attention supports 10 tokens and more."""
+    """Make models assume a GPU whose flash attention supports 10 tokens and more."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(
         attention_lib, "can_use_flash_attention", lambda num_tokens, dtype: num_tokens >= 10
@@ -110,12 +111,12 @@ def on_gpu(monkeypatch):
 
 
 def gradient_in_training(scan=False, dtype=jnp.float32):
-    """Returns (adapters of three blocks, function of them that computes their gradient).
+    """Return (adapters of three blocks, function of them that computes their gradient).
 
     The loss depends only on the class token.
     """
     config = vit.ViTConfig("tiny", 32, 8, WIDTH, 3, HEADS, 48)  # 17 tokens
-    model = vit.ViT(config, dtype, scan, remat="cheap")
+    model = vit.ViT(config, dtype, scan, remat="save_matmuls")
     hooks = ParallelAdapterHooks(Adapter(4, dtype=dtype, parent=None), parent=None)
     h = jax.random.normal(jax.random.key(0), (2, config.num_tokens, WIDTH)).astype(dtype)
     params = model.init(jax.random.key(1), h[:, :2], method=vit.ViT.encode)
@@ -145,7 +146,7 @@ def test_training_adds_a_token_once_for_all_blocks(scan, request):
 
 
 def test_unmasked_padding_token_changes_gradients(on_gpu, monkeypatch):
-    """Checks the twin of the test before it."""
+    """Check the twin of the test before it."""
     adapters, gradient = gradient_in_training()
     gradients = []
     for hidden in (True, False):
@@ -166,21 +167,26 @@ class OverFrames(BlockHooks):
     """Applies the block's attention over the frames of a token, as AIM does."""
 
     pointwise = True
-    padding = 0
 
     @nn.compact
     def on_input(self, h, block):
         scale = self.param("scale", nn.initializers.ones, (WIDTH,))
         x = block.ln_1(h).swapaxes(0, 1) * scale  # [N, frames, D]
-        return h + block.attention(x, padding=self.padding).swapaxes(0, 1)
+        return h + self.attend(block, x).swapaxes(0, 1)
+
+    def attend(self, block, x):
+        return block.attention(x)
 
 
 class OverFramesWithoutTheLast(OverFrames):
-    padding = 1
+    """Attends like the block over its tokens, whose last one is padding."""
+
+    def attend(self, block, x):
+        return block.attend(x)
 
 
 def over_frames(hooks):
-    """Returns the output in training for twelve frames, enough for flash attention `on_gpu`."""
+    """Return the output in training for twelve frames, enough for flash attention `on_gpu`."""
     config = vit.ViTConfig("tiny", 32, 8, WIDTH, 3, HEADS, 48)
     model = vit.ViT(config)
     h = jax.random.normal(jax.random.key(0), (12, config.num_tokens, WIDTH))
@@ -205,12 +211,12 @@ def test_padding_token_is_not_taken_for_a_frame(request):
     ("scan", "saved", "times"), [(False, True, 2), (False, False, 4), (True, True, 2)]
 )
 def test_outputs_are_saved_in_unrolled_blocks(scan, saved, times, on_gpu, with_cudnn, monkeypatch):
-    """Counts calls: two of three unrolled blocks use it, the second with a backward pass.
+    """Count calls: two of three unrolled blocks use it, the second with a backward pass.
 
     A scanned model has one call in the forward loop and one in the backward loop.
     """
     if not saved:
-        monkeypatch.setitem(block_loop._KEPT_WRITTEN_OUT, "gpu", block_loop._KEPT)
+        monkeypatch.setattr(kernels_lib, "GPU", kernels_lib.GPU_SCANNED)
     adapters, gradient = gradient_in_training(scan, jnp.bfloat16)
     program = jax.jit(gradient).trace(adapters).lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("@__cudnn$fmhaSoftmax(") == times
@@ -240,7 +246,9 @@ def test_devices_with_flash_attention(platform, version, capability, available, 
     attention_lib.has_flash_attention.cache_clear()
 
 
-@pytest.mark.parametrize("for_cpu", [False, True])
+@pytest.mark.parametrize(
+    "kernels", [kernels_lib.GPU, kernels_lib.GPU_SCANNED], ids=["unrolled", "scanned"]
+)
 @pytest.mark.parametrize(
     ("dtype", "num_tokens", "cls_token_only", "expected"),
     [
@@ -250,8 +258,8 @@ def test_devices_with_flash_attention(platform, version, capability, available, 
         (jnp.float32, 65, False, []),
     ],
 )
-def test_when_it_is_used(dtype, num_tokens, cls_token_only, expected, for_cpu, monkeypatch):
-    """Checks that it is used in half precision, on many tokens, for all queries."""
+def test_when_it_is_used(dtype, num_tokens, cls_token_only, expected, kernels, monkeypatch):
+    """Check that it is used in half precision, on many tokens, for all queries."""
     used = []
 
     def recorder(q, k, v, padding):
@@ -260,7 +268,7 @@ def test_when_it_is_used(dtype, num_tokens, cls_token_only, expected, for_cpu, m
 
     monkeypatch.setattr(attention_lib, "has_flash_attention", lambda: True)
     monkeypatch.setattr(attention_lib, "flash_attention", recorder)
-    attention = vit.Attention(WIDTH, HEADS, for_cpu, dtype=dtype)
+    attention = vit.Attention(WIDTH, HEADS, kernels, dtype=dtype)
     x = jnp.ones((1, num_tokens, WIDTH), dtype)
     params = attention.init(jax.random.key(0), x)
     used.clear()

@@ -9,6 +9,7 @@ torch_methods = pytest.importorskip(
     "tests.helpers.torch_methods"
 )  # torch is only for conversion and tests
 
+from dualpath_jax.models.backbones import kernels as kernels_lib  # noqa: E402
 from dualpath_jax.models.backbones import vit  # noqa: E402
 from dualpath_jax.models.backbones.layers import no_hooks  # noqa: E402
 from dualpath_jax.models.frame_model import FrameModel  # noqa: E402
@@ -28,7 +29,7 @@ SIDE = 4  # patches along an image of TINY
 
 
 def frozen_block(block, h):
-    """Runs a frozen block of the backbone without hooks."""
+    """Run a frozen block of the backbone without hooks."""
     return apply(vit.Block(TINY), block, h, method=lambda b, h: b(h, no_hooks()))
 
 
@@ -37,7 +38,7 @@ def pool(model, h):
 
 
 def distance(a, b):
-    """Returns the largest absolute difference."""
+    """Return the largest absolute difference."""
     return np.max(np.abs(np.asarray(a) - b))
 
 
@@ -77,7 +78,7 @@ def test_aim_adds_temporal_positions_and_averages_the_frames():
 
 @pytest.mark.parametrize("case", ["vpt", "vpt_shallow"])
 def test_prompts(case):
-    """Checks [e; h] with new prompts at every block, or with prompts only at the first."""
+    """Check [e; h] with new prompts at every block, or with prompts only at the first."""
     config = tiny_config(case)
     model, params = build_randomized(config)
     frames = clips(config)[0].reshape(-1, 32, 32, 3)
@@ -98,7 +99,7 @@ def test_prompts(case):
 
 @pytest.mark.parametrize("case", ["adaptformer", "videoprompt"])
 def test_temporal_classifier(case):
-    """Checks the order: positions, prompts before the frames, block, average of frames, FC."""
+    """Check the order: positions, prompts before the frames, block, average of frames, FC."""
     model, params = build_randomized(tiny_config(case))
     head = params["head"]
     x = np.random.default_rng(0).normal(size=(2, FRAMES, 48)).astype(np.float32)
@@ -117,15 +118,15 @@ def test_temporal_classifier(case):
 
 
 def cross_attention(q, k, before, after):
-    """Computes EVL's temporal cross attention in loops; q, k [B, T, N, K, d]."""
+    """Compute EVL's temporal cross attention in loops; q, k [B, T, N, K, d]."""
     batch, frames, tokens, heads, size = q.shape
     out = np.zeros((batch, frames, tokens, before.shape[1]))
     for b, t, i in np.ndindex(batch, frames, tokens - 1):
-        for neighbour, table in ((t - 1, before), (t + 1, after)):
-            if not 0 <= neighbour < frames:
+        for neighbor, table in ((t - 1, before), (t + 1, after)):
+            if not 0 <= neighbor < frames:
                 continue
             for head in range(heads):
-                logits = k[b, neighbour, 1:, head] @ q[b, t, 1 + i, head] / np.sqrt(size)
+                logits = k[b, neighbor, 1:, head] @ q[b, t, 1 + i, head] / np.sqrt(size)
                 weights = np.exp(logits - logits.max())
                 weights /= weights.sum()
                 for j in range(tokens - 1):
@@ -135,12 +136,12 @@ def cross_attention(q, k, before, after):
     return out
 
 
-@pytest.mark.parametrize("for_cpu", [False, True])
-def test_temporal_cross_attention_against_loops(for_cpu):
+@pytest.mark.parametrize("kernels", [kernels_lib.DEFAULT, kernels_lib.CPU], ids=["default", "cpu"])
+def test_temporal_cross_attention_against_loops(kernels):
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 1, 3, 17, 2, 4)).astype(np.float32)
     tables = {n: rng.normal(size=(49, 6)).astype(np.float32) for n in ("before", "after")}
-    module = TemporalCrossAttention(6, for_cpu)
+    module = TemporalCrossAttention(6, kernels)
     ours = apply(module, tables, q, k)
     assert distance(ours, cross_attention(q, k, **tables)) < 1e-5
     assert distance(ours, cross_attention(q, k, tables["after"], tables["before"])) > 1e-2
@@ -176,7 +177,7 @@ def test_evl_reads_outputs_queries_and_keys_of_the_last_blocks():
 
 
 def decode(features, p):
-    """Computes EVL's decoder in numpy from its description."""
+    """Compute EVL's decoder in numpy from its description."""
 
     def norm(x, p):
         x = x - x.mean(axis=-1, keepdims=True)

@@ -41,12 +41,12 @@ from tests.helpers.runs import build_run
 
 
 def layers(prefix, *names, leaves=("kernel", "bias")):
-    """Returns the paths of the leaves of layers below `prefix`."""
+    """Return the paths of the leaves of layers below `prefix`."""
     return {f"{prefix}/{name}/{leaf}" for name in names for leaf in leaves}
 
 
 def adapters(*hooks, prefix="adapters"):
-    """Returns the paths of the leaves of bottleneck adapters."""
+    """Return the paths of the leaves of bottleneck adapters."""
     return set().union(*(layers(f"{prefix}/{hook}", "down", "up") for hook in hooks))
 
 
@@ -90,7 +90,7 @@ TRAINABLE = {
 
 
 def one_step(config, model, params):
-    """Does one training step; returns trainable leaves before and after, frozen ones, metrics."""
+    """Do one training step; return trainable leaves before and after, frozen ones, metrics."""
     shapes = clip_shapes(config)
     rng = np.random.default_rng(0)
     batch = {
@@ -118,7 +118,7 @@ def one_step(config, model, params):
 
 @pytest.mark.parametrize("head", ["classifier", "average", "temporal", "dense"])
 def test_heads_are_computed_in_float32(head):
-    """Checks the precision of all products; twin: a plain layer has the default precision."""
+    """Check the precision of all products; twin: a plain layer has the default precision."""
     module, x = {
         "classifier": (MlpClassifier(8, 3), jnp.ones((2, 16))),
         "average": (AverageClassifier(3), jnp.ones((2, 4, 16))),
@@ -227,7 +227,7 @@ def test_starts_as_the_frozen_backbone(case):
 
 
 def test_temporal_path_of_dualpath_at_the_start():
-    """Checks that eq. 9 starts as the identity, and as the backbone with a skip connection."""
+    """Check that eq. 9 starts as the identity, and as the backbone with a skip connection."""
     config = tiny_config("dualpath")
     _, params = build_initialized(config)
     _, framesets = clips(config)
@@ -293,7 +293,7 @@ NUM_FRAMES = {"dualpath": 16, "evl": 32}
 
 
 def abstract(config, backbone, classes):
-    """Returns the shapes of a method's trainable parameters and of its logits."""
+    """Return the shapes of a method's trainable parameters and of its logits."""
     shape = backbone_registry.MODELS[backbone]
     model = method_registry.build_model(config, shape, classes)
     inputs = [None if s is None else jnp.zeros(s) for s in clip_shapes(config)]
@@ -445,7 +445,7 @@ def test_all_methods_see_the_same_clips(config):
         ("videoprompt", "videoprompt.num_prompts", -1, "model.videoprompt.num_prompts=-1"),
         ("adaptformer", "adaptformer.bottleneck", 0, "model.adaptformer.bottleneck=0"),
         ("protuning", "protuning.width", 0, "model.protuning.width=0"),
-        ("linear", "method", "lora", "unknown model.method 'lora': known are dualpath, full"),
+        ("linear", "method", "lora", "unknown model.method='lora': known are dualpath, full"),
     ],
 )
 def test_bad_values_are_named(case, key, value, match):

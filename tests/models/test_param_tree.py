@@ -10,8 +10,8 @@ from tests.models.test_remat import loss_of, small, values_for
 
 @pytest.fixture(scope="module")
 def weights():
-    """Returns (loss, trainable, frozen, inputs) of four unrolled blocks."""
-    config = small("ssv2_vitb", "cheap", scan=False)
+    """Return (loss, trainable, frozen, inputs) of four unrolled blocks."""
+    config = small("ssv2_vitb", "save_matmuls", scan=False)
     config.backbone.depth = 4
     loss, arguments = loss_of(config)
     trainable, frozen, *inputs = values_for(arguments)
@@ -33,7 +33,7 @@ def test_merge_inverts_unstack(weights):
 
 
 def test_no_copy_of_a_blocks_weights(weights):
-    """Checks that the compiler needs less memory for a forward pass than from a stack."""
+    """Check that the compiler needs less memory for a forward pass than from a stack."""
     loss, trainable, frozen, inputs = weights
 
     def run(tree):

@@ -23,7 +23,7 @@ def batch():
 
 
 def with_ops(batch, *names, value=1.63):
-    """Adds the named operations to all clips but the first."""
+    """Add the named operations to all clips but the first."""
     ops = np.tile(np.array([OPS.index(name) for name in names], np.int32), (8, 1))
     ops[0] = 0
     tables = np.tile(np.arange(256, dtype=np.uint8), (8, 3, 1))

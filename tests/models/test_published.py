@@ -78,7 +78,7 @@ def test_k400(videos, annotations):
 
 
 def test_k400_has_400_classes_in_the_order_of_raw_labels(videos, annotations):
-    """Checks the order of 400 labels, of which 308 and 309 swap when spelled as folder names."""
+    """Check the order of 400 labels, of which 308 and 309 swap when spelled as folder names."""
     labels = [f"a{i:03d}" for i in range(308)] + ["s (not t)", "s b"]
     labels += [f"t{i:03d}" for i in range(90)]
     rows = [f"{label},id{i},0,10,train" for i, label in enumerate(reversed(labels))]
@@ -94,7 +94,7 @@ def test_k400_has_400_classes_in_the_order_of_raw_labels(videos, annotations):
 
 
 def test_k400_variants(videos, annotations):
-    """Checks any order of columns, and test files without and with labels."""
+    """Check any order of columns, and test files without and with labels."""
     write(
         annotations,
         train__csv="split,time_end,is_cc,time_start,label,youtube_id\ntrain,11,0,1,run,a\n",

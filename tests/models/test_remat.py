@@ -18,7 +18,7 @@ SMALL = {
 
 
 def small(name, remat, scan):
-    """Returns the configuration `name` with a small backbone and images of 64 pixels."""
+    """Return the configuration `name` with a small backbone and images of 64 pixels."""
     config = load(name)
     config.backbone.name = "custom-swin" if "swin" in name else "custom"
     config.backbone.update(SMALL[name])
@@ -33,7 +33,7 @@ def small(name, remat, scan):
 
 
 def loss_of(config):
-    """Returns loss(trainable, frozen, *inputs) and its arguments without values."""
+    """Return loss(trainable, frozen, *inputs) and its arguments without values."""
     model = abstract_model(config, 174)
     trainable, frozen = param_tree.split(model.params, model.mask)
 
@@ -45,7 +45,7 @@ def loss_of(config):
 
 
 def values_for(tree):
-    """Returns random values for abstract arrays."""
+    """Return random values for abstract arrays."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape, np.float32), tree)
 
@@ -61,14 +61,14 @@ def test_gradients_are_the_same(name, scan):
         arguments = values_for(arguments)
         gradients[remat] = param_tree.flatten(jax.jit(jax.grad(loss))(*arguments))
     largest = max(np.abs(leaf).max() for leaf in gradients["none"].values())
-    for remat in ("cheap", "full"):
+    for remat in ("save_matmuls", "full"):
         for path, leaf in gradients["none"].items():
             assert np.abs(leaf - gradients[remat][path]).max() <= 1e-5 * largest, path
     assert largest > 1e-3
 
 
 def test_memory_falls():
-    """Compares the compiler's memory for temporaries of the scanned step on eight blocks."""
+    """Compare the compiler's memory for temporaries of the scanned step on eight blocks."""
     sizes = []
     for remat in block_loop.REMAT:
         config = small("ssv2_vitb", remat, scan=True)
@@ -77,8 +77,8 @@ def test_memory_falls():
         loss, arguments = loss_of(config)
         compiled = jax.jit(jax.grad(loss)).lower(*arguments).compile()
         sizes.append(compiled.memory_analysis().temp_size_in_bytes)
-    none, cheap, full = sizes
-    assert full < cheap < 0.7 * none
+    none, save_matmuls, full = sizes
+    assert full < save_matmuls < 0.7 * none
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,13 @@ def test_memory_falls():
     [
         ("ssv2_vitb", "none", False, 2.085),
         ("ssv2_vitb", "none", True, 1.914),
-        ("ssv2_vitb", "cheap", True, 2.045),
+        ("ssv2_vitb", "save_matmuls", True, 2.045),
         ("ssv2_vitb", "full", True, 2.569),
-        ("ssv2_vitl", "cheap", True, 2.120),
+        ("ssv2_vitl", "save_matmuls", True, 2.120),
     ],
 )
 def test_work_of_a_step(name, remat, cls_token_only, ratio):
-    """Checks the ratio of both passes' multiply-accumulates to those of a plain forward pass."""
+    """Check the ratio of both passes' multiply-accumulates to those of a plain forward pass."""
     config = load(name)
     config.model.cls_token_only, config.model.remat = False, "none"
     loss, arguments = loss_of(config)
@@ -106,7 +106,8 @@ def test_work_of_a_step(name, remat, cls_token_only, ratio):
 
 def test_unknown_names():
     config = small("ssv2_vitb", "some", scan=True)
-    with pytest.raises(ValueError, match="unknown model.remat='some': known are none, cheap, full"):
+    message = "unknown model.remat='some': known are none, save_matmuls, full"
+    with pytest.raises(ValueError, match=message):
         method_registry.build_model(config, build_backbone_config(config), 3)
-    with pytest.raises(ValueError, match="'softmax' is not kept: known are attended, branch"):
+    with pytest.raises(ValueError, match="unknown activation 'softmax': known are qkv, hidden"):
         block_loop.checkpoint_activation(np.zeros(3), "softmax")

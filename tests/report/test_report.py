@@ -21,7 +21,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 @pytest.fixture
 def report(monkeypatch, tmp_path, capsys):
-    """Returns a function that runs scripts/report.py: (arguments) -> (status, page, output)."""
+    """Return a function that runs scripts/report.py: (arguments) -> (status, page, output)."""
 
     def make(*arguments, out=tmp_path / "report.html"):
         monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments), f"--out={out}"])
@@ -79,7 +79,7 @@ def test_classes_and_confusions():
 
 
 def max_pair_distance(order, pairs):
-    """Returns the largest distance between the two classes of a pair in an order."""
+    """Return the largest distance between the two classes of a pair in an order."""
     return max(abs(order.index(a) - order.index(b)) for a, b in pairs)
 
 
@@ -137,7 +137,7 @@ def test_charts():
 
 
 def missing_texts(run):
-    """Returns the entries of `run.missing` as "what: command"."""
+    """Return the entries of `run.missing` as "what: command"."""
     return [f"{item.what}: {item.command}" for item in run.missing]
 
 
@@ -152,7 +152,7 @@ def test_a_complete_run(tmp_path):
 
 
 def edit(path, old, new):
-    """Replaces the first `old` in a file, which must contain it."""
+    """Replace the first `old` in a file, which must contain it."""
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
@@ -256,7 +256,7 @@ def test_nothing_but_a_config(tmp_path, report):
 
 
 def test_a_run_older_than_a_setting(tmp_path, report):
-    """Checks that a missing setting counts as its default in comparisons and parameter tables."""
+    """Check that a missing setting counts as its default in comparisons and parameter tables."""
     pages = []
     for name in ("new", "old"):
         path = write_run(tmp_path / name) / "config.json"
@@ -382,7 +382,7 @@ def test_splits_of_one_run(tmp_path):
 
 @pytest.mark.slow
 def test_images_of_a_real_run(config, tmp_path):
-    """Checks frames and attention of an untrained run with a checkpoint and made-up results."""
+    """Check frames and attention of an untrained run with a checkpoint and made-up results."""
     dataset = VideoDataset(config.data.dir, "test")
     run = build_run(config, str(tmp_path), dataset)
     checkpoints = Checkpoints(run.workdir)
@@ -423,7 +423,7 @@ def test_images_of_a_real_run(config, tmp_path):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Returns a running Chromium."""
+    """Return a running Chromium."""
     api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
     if program is None:
@@ -436,7 +436,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser):
-    """Returns a function that opens a page: (path, width, scheme) -> tab.
+    """Return a function that opens a page: (path, width, scheme) -> tab.
 
     At the end it checks that no page had an error, a dialog or a request to another address.
     """
@@ -463,7 +463,7 @@ def visit(browser):
 
 
 def test_errors_in_a_page_are_noticed(browser, tmp_path):
-    """Checks, as a twin of the fixture `visit`, that an error and a request can be noticed."""
+    """Check, as a twin of the fixture `visit`, that an error and a request can be noticed."""
     (tmp_path / "bad.html").write_text('<img src="other.png"><script>null.x</script>')
     tab, wrong, uri = browser.new_page(), [], (tmp_path / "bad.html").as_uri()
     tab.on("pageerror", lambda error: wrong.append("error"))
@@ -475,7 +475,7 @@ def test_errors_in_a_page_are_noticed(browser, tmp_path):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Returns the pages of a hostile run, of a run with 400 classes, and of three runs."""
+    """Return the pages of a hostile run, of a run with 400 classes, and of three runs."""
     folder = tmp_path_factory.mktemp("pages")
     many = [f"class of a rather long name number {i}" for i in range(400)]
     hostile = write_run(folder / "hostile", [HOSTILE, *NAMES[1:]])
@@ -503,7 +503,7 @@ def test_nothing_scrolls_sideways(name, width, pages, visit):
 
 
 def test_a_page_that_is_too_wide_is_noticed(pages, visit):
-    """Checks, as a twin of the test above, that the measured width can fail."""
+    """Check, as a twin of the test above, that the measured width can fail."""
     tab = visit(pages["several"], 360)
     tab.evaluate("document.body.append(document.createElement('hr'))")
     tab.evaluate("document.body.lastChild.style.width = '500px'")
@@ -573,7 +573,7 @@ def test_headings_sort(pages, visit):
 
 
 def contrast(tab, front, behind):
-    """Returns WCAG's contrast ratio of two colors of the page, given by name."""
+    """Return WCAG's contrast ratio of two colors of the page, given by name."""
     luminances = []
     for name in (front, behind):
         value = tab.evaluate(

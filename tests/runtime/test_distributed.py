@@ -28,7 +28,7 @@ from dualpath_jax.runtime import distributed, environment
     ],
 )
 def test_one_process_on_a_host_has_all_its_gpus(variables, devices, monkeypatch):
-    """Checks that the only process on a host gets all its GPUs, not only one."""
+    """Check that the only process on a host gets all its GPUs, not only one."""
     for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -87,7 +87,7 @@ def test_unavailable_cloud_storage_is_not_a_peer_failure(monkeypatch):
     [(2, None, "runs/x/compiled_programs/{}"), (1, None, None), (2, "elsewhere", "elsewhere")],
 )
 def test_folder_of_compiled_programs(processes, chosen, folder, monkeypatch):
-    """Checks that several processes keep compiled programs in a folder that all of them share."""
+    """Check that several processes keep compiled programs in a folder that all of them share."""
     usual = str(environment.cache_folder())
     folder = folder and folder.format(environment.cache_folder().name)
     before = jax.config.jax_compilation_cache_dir

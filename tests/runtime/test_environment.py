@@ -24,14 +24,14 @@ def test_the_users_settings_stay(monkeypatch, tmp_path):
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here")
     environment.configure_environment()
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=here"
-    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "2"
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "3"
     folder = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
     assert folder.parent == tmp_path / "dualpath_jax"
     assert folder == environment.cache_folder()
 
 
 def test_a_second_start_compiles_nothing(tmp_path):
-    """Checks that a second process finds the programs that the first one has compiled."""
+    """Check that a second process finds the programs that the first one has compiled."""
     program = (
         "from dualpath_jax.runtime import environment; environment.configure_environment(); "
         "import jax; "
@@ -75,7 +75,7 @@ print([faults() for _ in range(20)])
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 @pytest.mark.parametrize("chosen", [{}, {"MALLOC_CHECK_": "0"}])
 def test_memory_of_a_step_is_reused(chosen):
-    """Checks that a step reuses memory of the step before, unless the user has own settings."""
+    """Check that a step reuses memory of the step before, unless the user has own settings."""
     names = ("MALLOC_", "GLIBC_TUNABLES")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(names)}
     variables = {**inherited, **chosen, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -96,3 +96,20 @@ def test_description_of_the_environment(monkeypatch):
     assert description["versions"]["dualpath_jax"] == dualpath_jax.__version__
     assert description["devices"] == {"cpu": len(jax.devices())}
     assert (description["processes"], description["xla_flags"]) == (1, os.environ["XLA_FLAGS"])
+
+
+EXITING = """
+import sys, threading
+from dualpath_jax.runtime import environment
+environment._THREAD_SECONDS = 0.1
+threading.Thread(target=threading.Event().wait, daemon=sys.argv[1] == "daemon").start()
+print("done")
+environment.exit_process(7)
+"""
+
+
+@pytest.mark.parametrize("kind", ["stuck", "daemon"])
+def test_a_stuck_thread_does_not_keep_the_process(kind):
+    command = [sys.executable, "-c", EXITING, kind]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (ended.returncode, ended.stdout) == (7, "done\n")

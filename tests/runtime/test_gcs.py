@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from configs import demo
+from dualpath_jax.commands import export_adapter
 from dualpath_jax.data.video_dataset import UnreadableVideo, VideoDataset
 from dualpath_jax.demo import setup
 from dualpath_jax.runtime import gcs as gcs_lib
 from dualpath_jax.training.inputs import check_inputs, check_workdir, open_datasets
 from dualpath_jax.weights import convert
-from scripts import export_adapter
-from tests.data.test_video_dataset import NUM_FRAMES, write
+from tests.data.test_video_dataset import NUM_FRAMES, write_data
 from tests.helpers.compiling_once import compiling_once
 from tests.helpers.fake_gcs import FakeGcs
 from tests.helpers.runs import build_run
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="needs opens
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    """Starts the fake server and points all clients in this process to it."""
+    """Start the fake server and points all clients in this process to it."""
     with FakeGcs(tmp_path_factory.mktemp("gcs")) as gcs, pytest.MonkeyPatch.context() as patch:
         for key, value in gcs.environment.items():
             patch.setenv(key, value)
@@ -37,8 +37,8 @@ def service(tmp_path_factory):
 
 @pytest.fixture
 def gcs(service, tmp_path):
-    """Puts a small data set into gs://bucket/my data and tmp_path/data; returns the server."""
-    write(tmp_path / "data")
+    """Put a small data set into gs://bucket/my data and tmp_path/data; return the server."""
+    write_data(tmp_path / "data")
     service.objects.clear()
     service.denied.clear()
     service.upload_folder(tmp_path / "data", "bucket/my data")
@@ -111,13 +111,13 @@ def test_a_bucket_that_refuses(gcs):
 
 def test_missing_client_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
-    with pytest.raises(ValueError, match=r"--workdir=gs://b .* -r requirements-gcs\.txt"):
+    with pytest.raises(ValueError, match=r'--workdir=gs://b .* pip install "\.\[gcs\]"'):
         gcs_lib.check_gcs_installed("gs://b", "--workdir")
     gcs_lib.check_gcs_installed("/b", "--workdir")
 
 
 def small_config(root):
-    """Returns the config of the demo's model on the small data set in `root`."""
+    """Return the config of the demo's model on the small data set in `root`."""
     config = demo.get_config()
     config.data.source = "folder"
     config.data.dir = f"{root}/my data" if root.startswith("gs://") else f"{root}/data"
@@ -138,7 +138,7 @@ def small_config(root):
 
 
 def train_and_evaluate(config, workdir):
-    """Trains and evaluates as the command line does; returns the results."""
+    """Train and evaluate as the command line does; return the results."""
     check_workdir(workdir)
     check_inputs(config)
     dataset, eval_dataset = open_datasets(config)
@@ -149,7 +149,7 @@ def train_and_evaluate(config, workdir):
 
 
 def untimed_entries(text):
-    """Returns the entries of metrics.jsonl without the values that depend on time."""
+    """Return the entries of metrics.jsonl without the values that depend on time."""
     entries = [json.loads(line) for line in text.splitlines()]
     timing = {"clips_per_second", "data_wait"}
     return [{key: entry[key] for key in entry.keys() - timing} for entry in entries]
@@ -196,12 +196,12 @@ def test_a_run_in_gs_is_the_run_on_disk(gcs, tmp_path, capsys):
 
 
 def saved_steps(gcs):
-    """Returns the steps of the checkpoints in Cloud Storage."""
+    """Return the steps of the checkpoints in Cloud Storage."""
     prefix = "bucket/runs/one/checkpoints/"
     names = [name.removeprefix(prefix) for name in gcs.objects if name.startswith(prefix)]
     return {int(name.split("/")[0]) for name in names if name}
 
 
 def saved_steps_on_disk(workdir):
-    """Returns the steps of the checkpoints on disk."""
+    """Return the steps of the checkpoints on disk."""
     return {int(name) for name in os.listdir(workdir / "checkpoints")}

@@ -24,7 +24,7 @@ def restore_quiet():
 
 
 def count_videos(clock, **options):
-    """Counts 100 videos of one second each, 40 of them done before."""
+    """Count 100 videos of one second each, 40 of them done before."""
     with progress_bar.ProgressBar(100, "prepare", "videos", 40, clock=clock, **options) as bar:
         for _ in range(60):
             clock.now += 1

@@ -66,7 +66,7 @@ def test_deepest_accepted_json(tmp_path):
 
 @pytest.fixture
 def annotations(tmp_path):
-    """Returns a function that writes and lists a data set's annotations, one text replaced."""
+    """Return a function that writes and lists a data set's annotations, one text replaced."""
 
     def write(kind, old="", new=""):
         (case,) = (case for case in Annotations(tmp_path).seeds() if case.kind == kind)
@@ -124,7 +124,7 @@ def test_annotation_errors(annotations, kind, old, new, message):
 
 
 def test_cyclic_links(annotations, tmp_path):
-    """Checks that links to their own folder are not followed: two of them make 2^40 paths."""
+    """Check that links to their own folder are not followed: two of them make 2^40 paths."""
     (tmp_path / "videos").mkdir()
     for name in ("one", "two"):
         (tmp_path / "videos" / name).symlink_to(tmp_path / "videos")
@@ -143,7 +143,7 @@ def test_label_swap_must_be_pairs(tmp_path):
 
 
 def _edit_metadata(data, key, edit):
-    """Returns the bytes of a safetensors file after `edit` changed the JSON in its metadata."""
+    """Return the bytes of a safetensors file after `edit` changed the JSON in its metadata."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     content = json.loads(header["__metadata__"][key])
@@ -154,7 +154,7 @@ def _edit_metadata(data, key, edit):
 
 
 def _write_backbone(tmp_path, kind, edit):
-    """Writes a converted backbone with edited metadata; returns its path."""
+    """Write a converted backbone with edited metadata; return its path."""
     (case,) = (case for case in Backbones(tmp_path).seeds() if case.kind == kind)
     path = tmp_path / "backbone.safetensors"
     path.write_bytes(_edit_metadata(case.files[path.name], convert.CONVERTED_KEY, edit))
@@ -190,7 +190,7 @@ def test_weights_beyond_the_limit_are_not_read(tmp_path, monkeypatch):
 
 
 def _load_seed_checkpoint(tmp_path, kind, name="weights.safetensors"):
-    """Returns the arrays of a valid checkpoint and a path for a damaged one."""
+    """Return the arrays of a valid checkpoint and a path for a damaged one."""
     (case,) = (case for case in Checkpoints(tmp_path).seeds() if case.kind == kind)
     return safetensors.numpy.load(case.files[name]), tmp_path / name
 
@@ -214,7 +214,7 @@ def test_empty_weights(tmp_path):
 
 
 def _check_torch_file_is_refused(tmp_path, make_state, message):
-    """Checks that converting a torch file of the state dict raises a matching error."""
+    """Check that converting a torch file of the state dict raises a matching error."""
     torch = pytest.importorskip("torch")
     torch.save(make_state(torch), tmp_path / "a.pt")
     with pytest.raises(ValueError, match=message):
@@ -271,7 +271,9 @@ def test_checkpoint_size_limit(tmp_path, monkeypatch, limit):
     checkpoints.save(3, {"a": np.ones((2, 2), np.float32)}, metadata | {"config": {"data": 3}})
     checkpoints.wait()
     for step in (2, 3):
-        with pytest.raises(checkpoint.DamagedCheckpoint, match="is none of ours: (Key|Attr)"):
+        with pytest.raises(
+            checkpoint.DamagedCheckpoint, match="not written by this package: (Key|Attr)"
+        ):
             checkpoints.read(step)
     monkeypatch.setattr(checkpoint, "_MAX_BYTES", limit)
     if limit > 16:

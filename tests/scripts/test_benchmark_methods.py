@@ -10,7 +10,7 @@ from tests.helpers.small_config import TINY_VIT
 
 
 def tiny_config(method):
-    """Returns the benchmark's configuration of a method on a tiny backbone."""
+    """Return the benchmark's configuration of a method on a tiny backbone."""
     config = methods.method_config(ssv2_vitb.get_config(), ssv2_vitb_full.get_config(), method)
     config.backbone.name = "custom"
     config.backbone.update(TINY_VIT)
@@ -69,7 +69,7 @@ def test_largest_batch():
 
 
 def test_memory_of_a_batch():
-    """Checks that the memory grows linearly with the number of views."""
+    """Check that the memory grows linearly with the number of views."""
     forward = methods.ForwardPass(tiny_config("linear"))
     one, two, three = (forward.required_bytes(size) for size in (8, 16, 24))
     assert three - two == pytest.approx(two - one, rel=0.1)

@@ -22,7 +22,7 @@ MODES = ["training", "test"]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Writes three videos of 18 gray ramps, each frame 8 brighter; every sixth is a key frame."""
+    """Write three videos of 18 gray ramps, each frame 8 brighter; every sixth is a key frame."""
     folder = tmp_path_factory.mktemp("videos")
     ramp = np.broadcast_to(np.linspace(0, 90, 64)[:, None], (48, 64, 3))
     frames = [(10 + 8 * i + ramp).astype(np.uint8) for i in range(18)]
@@ -41,7 +41,7 @@ def dataset(files, prepared):
 
 @pytest.fixture
 def scripts(monkeypatch):
-    """Returns a function that imports scripts by name."""
+    """Return a function that imports scripts by name."""
     monkeypatch.syspath_prepend("scripts")
     return importlib.import_module
 
@@ -52,7 +52,7 @@ def data(scripts):
 
 
 def tiny(data):
-    """Changes `config.data` to small images and framesets."""
+    """Change `config.data` to small images and framesets."""
     data.image_size, data.num_spatial_frames = 32, 2
     data.grid, data.frame_scale, data.sampling_interval = (2, 2), 2, 4
     return data
@@ -76,7 +76,7 @@ def test_online_decoders_give_the_chosen_frames(files, frames, name):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_online_clips_equal_the_pipelines(dataset, data, mode):
-    """Checks that online decoding with the same draws gives the same inputs, except for JPEG."""
+    """Check that online decoding with the same draws gives the same inputs, except for JPEG."""
     data.randaugment_layers, data.erasing_probability = 4, 1.0
     videos = pipeline_lib.RepeatedVideos(dataset, 2)
     if mode == "training":
@@ -171,7 +171,7 @@ def test_stage_costs(dataset, prepared, data):
 
 
 def test_script(files, prepared, scripts, monkeypatch, capsys):
-    """Runs the whole script: every loader twice, stages of each case, both video lengths."""
+    """Run the whole script: every loader twice, stages of each case, both video lengths."""
     stages = dict.fromkeys(pipeline_lib.STAGES, 1.5)
     monkeypatch.setattr(pipeline_lib, "stage_costs", lambda *args: stages)
     script = scripts("benchmark_pipeline")
@@ -195,7 +195,7 @@ def test_script(files, prepared, scripts, monkeypatch, capsys):
     assert sum(line.startswith("| 4, ") for line in lines) == 4
     assert sum(line.endswith("| 1.50 | 9.00 |") for line in lines) == 2
     assert lines[-1].startswith("Videos of 30 frames: ")
-    missing = [] if "decord" in LOADERS else ["decord is not installed: pip install -r"]
+    missing = [] if "decord" in LOADERS else ["decord is not installed: pip install"]
     assert all(text in capsys.readouterr().err for text in missing)
 
 

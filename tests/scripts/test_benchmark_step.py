@@ -19,7 +19,7 @@ from scripts.benchmarks.train_step import Setting  # noqa: E402
 
 @pytest.fixture
 def config():
-    """Returns SSv2's recipe, with its adapter before attention, on a tiny backbone."""
+    """Return SSv2's recipe, with its adapter before attention, on a tiny backbone."""
     config = ssv2_vitb.get_config()
     config.backbone.name = "custom"
     config.backbone.update(TINY_VIT)
@@ -30,7 +30,7 @@ def config():
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """Uses one device instead of the tests' eight, because the benchmark's batches are small."""
+    """Use one device instead of the tests' eight, because the benchmark's batches are small."""
     one = sharding.make_mesh(devices=jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", lambda fsdp: one)
 
@@ -46,7 +46,7 @@ def test_pytorch_is_the_same_model(config):
 
 
 def test_another_model_is_noticed(config, monkeypatch):
-    """Checks as a twin that a model without the adapter before attention is rejected."""
+    """Check as a twin that a model without the adapter before attention is rejected."""
     make_torch_model = train_step.make_torch_model
 
     def make_incomplete_model(experiment, state):
@@ -66,7 +66,7 @@ def test_another_model_is_noticed(config, monkeypatch):
 
 
 def test_compiled_pytorch_is_measured_too(config, monkeypatch):
-    """Checks that both models are compiled, also the trained one, and have rows in the tables."""
+    """Check that both models are compiled, also the trained one, and have rows in the tables."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     experiment, state, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
@@ -104,7 +104,7 @@ def test_turns_alternate():
 
 
 def test_operations_are_those_of_the_plain_model(config):
-    """Checks that operations grow with the batch and that the backward pass doubles them."""
+    """Check that operations grow with the batch and that the backward pass doubles them."""
     forward, both = train_step._count_operations(Setting(config, "float32", 1))
     assert train_step._count_operations(Setting(config, "float32", 3)) == (3 * forward, 3 * both)
     assert 1.9 < both / forward < 2.4

@@ -7,7 +7,7 @@ from scripts import compare_methods
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Returns a list of the methods in each timing; scores and times are fake."""
+    """Return a list of the methods in each timing; scores and times are fake."""
     calls = []
 
     def time_steps(configs, out):

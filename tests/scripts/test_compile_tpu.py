@@ -6,7 +6,7 @@ from scripts.benchmarks.tpu_aot import StepReport, estimate_fits, format_fits
 
 
 def report(clips):
-    """Returns the report of a step that needs 1 GB, and 0.5 GB for each clip."""
+    """Return the report of a step that needs 1 GB, and 0.5 GB for each clip."""
     peak = int(1e9 + 0.5e9 * clips)
     return StepReport("train", clips, 0.0, 0, 2 * peak, peak, 0, 0, 0, [], 1.0)
 

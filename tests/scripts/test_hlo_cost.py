@@ -94,7 +94,7 @@ ENTRY %main (x: f32[5,8], i: s32[]) -> f32[5,8] {
 
 
 def test_bytes_of_fusions_in_fusions():
-    """Checks that one row of 32 bytes is read, one is written, and the index has 4 bytes."""
+    """Check that one row of 32 bytes is read, one is written, and the index has 4 bytes."""
     assert hlo_cost.HloProgram(FUSED).bytes_accessed() == 32 + 32 + 4
     whole = FUSED.replace(
         "ROOT %part = f32[1,8]{1,0} dynamic-slice(", "ROOT %part = f32[1,8] sort("
@@ -126,7 +126,7 @@ def test_arrays_fill_whole_tiles(shape, size):
 
 
 def test_bytes_are_close_to_the_compilers_without_loops():
-    """Checks the bytes against XLA's cost analysis, which counts a loop's body once."""
+    """Check the bytes against XLA's cost analysis, which counts a loop's body once."""
 
     def step(w, x):
         for i in range(3):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
 
@@ -41,7 +42,7 @@ sys.exit(status)
 
 @pytest.fixture
 def pod(tmp_path):
-    """Returns a function that calls the script with a fake gcloud, which notes its arguments."""
+    """Return a function that calls the script with a fake gcloud, which notes its arguments."""
     folder = tmp_path / "bin"
     folder.mkdir()
     gcloud = folder / "gcloud"
@@ -51,11 +52,11 @@ def pod(tmp_path):
     calls.touch()
 
     def call(*arguments, **environment):
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("POD_")}
+        inherited = {k: value for k, value in os.environ.items() if not k.startswith("POD_")}
         path = f"{folder}:{os.environ['PATH']}"
         return subprocess.run(
             [ROOT / "scripts" / "tpu_pod.sh", *arguments],
-            env=kept | {"PATH": path, "CALLS": str(calls)} | environment,
+            env=inherited | {"PATH": path, "CALLS": str(calls)} | environment,
             capture_output=True,
             text=True,
             timeout=60,
@@ -66,7 +67,7 @@ def pod(tmp_path):
 
 
 def printed(pod, *arguments, **environment):
-    """Returns the lines that --dry_run prints, and checks that it does not call gcloud."""
+    """Return the lines that --dry_run prints, and check that it does not call gcloud."""
     result = pod(*arguments, **environment)
     assert result.returncode == 0, result.stderr
     assert pod.calls() == []
@@ -114,10 +115,21 @@ def test_setup_copies_this_folder(pod):
         f"{SSH} '--command=python3.11 -m ensurepip --version || {{ {APT} update && {APT} install "
         "-y python3.11 python3.11-venv; }'",
         f"{SSH} '--command=cd dualpath_jax && python3.11 -m venv .venv && .venv/bin/pip install -r "
-        "requirements-gcs.txt '\\''jax[tpu]'\\'''",
+        "requirements.txt '\\''jax[tpu]'\\'' '\\''array_record>=0.8.6'\\'' "
+        "'\\''google-cloud-storage>=3.0'\\'''",
         f"{SSH} '--command=cd dualpath_jax && mkdir -p '\\''my data'\\'' && gcloud storage rsync "
         "--recursive gs://b/k400 '\\''my data'\\'''",
     ]
+
+
+def test_setup_installs_the_extras(pod):
+    """Check that a host gets the packages of the extras `tpu` and `gcs` of pyproject.toml."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    line = printed(pod, "setup", *PLACE, "--dry_run")[-1]
+    installed = shlex.split(shlex.split(line)[-1].partition("pip install ")[2])
+    assert installed == ["-r", "requirements.txt", "jax[tpu]", *extras["gcs"]]
+    assert {requirement.partition(">")[0] for requirement in extras["tpu"]} == {"jax[tpu]"}
 
 
 def test_setup_clones_a_repository(pod):
@@ -218,7 +230,7 @@ def test_without_gcloud(tmp_path):
 
 @pytest.fixture
 def host(tmp_path):
-    """Makes the home of a host after setup; a script that saves at SIGTERM replaces Python."""
+    """Make the home of a host after setup; a script that saves at SIGTERM replaces Python."""
     repository = tmp_path / "home" / "dualpath_jax"
     (repository / "scripts").mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / "rerun.sh", repository / "scripts")
@@ -233,7 +245,7 @@ def host(tmp_path):
 
 
 def wait_for(condition):
-    """Waits until condition() is true; fails after 30 s."""
+    """Wait until condition() is true; fails after 30 s."""
     for _ in range(600):
         if condition():
             return

@@ -1,4 +1,4 @@
-"""What an evaluation writes of each video."""
+"""Checks the predictions that an evaluation writes for each video."""
 
 import json
 import types
@@ -18,7 +18,7 @@ RESULTS = {"step": 3, "split": "test", "views": "16x1x1", "num_videos": 3}
 
 
 def write(workdir, ids=("x", "y", "z"), header=HEADER):
-    """Three videos and a row of padding."""
+    """Write the predictions of three videos, given with a row of padding."""
     writer = predictions.PredictionWriter(str(workdir), header, ids)
     writer.add(
         np.array([0, 1, 2, -1]),
@@ -42,7 +42,7 @@ def test_rows_without_padding(tmp_path):
     }
 
 
-def test_nothing_stale_is_left(tmp_path, monkeypatch):
+def test_predictions_of_other_processes_are_removed(tmp_path, monkeypatch):
     for process in range(2):
         with monkeypatch.context() as patch:
             patch.setattr(jax, "process_count", lambda: 2)
@@ -57,7 +57,7 @@ def test_nothing_stale_is_left(tmp_path, monkeypatch):
     assert [path.name for path in folder.iterdir()] == ["00000-of-00001.jsonl"]
 
 
-def test_of_another_evaluation(tmp_path):
+def test_predictions_of_another_evaluation_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no predictions in .*--mode=eval writes them"):
         predictions.read_predictions(tmp_path, RESULTS)
     write(tmp_path)
@@ -71,8 +71,8 @@ def test_of_another_evaluation(tmp_path):
         predictions.read_predictions(tmp_path, RESULTS)
 
 
-def compiled_text(step, mesh, out):
-    """The program of a step on eight rows of logits, sharded by row."""
+def compile_step(step, mesh, out_shardings):
+    """Return the program of a step on eight rows of logits, sharded by row, as text."""
     shapes = {
         "logits": jax.ShapeDtypeStruct(
             (8, 2, 7), jnp.float32, sharding=sharding.batch_sharding(mesh)
@@ -80,25 +80,24 @@ def compiled_text(step, mesh, out):
         "label": jax.ShapeDtypeStruct((8,), jnp.int32, sharding=sharding.batch_sharding(mesh)),
         "mask": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding.batch_sharding(mesh)),
     }
-    return jax.jit(step, out_shardings=out).lower(shapes).compile().as_text()
+    return jax.jit(step, out_shardings=out_shardings).lower(shapes).compile().as_text()
 
 
-def test_sums_alone_cross_devices():
+def test_only_sums_cross_devices():
     mesh = sharding.make_mesh()
-    apart = evaluate.eval_out_shardings(mesh)
 
     def step(batch):
         sums = evaluate.eval_step_sums(batch["logits"], batch["label"], batch["mask"])
         return sums, predictions.top_predictions(batch["logits"])
 
-    text = compiled_text(step, mesh, apart)
+    text = compile_step(step, mesh, evaluate.eval_out_shardings(mesh))
     assert "all-reduce" in text
     assert "all-gather" not in text
-    # Twin: rows that every device is to have.
-    assert "all-gather" in compiled_text(step, mesh, sharding.replicated_sharding(mesh))
+    # Twin: every device gets all rows.
+    assert "all-gather" in compile_step(step, mesh, sharding.replicated_sharding(mesh))
 
 
-def test_of_a_run_each_video_once(config, tmp_path):
+def test_a_run_writes_each_video_once(config, tmp_path):
     config.model.temporal_path = False  # compiles sooner
     dataset = VideoDataset(config.data.dir, "test")
     run = build_run(config, str(tmp_path), dataset)
@@ -109,25 +108,26 @@ def test_of_a_run_each_video_once(config, tmp_path):
     assert [row["label"] for row in rows] == dataset.labels.tolist()
     hits = [row["classes"][0] == row["label"] for row in rows]
     assert sum(hits) / 21 == results["top1"]
-    within = [row["label"] in row["classes"] for row in rows]
-    assert sum(within) / 21 == results["top5"]
+    top5_hits = [row["label"] in row["classes"] for row in rows]
+    assert sum(top5_hits) / 21 == results["top5"]
     assert all(row["probabilities"] == sorted(row["probabilities"])[::-1] for row in rows)
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
-def test_an_evaluation_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    def fails(run, dataset, writer):
+def test_failed_evaluation_writes_nothing(tmp_path):
+    def evaluate_and_fail(state, writer):
         writer.add(np.array([0]), np.array([0]), np.array([[0]]), np.array([[1.0]]))
         raise OSError("no")
 
-    monkeypatch.setattr(evaluate, "evaluate_run", fails)
     config = types.SimpleNamespace(
         eval=types.SimpleNamespace(split="test", temporal_views=1, spatial_crops=1),
         data=types.SimpleNamespace(num_frames=8),
     )
-    run = types.SimpleNamespace(
-        state=types.SimpleNamespace(step=1), config=config, class_names=["a"], workdir=tmp_path
+    evaluator = types.SimpleNamespace(
+        experiment=types.SimpleNamespace(config=config, class_names=["a"], workdir=tmp_path),
+        dataset=types.SimpleNamespace(ids=["x"]),
+        evaluate=evaluate_and_fail,
     )
     with pytest.raises(OSError, match="no"):
-        run.evaluate_and_write(types.SimpleNamespace(ids=["x"]))
+        evaluate.evaluate_and_write(evaluator, types.SimpleNamespace(step=1))
     assert not (tmp_path / predictions.FOLDER).exists()

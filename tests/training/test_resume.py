@@ -1,4 +1,4 @@
-"""Interruptions: what a run does when it is killed, told to stop, or started differently."""
+"""Checks runs that are killed, stopped, or started again with other settings."""
 
 import dataclasses
 import json
@@ -12,28 +12,30 @@ import time
 import numpy as np
 import pytest
 
-from dualpath_jax import train
+from dualpath_jax import evaluate, train
+from dualpath_jax.commands import export_adapter
 from dualpath_jax.config.values import format_views
 from dualpath_jax.data import pipeline
+from dualpath_jax.models import preprocess
 from dualpath_jax.runtime.preemption import EXIT_CODE, Preempted, PreemptionGuard
 from dualpath_jax.training import adapter_file, metrics_logger
 from dualpath_jax.training.checkpoint import Checkpoints
 from dualpath_jax.training.inputs import check_workdir
-from scripts import export_adapter
 from tests.chaos import same_run
 from tests.helpers.processes import ROOT, make_environment
 from tests.helpers.small_config import small_config
 from tests.test_train import build, leaves, run_all
 
 
-def same(a, b):
+def is_same(a, b):
+    """Return whether two pytrees are equal bit for bit."""
     a, b = leaves(a), leaves(b)
     assert a.keys() == b.keys()
     return [name for name in a if not np.array_equal(a[name], b[name])] == []
 
 
-def six_steps(config):
-    """Saved at 2, 4 and 6."""
+def set_six_steps(config):
+    """Set six steps, with checkpoints after 2, 4 and 6; return `config`."""
     config.num_train_steps = 6
     config.checkpoint.every_steps = 2
     config.log_every_steps = 1
@@ -42,26 +44,26 @@ def six_steps(config):
 
 @pytest.fixture(scope="module")
 def uninterrupted(demo_data, demo_backbone, tmp_path_factory):
-    """Six steps: the run and its folder."""
+    """Train six steps; return the run and its folder."""
     folder = tmp_path_factory.mktemp("straight")
-    return run_all(six_steps(small_config(demo_data, demo_backbone)), folder), folder
+    return run_all(set_six_steps(small_config(demo_data, demo_backbone)), folder), folder
 
 
 @pytest.fixture
 def straight(uninterrupted, config, tmp_path):
-    """The run of six steps without interruption, in `tmp_path`; `config` becomes its own."""
-    six_steps(config)
+    """Return the run of six steps, copied to tmp_path/straight, and set `config` like its own."""
+    set_six_steps(config)
     run, folder = uninterrupted
     shutil.copytree(folder, tmp_path / "straight")
     return run
 
 
 class Killed(BaseException):
-    """Nothing may handle it."""
+    """Stands for the death of the process, which no code handles."""
 
 
-def dying(deadline):
-    """A `train.shard_batch` that ends the run after `deadline` steps."""
+def make_deadly_shard_batch(deadline):
+    """Return a `train.shard_batch` that ends the run after `deadline` steps."""
     calls, shard = [], train.shard_batch
 
     def shard_or_die(batch, mesh):
@@ -73,10 +75,10 @@ def dying(deadline):
     return shard_or_die
 
 
-def die(config, workdir, monkeypatch, deadline):
-    """The run ends after `deadline` steps, when what it saves in the background is on disk.
+def kill_after(config, workdir, monkeypatch, deadline):
+    """End a run after `deadline` steps, when its checkpoints are on disk.
 
-    A real death takes the threads that write along; here they would write on into the next run.
+    The death of a process also ends the threads that write; here they would disturb the next run.
     """
     save = Checkpoints.save
 
@@ -86,31 +88,32 @@ def die(config, workdir, monkeypatch, deadline):
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", save_at_once)
-        patch.setattr(train, "shard_batch", dying(deadline))
+        patch.setattr(train, "shard_batch", make_deadly_shard_batch(deadline))
         with pytest.raises(Killed):
             run_all(config, workdir)
 
 
-def test_dying_anywhere_changes_nothing(config, straight, tmp_path, monkeypatch):
-    """Dead again and again, with and without a checkpoint: metrics and state bit for bit.
+def test_death_at_any_step_changes_nothing(config, straight, tmp_path, monkeypatch):
+    """Compare metrics and state bit for bit after several deaths, with and without a checkpoint.
 
-    In the second step, with nothing saved; in the fourth, the fifth (just saved) and after it.
+    They happen in the second step, with nothing saved, in the fourth, in the fifth, which follows a
+    checkpoint, and in the sixth.
     """
     for deadline in (1, 3, 2, 1):
-        die(config, tmp_path / "killed", monkeypatch, deadline)
+        kill_after(config, tmp_path / "killed", monkeypatch, deadline)
     assert Checkpoints(str(tmp_path / "killed"), read_only=True).latest_step() > 0
     resumed = run_all(config, tmp_path / "killed")
-    assert same(resumed.state, straight.state)
+    assert is_same(resumed.state, straight.state)
     assert same_run.read_metric_entries(tmp_path / "killed") == same_run.read_metric_entries(
         tmp_path / "straight"
     )
     # Twin: other data is not the same.
-    other_batches(monkeypatch, lambda dataset, data, seed: (dataset, data, seed + 1))
-    assert not same(run_all(config, tmp_path / "other").state, straight.state)
+    change_batches(monkeypatch, lambda dataset, data, seed: (dataset, data, seed + 1))
+    assert not is_same(run_all(config, tmp_path / "other").state, straight.state)
 
 
-def other_batches(monkeypatch, change):
-    """Training reads what `change` makes of (dataset, data, seed)."""
+def change_batches(monkeypatch, change):
+    """Make training read its batches with the arguments change(dataset, data, seed)."""
     batches = pipeline.train_batches
 
     def changed(*args, **kwargs):
@@ -121,7 +124,7 @@ def other_batches(monkeypatch, change):
 
 @pytest.mark.slow
 def test_augmented_accumulated_and_at_the_edge_of_an_epoch(config, tmp_path, monkeypatch):
-    """40 videos by 16: an epoch ends within the third batch, another with the fifth."""
+    """Check 40 videos by 16: an epoch ends within the third batch, another with the fifth."""
     swap = [["Moving something to the left", "Moving something to the right"]]
     (tmp_path / "swap.json").write_text(json.dumps(swap))
     config.data.batch_size = 16
@@ -133,20 +136,20 @@ def test_augmented_accumulated_and_at_the_edge_of_an_epoch(config, tmp_path, mon
     config.checkpoint.every_steps = config.log_every_steps = 1
     straight = run_all(config, tmp_path / "straight")
     for deadline in (2, 1, 2):  # in the third, fourth and sixth step
-        die(config, tmp_path / "killed", monkeypatch, deadline)
-    assert same(run_all(config, tmp_path / "killed").state, straight.state)
+        kill_after(config, tmp_path / "killed", monkeypatch, deadline)
+    assert is_same(run_all(config, tmp_path / "killed").state, straight.state)
     assert same_run.read_metric_entries(tmp_path / "killed") == same_run.read_metric_entries(
         tmp_path / "straight"
     )
-    # Twin: augmentation matters for what is learnt.
+    # Twin: augmentation changes what is learned.
     plain = config.data.copy_and_resolve_references()
     plain.flip = False
-    other_batches(monkeypatch, lambda dataset, data, seed: (dataset, plain, seed))
-    assert not same(run_all(config, tmp_path / "other").state, straight.state)
+    change_batches(monkeypatch, lambda dataset, data, seed: (dataset, plain, seed))
+    assert not is_same(run_all(config, tmp_path / "other").state, straight.state)
 
 
 def refuse_entries(monkeypatch, steps):
-    """The disk has no room for entries of metrics.jsonl that come at these steps."""
+    """Refuse the entries of metrics.jsonl for these steps, as a full disk does."""
     append = metrics_logger._append
 
     def full(path, text):
@@ -158,10 +161,10 @@ def refuse_entries(monkeypatch, steps):
 
 
 def test_entries_that_a_full_disk_refused_are_not_lost(config, straight, tmp_path, monkeypatch):
-    """No checkpoint is newer than the entries on disk, so that a run killed there writes them."""
+    """Check that no checkpoint is newer than the entries: a killed run then write them again."""
     with monkeypatch.context() as patch:
         refuse_entries(patch, {4, 5})
-        die(config, tmp_path / "killed", patch, 5)
+        kill_after(config, tmp_path / "killed", patch, 5)
     assert [entry["step"] for entry in same_run.read_metric_entries(tmp_path / "killed")] == [
         1,
         2,
@@ -172,20 +175,20 @@ def test_entries_that_a_full_disk_refused_are_not_lost(config, straight, tmp_pat
         refuse_entries(patch, {4, 5})
         run = run_all(config, tmp_path / "alive")  # room again at step 6
     assert Checkpoints(str(tmp_path / "alive"), read_only=True).latest_step() == 6
-    assert same(run.state, straight.state)
+    assert is_same(run.state, straight.state)
     run_all(config, tmp_path / "killed")
     for name in ("killed", "alive"):
         assert same_run.read_metric_entries(tmp_path / name) == same_run.read_metric_entries(
             tmp_path / "straight"
         )
-    # Twin: at the end nothing may be missing.
+    # Twin: at the end, missing entries are an error.
     refuse_entries(monkeypatch, {5, 6})
     with pytest.raises(OSError, match=r"of step 6, could not be written.*checkpoints/4"):
         run_all(config, tmp_path / "full")
 
 
 def test_a_clock_that_is_set_changes_nothing(config, straight, tmp_path, monkeypatch):
-    """By years before every step; every_minutes goes by a clock that nobody can set."""
+    """Set the wall clock by years before every step; `every_minutes` uses a monotonic clock."""
     config.checkpoint.every_minutes = 1.0
     workdir, now, offsets = tmp_path / "clock", time.time, iter([3e8, -4e8, 1e9, 0.0, -1e9, 5e8])
     shard, offset = train.shard_batch, [0.0]
@@ -202,15 +205,15 @@ def test_a_clock_that_is_set_changes_nothing(config, straight, tmp_path, monkeyp
         patch.setattr(Checkpoints, "save", lambda *args: (saved.append(args[1]), save(*args)))
         run = run_all(config, workdir)
     assert saved == [2, 4, 6]
-    assert same(run.state, straight.state)
+    assert is_same(run.state, straight.state)
     assert same_run.read_metric_entries(workdir) == same_run.read_metric_entries(
         tmp_path / "straight"
     )
-    # Which checkpoint is the newest does not go by the times of files.
+    # The newest checkpoint is found by its step, not by the times of its files.
     for number, path in enumerate(sorted(workdir.rglob("*"))):
         os.utime(path, (4e9 - 1e6 * number,) * 2)
     assert Checkpoints(str(workdir), read_only=True).latest_step() == 6
-    # Twin: the clock that counts.
+    # Twin: the monotonic clock counts.
     past = time.monotonic() - 61
     assert train.synced_elapsed_seconds(past) >= 61
 
@@ -224,32 +227,32 @@ def test_a_torn_last_line_of_metrics_is_dropped(config, straight, tmp_path):
     assert same_run.read_metric_entries(tmp_path / "straight") == before
 
 
-def test_told_to_stop(config, straight, tmp_path, monkeypatch):
-    """SIGTERM: the step in progress is finished and saved, and the run goes on from there."""
+def test_stop_request(config, straight, tmp_path, monkeypatch):
+    """Check that SIGTERM ends a run after the current step, which is saved and resumed from."""
     monkeypatch.setattr(PreemptionGuard, "should_stop", lambda self, step: step == 3)
     with pytest.raises(Preempted, match="checkpoints/3"):
         run_all(config, tmp_path / "stopped")
     assert Checkpoints(str(tmp_path / "stopped"), read_only=True).latest_step() == 3
     monkeypatch.undo()
     resumed = run_all(config, tmp_path / "stopped")
-    assert same(resumed.state, straight.state)
+    assert is_same(resumed.state, straight.state)
     assert same_run.read_metric_entries(tmp_path / "stopped") == same_run.read_metric_entries(
         tmp_path / "straight"
     )
 
 
-def test_the_signal():
-    with PreemptionGuard() as watch:
-        assert not watch.should_stop(1)
+def test_guard_records_a_signal():
+    with PreemptionGuard() as guard:
+        assert not guard.should_stop(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert watch.should_stop(2)
+        assert guard.should_stop(2)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process
-    with PreemptionGuard() as watch:
-        assert not watch.should_stop(1)
+    with PreemptionGuard() as guard:
+        assert not guard.should_stop(1)
 
 
-def test_told_to_stop_when_an_evaluation_is_due(config, tmp_path, monkeypatch):
-    """It is made up for at the next start, and the checkpoint gets its scores."""
+def test_stop_request_when_an_evaluation_is_due(config, tmp_path, monkeypatch):
+    """Check that the next start evaluates first, and add the scores to the checkpoint."""
     config.num_train_steps = 8
     config.eval.every_epochs = 1
     run_all(config, tmp_path / "straight")
@@ -265,16 +268,21 @@ def test_told_to_stop_when_an_evaluation_is_due(config, tmp_path, monkeypatch):
     both = [Checkpoints(str(tmp_path / n), read_only=True) for n in ("stopped", "straight")]
     assert [c.has_scores(5) for c in both] == [True, True]
     assert both[0].best_step() == both[1].best_step()
-    # Once is enough.
+    # A third start evaluates nothing again.
     run_all(config, tmp_path / "stopped")
     assert same_run.read_metric_entries(tmp_path / "stopped") == same_run.read_metric_entries(
         tmp_path / "straight"
     )
 
 
-@pytest.mark.parametrize("where", ["evaluate_run", "add_scores"])
-def test_ended_by_an_evaluation(where, config, tmp_path, monkeypatch):
-    """Or after it, before its scores are in the checkpoint: that is there, and training goes on."""
+@pytest.mark.parametrize(
+    ("owner", "name"), [(evaluate.Evaluator, "evaluate"), (Checkpoints, "add_scores")]
+)
+def test_death_in_an_evaluation(owner, name, config, tmp_path, monkeypatch):
+    """Check that training resumes from the checkpoint, which was saved without its scores.
+
+    The process dies in the evaluation, or after it, before the scores are added.
+    """
     config.num_train_steps = 8
     config.eval.every_epochs = 1
     run_all(config, tmp_path / "straight")
@@ -283,7 +291,7 @@ def test_ended_by_an_evaluation(where, config, tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.evaluate if where == "evaluate_run" else Checkpoints, where, die)
+        patch.setattr(owner, name, die)
         with pytest.raises(Killed):
             run_all(config, tmp_path / "ended")
     ended = Checkpoints(str(tmp_path / "ended"), read_only=True)
@@ -296,49 +304,49 @@ def test_ended_by_an_evaluation(where, config, tmp_path, monkeypatch):
 
 
 def test_ctrl_c(capfd):
-    """Noted as SIGTERM is, but no scheduler is to start the command again."""
+    """Check that it is recorded like SIGTERM, with an exit code that starts no command again."""
     before = signal.getsignal(signal.SIGINT)
-    with PreemptionGuard() as watch:
-        assert watch.stop_exception is Preempted
+    with PreemptionGuard() as guard:
+        assert guard.stop_exception is Preempted
         os.kill(os.getpid(), signal.SIGINT)
-        assert watch.should_stop(1)
-        assert issubclass(watch.stop_exception, Preempted)
-        assert watch.stop_exception.exit_code == 130 != EXIT_CODE
+        assert guard.should_stop(1)
+        assert issubclass(guard.stop_exception, Preempted)
+        assert guard.stop_exception.exit_code == 130 != EXIT_CODE
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # the second one
     assert signal.getsignal(signal.SIGINT) is before
     assert "again to end the process at once" in capfd.readouterr().err
 
 
-def test_nothing_to_save():
-    """What SIGTERM did before it does again inside, and not outside."""
-    got = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+def test_previous_handler_while_nothing_is_to_save():
+    """Check that SIGTERM calls the handler from before the guard in `exit_on_sigterm` only."""
+    handled = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: handled.append(number))
     try:
-        with PreemptionGuard() as watch:
-            with watch.exit_on_sigterm():
+        with PreemptionGuard() as guard:
+            with guard.exit_on_sigterm():
                 os.kill(os.getpid(), signal.SIGTERM)
-                assert (got, watch.stop_requested) == ([signal.SIGTERM], False)
+                assert (handled, guard.stop_requested) == ([signal.SIGTERM], False)
             os.kill(os.getpid(), signal.SIGTERM)
-            assert (len(got), watch.stop_requested) == (1, True)
-            with watch.exit_on_sigterm():  # told already: a second one ends the process
+            assert (len(handled), guard.stop_requested) == (1, True)
+            with guard.exit_on_sigterm():  # requested before: a second signal ends the process
                 assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def test_an_evaluation_is_ended_at_once(config, tmp_path, monkeypatch):
-    """Its checkpoint is on disk, and what it would have found is made up for."""
+    """Check that SIGTERM ends it, with its checkpoint on disk and without scores."""
     config.num_train_steps = 8
     config.eval.every_epochs = 1
 
-    def ended(*_):
+    def die(*_):
         raise Killed
 
-    before = signal.signal(signal.SIGTERM, ended)  # stands for `leave`, which ends the process
+    before = signal.signal(signal.SIGTERM, die)  # stands for `exit_at_once`
     try:
         with monkeypatch.context() as patch:
             patch.setattr(
-                train.evaluate, "evaluate_run", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+                evaluate.Evaluator, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
             )
             with pytest.raises(Killed):
                 run_all(config, tmp_path)
@@ -348,62 +356,71 @@ def test_an_evaluation_is_ended_at_once(config, tmp_path, monkeypatch):
     assert (checkpoints.latest_step(), checkpoints.has_scores(5)) == (5, False)
 
 
-def test_told_to_stop_at_the_end(config, straight, tmp_path, monkeypatch):
-    """In the last step, or while it is saved: it is, and the next start only evaluates."""
+def test_stop_request_at_the_end(config, straight, tmp_path, monkeypatch):
+    """Check a signal in the last step, or while it is saved: the next start only evaluates."""
     close = Checkpoints.close
 
-    def told_meanwhile(self):
+    def close_with_signal(self):
         os.kill(os.getpid(), signal.SIGTERM)
         close(self)
 
-    for name, of, instead in (
+    for name, owner, patched in (
         ("step", PreemptionGuard, ("should_stop", lambda self, step: step == 6)),
-        ("saving", Checkpoints, ("close", told_meanwhile)),
+        ("saving", Checkpoints, ("close", close_with_signal)),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(of, *instead)
-            with pytest.raises(Preempted, match="told to stop; saved .*checkpoints/6"):
+            patch.setattr(owner, *patched)
+            with pytest.raises(Preempted, match="stopped; saved .*checkpoints/6"):
                 run_all(config, tmp_path / name)
         resumed = run_all(config, tmp_path / name)
-        assert same(resumed.state, straight.state)
+        assert is_same(resumed.state, straight.state)
         assert same_run.read_metric_entries(tmp_path / name) == same_run.read_metric_entries(
             tmp_path / "straight"
         )
 
 
-def test_told_to_stop_outside_of_the_loop():
+def test_stop_request_outside_of_the_loop():
     program = (
         "import os, signal; from dualpath_jax.runtime import preemption; "
-        "signal.signal(signal.SIGTERM, preemption.exit_at_once); os.kill(os.getpid(), signal.SIGTERM)"
+        "signal.signal(signal.SIGTERM, preemption.exit_at_once); "
+        "os.kill(os.getpid(), signal.SIGTERM)"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert ended.returncode == EXIT_CODE
-    assert "stopped by SIGTERM; the same command resumes" in ended.stderr
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == EXIT_CODE
+    assert "stopped by SIGTERM; the same command resumes" in result.stderr
 
 
 BUSY = """
 import hashlib, os, signal, sys, threading, time
 from dualpath_jax.runtime import preemption
 preemption.install_sigterm_handler()
-if sys.argv[1] == "noted":
+if sys.argv[1] == "recorded":
     signal.signal(signal.SIGTERM, lambda *_: print("handled"))
-def tell():
+def send_signals():
     for _ in range(2):
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
-threading.Thread(target=tell, daemon=True).start()
+threading.Thread(target=send_signals, daemon=True).start()
 hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)  # a minute in C, without Python's lock
 print("done")
 """
 
 
-@pytest.mark.parametrize(("what", "status"), [("left", EXIT_CODE), ("noted", 128 + signal.SIGTERM)])
-def test_told_to_stop_while_a_program_computes(what, status):
-    """Python's handlers wait for it: `leave` does not, nor does a second signal."""
-    ended = subprocess.run(
-        [sys.executable, "-c", BUSY, what], capture_output=True, text=True, env=make_environment()
+@pytest.mark.parametrize(
+    ("handler", "status"), [("exit_at_once", EXIT_CODE), ("recorded", 128 + signal.SIGTERM)]
+)
+def test_stop_request_while_a_program_computes(handler, status):
+    """Check that the process ends although Python's handlers wait for the computation.
+
+    One signal is enough for `exit_at_once`; another handler needs a second one.
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", BUSY, handler],
+        capture_output=True,
+        text=True,
+        env=make_environment(),
     )
-    assert (ended.returncode, ended.stdout) == (status, "")
+    assert (result.returncode, result.stdout) == (status, "")
 
 
 def test_changed_settings(config, straight, tmp_path, capsys):
@@ -417,47 +434,47 @@ def test_changed_settings(config, straight, tmp_path, capsys):
     config.resume_changed = True
     assert int(run_all(config, workdir).state.step) == 8
     assert "with other settings:\n  num_train_steps: 6 -> 8" in capsys.readouterr().out
-    # Safe ones need no leave.
+    # Settings of `SAFE_CHANGES` may change without `resume_changed`.
     config.resume_changed = False
     config.log_every_steps = 3
     assert int(run_all(config, workdir).state.step) == 8
 
 
 def test_changed_data(config, straight, tmp_path):
-    """Prepared otherwise, or with other videos; an evaluation does not see those to train on."""
+    """Check other frames, and other training videos, which an evaluation ignores."""
     workdir = tmp_path / "straight"
     run, _ = build(config, workdir)
-    run.frame_format = dataclasses.replace(run.frame_format, fps=10.0)
+    run.replace(frame_format=dataclasses.replace(run.frame_format, fps=10.0))
     with pytest.raises(ValueError, match="frame_format of the data set: .*'fps': None.*'fps': 10"):
         run.restore_for_evaluation()
     run, _ = build(config, workdir)
-    run.num_videos += 1
+    run.replace(num_videos=41)
     run.restore_for_evaluation()
     checkpoints = Checkpoints(str(workdir))
     with pytest.raises(ValueError, match="num_videos of the data set: 40 -> 41"):
         run.restore_for_training(checkpoints)
-    run.num_videos -= 1
+    run.replace(num_videos=40)
     assert run.restore_for_training(checkpoints) == 6
 
 
 def test_evaluation_leaves_a_workdir_as_it_is(config, straight, tmp_path):
-    """Also what another program is writing there, and what is damaged."""
+    """Check that it leaves a checkpoint that is being written, and a damaged one."""
     workdir = tmp_path / "straight"
     writing = workdir / "checkpoints" / "8.orbax-checkpoint-tmp"
     writing.mkdir()
     run, _ = build(config, workdir)
     run.restore_for_evaluation()
-    assert same(run.state, straight.state)
+    assert is_same(run.state, straight.state)
     for path in (workdir / "checkpoints" / "6" / "metadata").iterdir():
         path.write_bytes(b"{}")
-    with pytest.raises(ValueError, match="checkpoints/6 cannot be read.*sets it aside"):
+    with pytest.raises(ValueError, match="checkpoints/6 cannot be read.*moves it out of the way"):
         run.restore_for_evaluation()
     assert writing.exists()
     assert not (workdir / "damaged_checkpoints").exists()
 
 
 def poison(monkeypatch, steps):
-    """The batches of these steps (counted from 0) make loss and gradient NaN."""
+    """Make loss and gradient NaN in these steps, counted from 0."""
     batches, shard = pipeline.train_batches, train.shard_batch
 
     def numbered(*args, **kwargs):
@@ -468,9 +485,9 @@ def poison(monkeypatch, steps):
         value = np.nan if batch.pop("step") in steps else 0
         return shard(batch | {"poison": np.full(len(batch["label"]), value, np.float32)}, mesh)
 
-    inputs = train.preprocess.model_inputs
+    inputs = preprocess.model_inputs
 
-    def add(batch, data, dtype):
+    def add_poison(batch, data, dtype):
         spatial, temporal = inputs(batch, data, dtype)
         if "poison" in batch:
             spatial += batch["poison"][:, None, None, None, None]
@@ -478,7 +495,7 @@ def poison(monkeypatch, steps):
 
     monkeypatch.setattr(pipeline, "train_batches", numbered)
     monkeypatch.setattr(train, "shard_batch", poisoned)
-    monkeypatch.setattr(train.preprocess, "model_inputs", add)
+    monkeypatch.setattr(preprocess, "model_inputs", add_poison)
 
 
 def test_non_finite_steps_are_skipped_up_to_a_limit(config, tmp_path, monkeypatch):
@@ -506,10 +523,10 @@ def test_skipped_steps_are_counted_across_interruptions(config, tmp_path, monkey
     config.optimizer.max_skipped_steps = 2
     poison(monkeypatch, {1, 3})
     straight = run_all(config, tmp_path / "straight")
-    die(config, tmp_path / "killed", monkeypatch, 3)
+    kill_after(config, tmp_path / "killed", monkeypatch, 3)
     resumed = run_all(config, tmp_path / "killed")
     assert int(resumed.state.skipped) == 2
-    assert same(resumed.state, straight.state)
+    assert is_same(resumed.state, straight.state)
     assert same_run.read_metric_entries(tmp_path / "killed") == same_run.read_metric_entries(
         tmp_path / "straight"
     )
@@ -530,9 +547,9 @@ def test_best_checkpoint(config, tmp_path):
     run, _ = build(config, tmp_path)
     run.restore_for_evaluation()
     assert int(run.state.step) == checkpoints.best_step()
-    at_the_end = dict.fromkeys(("top1", "top5", "mean_class_accuracy", "num_videos"), 2.0)
-    of = {"split": "test", "views": format_views(config)}
-    train.record_final_scores(run, at_the_end | of | {"step": 11})
+    final = dict.fromkeys(("top1", "top5", "mean_class_accuracy", "num_videos"), 2.0)
+    origin = {"split": "test", "views": format_views(config)}
+    train.record_final_scores(run.experiment, final | origin | {"step": 11})
     assert Checkpoints(str(tmp_path), read_only=True).best_step() == 11
     config.eval.checkpoint = "worst"
     with pytest.raises(ValueError, match="'worst': known are latest, best"):
@@ -547,30 +564,32 @@ def test_exported_parameters_start_another_run(config, straight, tmp_path, capsy
     run, dataset = build(config, tmp_path / "next")
     before = leaves(run.state.trainable)
     run.init_from_adapter(path)
-    assert same(run.state.trainable, straight.state.trainable)
+    assert is_same(run.state.trainable, straight.state.trainable)
     assert int(run.state.step) == 0
-    # Other classes: the layer that names them starts afresh.
+    # With other classes, the layer that predicts them keeps its fresh parameters.
     run, _ = build(config, tmp_path / "next")
-    run.class_names = [*run.class_names[:-1], "Something else"]
+    run.replace(class_names=[*run.class_names[:-1], "Something else"])
     run.init_from_adapter(path)
     after, trained = leaves(run.state.trainable), leaves(straight.state.trainable)
     fresh = {name for name in after if np.array_equal(after[name], before[name])}
     assert fresh == {"classifier/output/kernel", "classifier/output/bias"}
     assert all(np.array_equal(after[n], trained[n]) for n in after.keys() - fresh)
-    assert "starting afresh: classifier/output/" in capsys.readouterr().out
-    # Evaluation of the file alone; with a run that did not start from it, which of the two?
+    assert "not taken from it: classifier/output/" in capsys.readouterr().out
+    # The file is evaluated without a run; with a run that did not start from it, it is ambiguous.
     run, _ = build(config, tmp_path / "nothing")
     run.restore_for_evaluation()
-    assert same(run.state.trainable, straight.state.trainable)
-    run.class_names = [*run.class_names[:-1], "Something else"]
-    with pytest.raises(ValueError, match="was trained on other classes, 8 of them, than the 8 of"):
+    assert is_same(run.state.trainable, straight.state.trainable)
+    run.replace(class_names=[*run.class_names[:-1], "Something else"])
+    with pytest.raises(
+        ValueError, match="predicts 8 classes, but the data set has 8 different ones"
+    ):
         run.restore_for_evaluation()
     run, _ = build(config, tmp_path / "straight")
-    with pytest.raises(ValueError, match="which one is meant: config.init_from="):
+    with pytest.raises(ValueError, match="config.init_from=.* is ambiguous"):
         run.restore_for_evaluation()
     capsys.readouterr()
-    assert run.restore_for_training(Checkpoints(run.workdir)) == 6  # nor does a training take it
-    assert f"init_from={path} is left out: the run in" in capsys.readouterr().out
+    assert run.restore_for_training(Checkpoints(run.workdir)) == 6  # a training ignores the file
+    assert f"init_from={path} is ignored: the run in" in capsys.readouterr().out
     config.data.grid = (2, 2)
     run, _ = build(config, tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"trained with other settings:\n  data.grid: .* -> "):
@@ -607,7 +626,7 @@ def test_exported_parameters_know_what_they_belong_to(config, straight, tmp_path
 
 @pytest.mark.slow
 def test_processes(config, straight, tmp_path):
-    """kill -9, SIGTERM, and a second program in the same workdir, with real processes."""
+    """Check kill -9, SIGTERM, and a second program in the same workdir, with real processes."""
     workdir = tmp_path / "killed"
     command = [sys.executable, "-m", "dualpath_jax.main", "--config=configs/demo.py"]
     for key in ("data.source", "data.dir", "data.batch_size", "data.image_size"):
@@ -629,24 +648,24 @@ def test_processes(config, straight, tmp_path):
             command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=make_environment()
         )
 
-    def steps():
+    def saved_steps():
         folder = workdir / "checkpoints"
         return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
 
-    def wait_for(number):
+    def wait_for_checkpoints(number):
         end = time.monotonic() + 300
-        while len(steps()) < number or process.poll() is not None:
+        while len(saved_steps()) < number or process.poll() is not None:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < end
             time.sleep(0.05)
 
     process = start()
-    wait_for(2)
+    wait_for_checkpoints(2)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     process = start()
-    before = max(steps())
-    while max(steps()) == before:
+    before = max(saved_steps())
+    while max(saved_steps()) == before:
         time.sleep(0.05)
         assert process.poll() is None, process.communicate()[1]
     second = subprocess.run(
@@ -658,5 +677,5 @@ def test_processes(config, straight, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == EXIT_CODE
     assert f"resumed from {workdir}/checkpoints/" in out
-    assert f"told to stop; saved {workdir}/checkpoints/{max(steps())}" in err
+    assert f"stopped; saved {workdir}/checkpoints/{max(saved_steps())}" in err
     assert check_workdir(str(workdir)) is None

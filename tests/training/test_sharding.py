@@ -1,4 +1,4 @@
-"""Arrays over devices: the same step on any mesh, what is divided, what travels."""
+"""Checks the step on several meshes, the sharded arrays, and the traffic between devices."""
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,12 @@ from tests.helpers.runs import build_run
 from tests.helpers.small_config import small_config
 
 
-def step_on(config, dataset, devices):
-    """(new trainables, metrics, compiled step, run) after one step on that many devices."""
+def run_step(config, dataset, devices):
+    """Run one step on `devices` devices.
+
+    Returns:
+      (new trainable parameters by path, metrics, compiled step, run).
+    """
     with pytest.MonkeyPatch.context() as patch:
         mesh = sharding.make_mesh(config.mesh.fsdp, jax.devices()[:devices])
         patch.setattr(sharding, "make_mesh", lambda fsdp: mesh)
@@ -53,37 +57,42 @@ def dataset(config):
     return VideoDataset(config.data.dir, "train")
 
 
-def traffic(compiled):
+def find_collectives(compiled):
+    """Return the collective operations of a program by (kind, dtype)."""
     return {(c.kind, c.dtype): c for c in hlo_cost.HloProgram(compiled.as_text()).collectives()}
 
 
 @pytest.mark.slow
 def test_a_step_is_the_same_on_any_mesh(config, dataset):
-    one, metrics, compiled, _ = step_on(config, dataset, 1)
-    assert not traffic(compiled)
+    expected, metrics, compiled, _ = run_step(config, dataset, 1)
+    assert not find_collectives(compiled)
     for devices, fsdp, parts in ((4, 2, 1), (2, 2, 1), (2, 1, 2)):
         config.mesh.fsdp, config.optimizer.accumulation_steps = fsdp, parts
-        other, others, compiled, run = step_on(config, dataset, devices)
-        for name, leaf in one.items():
-            # The first step of AdamW is the sign of a gradient: compare where it has one.
-            np.testing.assert_allclose(other[name], leaf, rtol=0, atol=2e-3, err_msg=name)
+        trainable, other_metrics, compiled, run = run_step(config, dataset, devices)
+        for name, leaf in expected.items():
+            # AdamW's first step is about the sign of the gradient, hence the absolute tolerance.
+            np.testing.assert_allclose(trainable[name], leaf, rtol=0, atol=2e-3, err_msg=name)
         for name in ("loss", "gradient_norm"):
-            assert others[name] == pytest.approx(metrics[name], rel=1e-4), (devices, fsdp, name)
+            assert other_metrics[name] == pytest.approx(metrics[name], rel=1e-4), (
+                devices,
+                fsdp,
+                name,
+            )
         if fsdp == 1:  # all gradients and metrics at once, in float32
-            found = traffic(compiled)
-            assert set(found) == {("all-reduce", "f32")}
-            trainable = 4 * run.trainable_params
-            assert trainable <= found["all-reduce", "f32"].bytes <= trainable + 100
+            collectives = find_collectives(compiled)
+            assert set(collectives) == {("all-reduce", "f32")}
+            size = 4 * run.trainable_params
+            assert size <= collectives["all-reduce", "f32"].bytes <= size + 100
 
 
 @pytest.mark.parametrize(("platform", "axes"), [("cpu", ("data",)), ("gpu", sharding.AXES)])
 def test_gradients_in_bfloat16(platform, axes, config, monkeypatch):
-    """A mean over two devices of what each computes from its rows; rounded on the way if asked."""
+    """Check the mean over two devices, and that gradients are rounded to `reduce_dtype`."""
     mesh = sharding.make_mesh(devices=jax.devices()[:2])
     monkeypatch.setattr(sharding, "_platform", lambda mesh: platform)
 
     def compute(trainable, frozen, batch, rng):
-        # No axis but `fsdp` is left to XLA, and none on a GPU.
+        # XLA partitions along `fsdp` only; on a GPU it partitions nothing.
         assert jax.sharding.get_abstract_mesh().manual_axes == axes
         return {"loss": batch.mean()}, {"w": trainable["w"] * (batch * frozen).mean()}
 
@@ -97,7 +106,7 @@ def test_gradients_in_bfloat16(platform, axes, config, monkeypatch):
 
     assert mean("float32") == pytest.approx(0.5, rel=1e-6)
     halves = [float(jnp.bfloat16(x)) for x in (0.5 / 3, 2.5 / 3)]
-    if platform == "cpu":  # whose compiler sums no bfloat16
+    if platform == "cpu":  # XLA's CPU compiler sums no bfloat16
         assert mean("bfloat16") == sum(halves) / 2 != mean("float32")
     config.optimizer.reduce_dtype = "float16"
     with pytest.raises(ValueError, match="reduce_dtype='float16': known are float32, bfloat16"):
@@ -106,7 +115,7 @@ def test_gradients_in_bfloat16(platform, axes, config, monkeypatch):
 
 @pytest.mark.parametrize(("fsdp", "sums"), [(1, True), (2, False)])
 def test_no_sum_where_one_device_has_all_rows(fsdp, sums):
-    """Of one number, a GPU's compiler refuses it (`mesh.fsdp` of all devices)."""
+    """Check `mesh.fsdp` of all devices: GPU compilers refuse a sum over one device."""
     mesh = sharding.make_mesh(fsdp, jax.devices()[:2])
     averaged = sharding.data_parallel_mean(lambda w, *_: ({"loss": w}, {"w": w}), mesh, "float32")
     with sharding.with_mesh(mesh):
@@ -114,7 +123,7 @@ def test_no_sum_where_one_device_has_all_rows(fsdp, sums):
     assert ("psum" in str(program)) == sums
 
 
-def test_what_is_divided():
+def test_only_large_leaves_of_blocks_are_sharded():
     mesh = sharding.make_mesh(4)
     assert mesh.shape == {"data": 2, "fsdp": 4}
     tree = {
@@ -134,7 +143,7 @@ def test_what_is_divided():
     }
     config = schema.get_config()
     config.mesh.fsdp, config.model.scan_blocks = 4, False
-    with pytest.raises(ValueError, match="mesh.fsdp=4 divides the weights that a loop goes over"):
+    with pytest.raises(ValueError, match="mesh.fsdp=4 divides the weights of scanned blocks"):
         sharding.check_batch_sizes(config, 8)
     with pytest.raises(ValueError, match=r"mesh.fsdp=3 must divide .* 8: use one of \[1, 2, 4, 8]"):
         sharding.make_mesh(3)

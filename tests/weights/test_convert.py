@@ -49,7 +49,7 @@ def _make_images(config):
 
 
 def _compute_stages(params, config, images):
-    """Computes the stages of `torch_reference.open_clip_stages` with our ViT."""
+    """Compute the stages of `torch_reference.open_clip_stages` with our ViT."""
     model, variables = vit.ViT(config), {"params": params}
     position = params["position_embedding"]
     h = model.apply(variables, images, params["class_embedding"], position, method="embed")
@@ -65,7 +65,7 @@ def _compute_stages(params, config, images):
 
 
 def _max_differences(params, config, expected):
-    """Returns max |ours - torch's| of each stage."""
+    """Return max |ours - torch's| of each stage."""
     ours = _compute_stages(params, config, _make_images(config))
     assert ours.keys() == expected.keys()
     for name, value in ours.items():
@@ -79,7 +79,7 @@ def _torch_images(config):
 
 
 def _save_safetensors(state, path, metadata=None):
-    """Writes a torch state dict as safetensors, and returns the path."""
+    """Write a torch state dict as safetensors, and return the path."""
     arrays = {
         k: np.ascontiguousarray(source_checkpoint._torch_to_numpy(v)) for k, v in state.items()
     }
@@ -99,14 +99,14 @@ def small_state(small_clip):
 
 @pytest.fixture(scope="module")
 def small_file(small_state, tmp_path_factory):
-    """Returns the small CLIP as safetensors with its activation, like our demo's backbone."""
+    """Return the small CLIP as safetensors with its activation, like our demo's backbone."""
     path = tmp_path_factory.mktemp("small") / "clip.safetensors"
     return _save_safetensors(small_state, path, {"activation": "quick_gelu", "heads": "2"})
 
 
 @pytest.fixture(scope="module")
 def small_backbone(small_file, tmp_path_factory):
-    """Returns the converted file of the small CLIP."""
+    """Return the converted file of the small CLIP."""
     out = tmp_path_factory.mktemp("converted") / "backbone.safetensors"
     convert.convert_checkpoint(small_file, out)
     return out
@@ -118,7 +118,7 @@ def small_stages(small_clip):
 
 
 def _copy_edited(path, edit, out):
-    """Copies a backbone file after `edit(arrays, meta)` has changed its arrays or metadata."""
+    """Copy a backbone file after `edit(arrays, meta)` has changed its arrays or metadata."""
     arrays, meta, _ = convert._read_backbone(path)
     edit(arrays, meta)
     safetensors.numpy.save_file(arrays, out, {convert.CONVERTED_KEY: json.dumps(meta)})
@@ -129,7 +129,7 @@ def _copy_edited(path, edit, out):
 
 
 def _check_parity(shape, model, stages, source, tmp_path, record_property):
-    """Checks each stage of the converted model against torch, and returns the loaded config."""
+    """Check each stage of the converted model against torch, and return the loaded config."""
     converted = tmp_path / "backbone.safetensors"
     info = convert.convert_checkpoint(source, converted)
     wanted = _make_config(shape, activation="gelu", eps=1e-6)  # the file's values replace these
@@ -359,7 +359,7 @@ def test_only_torch_formats_need_torch(small_file, small_state, tmp_path, monkey
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_source_dtypes_are_kept(suffix, small_state, tmp_path):
-    """Checks files like those of open_clip and OpenAI: cast matrices, LayerNorm in float32."""
+    """Check files like those of open_clip and OpenAI: cast matrices, LayerNorm in float32."""
     dtypes = {2: torch.float16, 3: torch.float16, 4: torch.bfloat16}
     state = {k: v.to(dtypes.get(v.ndim, torch.float32)) for k, v in small_state.items()}
     source = tmp_path / f"a.{suffix}"

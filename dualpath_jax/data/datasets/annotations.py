@@ -55,11 +55,11 @@ class DatasetIndex:
     share_videos: bool = False
 
     def storage_split(self, split: str) -> str:
-        """Returns the name under which the frames of a split are stored."""
+        """Return the name under which the frames of a split are stored."""
         return SHARED_SPLIT if self.share_videos else split
 
     def videos_to_store(self) -> dict[str, list[Video]]:
-        """Returns the videos to decode, each once, by the name of their storage split."""
+        """Return the videos to decode, each once, by the name of their storage split."""
         if not self.share_videos:
             return self.splits
         videos = {video.id: video for split in self.splits.values() for video in split}
@@ -67,7 +67,7 @@ class DatasetIndex:
 
 
 def split_by_hash(videos: Iterable[Video], validation_fraction: float) -> dict[str, list[Video]]:
-    """Splits each class into train and validation by a hash of the ids, the same on every machine.
+    """Split each class into train and validation by a hash of the ids, the same on every machine.
 
     A class with two or more videos gets at least one in each split, unless the fraction is 0. The
     only video of a class goes into train. Each split keeps the order of `videos`.
@@ -96,7 +96,7 @@ def split_by_hash(videos: Iterable[Video], validation_fraction: float) -> dict[s
 
 
 def require_file(annotations: str | None, exists: Callable[[str], bool], expected: str) -> str:
-    """Returns the path `annotations` if it exists.
+    """Return the path `annotations` if it exists.
 
     Args:
       annotations: path of a file or folder, or None.
@@ -114,7 +114,7 @@ def require_file(annotations: str | None, exists: Callable[[str], bool], expecte
 
 
 def read_field(entry: Any, name: str, path: str, dataset: str) -> str:
-    """Returns field `name` of an entry of a JSON file, as text.
+    """Return field `name` of an entry of a JSON file, as text.
 
     Args:
       entry: a value from the JSON file, expected to be a dict.
@@ -152,7 +152,7 @@ _CONTENT_PATTERNS = {
 
 
 def format_dataset_hint(path: str, dataset: str) -> str:
-    """Returns "; it looks like ..." if annotations belong to another data set, otherwise "".
+    """Return "; it looks like ..." if annotations belong to another data set, otherwise "".
 
     Args:
       path: an annotation file, or a folder of them.
@@ -179,6 +179,6 @@ def format_dataset_hint(path: str, dataset: str) -> str:
 
 
 def _read_start(path: str) -> str:
-    """Returns the first 2000 characters of a file."""
+    """Return the first 2000 characters of a file."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         return file.read(2000)

@@ -9,7 +9,7 @@ from dualpath_jax.data.datasets.annotations import SPLIT_NAMES, DatasetIndex, Vi
 def read_folder(
     videos_dir: str, annotations: str | None, validation_fraction: float
 ) -> DatasetIndex:
-    """Lists the videos in class folders.
+    """List the videos in class folders.
 
     Args:
       videos_dir: folder that holds the class folders, either directly or inside split folders
@@ -60,7 +60,7 @@ def read_folder(
 
 
 def _list_visible(root: str, folder: str, want_folders: bool) -> tuple[list[str], list[str]]:
-    """Lists the folders (or else the files) in root/folder that are not hidden.
+    """List the folders (or else the files) in root/folder that are not hidden.
 
     Returns:
       (names, sorted; a notice of entries of the other kind, if there are any).

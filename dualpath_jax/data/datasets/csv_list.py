@@ -17,7 +17,7 @@ _MAX_CLASSES = 100_000  # each class takes a name in memory and a part of the cl
 
 
 def read_csv(videos_dir: str, annotations: str | None, validation_fraction: float) -> DatasetIndex:
-    """Reads CSV files with lines `path,label`.
+    """Read CSV files with lines `path,label`.
 
     The label is the text after the last comma. Fields may be quoted, and a first line `path,label`
     is skipped. Lines "path 12" without a comma, as in Kinetics' lists, are read too. Labels are
@@ -63,7 +63,7 @@ def read_csv(videos_dir: str, annotations: str | None, validation_fraction: floa
 
 
 def _read_rows(path: str) -> list[tuple[str, str]]:
-    """Reads (path, label) from each line of a CSV file."""
+    """Read (path, label) from each line of a CSV file."""
     rows = []
     with open_text(path, errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
@@ -87,7 +87,7 @@ def _read_rows(path: str) -> list[tuple[str, str]]:
 
 
 def _find_class_names(rows: dict[str, list[tuple[str, str]]]) -> list[str]:
-    """Returns the class names, by class index, from the labels of the training split.
+    """Return the class names, by class index, from the labels of the training split.
 
     Args:
       rows: split -> its (path, label) pairs.

@@ -18,7 +18,7 @@ _SPLIT_SIZES = {"train": 15_027, "test": 1_970}  # videos of V2
 def read_diving48(
     videos_dir: str, annotations: str | None, validation_fraction: float
 ) -> DatasetIndex:
-    """Reads Diving48_V2_train.json, Diving48_V2_test.json and Diving48_vocab.json.
+    """Read Diving48_V2_train.json, Diving48_V2_test.json and Diving48_vocab.json.
 
     A class is named by the four parts of its dive, such as "Back 15som 05Twis FREE". V1 is refused,
     because V2 corrects its labels.
@@ -46,7 +46,7 @@ def read_diving48(
 
 
 def _find_file(annotations: str, name: str) -> str:
-    """Returns the path of Diving48_{name}.json; ValueError if it does not exist."""
+    """Return the path of Diving48_{name}.json; ValueError if it does not exist."""
     path = os.path.join(annotations, f"Diving48_{name}.json")
     if os.path.exists(path):
         return path
@@ -59,7 +59,7 @@ def _find_file(annotations: str, name: str) -> str:
 
 
 def _read_vocabulary(path: str) -> list[str]:
-    """Returns the class names, each the four parts of a dive joined by spaces."""
+    """Return the class names, each the four parts of a dive joined by spaces."""
     names = []
     for parts in read_json(path, list):
         if not (isinstance(parts, list) and len(parts) == 4):
@@ -71,7 +71,7 @@ def _read_vocabulary(path: str) -> list[str]:
 
 
 def _parse_video(entry: dict, path: str) -> Video:
-    """Returns the video of one entry of the JSON file at `path`."""
+    """Return the video of one entry of the JSON file at `path`."""
     name = read_field(entry, "vid_name", path, "diving48")
     label = read_field(entry, "label", path, "diving48")
     if not label.isdecimal():

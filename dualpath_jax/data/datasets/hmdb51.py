@@ -20,7 +20,7 @@ _ROLE_BY_DIGIT = {"0": None, "1": "train", "2": "test"}
 def read_hmdb51(
     videos_dir: str, annotations: str | None, validation_fraction: float
 ) -> DatasetIndex:
-    """Reads {class}_test_split{1,2,3}.txt, whose lines are `<file>.avi <0|1|2>`.
+    """Read {class}_test_split{1,2,3}.txt, whose lines are `<file>.avi <0|1|2>`.
 
     The splits train1, test1, train2, ... are three divisions of the same videos. The digit puts a
     video into training (1), into test (2) or into neither (0). A video's id is its path.
@@ -57,7 +57,7 @@ def read_hmdb51(
 
 
 def _read_roles(path: str) -> list[tuple[str, str]]:
-    """Reads (file, "train" or "test") from each line of a file, except lines with digit 0."""
+    """Read (file, "train" or "test") from each line of a file, except lines with digit 0."""
     if not os.path.exists(path):
         raise ValueError(
             f"there is no {path}, but other classes have such a file; unpack all files again"

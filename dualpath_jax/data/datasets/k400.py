@@ -18,7 +18,7 @@ _SUFFIXES = (".mp4", ".mkv", ".webm", ".avi")  # in order of preference; the pub
 
 
 def read_k400(videos_dir: str, annotations: str | None, validation_fraction: float) -> DatasetIndex:
-    """Reads CSV files with the header `label,youtube_id,time_start,time_end,split`.
+    """Read CSV files with the header `label,youtube_id,time_start,time_end,split`.
 
     Columns may be in any order, and more columns are ignored. Class indices follow the sorted
     labels of all files. Rows without a label are left out (the crawler's test file has no label
@@ -64,7 +64,7 @@ def read_k400(videos_dir: str, annotations: str | None, validation_fraction: flo
 
 
 def _list_csv_files(annotations: str) -> list[str]:
-    """Returns the paths of the CSV files in a folder, or of the one file."""
+    """Return the paths of the CSV files in a folder, or of the one file."""
     if not os.path.isdir(annotations):
         return [annotations]
     names = sorted(name for name in os.listdir(annotations) if name.endswith(".csv"))
@@ -76,7 +76,7 @@ def _list_csv_files(annotations: str) -> list[str]:
 
 
 def _read_rows(path: str) -> list[tuple[str, str, str]]:
-    """Reads (split, label or "", file stem) from each row of a CSV file."""
+    """Read (split, label or "", file stem) from each row of a CSV file."""
     with open_text(path, newline="") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
         header = reader.fieldnames or []
@@ -89,7 +89,7 @@ def _read_rows(path: str) -> list[tuple[str, str, str]]:
 
 
 def _parse_row(row: dict[str, str], where: str) -> tuple[str, str, str]:
-    """Returns (split, label or "", file stem) of a row; `where` begins error messages."""
+    """Return (split, label or "", file stem) of a row; `where` begins error messages."""
     values = {name: (row[name] or "").strip() for name in _COLUMNS}
     split = SPLIT_NAMES.get(values["split"])
     if split is None:
@@ -107,7 +107,7 @@ def _parse_row(row: dict[str, str], where: str) -> tuple[str, str, str]:
 
 
 def _index_files_by_stem(videos_dir: str) -> tuple[dict[str, str], list[str]]:
-    """Finds all video files below the videos folder.
+    """Find all video files below the videos folder.
 
     Returns:
       (file stem -> path relative to the folder; a notice of stems that several files share).

@@ -39,7 +39,7 @@ DATASETS: dict[str, Callable[[str, str | None, float], DatasetIndex]] = {
 def list_videos(
     dataset: str, videos_dir: str, annotations: str | None = None, validation_fraction: float = 0.2
 ) -> DatasetIndex:
-    """Reads and checks a data set's annotations.
+    """Read and check a data set's annotations.
 
     Args:
       dataset: a name in `DATASETS`.
@@ -82,7 +82,7 @@ def list_videos(
 
 
 def _check_split(split: str, videos: list[Video], num_classes: int) -> None:
-    """Raises ValueError for ids that occur twice and for labels outside 0..num_classes-1."""
+    """Raise ValueError for ids that occur twice and for labels outside 0..num_classes-1."""
     seen = set()
     _check_encodable([video.id for video in videos])
     for video in videos:
@@ -99,7 +99,7 @@ def _check_split(split: str, videos: list[Video], num_classes: int) -> None:
 
 
 def _check_encodable(names: list[str]) -> None:
-    """Raises ValueError for names that cannot be encoded, such as half a surrogate pair in JSON."""
+    """Raise ValueError for names that cannot be encoded, such as half a surrogate pair in JSON."""
     try:
         for name in names:
             name.encode("utf-8", "surrogateescape")  # file names may hold any bytes
@@ -110,7 +110,7 @@ def _check_encodable(names: list[str]) -> None:
 
 
 def _check_paths(split: str, videos: list[Video]) -> None:
-    """Raises ValueError for a file outside the folder of videos."""
+    """Raise ValueError for a file outside the folder of videos."""
     for video in videos:
         if os.path.isabs(video.path) or ".." in video.path.split("/"):
             raise ValueError(
@@ -123,7 +123,7 @@ def _check_paths(split: str, videos: list[Video]) -> None:
 def _find_class_anomalies(
     dataset: str, class_names: list[str], splits: dict[str, list[Video]]
 ) -> list[str]:
-    """Returns notices of classes without videos and of a number of classes that looks wrong."""
+    """Return notices of classes without videos and of a number of classes that looks wrong."""
     notices = []
     used = {video.label for videos in splits.values() for video in videos}
     if empty := [name for label, name in enumerate(class_names) if label not in used]:
@@ -140,7 +140,7 @@ def _find_class_anomalies(
 
 
 def _find_shared_videos(splits: dict[str, list[Video]]) -> list[str]:
-    """Returns a notice if videos are in several splits, otherwise an empty list."""
+    """Return a notice if videos are in several splits, otherwise an empty list."""
     count = collections.Counter(video.id for videos in splits.values() for video in videos)
     shared = [id_ for id_, n in count.items() if n > 1]
     return [f"{len(shared)} videos are in several splits, such as {shared[0]!r}"] if shared else []

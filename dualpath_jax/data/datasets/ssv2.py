@@ -13,7 +13,7 @@ from dualpath_jax.runtime.safe_read import open_text, read_json, truncated_repr
 
 
 def read_ssv2(videos_dir: str, annotations: str | None, validation_fraction: float) -> DatasetIndex:
-    """Reads labels.json, train.json, validation.json and, if it exists, test.json.
+    """Read labels.json, train.json, validation.json and, if it exists, test.json.
 
     The files may also have their older names, something-something-v2-*.json. A class is the
     template of a video's caption, without brackets. Test entries come without a template;
@@ -62,7 +62,7 @@ def read_ssv2(videos_dir: str, annotations: str | None, validation_fraction: flo
 
 
 def _read_classes(annotations: str) -> dict[str, int]:
-    """Reads labels.json: template without brackets -> class index."""
+    """Read labels.json: template without brackets -> class index."""
     labels = read_json(_find_file(annotations, "labels"), dict)
     try:
         classes = {_remove_brackets(template): int(index) for template, index in labels.items()}
@@ -79,7 +79,7 @@ def _read_classes(annotations: str) -> dict[str, int]:
 
 
 def _find_file(annotations: str, name: str, required: bool = True) -> str | None:
-    """Returns the path of {name}.json, under its new or older name; None if it does not exist."""
+    """Return the path of {name}.json, under its new or older name; None if it does not exist."""
     for file in (f"{name}.json", f"something-something-v2-{name}.json"):
         path = os.path.join(annotations, file)
         if os.path.exists(path):
@@ -93,7 +93,7 @@ def _find_file(annotations: str, name: str, required: bool = True) -> str | None
 
 
 def _read_answers(annotations: str) -> dict[str, str]:
-    """Reads test-answers.csv: id -> template. Returns {} if the file does not exist."""
+    """Read test-answers.csv: id -> template. Returns {} if the file does not exist."""
     path = os.path.join(annotations, "test-answers.csv")
     if not os.path.exists(path):
         return {}
@@ -107,7 +107,7 @@ def _remove_brackets(template: str) -> str:
 
 
 def _find_class(classes: dict[str, int], template: object, id_: str, path: str) -> int:
-    """Returns the class index of a video's template; ValueError if it is not a known class."""
+    """Return the class index of a video's template; ValueError if it is not a known class."""
     if not isinstance(template, str) or _remove_brackets(template) not in classes:
         raise ValueError(
             f"video {id_[:200]} in {path} has template {truncated_repr(template)}, which "

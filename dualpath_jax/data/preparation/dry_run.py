@@ -30,7 +30,7 @@ def check_videos(
     bad_videos: str | None = None,
     progress: bool = True,
 ) -> dict[str, SplitCounts]:
-    """Decodes every listed video as `prepare_dataset` does, stores nothing, and prints the results.
+    """Decode every listed video as `prepare_dataset` does, store nothing, and print the results.
 
     The options that are not listed here are those of `prepare.PrepareOptions`.
 
@@ -75,7 +75,7 @@ def check_videos(
 
 
 def _note_missing_videos(index: DatasetIndex, videos_dir: str, max_missing: float) -> None:
-    """Prints a note on each split with missing videos; ValueError if all videos are missing."""
+    """Print a note on each split with missing videos; ValueError if all videos are missing."""
     missing = summary.find_missing_videos(index, videos_dir)
     for message, refused in summary.describe_missing_videos(
         index, videos_dir, missing, max_missing
@@ -90,7 +90,7 @@ def _collect_entries(
     file: TextIO,
     bar: progress_bar.ProgressBar,
 ) -> tuple[dict[str, list[dict]], list[dict]]:
-    """Returns the entries of good videos by storage split, and those of bad videos.
+    """Return the entries of good videos by storage split, and those of bad videos.
 
     Writes a line to `file` for each bad or truncated video.
     """
@@ -110,7 +110,7 @@ def _collect_entries(
 
 
 def _open_output(path: str | None) -> contextlib.AbstractContextManager[TextIO]:
-    """Opens a text file for writing, or returns standard output if `path` is None."""
+    """Open a text file for writing, or return standard output if `path` is None."""
     if path is None:
         return contextlib.nullcontext(sys.stdout)
     return open(path, "w", encoding="utf-8", errors="surrogateescape", buffering=1)

@@ -95,7 +95,7 @@ def prepare_dataset(
     out_dir: str,
     options: PrepareOptions = PrepareOptions(),
 ) -> dict[str, SplitCounts]:
-    """Decodes every listed video once and stores its frames; resumes an interrupted run.
+    """Decode every listed video once and store its frames; resume an interrupted run.
 
     Args:
       index: the listed videos, from `registry.list_videos`.
@@ -135,7 +135,7 @@ def prepare_dataset(
 
 
 def _build_settings(index: DatasetIndex, options: PrepareOptions) -> dict:
-    """Returns the settings that decide the content of OUT, as JSON values."""
+    """Return the settings that decide the content of OUT, as JSON values."""
     settings = {
         "format": 2,
         "short_side": options.short_side,
@@ -169,7 +169,7 @@ def _split_into_shards(index: DatasetIndex, videos_per_shard: int) -> list[_Shar
 
 @contextlib.contextmanager
 def _lock_out_dir(out_dir: str) -> Iterator[None]:
-    """Creates OUT and locks it against other processes; ValueError if that fails."""
+    """Create OUT and lock it against other processes; ValueError if that fails."""
     if "://" in out_dir:
         raise ValueError(
             f"--out={out_dir} is not a local folder. Prepare into one, --out=DIR, then copy it: "
@@ -195,7 +195,7 @@ def _settings_path(out_dir: str) -> str:
 
 
 def _check_same_settings(out_dir: str, new: dict, ignore_limits: bool) -> None:
-    """Raises a ValueError that lists the changes if OUT was prepared with other settings."""
+    """Raise a ValueError that lists the changes if OUT was prepared with other settings."""
     if not os.path.exists(_settings_path(out_dir)):
         if os.path.exists(os.path.join(out_dir, "dataset_info.json")):
             raise ValueError(
@@ -239,7 +239,7 @@ def _find_unfinished(shards: list[_Shard], out_dir: str, retry_bad: bool) -> _To
 
 
 def _read_bad_videos(shard: _Shard, out_dir: str) -> list[Video]:
-    """Returns the bad videos of a finished shard."""
+    """Return the bad videos of a finished shard."""
     bad_ids = {entry["id"] for entry in _read_sidecar(shard, out_dir)["bad"]}
     return [video for video in shard.videos if video.id in bad_ids]
 
@@ -247,7 +247,7 @@ def _read_bad_videos(shard: _Shard, out_dir: str) -> list[Video]:
 def _check_missing_videos(
     index: DatasetIndex, videos_dir: str, out_dir: str, max_missing: float
 ) -> None:
-    """Prints and lists the missing files; ValueError if all are missing, or too many of a split."""
+    """Print and list the missing files; ValueError if all are missing, or too many of a split."""
     path = os.path.join(out_dir, "missing_videos.txt")
     missing = summary.find_missing_videos(index, videos_dir)
     if not missing:
@@ -266,7 +266,7 @@ def _check_missing_videos(
 def _store_shards(
     todo: _Todo, shards: list[_Shard], videos_dir: str, out_dir: str, options: PrepareOptions
 ) -> None:
-    """Decodes the videos in `todo` and stores their shards, in order."""
+    """Decode the videos in `todo` and store their shards, in order."""
     arguments = (
         (
             os.path.join(videos_dir, video.path),
@@ -302,7 +302,7 @@ def _advance_bar(results: Iterator, bar: ProgressBar) -> Iterator:
 
 
 def _decode_outcomes(shard: _Shard, results: Iterator) -> Iterator[_Outcome]:
-    """Yields the outcome of each video of a shard, from the results of `video_to_jpegs`."""
+    """Yield the outcome of each video of a shard, from the results of `video_to_jpegs`."""
     # `zip` takes the videos first: after the last one it takes no result of the next shard.
     return (_make_outcome(*pair) for pair in zip(shard.videos, results, strict=False))
 
@@ -317,7 +317,7 @@ def _make_outcome(video: Video, result: Any) -> _Outcome:
 def _retry_bad_videos(
     shard: _Shard, bad: list[Video], results: Iterator, out_dir: str
 ) -> Iterator[_Outcome] | None:
-    """Returns the outcomes of all videos of a finished shard, whose bad ones are decoded again.
+    """Return the outcomes of all videos of a finished shard, whose bad ones are decoded again.
 
     If all of them are still bad, it updates their reasons and returns None: the frames stay.
     """
@@ -332,7 +332,7 @@ def _retry_bad_videos(
 
 
 def _update_reasons(shard: _Shard, bad: list[Video], failures: list[Failure], out_dir: str) -> None:
-    """Replaces the reasons of the bad videos in the sidecar of a finished shard."""
+    """Replace the reasons of the bad videos in the sidecar of a finished shard."""
     sidecar = _read_sidecar(shard, out_dir)
     pairs = zip(bad, failures, strict=True)
     entries = [summary.build_bad_entry(shard.split, *pair) for pair in pairs]
@@ -344,7 +344,7 @@ def _update_reasons(shard: _Shard, bad: list[Video], failures: list[Failure], ou
 
 
 def _merge_outcomes(shard: _Shard, results: Iterator, out_dir: str) -> Iterator[_Outcome]:
-    """Yields the outcomes of all videos of a shard: stored frames, or else the next result."""
+    """Yield the outcomes of all videos of a shard: stored frames, or else the next result."""
     entries = _read_sidecar(shard, out_dir)["stored"]
     reader = ArrayRecordReader(shard.frames_path(out_dir)) if entries else None
     pairs = zip(_video_rows(entries), entries, strict=True)
@@ -360,7 +360,7 @@ def _merge_outcomes(shard: _Shard, results: Iterator, out_dir: str) -> Iterator[
 
 
 def _mark_unfinished(shard: _Shard, out_dir: str) -> None:
-    """Removes the marks of finished work before the frames of a shard change.
+    """Remove the marks of finished work before the frames of a shard change.
 
     A run that is stopped in between then decodes the shard again.
     """
@@ -374,7 +374,7 @@ def _remove_if_there(path: str) -> None:
 
 
 def _store_shard(shard: _Shard, outcomes: Iterator[_Outcome], out_dir: str) -> None:
-    """Writes the frames of a shard and then its sidecar, which marks it as finished."""
+    """Write the frames of a shard and then its sidecar, which marks it as finished."""
     stored, bad, writer = [], [], None
     with contextlib.ExitStack() as stack:  # commits the frames, or discards them on an exception
         for video, outcome in zip(shard.videos, outcomes, strict=True):
@@ -395,7 +395,7 @@ def _store_shard(shard: _Shard, outcomes: Iterator[_Outcome], out_dir: str) -> N
 def _write_results(
     index: DatasetIndex, shards: list[_Shard], out_dir: str, options: PrepareOptions
 ) -> dict[str, SplitCounts]:
-    """Writes the tables and lists, unless they exist; prints and returns the counts."""
+    """Write the tables and lists, unless they exist; print and return the counts."""
     # Collect the entries of all shards.
     stored = {name: [] for name in index.videos_to_store()}
     frame_shards = {name: [] for name in index.videos_to_store()}
@@ -435,7 +435,7 @@ def _write_results(
 def _build_tables(
     index: DatasetIndex, stored: dict[str, list[dict]]
 ) -> dict[str, list[shard_writer.VideoRow]]:
-    """Returns the rows of each split, from the entries of each storage split."""
+    """Return the rows of each split, from the entries of each storage split."""
     tables = {}
     for split, videos in index.splits.items():
         ids = {video.id for video in videos}
@@ -450,7 +450,7 @@ def _read_sidecar(shard: _Shard, out_dir: str) -> dict:
 
 
 def _video_rows(stored: list[dict]) -> Iterator[shard_writer.VideoRow]:
-    """Yields the table rows of consecutive stored videos, the first of which begins at frame 0."""
+    """Yield the table rows of consecutive stored videos, the first of which begins at frame 0."""
     first_frame = 0
     for entry in stored:
         values = {name: value for name, value in entry.items() if name != "num_bytes"}
@@ -461,7 +461,7 @@ def _video_rows(stored: list[dict]) -> Iterator[shard_writer.VideoRow]:
 
 @contextlib.contextmanager
 def _explain_full_disk(out_dir: str, shards: list[_Shard]) -> Iterator[None]:
-    """Replaces the error of a full disk by one that reports progress, needed space and remedies."""
+    """Replace the error of a full disk by one that reports progress, needed space and remedies."""
     try:
         yield
     except OSError as error:
@@ -478,7 +478,7 @@ def _explain_full_disk(out_dir: str, shards: list[_Shard]) -> Iterator[None]:
 
 
 def _warn_of_short_disk(out_dir: str, shards: list[_Shard]) -> None:
-    """Prints a note if the finished shards show that the disk is too small for the rest."""
+    """Print a note if the finished shards show that the disk is too small for the rest."""
     need, free, progress = _measure_disk(out_dir, shards)
     if need > free:
         print(
@@ -490,7 +490,7 @@ def _warn_of_short_disk(out_dir: str, shards: list[_Shard]) -> None:
 
 
 def _measure_disk(out_dir: str, shards: list[_Shard]) -> tuple[float, int, str]:
-    """Returns the bytes that the rest needs (0 if unknown), the free bytes, and a progress text."""
+    """Return the bytes that the rest needs (0 if unknown), the free bytes, and a progress text."""
     finished = [shard for shard in shards if shard.is_finished(out_dir)]
     done = sum(len(shard.videos) for shard in finished)
     total = sum(len(shard.videos) for shard in shards)

@@ -79,7 +79,7 @@ class ShardWriter:
             self.discard()
 
     def write(self, record: bytes) -> None:
-        """Adds a record, from `encode_frame` or `encode_row`; OSError if the disk is full."""
+        """Add a record, from `encode_frame` or `encode_row`; OSError if the disk is full."""
         try:
             self._writer.write(record)
         except RuntimeError as error:
@@ -87,7 +87,7 @@ class ShardWriter:
         self._count += 1
 
     def commit(self) -> None:
-        """Finishes the file, checks that the disk holds all of it, and gives it its name.
+        """Finish the file, check that the disk holds all of it, and give it its name.
 
         Raises:
           OSError: the disk is full or lost records; the file is discarded.
@@ -108,14 +108,14 @@ class ShardWriter:
         os.replace(self._temporary, self._path)
 
     def discard(self) -> None:
-        """Removes the unfinished file."""
+        """Remove the unfinished file."""
         with contextlib.suppress(RuntimeError):  # `close` tries to write the rest
             self._writer.close()
         with contextlib.suppress(FileNotFoundError):
             os.remove(self._temporary)
 
     def _to_os_error(self, error: RuntimeError) -> OSError:
-        """Returns array_record's RuntimeError as an OSError, by the system error in its text."""
+        """Return array_record's RuntimeError as an OSError, by the system error in its text."""
         full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         code = next((code for code in full if os.strerror(code) in str(error)), errno.EIO)
         return OSError(code, str(error), self._path)
@@ -128,7 +128,7 @@ def write_tables(
     frame_shards: dict[str, list[int]],
     frame_format: FrameFormat,
 ) -> None:
-    """Writes the video tables and the metadata of both TFDS data sets, dataset_info.json last.
+    """Write the video tables and the metadata of both TFDS data sets, dataset_info.json last.
 
     Args:
       out_dir: the folder of the prepared data set, which already holds the frame shards.
@@ -160,12 +160,12 @@ def write_tables(
 
 
 def encode_frame(jpeg: bytes) -> bytes:
-    """Returns a frame record: a serialized tf.train.Example, as TFDS encodes {"image": jpeg}."""
+    """Return a frame record: a serialized tf.train.Example, as TFDS encodes {"image": jpeg}."""
     return _serialize_example({"image": jpeg})
 
 
 def encode_row(row: VideoRow) -> bytes:
-    """Returns a record of the video table: a serialized tf.train.Example, as TFDS encodes it."""
+    """Return a record of the video table: a serialized tf.train.Example, as TFDS encodes it."""
     # A file name may hold any bytes; Python represents those outside UTF-8 as surrogates.
     return _serialize_example(
         dataclasses.asdict(row) | {"id": row.id.encode("utf-8", "surrogateescape")}
@@ -173,7 +173,7 @@ def encode_row(row: VideoRow) -> bytes:
 
 
 def build_video_features(class_names: Sequence[str]) -> dict:
-    """Returns the TFDS features of the video table."""
+    """Return the TFDS features of the video table."""
     import tensorflow_datasets as tfds
 
     # TFDS stores names as stripped lines of a file. If that would change names, the feature has
@@ -195,7 +195,7 @@ def build_video_features(class_names: Sequence[str]) -> dict:
 
 
 def _serialize_example(values: dict) -> bytes:
-    """Returns a serialized tf.train.Example of bytes, float and integer features."""
+    """Return a serialized tf.train.Example of bytes, float and integer features."""
     features = tf.train.Features()
     for name, value in values.items():
         if isinstance(value, bytes):
@@ -210,7 +210,7 @@ def _serialize_example(values: dict) -> bytes:
 def _write_metadata(
     data_dir: str, name: str, features: dict, shard_lengths: dict[str, list[int]]
 ) -> None:
-    """Writes dataset_info.json and the files it needs, so that TFDS can read `data_dir`.
+    """Write dataset_info.json and the files it needs, so that TFDS can read `data_dir`.
 
     Args:
       data_dir: the folder of a TFDS data set.

@@ -43,30 +43,30 @@ class SplitCounts:
 
 
 def build_bad_entry(split: str, video: Video, failure: Failure) -> dict:
-    """Returns the JSON entry of a bad video; `split` is its storage split."""
+    """Return the JSON entry of a bad video; `split` is its storage split."""
     return {"id": video.id, "path": video.path, "reason": failure.reason, "split": split}
 
 
 def build_stored_entry(video: Video, info: VideoInfo) -> dict:
-    """Returns the JSON entry of a stored video."""
+    """Return the JSON entry of a stored video."""
     return {"id": video.id, "label": video.label} | dataclasses.asdict(info)
 
 
 def build_truncated_entry(split: str, path: str, stored: dict) -> dict:
-    """Returns the JSON entry of a truncated video, from its entry as a stored one."""
+    """Return the JSON entry of a truncated video, from its entry as a stored one."""
     values = {name: stored[name] for name in ("truncated", "num_frames")}
     return {"id": stored["id"], "path": path, **values, "split": split}
 
 
 def format_json_line(entry: dict) -> str:
-    """Formats an entry as a line of JSON."""
+    """Format an entry as a line of JSON."""
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
 def count_splits(
     index: DatasetIndex, stored: dict[str, list[dict]], bad: list[dict]
 ) -> dict[str, SplitCounts]:
-    """Counts the videos of each split and, as "total", of all.
+    """Count the videos of each split and, as "total", of all.
 
     Args:
       index: the listed videos.
@@ -102,13 +102,13 @@ def _count_entries(stored: list[dict], bad: list[dict]) -> SplitCounts:
 
 
 def print_counts(counts: dict[str, SplitCounts]) -> None:
-    """Prints a line for each split."""
+    """Print a line for each split."""
     for name, count in counts.items():
         print(f"{name}: {count}")
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Formats a number of bytes in powers of 1000: "1.6 TB", "12 GB", "350 kB"."""
+    """Format a number of bytes in powers of 1000: "1.6 TB", "12 GB", "350 kB"."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.{1 if num_bytes < 10 and unit != 'bytes' else 0}f} {unit}"
@@ -117,7 +117,7 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def find_missing_videos(index: DatasetIndex, videos_dir: str) -> set[str]:
-    """Returns the listed paths whose files do not exist; ValueError if all are missing."""
+    """Return the listed paths whose files do not exist; ValueError if all are missing."""
     paths = {video.path for videos in index.videos_to_store().values() for video in videos}
     missing = {path for path in paths if not os.path.exists(os.path.join(videos_dir, path))}
     if len(missing) == len(paths):
@@ -132,7 +132,7 @@ def find_missing_videos(index: DatasetIndex, videos_dir: str) -> set[str]:
 def describe_missing_videos(
     index: DatasetIndex, videos_dir: str, missing: set[str], max_missing: float
 ) -> Iterator[tuple[str, bool]]:
-    """Yields a message for each split with missing videos, and True if they are too many.
+    """Yield a message for each split with missing videos, and True if they are too many.
 
     Args:
       index: the listed videos.
@@ -157,7 +157,7 @@ def describe_missing_videos(
 def check_prepare_options(
     short_side: int, quality: int, fps: float | None, max_missing: float
 ) -> None:
-    """Raises a ValueError if an option is out of range."""
+    """Raise a ValueError if an option is out of range."""
     if not 1 <= short_side <= MAX_SIDE:
         raise ValueError(f"short_side is {short_side}; it must be in 1..{MAX_SIDE:,}, as in JPEG")
     if not 1 <= quality <= 95:

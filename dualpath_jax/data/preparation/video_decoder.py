@@ -130,7 +130,7 @@ class FrameReader:
         self.truncated = ""
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Yields uint8 [H, W, 3] RGB frames, 0..255.
+        """Yield uint8 [H, W, 3] RGB frames, 0..255.
 
         Raises:
           VideoError: no frame can be decoded, or there are too many.
@@ -173,7 +173,7 @@ class FrameReader:
                 self.truncated = self._describe_early_end(end)
 
     def _decode_packets(self) -> Iterator[av.VideoFrame]:
-        """Yields the decoded frames; skips packets that fail before the first frame."""
+        """Yield the decoded frames; skips packets that fail before the first frame."""
         self._bad_start = self._cut_reason = ""
         self._started = False
         for packet in self._read_packets():
@@ -190,7 +190,7 @@ class FrameReader:
             yield from frames
 
     def _read_packets(self) -> Iterator[av.Packet]:
-        """Yields the packets of the stream, except one in whose middle the file ends.
+        """Yield the packets of the stream, except one in whose middle the file ends.
 
         The last packet is empty: it flushes the decoder.
         """
@@ -205,20 +205,20 @@ class FrameReader:
                 yield packet
 
     def _display_seconds(self, frame: av.VideoFrame) -> float:
-        """Returns the seconds for which a frame is displayed, 0.0 if unknown."""
+        """Return the seconds for which a frame is displayed, 0.0 if unknown."""
         if frame.duration and frame.time_base:
             return float(frame.duration * frame.time_base)
         return 1 / self._rate if self._rate else 0.0
 
     def _check_pixels(self, width: int, height: int) -> None:
-        """Raises a VideoError if a frame is too large."""
+        """Raise a VideoError if a frame is too large."""
         if width * height > self._limits.max_pixels:
             raise VideoError(
                 f"{width}x{height} pixels, more than the limit of {self._limits.max_pixels}"
             )
 
     def _target_size(self, frame: av.VideoFrame, turns: int) -> tuple[int, int]:
-        """Returns (height, width) of the yielded frames: those of the first frame, scaled."""
+        """Return (height, width) of the yielded frames: those of the first frame, scaled."""
         height, width = frame.height, frame.width
         if self._short_side and min(height, width) > self._short_side:
             scale = self._short_side / min(height, width)
@@ -226,7 +226,7 @@ class FrameReader:
         return (width, height) if turns % 2 else (height, width)
 
     def _describe_early_end(self, end: float | None) -> str:
-        """Returns a sentence if the header claims more than `end`, in seconds, and "" otherwise.
+        """Return a sentence if the header claims more than `end`, in seconds, and "" otherwise.
 
         It finds mkv files that are cut off, for which the demuxer reports no error.
         """
@@ -268,7 +268,7 @@ class FrameRateFilter:
         self._point = -1  # the last grid point that has kept a frame
 
     def should_keep(self, stamp: float | None) -> bool:
-        """Returns True if the next frame is to be kept; call it once per frame, in order.
+        """Return True if the next frame is to be kept; call it once per frame, in order.
 
         Args:
           stamp: the frame's time stamp in seconds, None if it has none.
@@ -295,7 +295,7 @@ class FrameRateFilter:
 def decode_frames(
     path: str, limits: DecodeLimits, short_side: int | None = None, fps: float | None = None
 ) -> FrameReader:
-    """Opens a video for one pass over its frames.
+    """Open a video for one pass over its frames.
 
     Frames come in decode order, because time stamps may be wrong. They are upright (rotation
     metadata is applied) and have the size of the first frame even if the stream changes size.
@@ -327,7 +327,7 @@ def decode_frames(
 def video_to_jpegs(
     path: str, short_side: int | None, quality: int, limits: DecodeLimits, fps: float | None = None
 ) -> tuple[list[bytes], VideoInfo]:
-    """Decodes a whole video and compresses each frame as JPEG with 4:2:0 subsampling.
+    """Decode a whole video and compress each frame as JPEG with 4:2:0 subsampling.
 
     Args:
       path: a video file.
@@ -353,7 +353,7 @@ def video_to_jpegs(
 def check_video(
     path: str, short_side: int | None, quality: int, limits: DecodeLimits, fps: float | None = None
 ) -> VideoInfo:
-    """Decodes a whole video as `video_to_jpegs` does, but compresses only one frame in 16.
+    """Decode a whole video as `video_to_jpegs` does, but compresses only one frame in 16.
 
     Returns:
       The description that `video_to_jpegs` returns, with `num_bytes` estimated.
@@ -373,7 +373,7 @@ def check_video(
 
 
 def to_jpeg(frame: np.ndarray, quality: int) -> bytes:
-    """Compresses a uint8 [H, W, 3] RGB frame as a JPEG file (4:2:0, `quality` 1..95)."""
+    """Compress a uint8 [H, W, 3] RGB frame as a JPEG file (4:2:0, `quality` 1..95)."""
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
@@ -384,7 +384,7 @@ def _total_bytes(jpegs: list[bytes]) -> int:
 
 
 def _open_container(path: str):
-    """Opens a local video file; VideoError if that fails."""
+    """Open a local video file; VideoError if that fails."""
     if not os.path.isfile(path):
         raise VideoError(NOT_FOUND)
     try:
@@ -403,7 +403,7 @@ def _open_container(path: str):
 
 
 def _find_video_stream(container):
-    """Returns the first video stream; VideoError if there is none."""
+    """Return the first video stream; VideoError if there is none."""
     if container.format.name in _NON_VIDEO_FORMATS or container.format.name.endswith("_pipe"):
         raise VideoError(f"not a video (format {container.format.name})")
     for stream in container.streams.video:
@@ -414,7 +414,7 @@ def _find_video_stream(container):
 
 
 def _convert_to_rgb(frame: av.VideoFrame, size: tuple[int, int], turns: int) -> np.ndarray:
-    """Returns a frame as uint8 [H, W, 3] RGB, upright, of `size` (height, width).
+    """Return a frame as uint8 [H, W, 3] RGB, upright, of `size` (height, width).
 
     Args:
       frame: a decoded frame, as stored in the file.
@@ -430,5 +430,5 @@ def _convert_to_rgb(frame: av.VideoFrame, size: tuple[int, int], turns: int) -> 
 
 
 def describe_error(problem: BaseException) -> str:
-    """Describes an exception in one line, for the list of bad videos."""
+    """Describe an exception in one line, for the list of bad videos."""
     return f"{type(problem).__name__}: {getattr(problem, 'strerror', None) or problem}"

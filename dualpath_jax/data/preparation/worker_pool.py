@@ -62,7 +62,7 @@ class WorkerPool:
         _stop_all(self._workers)
 
     def map(self, function: Callable, arguments: Iterable[tuple]) -> Iterator[Any]:
-        """Yields `function(*args)` for each of `arguments`, in order, or a `Failure`.
+        """Yield `function(*args)` for each of `arguments`, in order, or a `Failure`.
 
         At most 4 x num_workers results wait in memory, and fewer if they take more than
         `_MAX_WAITING_BYTES` x num_workers; the others wait in the worker processes. Function,
@@ -109,7 +109,7 @@ class WorkerPool:
                 self._receive(busy[connection], done, waiting)
 
     def _free_worker(self) -> "_Worker | None":
-        """Returns a worker that can take a task, or None.
+        """Return a worker that can take a task, or None.
 
         Each worker holds up to two tasks, so that it does not have to wait for the parent.
         """
@@ -120,7 +120,7 @@ class WorkerPool:
         return worker if len(worker.tasks) < 2 else None
 
     def _receive(self, worker: "_Worker", done: dict, waiting: list) -> None:
-        """Handles one message of a worker, or its death."""
+        """Handle one message of a worker, or its death."""
         try:
             message = worker.connection.recv_bytes()
         except (EOFError, OSError):
@@ -134,7 +134,7 @@ class WorkerPool:
             done[worker.tasks.popleft()[0]] = result, len(message)
 
     def _remove_dead(self, worker: "_Worker", done: dict, waiting: list) -> None:
-        """Removes a dead worker: its current task has failed, its next one goes to another."""
+        """Remove a dead worker: its current task has failed, its next one goes to another."""
         self._workers.remove(worker)
         code = worker.stop(grace=5.0)
         if not worker.ready:
@@ -156,7 +156,7 @@ _READY = ...  # the first message of a worker; Ellipsis is the same object after
 def pull_streams(
     function: Callable, arguments: Sequence[tuple], limits: DecodeLimits
 ) -> Iterator[tuple[int, Any]]:
-    """Runs a generator function in a killable process, for each of `arguments` in order.
+    """Run a generator function in a killable process, for each of `arguments` in order.
 
     One process runs all generators, at most four items ahead of the caller. A process that dies is
     replaced by a new one.
@@ -202,7 +202,7 @@ _generator: Iterator[Any] = iter(())  # in a worker: its current generator
 
 
 def _next_item(function: Callable, arguments: tuple, begin: bool) -> Any:
-    """Runs in a worker: returns the next item of the generator, or `_End`.
+    """Run in a worker: returns the next item of the generator, or `_End`.
 
     If the worker that began the generator has died, the next worker returns `_End`.
     """
@@ -245,7 +245,7 @@ class _Worker:
         self.ready = False
 
     def send_task(self, function: Callable, index: int, arguments: tuple) -> bool:
-        """Sends a task; returns False if the worker has died."""
+        """Send a task; return False if the worker has died."""
         # The entry comes first: if the call is interrupted, the worker counts as busy.
         self.tasks.append((index, arguments))
         try:
@@ -256,7 +256,7 @@ class _Worker:
         return True
 
     def stop(self, grace: float = 0.0) -> int:
-        """Waits `grace` seconds for the process to end, then kills it; returns its exit code."""
+        """Wait `grace` seconds for the process to end, then kill it; return its exit code."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(grace)
         self._process.kill()
@@ -271,7 +271,7 @@ def _stop_all(workers: list[_Worker]) -> None:
 
 
 def serve_tasks(pipe: int) -> None:
-    """Runs in a worker: answers tasks until the parent closes its end of the pipe.
+    """Run in a worker: answers tasks until the parent closes its end of the pipe.
 
     Args:
       pipe: file descriptor of the worker's end.
@@ -296,7 +296,7 @@ def serve_tasks(pipe: int) -> None:
 
 
 def _run_task(function: Callable, arguments: tuple, limits: DecodeLimits) -> bytes:
-    """Calls the function; returns its pickled result, or a pickled `Failure` if it raises."""
+    """Call the function; return its pickled result, or a pickled `Failure` if it raises."""
     try:
         return pickle.dumps(function(*arguments), pickle.HIGHEST_PROTOCOL)
     except VideoError as problem:
@@ -309,7 +309,7 @@ def _run_task(function: Callable, arguments: tuple, limits: DecodeLimits) -> byt
 
 
 def _limit_memory(memory_mb: int) -> None:
-    """Limits the address space to the present size and `memory_mb` MiB more (Linux only)."""
+    """Limit the address space to the present size and `memory_mb` MiB more (Linux only)."""
     if not os.path.exists("/proc/self/statm"):
         return
     import resource
@@ -323,7 +323,7 @@ def _limit_memory(memory_mb: int) -> None:
 
 
 def _describe_exit(code: int | None, limits: DecodeLimits) -> str:
-    """Describes why a worker process ended, from its exit code."""
+    """Describe why a worker process ended, from its exit code."""
     if code == -signal.SIGALRM:
         return f"took longer than {limits.seconds:g} s"
     if code == -signal.SIGKILL:

@@ -13,7 +13,7 @@ from dualpath_jax.models.backbones import block_loop, cpu_kernels
 
 
 def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Returns the weights of keys [M, N, K, d] for queries [M, Q, K, d]: float32 [M, K, Q, N].
+    """Return the weights of keys [M, N, K, d] for queries [M, Q, K, d]: float32 [M, K, Q, N].
 
     The weights of a query sum to 1 over the keys.
     """
@@ -23,7 +23,7 @@ def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Computes attention, with its own backward pass that saves the weights.
+    """Compute attention, with its own backward pass that saves the weights.
 
     The result is that of `jax.nn.dot_product_attention`. Little is done with arrays of
     [M, K, Q, N]: scaling and the division by sums happen where there are d columns, and no such
@@ -32,7 +32,8 @@ def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array
 
     Args:
       q: [M, Q, K, d].
-      k, v: [M, N, K, d].
+      k: [M, N, K, d].
+      v: [M, N, K, d].
 
     Returns:
       [M, Q, K, d] in the dtype of `v`; the softmax is computed in float32.
@@ -45,10 +46,11 @@ def _heads_first(*arrays: jax.Array) -> list[jax.Array]:
 
 
 def _exp_of_products(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the unnormalized softmax of queries and keys, and its sums over keys.
+    """Return the unnormalized softmax of queries and keys, and its sums over keys.
 
     Args:
-      q, k: scaled queries [M, K, Q, d], keys [M, K, N, d].
+      q: scaled queries [M, K, Q, d].
+      k: keys [M, K, N, d].
 
     Returns:
       float32 [M, K, Q, N] and [M, K, Q, 1].
@@ -59,6 +61,7 @@ def _exp_of_products(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+    """Return the result and the arrays that the backward pass needs."""
     q, k, v = _heads_first(q * q.shape[-1] ** -0.5, k, v)
     exp, total = _exp_of_products(q, k)
     y = jnp.einsum("mkqn,mknd->mkqd", exp.astype(v.dtype), v) / total
@@ -69,7 +72,7 @@ def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array
 
 
 def _attend_backward(saved: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns the gradients of q, k and v, in their dtype."""
+    """Return the gradients of q, k and v, in their dtype."""
     q, k, v, exp, total = saved
     dy = (dy.swapaxes(1, 2) / total).astype(dy.dtype)
     d_exp = jnp.einsum("mkqd,mknd->mkqn", dy, v)
@@ -91,17 +94,18 @@ def single_query_attention(
     value_kernel: jax.Array,
     value_bias: jax.Array,
 ) -> jax.Array:
-    """Computes attention of one query to the keys and values of x without computing these.
+    """Compute attention of one query to the keys and values of x, without computing these.
 
     The query's product with a key is (x W) . q = x . (W q), and its sum of values is (w x) W.
-    Therefore W is multiplied with one row for each head instead of N. The bias of the keys adds the
-    same to every product, which the softmax ignores; that of the values is added once, since the
-    weights sum to 1.
+    Therefore W is multiplied by one row for each head instead of N. The bias of the keys adds the
+    same number to every product, which the softmax ignores; that of the values is added once,
+    because the weights sum to 1.
 
     Args:
       q: [M, K, d], the query.
-      x: [M, N, D], what keys and values are projected from.
-      key_kernel, value_kernel: [D, K, d].
+      x: [M, N, D], projected to keys and values.
+      key_kernel: [D, K, d].
+      value_kernel: [D, K, d].
       value_bias: [K, d].
 
     Returns:
@@ -116,7 +120,7 @@ def single_query_attention(
 
 @functools.cache
 def has_flash_attention() -> bool:
-    """Returns whether cuDNN has a fused attention for JAX's device: NVIDIA GPUs since Ampere."""
+    """Return whether cuDNN has a fused attention for JAX's device: NVIDIA GPUs since Ampere."""
     device = jax.devices()[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return False
@@ -124,20 +128,22 @@ def has_flash_attention() -> bool:
 
 
 def can_use_flash_attention(num_tokens: int, dtype: Any) -> bool:
-    """Returns whether `flash_attention` suits N tokens of this dtype on JAX's device."""
-    long = num_tokens >= 64  # XLA's is faster for few tokens
+    """Return whether to use `flash_attention` for N tokens of this dtype on JAX's device."""
+    long = num_tokens >= 64  # for few tokens XLA's attention is faster
     half = dtype in (jnp.bfloat16, jnp.float16)
     return long and half and not block_loop.is_fsdp_sharded() and has_flash_attention()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, padding: int = 0) -> jax.Array:
-    """Computes attention by cuDNN on a GPU, which saves no array of [M, K, N, N].
+    """Compute attention by cuDNN on a GPU, which saves no array of [M, K, N, N].
 
     With a backward pass JAX accepts only even N (jax 0.10.2); odd ones get one more key.
 
     Args:
-      q, k, v: [M, N, K, d], bfloat16 or float16.
+      q: [M, N, K, d], bfloat16 or float16.
+      k: as q.
+      v: as q.
       padding: no query attends to the last `padding` keys.
 
     Returns:
@@ -156,15 +162,16 @@ def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, padding: int) -> jax.Arr
 def _flash_attend_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, padding: int
 ) -> tuple[jax.Array, Any]:
+    """Return the result and cuDNN's backward pass; odd N gets one more key."""
     num_tokens = q.shape[1]
     odd = num_tokens % 2
 
-    def even(*qkv):
+    def attend_even(*qkv):
         if odd:
             qkv = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in qkv)
         return _by_cudnn(*qkv, padding + odd)[:, :num_tokens]
 
-    y, backward = jax.vjp(even, q, k, v)
+    y, backward = jax.vjp(attend_even, q, k, v)
     return y, jax.tree.map(lambda x: block_loop.checkpoint_activation(x, "attended"), backward)
 
 
@@ -172,21 +179,21 @@ flash_attention.defvjp(_flash_attend_forward, lambda padding, backward, dy: back
 
 
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, padding: int = 0) -> jax.Array:
-    """Computes attention as JAX does: q, k, v [M, N, K, d] -> [M, N, K, d], without padding."""
+    """Compute attention as JAX does: q, k, v [M, N, K, d] -> [M, N, K, d], without padding."""
     if padding:
         raise ValueError(f"plain_attention takes no padding tokens, but got {padding}")
     return jax.nn.dot_product_attention(q, k, v)  # float32 softmax, scale d^-1/2
 
 
 def cpu_attention(q: jax.Array, k: jax.Array, v: jax.Array, padding: int = 0) -> jax.Array:
-    """Computes `dot_product_attention` of q, k, v [M, N, K, d], without padding."""
+    """Compute `dot_product_attention` of q, k, v [M, N, K, d], without padding."""
     if padding:
         raise ValueError(f"cpu_attention takes no padding tokens, but got {padding}")
     return dot_product_attention(q, k, v)
 
 
 def gpu_attention(q: jax.Array, k: jax.Array, v: jax.Array, padding: int = 0) -> jax.Array:
-    """Computes `flash_attention` of q, k, v [M, N, K, d] where it fits, else the plain form."""
+    """Compute `flash_attention` of q, k, v [M, N, K, d] where it fits, else the plain form."""
     if can_use_flash_attention(q.shape[1], q.dtype):
         return flash_attention(q, k, v, padding)
     return dot_product_attention(q, k, v)

@@ -18,14 +18,14 @@ _UNROLLED = ("middle", "down", "heads", "weights", "attended")
 
 
 def _policy(remat: str, saved_activations: Sequence[str]) -> Any:
-    """Returns the policy of `jax.checkpoint` for a name of `REMAT` other than "none"."""
+    """Return the policy of `jax.checkpoint` for a name of `REMAT` other than "none"."""
     if remat == "full":
         return jax.checkpoint_policies.nothing_saveable
     return jax.checkpoint_policies.save_only_these_names(*saved_activations)
 
 
 def checkpoint_activation(x: jax.Array, name: str) -> jax.Array:
-    """Names an activation x, so that `remat="save_matmuls"` can save it for the backward pass."""
+    """Name an activation x, so that `remat="save_matmuls"` can save it for the backward pass."""
     if name in _UNROLLED:  # a reshape would have XLA compute the activation twice
         return checkpoint_name(x, name)
     if name not in SAVED_ACTIVATIONS:
@@ -38,23 +38,23 @@ def checkpoint_activation(x: jax.Array, name: str) -> jax.Array:
 
 
 def check_remat(name: str) -> None:
-    """Raises ValueError unless `name` is in `REMAT`."""
+    """Raise ValueError unless `name` is in `REMAT`."""
     if name not in REMAT:
         raise ValueError(f"unknown model.remat={name!r}: known are {', '.join(REMAT)}")
 
 
 def init_stacked(init: Callable[[jax.Array], Any], rng: jax.Array, length: int) -> Any:
-    """Stacks `init(rng)` of `length` blocks, each with its own rng: leaves [length, ...]."""
+    """Stack `init(rng)` of `length` blocks, each with its own rng: leaves [length, ...]."""
     return jax.vmap(init)(jax.random.split(rng, length))
 
 
 def is_fsdp_sharded() -> bool:
-    """Returns whether a mesh axis `fsdp` divides the frozen weights where this is traced."""
+    """Return whether a mesh axis `fsdp` divides the frozen weights where this is traced."""
     return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
 
 
 def gather_fsdp(params: Any) -> Any:
-    """Gathers the parameters of a block on each device if a mesh axis `fsdp` divides them.
+    """Gather the parameters of a block on each device if a mesh axis `fsdp` divides them.
 
     Otherwise XLA may divide the computation as the weights are, and send activations around.
     """
@@ -72,7 +72,7 @@ def loop_blocks(
     remat: str,
     saved_activations: Sequence[str] = SAVED_ACTIVATIONS,
 ) -> jax.Array:
-    """Applies body(h, layer) for each layer of `layers`, a tree with leaves [L, ...].
+    """Apply body(h, layer) for each layer of `layers`, a tree with leaves [L, ...].
 
     Args:
       body: (h, layer) -> h.
@@ -95,7 +95,7 @@ def loop_blocks(
 
 
 def split_layers(layers: Any) -> list[Any]:
-    """Returns the trees of the L layers in a tree with leaves [L, ...].
+    """Return the trees of the L layers in a tree with leaves [L, ...].
 
     Splits have a concatenation as their gradient; that of leaf[i] is a sum of L padded arrays.
     """

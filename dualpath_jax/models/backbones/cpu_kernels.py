@@ -1,11 +1,10 @@
-"""Layers and sums written so that XLA computes them fastest on a CPU (jax 0.10.2).
+"""Computes layers and sums in the form that XLA runs fastest on a CPU (jax 0.10.2).
 
-Public: `Dense` and `LayerNorm`, with the parameters and the results of Flax's, and what they
-compute, `affine` and `layer_norm`; `row_max`, `row_sum`, `column_sum`.
+`Dense` and `LayerNorm` have the parameters and the results of Flax's.
 
-XLA's CPU code takes a sum or a maximum of neighbouring numbers one after the other, and the sum of
-a matrix's rows column by column. Here numbers are joined in pieces of `_PIECE` first, as many at a
-time as the processor can, and rows are added by a product. Other devices get plain sums.
+XLA's CPU code adds or compares neighboring numbers one by one, and it adds the rows of a matrix
+column by column. Here numbers are first combined in vectors of `_VECTOR`, which the processor does
+in parallel, and rows are added by a matrix product. Other devices get plain sums.
 """
 
 import functools
@@ -15,23 +14,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-_PIECE = 32
+_VECTOR = 32
 
 
 def row_max(x: jax.Array) -> jax.Array:
-    """Over the last axis: x [..., N] -> [..., 1]."""
+    """Compute the maximum over the last axis: x [..., N] -> [..., 1]."""
     plain = functools.partial(jnp.max, axis=-1, keepdims=True)
     return jax.lax.platform_dependent(x, cpu=_row_max, default=plain)
 
 
 def row_sum(x: jax.Array) -> jax.Array:
-    """Over the last axis: x [..., N] -> [..., 1]."""
+    """Compute the sum over the last axis: x [..., N] -> [..., 1]."""
     plain = functools.partial(jnp.sum, axis=-1, keepdims=True)
     return jax.lax.platform_dependent(x, cpu=_row_sum, default=plain)
 
 
 def column_sum(x: jax.Array) -> jax.Array:
-    """Over all axes but the last: x [..., D] -> [D]."""
+    """Compute the sum over all axes except the last: x [..., D] -> [D]."""
     rows = x.reshape(-1, x.shape[-1])
     plain = functools.partial(jnp.sum, axis=0)
     return jax.lax.platform_dependent(rows, cpu=_column_sum, default=plain)
@@ -39,16 +38,16 @@ def column_sum(x: jax.Array) -> jax.Array:
 
 def _row_max(x: jax.Array) -> jax.Array:
     length = x.shape[-1]
-    starts = [max(0, min(i, length - _PIECE)) for i in range(0, length, _PIECE)]
-    pieces = [x[..., start : start + _PIECE] for start in starts]  # the last two may overlap
+    starts = [max(0, min(i, length - _VECTOR)) for i in range(0, length, _VECTOR)]
+    pieces = [x[..., start : start + _VECTOR] for start in starts]  # the last two may overlap
     return functools.reduce(jnp.maximum, pieces).max(axis=-1, keepdims=True)
 
 
 def _row_sum(x: jax.Array) -> jax.Array:
-    whole = x.shape[-1] // _PIECE * _PIECE
-    pieces = [x[..., start : start + _PIECE] for start in range(0, whole, _PIECE)]
-    rest = x[..., whole:].sum(axis=-1, keepdims=True)
-    return functools.reduce(jnp.add, pieces).sum(axis=-1, keepdims=True) + rest if whole else rest
+    aligned = x.shape[-1] // _VECTOR * _VECTOR
+    pieces = [x[..., start : start + _VECTOR] for start in range(0, aligned, _VECTOR)]
+    rest = x[..., aligned:].sum(axis=-1, keepdims=True)
+    return functools.reduce(jnp.add, pieces).sum(axis=-1, keepdims=True) + rest if aligned else rest
 
 
 def _column_sum(rows: jax.Array) -> jax.Array:
@@ -56,29 +55,30 @@ def _column_sum(rows: jax.Array) -> jax.Array:
     return jnp.matmul(ones, rows, preferred_element_type=jnp.float32).astype(rows.dtype)
 
 
-def _if_trained(parameter: Any) -> jax.Array | None:
-    """Of a parameter with symbolic zeros: its value, or None where no gradient is asked for."""
+def _value_if_trained(parameter: Any) -> jax.Array | None:
+    """Return the value of a `custom_vjp` argument, or None if its gradient is not needed."""
     return parameter.value if parameter.perturbed else None
 
 
 @jax.custom_vjp
 def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """x [..., I] @ kernel [I, O] + bias [O].
+    """Compute x [..., I] @ kernel [I, O] + bias [O].
 
-    In the backward pass a product with a transposed factor takes up to twice as long where that is
-    the larger one. Then the barriers make XLA turn round the smaller one, and what comes out.
+    In the backward pass a product is slow if the transposed factor is the larger one. Barriers then
+    make XLA transpose the smaller factor and the result instead.
     """
     return x @ kernel + bias
 
 
 def _affine_forward(x: Any, kernel: Any, bias: Any) -> tuple[jax.Array, Any]:
-    kept_x = x.value if kernel.perturbed else None  # a frozen kernel needs no gradient
+    saved_x = x.value if kernel.perturbed else None  # a frozen kernel needs no gradient
     y = affine(x.value, kernel.value, bias.value)
-    return y, (kept_x, kernel.value, _if_trained(bias))
+    return y, (saved_x, kernel.value, _value_if_trained(bias))
 
 
-def _affine_backward(kept: Any, dy: jax.Array) -> tuple[jax.Array | None, ...]:
-    x, kernel, trained_bias = kept
+def _affine_backward(saved: Any, dy: jax.Array) -> tuple[jax.Array | None, ...]:
+    """Return the gradients of x, kernel and bias; None for a frozen kernel or bias."""
+    x, kernel, trained_bias = saved
     d_rows = dy.reshape(-1, dy.shape[-1])
     barrier = jax.lax.optimization_barrier
     if len(d_rows) < min(kernel.shape):
@@ -99,17 +99,17 @@ affine.defvjp(_affine_forward, _affine_backward, symbolic_zeros=True)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    """Rows of x [..., D], shifted and scaled to mean 0 and variance 1, times scale [D] + bias [D].
+    """Normalize the rows of x [..., D] to mean 0 and variance 1, then apply scale and bias [D].
 
-    float32 in and out; `epsilon` is added to the variance.
+    All arrays are float32; `epsilon` is added to the variance.
     """
-    return _normalise(x, scale, bias, epsilon)[0]
+    return _normalize(x, scale, bias, epsilon)[0]
 
 
-def _normalise(
+def _normalize(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of `layer_norm`: the result, and the rows' mean and inverse standard deviation [..., 1]."""
+    """Return the result of `layer_norm`, and mean and inverse deviation [..., 1] of the rows."""
     mean, mean_of_squares = (row_sum(y) / x.shape[-1] for y in (x, x * x))
     variance = jnp.maximum(0, mean_of_squares - mean * mean)
     factor = jax.lax.rsqrt(variance + epsilon)
@@ -117,13 +117,21 @@ def _normalise(
 
 
 def _layer_norm_forward(x: Any, scale: Any, bias: Any, epsilon: float) -> tuple[jax.Array, Any]:
-    y, mean, factor = _normalise(x.value, scale.value, bias.value, epsilon)
-    return y, (x.value, scale.value, mean, factor, _if_trained(scale), _if_trained(bias))
+    y, mean, factor = _normalize(x.value, scale.value, bias.value, epsilon)
+    return y, (
+        x.value,
+        scale.value,
+        mean,
+        factor,
+        _value_if_trained(scale),
+        _value_if_trained(bias),
+    )
 
 
-def _layer_norm_backward(epsilon: float, kept: Any, dy: jax.Array) -> tuple[jax.Array | None, ...]:
+def _layer_norm_backward(epsilon: float, saved: Any, dy: jax.Array) -> tuple[jax.Array | None, ...]:
+    """Return the gradients of x, scale and bias; None for a frozen scale or bias."""
     del epsilon
-    x, scale, mean, factor, trained_scale, trained_bias = kept
+    x, scale, mean, factor, trained_scale, trained_bias = saved
     normal, d_normal = (x - mean) * factor, dy * scale
     shift, slope = (row_sum(y) / x.shape[-1] for y in (d_normal, d_normal * normal))
     dx = (d_normal - shift - normal * slope) * factor
@@ -136,11 +144,11 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward, symbolic_zeros=True
 
 
 class Dense(nn.Dense):
-    """`nn.Dense`, computed by `affine`."""
+    """Applies `nn.Dense`, computed by `affine`."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., I] -> [..., O]."""
+        """Map x [..., I] to [..., O]."""
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
@@ -148,11 +156,11 @@ class Dense(nn.Dense):
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm`, computed by `layer_norm`."""
+    """Applies `nn.LayerNorm`, computed by `layer_norm`."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> [..., D]."""
+        """Map x [..., D] to [..., D]."""
         scale = self.param("scale", self.scale_init, x.shape[-1:], self.param_dtype)
         bias = self.param("bias", self.bias_init, x.shape[-1:], self.param_dtype)
         arrays = (leaf.astype(jnp.float32) for leaf in (x, scale, bias))

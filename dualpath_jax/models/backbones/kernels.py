@@ -1,7 +1,7 @@
 """Chooses how the heavy operations of a backbone are computed on the hardware at hand.
 
-`choose_kernels` is the only place that asks for the hardware. The choice changes no parameter and,
-but for rounding, no result.
+Other modules do not ask for the kind of device. The choice changes no parameter and, except for
+rounding, no result.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ class Kernels:
     Attributes:
       dense: class of the large linear layers, called as `nn.Dense`.
       norm: class of the LayerNorms, called as `nn.LayerNorm`.
-      attention: (q, k, v, num_padding) -> y, see `attention.dot_product_attention`; no query attends to the
-        last `num_padding` keys.
+      attention: (q, k, v, num_padding) -> y, see `attention.dot_product_attention`; no query
+        attends to the last `num_padding` keys.
       separate_qkv: compute queries, keys and values by three products of the fused weights.
       saves_qkv: activation checkpointing saves the projection's output; False if `attention` saves
         its inputs in its own layout.
@@ -48,7 +48,7 @@ class Kernels:
     pads_odd: bool = False
 
     def for_training(self, num_tokens: int, dtype: Any, pointwise: bool) -> "Kernels":
-        """Returns these kernels for a training step on images of `num_tokens` tokens.
+        """Return these kernels for a training step on images of `num_tokens` tokens.
 
         Args:
           num_tokens: N, of an image.
@@ -77,8 +77,13 @@ GPU = dataclasses.replace(
 )
 
 
+def prefers_scan() -> bool:
+    """Return False on GPUs, where a scan over blocks copies the saved activations."""
+    return jax.default_backend() != "gpu"
+
+
 def choose_kernels(scan_blocks: bool) -> Kernels:
-    """Returns the kernels for JAX's default backend.
+    """Return the kernels for JAX's default backend.
 
     Args:
       scan_blocks: True if the compiled program scans over the blocks. The CPU kernels are for

@@ -19,12 +19,12 @@ from dualpath_jax.models.backbones.kernels import Kernels
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """Computes CLIP's approximation of GELU, x * sigmoid(1.702 x)."""
+    """Compute CLIP's approximation of GELU, x * sigmoid(1.702 x)."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Computes the exact (erf) GELU; the default of `jax.nn.gelu` is the tanh form."""
+    """Compute the exact (erf) GELU; the default of `jax.nn.gelu` is the tanh form."""
     return jax.nn.gelu(x, approximate=False)
 
 
@@ -32,13 +32,13 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 def check_activation(name: str) -> None:
-    """Raises ValueError unless `name` is in `ACTIVATIONS`."""
+    """Raise ValueError unless `name` is in `ACTIVATIONS`."""
     if name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}: known are {sorted(ACTIVATIONS)}")
 
 
 def check_patches(config: Any) -> None:
-    """Raises ValueError unless the config's `image_size` is a multiple of its `patch_size`."""
+    """Raise ValueError unless the config's `image_size` is a multiple of its `patch_size`."""
     if config.image_size % config.patch_size:
         raise ValueError(
             f"image_size {config.image_size} is not divisible by patch_size {config.patch_size} of "
@@ -47,7 +47,7 @@ def check_patches(config: Any) -> None:
 
 
 def check_image(images: jax.Array, patch_size: int) -> None:
-    """Raises ValueError unless H and W of images [M, H, W, 3] are multiples of `patch_size`."""
+    """Raise ValueError unless H and W of images [M, H, W, 3] are multiples of `patch_size`."""
     height, width = images.shape[-3:-1]
     if height % patch_size or width % patch_size:
         raise ValueError(
@@ -73,39 +73,39 @@ class BlockHooks(nn.Module):
     shifted_windows: bool = dataclasses.field(default=True, kw_only=True)
 
     def on_input(self, h: jax.Array, block: "Block") -> jax.Array:
-        """Maps the tokens h that enter the block; `block` is given so that its layers can be reused."""
+        """Map the tokens h that enter the block; hooks may reuse the layers of `block`."""
         del block
         return h
 
     def before_attention(self, x: jax.Array) -> jax.Array:
-        """Maps x = LN(h) before attention reads it."""
+        """Map x = LN(h) before attention reads it."""
         return x
 
     def parallel_to_attention(self, x: jax.Array) -> jax.Array | float:
-        """Returns a term computed from x = LN(h) that is added to attention's output."""
+        """Return a term computed from x = LN(h) that is added to attention's output."""
         del x
         return 0.0
 
     def after_attention(self, y: jax.Array) -> jax.Array:
-        """Maps attention's output y before it is added to the residual stream."""
+        """Map attention's output y before it is added to the residual stream."""
         return y
 
     def parallel_to_mlp(self, x: jax.Array) -> jax.Array | float:
-        """Returns a term computed from x = LN(z) that is added to the MLP's output."""
+        """Return a term computed from x = LN(z) that is added to the MLP's output."""
         del x
         return 0.0
 
     def after_mlp(self, y: jax.Array) -> jax.Array:
-        """Maps the MLP's output y before it is added to the residual stream."""
+        """Map the MLP's output y before it is added to the residual stream."""
         return y
 
     def on_output(self, h: jax.Array) -> jax.Array:
-        """Maps the block's output h."""
+        """Map the block's output h."""
         return h
 
 
 def full_precision() -> Any:
-    """Returns a context with full float32 products; TPUs would use bfloat16, GPUs TF32."""
+    """Return a context with full float32 products; TPUs would use bfloat16, GPUs TF32."""
     return jax.default_matmul_precision("highest")
 
 
@@ -127,7 +127,7 @@ class PatchEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Embeds images [M, H, W, 3] as [M, H/P, W/P, D]."""
+        """Embed images [M, H, W, 3] as [M, H/P, W/P, D]."""
         shape = (self.patch_size, self.patch_size, images.shape[-1], self.width)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         patches = einops.rearrange(
@@ -169,7 +169,7 @@ class Block(nn.Module):
     """
 
     def __call__(self, h: jax.Array, hooks: BlockHooks, cls_token_only: bool = False) -> jax.Array:
-        """Maps tokens h [M, N, D] to [M, N, D].
+        """Map tokens h [M, N, D] to [M, N, D].
 
         Args:
           h: tokens that enter the block.
@@ -190,25 +190,25 @@ class Block(nn.Module):
         return hooks.on_output(h)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Computes attention over the tokens of the block: x [M, N, D] -> [M, N, D]."""
+        """Compute attention over the tokens of the block: x [M, N, D] -> [M, N, D]."""
         return self.attention(x)
 
     def attention_input(
         self, h: jax.Array, hooks: BlockHooks
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns the block's tokens, their LayerNorm, and attention's input: each [M, N, D]."""
+        """Return the block's tokens, their LayerNorm, and attention's input: each [M, N, D]."""
         h = hooks.on_input(h, self)
         x = self.ln_1(h)
         return h, x, hooks.before_attention(x)
 
 
 def no_hooks() -> BlockHooks:
-    """Returns the hooks of a frozen block, which do nothing."""
+    """Return the hooks of a frozen block, which do nothing."""
     return BlockHooks(parent=None).bind({})
 
 
 def bind_hooks(hooks: BlockHooks | None, params: Any, rng: jax.Array | None) -> BlockHooks:
-    """Binds `hooks` to the method's parameters of one block; None: the frozen block."""
+    """Bind `hooks` to the method's parameters of one block; None: the frozen block."""
     if hooks is None:
         return no_hooks()
     variables = {} if params is None else {"params": params}
@@ -218,21 +218,22 @@ def bind_hooks(hooks: BlockHooks | None, params: Any, rng: jax.Array | None) -> 
 def init_block_hooks(
     rng: jax.Array, block: Block, params: Any, h: jax.Array, hooks: BlockHooks
 ) -> Any:
-    """Initializes a method's hooks in one `block` with `params` that h [M, N, D] enters."""
+    """Initialize a method's hooks in one `block` with `params` that h [M, N, D] enters."""
     run = nn.init(lambda bound: block.apply({"params": params}, h, bound), hooks)
     return run(rng).get("params", {})
 
 
 def resize_grid(table: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Resizes a table [rows, columns, D] to (rows, columns) = `size`: bicubic with antialiasing."""
+    """Resize a table [rows, columns, D] to (rows, columns) = `size`: bicubic with antialiasing."""
     return jax.image.resize(table, (*size, table.shape[-1]), "bicubic", antialias=True)
 
 
 def relative_index(side: int, table_side: int) -> np.ndarray:
-    """Returns the rows of (query, key) in a table of relative positions: int [side^2, side^2].
+    """Return the rows of (query, key) in a table of relative positions: int [side^2, side^2].
 
-    It is row (dr + table_side - 1) (2 table_side - 1) + dc + table_side - 1 for the offset (dr, dc) of
-    query minus key; the table is for grids of `table_side` >= side.
+    The offset (dr, dc) of query minus key is in row
+    (dr + table_side - 1) (2 table_side - 1) + dc + table_side - 1. The table is for grids of
+    `table_side` >= side.
     """
     place = np.stack(np.mgrid[:side, :side], axis=-1).reshape(-1, 2)
     offset = place[:, None] - place[None] + table_side - 1

@@ -1,12 +1,10 @@
-"""The backbones by name: what a new one has to join.
+"""Registers the backbones by name.
 
-Public: `MODELS`, `CUSTOM`, `FAMILIES`, `BackboneConfig`, `backbone_config`, `build_backbone`,
-`family_of`, `find_named_config`.
-
-A backbone is a config (a frozen dataclass) and a module. In every family they offer the same.
-The config: `name`, `image_size`, `patch_size`, `width` (of the tokens that `embed` returns),
-`num_tokens`, `feature_dim`, `has_class_token`, `activation`, `eps`, `heads`; for conversion
-`from_arrays`, `architecture`, `position_size`, `resize_position_tables`. The module:
+A backbone consists of a config (a frozen dataclass) and a module. A new family must offer the same
+attributes as the others. Its config has `name`, `image_size`, `patch_size`, `width` (of the tokens
+that `embed` returns), `num_tokens`, `feature_dim`, `has_class_token`, `activation`, `eps`, `heads`;
+for conversion of weights also `from_arrays`, `architecture`, `position_size` and
+`resize_position_tables`. Its module has
 
     embed(images, class_token=None, position=None) -> tokens
     encode(tokens, hooks=None, hook_params=None, dropout_rng=None, cls_token_only=False) -> tokens
@@ -14,7 +12,7 @@ The config: `name`, `image_size`, `patch_size`, `width` (of the tokens that `emb
     init_hooks(rng, hooks, num_images, num_tokens) -> hook_params
     __call__(images) -> (tokens, features)
 
-images [M, H, W, 3]; tokens [M, N, D] of a ViT, class token first, or a map [M, R, C, D] of a Swin.
+with images [M, H, W, 3]. Tokens are [M, N, D] in a ViT, class token first, [M, R, C, D] in a Swin.
 """
 
 import dataclasses
@@ -29,31 +27,41 @@ BackboneConfig = vit.ViTConfig | swin.SwinConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
-    """A kind of backbone: class of its shapes, class of its module."""
+class _Family:
+    """Holds the classes of a kind of backbone.
+
+    Attributes:
+      config: describes a shape, such as `vit.ViTConfig`.
+      module: computes it, such as `vit.ViT`.
+    """
 
     config: type
     module: type
 
 
 FAMILIES = {
-    "vit": Family(vit.ViTConfig, vit.ViT),
-    "swin": Family(swin.SwinConfig, swin.Swin),
+    "vit": _Family(vit.ViTConfig, vit.ViT),
+    "swin": _Family(swin.SwinConfig, swin.Swin),
 }
 MODELS: dict[str, BackboneConfig] = {**vit.MODELS, **swin.MODELS}
-CUSTOM = {"custom": "vit", "custom-swin": "swin"}  # shapes spelt out in config.backbone
+_CUSTOM = {"custom": "vit", "custom-swin": "swin"}  # shapes given by the keys of config.backbone
 
 
 def backbone_config(name: str, **overrides: Any) -> BackboneConfig:
-    """The shape called `name`, or with a name of `CUSTOM` the one that `overrides` spell out.
+    """Return the shape of a backbone.
 
-    Overrides that are None are ignored. Raises ValueError for an unknown name, a missing value, or
-    an override that this backbone does not have.
+    Args:
+      name: a name of `MODELS`, or of `_CUSTOM` for a shape that `overrides` define.
+      **overrides: fields of the config; None is ignored.
+
+    Raises:
+      ValueError: the name is unknown, a custom shape lacks a field, or the backbone does not have a
+        field of `overrides`.
     """
     overrides = {k: v for k, v in overrides.items() if v is not None}
-    if name not in MODELS and name not in CUSTOM:
-        raise ValueError(f"unknown backbone {name!r}: known are {', '.join([*MODELS, *CUSTOM])}")
-    config = FAMILIES[CUSTOM[name]].config if name in CUSTOM else type(MODELS[name])
+    if name not in MODELS and name not in _CUSTOM:
+        raise ValueError(f"unknown backbone {name!r}: known are {', '.join([*MODELS, *_CUSTOM])}")
+    config = FAMILIES[_CUSTOM[name]].config if name in _CUSTOM else type(MODELS[name])
     foreign = set(overrides) - {field.name for field in dataclasses.fields(config)}
     if foreign:
         keys = ", ".join(f"config.backbone.{key}" for key in sorted(foreign))
@@ -72,22 +80,22 @@ def build_backbone(
     scan_blocks: bool = False,
     remat: str = "none",
 ) -> nn.Module:
-    """The module of a shape; for the arguments see `vit.ViT`."""
+    """Build the module of a backbone; for the arguments see `vit.ViT`."""
     module = FAMILIES[family_of(config)].module
     return module(config, dtype=dtype, scan_blocks=scan_blocks, remat=remat)
 
 
 def family_of(config: BackboneConfig) -> str:
-    """The name in `FAMILIES` that a shape belongs to."""
+    """Return the name in `FAMILIES` of the family that a shape belongs to."""
     return next(name for name, family in FAMILIES.items() if type(config) is family.config)
 
 
 def find_named_config(config: BackboneConfig) -> BackboneConfig:
-    """`config` under the name that its architecture has in `MODELS`, if it has one there."""
-    same = [
-        m
-        for m in MODELS.values()
-        if type(m) is type(config) and m.architecture == config.architecture
+    """Return `config` with the name of its architecture in `MODELS`, if it has one there."""
+    matches = [
+        model
+        for model in MODELS.values()
+        if type(model) is type(config) and model.architecture == config.architecture
     ]
-    same.sort(key=lambda m: m.image_size != config.image_size)  # the one of this size first
-    return dataclasses.replace(config, name=same[0].name) if same else config
+    matches.sort(key=lambda model: model.image_size != config.image_size)  # same size first
+    return dataclasses.replace(config, name=matches[0].name) if matches else config

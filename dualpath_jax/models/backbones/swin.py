@@ -1,6 +1,4 @@
-"""Swin transformer (Liu et al. 2021) with the hooks of `layers.py` in its blocks.
-
-Public: `SwinConfig`, `MODELS`, `Swin`, `Block`, `WindowAttention`.
+"""Defines the Swin transformer (Liu et al. 2021) with the hooks of `layers.py` in its blocks.
 
 Axes: M images, R x C map of tokens (rows, columns), N = R C, D width of a stage, K heads of a
 stage, L blocks of a stage, w side of a window, U windows of a map.
@@ -24,15 +22,17 @@ from dualpath_jax.models.backbones.layers import BlockHooks, Mlp
 
 @dataclasses.dataclass(frozen=True)
 class SwinConfig:
-    """Shape of a Swin transformer. Width, heads and mlp_dim double from stage to stage.
+    """Describes the shape of a Swin transformer.
+
+    Width, heads and mlp_dim double from stage to stage.
 
     Attributes:
-      name: what the user calls it, for messages and checkpoints.
+      name: for messages and checkpoints.
       image_size: side of the image, pixels; no parameter depends on it.
       patch_size: side of a patch, pixels.
-      width, heads, mlp_dim: D, K and the width of the MLP's hidden layer, of the first stage.
-      depths: L of each stage, even: blocks come in pairs, windows and shifted windows.
-      window_size: w, in tokens; windows are as small as the map where the map is smaller.
+      width, heads, mlp_dim: D, K and the width of the MLP's hidden layer, in the first stage.
+      depths: L of each stage, even, because blocks come in pairs: windows and shifted windows.
+      window_size: w, in tokens; on a smaller map, windows are as large as the map.
       activation: a name of `layers.ACTIVATIONS`.
       eps: LayerNorm's epsilon.
     """
@@ -49,7 +49,7 @@ class SwinConfig:
     eps: float = 1e-5
 
     def __post_init__(self):
-        object.__setattr__(self, "depths", tuple(self.depths))  # a list, from JSON
+        object.__setattr__(self, "depths", tuple(self.depths))  # JSON gives a list
         layers.check_patches(self)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
@@ -59,11 +59,11 @@ class SwinConfig:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], stated: Mapping[str, Any]) -> Any:
-        """The shape of converted weights, and what only their publisher can state.
+        """Return the config of converted weights.
 
         Args:
           arrays: by flat name of the parameter tree.
-          stated: "activation"; "eps" and "image_size" where known.
+          stated: "activation"; "eps" and "image_size" if known.
         """
         stages = [name for name in arrays if name.endswith("/mlp/hidden/kernel")]
         _, width, mlp_dim = arrays["blocks_0/mlp/hidden/kernel"].shape
@@ -85,36 +85,36 @@ class SwinConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along a side of the image."""
+        """Return the number of patches along a side of the image."""
         return self.image_size // self.patch_size
 
     @property
     def num_tokens(self) -> int:
-        """N of the first stage."""
+        """Return N in the first stage."""
         return self.grid**2
 
     @property
     def feature_dim(self) -> int:
-        """Width of the last stage, which is that of the features."""
+        """Return the width of the last stage, which is that of the features of `Swin.pool`."""
         return self.width * 2 ** (len(self.depths) - 1)
 
     @property
     def has_class_token(self) -> bool:
-        """It has none, and no position table."""
+        """Return False: it has no class token and no position table."""
         return False
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """What weights must share with this config to be its own."""
+        """Return the fields in which weights must agree with this config."""
         return {f: getattr(self, f) for f in ("width", "depths", "patch_size", "mlp_dim")}
 
     @property
     def position_size(self) -> str:
-        """Size of the relative position tables, for messages."""
+        """Return the size of the relative position tables, for messages."""
         return f"windows of {self.window_size}x{self.window_size} tokens"
 
     def resize_position_tables(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """`arrays`, by flat name, with relative position tables for this config's window."""
+        """Return `arrays`, by flat name, with position tables resized to this config's window."""
         side = 2 * self.window_size - 1
 
         def resize(table):
@@ -138,7 +138,16 @@ MODELS = {
 
 
 def _same_region(size: tuple[int, int], window: int, shift: int) -> np.ndarray:
-    """[U, 1, w w, w w] bool: which pairs were neighbours before the cyclic shift of a map."""
+    """Return which pairs of tokens of a window were adjacent before the cyclic shift of a map.
+
+    Args:
+      size: rows and columns of the map, multiples of `window`.
+      window: w.
+      shift: number of tokens by which the map was shifted.
+
+    Returns:
+      bool [U, 1, w w, w w].
+    """
     rows, columns = (
         (np.arange(n) >= n - window).astype(int) + (np.arange(n) >= n - shift) for n in size
     )
@@ -148,17 +157,19 @@ def _same_region(size: tuple[int, int], window: int, shift: int) -> np.ndarray:
 
 
 class WindowAttention(nn.Module):
-    """Self-attention inside the windows of a map (Liu et al. 2021, sec. 3.2).
+    """Applies self-attention inside the windows of a map (Liu et al. 2021, sec. 3.2).
 
-    As in the original: where the shorter side of the map is not above the window's, the window
-    shrinks to it and is not shifted; a map that the window does not divide gets zeros below and on
-    the right, before the shift, and they are attended to. (timm adds them after the shift.)
+    It follows the original code: if the map's shorter side is at most the window's, the window
+    shrinks to it and is not shifted. A map that the window does not divide is padded with zeros
+    below and on the right, before the shift, and the zeros are attended to. (timm pads after the
+    shift.)
 
     Attributes:
       heads: K.
       window_size: w that the table of relative positions covers.
       grid: (R, C) of the map.
-      shifted: move the windows by half their size.
+      shifted: shift the windows by half their size.
+      dtype: of the computation.
     """
 
     heads: int
@@ -169,7 +180,7 @@ class WindowAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [M, R C, D] -> [M, R C, D]."""
+        """Map x [M, R C, D] to [M, R C, D]."""
         (rows, columns), width = self.grid, x.shape[-1]
         window = min(self.window_size, rows, columns)
         shift = window // 2 if self.shifted and self.window_size < min(rows, columns) else 0
@@ -193,7 +204,7 @@ class WindowAttention(nn.Module):
             qkv, "m u n (three k d) -> three m u n k d", three=3, k=self.heads
         )
         mask = jnp.asarray(_same_region(padded, window, shift)) if shift else None
-        # The bias is the same for all images: map over them, so that it is not repeated in memory.
+        # All images have the same bias: vmap over them does not repeat it in memory.
         y = jax.vmap(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, bias, mask))(q, k, v)
         y = nn.Dense(width, dtype=self.dtype, name="out")(
             einops.rearrange(y, "m u n k d -> m u n (k d)")
@@ -206,7 +217,14 @@ class WindowAttention(nn.Module):
 
 
 class Block(layers.Block):
-    """A block of this backbone; for grid and shifted see `WindowAttention`."""
+    """Applies a block of this backbone.
+
+    Attributes:
+      config: the backbone's shape.
+      stage: index of the stage, from 0.
+      grid, shifted: see `WindowAttention`.
+      dtype: of the computation.
+    """
 
     config: SwinConfig
     stage: int
@@ -225,42 +243,42 @@ class Block(layers.Block):
 
 
 class PatchMerging(nn.Module):
-    """Joins 2 x 2 tokens into one of twice the width, between two stages."""
+    """Merges 2 x 2 tokens into one of twice the width, between two stages."""
 
     eps: float
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, h: jax.Array) -> jax.Array:
-        """h [M, R, C, D] -> [M, ceil(R/2), ceil(C/2), 2D]; odd maps are padded with zeros."""
+        """Map h [M, R, C, D] to [M, ceil(R/2), ceil(C/2), 2D]; odd maps are padded with zeros."""
         h = jnp.pad(h, ((0, 0), (0, h.shape[1] % 2), (0, h.shape[2] % 2), (0, 0)))
-        h = einops.rearrange(h, "m (r a) (c b) d -> m r c (b a d)", a=2, b=2)  # columns outside
+        h = einops.rearrange(h, "m (r a) (c b) d -> m r c (b a d)", a=2, b=2)  # column by column
         h = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, name="norm")(h)
         width = h.shape[-1] // 2
         return nn.Dense(width, use_bias=False, dtype=self.dtype, name="reduction")(h)
 
 
 def _pair_blocks(tree: Any) -> Any:
-    """Leaves [L, ...] -> [L/2, 2, ...]."""
+    """Reshape leaves [L, ...] to pairs of blocks [L/2, 2, ...]."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, 2, *leaf.shape[1:]), tree)
 
 
-def _at(tree: Any, index: int) -> Any:
+def _index_leaves(tree: Any, index: int) -> Any:
+    """Return the tree of leaf[index] of each leaf."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 class Swin(nn.Module):
-    """The image tower, in the contract of `vit.ViT`; its tokens are a map [M, R, C, D].
+    """Implements the image tower with the methods of `vit.ViT`; its tokens are a map [M, R, C, D].
 
-    Parameters of the blocks of stage s are `blocks_<s>`, stacked [L, ...]; `merge_<s>` follows
-    stage s.
+    Parameters of the blocks of stage s are `blocks_<s>`, stacked [L, ...]; those of the merging
+    after stage s are `merge_<s>`.
 
     Attributes:
       config: its shape.
       dtype: dtype of the computation; parameters keep the dtype they are given in.
-      scan_blocks: loop over the pairs of blocks of a stage in the compiled program, instead of
-        writing them out.
-      remat: what pairs of blocks keep for the backward pass, a name of `block_loop.REMAT`.
+      scan_blocks: scan over the pairs of blocks of a stage; False unrolls them.
+      remat: what a pair of blocks saves for the backward pass, a name of `block_loop.REMAT`.
     """
 
     config: SwinConfig
@@ -297,11 +315,11 @@ class Swin(nn.Module):
     def init_hooks(
         self, rng: jax.Array, hooks: BlockHooks, num_images: int, num_tokens: int
     ) -> Any:
-        """Parameters of a method's hooks.
+        """Initialize the parameters of a method's hooks.
 
         Args:
           rng: of their initial values.
-          hooks: says by `shifted_windows` whether it fills every block or every other one.
+          hooks: their `shifted_windows` decides if every block has hooks or every other one.
           num_images: M.
           num_tokens: R C of a square map that enters the first stage.
 
@@ -327,13 +345,13 @@ class Swin(nn.Module):
     def embed(
         self, images: jax.Array, class_token: None = None, position: jax.Array | None = None
     ) -> jax.Array:
-        """Images to the map that enters the first block.
+        """Embed images as the map that enters the first block.
 
         Args:
-          images: [M, H, W, 3], normalised as the weights want it; H, W multiples of the patch.
-          class_token: None; Swin has none.
+          images: [M, H, W, 3], normalized as the weights expect; H, W multiples of the patch.
+          class_token: must be None, because Swin has no class token.
           position: [R C, D] or [M, R C, D], added after the norm of the patch embedding, where the
-            original has its optional position table; None: nothing.
+            original has its optional position table; None adds nothing.
 
         Returns:
           [M, R, C, D] in the compute dtype.
@@ -354,14 +372,17 @@ class Swin(nn.Module):
         dropout_rng: jax.Array | None = None,
         cls_token_only: bool = False,
     ) -> jax.Array:
-        """All stages: h [M, R, C, D] -> [M, R', C', feature_dim].
+        """Apply all stages to h [M, R, C, D].
 
         Args:
           h: the map that enters the first block.
           hooks: what a tuning method does inside the blocks; None for the frozen backbone.
-          hook_params: its parameters, as `init_hooks` gives them.
-          dropout_rng: switches on the method's dropout.
-          cls_token_only: for backbones with a class token.
+          hook_params: its parameters, as `init_hooks` returns them.
+          dropout_rng: switches on the method's dropout; None unless in training.
+          cls_token_only: has no effect; it is for backbones with a class token.
+
+        Returns:
+          [M, R', C', feature_dim], the map of the last stage.
         """
         del cls_token_only
         for stage in range(len(self.config.depths)):
@@ -373,26 +394,37 @@ class Swin(nn.Module):
     def stage(
         self, stage: int, h: jax.Array, hooks: BlockHooks | None, hook_params: Any, rng: Any
     ) -> jax.Array:
-        """The blocks of one stage, then its merging: h [M, R, C, D] -> [M, R/2, C/2, 2D]."""
+        """Apply one stage and its merging: h [M, R, C, D] -> [M, ceil(R/2), ceil(C/2), 2D].
+
+        The last stage has no merging and returns [M, R, C, D].
+        """
         rows, columns = h.shape[1:3]
-        every = hooks is None or hooks.shifted_windows
+        hooks_in_every_block = hooks is None or hooks.shifted_windows
         rngs = None if rng is None else jax.random.split(rng, self.config.depths[stage])
 
         def body(h, pair):
+            """Apply a pair of blocks: windows, then shifted windows."""
             blocks, hook_params, rngs = pair
-            if every:
-                params = [_at(hook_params, i) for i in (0, 1)]
-                bound = [layers.bind_hooks(hooks, params[i], _at(rngs, i)) for i in (0, 1)]
+            if hooks_in_every_block:
+                params = [_index_leaves(hook_params, i) for i in (0, 1)]
+                bound = [
+                    layers.bind_hooks(hooks, params[i], _index_leaves(rngs, i)) for i in (0, 1)
+                ]
             else:
-                bound = [layers.bind_hooks(hooks, hook_params, _at(rngs, 0)), layers.no_hooks()]
+                bound = [
+                    layers.bind_hooks(hooks, hook_params, _index_leaves(rngs, 0)),
+                    layers.no_hooks(),
+                ]
             for i in (0, 1):
                 block = self._block(stage, (rows, columns), shifted=i == 1)
-                h = block.apply({"params": block_loop.gather_fsdp(_at(blocks, i))}, h, bound[i])
+                h = block.apply(
+                    {"params": block_loop.gather_fsdp(_index_leaves(blocks, i))}, h, bound[i]
+                )
             return h
 
         pairs = (
             _pair_blocks(self.blocks[stage]),
-            _pair_blocks(hook_params) if every else hook_params,
+            _pair_blocks(hook_params) if hooks_in_every_block else hook_params,
             _pair_blocks(rngs),
         )
         h = einops.rearrange(h, "m r c d -> m (r c) d")
@@ -402,14 +434,14 @@ class Swin(nn.Module):
         return self.merge[stage](h) if stage < len(self.merge) else h
 
     def pool(self, h: jax.Array, project: bool = True) -> jax.Array:
-        """Final norm, then the average over the map: [M, R, C, D] -> [M, D].
+        """Apply the final norm to h [M, R, C, D] and average over the map: [M, D].
 
-        `project` is for backbones with a projection; Swin has none.
+        `project` has no effect; it is for backbones with a projection.
         """
         del project
         return self.norm(h).mean(axis=(1, 2))
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The frozen backbone: images [M, H, W, 3] -> (map [M, R, C, D], features [M, D])."""
+        """Run the frozen backbone: images [M, H, W, 3] -> (map [M, R, C, D], features [M, D])."""
         h = self.encode(self.embed(images))
         return h, self.pool(h)

@@ -1,10 +1,10 @@
 """Defines the vision transformers of CLIP (Radford et al. 2021) and ImageNet-21K.
 
-The latter are those of Dosovitskiy et al. 2021.
+Those of ImageNet-21K are by Dosovitskiy et al. 2021. The hooks of tuning methods are in
+`layers.py`, attention's products in `attention.py`.
 
-The hooks of tuning methods are in `layers.py`, attention's products in `attention.py`. Axes: M images
-(frames or framesets, batch included), N tokens (class token first), D width, K heads, L blocks, e
-projected width.
+Axes: M images (frames or framesets, batch included), N tokens (class token first), D width, K
+heads, L blocks, e projected width.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class ViTConfig:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], stated: Mapping[str, Any]) -> Any:
-        """Returns the config of converted weights.
+        """Return the config of converted weights.
 
         Args:
           arrays: by flat name of the parameter tree.
@@ -91,37 +91,37 @@ class ViTConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along a side of the image."""
+        """Return the number of patches along a side of the image."""
         return self.image_size // self.patch_size
 
     @property
     def num_tokens(self) -> int:
-        """N, including the class token."""
+        """Return N, including the class token."""
         return self.grid**2 + 1
 
     @property
     def feature_dim(self) -> int:
-        """e, or D without a projection: the width of what `ViT.pool` returns."""
+        """Return the width of the features of `ViT.pool`: e, or D without a projection."""
         return self.projection_dim or self.width
 
     @property
     def has_class_token(self) -> bool:
-        """True: it has a class token and a position table."""
+        """Return True: it has a class token and a position table."""
         return True
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """The fields in which weights must agree with this config."""
+        """Return the fields in which weights must agree with this config."""
         fields = ("width", "depth", "patch_size", "mlp_dim", "projection_dim")
         return {field: getattr(self, field) for field in (*fields, "pre_norm", "patch_bias")}
 
     @property
     def position_size(self) -> str:
-        """Size of the position table, for messages."""
+        """Return the size of the position table, for messages."""
         return f"{self.grid}x{self.grid} patches ({self.image_size} pixels)"
 
     def resize_position_tables(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns `arrays`, by flat name, with the position table resized to this config's size."""
+        """Return `arrays`, by flat name, with the position table resized to this config's size."""
         table = arrays["position_embedding"]
         resized = resize_positions(table.astype(np.float32), (self.grid, self.grid))
         return {**arrays, "position_embedding": np.asarray(resized).astype(table.dtype)}
@@ -162,7 +162,7 @@ class Attention(nn.Module):
         self.out = self.kernels.dense(self.width, dtype=self.dtype)
 
     def project(self, x: jax.Array) -> list[jax.Array]:
-        """Projects x [M, N, D] to queries, keys and values, each [M, N, K, D/K]."""
+        """Project x [M, N, D] to queries, keys and values, each [M, N, K, D/K]."""
         rows = x.reshape(-1, x.shape[-1])
         if self.kernels.separate_qkv and not self.is_initializing():
             # Three products, as cuDNN reads each from an array of its own.
@@ -177,21 +177,29 @@ class Attention(nn.Module):
         return [y.reshape(*x.shape[:2], self.heads, -1) for y in parts]
 
     def _qkv_weights(self) -> list[tuple[jax.Array, jax.Array]]:
-        """Returns kernel [D, D] and bias [D] of queries, keys and values, in the compute dtype."""
+        """Return kernel [D, D] and bias [D] of queries, keys and values, in the compute dtype."""
         qkv = self.qkv.variables["params"]
         kernel, bias = (qkv[name].astype(self.dtype) for name in ("kernel", "bias"))
         return list(zip(jnp.split(kernel, 3, axis=-1), jnp.split(bias, 3), strict=True))
 
-    def __call__(self, x: jax.Array, cls_token_only: bool = False) -> jax.Array:
-        """Maps x [M, N, D] to [M, N, D], or to the class token's row [M, 1, D]."""
+    def __call__(
+        self, x: jax.Array, cls_token_only: bool = False, num_padding: int = 0
+    ) -> jax.Array:
+        """Map x [M, N, D] to [M, N, D], or to the class token's row [M, 1, D].
+
+        Args:
+          x: tokens; in a hook they may also be frames.
+          cls_token_only: compute only the class token's row.
+          num_padding: no token attends to the last `num_padding` ones.
+        """
         if cls_token_only:
             y = self._attend_class_token(x)
         else:
-            y = self.kernels.attention(*self.project(x), self.kernels.num_padding)
+            y = self.kernels.attention(*self.project(x), num_padding)
         return self.out(einops.rearrange(y, "m n k d -> m n (k d)"))
 
     def _attend_class_token(self, x: jax.Array) -> jax.Array:
-        """Returns attention's output for the class token of x [M, N, D]: [M, 1, K, D/K]."""
+        """Return attention's output for the class token of x [M, N, D]: [M, 1, K, D/K]."""
         (q_kernel, q_bias), (k_kernel, _), (v_kernel, v_bias) = self._qkv_weights()
 
         def split_heads(y):
@@ -222,8 +230,12 @@ class Block(layers.Block):
         self.ln_2 = kernels.norm(config.eps, dtype=self.dtype)
         self.mlp = Mlp(config.mlp_dim, config.activation, kernels, dtype=self.dtype)
 
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Compute attention over the block's tokens, of which the last may be padding."""
+        return self.attention(x, num_padding=self.kernels.num_padding)
+
     def queries_and_keys(self, h: jax.Array, hooks: BlockHooks) -> tuple[jax.Array, jax.Array]:
-        """Returns the queries and keys, each [M, N, K, D/K], of a block that h [M, N, D] enters."""
+        """Return the queries and keys, each [M, N, K, D/K], of a block that h [M, N, D] enters."""
         _, _, x = self.attention_input(h, hooks)
         q, k, _ = self.attention.project(x)
         return q, k
@@ -237,7 +249,7 @@ class ViT(nn.Module):
       dtype: dtype of the computation; parameters keep the dtype they are given in.
       scan_blocks: loop over the blocks in the compiled program, which makes it small; False
         unrolls them. Parameters are the same, stacked [L, ...].
-      remat: what blocks save for the backward pass, a name of `block_loop.REMAT`.
+      remat: what a block saves for the backward pass, a name of `block_loop.REMAT`.
     """
 
     config: ViTConfig
@@ -278,7 +290,7 @@ class ViT(nn.Module):
     def init_hooks(
         self, rng: jax.Array, hooks: BlockHooks, num_images: int, num_tokens: int
     ) -> Any:
-        """Initializes a method's hooks, stacked [L, ...], for h [num_images, num_tokens, D]."""
+        """Initialize a method's hooks, stacked [L, ...], for h [num_images, num_tokens, D]."""
         h = jnp.zeros((num_images, num_tokens, self.config.width), self.dtype)
         block = jax.tree.map(lambda leaf: leaf[0], self.blocks)
         return block_loop.init_stacked(
@@ -293,7 +305,7 @@ class ViT(nn.Module):
         class_token: jax.Array | None = None,
         position: jax.Array | None = None,
     ) -> jax.Array:
-        """Embeds images as the tokens that enter the first block (eq. 1, then CLIP's `ln_pre`).
+        """Embed images as the tokens that enter the first block (eq. 1, then CLIP's `ln_pre`).
 
         Args:
           images: [M, H, W, 3], normalized as the weights expect; H, W multiples of the patch.
@@ -321,7 +333,7 @@ class ViT(nn.Module):
         cls_token_only: bool = False,
         blocks: slice = slice(None),
     ) -> jax.Array:
-        """Applies the L blocks, or some of them, to tokens h [M, N, D].
+        """Apply the L blocks, or some of them, to tokens h [M, N, D].
 
         Args:
           h: tokens that enter the first block.
@@ -370,7 +382,7 @@ class ViT(nn.Module):
     def queries_and_keys(
         self, h: jax.Array, index: int, hooks: BlockHooks | None = None, hook_params: Any = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns queries and keys, each [M, N, K, D/K], of block `index`, which h [M, N, D] enters."""
+        """Return queries and keys, [M, N, K, D/K], of block `index` that h [M, N, D] enters."""
         block, params = jax.tree.map(lambda leaf: leaf[index], (self.blocks, hook_params))
         bound = layers.bind_hooks(hooks, params, None)
         variables = {"params": block_loop.gather_fsdp(block)}
@@ -379,11 +391,12 @@ class ViT(nn.Module):
     def attention(
         self, h: jax.Array, hooks: BlockHooks | None = None, hook_params: Any = None, first: int = 0
     ) -> jax.Array:
-        """Returns the attention weights of blocks `first` ... L - 1, averaged over heads.
+        """Return the attention weights of blocks `first` ... L - 1, averaged over heads.
 
         Args:
           h: tokens that enter block 0, [M, N, D].
-          hooks, hook_params: see `encode`.
+          hooks: see `encode`.
+          hook_params: see `encode`.
           first: the first block whose attention is returned.
 
         Returns:
@@ -399,7 +412,7 @@ class ViT(nn.Module):
         return jnp.stack(weights)
 
     def pool(self, h: jax.Array, project: bool = True) -> jax.Array:
-        """Applies `ln_post` to the class token of h [M, N, D], then CLIP's visual projection.
+        """Apply `ln_post` to the class token of h [M, N, D], then CLIP's visual projection.
 
         Returns:
           [M, e]; [M, D] if `project` is False or the backbone has no projection.
@@ -410,13 +423,13 @@ class ViT(nn.Module):
         return y
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Runs the frozen backbone: images [M, H, W, 3] -> (tokens [M, N, D], features [M, e])."""
+        """Run the frozen backbone: images [M, H, W, 3] -> (tokens [M, N, D], features [M, e])."""
         h = self.encode(self.embed(images))
         return h, self.pool(h)
 
 
 def resize_positions(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Resizes a position table [N, D], class token first, to a grid (rows, columns) of patches.
+    """Resize a position table [N, D], class token first, to a grid (rows, columns) of patches.
 
     It is bicubic with antialiasing, as in open_clip; the class token's row is unchanged.
     """

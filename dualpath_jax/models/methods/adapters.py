@@ -23,7 +23,8 @@ class Adapter(nn.Module):
       dropout: dropout rate after the activation, in [0, 1); active when a "dropout" rng is given.
       layer_norm: normalize the input with the adapter's own LayerNorm.
       skip: add the input to the output.
-      kernels: how the products are computed.
+      kernels: implementations for the hardware; `dense` computes the products.
+      dtype: compute dtype.
     """
 
     bottleneck: int = 128
@@ -36,7 +37,7 @@ class Adapter(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x [..., D] to [..., D]."""
+        """Map x [..., D] to [..., D]."""
 
         def dense(features: int, **options: Any) -> nn.Dense:
             return self.kernels.dense(features, dtype=self.dtype, **options)
@@ -121,7 +122,7 @@ class MlpClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps the features of both paths x [B, 2e] float32 to logits [B, classes] float32."""
+        """Map the features of both paths x [B, 2e] float32 to logits [B, classes] float32."""
         with layers.full_precision():
             x = gelu(nn.Dense(self.hidden, name="hidden")(x))
             return nn.Dense(self.num_classes, name="output")(x)
@@ -145,7 +146,7 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x [B, ..., R] to an array of the same shape."""
+        """Map x [B, ..., R] to an array of the same shape."""
         shape = (*self.kernel_size, 1, x.shape[-1])
         kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, shape[-1:]).astype(self.dtype)

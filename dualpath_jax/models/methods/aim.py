@@ -47,13 +47,13 @@ class AIMHooks(BlockHooks):
         self.drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3))
 
     def _drop(self, y: jax.Array) -> jax.Array:
-        """Applies stochastic depth per clip to y [(B T), N, D]; the shape stays."""
+        """Apply stochastic depth per clip to y [(B T), N, D]; the shape stays."""
         y = einops.rearrange(y, "(b t) n d -> b t n d", t=self.num_frames)
         y = self.drop(y, deterministic=not self.has_rng("dropout"))
         return einops.rearrange(y, "b t n d -> (b t) n d")
 
     def on_input(self, h: jax.Array, block: Block) -> jax.Array:
-        """Adds the adapted attention over time to the tokens h [(B T), N, D]."""
+        """Add the adapted attention over time to the tokens h [(B T), N, D]."""
         x = einops.rearrange(h, "(b t) n d -> (b n) t d", t=self.num_frames)
         x = block.ln_1(x)
         if self.num_temporal_adapters == 2:
@@ -81,7 +81,7 @@ class AIMModel(FrameModel):
         self.temporal_position = self.param("temporal_position", nn.initializers.zeros, shape)
 
     def embed(self, images: jax.Array) -> jax.Array:
-        """Maps images [(B T), H, W, 3] to tokens [(B T), N, D]."""
+        """Map images [(B T), H, W, 3] to tokens [(B T), N, D]."""
         backbone = self.backbone
         position = backbone.position_embedding + self.temporal_position[:, None]  # [T, N, D]
         position = jnp.tile(position, (images.shape[0] // self.num_frames, 1, 1))

@@ -30,7 +30,7 @@ TEMPORAL_POSITIONS = ("sincos3d", "sincos3d+clip", "clip", "learned")
 def _split_patches_by_cell(
     size: int, cell: int, patch: int
 ) -> list[list[tuple[int, float, float]]]:
-    """Splits the patches along one axis of a frameset at the borders of its cells (frames).
+    """Split the patches along one axis of a frameset at the borders of its cells (frames).
 
     Args:
       size: length of the axis, pixels.
@@ -54,7 +54,7 @@ def _split_patches_by_cell(
 
 
 def _encode_axis(place: float, channels: int) -> np.ndarray:
-    """Returns sines, then cosines, of one coordinate: [2 * channels] (base 10000)."""
+    """Return sines, then cosines, of one coordinate: [2 * channels] (base 10000)."""
     angles = place / 10000.0 ** (np.arange(channels) / channels)
     return np.concatenate([np.sin(angles), np.cos(angles)])
 
@@ -63,7 +63,7 @@ def _encode_axis(place: float, channels: int) -> np.ndarray:
 def sincos3d(
     num_framesets: int, grid: tuple[int, int], frame_size: int, patch_size: int, width: int
 ) -> np.ndarray:
-    """Encodes (time, row, column) of the patches of framesets (sec. 4.2, ref. 75).
+    """Encode (time, row, column) of the patches of framesets (sec. 4.2, ref. 75).
 
     Each axis has 2 ceil(D/6) channels, sines then cosines; time, row and column are concatenated
     and cut to D channels. Time counts all T frames; row and column count patches inside the frame.
@@ -174,7 +174,7 @@ class DualPath(nn.Module):
         self.classifier = MlpClassifier(self.config.feature_dim, self.num_classes)
 
     def _init_spatial(self, rng: jax.Array) -> Any:
-        """Initializes the parameters of the spatial path."""
+        """Initialize the parameters of the spatial path."""
         tokens = self.config.num_tokens
         params = {"adapters": self.backbone.init_hooks(rng, self.spatial_sites, 1, tokens)}
         if self._has_trainable_tokens:
@@ -183,7 +183,7 @@ class DualPath(nn.Module):
         return params
 
     def _init_temporal(self, rng: jax.Array) -> Any:
-        """Initializes the parameters of the temporal path."""
+        """Initialize the parameters of the temporal path."""
         tokens = self.config.num_tokens
         params = {"adapters": self.backbone.init_hooks(rng, self.temporal_sites, 1, tokens)}
         if self._has_trainable_tokens:
@@ -195,7 +195,7 @@ class DualPath(nn.Module):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Returns the names of the paths that the model uses: "spatial", "temporal" or both."""
+        """Return the names of the paths that the model uses: "spatial", "temporal" or both."""
         used = {"spatial": self.spatial_path, "temporal": self.temporal_path}
         return tuple(name for name, is_used in used.items() if is_used)
 
@@ -204,13 +204,13 @@ class DualPath(nn.Module):
         return self.train_tokens and self.config.has_class_token
 
     def _frameset_patches(self) -> tuple[int, int]:
-        """Returns the (rows, columns) of patches in a frameset."""
+        """Return the (rows, columns) of patches in a frameset."""
         across, down = self.grid
         patch = self.config.patch_size
         return down * self.frame_size // patch, across * self.frame_size // patch
 
     def start_from_backbone(self, params: Any) -> Any:
-        """Returns `params` with class tokens and position tables copied from the backbone's."""
+        """Return `params` with class tokens and position tables copied from the backbone's."""
         backbone = params["backbone"]
         if not self.config.has_class_token:
             return params
@@ -227,7 +227,7 @@ class DualPath(nn.Module):
         return params
 
     def _temporal_positions(self) -> jax.Array:
-        """Returns p_TP [G, N, D]: the patches' positions as `temporal_position` says.
+        """Return p_TP [G, N, D], the positions of the kind `temporal_position`.
 
         The class token has the position of CLIP's class token.
         """
@@ -252,17 +252,17 @@ class DualPath(nn.Module):
     def spatial_features(
         self, frames: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
-        """Maps normalized frames [B, S, H, W, 3] to y_SP [B, e] float32 (eq. 7, 8)."""
+        """Map normalized frames [B, S, H, W, 3] to y_SP [B, e] float32 (eq. 7, 8)."""
         return self._features(frames, self._path_parts("spatial"), dropout_rng)
 
     def temporal_features(
         self, framesets: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
-        """Maps normalized framesets [B, G, H', W', 3] to y_TP [B, e] float32 (eq. 9, 10)."""
+        """Map normalized framesets [B, G, H', W', 3] to y_TP [B, e] float32 (eq. 9, 10)."""
         return self._features(framesets, self._path_parts("temporal"), dropout_rng)
 
     def _path_parts(self, name: str) -> tuple[BlockHooks, Any, jax.Array | None]:
-        """Returns hooks, parameters and positions of the path "spatial" or "temporal".
+        """Return hooks, parameters and positions of the path "spatial" or "temporal".
 
         The positions are [N, D] for all images, [G, N, D] for the framesets of a clip, or None for
         the backbone's own.
@@ -272,14 +272,14 @@ class DualPath(nn.Module):
         return self.temporal_sites, self.temporal, self._temporal_positions()
 
     def _embed(self, images: jax.Array, class_token: Any, position: Any) -> jax.Array:
-        """Maps the images of each clip [B, images, H, W, 3] to tokens [(B images), N, D]."""
+        """Map the images of each clip [B, images, H, W, 3] to tokens [(B images), N, D]."""
         if position is not None and position.ndim == 3:  # one table for each image of a clip
             position = jnp.tile(position, (images.shape[0], 1, 1))
         images = einops.rearrange(images, "b i h w c -> (b i) h w c")
         return self.backbone.embed(images, class_token, position)
 
     def _features(self, images: jax.Array, path: Any, dropout_rng: Any) -> jax.Array:
-        """Runs one path and averages over the images of a clip: [B, images, H, W, 3] -> [B, e]."""
+        """Run one path and average over the images of a clip: [B, images, H, W, 3] -> [B, e]."""
         hooks, params, position = path
         h = self._embed(images, params.get("class_token"), position)
         h = self.backbone.encode(h, hooks, params["adapters"], dropout_rng, self.cls_token_only)
@@ -293,7 +293,7 @@ class DualPath(nn.Module):
         adapted: bool = True,
         all_blocks: bool = False,
     ) -> dict[str, jax.Array]:
-        """Returns the attention weights of each path, averaged over heads (Fig. 4, A1).
+        """Return the attention weights of each path, averaged over heads (Fig. 4, A1).
 
         Args:
           spatial: [B, S, H, W, 3], normalized frames; see `__call__`.
@@ -330,7 +330,7 @@ class DualPath(nn.Module):
     def __call__(
         self, spatial: jax.Array, temporal: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
-        """Computes the logits of a batch of clips; see `registry.Method.build`.
+        """Compute the logits of a batch of clips; see `registry.Method.build`.
 
         Args:
           spatial: [B, S, H, W, 3] frames, normalized with CLIP's mean and std.

@@ -23,7 +23,7 @@ Features = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def gather_relative(weights: jax.Array, side: int) -> jax.Array:
-    """Converts weights over patches into weights over the rows of the table of relative positions.
+    """Convert weights over patches into weights over the rows of the table of relative positions.
 
     Args:
       weights: [B, T, N, N], weights of the N patches (last axis) for each query patch.
@@ -41,7 +41,7 @@ def gather_relative(weights: jax.Array, side: int) -> jax.Array:
 
 
 def _shift_rows(x: jax.Array) -> jax.Array:
-    """Moves row i of x [..., n, n] right by i places, padded with zeros to [..., n, 2n - 1]."""
+    """Move row i of x [..., n, n] right by i places, padded with zeros to [..., n, 2n - 1]."""
     n = x.shape[-1]
     # Padded rows of 2n elements that are read as rows of 2n - 1 move one place further right each.
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, n)])
@@ -58,9 +58,9 @@ class TemporalCrossAttention(nn.Module):
 
     Attributes:
       width: D.
-      kernels: `dense_offsets` multiplies the table by weights that are mostly zeros, instead of building a table of
-        all pairs of patches [N, N, D]: more multiply-accumulates, but faster on CPUs (see
-        docs/notes/measurements.md).
+      kernels: with `dense_offsets`, multiply the table by weights that are mostly zeros, instead of
+        building a table of all pairs of patches [N, N, D]: more multiply-accumulates, but faster on
+        CPUs (see docs/notes/measurements.md).
       dtype: compute dtype of the products.
     """
 
@@ -70,7 +70,7 @@ class TemporalCrossAttention(nn.Module):
 
     @nn.compact
     def __call__(self, q: jax.Array, k: jax.Array) -> jax.Array:
-        """Maps queries and keys q, k [B, T, N, K, D/K] to features [B, T, N, D]."""
+        """Map queries and keys q, k [B, T, N, K, D/K] to features [B, T, N, D]."""
         q, k = q[:, :, 1:] * q.shape[-1] ** -0.5, k[:, :, 1:]
         side = patch_grid_side(q.shape[2])
 
@@ -109,7 +109,7 @@ class DecoderBlock(nn.Module):
     def __call__(
         self, x: jax.Array, features: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
-        """Updates the query token x [B, 1, D] with the features [B, T N, D]; returns [B, 1, D]."""
+        """Update the query token x [B, 1, D] with the features [B, T N, D]; return [B, 1, D]."""
         width, heads, dtype = self.config.width, self.config.heads, self.dtype
 
         def norm(x, name):
@@ -139,7 +139,7 @@ class EVLDecoder(nn.Module):
       num_classes: width of the output.
       mlp_dropout: see `DecoderBlock.dropout`.
       dropout: dropout rate before the FC, in [0, 1); active when `dropout_rng` is given.
-      kernels: how relative positions are summed.
+      kernels: implementations for the hardware, see `TemporalCrossAttention`.
       dtype: compute dtype of the blocks; the final LayerNorm and FC are computed in float32.
     """
 
@@ -152,7 +152,7 @@ class EVLDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, features: list[Features], dropout_rng: jax.Array | None = None) -> jax.Array:
-        """Maps the features of the last M blocks to logits [B, classes] float32."""
+        """Map the features of the last M blocks to logits [B, classes] float32."""
         rngs = [None] * (len(features) + 1)
         if dropout_rng is not None:
             rngs = list(jax.random.split(dropout_rng, len(features) + 1))
@@ -185,7 +185,7 @@ class EVLModel(FrameModel):
     num_blocks: int = 4
 
     def features(self, frames: jax.Array, dropout_rng: jax.Array | None = None) -> list[Features]:
-        """Returns output, queries and keys of each of the last M blocks for frames [B, T, H, W, 3].
+        """Return output, queries and keys of each of the last M blocks for frames [B, T, H, W, 3].
 
         The shapes are those of `Features`.
         """

@@ -29,7 +29,7 @@ class ProTuningHooks(BlockHooks):
 
     @nn.compact
     def on_output(self, h: jax.Array) -> jax.Array:
-        """Adds the prompt to the tokens h [M, N, D]; the shape stays."""
+        """Add the prompt to the tokens h [M, N, D]; the shape stays."""
         images, tokens, channels = h.shape
         side = patch_grid_side(tokens - self.class_tokens)
         v = nn.Dense(self.width, dtype=self.dtype, name="down")(h[:, self.class_tokens :])

@@ -40,7 +40,7 @@ class STAdapterHooks(BlockHooks):
 
     @nn.compact
     def _adapt(self, x: jax.Array) -> jax.Array:
-        """Maps tokens x [M, N, D] to the adapter's term [M, N, D]."""
+        """Map tokens x [M, N, D] to the adapter's term [M, N, D]."""
         zeros, default = nn.initializers.zeros, nn.initializers.lecun_normal()
         kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
         down = nn.Dense(self.width, kernel_init=kaiming, dtype=self.dtype, name="down")
@@ -50,7 +50,7 @@ class STAdapterHooks(BlockHooks):
         up = nn.Dense(x.shape[-1], kernel_init=init, dtype=self.dtype, name="up")
 
         def convolve(tokens, side):
-            """Convolves tokens [M, side^2, R] over time, rows and columns; the shape stays."""
+            """Convolve tokens [M, side^2, R] over time, rows and columns; the shape stays."""
             y = einops.rearrange(
                 tokens, "(b t) (h w) r -> b t h w r", t=self.num_frames, h=side, w=side
             )

@@ -12,7 +12,7 @@ from dualpath_jax.models.frame_model import FrameModel
 
 
 def _prompt_init(patch_size: int) -> Any:
-    """Returns VPT's initializer, which draws uniformly from +-sqrt(6 / (3 P^2 + D))."""
+    """Return VPT's initializer, which draws uniformly from +-sqrt(6 / (3 P^2 + D))."""
 
     def init(rng, shape, dtype=jnp.float32):
         bound = math.sqrt(6.0 / (3 * patch_size**2 + shape[-1]))
@@ -36,14 +36,14 @@ class DeepPromptHooks(BlockHooks):
 
     @nn.compact
     def on_input(self, h: jax.Array, block: Any) -> jax.Array:
-        """Maps tokens h [M, N, D] to prompts and tokens [M, K + N, D]."""
+        """Map tokens h [M, N, D] to prompts and tokens [M, K + N, D]."""
         del block
         shape = (self.num_prompts, h.shape[-1])
         prompts = self.param("prompts", _prompt_init(self.patch_size), shape).astype(h.dtype)
         return jnp.concatenate([jnp.broadcast_to(prompts, (h.shape[0], *shape)), h], axis=1)
 
     def on_output(self, h: jax.Array) -> jax.Array:
-        """Removes the prompts: h [M, K + N, D] -> [M, N, D]."""
+        """Remove the prompts: h [M, K + N, D] -> [M, N, D]."""
         return h[:, self.num_prompts :]
 
 
@@ -64,7 +64,7 @@ class ShallowPromptModel(FrameModel):
         self.prompts = self.param("prompts", _prompt_init(self.config.patch_size), shape)
 
     def embed(self, images: jax.Array) -> jax.Array:
-        """Maps images [M, H, W, 3] to tokens and prompts [M, N + K, D]."""
+        """Map images [M, H, W, 3] to tokens and prompts [M, N + K, D]."""
         h = super().embed(images)
         prompts = jnp.broadcast_to(self.prompts, (h.shape[0], *self.prompts.shape))
         return jnp.concatenate([h[:, :1], prompts.astype(h.dtype), h[:, 1:]], axis=1)
