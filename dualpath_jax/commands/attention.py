@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Draw the videos; exit with status 1 if some cannot be read."""
     environment.configure_environment()
+    args = parser().parse_args()
     with user_errors():
-        num_unreadable = draw_videos(parser().parse_args())
+        num_unreadable = draw_videos(args)
     sys.exit(1 if num_unreadable else 0)

@@ -14,7 +14,6 @@ import sys
 
 from dualpath_jax.cli import build_parser
 from dualpath_jax.runtime import environment, progress_bar
-from dualpath_jax.weights import convert
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +47,8 @@ def main() -> int:
     options = vars(parser().parse_args())
     progress_bar.set_quiet(options.pop("quiet"))
     try:
+        from dualpath_jax.weights import convert  # imports JAX
+
         info = convert.convert_checkpoint(**options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

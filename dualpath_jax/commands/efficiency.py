@@ -15,7 +15,6 @@ import json
 import sys
 from collections.abc import Sequence
 
-from dualpath_jax.analysis import efficiency
 from dualpath_jax.cli import build_parser, parse_with_overrides
 from dualpath_jax.config.loading import load_config
 from dualpath_jax.runtime import environment, progress_bar
@@ -23,6 +22,8 @@ from dualpath_jax.runtime import environment, progress_bar
 
 def build_row(name: str, overrides: Sequence[str] = ()) -> dict:
     """Count one configuration with overrides and return the counts and the paper's numbers."""
+    from dualpath_jax.analysis import efficiency  # imports JAX
+
     counted = dataclasses.asdict(efficiency.measure_efficiency(load_config(name, overrides)))
     paper = efficiency.PAPER_ROWS.get(name)
     return {"config": name, **counted, "paper": dataclasses.asdict(paper) if paper else None}
@@ -132,6 +133,8 @@ def main() -> None:
     environment.configure_environment()
     args, overrides = parse_with_overrides(parser())
     progress_bar.set_quiet(args.quiet)
+    from dualpath_jax.analysis import efficiency  # imports JAX
+
     names = args.config or list(efficiency.PAPER_ROWS)
     try:
         rows = [
