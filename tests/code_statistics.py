@@ -2,9 +2,9 @@
 
     python tests/code_statistics.py
 
-Prints the modules next to the package's folders, its lines (in all, and without docstrings, comments
-and blank lines), functions of more than 60 lines, imports of private modules, and the share of
-function docstrings that begin with a verb.
+Prints the modules next to the package's folders, its lines (in all, and without docstrings,
+comments and blank lines), functions of more than 60 lines, imports of private modules, and the
+share of function docstrings that begin with a verb.
 """
 
 import ast

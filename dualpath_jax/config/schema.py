@@ -1,8 +1,8 @@
 """Defines every configuration key once: name, default, allowed values and meaning.
 
-`KEYS` is the one table. From it come the `ConfigDict` that config files override (`get_config`), the
-check of a configuration (`check_values`), `--help_config` (`format_keys`) and docs/configuration.md
-(`markdown_table`; python -m dualpath_jax.config.schema prints it).
+`KEYS` is the one table. From it come the `ConfigDict` that config files override (`get_config`),
+the check of a configuration (`check_values`), `--help_config` (`format_keys`) and
+docs/configuration.md (`markdown_table`; python -m dualpath_jax.config.schema prints it).
 
 A description that ends in "ours" marks a default that the paper does not give (see README, "What
 differs from the paper"). Upper limits are far above what anybody trains: a configuration may come
@@ -372,8 +372,8 @@ def markdown_table() -> str:
     lines = [
         "# Configuration keys",
         "",
-        "`python -m dualpath_jax.config.schema` writes this page from `dualpath_jax/config/schema.py`. "
-        "Set a key",
+        "`python -m dualpath_jax.config.schema` writes this page from "
+        "`dualpath_jax/config/schema.py`. Set a key",
         "in a config file (`config.data.batch_size = 32`) or on the command line "
         "(`--config.data.batch_size=32`).",
         "",
