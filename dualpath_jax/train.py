@@ -284,7 +284,7 @@ class _Recorder:
         self._last_save = time.monotonic()
 
     def evaluate_saved(self, done: int, state: TrainState, guard: PreemptionGuard) -> None:
-        """Evaluate the state that was just saved; SIGTERM then end the process at once."""
+        """Evaluate the state that was just saved; SIGTERM then ends the process at once."""
         self._checkpoints.wait()  # a signal may end the evaluation, but not a save
         is_saved = self._checkpoints.latest_step() == done  # False if the disk was full
         with guard.exit_on_sigterm() if is_saved else contextlib.nullcontext():

@@ -19,7 +19,7 @@ def exit_code(function, *args):
 
 
 def test_help_config_prints_every_key(monkeypatch, capsys):
-    """Check that it needs no config file, and ignore other arguments."""
+    """Check that it needs no config file, and ignores other arguments."""
     monkeypatch.setattr(sys, "argv", ["main", "--mode=nonsense", "--help_config"])
     assert exit_code(cli.run_app, main.run, main.__doc__) == 0
     assert capsys.readouterr().out == schema.format_keys() + "\n"

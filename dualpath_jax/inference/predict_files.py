@@ -85,7 +85,7 @@ def predict_videos(
     progress: bool = False,
     limits: video_decoder.DecodeLimits | None = None,
 ) -> int:
-    """Predict videos or their windows, call `show` with each result, and counts bad videos.
+    """Predict videos or their windows, call `show` with each result, and count bad videos.
 
     Videos are decoded in processes that can be killed: whole videos several at a time, windows one
     after the other. If a video turns out to be bad, its earlier windows have already been shown.

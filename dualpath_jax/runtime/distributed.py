@@ -129,7 +129,7 @@ def check_same_on_all_hosts(values: dict[str, Any], remedy: str) -> None:
 
 
 def is_main_process() -> bool:
-    """Return whether this is process 0, which prints and write for all."""
+    """Return whether this is process 0, which prints and writes for all."""
     return jax.process_index() == 0
 
 

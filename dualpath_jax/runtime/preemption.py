@@ -32,7 +32,7 @@ def exit_at_once(*_) -> None:
 
 
 def install_sigterm_handler() -> None:
-    """Install `exit_at_once`, which then also runs while a program computes or compile.
+    """Install `exit_at_once`, which then also runs while a program computes or compiles.
 
     The main thread calls Python's signal handlers only when it executes Python code again, perhaps
     minutes later. Python writes a signal's number to a pipe at once, and a thread reads it. The

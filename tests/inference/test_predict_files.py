@@ -233,7 +233,7 @@ def test_frames_have_the_format_of_the_training_data(run, config, tmp_path):
 
 
 def test_windows_of_a_cut_video(tmp_path):
-    """Check that the last window notes what is missing and end where the video ends."""
+    """Check that the last window notes what is missing and ends where the video ends."""
     path = tmp_path / "cut.mp4"
     options = {"movflags": "frag_keyframe+empty_moov"}
     write_video(path, noise_frames(40), rate=10, options=options, gop=5)

@@ -294,7 +294,7 @@ def test_one_of_two_is_killed_then_stopped(settings, tmp_path):
 
 
 def test_one_of_two_cannot_start(settings, tmp_path):
-    """Check that it reports why and end, and that the other one ends as well."""
+    """Check that it reports why and ends, and that the other one ends as well."""
     command = make_main_command(settings, tmp_path / "run", 2)
 
     def without_data(address, i):

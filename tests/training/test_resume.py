@@ -161,7 +161,7 @@ def refuse_entries(monkeypatch, steps):
 
 
 def test_entries_that_a_full_disk_refused_are_not_lost(config, straight, tmp_path, monkeypatch):
-    """Check that no checkpoint is newer than the entries: a killed run then write them again."""
+    """Check that no checkpoint is newer than the entries: a killed run then writes them again."""
     with monkeypatch.context() as patch:
         refuse_entries(patch, {4, 5})
         kill_after(config, tmp_path / "killed", patch, 5)
@@ -252,7 +252,7 @@ def test_guard_records_a_signal():
 
 
 def test_stop_request_when_an_evaluation_is_due(config, tmp_path, monkeypatch):
-    """Check that the next start evaluates first, and add the scores to the checkpoint."""
+    """Check that the next start evaluates first, and adds the scores to the checkpoint."""
     config.num_train_steps = 8
     config.eval.every_epochs = 1
     run_all(config, tmp_path / "straight")
