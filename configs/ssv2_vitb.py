@@ -31,7 +31,7 @@ ABLATIONS = {
 def get_config(variant: str = "16"):
     config = recipes.vit_b16(recipes.ssv2())
     if variant not in ABLATIONS:
-        config.data.num_frames = recipes.set_num_frames(variant, ABLATIONS)
+        config.data.num_frames = recipes.parse_num_frames(variant, ABLATIONS)
         return config
     config.update_from_flattened_dict(ABLATIONS[variant])
     if not variant.startswith("scale"):  # Table 5 prints 3x1 views

@@ -17,5 +17,5 @@ from dualpath_jax.config import recipes
 
 def get_config(num_frames: str = "16"):
     config = recipes.vit_l14(recipes.ssv2())
-    config.data.num_frames = recipes.set_num_frames(num_frames)
+    config.data.num_frames = recipes.parse_num_frames(num_frames)
     return config

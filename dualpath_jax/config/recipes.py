@@ -133,7 +133,7 @@ def swin_b(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def set_num_frames(argument: str, variants: Collection[str] = ()) -> int:
+def parse_num_frames(argument: str, variants: Collection[str] = ()) -> int:
     """Parse T, the number of frames, from the argument of a config file.
 
     Args:

@@ -54,12 +54,6 @@ class Method:
     framesets: bool = False
 
 
-def _check_choice(key: str, value: Any, known: tuple[Any, ...]) -> None:
-    """Raise ValueError unless `value` of a config key is one of `known`."""
-    if value not in known:
-        raise ValueError(f"unknown {key}={value!r}: known are {', '.join(map(str, known))}")
-
-
 def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> DualPath:
     """Build DualPath: adapters on a spatial path (frames) and a temporal path (framesets)."""
     data, model = config.data, config.model
@@ -165,7 +159,6 @@ def _build_protuning(config: Any, backbone: BackboneConfig, num_classes: int) ->
 
 def _build_st_adapter(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     options = config.model.st_adapter
-    _check_choice("model.st_adapter.form", options.form, ("paper", "released"))
     kernel_size = tuple(options.kernel_size)
     if len(kernel_size) != 3 or any(size < 1 or size % 2 == 0 for size in kernel_size):
         raise ValueError(
@@ -192,7 +185,6 @@ def _build_videoprompt(config: Any, backbone: BackboneConfig, num_classes: int) 
 
 def _build_aim(config: Any, backbone: BackboneConfig, num_classes: int) -> AIMModel:
     options = config.model.aim
-    _check_choice("model.aim.num_temporal_adapters", options.num_temporal_adapters, (1, 2))
     bottleneck = backbone.width // 4 if options.bottleneck is None else options.bottleneck
     hooks = AIMHooks(
         Adapter(bottleneck, dtype=compute_dtype(config), parent=None),
@@ -255,15 +247,7 @@ METHODS = {
 
 
 def compute_dtype(config: Any) -> Any:
-    """Return the dtype that `config.model.dtype` names.
-
-    Raises:
-      ValueError: there is no such dtype.
-    """
-    if config.model.dtype not in DTYPES:
-        raise ValueError(
-            f"unknown model.dtype {config.model.dtype!r}: known are {', '.join(DTYPES)}"
-        )
+    """Return the dtype that `config.model.dtype` names."""
     return DTYPES[config.model.dtype]
 
 
@@ -280,27 +264,21 @@ def resolve_scan_blocks(config: Any) -> bool:
     return prefers_scan() or config.mesh.fsdp > 1
 
 
-def _find_method(name: str) -> Method:
-    if name not in METHODS:
-        raise ValueError(f"unknown model.method {name!r}: known are {', '.join(METHODS)}")
-    return METHODS[name]
-
-
 def build_model(config: Any, backbone: BackboneConfig, num_classes: int) -> nn.Module:
     """Build the module of `config.model.method`.
 
     Args:
-      config: the whole configuration.
+      config: the whole configuration, which `schema.check_values` accepts.
       backbone: shape of the backbone.
       num_classes: of the data set.
 
     Raises:
-      ValueError: the method is unknown or does not work with this backbone, or its settings
-        contradict each other.
+      ValueError: the method does not work with this backbone, or its settings contradict each
+        other.
     """
     name = config.model.method
     check_remat(config.model.remat)
-    method, family = _find_method(name), family_of(backbone)
+    method, family = METHODS[name], family_of(backbone)
     if family not in method.families:
         raise ValueError(
             f"model.method {name!r} works with backbones of the families "
@@ -312,7 +290,7 @@ def build_model(config: Any, backbone: BackboneConfig, num_classes: int) -> nn.M
 
 def uses_framesets(method: str) -> bool:
     """Return whether `method` takes framesets; other methods take each frame at full size."""
-    return _find_method(method).framesets
+    return METHODS[method].framesets
 
 
 def is_trainable_fn(method: str) -> Callable[[str], bool]:
@@ -320,7 +298,7 @@ def is_trainable_fn(method: str) -> Callable[[str], bool]:
 
     The function raises ValueError for a path that no rule of `method` matches.
     """
-    rules = _find_method(method).rules
+    rules = METHODS[method].rules
 
     def is_trainable(path: str) -> bool:
         for pattern, trained in rules:

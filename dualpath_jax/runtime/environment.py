@@ -45,6 +45,7 @@ _TENSORFLOW_VARIABLES = {
 }
 
 _THREAD_SECONDS = 30.0  # in which threads end by themselves when the program is done
+_a_thread_may_hang = threading.Event()
 
 # Parameters of `mallopt`, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -95,12 +96,19 @@ def keep_freed_memory() -> None:
     glibc.malloc_trim(0)
 
 
+def note_that_a_thread_may_hang() -> None:
+    """Make `exit_process` wait for threads for a limited time only."""
+    _a_thread_may_hang.set()
+
+
 def exit_process(status: Any) -> NoReturn:
-    """Exit with `status`, without waiting for threads that no longer do anything.
+    """Exit with `status`; wait at most 30 s for threads if one may hang.
 
     Orbax's threads wait by the wall clock. When that is set back while a checkpoint is written, a
     save that was given up would keep the process for as long.
     """
+    if not _a_thread_may_hang.is_set():
+        sys.exit(status)
     deadline = time.monotonic() + _THREAD_SECONDS
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:

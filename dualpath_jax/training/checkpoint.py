@@ -27,7 +27,7 @@ from dualpath_jax.config.values import (
     restore_config,
 )
 from dualpath_jax.models import param_tree
-from dualpath_jax.runtime import files
+from dualpath_jax.runtime import environment, files
 
 _MAX_BYTES = 32 * 2**30  # of all arrays of a checkpoint; those of a fully tuned ViT-L take 4 GB
 _BEST_METRIC = "top1"  # the best checkpoint has the highest value of this score
@@ -227,6 +227,7 @@ class Checkpoints:
             self.path(self.latest_step()),
         )
         self._save_failed = True
+        environment.note_that_a_thread_may_hang()  # orbax's, if the clock was set
 
     def _clean_up(self) -> None:
         """Free the disk space of a failed save and lists the checkpoints on disk again."""

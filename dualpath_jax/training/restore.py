@@ -67,8 +67,6 @@ def restore_for_evaluation(experiment: Experiment, state: TrainState) -> TrainSt
         and `config.resume_changed` is off.
     """
     which, file = experiment.config.eval.checkpoint, experiment.config.init_from
-    if which not in ("latest", "best"):
-        raise ValueError(f"unknown eval.checkpoint={which!r}: known are latest, best")
     checkpoints = None
     if (epath.Path(experiment.workdir) / "checkpoints").exists():
         checkpoints = Checkpoints(experiment.workdir, read_only=True)

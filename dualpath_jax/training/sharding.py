@@ -44,14 +44,8 @@ def check_batch_sizes(config: Any, num_devices: int) -> None:
     """Check that batches can be divided over the devices and the accumulation steps.
 
     Raises:
-      ValueError: they cannot, `optimizer.reduce_dtype` is unknown, or `mesh.fsdp` is used with
-        unrolled blocks.
+      ValueError: they cannot, or `mesh.fsdp` is used with unrolled blocks.
     """
-    dtype = config.optimizer.reduce_dtype
-    if dtype not in REDUCE_DTYPES:
-        raise ValueError(
-            f"unknown optimizer.reduce_dtype={dtype!r}: known are {', '.join(REDUCE_DTYPES)}"
-        )
     if config.mesh.fsdp > 1 and config.model.scan_blocks is False:
         raise ValueError(
             f"mesh.fsdp={config.mesh.fsdp} divides the weights of scanned blocks, and with "

@@ -104,6 +104,7 @@ from dualpath_jax.runtime import environment
 environment._THREAD_SECONDS = 0.1
 threading.Thread(target=threading.Event().wait, daemon=sys.argv[1] == "daemon").start()
 print("done")
+environment.note_that_a_thread_may_hang()
 environment.exit_process(7)
 """
 
