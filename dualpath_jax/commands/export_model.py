@@ -11,6 +11,7 @@ In a checkout, python scripts/export_model.py is the same command.
 
 import argparse
 import os
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # a program traced on the CPU fits every platform
 
@@ -33,9 +34,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--formats",
         nargs="+",
-        default=["stablehlo", "saved_model"],
         choices=["stablehlo", "saved_model"],
-        help="formats to write (stablehlo saved_model)",
+        help="formats to write (both; with jax 0.12 and later stablehlo)",
     )
     return arg_parser
 
@@ -49,5 +49,11 @@ def main() -> None:
     with cli.user_errors():
         model = cli.load_model(arguments)
         results = export.read_results(arguments.workdir) if arguments.workdir else None
-        export.export_model(model, arguments.out, arguments.formats, arguments.batch_size, results)
+        formats = arguments.formats
+        if formats is None:
+            problems = {name: export.find_format_problem(name) for name in export.FORMATS}
+            formats = [name for name, problem in problems.items() if problem is None]
+            for problem in filter(None, problems.values()):
+                print(f"no saved_model: {problem}", file=sys.stderr)
+        export.export_model(model, arguments.out, formats, arguments.batch_size, results)
     print(f"wrote {arguments.out}/model_card.md and the files that it describes")

@@ -123,6 +123,16 @@ FORMATS = {
 }
 
 
+def find_format_problem(name: str) -> str | None:
+    """Return why this installation cannot write a format of `FORMATS`; None if it can."""
+    if name == "saved_model" and jax.__version_info__ >= (0, 12):
+        return (
+            f"TensorFlow 2.21, the newest, cannot read a SavedModel that jax {jax.__version__} "
+            "writes: export with Python 3.11, which has jax 0.10, or use --formats stablehlo"
+        )
+    return None
+
+
 def export_model(
     model: trained_model.TrainedModel,
     out: str,
@@ -140,11 +150,13 @@ def export_model(
       results: content of the run's results.json for the model card; None if unknown.
 
     Raises:
-      ValueError: a format is unknown, or the batch size is below 1.
+      ValueError: a format is unknown or cannot be written, or the batch size is below 1.
     """
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise ValueError(f"unknown format {unknown[0]!r}: choose from {', '.join(FORMATS)}")
+    if problem := next(filter(None, map(find_format_problem, formats)), None):
+        raise ValueError(problem)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"--batch_size={batch_size} must be at least 1")
     folder = pathlib.Path(out)
