@@ -89,7 +89,7 @@ def make_clip_sample(
 
 def compose_inputs(
     spatial: tf.Tensor,
-    others: tf.Tensor | None,
+    cells: tf.Tensor | None,
     sample: dict[str, tf.Tensor],
     clip: ClipFormat,
     fill: np.ndarray,
@@ -98,21 +98,15 @@ def compose_inputs(
 
     Args:
       spatial: uint8 [S, H, W, 3].
-      others: uint8 [T - S, fh, fw, 3], the frames that only feed framesets; None without these.
+      cells: uint8 [T, fh, fw, 3], all frames as they are in framesets; None without these. All of
+        them are made alike, so that a still picture does not flicker.
       sample: the clip's `ClipSample` as tensors.
       clip: what a clip is.
       fill: see `fill_color`.
     """
+    images = [spatial] if clip.framesets is None else [spatial, cells]
     if "matrix" in sample:
-        spatial = randaugment.warp_frames(spatial, sample["matrix"], fill)
-        if clip.framesets is not None:
-            others = randaugment.warp_frames(others, sample["matrix"], fill)
-    images = [spatial]
-    if clip.framesets is not None:
-        chosen = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
-        rest = np.setdiff1d(np.arange(clip.num_frames), chosen)
-        small = tf.concat([frame_ops.resize(spatial, clip.framesets.frame_size), others], 0)
-        images.append(tf.gather(small, np.argsort(np.concatenate([chosen, rest]))))  # in time order
+        images = [randaugment.warp_frames(x, sample["matrix"], fill) for x in images]
     images = tf.cond(sample["flip"], lambda: [frame_ops.mirror(x) for x in images], lambda: images)
     color = {}
     if "ops" in sample:
@@ -148,18 +142,15 @@ def _assemble(
     jpegs = tf.unstack(jpegs, clip.num_frames)
     chosen = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
 
-    def read(indices: np.ndarray, ratio: int, size: int) -> tf.Tensor:
-        return frame_ops.decode_crops([jpegs[i] for i in indices], sample["box"], ratio, size)
+    def read(frames: list[tf.Tensor], ratio: int, size: int) -> tf.Tensor:
+        return frame_ops.decode_crops(frames, sample["box"], ratio, size)
 
-    spatial, others = read(chosen, 1, clip.image_size), None
+    spatial, cells = read([jpegs[i] for i in chosen], 1, clip.image_size), None
     if clip.framesets is not None:
         size = clip.framesets.frame_size
-        rest = np.setdiff1d(np.arange(clip.num_frames), chosen)
-        others = tf.zeros([0, size, size, 3], tf.uint8)
-        if rest.size:
-            branches = [lambda r=ratio: read(rest, r, size) for ratio in frame_ops.DECODE_RATIOS]
-            others = tf.switch_case(sample["decode_ratio"], branches)
-    return compose_inputs(spatial, others, sample, clip, fill)
+        branches = [lambda r=ratio: read(jpegs, r, size) for ratio in frame_ops.DECODE_RATIOS]
+        cells = tf.switch_case(sample["decode_ratio"], branches)
+    return compose_inputs(spatial, cells, sample, clip, fill)
 
 
 def _signature(clip: ClipFormat, layers: int, erasing: bool) -> dict[str, tf.TensorSpec]:

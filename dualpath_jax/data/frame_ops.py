@@ -8,7 +8,7 @@ import tensorflow as tf
 # Factors by which libjpeg may reduce a frame while it decodes it.
 DECODE_RATIOS = (1, 2, 4)
 # A reduced frame must have this many times the pixels needed per side. The resulting frames then
-# differ from those of full decoding by at most 2 / 255 on average (tests/data/test_frame_ops.py).
+# differ from those of full decoding by at most 2.7 / 255 on average (tests/data/test_frame_ops.py).
 DECODE_MARGIN = 1.8
 # Up to this reduction, such as 256 to 224 pixels, bilinear sampling needs no antialiasing. Beyond
 # it, the mean over areas is faster than a triangle filter and closer to the bicubic filter that

@@ -169,7 +169,6 @@ def make_transform(clip: ClipFormat, data_config: Any) -> Callable[..., dict[str
     `make_clip_sample` without records.
     """
     chosen = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
-    rest = np.setdiff1d(np.arange(clip.num_frames), chosen)
     fill = fill_color(data_config)
 
     @tf.function(reduce_retracing=True)
@@ -181,8 +180,10 @@ def make_transform(clip: ClipFormat, data_config: Any) -> Callable[..., dict[str
             images = tf.ensure_shape(tf.gather(frames, indices), [len(indices), None, None, 3])
             return frame_ops.resize(images, size)
 
-        others = resize_frames(rest, clip.framesets.frame_size) if clip.framesets else None
-        return compose_inputs(resize_frames(chosen, clip.image_size), others, sample, clip, fill)
+        cells = None
+        if clip.framesets:
+            cells = resize_frames(range(clip.num_frames), clip.framesets.frame_size)
+        return compose_inputs(resize_frames(chosen, clip.image_size), cells, sample, clip, fill)
 
     return transform
 
