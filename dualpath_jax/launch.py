@@ -43,9 +43,8 @@ def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
         settings = shared_settings(config) | {"--mode": training}
         remedy = "give all hosts the same config file and options"
         distributed.check_same_on_all_hosts(settings, remedy)
-        if config.data.source == "demo" and not config.data.synthetic:
-            with file_lock.waiting_lock(config.data.dir):
-                setup.ensure_demo_data(config)
+        if not config.data.synthetic:
+            setup.ensure_generated(config)
         check_inputs(config)
         results = [
             _run_split(split_config, folder, training)

@@ -232,7 +232,7 @@ def main() -> None:
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(out.absolute() / "compiled"))
-    setup.ensure_demo_data(demo_config.get_config())
+    setup.ensure_generated(demo_config.get_config())
     if args.only_times:
         methods = dict.fromkeys(["dualpath", *args.methods])
         configs = {m: method_config(m, LEARNING_RATES[0], 0, args.steps) for m in methods}

@@ -6,20 +6,16 @@ and its accuracy is at most 0.5 (chance is 0.125). The photographs come with sci
 the public domain or CC0.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import json
-import multiprocessing
 import pathlib
 from collections.abc import Iterator
 
-import av
 import numpy as np
 from PIL import Image
 
-from dualpath_jax.runtime.cpu_count import num_cores
-from dualpath_jax.runtime.progress_bar import ProgressBar
+from dualpath_jax.demo.video_files import write_videos
 
 # Templates as in Something-Something-v2; classes 2 i and 2 i + 1 are opposite actions.
 CLASSES = (
@@ -35,7 +31,7 @@ CLASSES = (
 
 # Backgrounds by split. Those of the test videos occur neither in training and validation nor in the
 # pretraining of the backbone.
-_TRAIN_PHOTOS = (
+TRAIN_PHOTOS = (
     "astronaut",
     "chelsea",
     "camera",
@@ -47,7 +43,7 @@ _TRAIN_PHOTOS = (
     "gravel",
     "brick",
 )
-PHOTOS = {"train": _TRAIN_PHOTOS, "validation": _TRAIN_PHOTOS, "test": ("coffee", "rocket")}
+PHOTOS = {"train": TRAIN_PHOTOS, "validation": TRAIN_PHOTOS, "test": ("coffee", "rocket")}
 # CLIP's normalization of RGB in 0..1, as for any CLIP backbone (PAPER: Recipe).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -276,36 +272,9 @@ def class_names() -> list[str]:
     return [_template_key(template) for template in CLASSES]
 
 
-def write_video(frames: np.ndarray, path: pathlib.Path, fps: int = 12) -> None:
-    """Write frames as H.264 in an .mp4 file.
-
-    Args:
-      frames: uint8 [frames, height, width, 3], RGB; height and width are even.
-      path: file to write.
-      fps: frames per second.
-    """
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {
-            "preset": "veryfast",
-            "crf": "18",
-            "threads": "1",
-            # With a lookahead thread, frame types would depend on the timing of threads.
-            "x264-params": "sync-lookahead=0:rc-lookahead=0",
-        }
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def _render_range(videos: pathlib.Path, split: str, first: int, numbers: range) -> int:
-    """Render the videos `numbers` of a split, whose first id is `first`; return how many."""
-    for number in numbers:
-        frames = find_scene(split, number).frames()
-        write_video(frames, videos / f"{first + number}.mp4")
-    return len(numbers)
+def render_frames(split: str, number: int) -> np.ndarray:
+    """Render video `number` of a split: uint8 [NUM_FRAMES, FRAME_SIZE, FRAME_SIZE, 3]."""
+    return find_scene(split, number).frames()
 
 
 def render_demo(out: str, sizes: dict[str, int] | None = None, progress: bool = True) -> None:
@@ -323,22 +292,11 @@ def render_demo(out: str, sizes: dict[str, int] | None = None, progress: bool = 
     if (out / "labels" / "labels.json").exists():
         return
     sizes = SIZES if sizes is None else sizes
-    videos, labels = out / "videos", out / "labels"
-    videos.mkdir(parents=True, exist_ok=True)
-    labels.mkdir(exist_ok=True)
-    context = multiprocessing.get_context("spawn")  # the parent may have threads of JAX
-    with (
-        concurrent.futures.ProcessPoolExecutor(num_cores(), mp_context=context) as pool,
-        ProgressBar(sum(sizes.values()), "render", "videos", shown=progress) as bar,
-    ):
-        jobs, first = [], 0
-        for split, size in sizes.items():
-            for start in range(0, size, 100):
-                numbers = range(start, min(start + 100, size))
-                jobs.append(pool.submit(_render_range, videos, split, first, numbers))
-            first += size
-        for job in concurrent.futures.as_completed(jobs):
-            bar.update(job.result())
+    labels = out / "labels"
+    labels.mkdir(parents=True, exist_ok=True)
+    clips = [(split, number) for split, size in sizes.items() for number in range(size)]
+    paths = [out / "videos" / f"{id_}.mp4" for id_ in range(len(clips))]
+    write_videos(render_frames, clips, paths, progress)
     first = 0
     for split, size in sizes.items():
         entries = [

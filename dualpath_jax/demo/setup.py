@@ -1,39 +1,72 @@
-"""Sets up the embedded demo: renders its videos, prepares them and converts its backbone."""
+"""Sets up the generated data sets: renders and prepares videos, converts the demo's backbone."""
 
+import functools
+import os
 import pathlib
 from typing import Any
 
 from etils import epath
 
 from dualpath_jax.data.datasets import registry as dataset_registry
+from dualpath_jax.data.datasets.annotations import DatasetIndex
 from dualpath_jax.data.preparation import prepare
-from dualpath_jax.demo import render
+from dualpath_jax.demo import paths, render
+from dualpath_jax.runtime import file_lock
 from dualpath_jax.weights import convert
 
 # Written by scripts/pretrain_demo_backbone.py, in the layout of OpenAI's CLIP checkpoints.
 BACKBONE = pathlib.Path(__file__).parent / "demo_backbone.safetensors"
+CHECKPOINT = "data/demo/backbone.safetensors"  # where configurations expect it, converted
 
 
-def ensure_demo_data(config: Any) -> None:
-    """Create the prepared videos and the converted backbone of `config` if they do not exist.
+def _render_demo(raw: pathlib.Path) -> tuple[DatasetIndex, str]:
+    render.render_demo(raw)
+    videos, labels = str(raw / "videos"), str(raw / "labels")
+    return dataset_registry.list_videos("ssv2", videos, labels, validation_fraction=0), videos
+
+
+def _render_paths(raw: pathlib.Path, sizes: dict[str, int]) -> tuple[DatasetIndex, str]:
+    paths.render_paths(raw, sizes)
+    return dataset_registry.list_videos("folder", str(raw)), str(raw)
+
+
+# data.source -> function that renders into a folder and returns the listing and folder of videos.
+GENERATED = {
+    "demo": _render_demo,
+    "paths": functools.partial(_render_paths, sizes=paths.SIZES),
+    "paths_large": functools.partial(_render_paths, sizes=paths.LARGE_SIZES),
+}
+
+
+def ensure_generated(config: Any) -> None:
+    """Create what a run takes from this package and has not been created: videos and backbone.
 
     Args:
-      config: a configuration of the demo; `data.dir` and `backbone.checkpoint` are written.
+      config: a configuration. If `data.source` is in `GENERATED`, videos are rendered and prepared
+        in `data.dir`. The demo's backbone is written to `backbone.checkpoint` if that is
+        `CHECKPOINT`, or if `data.source` is "demo".
 
     Raises:
-      ValueError: `data.dir` is in Cloud Storage and has no prepared demo.
+      ValueError: `data.dir` is in Cloud Storage and has no prepared videos.
     """
-    if not (epath.Path(config.data.dir) / "dataset_info.json").exists():
-        if "://" in config.data.dir:
-            raise ValueError(
-                f"no prepared demo in config.data.dir={config.data.dir}: the demo can only be "
-                "rendered into a local folder; do that, then copy the folder with gcloud storage "
-                "rsync --recursive"
-            )
-        raw = pathlib.Path(config.data.dir) / "raw"
-        render.render_demo(raw)
-        videos, labels = str(raw / "videos"), str(raw / "labels")
-        listing = dataset_registry.list_videos("ssv2", videos, labels, validation_fraction=0)
-        prepare.prepare_dataset(listing, videos, config.data.dir)
-    if not epath.Path(config.backbone.checkpoint).exists():
-        convert.convert_checkpoint(BACKBONE, config.backbone.checkpoint)
+    source, folder, checkpoint = config.data.source, config.data.dir, config.backbone.checkpoint
+    if source in GENERATED:
+        with file_lock.waiting_lock(folder):
+            _ensure_videos(source, folder)
+    if checkpoint == CHECKPOINT or source == "demo":
+        with file_lock.waiting_lock(os.path.dirname(checkpoint)):
+            if not epath.Path(checkpoint).exists():
+                convert.convert_checkpoint(BACKBONE, checkpoint)
+
+
+def _ensure_videos(source: str, folder: str) -> None:
+    """Render and prepare the videos of a generated set, unless they are there."""
+    if (epath.Path(folder) / "dataset_info.json").exists():
+        return
+    if "://" in folder:
+        raise ValueError(
+            f"no prepared {source} in config.data.dir={folder}: it can only be rendered into a "
+            "local folder; do that, then copy the folder with gcloud storage rsync --recursive"
+        )
+    listing, videos = GENERATED[source](pathlib.Path(folder) / "raw")
+    prepare.prepare_dataset(listing, videos, folder)

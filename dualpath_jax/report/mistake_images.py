@@ -122,8 +122,8 @@ def mistake_strips(
 def _preparation_command(run: RunRecord, folder: str) -> str:
     """Return the command that prepares the videos of a run."""
     source = run.settings.get("data.source", "DATASET")
-    if source == "demo":
-        return run.command("eval")  # this renders the demo again
+    if source in ("demo", "paths", "paths_large"):
+        return run.command("eval")  # this renders the videos again
     return (
         f"{command_line('prepare')} --dataset={source} --videos=VIDEOS "
         f"--annotations=ANNOTATIONS --out={folder}"

@@ -20,9 +20,12 @@ from dualpath_jax.data.datasets.hmdb51 import read_hmdb51
 from dualpath_jax.data.datasets.ssv2 import read_ssv2
 from dualpath_jax.runtime.safe_read import truncated_repr
 
-# Classes of the published data sets and of the demo. Other data sets have the classes of their
-# annotations.
-NUM_CLASSES = {"k400": k400.NUM_CLASSES, "ssv2": 174, "hmdb51": 51, "diving48": 48, "demo": 8}
+# Classes of the published data sets and of the generated ones. Other data sets have the classes of
+# their annotations.
+NUM_CLASSES = {
+    "k400": k400.NUM_CLASSES, "ssv2": 174, "hmdb51": 51, "diving48": 48,
+    "demo": 8, "paths": 10, "paths_large": 10,
+}
 # Stands in for an unknown number of classes in abstract models; only the classifier depends on it.
 PLACEHOLDER_NUM_CLASSES = 2
 
