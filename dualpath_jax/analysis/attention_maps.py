@@ -55,13 +55,18 @@ def class_token_attention(
 @functools.lru_cache(maxsize=8)
 def _build_map_fn(module: DualPath, adapted: bool, rollout: bool) -> Any:
     """Build the compiled function (params, spatial, temporal) -> path -> [B, n, patches]."""
+    # Where the classifier reads all patch tokens, their mean takes the place of the class token.
+    reads_patches = {"spatial": False, "temporal": module.readout_width > 0}
 
     def maps(params, spatial, temporal):
         weights = module.apply(
             {"params": params}, spatial, temporal, adapted, rollout, method=DualPath.attention
         )
         rows = {name: attention_rollout(w) if rollout else w[-1] for name, w in weights.items()}
-        patches = {name: w[..., 0, 1:] for name, w in rows.items()}
+        patches = {
+            name: w[..., 1:, 1:].mean(axis=-2) if reads_patches[name] else w[..., 0, 1:]
+            for name, w in rows.items()
+        }
         return {name: row / row.sum(axis=-1, keepdims=True) for name, row in patches.items()}
 
     return jax.jit(maps)

@@ -11,6 +11,7 @@ In a checkout, python scripts/show_batch.py is the same command.
 
 import argparse
 import sys
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -43,6 +44,23 @@ def apply_color_operations(batch: dict) -> dict:
     images = preprocess.augment_color(inputs, batch["ops"], batch["op_values"], batch["tables"])
     pairs = zip(keys, images, strict=True)
     return batch | {k: np.asarray(x).round().astype(np.uint8) for k, x in pairs}
+
+
+def draw_differences(batch: dict, data_config: Any) -> dict:
+    """Return `batch` with the framesets as the model gets them, if they hold differences.
+
+    A difference of zero is gray, or black where absolute values are taken.
+    """
+    from dualpath_jax.models import preprocess
+
+    kind = data_config.frameset_input
+    if kind == "rgb" or "temporal" not in batch:
+        return batch
+    images = preprocess.normalize(batch["temporal"], data_config, np.float32)
+    differences = np.asarray(preprocess.subtract_static(images, data_config))
+    differences = 255 * differences * np.asarray(data_config.std, np.float32)
+    shown = differences if kind == "abs_minus_mean" else 127.5 + differences / 2
+    return batch | {"temporal": shown.round().clip(0, 255).astype(np.uint8)}
 
 
 def draw_batch(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
@@ -111,7 +129,8 @@ def main() -> None:
             framesets=method_registry.uses_framesets(config.model.method),
         )
         batch = {key: value[: args.clips] for key, value in next(batches).items()}
-        draw_batch(apply_color_operations(batch), dataset.class_names, args.zoom).save(args.out)
+        batch = draw_differences(apply_color_operations(batch), config.data)
+        draw_batch(batch, dataset.class_names, args.zoom).save(args.out)
     except (ValueError, OSError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

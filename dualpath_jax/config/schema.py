@@ -68,6 +68,7 @@ class Key:
 _COUNT, _NOT_NEGATIVE, _POSITIVE = Range(1), Range(0), Range(0, open_low=True)
 _FRACTION, _RATE = Range(0, 1), Range(0, 1, open_high=True)
 _SIZE, _WIDTH, _DEPTH = Range(1, 4096), Range(1, 2**16), Range(1, 256)
+_SIZE_OR_NONE = Range(0, 4096)
 
 # Literal, as this module may not import the registries; a test compares them.
 _METHODS = (
@@ -78,7 +79,10 @@ _BACKBONES = (
     *("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336", "ViT-B/16-IN21K", "ViT-L/16-IN21K"),
     *("Swin-T", "Swin-S", "Swin-B", "custom", "custom-swin"),
 )
-_SOURCES = ("k400", "ssv2", "hmdb51", "diving48", "folder", "csv", "demo")
+_SOURCES = (
+    *("k400", "ssv2", "hmdb51", "diving48", "folder", "csv"),
+    *("demo", "paths", "paths_large"),  # dualpath_jax/demo
+)
 
 # fmt: off
 KEYS = (
@@ -95,7 +99,8 @@ KEYS = (
     # data
     Key("data.dir", Optional(str), "Output folder of scripts/prepare_dataset.py, local or gs://."),
     Key("data.source", "folder",
-        "Data set that was prepared (its --dataset); demo renders and prepares it on first use.",
+        "Data set that was prepared (its --dataset); demo, paths and paths_large are rendered and "
+        "prepared on first use.",
         _SOURCES),
     Key("data.train_split", "train", "Split that is trained on."),
     Key("data.split", Optional(str),
@@ -110,6 +115,10 @@ KEYS = (
         "(w, h), frames across and down a frameset; only dualpath uses it.", _SIZE),
     Key("data.frame_scale", 4,
         "Factor by which a frame is reduced in a frameset; only dualpath uses it.", _SIZE),
+    Key("data.frameset_input", "rgb",
+        "What framesets hold: rgb (paper), or differences from the mean of the clip's frames or "
+        "from the frame before, in units of data.std; only dualpath uses it; ours.",
+        ("rgb", "minus_mean", "minus_previous", "abs_minus_mean")),
     Key("data.sampling", "dense",
         "How frames are sampled: dense takes a clip at sampling_interval, segments the whole "
         "video.",
@@ -179,6 +188,12 @@ KEYS = (
     Key("model.temporal_position", "sincos3d",
         "dualpath: position encoding of the framesets' patches.",
         ("sincos3d", "sincos3d+clip", "clip", "learned")),
+    Key("model.time_kernel_size", 0,
+        "dualpath: frames that a depthwise convolution in the temporal adapters covers, an odd "
+        "number; 0 for none (paper); ours.", _SIZE_OR_NONE),
+    Key("model.readout_width", 0,
+        "dualpath: channels of each patch token of the framesets, which the classifier then reads "
+        "in order; 0: it reads the class token (paper); ours.", _SIZE_OR_NONE),
     Key("model.train_tokens", True,
         "dualpath: trains class tokens and spatial positions (sec. 4)."),
     Key("model.adapt_shifted_windows", False,

@@ -15,7 +15,7 @@ import optax
 Tree = Any
 
 
-def _path_name(path: tuple) -> str:
+def path_name(path: tuple) -> str:
     """Format a JAX key path, such as "spatial/adapters/attention/down/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
@@ -23,12 +23,12 @@ def _path_name(path: tuple) -> str:
 def flatten(tree: Tree) -> dict[str, Any]:
     """Return the leaves of a tree by their paths, such as "classifier/output/bias"."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_path_name(path): leaf for path, leaf in leaves}
+    return {path_name(path): leaf for path, leaf in leaves}
 
 
 def trainable_mask(params: Tree, predicate: Callable[[str], bool]) -> Tree:
     """Return a tree of bool: `predicate(path)` of each leaf's path, True for trainable leaves."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: predicate(_path_name(path)), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: predicate(path_name(path)), params)
 
 
 def decay_mask(params: Tree) -> Tree:
@@ -72,7 +72,7 @@ def unstack_blocks(frozen: Tree) -> Tree:
     """
 
     def unstack(path, leaf):
-        return tuple(leaf) if _path_name(path).startswith("backbone/blocks") else leaf
+        return tuple(leaf) if path_name(path).startswith("backbone/blocks") else leaf
 
     return jax.tree_util.tree_map_with_path(unstack, frozen)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import dm_pix as pix
+import einops
 import jax
 import jax.numpy as jnp
 
@@ -113,5 +114,35 @@ def model_inputs(batch: Batch, data_config: Any, dtype: Any) -> tuple[jax.Array,
     inputs = [batch[key] for key in ("spatial", "temporal") if key in batch]
     if "ops" in batch:
         inputs = augment_color(inputs, batch["ops"], batch["op_values"], batch["tables"])
-    spatial, *temporal = [normalize(images, data_config, dtype) for images in inputs]
-    return spatial, temporal[0] if temporal else None
+    spatial = normalize(inputs[0], data_config, dtype)
+    if len(inputs) == 1:
+        return spatial, None
+    temporal = normalize(inputs[1], data_config, jnp.float32)
+    return spatial, subtract_static(temporal, data_config).astype(dtype)
+
+
+def subtract_static(framesets: jax.Array, data_config: Any) -> jax.Array:
+    """Subtract from each frame of framesets what `data_config.frameset_input` says.
+
+    Args:
+      framesets: float32 [B, G, H', W', 3], normalized.
+      data_config: `config.data`.
+
+    Returns:
+      The same shape. "rgb": `framesets`; "minus_mean": each frame minus the mean of the clip's
+      frames; "abs_minus_mean": its absolute value; "minus_previous": each frame minus the one
+      before it, the first one 0. As the mean of the colors cancels out, differences are in units of
+      `data.std`.
+    """
+    kind = data_config.frameset_input
+    if kind == "rgb":
+        return framesets
+    across, down = data_config.grid
+    sizes = {"h": down, "w": across, "g": framesets.shape[1]}
+    frames = einops.rearrange(framesets, "b g (h r) (w c) k -> b (g h w) r c k", **sizes)
+    if kind == "minus_previous":
+        frames = jnp.diff(frames, axis=1, prepend=frames[:, :1])
+    else:
+        frames = frames - frames.mean(axis=1, keepdims=True)
+        frames = jnp.abs(frames) if kind == "abs_minus_mean" else frames
+    return einops.rearrange(frames, "b (g h w) r c k -> b g (h r) (w c) k", **sizes)

@@ -8,6 +8,7 @@ import pytest
 from dualpath_jax.config import schema
 from dualpath_jax.data import frame_sampling
 from dualpath_jax.data.datasets import registry as dataset_registry
+from dualpath_jax.demo import setup as demo_setup
 from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.backbones import block_loop
 from dualpath_jax.models.backbones import registry as backbone_registry
@@ -76,7 +77,7 @@ def test_edge_of_a_range_is_allowed(key, value):
         ("eval.spatial_crops", 2, "1, 3"),
         ("model.method", "lora", "dualpath, full, .*, evl"),
         ("backbone.name", "ViT-B/8", "ViT-B/32, .*, custom, custom-swin"),
-        ("data.source", "ucf101", "k400, .*, folder, csv, demo"),
+        ("data.source", "ucf101", "k400, .*, folder, csv, demo, paths, paths_large"),
         ("data.sampling", "sparse", "dense, segments"),
         ("model.dtype", "float16", "float32, bfloat16"),
         ("model.remat", "some", "none, save_matmuls, full"),
@@ -95,7 +96,7 @@ def test_unknown_choice_is_refused(key, value, known):
     [
         ("model.method", method_registry.METHODS),
         ("backbone.name", [*backbone_registry.MODELS, *backbone_registry._CUSTOM]),
-        ("data.source", [*dataset_registry.DATASETS, "demo"]),
+        ("data.source", [*dataset_registry.DATASETS, *demo_setup.GENERATED]),
         ("data.sampling", frame_sampling.SAMPLINGS),
         ("model.dtype", method_registry.DTYPES),
         ("model.remat", block_loop.REMAT),

@@ -10,7 +10,9 @@ from dualpath_jax.data.randaugment_ops import OPS
 from dualpath_jax.models import preprocess
 from dualpath_jax.training import sharding
 
-DATA = ConfigDict({"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)})
+DATA = ConfigDict(
+    {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "frameset_input": "rgb", "grid": (2, 2)}
+)
 
 
 @pytest.fixture

@@ -23,8 +23,13 @@ from dualpath_jax.runtime.safe_read import truncated_repr
 # Classes of the published data sets and of the generated ones. Other data sets have the classes of
 # their annotations.
 NUM_CLASSES = {
-    "k400": k400.NUM_CLASSES, "ssv2": 174, "hmdb51": 51, "diving48": 48,
-    "demo": 8, "paths": 10, "paths_large": 10,
+    "k400": k400.NUM_CLASSES,
+    "ssv2": 174,
+    "hmdb51": 51,
+    "diving48": 48,
+    "demo": 8,
+    "paths": 10,
+    "paths_large": 10,
 }
 # Stands in for an unknown number of classes in abstract models; only the classifier depends on it.
 PLACEHOLDER_NUM_CLASSES = 2

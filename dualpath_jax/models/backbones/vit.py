@@ -422,6 +422,10 @@ class ViT(nn.Module):
             y = y @ self.projection.astype(self.dtype)
         return y
 
+    def patch_features(self, h: jax.Array) -> jax.Array:
+        """Apply `ln_post` to the patch tokens of h [M, N, D]: [M, N - 1, D]."""
+        return self.ln_post(h[:, 1:])
+
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Run the frozen backbone: images [M, H, W, 3] -> (tokens [M, N, D], features [M, e])."""
         h = self.encode(self.embed(images))

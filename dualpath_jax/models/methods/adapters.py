@@ -1,7 +1,9 @@
 """Defines the small trainable modules that adapt a frozen transformer."""
 
+import dataclasses
 from typing import Any, ClassVar
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,44 @@ from dualpath_jax.models.backbones.kernels import Kernels
 from dualpath_jax.models.backbones.layers import BlockHooks, gelu
 
 
+@dataclasses.dataclass(frozen=True)
+class FramesetLayout:
+    """Describes where the frames of a clip are among the tokens of its framesets.
+
+    Attributes:
+      num_framesets: G.
+      grid: (w, h), frames across and down a frameset.
+      side: patches along a side of a frame inside the frameset.
+      class_tokens: number of tokens before the patches, 1 or 0.
+    """
+
+    num_framesets: int
+    grid: tuple[int, int]
+    side: int
+    class_tokens: int
+
+    def to_frames(self, x: jax.Array) -> jax.Array:
+        """Arrange patch tokens [(B G), N, R] by frames: [B, T, side, side, R]."""
+        sizes = {"g": self.num_framesets, "w": self.grid[0], "h": self.grid[1], "r": self.side}
+        return einops.rearrange(x, "(b g) (h r w c) k -> b (g h w) r c k", **sizes, c=self.side)
+
+    def to_tokens(self, x: jax.Array) -> jax.Array:
+        """Arrange frames [B, T, side, side, R] as patch tokens: [(B G), N, R]."""
+        sizes = {"g": self.num_framesets, "w": self.grid[0], "h": self.grid[1]}
+        return einops.rearrange(x, "b (g h w) r c k -> (b g) (h r w c) k", **sizes)
+
+
+def _start_as_identity(rng: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
+    """Initialize the kernel of a depthwise convolution over time so that it changes nothing."""
+    del rng
+    return jnp.zeros(shape, dtype).at[shape[0] // 2].set(1.0)
+
+
 class Adapter(nn.Module):
     """Applies a bottleneck adapter: s W_up GELU(W_down x), with biases; its output starts at zero.
+
+    With `time_kernel_size` K, a depthwise convolution over the K frames around a frame, at the same
+    place in each, comes before GELU (ours, as in ST-Adapter); class tokens pass it by.
 
     Attributes:
       bottleneck: R, the inner width (paper: 128).
@@ -23,6 +61,8 @@ class Adapter(nn.Module):
       dropout: dropout rate after the activation, in [0, 1); active when a "dropout" rng is given.
       layer_norm: normalize the input with the adapter's own LayerNorm.
       skip: add the input to the output.
+      time_kernel_size: K, an odd number, or 0 for no convolution.
+      layout: of the framesets whose tokens the adapter maps; only used with `time_kernel_size`.
       kernels: implementations for the hardware; `dense` computes the products.
       dtype: compute dtype.
     """
@@ -32,6 +72,8 @@ class Adapter(nn.Module):
     dropout: float = 0.0
     layer_norm: bool = False
     skip: bool = False
+    time_kernel_size: int = 0
+    layout: FramesetLayout | None = None
     kernels: Kernels = kernels_lib.DEFAULT
     dtype: Any = jnp.float32
 
@@ -48,11 +90,22 @@ class Adapter(nn.Module):
         y = checkpoint_activation(
             dense(self.bottleneck, kernel_init=kaiming, name="down")(y), "down"
         )
+        if self.time_kernel_size:
+            y = self._convolve(y)
         y = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(gelu(y))
         zeros = nn.initializers.zeros
         y = dense(x.shape[-1], kernel_init=zeros, name="up")(y)
         y = y * self.scale
         return x + y if self.skip else y
+
+    def _convolve(self, y: jax.Array) -> jax.Array:
+        """Convolve hidden activations y [(B G), N, R] over time; the shape stays."""
+        first = self.layout.class_tokens
+        conv = DepthwiseConv(
+            (self.time_kernel_size, 1, 1), _start_as_identity, dtype=self.dtype, name="conv"
+        )
+        patches = self.layout.to_tokens(conv(self.layout.to_frames(y[:, first:])))
+        return jnp.concatenate([y[:, :first], patches], axis=1) if first else patches
 
 
 class ParallelAdapterHooks(BlockHooks):
@@ -87,11 +140,15 @@ class SerialAdapterHooks(BlockHooks):
       pre_attention_residual: use x + Adapter(x) before attention instead of Adapter(x).
     """
 
-    pointwise: ClassVar[bool] = True
     adapter: Adapter
     serial_skip: bool = False
     pre_attention: bool = False
     pre_attention_residual: bool = True
+
+    @property
+    def pointwise(self) -> bool:
+        """Return whether no hook mixes tokens, see `BlockHooks`."""
+        return not self.adapter.time_kernel_size
 
     def setup(self):
         self.attention = self.adapter.clone(skip=self.serial_skip)
@@ -157,3 +214,28 @@ class DepthwiseConv(nn.Module):
             window = tuple(slice(i, i + n) for i, n in zip(tap, x.shape[1:-1], strict=True))
             total = total + padded[:, *window] * kernel[*tap, 0].astype(jnp.float32)
         return total.astype(self.dtype)
+
+
+class OrderedReadout(nn.Module):
+    """Summarizes the patch tokens of a clip's framesets in order: place and time are kept (ours).
+
+    Each token is projected to `width` channels; after GELU, the channels of all tokens of a clip,
+    one after the other, are projected to the features.
+
+    Attributes:
+      width: channels of a token.
+      features: e.
+      num_framesets: G.
+    """
+
+    width: int
+    features: int
+    num_framesets: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Map normalized patch tokens [(B G), N, D] to features [B, e] float32."""
+        with layers.full_precision():
+            x = gelu(nn.Dense(self.width, name="token")(tokens.astype(jnp.float32)))
+            x = einops.rearrange(x, "(b g) n k -> b (g n k)", g=self.num_framesets)
+            return nn.Dense(self.features, name="output")(x)

@@ -19,7 +19,9 @@ from dualpath_jax.models.backbones.registry import BackboneConfig, build_backbon
 from dualpath_jax.models.backbones.vit import resize_positions
 from dualpath_jax.models.methods.adapters import (
     Adapter,
+    FramesetLayout,
     MlpClassifier,
+    OrderedReadout,
     ParallelAdapterHooks,
     SerialAdapterHooks,
 )
@@ -115,6 +117,10 @@ class DualPath(nn.Module):
       serial_skip, pre_attention_adapter, pre_attention_residual: see `SerialAdapterHooks`.
       temporal_position: "sincos3d" (paper), "sincos3d+clip" (CLIP's frozen table added), "clip"
         (only that table), "learned" (trainable, one table per frameset, started at CLIP's).
+      time_kernel_size: frames that a depthwise convolution in the adapters of the temporal path
+        covers, see `Adapter`; 0 for none (paper). Patches must not cover several frames.
+      readout_width: the temporal path's features are made of all patch tokens in order, see
+        `OrderedReadout`, with so many channels each; 0 reads the class token (paper).
       train_tokens: train copies of CLIP's class token (both paths) and position table (spatial).
       adapt_shifted_windows: in Swin, also adapt the shifted-window blocks; the paper adapts only
         the window blocks (App. B.1).
@@ -135,6 +141,8 @@ class DualPath(nn.Module):
     pre_attention_adapter: bool = False
     pre_attention_residual: bool = True
     temporal_position: str = "sincos3d"
+    time_kernel_size: int = 0
+    readout_width: int = 0
     train_tokens: bool = True
     adapt_shifted_windows: bool = False
     dtype: Any = jnp.float32
@@ -156,11 +164,14 @@ class DualPath(nn.Module):
                 f"table, but {self.config.name} does not have one: use 'sincos3d'"
             )
         self.backbone = build_backbone(self.config, self.dtype, self.scan_blocks, self.remat)
+        if self.time_kernel_size or self.readout_width:
+            self._check_own_temporal_path()
         adapter = self.adapter.clone(dtype=self.dtype, parent=None)
+        layout = self._frameset_layout()
         shifted = self.adapt_shifted_windows
         self.spatial_sites = ParallelAdapterHooks(adapter, shifted_windows=shifted, parent=None)
         self.temporal_sites = SerialAdapterHooks(
-            adapter,
+            adapter.clone(time_kernel_size=self.time_kernel_size, layout=layout, parent=None),
             serial_skip=self.serial_skip,
             pre_attention=self.pre_attention_adapter,
             pre_attention_residual=self.pre_attention_residual,
@@ -171,6 +182,9 @@ class DualPath(nn.Module):
             self.spatial = self.param("spatial", self._init_spatial)
         if self.temporal_path:
             self.temporal = self.param("temporal", self._init_temporal)
+        if self.temporal_path and self.readout_width:
+            features = self.config.feature_dim
+            self.readout = OrderedReadout(self.readout_width, features, self.num_framesets)
         self.classifier = MlpClassifier(self.config.feature_dim, self.num_classes)
 
     def _init_spatial(self, rng: jax.Array) -> Any:
@@ -184,8 +198,11 @@ class DualPath(nn.Module):
 
     def _init_temporal(self, rng: jax.Array) -> Any:
         """Initialize the parameters of the temporal path."""
-        tokens = self.config.num_tokens
-        params = {"adapters": self.backbone.init_hooks(rng, self.temporal_sites, 1, tokens)}
+        images, tokens = 1, self.config.num_tokens
+        if self.time_kernel_size:  # the adapters see the framesets of a clip together
+            images, tokens = self.num_framesets, 1 + math.prod(self._frameset_patches())
+        adapters = self.backbone.init_hooks(rng, self.temporal_sites, images, tokens)
+        params = {"adapters": adapters}
         if self._has_trainable_tokens:
             params["class_token"] = self.backbone.class_embedding
         if self.temporal_position == "learned":
@@ -208,6 +225,31 @@ class DualPath(nn.Module):
         across, down = self.grid
         patch = self.config.patch_size
         return down * self.frame_size // patch, across * self.frame_size // patch
+
+    def _check_own_temporal_path(self) -> None:
+        """Raise ValueError if the keys that the paper does not have do not fit the framesets."""
+        if not self.config.has_class_token:
+            raise ValueError(
+                "model.time_kernel_size and model.readout_width need the tokens of a ViT, but "
+                f"{self.config.name} is a Swin: leave them at 0"
+            )
+        if self.time_kernel_size and self.time_kernel_size % 2 == 0:
+            raise ValueError(
+                f"model.time_kernel_size={self.time_kernel_size} must be odd, or 0 for none"
+            )
+        if self.time_kernel_size and self.frame_size % self.config.patch_size:
+            raise ValueError(
+                f"model.time_kernel_size={self.time_kernel_size} needs frames of whole patches: "
+                f"{self.frame_size} pixels (data.image_size / data.frame_scale) are not a multiple "
+                f"of {self.config.patch_size}, the patches of {self.config.name}"
+            )
+
+    def _frameset_layout(self) -> FramesetLayout:
+        """Return where the frames are among the tokens of framesets."""
+        side = self.frame_size // self.config.patch_size
+        return FramesetLayout(
+            self.num_framesets, tuple(self.grid), side, int(self.config.has_class_token)
+        )
 
     def start_from_backbone(self, params: Any) -> Any:
         """Return `params` with class tokens and position tables copied from the backbone's."""
@@ -259,7 +301,12 @@ class DualPath(nn.Module):
         self, framesets: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
         """Map normalized framesets [B, G, H', W', 3] to y_TP [B, e] float32 (eq. 9, 10)."""
-        return self._features(framesets, self._path_parts("temporal"), dropout_rng)
+        if not self.readout_width:
+            return self._features(framesets, self._path_parts("temporal"), dropout_rng)
+        hooks, params, position = self._path_parts("temporal")
+        h = self._embed(framesets, params.get("class_token"), position)
+        h = self.backbone.encode(h, hooks, params["adapters"], dropout_rng)
+        return self.readout(self.backbone.patch_features(h))
 
     def _path_parts(self, name: str) -> tuple[BlockHooks, Any, jax.Array | None]:
         """Return hooks, parameters and positions of the path "spatial" or "temporal".

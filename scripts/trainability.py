@@ -1,0 +1,141 @@
+"""Shows whether a configuration trains: it fits 32 clips and prints losses and gradient norms.
+
+    python scripts/trainability.py --config=configs/finetune.py --rates 1e-3 3e-3
+
+The clips are center crops of the first training videos; nothing is augmented. For each learning
+rate a fresh model takes STEPS steps. At steps 0, 10 and 100 a table gives the loss and, for each
+path and block, the norm of the gradient. The last line of a rate gives the mean loss over all clips
+after the last step; a configuration that trains ends below 0.1.
+
+`--backbone=random` takes random weights of the backbone's shape instead of the file.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from dualpath_jax.cli import build_parser, parse_with_overrides, positive
+from dualpath_jax.runtime import environment
+
+SHOWN_STEPS = (0, 10, 100)
+
+
+def block_norms(gradients) -> dict:
+    """Return the norms of the gradient by path; of adapters one for each block."""
+    import jax
+    import numpy as np
+
+    from dualpath_jax.models import param_tree
+
+    squares: dict = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        name = param_tree.path_name(path)
+        parts = name.split("/")
+        group = "/".join(parts[:2]) if parts[0] in ("spatial", "temporal") else parts[0]
+        values = np.square(np.asarray(leaf, np.float64))
+        values = values.reshape(len(values) if "/adapters" in group else 1, -1).sum(axis=1)
+        squares[group] = squares.get(group, 0.0) + values
+    return {group: np.sqrt(values).tolist() for group, values in squares.items()}
+
+
+def load_clips(config, count: int):
+    """Return (data set, batch) of the first `count` training videos, as evaluation sees them."""
+    from dualpath_jax.data import pipeline
+    from dualpath_jax.data.clip_spec import Views
+    from dualpath_jax.data.video_dataset import VideoDataset
+    from dualpath_jax.models import registry as method_registry
+
+    dataset = VideoDataset(config.data.dir, config.data.train_split)
+    framesets = method_registry.uses_framesets(config.model.method)
+    batches = pipeline.eval_batches(dataset, config.data, Views(1, 1), count, framesets=framesets)
+    batch = next(batches)
+    clips = {key: batch[key][:, 0] for key in ("spatial", "temporal") if key in batch}
+    return dataset, clips | {key: batch[key] for key in ("label", "mask")}
+
+
+def fit(config, dataset, clips: dict, steps: int) -> dict:
+    """Train on the clips; print the tables and return the result of one learning rate."""
+    import jax
+    import numpy as np
+
+    from dualpath_jax.models import param_tree
+    from dualpath_jax.training.experiment import build_experiment
+    from dualpath_jax.training.step import loss_fn, make_train_step
+
+    experiment, state = build_experiment(config, "", dataset)
+    model, frozen = experiment.model, experiment.frozen
+
+    @jax.jit
+    def gradients(trainable, batch):
+        def loss(trainable):
+            params = param_tree.merge(trainable, frozen)
+            return loss_fn(model, config, params, batch, None)
+
+        return jax.grad(loss, has_aux=True)(trainable)
+
+    step_fn = jax.jit(make_train_step(model, config, experiment.optimizer), donate_argnums=0)
+    size, rng = config.data.batch_size, np.random.default_rng(config.seed)
+    order, parts = [], {}
+    for step in range(steps):
+        if len(order) < size:
+            order = rng.permutation(len(clips["label"])).tolist()
+        rows = [order.pop() for _ in range(size)]
+        batch = {key: value[rows] for key, value in clips.items()}
+        if step in SHOWN_STEPS:
+            grads, metrics = gradients(state.trainable, batch)
+            print(f"step {step}: loss {float(metrics['loss']):.3f}; gradient norms:")
+            for group, norms in block_norms(grads).items():
+                print(f"  {group:20} {' '.join(f'{norm:.2g}' for norm in norms)}")
+        state, metrics = step_fn(state, frozen, batch)
+        parts[step] = float(metrics["loss"])
+        if step % 50 == 49:
+            recent = np.mean([parts[s] for s in range(step - 9, step + 1)])
+            print(f"step {step + 1}: mean loss of the last 10 steps {recent:.3f}", flush=True)
+    losses = []
+    for start in range(0, len(clips["label"]), size):
+        batch = {key: value[start : start + size] for key, value in clips.items()}
+        losses.append(float(gradients(state.trainable, batch)[1]["loss"]))
+    result = {"learning_rate": config.optimizer.learning_rate, "steps": steps}
+    first_below = next((s for s, loss in parts.items() if loss < 0.1), None)
+    return result | {"loss": float(np.mean(losses)), "first_step_below_0.1": first_below}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    arg_parser = build_parser(__doc__)
+    add = arg_parser.add_argument
+    add("--config", default="configs/finetune.py", help="config file (configs/finetune.py)")
+    add("--rates", type=float, nargs="+", default=[1e-3], help="learning rates to try (1e-3)")
+    add("--steps", type=positive(int), default=300, help="training steps (300)")
+    add("--clips", type=positive(int), default=32, help="number of clips (32)")
+    add("--backbone", choices=["file", "random"], default="file", help="weights (file)")
+    return arg_parser
+
+
+def main() -> None:
+    args, overrides = parse_with_overrides(parser())
+    import contextlib
+    import os
+
+    from dualpath_jax.config import loading
+    from dualpath_jax.demo import setup
+
+    config = loading.load_config(args.config, overrides)
+    setup.ensure_generated(config)
+    dataset, clips = load_clips(config, args.clips)
+    config.data.synthetic = args.backbone == "random"
+    config.num_train_steps = args.steps
+    for rate in args.rates:
+        config.optimizer.learning_rate = rate
+        print(f"learning rate {rate:g}")
+        with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
+            result = fit(config, dataset, clips, args.steps)
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    environment.configure_environment()
+    main()
