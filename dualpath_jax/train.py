@@ -24,7 +24,7 @@ from dualpath_jax.training import adapter_file, restore, sharding
 from dualpath_jax.training.checkpoint import Checkpoints
 from dualpath_jax.training.experiment import Experiment
 from dualpath_jax.training.inputs import choose_train_batches
-from dualpath_jax.training.metrics_logger import MetricsLogger
+from dualpath_jax.training.metrics_logger import MetricsLogger, advise_after_training
 from dualpath_jax.training.sharding import shard_batch
 from dualpath_jax.training.state import TrainState
 from dualpath_jax.training.step import jit_train_step
@@ -229,7 +229,8 @@ class _Recorder:
         self._last_save = time.monotonic()
         self.stopping = False
         batch_size = experiment.config.data.batch_size
-        self.logger = MetricsLogger(experiment.workdir, loop.num_steps, batch_size)
+        num_classes = len(experiment.class_names)
+        self.logger = MetricsLogger(experiment.workdir, loop.num_steps, batch_size, num_classes)
         self.logger.resume(first_step, checkpoints.has_scores(first_step))
         self.logger.start(first_step)
 
@@ -301,11 +302,18 @@ class _Recorder:
 
 
 def record_final_scores(experiment: Experiment, results: dict[str, Any]) -> None:
-    """Add the results of a finished training (`evaluate_and_write`) to its checkpoint."""
+    """Add the results of a finished training to its checkpoint, and give advice on a low score.
+
+    Args:
+      experiment: the run.
+      results: of `evaluate.evaluate_and_write`.
+    """
     names = [field.name for field in dataclasses.fields(Scores)] + ["split", "views"]
     checkpoints = Checkpoints(experiment.workdir, experiment.config.checkpoint.keep)
     checkpoints.add_scores(results["step"], {name: results[name] for name in names})
     checkpoints.close()
+    num_classes = len(experiment.class_names)
+    advise_after_training(experiment.workdir, num_classes, results["split"], results["top1"])
 
 
 def synced_elapsed_seconds(since: float) -> float:

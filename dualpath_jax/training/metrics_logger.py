@@ -15,6 +15,7 @@ from absl import logging
 from etils import epath
 
 from dualpath_jax.runtime import files, gcs, progress_bar
+from dualpath_jax.training.advice import TrainingAdvice
 
 # Keys of metrics.jsonl that describe the process, not what is learned.
 PROCESS_METRICS = ("clips_per_second", "data_wait", "broken_videos")
@@ -27,11 +28,13 @@ class MetricsLogger:
       workdir: of the run, local or gs://.
       num_train_steps: length of the training.
       batch_size: of the whole run, in clips.
+      num_classes: of the data set.
     """
 
-    def __init__(self, workdir: str, num_train_steps: int, batch_size: int):
+    def __init__(self, workdir: str, num_train_steps: int, batch_size: int, num_classes: int):
         self._num_train_steps = num_train_steps
         self._batch_size = batch_size
+        self._advice = TrainingAdvice(num_classes)
         self._is_main = jax.process_index() == 0
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._workdir = workdir
@@ -114,6 +117,7 @@ class MetricsLogger:
             progress_bar.print_above_bar(line)
             self._bar.postpone_line()
         self._write(step, metrics, "train")
+        self._print_advice(self._advice.add_step(metrics))
         self.start(step)
 
     def log_scores(self, step: int, split: str, scores: Any) -> None:
@@ -122,7 +126,12 @@ class MetricsLogger:
         if self._is_main:
             progress_bar.print_above_bar(f"step {step}  {split}  {format_scores(scores)}")
         self._write(step, values, split)
+        self._print_advice(self._advice.add_score(split, scores.top1))
         self.start(step)
+
+    def _print_advice(self, line: str | None) -> None:
+        if line and self._is_main:
+            progress_bar.print_above_bar(line)
 
     def _write(self, step: int, values: dict[str, float], split: str) -> None:
         """Write an entry of metrics.jsonl and the TensorBoard events of the same values."""
@@ -174,6 +183,27 @@ def is_evaluation(entry: dict[str, Any]) -> bool:
     Its "split" does not decide: the training split may be evaluated too.
     """
     return "top1" in entry
+
+
+def advise_after_training(workdir: str, num_classes: int, split: str, top1: float) -> None:
+    """Print what to try if the final score is far below the accuracy in training.
+
+    Args:
+      workdir: of the run; its metrics.jsonl has the accuracies.
+      num_classes: of the data set.
+      split: that was evaluated.
+      top1: its score, 0..1.
+    """
+    path = epath.Path(workdir) / "metrics.jsonl"
+    if jax.process_index() or not path.exists():
+        return
+    advice = TrainingAdvice(num_classes)
+    for line in path.read_text().splitlines():
+        entry = json.loads(line)
+        if not is_evaluation(entry):
+            advice.add_step(entry)
+    if line := advice.add_score(split, top1):
+        print(line, flush=True)
 
 
 def _append(path: epath.Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Tests what DualPath has beyond the paper: differences, convolutions and readouts in time order."""
+"""Tests what DualPath has beyond the paper: differences, convolutions, readouts in time order."""
 
 import jax
 import jax.numpy as jnp
