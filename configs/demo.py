@@ -9,36 +9,21 @@ Top-1 at 16x1x1 views, 400 test videos: see the table in README.md (measured).
 Trainable parameters: 264,168 of 742,824 (measured).
 """
 
-from dualpath_jax.config import schema
+from dualpath_jax.config import recipes, schema
 
 
 def get_config():
-    config = schema.get_config()
+    config = recipes.demo_backbone(schema.get_config())
     config.num_train_steps = 1500
     config.log_every_steps = 100
     config.data.source = "demo"
     config.data.dir = "data/demo"
     config.data.batch_size = 16
-    config.data.image_size = 64
     config.data.num_frames = 16
     config.data.num_spatial_frames = 2
     config.data.sampling = "segments"
-    config.data.crop_scale = (0.8, 1.0)
     config.data.flip = False  # left and right are classes
-    config.backbone.name = "custom"
-    config.backbone.checkpoint = "data/demo/backbone.safetensors"
-    config.backbone.patch_size = 8
-    config.backbone.width = 96
-    config.backbone.depth = 4
-    config.backbone.heads = 2
-    config.backbone.mlp_dim = 384
-    config.backbone.projection_dim = 64
-    config.model.adapter_bottleneck = 64
     config.model.pre_attention_adapter = True
-    config.model.temporal_position = "sincos3d+clip"  # a small backbone needs its own table too
-    config.model.dtype = "float32"
-    config.model.scan_blocks = False
-    config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_epochs = 0.15
     config.optimizer.clip_norm = 1.0
     config.eval.split = "test"

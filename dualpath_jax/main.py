@@ -1,7 +1,7 @@
 """Trains the model of a config file and evaluates it, resuming where a run was interrupted.
 
     python -m dualpath_jax.main --config=configs/demo.py --workdir=runs/demo
-    python -m dualpath_jax.main --config=configs/folder_vitb.py --config.data.dir=data/mine
+    python -m dualpath_jax.main --config=configs/finetune.py --config.data.dir=data/mine
 
 --config takes a path, or the name of a file in ./configs or in the package. --config.KEY=VALUE sets
 any key of the configuration, such as --config.data.batch_size=32; --help_config lists all keys with

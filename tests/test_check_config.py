@@ -32,7 +32,7 @@ def load(name):
 CHECKED = [
     "demo",
     "diving48_vitb",
-    "folder_vitb",
+    "finetune",
     "hmdb51_vitb_linear",
     "hmdb51_vitb_vpt",
     "k400_vitl_evl",
@@ -63,7 +63,7 @@ def test_header_has_the_numbers_of_parameters(name):
     model = abstract_model(config, classes)
     trainable = param_tree.count_params(param_tree.split(model.params, model.mask)[0])
     total = param_tree.count_params(model.params)
-    if name == "folder_vitb":
+    if name == "finetune":
         assert "Trainable" not in text  # depends on the reader's classes
     else:
         found = re.search(r"Trainable parameters:\s+([\d,]+) of\s+([\d,]+)", text)

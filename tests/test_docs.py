@@ -300,8 +300,8 @@ def test_extending_a_data_set(tmp_path, monkeypatch):
         "train": 8,
         "validation": 4,
     }
-    assert names["batch"]["spatial"].shape == (4, 8, 224, 224, 3)
-    assert names["batch"]["temporal"].shape == (4, 1, 224, 224, 3)
+    assert names["batch"]["spatial"].shape == (4, 2, 224, 224, 3)
+    assert names["batch"]["temporal"].shape == (4, 1, 448, 448, 3)
     assert names["batch"]["label"].max() == 1
     (tmp_path / "juggling.txt").write_text("train a.mp4 four clubs\ntraining b.mp4 four clubs\n")
     with pytest.raises(ValueError, match=r"'training b.mp4 four clubs' is not `<train\|valid"):

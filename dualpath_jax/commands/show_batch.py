@@ -1,7 +1,7 @@
 """Writes a training batch as the model sees it to a PNG file: one row per clip.
 
     dualpath show-batch --config=demo --out=batch.png
-    dualpath show-batch --config=folder_vitb --config.data.dir=data/mine --out=batch.png
+    dualpath show-batch --config=finetune --config.data.dir=data/mine --out=batch.png
 
 Shows the effect of sampling, cropping and augmentation on your videos: everything up to
 normalization, color operations included. Needs prepared data, but no weights.

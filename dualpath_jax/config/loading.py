@@ -30,6 +30,9 @@ _ALIASES = {
 }
 
 
+_RENAMED_FILES = {"folder_vitb": "finetune"}
+
+
 def packaged_configs() -> pathlib.Path:
     """Return the folder of this package's config files, in a wheel or in a checkout."""
     inside = _PACKAGE / "configs"
@@ -49,6 +52,10 @@ def find_config_file(name: str) -> str:
     path, colon, variant = name.partition(":")
     if os.path.isfile(path):
         return name
+    folder, stem = os.path.split(path.removesuffix(".py"))
+    if stem in _RENAMED_FILES and folder in ("", "configs"):
+        print(f"{path} is now called {_RENAMED_FILES[stem]}.py", file=sys.stderr)
+        return find_config_file(f"{_RENAMED_FILES[stem]}{colon}{variant}")
     if not os.path.dirname(path):
         stem = path.removesuffix(".py")
         for folder in (pathlib.Path("configs"), packaged_configs()):

@@ -90,6 +90,48 @@ def diving48() -> ConfigDict:
     return config
 
 
+def finetune(backbone: str) -> ConfigDict:
+    """Return the recipe for one's own videos: 16 frames over the whole video; 1x1 views.
+
+    Everything in it is ours. docs/small_data.md has the trials that led to it.
+
+    Args:
+      backbone: "clip" (ViT-B/16) or "demo", the demo's small backbone at 64 pixels.
+
+    Raises:
+      ValueError: `backbone` is neither.
+    """
+    backbones = {"clip": vit_b16, "demo": demo_backbone}
+    if backbone not in backbones:
+        raise ValueError(
+            f"unknown argument {backbone!r} of this config: known are {', '.join(backbones)}"
+        )
+    config = schema.get_config()
+    config.num_epochs = 50
+    config.data.batch_size = 16
+    config.data.num_frames = 16
+    config.data.num_spatial_frames = 2
+    config.data.sampling = "segments"
+    config.data.flip = False  # True where a mirrored video has the same class
+    set_small_data_form(config)
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.clip_norm = 1.0
+    config.eval.temporal_views = 1
+    config.eval.spatial_crops = 1
+    return backbones[backbone](config)
+
+
+def set_small_data_form(config: ConfigDict) -> ConfigDict:
+    """Set the form of DualPath that generalizes from few videos (ours)."""
+    config.data.frameset_input = "minus_mean"
+    config.data.frame_scale = 2
+    config.model.adapter_layer_norm = True
+    config.model.pre_attention_adapter = True
+    config.model.time_kernel_size = 3
+    config.model.readout_width = 16
+    return config
+
+
 def baseline(config: ConfigDict, method: str) -> ConfigDict:
     """Set a method of section 3.2, with 8 frames; the rest of the recipe stays as it is."""
     config.model.method = method
@@ -106,6 +148,26 @@ def vit_b16(config: ConfigDict) -> ConfigDict:
     """Set the backbone: CLIP's ViT-B/16."""
     config.backbone.name = "ViT-B/16"
     config.backbone.checkpoint = "weights/clip_vit_b16.safetensors"
+    return config
+
+
+def demo_backbone(config: ConfigDict) -> ConfigDict:
+    """Set the backbone: the demo's, a small ViT for 64 pixels, which comes with this package."""
+    config.data.image_size = 64
+    config.data.crop_scale = (0.8, 1.0)
+    config.backbone.name = "custom"
+    config.backbone.checkpoint = "data/demo/backbone.safetensors"
+    config.backbone.patch_size = 8
+    config.backbone.width = 96
+    config.backbone.depth = 4
+    config.backbone.heads = 2
+    config.backbone.mlp_dim = 384
+    config.backbone.projection_dim = 64
+    config.model.adapter_bottleneck = 64
+    config.model.temporal_position = "sincos3d+clip"  # a small backbone needs its own table too
+    config.model.dtype = "float32"
+    config.model.scan_blocks = False
+    config.optimizer.learning_rate = 3e-3
     return config
 
 

@@ -27,7 +27,7 @@ from tests.helpers.processes import make_xla_flags
 DOCUMENTED = list(dict.fromkeys(command for page in PAGES for command in find_commands(page)))
 _DEMO = "python -m dualpath_jax.main --config=configs/demo.py --workdir=runs/demo"
 _PREPARE = "python scripts/prepare_dataset.py --dataset=folder --videos=VIDEOS --out=data/mine"
-_MINE = "python -m dualpath_jax.main --config=configs/folder_vitb.py --config.data.dir=data/mine"
+_MINE = "python -m dualpath_jax.main --config=configs/finetune.py --config.data.dir=data/mine"
 _LABELS = "--annotations=data/demo/raw/labels"
 _LISTS = {"VIDEOS": "data/demo/raw/videos", "--annotations=ANNOTATIONS": _LABELS}
 _SMALL = (
@@ -111,7 +111,7 @@ RUN = {
         r"\| temporal \| seed 0 \|", replaced={" runs/demo1 runs/demo2": ""}, after=_DEMO
     ),
     "python scripts/report.py --workdir runs/demo runs/demo1 --out=runs/compared.html": CommandRun(
-        file="runs/compared.html", replaced={"runs/demo1": "runs/folder_vitb"}, after=_MINE
+        file="runs/compared.html", replaced={"runs/demo1": "runs/finetune"}, after=_MINE
     ),
     "python -m dualpath_jax.main --config=configs/ssv2_vitb.py --mode=check": CommandRun(
         "12,617,134"
@@ -163,7 +163,7 @@ NOT_RUN = {
 }
 # Slow commands by pattern: the test that runs the program on less data, and a text of that test.
 SLOW_COMMANDS = {
-    "python scripts/show_batch.py --config=configs/folder_vitb.py *": (
+    "python scripts/show_batch.py --config=configs/finetune.py *": (
         "commands/test_show_batch",
         "show_batch",
     ),

@@ -62,7 +62,7 @@ def test_missing_file(name, folder):
     with pytest.raises(FileNotFoundError, match=f"there is no config file '{path}'") as caught:
         loading.find_config_file(name)
     known = str(caught.value).partition("packaged are ")[2].split(", ")
-    assert {"demo", "folder_vitb", "ssv2_vitb"} <= set(known)
+    assert {"demo", "finetune", "ssv2_vitb"} <= set(known)
     assert not {"base", "__init__"} & set(known)
 
 

@@ -109,10 +109,10 @@ def test_classes_are_the_folders(prepared):
 @pytest.mark.slow
 def test_two_steps_of_training(prepared, demo_backbone, tmp_path):
     """Train the folder configuration, with the demo's tiny backbone, on these clips."""
-    from configs import folder_vitb
+    from configs import finetune
 
     out, _, _ = prepared
-    config = folder_vitb.get_config()
+    config = finetune.get_config()
     config.data.dir = out
     config.data.image_size = 32
     config.model.scan_blocks = True
