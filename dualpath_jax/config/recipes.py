@@ -93,7 +93,7 @@ def diving48() -> ConfigDict:
 def finetune(backbone: str) -> ConfigDict:
     """Return the recipe for one's own videos: 16 frames over the whole video; 1x1 views.
 
-    Everything in it is ours. docs/small_data.md has the trials that led to it.
+    Everything in it is ours. docs/notes/small_data.md has the trials that led to it.
 
     Args:
       backbone: "clip" (ViT-B/16) or "demo", the demo's small backbone at 64 pixels.

@@ -188,6 +188,8 @@ KEYS = (
     Key("model.temporal_position", "sincos3d",
         "dualpath: position encoding of the framesets' patches.",
         ("sincos3d", "sincos3d+clip", "clip", "learned")),
+    Key("model.spatial_dropout", 0.0,
+        "dualpath: probability that training drops the spatial features of a clip; ours.", _RATE),
     Key("model.time_kernel_size", 0,
         "dualpath: frames that a depthwise convolution in the temporal adapters covers, an odd "
         "number; 0 for none (paper); ours.", _SIZE_OR_NONE),

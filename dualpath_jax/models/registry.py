@@ -87,6 +87,7 @@ def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> 
         pre_attention_adapter=model.pre_attention_adapter,
         pre_attention_residual=model.pre_attention_adapter and model.pre_attention_residual,
         temporal_position=model.temporal_position,
+        spatial_dropout=model.spatial_dropout,
         time_kernel_size=model.time_kernel_size,
         readout_width=model.readout_width,
         train_tokens=model.train_tokens,

@@ -114,6 +114,29 @@ def test_the_model_trains_every_new_parameter(framesets):
     assert conv.shape == (3, 3, 1, 1, 1, 16)  # blocks first
 
 
+def test_spatial_dropout_is_by_clip_and_only_in_training():
+    model = tiny_model(spatial_dropout=0.5)
+    params = init(model)
+    spatial, temporal = (np.repeat(x[:1], 64, axis=0) for x in tiny_inputs())
+
+    def logits(model, rng=None):
+        return np.asarray(model.apply({"params": params}, spatial, temporal, rng))
+
+    without_path = {key: leaf for key, leaf in params.items() if key != "spatial"}
+    dropped = np.asarray(
+        tiny_model(spatial_path=False).apply({"params": without_path}, spatial, temporal)
+    )
+    kept = logits(tiny_model())
+    assert np.abs(kept - dropped).max() > 1e-3
+    assert np.abs(logits(model) - kept).max() < 1e-6
+    trained = logits(model, jax.random.key(3))
+    is_dropped = np.abs(trained - dropped).max(axis=1) < 1e-5
+    is_kept = np.abs(trained - kept).max(axis=1) < 1e-5
+    assert np.all(is_dropped ^ is_kept)
+    assert 20 <= is_dropped.sum() <= 44
+    assert np.abs(logits(tiny_model(), jax.random.key(3)) - kept).max() < 1e-6
+
+
 def test_bad_geometry_is_named():
     with pytest.raises(ValueError, match="time_kernel_size=2 must be odd"):
         init(tiny_model(time_kernel_size=2))

@@ -117,6 +117,8 @@ class DualPath(nn.Module):
       serial_skip, pre_attention_adapter, pre_attention_residual: see `SerialAdapterHooks`.
       temporal_position: "sincos3d" (paper), "sincos3d+clip" (CLIP's frozen table added), "clip"
         (only that table), "learned" (trainable, one table per frameset, started at CLIP's).
+      spatial_dropout: probability that training drops the spatial features of a clip, so that the
+        temporal path must learn its class without them.
       time_kernel_size: frames that a depthwise convolution in the adapters of the temporal path
         covers, see `Adapter`; 0 for none (paper). Patches must not cover several frames.
       readout_width: the temporal path's features are made of all patch tokens in order, see
@@ -141,6 +143,7 @@ class DualPath(nn.Module):
     pre_attention_adapter: bool = False
     pre_attention_residual: bool = True
     temporal_position: str = "sincos3d"
+    spatial_dropout: float = 0.0
     time_kernel_size: int = 0
     readout_width: int = 0
     train_tokens: bool = True
@@ -396,7 +399,12 @@ class DualPath(nn.Module):
                 "the temporal path needs framesets [B, G, H', W', 3], but temporal is None"
             )
         rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
+        drops = dropout_rng is not None and self.spatial_dropout and self.temporal_path
         zeros = jnp.zeros((spatial.shape[0], self.config.feature_dim), jnp.float32)
         y_sp = self.spatial_features(spatial, rngs[0]) if self.spatial_path else zeros
+        if drops:
+            rng = jax.random.fold_in(dropout_rng, 1)
+            kept = jax.random.bernoulli(rng, 1 - self.spatial_dropout, (len(y_sp), 1))
+            y_sp = jnp.where(kept, y_sp, 0.0)
         y_tp = self.temporal_features(temporal, rngs[1]) if self.temporal_path else zeros
         return self.classifier(jnp.concatenate([y_sp, y_tp], axis=-1))
