@@ -182,6 +182,12 @@ SLOW_COMMANDS = {
         "training/test_multiprocess",
         "coordinator_address",
     ),
+    "python scripts/probe_pixels.py *": ("demo/test_paths", "probe_pixels"),
+    "python scripts/trainability.py *": ("scripts/test_trainability", "trainability.main()"),
+    "python -m dualpath_jax.main --config=configs/finetune.py:demo *": (
+        "demo/test_paths",
+        "setup.ensure_generated",
+    ),
     "scripts/rerun.sh *": ("scripts/test_tpu_pod", "rerun.sh"),
 }
 

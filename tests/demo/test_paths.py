@@ -5,8 +5,10 @@ import pathlib
 import numpy as np
 import pytest
 
+from configs import finetune
 from dualpath_jax.data.datasets import registry as dataset_registry
-from dualpath_jax.demo import paths
+from dualpath_jax.data.video_dataset import VideoDataset
+from dualpath_jax.demo import paths, setup
 from scripts import probe_pixels
 
 SIZES = {"train": 10, "validation": 10, "test": 20}
@@ -92,3 +94,24 @@ def test_probes_see_order_only_where_it_is():
     assert scores["ordered_features"] == 1
     low, high = probe_pixels.wilson_interval(10, 100)
     assert (round(low, 3), round(high, 3)) == (0.055, 0.174)
+
+
+def test_a_run_sets_up_what_it_takes_from_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(setup.GENERATED, "paths", lambda raw: setup._render_paths(raw, SIZES))
+    config = finetune.get_config("demo")
+    config.data.source, config.data.dir = "paths", "data/paths"
+    setup.ensure_generated(config)
+    assert len(VideoDataset("data/paths", "test")) == 20
+    assert pathlib.Path(setup.CHECKPOINT).stat().st_size > 1e6
+    written = pathlib.Path("data/paths/dataset_info.json").stat().st_mtime_ns
+    setup.ensure_generated(config)
+    assert pathlib.Path("data/paths/dataset_info.json").stat().st_mtime_ns == written
+    # A user's own weights that are missing are not replaced by the demo's.
+    config.backbone.checkpoint = "weights/mine.safetensors"
+    setup.ensure_generated(config)
+    assert not pathlib.Path("weights").exists()
+    config.data.dir = "gs://bucket/paths"
+    monkeypatch.setattr(setup.epath, "Path", lambda path: pathlib.Path("nowhere"))
+    with pytest.raises(ValueError, match="no prepared paths in config.data.dir=gs://bucket/paths"):
+        setup.ensure_generated(config)

@@ -1,0 +1,51 @@
+"""Tests scripts/trainability.py: its tables, and that only a usable rate fits the clips."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from scripts import trainability
+
+
+@pytest.mark.slow
+def test_script(config, monkeypatch, capsys):
+    arguments = ["--config=demo", "--clips=8", "--steps=25", "--rates", "1e-9", "1e-2"]
+    settings = {
+        "data.source": "ssv2",
+        "data.dir": config.data.dir,
+        "data.batch_size": 8,
+        "data.image_size": 32,
+        "backbone.checkpoint": config.backbone.checkpoint,
+        "optimizer.warmup_epochs": 0,
+    }
+    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
+    monkeypatch.setattr(sys, "argv", ["trainability.py", *arguments, *overrides])
+    trainability.main()
+    printed = capsys.readouterr().out
+    results = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert [result["learning_rate"] for result in results] == [1e-9, 1e-2]
+    slow, fast = (result["loss"] for result in results)
+    assert slow > 1.5 > 1.0 > fast
+    assert results[0]["first_step_below_0.1"] is None
+    rows = re.findall(r"^  (temporal/adapters|classifier) +([\d.e+ -]+)$", printed, re.MULTILINE)
+    counts = [(name, len(norms.split())) for name, norms in rows]
+    assert set(counts) == {("temporal/adapters", 4), ("classifier", 1)}  # four blocks
+    assert len(re.findall(r"^step (?:0|10): loss", printed, re.MULTILINE)) == 4
+
+
+def test_random_weights_are_of_the_backbones_shape(config, monkeypatch):
+    seen = []
+
+    def fake_fit(config, dataset, clips, steps):
+        seen.append((config.data.synthetic, len(clips["label"]), steps))
+        return {}
+
+    monkeypatch.setattr(trainability, "fit", fake_fit)
+    arguments = ["--config=demo", "--backbone=random", "--clips=3", "--steps=2"]
+    data = ["--config.data.source=ssv2", f"--config.data.dir={config.data.dir}"]
+    checkpoint = f"--config.backbone.checkpoint={config.backbone.checkpoint}"
+    monkeypatch.setattr(sys, "argv", ["trainability.py", *arguments, *data, checkpoint])
+    trainability.main()
+    assert seen == [(True, 3, 2)]
