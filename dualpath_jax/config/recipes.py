@@ -107,12 +107,13 @@ def finetune(backbone: str) -> ConfigDict:
             f"unknown argument {backbone!r} of this config: known are {', '.join(backbones)}"
         )
     config = schema.get_config()
-    config.num_epochs = 50
+    config.num_epochs = 100  # for a few hundred videos
     config.data.batch_size = 16
     config.data.num_frames = 16
     config.data.num_spatial_frames = 2
     config.data.sampling = "segments"
     config.data.flip = False  # True where a mirrored video has the same class
+    config.data.randaugment_layers = 3
     set_small_data_form(config)
     config.optimizer.learning_rate = 1e-3
     config.optimizer.clip_norm = 1.0
@@ -123,10 +124,11 @@ def finetune(backbone: str) -> ConfigDict:
 
 def set_small_data_form(config: ConfigDict) -> ConfigDict:
     """Set the form of DualPath that generalizes from few videos (ours)."""
-    config.data.frameset_input = "minus_mean"
+    config.data.frameset_input = "abs_minus_mean"
     config.data.frame_scale = 2
     config.model.adapter_layer_norm = True
     config.model.pre_attention_adapter = True
+    config.model.spatial_dropout = 0.5
     config.model.time_kernel_size = 3
     config.model.readout_width = 16
     return config

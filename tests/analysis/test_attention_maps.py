@@ -106,6 +106,21 @@ def test_temporal_attention_is_that_of_the_equations(adapted):
     assert np.abs(weights[0, :, 0] - wrong).max() > 0.01
 
 
+def test_maps_of_a_readout_are_the_mean_over_all_patches():
+    """Where the classifier reads patches, the class token's attention would explain nothing."""
+    module, _ = build_tiny_model()
+    module = module.clone(readout_width=4)
+    params = jax.jit(module.init)(jax.random.key(0), *make_inputs())["params"]
+    weights = compute_attention(module, params)
+    maps = attention_maps._build_map_fn(module, True, False)(params, *make_inputs())
+    for name, rows in (("spatial", slice(0, 1)), ("temporal", slice(1, None))):
+        expected = weights[name][-1][..., rows, 1:].mean(axis=-2)
+        expected /= expected.sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(maps[name], expected, atol=1e-5)
+    class_token = weights["temporal"][-1][..., 0, 1:]
+    assert np.abs(maps["temporal"] - class_token / class_token.sum(-1, keepdims=True)).max() > 1e-4
+
+
 def test_attention_times_values_is_the_blocks_own_output():
     """Apply each head's weights to its values; the weights of another head must not match."""
     _, params = build_tiny_model()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from dualpath_jax.commands import show_batch
@@ -68,3 +69,15 @@ def test_missing_data(tmp_path):
     assert result.returncode == 2
     assert "error: no prepared videos in nowhere" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_differences_are_shown_as_the_model_gets_them():
+    frames = np.full((1, 1, 4, 4, 3), 100, np.uint8)
+    frames[0, 0, :2, :2] = 160  # one of four frames is brighter; the mean is 115
+    data = ConfigDict({"mean": (0.4,) * 3, "std": (0.25,) * 3, "grid": (2, 2)})
+    expected = {"rgb": (160, 100), "abs_minus_mean": (45, 15), "minus_mean": (150, 120)}
+    for kind, (bright, others) in expected.items():
+        data.frameset_input = kind
+        shown = show_batch.draw_differences({"temporal": frames}, data)["temporal"]
+        assert shown[0, 0, 0, 0].tolist() == [bright] * 3
+        assert shown[0, 0, 3, 3].tolist() == [others] * 3
