@@ -7,7 +7,9 @@ rate a fresh model takes STEPS steps. At steps 0, 10 and 100 a table gives the l
 path and block, the norm of the gradient. The last line of a rate gives the mean loss over all clips
 after the last step; a configuration that trains ends below 0.1.
 
-`--backbone=random` takes random weights of the backbone's shape instead of the file.
+`--backbone=random` takes random weights of the backbone's shape instead of the file. Some
+pretrained backbones add far larger values to the residual stream than random ones;
+`--branch_scale=30` multiplies what attention and MLPs add by 30.
 """
 
 import argparse
@@ -56,7 +58,20 @@ def load_clips(config, count: int):
     return dataset, clips | {key: batch[key] for key in ("label", "mask")}
 
 
-def fit(config, dataset, clips: dict, steps: int) -> dict:
+def scale_branches(frozen, scale: float):
+    """Multiply the outputs of attention and MLP of all frozen blocks, biases included."""
+    import jax
+
+    from dualpath_jax.models import param_tree
+
+    def scaled(path, leaf):
+        outputs = ("attention/out/", "mlp/output/")
+        return leaf * scale if any(name in param_tree.path_name(path) for name in outputs) else leaf
+
+    return jax.tree_util.tree_map_with_path(scaled, frozen)
+
+
+def fit(config, dataset, clips: dict, steps: int, branch_scale: float = 1.0) -> dict:
     """Train on the clips; print the tables and return the result of one learning rate."""
     import jax
     import numpy as np
@@ -66,7 +81,7 @@ def fit(config, dataset, clips: dict, steps: int) -> dict:
     from dualpath_jax.training.step import loss_fn, make_train_step
 
     experiment, state = build_experiment(config, "", dataset)
-    model, frozen = experiment.model, experiment.frozen
+    model, frozen = experiment.model, scale_branches(experiment.frozen, branch_scale)
 
     @jax.jit
     def gradients(trainable, batch):
@@ -111,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rates", type=float, nargs="+", default=[1e-3], help="learning rates to try (1e-3)")
     add("--steps", type=positive(int), default=300, help="training steps (300)")
     add("--clips", type=positive(int), default=32, help="number of clips (32)")
+    add("--branch_scale", type=float, default=1.0, help="factor on the backbone's branches (1)")
     add("--backbone", choices=["file", "random"], default="file", help="weights (file)")
     return arg_parser
 
@@ -132,7 +148,7 @@ def main() -> None:
         config.optimizer.learning_rate = rate
         print(f"learning rate {rate:g}")
         with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
-            result = fit(config, dataset, clips, args.steps)
+            result = fit(config, dataset, clips, args.steps, args.branch_scale)
         print(json.dumps(result), flush=True)
 
 

@@ -21,6 +21,7 @@ from setuptools.config.pyprojecttoml import read_configuration
 import dualpath_jax.main
 from dualpath_jax.__main__ import COMMANDS as SUBCOMMANDS
 from dualpath_jax.config import loading, schema
+from dualpath_jax.config.loading import load_config
 from tests.helpers.documents import (
     PAGES,
     ROOT,
@@ -197,7 +198,11 @@ def parse_command(command):
         return None
     if words[1] == "scripts/compile_tpu.py":
         return parse_absl("compile_tpu", words[2:])
-    return script(words[1]).parser().parse_args([word for word in words[2:] if word != "..."])
+    module, arguments = script(words[1]), [word for word in words[2:] if word != "..."]
+    if hasattr(module, "parse_with_overrides"):
+        options, overrides = module.parse_with_overrides(module.parser(), arguments)
+        return load_config(options.config, overrides)
+    return module.parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda value: value[:90])

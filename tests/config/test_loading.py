@@ -56,6 +56,15 @@ def test_file_of_the_user_comes_before_the_packaged_one(folder):
     assert loading.find_config_file("demo") == "configs/demo.py"
 
 
+@pytest.mark.parametrize("name", ["folder_vitb", "configs/folder_vitb.py"])
+def test_old_name_of_a_file_works_and_says_the_new_one(name, folder, capsys):
+    write_config(folder / "configs" / "finetune.py")
+    assert loading.find_config_file(name) == "configs/finetune.py"
+    assert capsys.readouterr().err == f"{name} is now called finetune.py\n"
+    with pytest.raises(FileNotFoundError, match="there is no config file 'other/folder_vitb.py'"):
+        loading.find_config_file("other/folder_vitb.py")
+
+
 @pytest.mark.parametrize("name", ["nothing", "configs/nothing.py:16", "other/demo.py", "base.txt"])
 def test_missing_file(name, folder):
     path = name.partition(":")[0]

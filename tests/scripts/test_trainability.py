@@ -4,6 +4,7 @@ import json
 import re
 import sys
 
+import numpy as np
 import pytest
 
 from scripts import trainability
@@ -38,8 +39,8 @@ def test_script(config, monkeypatch, capsys):
 def test_random_weights_are_of_the_backbones_shape(config, monkeypatch):
     seen = []
 
-    def fake_fit(config, dataset, clips, steps):
-        seen.append((config.data.synthetic, len(clips["label"]), steps))
+    def fake_fit(config, dataset, clips, steps, branch_scale):
+        seen.append((config.data.synthetic, len(clips["label"]), steps, branch_scale))
         return {}
 
     monkeypatch.setattr(trainability, "fit", fake_fit)
@@ -48,4 +49,13 @@ def test_random_weights_are_of_the_backbones_shape(config, monkeypatch):
     checkpoint = f"--config.backbone.checkpoint={config.backbone.checkpoint}"
     monkeypatch.setattr(sys, "argv", ["trainability.py", *arguments, *data, checkpoint])
     trainability.main()
-    assert seen == [(True, 3, 2)]
+    assert seen == [(True, 3, 2, 1.0)]
+
+
+def test_branches_are_scaled():
+    block = {"out": {"kernel": np.ones(2), "bias": np.ones(1)}, "qkv": {"kernel": np.ones(3)}}
+    frozen = {"backbone": {"blocks": {"0": {"attention": block, "mlp": {"output": block["out"]}}}}}
+    scaled = trainability.scale_branches(frozen, 30.0)["backbone"]["blocks"]["0"]
+    assert scaled["attention"]["out"]["bias"].tolist() == [30]
+    assert scaled["mlp"]["output"]["kernel"].tolist() == [30, 30]
+    assert scaled["attention"]["qkv"]["kernel"].tolist() == [1, 1, 1]
