@@ -50,11 +50,11 @@ def ensure_generated(config: Any) -> None:
       ValueError: `data.dir` is in Cloud Storage and has no prepared videos.
     """
     source, folder, checkpoint = config.data.source, config.data.dir, config.backbone.checkpoint
-    if source in GENERATED:
+    if source in GENERATED and folder is not None:
         with file_lock.waiting_lock(folder):
             _ensure_videos(source, folder)
-    if checkpoint == CHECKPOINT or source == "demo":
-        with file_lock.waiting_lock(os.path.dirname(checkpoint)):
+    if checkpoint is not None and (checkpoint == CHECKPOINT or source == "demo"):
+        with file_lock.waiting_lock(os.path.dirname(checkpoint) or "."):
             if not epath.Path(checkpoint).exists():
                 convert.convert_checkpoint(BACKBONE, checkpoint)
 
