@@ -21,6 +21,7 @@ from dualpath_jax.models import registry as method_registry
 from dualpath_jax.runtime import environment, files
 from dualpath_jax.runtime.preemption import PreemptionGuard
 from dualpath_jax.training import adapter_file, restore, sharding
+from dualpath_jax.training.advice import TrainingAdvice
 from dualpath_jax.training.checkpoint import Checkpoints
 from dualpath_jax.training.experiment import Experiment
 from dualpath_jax.training.inputs import choose_train_batches
@@ -229,8 +230,9 @@ class _Recorder:
         self._last_save = time.monotonic()
         self.stopping = False
         batch_size = experiment.config.data.batch_size
-        num_classes = len(experiment.class_names)
-        self.logger = MetricsLogger(experiment.workdir, loop.num_steps, batch_size, num_classes)
+        made_up = experiment.config.data.synthetic  # nothing can be learned from it
+        advice = None if made_up else TrainingAdvice(len(experiment.class_names))
+        self.logger = MetricsLogger(experiment.workdir, loop.num_steps, batch_size, advice)
         self.logger.resume(first_step, checkpoints.has_scores(first_step))
         self.logger.start(first_step)
 
@@ -312,8 +314,9 @@ def record_final_scores(experiment: Experiment, results: dict[str, Any]) -> None
     checkpoints = Checkpoints(experiment.workdir, experiment.config.checkpoint.keep)
     checkpoints.add_scores(results["step"], {name: results[name] for name in names})
     checkpoints.close()
-    num_classes = len(experiment.class_names)
-    advise_after_training(experiment.workdir, num_classes, results["split"], results["top1"])
+    if not experiment.config.data.synthetic:
+        num_classes = len(experiment.class_names)
+        advise_after_training(experiment.workdir, num_classes, results["split"], results["top1"])
 
 
 def synced_elapsed_seconds(since: float) -> float:

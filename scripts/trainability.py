@@ -1,6 +1,6 @@
 """Shows whether a configuration trains: it fits 32 clips and prints losses and gradient norms.
 
-    python scripts/trainability.py --config=configs/finetune.py --rates 1e-3 3e-3
+    python scripts/trainability.py --config=configs/finetune.py --config.data.dir=DIR --rates 1e-3
 
 The clips are center crops of the first training videos; nothing is augmented. For each learning
 rate a fresh model takes STEPS steps. At steps 0, 10 and 100 a table gives the loss and, for each
@@ -19,7 +19,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from dualpath_jax.cli import build_parser, parse_with_overrides, positive
+from dualpath_jax.cli import build_parser, parse_with_overrides, positive, user_errors
 from dualpath_jax.runtime import environment
 
 SHOWN_STEPS = (0, 10, 100)
@@ -36,7 +36,9 @@ def block_norms(gradients) -> dict:
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         name = param_tree.path_name(path)
         parts = name.split("/")
-        group = "/".join(parts[:2]) if parts[0] in ("spatial", "temporal") else parts[0]
+        group = parts[0]
+        if group in ("spatial", "temporal"):  # a Swin's adapters are stacked by stage
+            group = "/".join(parts[: 3 if "/stage_" in name else 2])
         values = np.square(np.asarray(leaf, np.float64))
         values = values.reshape(len(values) if "/adapters" in group else 1, -1).sum(axis=1)
         squares[group] = squares.get(group, 0.0) + values
@@ -92,7 +94,7 @@ def fit(config, dataset, clips: dict, steps: int, branch_scale: float = 1.0) -> 
         return jax.grad(loss, has_aux=True)(trainable)
 
     step_fn = jax.jit(make_train_step(model, config, experiment.optimizer), donate_argnums=0)
-    size, rng = config.data.batch_size, np.random.default_rng(config.seed)
+    size, rng = min(config.data.batch_size, len(clips["label"])), np.random.default_rng(config.seed)
     order, parts = [], {}
     for step in range(steps):
         if len(order) < size:
@@ -136,13 +138,18 @@ def main() -> None:
     import contextlib
     import os
 
-    from dualpath_jax.config import loading
+    from dualpath_jax.config import loading, schema
     from dualpath_jax.demo import setup
+    from dualpath_jax.training.inputs import check_inputs
 
-    config = loading.load_config(args.config, overrides)
-    setup.ensure_generated(config)
-    dataset, clips = load_clips(config, args.clips)
-    config.data.synthetic = args.backbone == "random"
+    with user_errors():
+        config = loading.load_config(args.config, overrides)
+        schema.check_values(config)
+        setup.ensure_generated(config)
+        if args.backbone == "file":
+            check_inputs(config)
+        dataset, clips = load_clips(config, args.clips)
+    config.data.synthetic = args.backbone == "random"  # it has random weights
     config.num_train_steps = args.steps
     for rate in args.rates:
         config.optimizer.learning_rate = rate

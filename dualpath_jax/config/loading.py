@@ -30,7 +30,8 @@ _ALIASES = {
 }
 
 
-_RENAMED_FILES = {"folder_vitb": "finetune"}
+# Config files of older versions: what took their place.
+_REPLACED_FILES = {"folder_vitb": "finetune"}
 
 
 def packaged_configs() -> pathlib.Path:
@@ -52,10 +53,6 @@ def find_config_file(name: str) -> str:
     path, colon, variant = name.partition(":")
     if os.path.isfile(path):
         return name
-    folder, stem = os.path.split(path.removesuffix(".py"))
-    if stem in _RENAMED_FILES and folder in ("", "configs"):
-        print(f"{path} is now called {_RENAMED_FILES[stem]}.py", file=sys.stderr)
-        return find_config_file(f"{_RENAMED_FILES[stem]}{colon}{variant}")
     if not os.path.dirname(path):
         stem = path.removesuffix(".py")
         for folder in (pathlib.Path("configs"), packaged_configs()):
@@ -66,6 +63,11 @@ def find_config_file(name: str) -> str:
         if packaged.is_file():
             print(f"{path} is not in this folder: using the packaged file", file=sys.stderr)
             return f"{packaged}{colon}{variant}"
+    folder, stem = os.path.split(path.removesuffix(".py"))
+    if stem in _REPLACED_FILES and folder in ("", "configs"):
+        new = _REPLACED_FILES[stem]
+        print(f"{path} was replaced by {new}.py, which is another recipe", file=sys.stderr)
+        return find_config_file(f"{new}{colon}{variant}")
     known = sorted(file.stem for file in packaged_configs().glob("[!_]*.py"))
     known = ", ".join(known_name for known_name in known if known_name != "base")
     raise FileNotFoundError(f"there is no config file {path!r}; packaged are {known}")

@@ -272,16 +272,17 @@ def render_paths(out: str, sizes: dict[str, int] | None = None, progress: bool =
     """Write the videos into class folders: `{split}/{class}/{number}.mp4`.
 
     Args:
-      out: folder to write; the videos of a complete folder are left as they are.
+      out: folder to write; videos that are there are left as they are.
       sizes: number of videos by split; None for `SIZES`.
       progress: True shows a progress bar, see `ProgressBar`.
     """
     out = pathlib.Path(out)
     sizes = SIZES if sizes is None else sizes
     clips = [(split, number) for split, size in sizes.items() for number in range(size)]
-    files = [
-        out / split / CLASSES[number % len(CLASSES)] / f"{number:05d}.mp4"
+    files = {
+        (split, number): out / split / CLASSES[number % len(CLASSES)] / f"{number:05d}.mp4"
         for split, number in clips
-    ]
-    if not all(file.exists() for file in files):
-        write_videos(render_frames, clips, files, progress)
+    }
+    missing = [clip for clip in clips if not files[clip].exists()]
+    if missing:
+        write_videos(render_frames, missing, [files[clip] for clip in missing], progress)

@@ -44,16 +44,17 @@ def ensure_generated(config: Any) -> None:
     Args:
       config: a configuration. If `data.source` is in `GENERATED`, videos are rendered and prepared
         in `data.dir`. The demo's backbone is written to `backbone.checkpoint` if that is
-        `CHECKPOINT`, or if `data.source` is "demo".
+        `CHECKPOINT`, or if `data.source` is "demo" and `backbone.name` "custom".
 
     Raises:
-      ValueError: `data.dir` is in Cloud Storage and has no prepared videos.
+      ValueError: `data.dir` is in Cloud Storage and has no prepared videos, or it has others.
     """
     source, folder, checkpoint = config.data.source, config.data.dir, config.backbone.checkpoint
     if source in GENERATED and folder is not None:
         with file_lock.waiting_lock(folder):
             _ensure_videos(source, folder)
-    if checkpoint is not None and (checkpoint == CHECKPOINT or source == "demo"):
+    is_ours = source == "demo" and config.backbone.name == "custom"
+    if checkpoint is not None and (checkpoint == CHECKPOINT or is_ours):
         with file_lock.waiting_lock(os.path.dirname(checkpoint) or "."):
             if not epath.Path(checkpoint).exists():
                 convert.convert_checkpoint(BACKBONE, checkpoint)
@@ -61,7 +62,14 @@ def ensure_generated(config: Any) -> None:
 
 def _ensure_videos(source: str, folder: str) -> None:
     """Render and prepare the videos of a generated set, unless they are there."""
+    note = epath.Path(folder) / "generated_set.txt"  # version 0.1.0 wrote none for the demo
     if (epath.Path(folder) / "dataset_info.json").exists():
+        found = note.read_text().strip() if note.exists() else "demo"
+        if found != source:
+            raise ValueError(
+                f"config.data.dir={folder} holds the videos of {found!r}, not those of "
+                f"config.data.source={source}: choose another folder, such as data/{source}"
+            )
         return
     if "://" in folder:
         raise ValueError(
@@ -69,4 +77,5 @@ def _ensure_videos(source: str, folder: str) -> None:
             "local folder; do that, then copy the folder with gcloud storage rsync --recursive"
         )
     listing, videos = GENERATED[source](pathlib.Path(folder) / "raw")
+    note.write_text(source + "\n")
     prepare.prepare_dataset(listing, videos, folder)

@@ -73,5 +73,7 @@ def _write_part(
 ) -> int:
     """Render and write a part of the clips; return how many."""
     for clip, path in jobs:
-        write_video(render_frames(*clip), path)
+        temporary = path.with_name(f".{path.name}")  # a killed program leaves no half a video
+        write_video(render_frames(*clip), temporary)
+        temporary.rename(path)
     return len(jobs)

@@ -66,6 +66,7 @@ def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> 
         parent=None,
     )
     frame_size = data.image_size // data.frame_scale
+    both = model.spatial_path and model.temporal_path
     for side, name in zip(data.grid, ("width", "height"), strict=True):
         if side * frame_size % backbone.patch_size:
             raise ValueError(
@@ -87,9 +88,10 @@ def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> 
         pre_attention_adapter=model.pre_attention_adapter,
         pre_attention_residual=model.pre_attention_adapter and model.pre_attention_residual,
         temporal_position=model.temporal_position,
-        spatial_dropout=model.spatial_dropout,
-        time_kernel_size=model.time_kernel_size,
-        readout_width=model.readout_width,
+        # Keys that have no effect are not read, so that --mode=check finds them.
+        spatial_dropout=model.spatial_dropout if both else 0.0,
+        time_kernel_size=model.time_kernel_size if model.temporal_path else 0,
+        readout_width=model.readout_width if model.temporal_path else 0,
         train_tokens=model.train_tokens,
         adapt_shifted_windows=family_of(backbone) == "swin" and model.adapt_shifted_windows,
         dtype=compute_dtype(config),

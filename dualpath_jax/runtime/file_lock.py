@@ -50,6 +50,7 @@ def waiting_lock(folder: str) -> Iterator[None]:
         yield
         return
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "a") as file:
+    # Not the file of `exclusive_lock`: the folder may also be the program's workdir.
+    with open(os.path.join(folder, ".setup.lock"), "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

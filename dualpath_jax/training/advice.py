@@ -13,8 +13,8 @@ class TrainingAdvice:
 
     # The last entries of the log that decide; one batch says little.
     NUM_ENTRIES = 5
-    # Share of ln(classes), the loss of guessing, above which nothing has been learned.
-    STUCK = 0.97
+    # Shares of ln(classes), the loss of guessing, between which nothing has been learned.
+    STUCK = (0.97, 1.2)
     # Accuracy in training from which on the clips are known, and the share of it below which a
     # score of other videos is low.
     KNOWN, LOW = 0.98, 0.75
@@ -35,14 +35,16 @@ class TrainingAdvice:
             self._losses.append(metrics["loss"])
         self._learning_rate = metrics["learning_rate"]
         guessing = math.log(self._num_classes)
-        if len(self._losses) < self.NUM_ENTRIES or min(self._losses) < self.STUCK * guessing:
+        low, high = (share * guessing for share in self.STUCK)
+        stuck = all(low <= loss <= high for loss in self._losses)
+        if len(self._losses) < self.NUM_ENTRIES or not stuck:
             return None
         return self._give(
             "stuck",
             f"the loss stays at {guessing:.2f} = ln({self._num_classes}), that of guessing: try "
             "other values of optimizer.learning_rate, optimizer.clip_norm=1.0 and, for dualpath, "
-            "model.adapter_layer_norm=True; scripts/trainability.py shows whether a configuration "
-            "can fit 32 clips",
+            "model.adapter_layer_norm=True; scripts/trainability.py of the repository shows "
+            "whether a configuration can fit 32 clips",
         )
 
     def add_score(self, split: str, top1: float) -> str | None:

@@ -28,13 +28,19 @@ class MetricsLogger:
       workdir: of the run, local or gs://.
       num_train_steps: length of the training.
       batch_size: of the whole run, in clips.
-      num_classes: of the data set.
+      advice: watches the log and says what to try; None gives no advice.
     """
 
-    def __init__(self, workdir: str, num_train_steps: int, batch_size: int, num_classes: int):
+    def __init__(
+        self,
+        workdir: str,
+        num_train_steps: int,
+        batch_size: int,
+        advice: TrainingAdvice | None = None,
+    ):
         self._num_train_steps = num_train_steps
         self._batch_size = batch_size
-        self._advice = TrainingAdvice(num_classes)
+        self._advice = advice
         self._is_main = jax.process_index() == 0
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._workdir = workdir
@@ -117,7 +123,8 @@ class MetricsLogger:
             progress_bar.print_above_bar(line)
             self._bar.postpone_line()
         self._write(step, metrics, "train")
-        self._print_advice(self._advice.add_step(metrics))
+        if self._advice:
+            self._print_advice(self._advice.add_step(metrics))
         self.start(step)
 
     def log_scores(self, step: int, split: str, scores: Any) -> None:
@@ -126,7 +133,8 @@ class MetricsLogger:
         if self._is_main:
             progress_bar.print_above_bar(f"step {step}  {split}  {format_scores(scores)}")
         self._write(step, values, split)
-        self._print_advice(self._advice.add_score(split, scores.top1))
+        if self._advice:
+            self._print_advice(self._advice.add_score(split, scores.top1))
         self.start(step)
 
     def _print_advice(self, line: str | None) -> None:
@@ -198,12 +206,14 @@ def advise_after_training(workdir: str, num_classes: int, split: str, top1: floa
     if jax.process_index() or not path.exists():
         return
     advice = TrainingAdvice(num_classes)
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
-        if not is_evaluation(entry):
+    for text in path.read_text().splitlines():
+        entry = json.loads(text)
+        if is_evaluation(entry):
+            advice.add_score(entry["split"], entry["top1"])  # its advice was given then
+        else:
             advice.add_step(entry)
     if line := advice.add_score(split, top1):
-        print(line, flush=True)
+        progress_bar.print_above_bar(line)
 
 
 def _append(path: epath.Path, text: str) -> None:

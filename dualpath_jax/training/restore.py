@@ -15,7 +15,7 @@ from dualpath_jax.training.state import TrainState
 _MODEL_SETTINGS = (
     "model.",
     *("data.num_frames", "data.num_spatial_frames", "data.sampling", "data.grid"),
-    *("data.frame_scale", "data.image_size", "data.mean", "data.std"),
+    *("data.frame_scale", "data.frameset_input", "data.image_size", "data.mean", "data.std"),
 )
 
 

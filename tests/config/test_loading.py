@@ -60,7 +60,10 @@ def test_file_of_the_user_comes_before_the_packaged_one(folder):
 def test_old_name_of_a_file_works_and_says_the_new_one(name, folder, capsys):
     write_config(folder / "configs" / "finetune.py")
     assert loading.find_config_file(name) == "configs/finetune.py"
-    assert capsys.readouterr().err == f"{name} is now called finetune.py\n"
+    line = f"{name} was replaced by finetune.py, which is another recipe\n"
+    assert capsys.readouterr().err == line
+    write_config(folder / "configs" / "folder_vitb.py")  # the user's own
+    assert loading.find_config_file(name) == "configs/folder_vitb.py"
     with pytest.raises(FileNotFoundError, match="there is no config file 'other/folder_vitb.py'"):
         loading.find_config_file("other/folder_vitb.py")
 

@@ -75,7 +75,11 @@ def test_files(tmp_path):
     first = next(v for v in listing.splits["test"] if v.path == "test/circle/00011.mp4")
     assert paths.CLASSES[first.label] == "circle"
     written = pathlib.Path(tmp_path, first.path).stat().st_mtime_ns
-    paths.render_paths(tmp_path, SIZES, progress=False)  # everything is there
+    missing = pathlib.Path(tmp_path, "train/up/00009.mp4")
+    content = missing.read_bytes()
+    missing.unlink()  # as a program leaves it that was killed
+    paths.render_paths(tmp_path, SIZES, progress=False)
+    assert missing.read_bytes() == content
     assert pathlib.Path(tmp_path, first.path).stat().st_mtime_ns == written
 
 
@@ -107,6 +111,10 @@ def test_a_run_sets_up_what_it_takes_from_the_package(tmp_path, monkeypatch):
     written = pathlib.Path("data/paths/dataset_info.json").stat().st_mtime_ns
     setup.ensure_generated(config)
     assert pathlib.Path("data/paths/dataset_info.json").stat().st_mtime_ns == written
+    config.data.source = "paths_large"
+    with pytest.raises(ValueError, match="data/paths holds the videos of 'paths', not those of"):
+        setup.ensure_generated(config)
+    config.data.source = "paths"
     # A user's own weights that are missing are not replaced by the demo's.
     config.backbone.checkpoint = "weights/mine.safetensors"
     setup.ensure_generated(config)

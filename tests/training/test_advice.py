@@ -34,6 +34,8 @@ def test_a_loss_that_stays_is_noticed_once():
     [
         ([GUESSING * f for f in (1.1, 1.0, 1.0, 1.0, 0.9, 0.95)], None),  # it falls
         ([GUESSING] * 9, [1e-4 * i for i in range(1, 10)]),  # the warm-up lasts
+        ([GUESSING * 20] * 9, None),  # it diverged, which is another problem
+        ([float("nan")] + [GUESSING] * 4 + [float("nan")] * 3, None),
         ([GUESSING] * 5, None),  # too few entries; the first only sets the learning rate
     ],
 )
@@ -68,6 +70,12 @@ def test_the_end_of_a_training(tmp_path, capsys):
     text = "".join(json.dumps(entry) + "\n" for entry in [*steps, score])
     (tmp_path / "metrics.jsonl").write_text(text)
     metrics_logger.advise_after_training(str(tmp_path), 10, "test", 0.9)
+    assert capsys.readouterr().out == ""
+    metrics_logger.advise_after_training(str(tmp_path), 10, "test", 0.4)
+    assert capsys.readouterr().out == ""  # the evaluation during the training had this advice
+    (tmp_path / "metrics.jsonl").write_text(
+        text.rpartition('{"step": 4, "split": "train", "top1"')[0]
+    )
     assert capsys.readouterr().out == ""
     metrics_logger.advise_after_training(str(tmp_path), 10, "test", 0.4)
     assert capsys.readouterr().out.startswith("hint: accuracy is 1.00 in training and 0.40 on test")

@@ -78,9 +78,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_entries_wait_for_room(tmp_path):
     """Check that a partly written line is removed, and written again when there is room."""
-    logger = metrics_logger.MetricsLogger(
-        str(tmp_path), num_train_steps=9, batch_size=1, num_classes=2
-    )
+    logger = metrics_logger.MetricsLogger(str(tmp_path), num_train_steps=9, batch_size=1)
     path = tmp_path / "metrics.jsonl"
     values = {"loss": 0.5, "learning_rate": 0.1}
     logger.start(0)
@@ -105,9 +103,7 @@ def test_entries_wait_for_room(tmp_path):
 
 def test_the_first_step_is_not_timed(tmp_path, capsys):
     """Check that its line and entry have no speed; twin: those of the second step have one."""
-    logger = metrics_logger.MetricsLogger(
-        str(tmp_path), num_train_steps=9, batch_size=1, num_classes=2
-    )
+    logger = metrics_logger.MetricsLogger(str(tmp_path), num_train_steps=9, batch_size=1)
     values = {"loss": 0.5, "learning_rate": 0.1}
     logger.start(0)
     logger.log_first_step(1, values)
@@ -128,9 +124,7 @@ def test_evaluation_of_the_training_split_is_recognized(tmp_path):
         {"step": 3, "split": "train", "top1": 0.5},
     ]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    logger = metrics_logger.MetricsLogger(
-        str(tmp_path), num_train_steps=9, batch_size=1, num_classes=2
-    )
+    logger = metrics_logger.MetricsLogger(str(tmp_path), num_train_steps=9, batch_size=1)
     logger.resume(3, evaluated=True)
     assert len(path.read_text().splitlines()) == 2
     logger.resume(3, evaluated=False)

@@ -79,7 +79,7 @@ class Adapter(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map x [..., D] to [..., D]."""
+        """Map x [..., D], with `time_kernel_size` [(B G), N, D], to an array of the same shape."""
 
         def dense(features: int, **options: Any) -> nn.Dense:
             return self.kernels.dense(features, dtype=self.dtype, **options)

@@ -100,8 +100,9 @@ class DualPath(nn.Module):
     """Runs a spatial path on S frames and a temporal path on G framesets, then one classifier.
 
     Parameters: `backbone` (frozen), `spatial` and `temporal` (adapters stacked [L, ...] and class
-    token; `spatial` also a position table), `classifier`. Class tokens and position tables must
-    start at the backbone's values, see `start_from_backbone`. A Swin has neither class token nor
+    token; `spatial` also a position table), `classifier`, and `readout` with `readout_width`. Class
+    tokens and position tables must start at the backbone's values, see `start_from_backbone`. A
+    Swin has neither class token nor
     position table: its counts in PAPER.md's table (10,014,766 and 8,341,043) contain only adapters
     and classifier.
 
@@ -386,7 +387,8 @@ class DualPath(nn.Module):
           spatial: [B, S, H, W, 3] frames, normalized with CLIP's mean and std.
           temporal: [B, G, H', W', 3] framesets, normalized in the same way; may be None if the
             model does not use the temporal path.
-          dropout_rng: key that switches on adapter dropout (training), or None.
+          dropout_rng: key that switches on the dropout of adapters and of spatial features
+            (training), or None.
 
         Returns:
           [B, classes] float32.
@@ -403,7 +405,7 @@ class DualPath(nn.Module):
         zeros = jnp.zeros((spatial.shape[0], self.config.feature_dim), jnp.float32)
         y_sp = self.spatial_features(spatial, rngs[0]) if self.spatial_path else zeros
         if drops:
-            rng = jax.random.fold_in(dropout_rng, 1)
+            rng = jax.random.fold_in(dropout_rng, 2)
             kept = jax.random.bernoulli(rng, 1 - self.spatial_dropout, (len(y_sp), 1))
             y_sp = jnp.where(kept, y_sp, 0.0)
         y_tp = self.temporal_features(temporal, rngs[1]) if self.temporal_path else zeros
