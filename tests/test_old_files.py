@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import dualpath_jax
 from dualpath_jax import launch
 from dualpath_jax.config.values import restore_config
+from dualpath_jax.data import clip_assembly, frame_ops, randaugment
 
 FILES = Path(__file__).parent / "data" / "version_0.1.0"
 TOLERANCE = 1e-5  # between kinds of CPUs; on the same one the results are equal
@@ -42,6 +44,24 @@ def test_logits(files, path):
         assert np.abs(model.logits(clips) - expected[video - 1]).max() > TOLERANCE  # another video
 
 
+@pytest.fixture
+def old_cells(monkeypatch):
+    """Make framesets as version 0.1.0 did: warped spatial frames were scaled to be their cells."""
+    warp, spatial = randaugment.warp_frames, []
+
+    def warp_frames(frames, matrix, fill):
+        warped = warp(frames, matrix, fill)
+        if frames.shape[0] == 2:  # the spatial frames, which come first
+            spatial.append(warped)
+            return warped
+        small = frame_ops.resize(spatial.pop(), frames.shape[1])
+        return tf.tensor_scatter_nd_update(warped, [[4], [12]], small)
+
+    monkeypatch.setattr(randaugment, "warp_frames", warp_frames)
+    monkeypatch.setattr(clip_assembly, "_traced", clip_assembly._traced.__wrapped__)
+
+
+@pytest.mark.usefixtures("old_cells")
 def test_old_run_is_evaluated_and_resumed(files):
     """Check the scores of step 4, and that training from the checkpoint of step 2 leads to it."""
     old = json.loads(Path("run/results.json").read_text())

@@ -125,8 +125,7 @@ def test_pixels_of_a_test_clip(config):
         row, column = divmod(time, 4)
         cell = batch["temporal"][2, 0, 0, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
         difference = np.abs(cell.astype(int) - expected)
-        # A frame of the spatial path is reduced from full size, the others are decoded at 1/4.
-        assert (difference.max() <= 1) if time in (4, 12) else (0.05 < difference.mean() <= 2)
+        assert 0.05 < difference.mean() <= 2  # all of them are decoded at 1/4
 
 
 def test_crop_and_flip_reach_both_inputs(config, monkeypatch):
@@ -204,13 +203,14 @@ def test_all_frames_and_framesets_are_warped_alike(config, monkeypatch):
             frame = np.asarray(frame.rotate(25, Image.Resampling.BILINEAR, fillcolor=fill))
             differences.append(np.abs(frame.astype(int) - b["spatial"][clip, k]).mean())
             row, column = divmod(time, 4)
-            cell = b["temporal"][clip, 0, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
-            small = frame.reshape(8, 4, 8, 4, 3).mean(axis=(1, 3))
-            differences.append(np.abs(small - cell).mean())
+            window = (slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8))
+            small = Image.fromarray(a["temporal"][clip, 0][window])
+            small = np.asarray(small.rotate(25, Image.Resampling.BILINEAR, fillcolor=fill))
+            differences.append(np.abs(small.astype(int) - b["temporal"][clip, 0][window]).mean())
         return np.array(differences)
 
     for clip in range(8):
-        # The order of rotation and scaling changes little, no rotation changes much.
+        # PIL's filter differs a little; no rotation changes much.
         unrotated = measure_differences(clip, plain, plain)
         assert (measure_differences(clip, plain, batch) < 0.5 * unrotated).all()
 
