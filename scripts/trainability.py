@@ -125,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
     arg_parser = build_parser(__doc__)
     add = arg_parser.add_argument
     add("--config", default="configs/finetune.py", help="config file (configs/finetune.py)")
-    add("--rates", type=float, nargs="+", default=[1e-3], help="learning rates to try (1e-3)")
+    add("--rates", type=float, nargs="+", default=[1e-3], help="learning rates to try (0.001)")
     add("--steps", type=positive(int), default=300, help="training steps (300)")
     add("--clips", type=positive(int), default=32, help="number of clips (32)")
     add("--branch_scale", type=float, default=1.0, help="factor on the backbone's branches (1)")

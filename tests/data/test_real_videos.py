@@ -130,4 +130,4 @@ def test_two_steps_of_training(prepared, demo_backbone, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["step"] == 2
     assert results["num_videos"] == len(validation)
-    assert results["views"] == "16x2x3"
+    assert results["views"] == "16x1x1"

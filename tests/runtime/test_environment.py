@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 import dualpath_jax
@@ -73,6 +74,9 @@ print([faults() for _ in range(20)])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 12), reason="its threads have memory pools (arenas) of their own"
+)
 @pytest.mark.parametrize("chosen", [{}, {"MALLOC_CHECK_": "0"}])
 def test_memory_of_a_step_is_reused(chosen):
     """Check that a step reuses memory of the step before, unless the user has own settings."""
@@ -80,11 +84,14 @@ def test_memory_of_a_step_is_reused(chosen):
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(names)}
     variables = {**inherited, **chosen, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", FAULTS]
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
-    before, after = map(json.loads, done.stdout.splitlines())
     num_huge = 32  # page faults, if the system uses huge pages of 2 MiB by itself
-    assert min(before) >= num_huge, before
-    assert min(after) >= num_huge if chosen else min(after) < num_huge, after
+    for _ in range(3):  # a system that is short of memory takes pages back between steps
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
+        before, after = map(json.loads, done.stdout.splitlines())
+        reused = [np.median(faults) < num_huge for faults in (before, after)]
+        if reused == [False, not chosen]:
+            return
+    pytest.fail(f"page faults of each step before {before} and after {after}")
 
 
 def test_description_of_the_environment(monkeypatch):

@@ -14,6 +14,7 @@ import pytest
 
 from dualpath_jax import evaluate, train
 from dualpath_jax.commands import export_adapter
+from dualpath_jax.config.schema import check_values
 from dualpath_jax.config.values import format_views
 from dualpath_jax.data import pipeline
 from dualpath_jax.models import preprocess
@@ -553,7 +554,7 @@ def test_best_checkpoint(config, tmp_path):
     assert Checkpoints(str(tmp_path), read_only=True).best_step() == 11
     config.eval.checkpoint = "worst"
     with pytest.raises(ValueError, match="'worst': known are latest, best"):
-        run.restore_for_evaluation()
+        check_values(config)
 
 
 def test_exported_parameters_start_another_run(config, straight, tmp_path, capsys):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dualpath_jax.config import schema
+from dualpath_jax.config.schema import check_values
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.models import param_tree
@@ -110,7 +111,7 @@ def test_gradients_in_bfloat16(platform, axes, config, monkeypatch):
         assert mean("bfloat16") == sum(halves) / 2 != mean("float32")
     config.optimizer.reduce_dtype = "float16"
     with pytest.raises(ValueError, match="reduce_dtype='float16': known are float32, bfloat16"):
-        sharding.check_batch_sizes(config, 2)
+        check_values(config)
 
 
 @pytest.mark.parametrize(("fsdp", "sums"), [(1, True), (2, False)])
