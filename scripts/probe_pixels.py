@@ -11,7 +11,6 @@ validation videos. It prints top-1 on the test videos with a 95% interval (Wilso
 import argparse
 import concurrent.futures
 import functools
-import math
 import multiprocessing
 import pathlib
 import sys
@@ -22,6 +21,7 @@ import numpy as np
 
 from dualpath_jax.cli import build_parser
 from dualpath_jax.demo import paths, render
+from dualpath_jax.report.statistics import confidence_interval
 from dualpath_jax.runtime.cpu_count import num_cores
 
 SETS = {
@@ -62,14 +62,6 @@ def predict(train: np.ndarray, targets: np.ndarray, others: np.ndarray, strength
     return (others @ (train.T @ np.linalg.solve(kernel + ridge, targets))).argmax(axis=1)
 
 
-def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """Return the 95% interval of a share."""
-    z, share = 1.96, correct / count
-    center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    return center - half, center + half
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     arg_parser = build_parser(__doc__)
@@ -102,7 +94,7 @@ def main() -> None:
             scores[strength] = (classes_found == labels["validation"]).mean()
         best = max(scores, key=scores.get)
         correct = predict(rows["train"], targets, rows["test"], best) == labels["test"]
-        low, high = wilson_interval(int(correct.sum()), len(correct))
+        low, high = confidence_interval(correct.mean(), len(correct))
         print(
             f"{name}: {title:28} test top-1 {correct.mean():.3f} [{low:.3f}, {high:.3f}]  "
             f"validation {scores[best]:.3f}  chance {1 / len(classes):.3f}"

@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 
 from dualpath_jax.config import schema
 
+DEMO_CHECKPOINT = "data/demo/backbone.safetensors"  # written by `demo.setup` where it is missing
+
 
 def k400() -> ConfigDict:
     """Return the recipe of Kinetics-400: dense clips of 32 frames; 3x1 views."""
@@ -158,7 +160,7 @@ def demo_backbone(config: ConfigDict) -> ConfigDict:
     config.data.image_size = 64
     config.data.crop_scale = (0.8, 1.0)
     config.backbone.name = "custom"
-    config.backbone.checkpoint = "data/demo/backbone.safetensors"
+    config.backbone.checkpoint = DEMO_CHECKPOINT
     config.backbone.patch_size = 8
     config.backbone.width = 96
     config.backbone.depth = 4

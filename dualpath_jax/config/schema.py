@@ -79,10 +79,8 @@ _BACKBONES = (
     *("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336", "ViT-B/16-IN21K", "ViT-L/16-IN21K"),
     *("Swin-T", "Swin-S", "Swin-B", "custom", "custom-swin"),
 )
-_SOURCES = (
-    *("k400", "ssv2", "hmdb51", "diving48", "folder", "csv"),
-    *("demo", "paths", "paths_large"),  # dualpath_jax/demo
-)
+GENERATED_SOURCES = ("demo", "paths", "paths_large")  # rendered by dualpath_jax/demo
+_SOURCES = ("k400", "ssv2", "hmdb51", "diving48", "folder", "csv", *GENERATED_SOURCES)
 
 # fmt: off
 KEYS = (

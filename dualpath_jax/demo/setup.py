@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from dualpath_jax.config.recipes import DEMO_CHECKPOINT
 from dualpath_jax.data.datasets import registry as dataset_registry
 from dualpath_jax.data.datasets.annotations import DatasetIndex
 from dualpath_jax.data.preparation import prepare
@@ -16,7 +17,7 @@ from dualpath_jax.weights import convert
 
 # Written by scripts/pretrain_demo_backbone.py, in the layout of OpenAI's CLIP checkpoints.
 BACKBONE = pathlib.Path(__file__).parent / "demo_backbone.safetensors"
-CHECKPOINT = "data/demo/backbone.safetensors"  # where configurations expect it, converted
+CHECKPOINT = DEMO_CHECKPOINT  # where configurations expect it, converted
 
 
 def _render_demo(raw: pathlib.Path) -> tuple[DatasetIndex, str]:

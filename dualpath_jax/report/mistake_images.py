@@ -12,6 +12,7 @@ import tensorflow as tf
 from PIL import Image
 
 from dualpath_jax.analysis import attention_figures
+from dualpath_jax.config.schema import GENERATED_SOURCES
 from dualpath_jax.data.dataset_metadata import DECODE_ERRORS
 from dualpath_jax.data.video_dataset import FRAME_FEATURES, VideoDataset
 from dualpath_jax.inference import trained_model
@@ -122,7 +123,7 @@ def mistake_strips(
 def _preparation_command(run: RunRecord, folder: str) -> str:
     """Return the command that prepares the videos of a run."""
     source = run.settings.get("data.source", "DATASET")
-    if source in ("demo", "paths", "paths_large"):
+    if source in GENERATED_SOURCES:
         return run.command("eval")  # this renders the videos again
     return (
         f"{command_line('prepare')} --dataset={source} --videos=VIDEOS "

@@ -107,7 +107,7 @@ def test_temporal_attention_is_that_of_the_equations(adapted):
 
 
 def test_maps_of_a_readout_are_the_mean_over_all_patches():
-    """Where the classifier reads patches, the class token's attention would explain nothing."""
+    """Check a model whose classifier reads patches: the class token would explain nothing."""
     module, _ = build_tiny_model()
     module = module.clone(readout_width=4)
     params = jax.jit(module.init)(jax.random.key(0), *make_inputs())["params"]

@@ -96,7 +96,7 @@ def test_probes_see_order_only_where_it_is():
         scores[features.__name__] = (found == labels[20:]).mean()
     assert scores["average_features"] <= 0.3
     assert scores["ordered_features"] == 1
-    low, high = probe_pixels.wilson_interval(10, 100)
+    low, high = probe_pixels.confidence_interval(0.1, 100)
     assert (round(low, 3), round(high, 3)) == (0.055, 0.174)
 
 

@@ -307,9 +307,7 @@ class DualPath(nn.Module):
         """Map normalized framesets [B, G, H', W', 3] to y_TP [B, e] float32 (eq. 9, 10)."""
         if not self.readout_width:
             return self._features(framesets, self._path_parts("temporal"), dropout_rng)
-        hooks, params, position = self._path_parts("temporal")
-        h = self._embed(framesets, params.get("class_token"), position)
-        h = self.backbone.encode(h, hooks, params["adapters"], dropout_rng)
+        h = self._encode(framesets, self._path_parts("temporal"), dropout_rng)
         return self.readout(self.backbone.patch_features(h))
 
     def _path_parts(self, name: str) -> tuple[BlockHooks, Any, jax.Array | None]:
@@ -329,11 +327,17 @@ class DualPath(nn.Module):
         images = einops.rearrange(images, "b i h w c -> (b i) h w c")
         return self.backbone.embed(images, class_token, position)
 
-    def _features(self, images: jax.Array, path: Any, dropout_rng: Any) -> jax.Array:
-        """Run one path and average over the images of a clip: [B, images, H, W, 3] -> [B, e]."""
+    def _encode(
+        self, images: jax.Array, path: Any, dropout_rng: Any, cls_token_only: bool = False
+    ) -> jax.Array:
+        """Run the blocks of one path on images [B, images, H, W, 3]; see `ViT.encode`."""
         hooks, params, position = path
         h = self._embed(images, params.get("class_token"), position)
-        h = self.backbone.encode(h, hooks, params["adapters"], dropout_rng, self.cls_token_only)
+        return self.backbone.encode(h, hooks, params["adapters"], dropout_rng, cls_token_only)
+
+    def _features(self, images: jax.Array, path: Any, dropout_rng: Any) -> jax.Array:
+        """Run one path and average over the images of a clip: [B, images, H, W, 3] -> [B, e]."""
+        h = self._encode(images, path, dropout_rng, self.cls_token_only)
         features = self.backbone.pool(h).astype(jnp.float32)
         return einops.reduce(features, "(b i) e -> b e", "mean", b=images.shape[0])
 
