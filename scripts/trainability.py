@@ -4,8 +4,9 @@
 
 The clips are center crops of the first training videos; nothing is augmented. For each learning
 rate a fresh model takes STEPS steps. At steps 0, 10 and 100 a table gives the loss and, for each
-path and block, the norm of the gradient. The last line of a rate gives the mean loss over all clips
-after the last step; a configuration that trains ends below 0.1.
+path and block, the norm of the gradient. A rate ends early once the mean loss of ten steps is below
+0.05. Its last line gives the mean loss over all clips at the end; a configuration that trains ends
+below 0.1.
 
 `--backbone=random` takes random weights of the backbone's shape instead of the file. Some
 pretrained backbones add far larger values to the residual stream than random ones;
@@ -85,17 +86,13 @@ def fit(config, dataset, clips: dict, steps: int, branch_scale: float = 1.0) -> 
     experiment, state = build_experiment(config, "", dataset)
     model, frozen = experiment.model, scale_branches(experiment.frozen, branch_scale)
 
-    @jax.jit
-    def gradients(trainable, batch):
-        def loss(trainable):
-            params = param_tree.merge(trainable, frozen)
-            return loss_fn(model, config, params, batch, None)
+    def compute_loss(trainable, batch):
+        return loss_fn(model, config, param_tree.merge(trainable, frozen), batch, None)
 
-        return jax.grad(loss, has_aux=True)(trainable)
-
+    loss_of, gradients = jax.jit(compute_loss), jax.jit(jax.grad(compute_loss, has_aux=True))
     step_fn = jax.jit(make_train_step(model, config, experiment.optimizer), donate_argnums=0)
     size, rng = min(config.data.batch_size, len(clips["label"])), np.random.default_rng(config.seed)
-    order, parts = [], {}
+    order, history = [], []
     for step in range(steps):
         if len(order) < size:
             order = rng.permutation(len(clips["label"])).tolist()
@@ -107,16 +104,18 @@ def fit(config, dataset, clips: dict, steps: int, branch_scale: float = 1.0) -> 
             for group, norms in block_norms(grads).items():
                 print(f"  {group:20} {' '.join(f'{norm:.2g}' for norm in norms)}")
         state, metrics = step_fn(state, frozen, batch)
-        parts[step] = float(metrics["loss"])
+        history.append(float(metrics["loss"]))
+        recent = np.mean(history[-10:])
         if step % 50 == 49:
-            recent = np.mean([parts[s] for s in range(step - 9, step + 1)])
             print(f"step {step + 1}: mean loss of the last 10 steps {recent:.3f}", flush=True)
+        if step >= 9 and recent < 0.05:
+            break
     losses = []
     for start in range(0, len(clips["label"]), size):
         batch = {key: value[start : start + size] for key, value in clips.items()}
-        losses.append(float(gradients(state.trainable, batch)[1]["loss"]))
-    result = {"learning_rate": config.optimizer.learning_rate, "steps": steps}
-    first_below = next((s for s, loss in parts.items() if loss < 0.1), None)
+        losses.append(float(loss_of(state.trainable, batch)[0]))
+    result = {"learning_rate": config.optimizer.learning_rate, "steps": len(history)}
+    first_below = next((s for s, loss in enumerate(history) if loss < 0.1), None)
     return result | {"loss": float(np.mean(losses)), "first_step_below_0.1": first_below}
 
 

@@ -93,9 +93,17 @@ def diving48() -> ConfigDict:
 
 
 def finetune(backbone: str) -> ConfigDict:
-    """Return the recipe for one's own videos: 16 frames over the whole video; 1x1 views.
+    """Return the recipe for one's own videos: `own_videos` with the form for small data.
 
     Everything in it is ours. docs/notes/small_data.md has the trials that led to it.
+    """
+    return set_small_data_form(own_videos(backbone))
+
+
+def own_videos(backbone: str) -> ConfigDict:
+    """Return training and data settings for one's own videos; the method is the paper's DualPath.
+
+    A clip has 16 frames over the whole video; a test video has 1x1 views.
 
     Args:
       backbone: "clip" (ViT-B/16) or "demo", the demo's small backbone at 64 pixels.
@@ -116,7 +124,6 @@ def finetune(backbone: str) -> ConfigDict:
     config.data.sampling = "segments"
     config.data.flip = False  # True where a mirrored video has the same class
     config.data.randaugment_layers = 3
-    set_small_data_form(config)
     config.optimizer.learning_rate = 1e-3
     config.optimizer.clip_norm = 1.0
     config.eval.temporal_views = 1
