@@ -90,13 +90,19 @@ def test_weight_decay_is_only_on_kernels(config, tmp_path):
 
 
 def test_schedule():
+    """Check each step of the warm-up: none has rate 0, and the last one has the peak."""
     optimizer = dataclasses.make_dataclass("O", ["learning_rate", "warmup_epochs"])(2.0, 3.0)
     schedule = make_schedule(optimizer, 100, 5.0)
-    values = [float(schedule(step)) for step in (0, 15, 100)]
-    assert values == pytest.approx([0.0, 2.0, 0.0], abs=1e-6)
+    warmup = [float(schedule(step)) for step in range(15)]
+    assert warmup == pytest.approx([2.0 * (step + 1) / 15 for step in range(15)])
+    assert float(schedule(15)) == pytest.approx(2.0)
+    assert float(schedule(100)) == pytest.approx(0.0, abs=1e-6)
     assert float(schedule(15 + 85 // 2)) == pytest.approx(1.0, abs=0.05)
     # A run shorter than the warm-up still reaches the peak.
-    assert float(make_schedule(optimizer, 10, 5.0)(5)) == pytest.approx(2.0)
+    assert float(make_schedule(optimizer, 10, 5.0)(4)) == pytest.approx(2.0)
+    for epochs in (0.0, 0.2):  # no warm-up, and one step
+        optimizer.warmup_epochs = epochs
+        assert float(make_schedule(optimizer, 100, 5.0)(0)) == pytest.approx(2.0)
 
 
 def test_accumulation_equals_one_batch(config, tmp_path):

@@ -8,20 +8,22 @@ from dualpath_jax.models import param_tree
 
 
 def make_schedule(optimizer: Any, num_train_steps: int, steps_per_epoch: float) -> optax.Schedule:
-    """Return the learning rate by step: linear warm-up, then a cosine to zero at the last step.
+    """Return the learning rate by step: linear warm-up, then a cosine to zero after the last step.
+
+    Of W steps of warm-up, step i = 0, 1, ... has (i + 1) / W of the peak: no step has rate 0.
 
     Args:
       optimizer: `config.optimizer`; its warm-up takes at most half of the steps.
       num_train_steps: length of the training.
       steps_per_epoch: training videos / batch size.
     """
+    peak = optimizer.learning_rate
     warmup = min(round(optimizer.warmup_epochs * steps_per_epoch), num_train_steps // 2)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else optimizer.learning_rate,
-        peak_value=optimizer.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=max(num_train_steps, 1),
-    )
+    cosine = optax.cosine_decay_schedule(peak, max(num_train_steps - warmup, 1))
+    if not warmup:
+        return cosine
+    rise = optax.linear_schedule(peak / warmup, peak, warmup - 1)
+    return optax.join_schedules([rise, cosine], [warmup])
 
 
 def make_optimizer(
