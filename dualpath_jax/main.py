@@ -77,6 +77,8 @@ def run(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # orbax logs each step of a save otherwise
     progress_bar.set_quiet(QUIET.value)
     config = CONFIG.value
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    loading.prefer_num_epochs(config, overrides)
     workdir = WORKDIR.value or _default_workdir(config)
 
     # Imported here, so that --help is quick and decoding workers do not load JAX and TensorFlow.
@@ -90,7 +92,6 @@ def run(argv: list[str]) -> None:
     with distributed.end_together(), cli.user_errors():
         if MODE.value == "check":
             loading.upgrade_config(config)
-            overrides = config_flags.get_override_values(flags.FLAGS["config"])
             first_config, _ = expand_splits(config, workdir)[0]  # the others have other split names
             check_config.check_config(first_config, overrides)
             return

@@ -111,6 +111,8 @@ def test_expand_splits():
     assert list_runs("2") == [("train2", "test2", "runs/x")]
     assert list_runs("all") == [(f"train{i}", f"test{i}", f"runs/x/split{i}") for i in (1, 2, 3)]
     assert config.data.train_split == "train1"  # unchanged
+    with pytest.raises(ValueError, match="unknown data.split='4': known are 1, 2, 3, all"):
+        list_runs("4")
 
 
 @pytest.mark.slow
@@ -154,7 +156,7 @@ def test_all_splits_of_hmdb51(demo_backbone, tmp_path):
         values = [single[score] for single in mean["splits"].values()]
         assert mean[score] == pytest.approx(sum(values) / 3)
     # Twin: a missing split is an error that names the existing ones.
-    wrong = run_main(*args, "--config.data.split=4", f"--workdir={tmp_path / 'other'}")
+    wrong = run_main(*args, "--config.data.train_split=train4", f"--workdir={tmp_path / 'other'}")
     assert wrong.returncode == 2
     assert "no videos of split 'train4'" in wrong.stderr
     assert "it has train1, test1, train2, test2, train3, test3" in wrong.stderr

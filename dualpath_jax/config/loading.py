@@ -8,7 +8,7 @@ import difflib
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -98,8 +98,23 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if len(left) > 1:
         raise ValueError(f"unexpected arguments: {' '.join(left[1:])}")
     config = values["config"].value
+    prefer_num_epochs(config, config_flags.get_override_values(values["config"]))
     upgrade_config(config)
     return config
+
+
+def prefer_num_epochs(config: ConfigDict, overridden: Collection[str]) -> None:
+    """Unset a config file's `num_train_steps` where the command line sets `num_epochs` alone.
+
+    Args:
+      config: changed in place, with a line on standard error.
+      overridden: keys that the command line sets.
+    """
+    steps = config.num_train_steps
+    if steps is None or "num_epochs" not in overridden or "num_train_steps" in overridden:
+        return
+    config.num_train_steps = None
+    print(f"num_epochs={config.num_epochs} replaces num_train_steps={steps}", file=sys.stderr)
 
 
 def upgrade_config(config: ConfigDict) -> None:

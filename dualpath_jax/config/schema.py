@@ -37,7 +37,7 @@ class Range:
         if self.high == _INFINITY:
             return f"above {self.low:g}" if self.open_low else f"{self.low:g} or more"
         left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
-        return f"in {left}{self.low:g}, {self.high:g}{right}"
+        return f"in {left}{self.low:.10g}, {self.high:.10g}{right}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,8 @@ _SOURCES = ("k400", "ssv2", "hmdb51", "diving48", "folder", "csv", *GENERATED_SO
 
 # fmt: off
 KEYS = (
-    Key("seed", 0, "Seed of all randomness: initial parameters, order of examples, augmentation."),
+    Key("seed", 0, "Seed of all randomness: initial parameters, order of examples, augmentation.",
+        Range(0, 2**32 - 1)),
     Key("num_epochs", 30, "Length of the training in epochs; ours.", _NOT_NEGATIVE),
     Key("num_train_steps", Optional(int),
         "Length of the training in steps, used instead of num_epochs when set.", _NOT_NEGATIVE),
@@ -102,7 +103,8 @@ KEYS = (
         _SOURCES),
     Key("data.train_split", "train", "Split that is trained on."),
     Key("data.split", Optional(str),
-        "HMDB51: split 1, 2, 3 or all, instead of the 1 in the names of the splits."),
+        "HMDB51: split 1, 2, 3 or all, instead of the 1 in the names of the splits.",
+        ("1", "2", "3", "all")),
     Key("data.batch_size", 64, "Clips per step, over all devices and hosts.", _COUNT),
     Key("data.image_size", 224, "Height and width of a spatial frame, pixels.", _SIZE),
     Key("data.num_frames", 32,
@@ -139,9 +141,10 @@ KEYS = (
     Key("data.erasing_probability", 0.0,
         "Probability of erasing a box in all frames of a clip.", _FRACTION),
     Key("data.mean", (0.48145466, 0.4578275, 0.40821073),
-        "Mean of red, green and blue that the backbone expects, 0..1; CLIP's."),
+        "Mean of red, green and blue that the backbone expects; CLIP's.", _FRACTION),
     Key("data.std", (0.26862954, 0.26130258, 0.27577711),
-        "Standard deviation of red, green and blue that the backbone expects; CLIP's.", _POSITIVE),
+        "Standard deviation of red, green and blue that the backbone expects; CLIP's.",
+        Range(0, 1, open_low=True)),
     Key("data.prefetch", 2,
         "Batches made ahead of the step that needs them; -1 lets tf.data choose.", Range(-1)),
     Key("data.max_broken_videos", 100,
@@ -344,6 +347,9 @@ def check_values(config: Mapping[str, Any]) -> None:
         numbers = value if isinstance(value, tuple | list) else (value,)
         if not all(number in key.allowed for number in numbers):
             raise ValueError(f"{key.name}={value} must be {key.allowed}")
+    for name, count in (("data.mean", 3), ("data.std", 3), ("data.grid", 2)):
+        if len(value := _look_up(config, name)) != count:
+            raise ValueError(f"{name}={tuple(value)} must be {count} numbers")
     for name in ("data.crop_scale", "data.crop_ratio"):
         value = _look_up(config, name)
         if len(value) != 2 or value[0] > value[1]:

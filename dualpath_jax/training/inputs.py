@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from dualpath_jax.config import schema
 from dualpath_jax.data import pipeline, synthetic
 from dualpath_jax.data.datasets import hmdb51
 from dualpath_jax.data.video_dataset import VideoDataset
@@ -42,7 +43,11 @@ def expand_splits(config: Any, workdir: str) -> list[tuple[Any, str]]:
     A data set with several divisions has the splits train1, test1, train2, ... The value "2"
     selects train2 and test2. "all" selects the three divisions of HMDB51; each has a run of its
     own, in workdir/split1, workdir/split2 and workdir/split3.
+
+    Raises:
+      ValueError: a value of `config` is not allowed.
     """
+    schema.check_values(config)  # `data.split` is None in what is returned
     split = config.data.split
     if split is None:
         return [(config, workdir)]

@@ -78,6 +78,20 @@ def test_missing_file(name, folder):
     assert not {"base", "__init__"} & set(known)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "steps", "printed"),
+    [
+        (["--config.num_epochs=2"], None, "num_epochs=2 replaces num_train_steps=1500\n"),
+        (["--config.num_epochs=2", "--config.num_train_steps=9"], 9, ""),
+        ([], 1500, ""),
+    ],
+)
+def test_num_epochs_of_the_command_line_wins(overrides, steps, printed, capsys):
+    config = loading.load_config("demo", overrides)
+    assert config.num_train_steps == steps
+    assert capsys.readouterr().err == printed
+
+
 def test_load_config_with_overrides(capsys):
     overrides = [
         "--config.data.batch_size=8",
