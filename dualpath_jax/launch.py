@@ -24,13 +24,15 @@ from dualpath_jax.training.inputs import (
 _HOST_SETTINGS = ("data.dir", "data.prefetch", "backbone.checkpoint", "init_from")
 
 
-def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
+def train_and_evaluate(config: Any, workdir: str, training: bool, start_over: bool = False) -> None:
     """Train, if `training`, and evaluate each run that `config` asks for.
 
     Args:
       config: the whole configuration.
       workdir: for checkpoints and results, local or gs://.
       training: False evaluates a checkpoint of the workdir.
+      start_over: begin the training at step 0, also where the workdir has checkpoints; these are
+        moved aside.
 
     Raises:
       ValueError, OSError, FloatingPointError: the user can fix the problem; the message has the
@@ -46,18 +48,17 @@ def train_and_evaluate(config: Any, workdir: str, training: bool) -> None:
         if not config.data.synthetic:
             setup.ensure_generated(config)
         check_inputs(config)
-        results = [
-            _run_split(split_config, folder, training)
-            for split_config, folder in expand_splits(config, workdir)
-        ]
+        results = []
+        for split_config, folder in expand_splits(config, workdir):
+            # Another program may have been started with the folder of one split.
+            with contextlib.nullcontext() if folder == workdir else _lock_workdir(folder):
+                results.append(_run_split(split_config, folder, training, start_over))
         if len(results) > 1:
             evaluate.write_mean_results(workdir, results)
 
 
-def _run_split(config: Any, workdir: str, training: bool) -> dict[str, Any]:
+def _run_split(config: Any, workdir: str, training: bool, start_over: bool) -> dict[str, Any]:
     """Train, if `training`, and evaluate one run; return the content of results.json."""
-    if distributed.is_main_process():
-        check_workdir(workdir)
     dataset, eval_dataset = open_datasets(config)
     distributed.check_same_on_all_hosts(
         {
@@ -69,7 +70,7 @@ def _run_split(config: Any, workdir: str, training: bool) -> dict[str, Any]:
     experiment, state = build_experiment(config, workdir, dataset)
     evaluator = evaluate.Evaluator(experiment, eval_dataset)
     if training:
-        state = train.train(experiment, state, dataset, evaluator)
+        state = train.train(experiment, state, dataset, evaluator, start_over)
     else:
         state = restore.restore_for_evaluation(experiment, state)
     results = evaluate.evaluate_and_write(evaluator, state)
@@ -87,10 +88,18 @@ def shared_settings(config: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def _claim_workdir(workdir: str) -> Iterator[None]:
     """Make the workdir and lock it in process 0, for which the other processes wait."""
-    with contextlib.ExitStack() as stack:
-        if distributed.is_main_process():
-            check_workdir(workdir)
-            stack.enter_context(file_lock.exclusive_lock(workdir, "--workdir"))
+    with _lock_workdir(workdir):
         distributed.check_shared_workdir(workdir)
         distributed.share_compiled_programs(workdir)
+        yield
+
+
+@contextlib.contextmanager
+def _lock_workdir(workdir: str) -> Iterator[None]:
+    """Make a folder for a run and lock it, in process 0."""
+    if not distributed.is_main_process():
+        yield
+        return
+    check_workdir(workdir)
+    with file_lock.exclusive_lock(workdir, "--workdir"):
         yield

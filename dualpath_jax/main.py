@@ -40,6 +40,12 @@ MODE = flags.DEFINE_enum(
     "train: train or resume, then evaluate; eval: only evaluate; check: check the configuration "
     "without data, weights and workdir.",
 )
+START_OVER = flags.DEFINE_bool(
+    "start_over",
+    False,
+    "Train from step 0 although the workdir has checkpoints; they are moved to its folder "
+    "old_checkpoints. Leave it out when you resume.",
+)
 COORDINATOR = flags.DEFINE_string(
     "coordinator_address",
     os.environ.get("JAX_COORDINATOR_ADDRESS"),
@@ -90,13 +96,15 @@ def run(argv: list[str]) -> None:
     from dualpath_jax.training.inputs import expand_splits
 
     with distributed.end_together(), cli.user_errors():
+        if START_OVER.value and MODE.value != "train":
+            raise ValueError(f"--start_over belongs to --mode=train, not to --mode={MODE.value}")
         if MODE.value == "check":
             loading.upgrade_config(config)
             first_config, _ = expand_splits(config, workdir)[0]  # the others have other split names
             check_config.check_config(first_config, overrides)
             return
         distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-        launch.train_and_evaluate(config, workdir, MODE.value == "train")
+        launch.train_and_evaluate(config, workdir, MODE.value == "train", START_OVER.value)
 
 
 def main() -> None:

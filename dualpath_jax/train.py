@@ -118,7 +118,11 @@ def _check_finite(
 
 
 def train(
-    experiment: Experiment, state: TrainState, dataset: VideoSource, evaluator: Evaluator
+    experiment: Experiment,
+    state: TrainState,
+    dataset: VideoSource,
+    evaluator: Evaluator,
+    start_over: bool = False,
 ) -> TrainState:
     """Train to `experiment.num_train_steps`, resuming from the workdir's newest checkpoint.
 
@@ -127,20 +131,24 @@ def train(
       state: the initial state, used when the workdir has no checkpoint; donated.
       dataset: the training split.
       evaluator: evaluates the run during training.
+      start_over: move the workdir's checkpoints aside, and begin at step 0.
 
     Returns:
       The state after the last step.
 
     Raises:
       Preempted: SIGTERM or SIGINT stopped the run; the state is saved.
+      ValueError: the checkpoints are damaged, or of another run.
       FloatingPointError: loss or gradient is not finite.
-      OSError: the last checkpoint could not be written.
+      OSError: a checkpoint cannot be read, or the last one could not be written.
     """
     config = experiment.config
     loop = make_loop_schedule(config, experiment.num_train_steps, experiment.steps_per_epoch)
 
     # The run begins at the newest checkpoint, at an adapter file, or at fresh parameters.
     checkpoints = Checkpoints(experiment.workdir, loop.keep)
+    if start_over:
+        checkpoints.start_over()
     first_step, state = restore.restore_for_training(experiment, state, checkpoints)
     if not first_step and config.init_from:
         state, _ = adapter_file.init_from_adapter(experiment, state, config.init_from)

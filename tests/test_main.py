@@ -98,6 +98,19 @@ def test_train_then_evaluate(demo_data, demo_backbone, tmp_path):
     again = run_main(*args, "--mode=eval")
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "results.json").read_text()) == first
+    over = run_main(*args, "--start_over")
+    assert over.returncode == 0, over.stderr
+    assert (
+        f"--start_over: moved {tmp_path}/checkpoints to {tmp_path}/old_checkpoints" in over.stdout
+    )
+    assert "step 2/4  loss " in over.stdout
+    assert json.loads((tmp_path / "results.json").read_text()) == first
+
+
+def test_start_over_belongs_to_training():
+    result = run_main("--config=configs/demo.py", "--mode=eval", "--start_over")
+    assert result.returncode == 2
+    assert "--start_over belongs to --mode=train, not to --mode=eval" in result.stderr
 
 
 def test_expand_splits():

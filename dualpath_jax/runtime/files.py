@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import stat
 from collections.abc import Iterator
 
 from etils import epath
@@ -58,6 +59,29 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         explained = OSError(f"cannot write {os.fspath(path)}: {error}; {remedy}")
         explained.errno = error.errno
         raise explained from None
+
+
+def check_readable(path: str | os.PathLike[str]) -> None:
+    """Check that a file, or all files below a folder, can be read, by reading them.
+
+    Args:
+      path: local or gs://. Pipes and devices, which could be read without end, are left out.
+
+    Raises:
+      FileNotFoundError: there is no such file or folder.
+      OSError: a file cannot be read.
+    """
+    path = epath.Path(path)
+    with gcs.gcs_errors(str(path)):
+        if path.is_dir():
+            for entry in path.iterdir():
+                check_readable(entry)
+        elif "://" in str(path):
+            path.read_bytes()
+        elif stat.S_ISREG(os.stat(path).st_mode):
+            with open(path, "rb") as file:
+                while file.read(2**20):
+                    pass
 
 
 def check_output_file(option: str, name: str) -> None:

@@ -5,10 +5,12 @@ This is the only module that imports orbax.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
 import math
+import os
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +60,21 @@ class _NewestAndBest(checkpoint_managers.PreservationPolicy):
 
 
 class DamagedCheckpoint(Exception):
-    """Reports that a checkpoint cannot be read, or does not contain what was saved."""
+    """Reports that a checkpoint lacks a part, or does not contain what was saved."""
+
+
+class UnreadableCheckpoint(OSError):
+    """Reports that a checkpoint cannot be read at present; nothing is known about its content."""
+
+
+# What the system reports when a file cannot be read, whatever it contains.
+_UNREADABLE = tuple(
+    os.strerror(number)
+    for number in (
+        *(errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+        *(errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY),
+    )
+)
 
 
 class Checkpoints:
@@ -161,12 +177,17 @@ class Checkpoints:
             self._give_up(OSError("the metrics of its steps are not on disk"))
             return
         leaves = param_tree.flatten(state)
-        metadata = {**metadata, "scores": None, "leaves": _digest_leaves(leaves)}
+        metadata = {**metadata, "step": step, "scores": None, "leaves": _digest_leaves(leaves)}
         metadata["sha256"] = _digest_json(metadata)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(leaves), metadata=ocp.args.JsonSave(metadata)
         )
-        self._attempt(lambda: self._manager.save(step, args=args))
+
+        def save() -> None:
+            if not self._manager.save(step, args=args):
+                raise OSError("orbax did not save it, as a later step has a checkpoint")
+
+        self._attempt(save)
 
     def add_scores(self, step: int, scores: dict[str, Any], metrics_on_disk: bool = True) -> None:
         """Add the scores of an evaluation to the metadata of the checkpoint of `step`.
@@ -256,21 +277,49 @@ class Checkpoints:
           metadata: of the run, see `restore`.
 
         Returns:
-          (step, state), or None if there is no such checkpoint.
+          (step, state), or None if the workdir never had a checkpoint.
 
         Raises:
-          ValueError: as from `restore`.
+          ValueError: as from `restore`, or all checkpoints are damaged.
+          UnreadableCheckpoint: a checkpoint cannot be read at present.
         """
         while (step := self.latest_step()) is not None:
-            leaves, damage = None, None
+            leaves, damage, unreadable = None, None, None
             try:
                 leaves = self._read_for(step, state, metadata)
             except DamagedCheckpoint as error:
                 damage = error
+            except UnreadableCheckpoint as error:
+                unreadable = error
+            if _on_any_host(unreadable is not None):
+                text = f"another host cannot read checkpoint {self.path(step)} at present"
+                raise unreadable or UnreadableCheckpoint(text)
             if not _on_any_host(damage is not None):
                 return step, _place_leaves(leaves, state)
             self._set_aside(step, damage)
+        damaged = self._workdir / "damaged_checkpoints"
+        if damaged.exists() and any(damaged.iterdir()):
+            raise ValueError(
+                f"all checkpoints of {self._workdir} are damaged, and lie in {damaged}: copy a "
+                f"good one to {self.directory}, or begin at step 0 with --start_over"
+            )
         return None
+
+    def start_over(self) -> None:
+        """Move all checkpoints, damaged ones too, to WORKDIR/old_checkpoints."""
+        self.wait()
+        if jax.process_index() == 0:
+            for folder in (self.directory, self._workdir / "damaged_checkpoints"):
+                if not folder.exists() or not any(folder.iterdir()):
+                    continue
+                target = _unused_path(self._workdir / "old_checkpoints", folder.name)
+                folder.rename(target)
+                print(f"--start_over: moved {folder} to {target}", flush=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("start over")
+        self._scores.clear()
+        self._manager.reload()
 
     def restore(self, step: int, state: Any, metadata: dict[str, Any]) -> Any:
         """Return the state saved at `step`, in the structure, dtypes and shardings of `state`.
@@ -278,7 +327,8 @@ class Checkpoints:
         Raises:
           ValueError: the checkpoint belongs to another backbone, method or set of classes than
             `metadata` names, or holds other parameters than `state`.
-          DamagedCheckpoint: it cannot be read, or does not contain what was saved.
+          DamagedCheckpoint: it lacks a part, or does not contain what was saved.
+          UnreadableCheckpoint: it cannot be read at present.
         """
         return _place_leaves(self._read_for(step, state, metadata), state)
 
@@ -293,7 +343,7 @@ class Checkpoints:
         """Return (leaves by path, metadata) of `step`, without a check of what it belongs to.
 
         Raises:
-          DamagedCheckpoint: it cannot be read, or does not contain what was saved.
+          DamagedCheckpoint, UnreadableCheckpoint: as from `restore`.
         """
         saved = self.read_metadata(step)
         return self._read_leaves(step, saved), saved
@@ -313,9 +363,7 @@ class Checkpoints:
                 self.directory / str(step) / "state", args=ocp.args.StandardRestore(abstract)
             )
         except Exception as error:
-            raise DamagedCheckpoint(
-                f"checkpoint {where} cannot be read: {_format_error(error)}"
-            ) from error
+            raise self._classify(step, error) from error
         digests = _digest_leaves(leaves)
         differing = [name for name, entry in saved["leaves"].items() if digests.get(name) != entry]
         if differing:
@@ -329,7 +377,8 @@ class Checkpoints:
         """Return the metadata of `step`, with its "scores" and the digests of its "leaves".
 
         Raises:
-          DamagedCheckpoint: it cannot be read, or is not what was saved.
+          DamagedCheckpoint: it lacks a part, or is not what was saved.
+          UnreadableCheckpoint: it cannot be read at present.
         """
         where = self.path(step)
         try:
@@ -337,22 +386,43 @@ class Checkpoints:
             saved = dict(ocp.JsonCheckpointHandler().restore(folder, args=ocp.args.JsonRestore()))
             digest = saved.pop("sha256")
         except Exception as error:
-            raise DamagedCheckpoint(
-                f"checkpoint {where} cannot be read: {_format_error(error)}"
-            ) from error
+            raise self._classify(step, error) from error
         if digest != _digest_json(saved):
             raise DamagedCheckpoint(f"checkpoint {where} does not contain what was saved: metadata")
         _check_metadata(saved, where)
+        if saved.setdefault("step", step) != step:  # version 0.1.0 did not save it
+            raise DamagedCheckpoint(
+                f"checkpoint {where} holds step {saved['step']}: was it renamed?"
+            )
         return saved
+
+    def _classify(self, step: int, error: Exception) -> DamagedCheckpoint | UnreadableCheckpoint:
+        """Return whether `error`, raised by reading `step`, tells of its content or of the reading.
+
+        Orbax and TensorStore report both in many ways. So all files are read here once more.
+        """
+        where, problem = self.path(step), error
+        is_damage = not isinstance(error, MemoryError)
+        is_damage &= not any(text in str(error) for text in _UNREADABLE)
+        try:
+            if is_damage:
+                files.check_readable(self.directory / str(step))
+        except FileNotFoundError:
+            pass  # a part is missing
+        except OSError as read_error:
+            is_damage, problem = False, read_error
+        if is_damage:
+            return DamagedCheckpoint(f"checkpoint {where} cannot be read: {_format_error(problem)}")
+        return UnreadableCheckpoint(
+            f"checkpoint {where} cannot be read at present: {_format_error(problem)}. It was left "
+            "as it is; run the same command again when it can be read"
+        )
 
     def _set_aside(self, step: int, damage: DamagedCheckpoint | None) -> None:
         """Move a damaged checkpoint out of the way, so that its step can be saved again."""
         folder = self._workdir / "damaged_checkpoints"
         if jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            number = 0
-            while (target := folder / f"{step}-{number}").exists():
-                number += 1
+            target = _unused_path(folder, str(step))
             (self.directory / str(step)).rename(target)
             problem = damage or f"another host cannot read checkpoint {self.path(step)}"
             logging.warning("%s; it was moved to %s", problem, target)
@@ -381,6 +451,14 @@ def _read_score_origin(config: dict[str, Any]) -> dict[str, str]:
     """Read split and views from the config, for scores of older versions that lack them."""
     config = restore_config(config)
     return {"split": config.eval.split, "views": format_views(config)}
+
+
+def _unused_path(folder: epath.Path, name: str) -> epath.Path:
+    """Return folder/NAME-0, or with the next number that is not taken; create `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return next(
+        path for number in itertools.count() if not (path := folder / f"{name}-{number}").exists()
+    )
 
 
 def _on_any_host(flag: bool) -> bool:

@@ -22,7 +22,7 @@ _MODEL_SETTINGS = (
 def restore_for_training(
     experiment: Experiment, state: TrainState, checkpoints: Checkpoints
 ) -> tuple[int, TrainState]:
-    """Restore the newest complete checkpoint of the workdir.
+    """Restore the newest checkpoint of the workdir that is not damaged.
 
     Args:
       experiment: the run.
@@ -34,7 +34,8 @@ def restore_for_training(
 
     Raises:
       ValueError: the checkpoint was trained with other settings or data, and
-        `config.resume_changed` is off.
+        `config.resume_changed` is off; or all checkpoints are damaged.
+      OSError: a checkpoint cannot be read at present.
     """
     restored = checkpoints.restore_newest(state, experiment.metadata())
     if restored is None:

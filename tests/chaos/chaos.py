@@ -146,7 +146,7 @@ def _sigterm_starting(run: FaultedRun, rng: np.random.Generator) -> tuple[str, s
 
 
 def _torn_checkpoint(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
-    run.training.wait_until(run.saved_steps)
+    run.training.wait_until(lambda: len(run.saved_steps()) > 1)  # without one, step 0 is refused
     run.training.kill()
     newest = run.workdir / "checkpoints" / str(max(run.saved_steps()))
     files = sorted(path for path in newest.rglob("*") if path.is_file())

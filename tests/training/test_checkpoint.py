@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,12 @@ from absl import logging
 from orbax.checkpoint._src.path.deleter import StandardCheckpointDeleter
 
 from dualpath_jax.runtime import files
-from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
+from dualpath_jax.training import checkpoint
+from dualpath_jax.training.checkpoint import (
+    Checkpoints,
+    DamagedCheckpoint,
+    UnreadableCheckpoint,
+)
 from tests.chaos import full_disk
 
 METADATA = {
@@ -220,12 +226,106 @@ def test_damaged_values_are_noticed(two, tmp_path, monkeypatch):
         checkpoints.restore(5, make_state(0), METADATA)
 
 
-def test_all_damaged(two, tmp_path):
+def test_all_damaged(two, tmp_path, capsys):
+    """Check that step 0 comes only on request, also when the command is repeated."""
     shutil.copytree(two, tmp_path, dirs_exist_ok=True)
     for step in (4, 5):
         shutil.rmtree(tmp_path / "checkpoints" / str(step) / "metadata")
-    assert restore(tmp_path) is None
-    assert sorted(p.name for p in (tmp_path / "damaged_checkpoints").iterdir()) == ["4-0", "5-0"]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="all checkpoints of .* are damaged.*--start_over"):
+            restore(tmp_path)
+        names = sorted(p.name for p in (tmp_path / "damaged_checkpoints").iterdir())
+        assert names == ["4-0", "5-0"]
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.start_over()
+    assert checkpoints.restore_newest(make_state(0), METADATA) is None
+    old = tmp_path / "old_checkpoints" / "damaged_checkpoints-0"
+    assert sorted(p.name for p in old.iterdir()) == ["4-0", "5-0"]
+    save(checkpoints, 1)
+    checkpoints.close()
+    assert restore(tmp_path)[0] == 1
+    checkpoints = Checkpoints(str(tmp_path))
+    capsys.readouterr()
+    checkpoints.start_over()
+    assert capsys.readouterr().out.endswith("old_checkpoints/checkpoints-0\n")
+    assert checkpoints.latest_step() is None
+    assert (tmp_path / "old_checkpoints" / "checkpoints-0" / "1").exists()
+    checkpoints.close()
+
+
+UNREADABLE = {
+    "permission": PermissionError(13, "Permission denied"),
+    "a failing disk": OSError(5, "Input/output error"),
+    "open files": ValueError("NOT_FOUND: opening x [OS error 24: EMFILE Too many open files]"),
+    "memory": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("error", UNREADABLE.values(), ids=UNREADABLE)
+@pytest.mark.parametrize("part", ["StandardCheckpointHandler", "JsonCheckpointHandler"])
+def test_unreadable_is_not_damaged(two, tmp_path, monkeypatch, error, part):
+    """Check that no checkpoint is moved, and that the next command resumes from the newest."""
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    checkpoints = Checkpoints(str(tmp_path))
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(checkpoint.ocp, part), "restore", fail)
+        with pytest.raises(UnreadableCheckpoint, match="checkpoints/5 cannot be read at present"):
+            checkpoints.restore_newest(make_state(0), METADATA)
+    checkpoints.close()
+    assert not (tmp_path / "damaged_checkpoints").exists()
+    assert restore(tmp_path)[0] == 5
+
+
+def test_an_error_of_unknown_kind_is_judged_by_reading_the_files(two, tmp_path, monkeypatch):
+    """Check both outcomes: a file that cannot be read is not damage, readable files are."""
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    checkpoints = Checkpoints(str(tmp_path))
+
+    def fail(*_, **__):
+        raise RuntimeError("something")
+
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "restore", fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "check_readable", raise_full)
+        with pytest.raises(UnreadableCheckpoint, match="OSError: .Errno 28"):
+            checkpoints.restore(5, make_state(0), METADATA)
+    with pytest.raises(DamagedCheckpoint, match="cannot be read: RuntimeError: something"):
+        checkpoints.restore(5, make_state(0), METADATA)
+
+
+def test_no_file_can_be_opened(two):
+    """Reach the system's limit of open files; the twin reads the same checkpoint."""
+    checkpoints = Checkpoints(str(two), read_only=True)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        with pytest.raises(UnreadableCheckpoint, match="Too many open files"):
+            checkpoints.restore_newest(make_state(0), METADATA)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert checkpoints.restore_newest(make_state(0), METADATA)[0] == 5
+
+
+def test_a_renamed_checkpoint_is_refused(two, tmp_path):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoints" / "5").rename(tmp_path / "checkpoints" / "9")
+    with pytest.raises(DamagedCheckpoint, match="checkpoints/9 holds step 5: was it renamed"):
+        Checkpoints(str(tmp_path), read_only=True).read_metadata(9)
+    assert restore(tmp_path)[0] == 4
+
+
+def test_a_save_that_is_skipped_is_reported(two, tmp_path, caplog):
+    logging.use_absl_handler()
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    checkpoints = Checkpoints(str(tmp_path))
+    save(checkpoints, 3)
+    with pytest.raises(OSError, match="the last checkpoint, of step 3, could not be written"):
+        checkpoints.close()
+    assert "step 3 could not be written: OSError: orbax did not save it" in caplog.text
 
 
 def test_leftovers_of_a_killed_save_are_not_read(two, tmp_path):

@@ -12,6 +12,7 @@ import sys
 import pytest
 from etils import epath
 
+from dualpath_jax import launch
 from dualpath_jax.runtime import file_lock, files
 from dualpath_jax.training import metrics_logger
 from dualpath_jax.training.inputs import check_workdir
@@ -45,6 +46,26 @@ def test_lock_ends_with_its_owner(tmp_path):
             assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_each_split_is_claimed(config, tmp_path, monkeypatch):
+    """Check that a run of all splits does not train where another program is at work."""
+    folders = []
+
+    def run_split(config, folder, *_):
+        folders.append(folder)
+        return dict.fromkeys(("top1", "top5", "mean_class_accuracy"), 0.5) | {"split": folder}
+
+    monkeypatch.setattr(launch, "_run_split", run_split)
+    config.data.split = "all"
+    workdir, other = str(tmp_path), tmp_path / "split2"
+    other.mkdir()
+    with file_lock.exclusive_lock(str(other), "--workdir"):
+        with pytest.raises(ValueError, match=f"--workdir={other} is in use by process"):
+            launch.train_and_evaluate(config, workdir, training=True)
+        assert folders == [f"{workdir}/split1"]
+    launch.train_and_evaluate(config, workdir, training=True)
+    assert folders[1:] == [f"{workdir}/split{number}" for number in (1, 2, 3)]
 
 
 def test_read_only_workdir(tmp_path):
