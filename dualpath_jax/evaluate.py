@@ -1,9 +1,10 @@
 """Evaluates a run with several views of each video; every video counts exactly once."""
 
 import collections
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -170,7 +171,11 @@ class Evaluator:
             return sums
 
         is_main = jax.process_index() == 0
-        with ProgressBar(len(self.dataset), "evaluate", "videos", shown=is_main) as bar:
+        # As in training, the stream of batches is closed whatever happens.
+        with (
+            contextlib.closing(self._batches()) as batches,
+            ProgressBar(len(self.dataset), "evaluate", "videos", shown=is_main) as bar,
+        ):
 
             def on_batch(videos: int) -> None:
                 bar.update_to(videos)
@@ -179,9 +184,9 @@ class Evaluator:
                     probabilities, classes = map(gather_local_rows, rows)
                     predictions.add(ids, labels, classes, probabilities)
 
-            return evaluate_batches(step, self._batches(), on_batch)
+            return evaluate_batches(step, batches, on_batch)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch]:
         config, devices = self.experiment.config, self.experiment.mesh.size
         return pipeline.eval_batches(
             self.dataset,

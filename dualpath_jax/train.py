@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -167,8 +167,13 @@ def train(
     if first_step and loop.should_evaluate(first_step) and not checkpoints.has_scores(first_step):
         recorder.evaluate(first_step, state)
 
-    # Each step is checked, logged, saved and evaluated as the schedule demands.
-    with PreemptionGuard() as guard, profile_steps(loop, experiment.workdir) as profile:
+    # Each step is checked, logged, saved and evaluated as the schedule demands. An error closes the
+    # stream of batches: Python would abort at its end if TensorFlow's threads were still at work.
+    with (
+        contextlib.closing(batches),
+        PreemptionGuard() as guard,
+        profile_steps(loop, experiment.workdir) as profile,
+    ):
         for step in range(first_step, loop.num_steps):
             profile(step - first_step)
             with recorder.logger.measure_data_wait():
@@ -198,8 +203,8 @@ def _describe_run(experiment: Experiment, first_step: int) -> None:
 
 def _train_batches(
     experiment: Experiment, dataset: VideoSource, first_step: int, unreadable: UnreadableVideos
-) -> Iterator[dict[str, Any]]:
-    """Return this host's training batches from `first_step` to the last step."""
+) -> Generator[dict[str, Any]]:
+    """Return this host's training batches from `first_step` to the last step, to be closed."""
     config = experiment.config
     return choose_train_batches(config.data)(
         dataset,

@@ -60,7 +60,10 @@ def test_missing_config():
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--config=configs/demo.py:16", "--config: this file takes no :VARIANT after its name"),
+        (
+            "--config=configs/diving48_vitb.py:x",
+            "--config: this file takes no :VARIANT after its name",
+        ),
         ("--config.data.batch_size=four", "flag --config.data.batch_size=four: invalid literal"),
         ("--confg=x", "Unknown command line flag 'confg'"),
     ],

@@ -169,7 +169,7 @@ def mirrored_labels(class_names: Sequence[str], label_swap: str | None) -> np.nd
 
     Raises:
       ValueError: `label_swap` names an unknown class, or two class names differ only by left and
-        right and `label_swap` does not name them.
+        right (in any case, with any separators) and `label_swap` does not name them.
     """
     labels = {name: label for label, name in enumerate(class_names)}
     mirrored = np.arange(len(class_names), dtype=np.int32)
@@ -182,8 +182,9 @@ def mirrored_labels(class_names: Sequence[str], label_swap: str | None) -> np.nd
             )
         a, b = (labels[name] for name in pair)
         mirrored[[a, b]] = b, a
+    plain = {_plain_words(name): label for name, label in labels.items()}
     for name, label in labels.items():
-        other = labels.get(_swap_left_right(name), label)
+        other = plain.get(_swap_left_right(_plain_words(name)), label)
         if other != label and mirrored[label] == label:
             raise ValueError(
                 f"data.flip=True would mirror clips of {name!r} into {class_names[other]!r} and "
@@ -192,7 +193,16 @@ def mirrored_labels(class_names: Sequence[str], label_swap: str | None) -> np.nd
     return mirrored
 
 
-def _swap_left_right(name: str) -> str:
-    """Replace left by right and right by left in a class name."""
-    sides = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
-    return re.sub("|".join(sides), lambda match: sides[match.group()], name)
+def _plain_words(name: str) -> str:
+    """Return the words of a class name in lower case with single spaces between them.
+
+    Words end at spaces, `_`, `-`, `.` and before a capital: "swipe left" of "SwipeLeft".
+    """
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
+    return " ".join(re.split(r"[\s_.-]+", spaced.casefold()))
+
+
+def _swap_left_right(words: str) -> str:
+    """Replace left by right and right by left in `_plain_words`."""
+    sides = {"left": "right", "right": "left"}
+    return re.sub("|".join(sides), lambda match: sides[match.group()], words)

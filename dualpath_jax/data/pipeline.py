@@ -18,7 +18,7 @@ In evaluation, spatial and temporal have an axis V (views) after B. In training 
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -169,8 +169,10 @@ def train_batches(
     process_count: int = 1,
     framesets: bool = True,
     unreadable: UnreadableVideos | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Return this host's share of the training batches of steps first_step ... num_steps - 1.
+
+    Close the generator if you do not exhaust it.
 
     Args:
       dataset: the training split.
@@ -192,7 +194,7 @@ def train_batches(
     unreadable = unreadable or UnreadableVideos(dataset.ids, data.max_broken_videos)
     clips = TrainingClips(dataset, clip, data, seed, unreadable)
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Generator[Batch]:
         step = first_step
         while step < num_steps:
             problems: list[Exception] = []
@@ -231,8 +233,10 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     framesets: bool = True,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Return this host's share of one pass over `dataset`: each video once, then padding (mask 0).
+
+    Close the generator if you do not exhaust it.
 
     Raises:
       UnreadableVideo: a video cannot be read. This ends the pass, because no video is left out.
@@ -243,7 +247,7 @@ def eval_batches(
     def samples() -> Iterator[ClipSample]:
         return eval_samples(dataset, clip, views, batch_size, rows)
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Generator[Batch]:
         problems: list[Exception] = []
         stream = decode_clips(samples(), clip, data, problems).batch(views.total)
         stream = stream.batch(rows.stop - rows.start, drop_remainder=True)

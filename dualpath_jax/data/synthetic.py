@@ -1,8 +1,7 @@
 """Makes videos in memory, for checks and timings without prepared data."""
 
 import io
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,7 +71,7 @@ def make_synthetic_split(data: Any, num_videos: int) -> SyntheticVideos:
 
 def train_batches(
     dataset: SyntheticVideos, data: Any, seed: int, first_step: int, num_steps: int, *args, **kwargs
-) -> Iterator[pipeline.Batch]:
-    """Yield the first batch of `pipeline.train_batches` at every step."""
+) -> Generator[pipeline.Batch]:
+    """Return the first batch of `pipeline.train_batches` for every step."""
     batch = next(pipeline.train_batches(dataset, data, seed, 0, 1, *args, **kwargs))
-    return itertools.repeat(batch, num_steps - first_step)
+    return (batch for _ in range(first_step, num_steps))

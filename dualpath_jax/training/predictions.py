@@ -10,7 +10,9 @@ evaluation; each other line is the prediction for a video:
 0..1, averaged over views.
 """
 
+import contextlib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ from etils import epath
 from dualpath_jax.runtime import files, gcs
 
 FOLDER = "predictions"
+_FILE_NAME = re.compile(r"\d{5}-of-\d{5}\.jsonl")
 _SHARED_WITH_RESULTS = ("step", "split", "views")  # keys of the first line and of results.json
 
 
@@ -87,7 +90,9 @@ class PredictionWriter:
             self._lines.append(json.dumps(row))
 
     def close(self) -> None:
-        """Write the file; process 0 removes files of runs with another number of processes.
+        """Write the file; process 0 removes those of runs with another number of processes.
+
+        Only files with names of this module's are removed; one that cannot be is left.
 
         Raises:
           OSError: it cannot be written.
@@ -96,9 +101,16 @@ class PredictionWriter:
             self._folder.mkdir(parents=True, exist_ok=True)
             files.write_text(self._path, "\n".join(self._lines) + "\n")
             if jax.process_index() == 0:
-                for path in self._folder.glob("*"):
+                for path in _list_files(self._folder):
                     if self._suffix not in path.name:
-                        path.unlink(missing_ok=True)
+                        with contextlib.suppress(OSError):  # a folder of that name, say
+                            path.unlink()
+
+
+def _list_files(folder: epath.Path) -> list[epath.Path]:
+    """Return the paths in `folder` that have names of this module's files, sorted."""
+    paths = folder.glob("*-of-*.jsonl")
+    return sorted(path for path in paths if _FILE_NAME.fullmatch(path.name))
 
 
 def read_predictions(workdir: str, results: dict[str, Any]) -> tuple[list[str], list[dict]]:
@@ -115,7 +127,7 @@ def read_predictions(workdir: str, results: dict[str, Any]) -> tuple[list[str], 
       ValueError: there are no predictions, or they are damaged or of another evaluation.
     """
     class_names, rows = [], []
-    paths = sorted((epath.Path(workdir) / FOLDER).glob("*-of-*.jsonl"))
+    paths = _list_files(epath.Path(workdir) / FOLDER)
     if not paths:
         raise ValueError(f"no {FOLDER} in {workdir}; --mode=eval writes them")
     for path in paths:

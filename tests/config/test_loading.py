@@ -81,9 +81,9 @@ def test_missing_file(name, folder):
 @pytest.mark.parametrize(
     ("overrides", "steps", "printed"),
     [
-        (["--config.num_epochs=2"], None, "num_epochs=2 replaces num_train_steps=1500\n"),
+        (["--config.num_epochs=2"], None, "num_epochs=2 replaces num_train_steps=1000\n"),
         (["--config.num_epochs=2", "--config.num_train_steps=9"], 9, ""),
-        ([], 1500, ""),
+        ([], 1000, ""),
     ],
 )
 def test_num_epochs_of_the_command_line_wins(overrides, steps, printed, capsys):

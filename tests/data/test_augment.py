@@ -96,5 +96,14 @@ def test_mirrored_labels_of_a_file(tmp_path):
 def test_mirroring_left_into_right_is_refused():
     with pytest.raises(ValueError, match="'turn Left' into 'turn Right'"):
         augment.mirrored_labels(["up", "turn Left", "turn Right"], None)
+    for left, right in (
+        ("SWIPE_LEFT", "SWIPE_RIGHT"),
+        ("swipe-left", "Swipe Right"),
+        ("swipeLeft", "SwipeRight"),
+        ("swipe.left", "swipe_right"),
+        ("swipeleft", "swiperight"),
+    ):
+        with pytest.raises(ValueError, match="data.flip=True would mirror clips of"):
+            augment.mirrored_labels(["up", left, right], None)
     # A class "left" without a class "right" cannot be recognized as a mistake.
     assert augment.mirrored_labels(["up", "turn left"], None).tolist() == [0, 1]

@@ -90,7 +90,10 @@ def test_ssv2(videos, tmp_path, prefix):
         "train": [Video("2", "2.webm", 1), Video("10", "10.webm", 0)],  # 10 does not exist
         "validation": [Video("3", "3.mp4", 2)],
     }
-    assert listing.notices == ["the annotations have 3 classes, but ssv2 as published has 174"]
+    assert listing.notices == [
+        "1 classes have no training video and cannot be learnt: 'Something falling'",
+        "the annotations have 3 classes, but ssv2 as published has 174",
+    ]
 
 
 def test_ssv2_test_split(videos, tmp_path):
@@ -106,7 +109,7 @@ def test_ssv2_test_split(videos, tmp_path):
     assert listing.splits["test"] == [Video("7", "7.webm", 0), Video("8", "8.webm", 1)]
     null = write_ssv2(tmp_path / "a", test=[entry("7", None), entry("8", None)])
     assert list_videos("ssv2", str(videos), null).splits == listing.splits
-    assert len(listing.notices) == 1  # the number of classes
+    assert len(listing.notices) == 2  # a class without training videos, the number of classes
     full = write_ssv2(tmp_path / "b", test=[entry("9", "Moving [something] up")])
     assert list_videos("ssv2", str(videos), full).splits["test"] == [Video("9", "9.webm", 1)]
 
@@ -178,12 +181,57 @@ def test_folder_without_splits(videos):
     assert list_videos("folder", str(videos)) == listing
 
 
+@pytest.mark.parametrize("name", ["valid", "Val", "VALIDATION"])
+def test_spellings_of_split_folders(videos, name):
+    touch(videos, "Training/a/1.mp4", f"{name}/a/2.mp4", "testing/a/3.mp4")
+    listing = list_videos("folder", str(videos))
+    assert {split: ids(listing, split) for split in listing.splits} == {
+        "train": ["Training/a/1.mp4"],
+        "validation": [f"{name}/a/2.mp4"],
+        "test": ["testing/a/3.mp4"],
+    }
+
+
+def test_other_folders_beside_splits_are_described(videos):
+    """Check the message; in the twin a class that is called "train" holds videos."""
+    touch(videos, "train/a/1.mp4", "val/a/2.mp4", "extra/3.mp4")
+    with pytest.raises(ValueError, match="split folders train, val, and also the folder 'extra'"):
+        list_videos("folder", str(videos))
+    touch(videos / "twin", "train/1.mp4", "car/2.mp4", "car/3.mp4", "train/4.mp4")
+    assert list_videos("folder", str(videos / "twin")).class_names == ["car", "train"]
+
+
+def test_nested_class_folders_are_described(videos):
+    touch(videos, "a/anna/1.mp4", "a/bob/1.mp4", "b/1.mp4")
+    with pytest.raises(ValueError, match="class folder 'a' .* no file, but 2 folders such as 'an"):
+        list_videos("folder", str(videos))
+
+
+@pytest.mark.parametrize("other", ["Jump", "JUMP", "ju\u006dp "])
+def test_classes_equal_but_for_case(videos, other):
+    touch(videos, "train/jump/1.mp4", f"val/{other}/2.mp4", "train/run/1.mp4")
+    if other.endswith(" "):  # twin: another name
+        listing = list_videos("folder", str(videos))
+        assert listing.notices == [
+            f"1 classes have no training video and cannot be learnt: {other!r}"
+        ]
+        return
+    with pytest.raises(ValueError, match="'jump' differ only in case|'jump' and .* differ only"):
+        list_videos("folder", str(videos))
+
+
+def test_classes_equal_but_for_their_unicode_form(videos):
+    touch(videos, "train/caf\u00e9/1.mp4", "val/cafe\u0301/2.mp4")
+    with pytest.raises(ValueError, match="or in the Unicode form of a letter"):
+        list_videos("folder", str(videos))
+
+
 def test_folder_fraction_zero_and_empty(videos):
     with pytest.raises(ValueError, match="no class folders"):
         list_videos("folder", str(videos))
     (videos / "empty class").mkdir()
     touch(videos, "a/1.mp4", "a/2.mp4")
-    with pytest.raises(ValueError, match="class folder 'empty class' in .* has no videos"):
+    with pytest.raises(ValueError, match="class folder 'empty class' in .* holds no file; "):
         list_videos("folder", str(videos))
     (videos / "empty class").rmdir()
     listing = list_videos("folder", str(videos), None, 0.0)
@@ -245,7 +293,7 @@ def test_csv_folder(videos, tmp_path, validation):
     assert listing.notices == ["1 videos are in several splits, such as '1.mp4'"]
     other = {"validation.csv": "val.csv", "val.csv": "validation.csv"}[validation]
     (tmp_path / "lists" / other).write_text("4.mp4,b\n")
-    with pytest.raises(ValueError, match=r"val.csv and another list of .* 'validation'; keep one"):
+    with pytest.raises(ValueError, match=r"validation.csv and another list of .* 'validation'; keep one"):
         list_videos("csv", str(videos), str(tmp_path / "lists"))
     (tmp_path / "lists" / other).unlink()
     (tmp_path / "lists" / "test.csv").write_text("9.mp4,c\n")
@@ -273,3 +321,45 @@ def test_csv_errors(videos, tmp_path, text, match):
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(ValueError, match=match):
         list_videos("csv", str(videos), str(tmp_path / "list.csv"), 0.0)
+
+
+def test_csv_heading(videos, tmp_path):
+    """Check that a heading is left out; the twin has a first video that is missing."""
+    touch(videos, *(f"{i}.mp4" for i in range(4)))
+    path = tmp_path / "list.csv"
+    lines = "".join(f"{i}.mp4,{'ab'[i % 2]}\n" for i in range(4))
+    path.write_text("video_name,tag\n" + lines)
+    listing = list_videos("csv", str(videos), str(path), 0.0)
+    assert listing.class_names == ["a", "b"]
+    assert ids(listing, "train") == ["0.mp4", "1.mp4", "2.mp4", "3.mp4"]
+    assert listing.notices[0].endswith("'video_name,tag', is taken for a heading")
+    for first in ("gone.mp4,a", "gone,a"):
+        path.write_text(f"{first}\n{lines}")
+        listing = list_videos("csv", str(videos), str(path), 0.0)
+        assert ids(listing, "train")[0] == first.split(",")[0]
+
+
+def test_csv_with_the_label_first(videos, tmp_path):
+    touch(videos, "1.mp4", "2.mp4")
+    path = tmp_path / "list.csv"
+    path.write_text("tag,file\na,1.mp4\nb,2.mp4\n")
+    with pytest.raises(ValueError, match="has lines `label,path`, such as 'b,2.mp4'; write `path"):
+        list_videos("csv", str(videos), str(path), 0.0)
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "utf-16", "latin-1"])
+def test_csv_in_another_encoding(videos, tmp_path, encoding):
+    """Check the error; the twin is the same list in UTF-8, with bytes of any kind in a path."""
+    text = "1.mp4,\u00e9t\u00e9\n" if encoding == "latin-1" else "1.mp4,\u8df3\u8dc3\n"
+    path = tmp_path / "list.csv"
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(ValueError, match="line 1: .*not text in UTF-8; convert the list, such as"):
+        list_videos("csv", str(videos), str(path), 0.0)
+    path.write_bytes(b"\xff" + text.encode())
+    assert list_videos("csv", str(videos), str(path), 0.0).class_names == [text[6:-1]]
+
+
+def test_csv_lists_in_capitals(videos, tmp_path):
+    (tmp_path / "Train.CSV").write_text("1.mp4,a\n2.mp4,a\n")
+    (tmp_path / "valid.csv").write_text("3.mp4,a\n")
+    assert list(list_videos("csv", str(videos), str(tmp_path)).splits) == ["train", "validation"]

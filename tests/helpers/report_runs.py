@@ -35,7 +35,7 @@ def write_run(
 
 def _write_config_and_environment(workdir: pathlib.Path, steps: int, seed: int) -> str:
     """Write config.json and environment.json; return the folder of the data."""
-    config = demo.get_config()
+    config = demo.get_config("paper")
     config.seed, config.num_train_steps = seed, steps
     config.data.dir = str(workdir / "no_data")
     config.backbone.checkpoint = str(workdir / "no_backbone.safetensors")

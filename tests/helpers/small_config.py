@@ -15,7 +15,7 @@ TINY_VIT = {
 
 def small_config(data, backbone):
     """Return a config with eight clips per step, small images and five steps."""
-    config = demo.get_config()
+    config = demo.get_config("paper")
     config.data.source = "ssv2"  # prepared already
     config.data.dir = str(data)
     config.data.batch_size = config.eval.batch_size = 8

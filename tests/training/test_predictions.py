@@ -57,6 +57,25 @@ def test_predictions_of_other_processes_are_removed(tmp_path, monkeypatch):
     assert [path.name for path in folder.iterdir()] == ["00000-of-00001.jsonl"]
 
 
+def test_files_of_others_stay(tmp_path):
+    """Check notes, a folder and a link to a file outside; a link itself is ours by its name."""
+    folder, outside = tmp_path / predictions.FOLDER, tmp_path / "outside.jsonl"
+    (folder / "00000-of-00003.jsonl").mkdir(parents=True)
+    (folder / "00000-of-00003.jsonl" / "inside").write_text("x")
+    (folder / "notes.txt").write_text("notes")
+    (folder / "more-of-them.jsonl").write_text("notes")
+    outside.write_text("outside")
+    (folder / "00001-of-00002.jsonl").symlink_to(outside)
+    write(tmp_path)
+    names = ["00000-of-00001.jsonl", "00000-of-00003.jsonl", "more-of-them.jsonl", "notes.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert (folder / "00000-of-00003.jsonl" / "inside").read_text() == "x"
+    assert outside.read_text() == "outside"
+    (folder / "00000-of-00003.jsonl" / "inside").unlink()
+    (folder / "00000-of-00003.jsonl").rmdir()
+    assert len(predictions.read_predictions(tmp_path, RESULTS)[1]) == 3
+
+
 def test_predictions_of_another_evaluation_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no predictions in .*--mode=eval writes them"):
         predictions.read_predictions(tmp_path, RESULTS)

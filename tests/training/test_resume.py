@@ -499,6 +499,32 @@ def poison(monkeypatch, steps):
     monkeypatch.setattr(preprocess, "model_inputs", add_poison)
 
 
+@pytest.mark.parametrize("name", ["train_batches", "eval_batches"])
+def test_an_error_closes_the_stream_of_batches(config, tmp_path, monkeypatch, name):
+    """Check it while the traceback lives, as it does until Python ends, which would abort."""
+    batches, closed = getattr(pipeline, name), []
+
+    def recorded(*args, **kwargs):
+        try:
+            yield from batches(*args, **kwargs)
+        finally:
+            closed.append(name)
+
+    def fail(*_, **__):
+        raise FloatingPointError("stop")
+
+    monkeypatch.setattr(pipeline, name, recorded)
+    if name == "train_batches":
+        monkeypatch.setattr(train, "shard_batch", fail)
+    else:
+        config.num_train_steps, config.eval.every_epochs = 6, 1
+        monkeypatch.setattr(evaluate, "shard_batch", fail)
+    with pytest.raises(FloatingPointError, match="stop") as caught:
+        run_all(config, tmp_path)
+    assert caught.tb is not None
+    assert closed == [name]
+
+
 def test_non_finite_steps_are_skipped_up_to_a_limit(config, tmp_path, monkeypatch):
     config.num_train_steps = 6
     config.log_every_steps = 1

@@ -12,13 +12,16 @@ from dualpath_jax.runtime.safe_read import truncated_repr
 
 # Name under which frames are stored if the data set's splits share videos.
 SHARED_SPLIT = "all"
-# Spelling of a split in files and folders -> name of the split.
+# Spelling of a split in files and folders, in lower case -> name of the split.
 SPLIT_NAMES = {
     "train": "train",
+    "training": "train",
     "validation": "validation",
     "val": "validation",
+    "valid": "validation",
     "validate": "validation",
     "test": "test",
+    "testing": "test",
 }
 
 

@@ -13,7 +13,7 @@ def read_folder(
 
     Args:
       videos_dir: folder that holds the class folders, either directly or inside split folders
-        (train, validation or val, test).
+        (train, validation or val, test, and other spellings: `SPLIT_NAMES`, in any case).
       annotations: not used.
       validation_fraction: fraction of each class for validation, used without split folders.
 
@@ -21,15 +21,22 @@ def read_folder(
       The data set. A video's id is its path relative to `videos_dir`; classes are sorted by name.
 
     Raises:
-      ValueError: there are no class folders, a class has no videos, or two folders name the same
-        split.
+      ValueError: there are no class folders, a class has no videos, two folders name the same
+        split, or there are other folders beside split folders.
     """
     del annotations  # the folders are the annotations
     folders, notices = _list_visible(videos_dir, "", want_folders=True)
     if not folders:
         raise ValueError(f"{videos_dir!r} holds no class folders; expected VIDEOS/<class>/<file>")
-    if set(folders) <= set(SPLIT_NAMES):
-        if len({SPLIT_NAMES[name] for name in folders}) < len(folders):
+    split_folders = [name for name in folders if _is_split_folder(videos_dir, name)]
+    if split_folders:
+        if others := [name for name in folders if name not in split_folders]:
+            raise ValueError(
+                f"{videos_dir!r} holds the split folders {', '.join(split_folders)}, and also "
+                f"{_list_some(others)}: name a folder that holds either split folders or class "
+                "folders alone"
+            )
+        if len({SPLIT_NAMES[name.casefold()] for name in folders}) < len(folders):
             raise ValueError(
                 f"{videos_dir!r} has {', '.join(folders)}: two are the same split; keep one of them"
             )
@@ -37,7 +44,8 @@ def read_folder(
         for folder in folders:
             classes, more = _list_visible(videos_dir, folder, want_folders=True)
             notices += more
-            class_folders += [(SPLIT_NAMES[folder], name, f"{folder}/{name}") for name in classes]
+            split = SPLIT_NAMES[folder.casefold()]
+            class_folders += [(split, name, f"{folder}/{name}") for name in classes]
     else:
         class_folders = [("", name, name) for name in folders]
     class_names = sorted({name for _, name, _ in class_folders})
@@ -49,14 +57,32 @@ def read_folder(
         paths = [f"{folder}/{file}" for file in files]
         splits[split] += [Video(path, path, index[name]) for path in paths]
     used = {video.label for videos in splits.values() for video in videos}
-    if empty := [name for name in class_names if index[name] not in used]:
-        raise ValueError(
-            f"class folder {empty[0]!r} in {videos_dir!r} has no videos (one of {len(empty)} such "
-            "folders); fill or remove it"
-        )
+    for _, name, folder in class_folders:
+        if index[name] not in used:
+            inside, _ = _list_visible(videos_dir, folder, want_folders=True)
+            found = f"no file, but {_list_some(inside)}" if inside else "no file"
+            raise ValueError(
+                f"class folder {folder!r} in {videos_dir!r} holds {found}; the videos of a class "
+                "are expected directly in its folder"
+            )
     if "" in splits:
         splits = split_by_hash(splits[""], validation_fraction)
     return DatasetIndex(class_names, dict(splits), notices)
+
+
+def _is_split_folder(videos_dir: str, name: str) -> bool:
+    """Return whether a folder has the name of a split, and holds not only files as a class does."""
+    if name.casefold() not in SPLIT_NAMES:
+        return False
+    inside, _ = _list_visible(videos_dir, name, want_folders=True)
+    return bool(inside) or not _list_visible(videos_dir, name, want_folders=False)[0]
+
+
+def _list_some(folders: list[str]) -> str:
+    """Return "the folder 'a'", or "3 folders such as 'a'"."""
+    if len(folders) == 1:
+        return f"the folder {folders[0]!r}"
+    return f"{len(folders)} folders such as {folders[0]!r}"
 
 
 def _list_visible(root: str, folder: str, want_folders: bool) -> tuple[list[str], list[str]]:

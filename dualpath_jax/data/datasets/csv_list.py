@@ -2,6 +2,7 @@
 
 import csv
 import os
+import unicodedata
 
 from dualpath_jax.data.datasets.annotations import (
     SPLIT_NAMES,
@@ -19,38 +20,43 @@ _MAX_CLASSES = 100_000  # each class takes a name in memory and a part of the cl
 def read_csv(videos_dir: str, annotations: str | None, validation_fraction: float) -> DatasetIndex:
     """Read CSV files with lines `path,label`.
 
-    The label is the text after the last comma. Fields may be quoted, and a first line `path,label`
-    is skipped. Lines "path 12" without a comma, as in Kinetics' lists, are read too. Labels are
-    either all class indices or all class names; named classes are sorted by name.
+    The label is the text after the last comma. Fields may be quoted. A first line is a heading if
+    it is `path,label`, or if it names no file while the second line does. Lines "path 12" without a
+    comma, as in Kinetics' lists, are read too. Labels are either all class indices or all class
+    names; named classes are sorted by name.
 
     Args:
-      videos_dir: not used; relative paths in the files are relative to this folder.
-      annotations: a CSV file, or a folder with train.csv and perhaps validation.csv (or val.csv)
-        and test.csv.
+      videos_dir: relative paths in the files are relative to this folder.
+      annotations: a CSV file, or a folder with train.csv and perhaps validation.csv and test.csv;
+        val.csv and other spellings are read too, see `SPLIT_NAMES`.
       validation_fraction: fraction of each class for validation, used for a single file.
 
     Raises:
       ValueError: the files are missing, malformed or inconsistent.
     """
-    del videos_dir
+    notices: list[str] = []
     annotations = require_file(annotations, os.path.exists, "a CSV file or a folder with train.csv")
     if os.path.isdir(annotations):
         rows = {}
-        for name, split in SPLIT_NAMES.items():
-            path = os.path.join(annotations, name + ".csv")
-            if os.path.exists(path):
+        for name in sorted(os.listdir(annotations)):
+            stem, extension = os.path.splitext(name.casefold())
+            split = SPLIT_NAMES.get(stem)
+            if extension == ".csv" and split:
                 if split in rows:
                     raise ValueError(
-                        f"{annotations!r} has {name}.csv and another list of the same split, "
+                        f"{annotations!r} has {name} and another list of the same split, "
                         f"{split!r}; keep one of them"
                     )
-                rows[split] = _read_rows(path)
+                rows[split] = _read_rows(os.path.join(annotations, name), videos_dir, notices)
+        rows = {
+            split: rows[split] for split in dict.fromkeys(SPLIT_NAMES.values()) if split in rows
+        }
         if "train" not in rows:
             raise ValueError(
                 f"there is no train.csv in {annotations!r}{format_dataset_hint(annotations, 'csv')}"
             )
     else:
-        rows = {"train": _read_rows(annotations)}
+        rows = {"train": _read_rows(annotations, videos_dir, notices)}
     class_names = _find_class_names(rows)
     index = {name: i for i, name in enumerate(class_names)}
     splits = {
@@ -59,11 +65,11 @@ def read_csv(videos_dir: str, annotations: str | None, validation_fraction: floa
     }
     if not os.path.isdir(annotations):
         splits = split_by_hash(splits["train"], validation_fraction)
-    return DatasetIndex(class_names, splits)
+    return DatasetIndex(class_names, splits, notices)
 
 
-def _read_rows(path: str) -> list[tuple[str, str]]:
-    """Read (path, label) from each line of a CSV file."""
+def _read_rows(path: str, videos_dir: str, notices: list[str]) -> list[tuple[str, str]]:
+    """Read (path, label) from each line of a CSV file; a heading is left out with a notice."""
     rows = []
     with open_text(path, errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
@@ -82,7 +88,42 @@ def _read_rows(path: str) -> list[tuple[str, str]]:
                 raise ValueError(
                     f"{path}, line {number}: {truncated_repr(line.strip())} is not `path,label`"
                 )
+            # Bytes that are not UTF-8 are surrogates here.
+            if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in label):
+                raise ValueError(
+                    f"{path}, line {number}: label {truncated_repr(label)} is not text in UTF-8; "
+                    "convert the list, such as with iconv -f GBK -t UTF-8 (or -f UTF-16)"
+                )
             rows.append((video, label))
+    return _drop_heading(rows, path, videos_dir, notices)
+
+
+def _drop_heading(
+    rows: list[tuple[str, str]], path: str, videos_dir: str, notices: list[str]
+) -> list[tuple[str, str]]:
+    """Return the rows without a heading.
+
+    A first row is one if the others name files, and it names neither a file nor a label of theirs.
+
+    Raises:
+      ValueError: the rows are `label,path`.
+    """
+
+    def exists(name: str) -> bool:
+        return os.path.isfile(os.path.join(videos_dir, name))
+
+    first = rows[:20]
+    swapped = [exists(label) and not exists(video) for video, label in first]
+    if sum(swapped) > 1 and all(swapped[1:]):
+        raise ValueError(
+            f"{path} has lines `label,path`, such as {truncated_repr(','.join(rows[-1]))}; write "
+            "`path,label`"
+        )
+    name, label = rows[0] if rows else ("", "")
+    unlike = "." not in name and label not in (other for _, other in rows[1:])
+    if len(rows) > 1 and unlike and all(exists(video) for video, _ in first[1:]):
+        notices.append(f"the first line of {path}, {','.join(rows[0])!r}, is taken for a heading")
+        return rows[1:]
     return rows
 
 

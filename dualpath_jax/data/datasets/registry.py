@@ -9,6 +9,7 @@ files exist; `list_videos` makes the checks that are common to all data sets. Sp
 import collections
 import dataclasses
 import os
+import unicodedata
 from collections.abc import Callable
 
 from dualpath_jax.data.datasets import k400
@@ -75,6 +76,7 @@ def list_videos(
     if not splits:
         raise ValueError(f"data set {dataset!r} has no videos in {annotations or videos_dir!r}")
     _check_encodable(listing.class_names)
+    _check_distinct(listing.class_names)
     for split, videos in splits.items():
         _check_split(split, videos, len(listing.class_names))
         if dataset != "csv":  # users write such a list themselves; it may name files anywhere
@@ -103,6 +105,18 @@ def _check_split(split: str, videos: list[Video], num_classes: int) -> None:
             raise ValueError(
                 f"video {truncated_repr(video.id)} of split {split!r} has label "
                 f"{truncated_repr(video.label)}; there are {num_classes} classes"
+            )
+
+
+def _check_distinct(class_names: list[str]) -> None:
+    """Raise ValueError for two class names that differ only in case or in their Unicode form."""
+    seen: dict[str, str] = {}
+    for name in class_names:
+        form = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        if (other := seen.setdefault(form, name)) != name:
+            raise ValueError(
+                f"classes {truncated_repr(other)} and {truncated_repr(name)} differ only in case "
+                "or in the Unicode form of a letter: give both the same name if they are one class"
             )
 
 
@@ -136,6 +150,13 @@ def _find_class_anomalies(
     used = {video.label for videos in splits.values() for video in videos}
     if empty := [name for label, name in enumerate(class_names) if label not in used]:
         notices.append(f"{len(empty)} classes have no video, such as {empty[0]!r}")
+    trained = {video.label for video in splits.get("train", [])}
+    if "train" in splits and (unseen := sorted(used - trained)):
+        names = ", ".join(repr(class_names[label]) for label in unseen[:5])
+        dots = ", ..." if len(unseen) > 5 else ""
+        notices.append(
+            f"{len(unseen)} classes have no training video and cannot be learnt: {names}{dots}"
+        )
     if len(class_names) == 1:
         notices.append(f"{class_names[0]!r} is the only class; there is nothing to learn")
     published = NUM_CLASSES.get(dataset, len(class_names))
