@@ -293,7 +293,7 @@ def test_csv_folder(videos, tmp_path, validation):
     assert listing.notices == ["1 videos are in several splits, such as '1.mp4'"]
     other = {"validation.csv": "val.csv", "val.csv": "validation.csv"}[validation]
     (tmp_path / "lists" / other).write_text("4.mp4,b\n")
-    with pytest.raises(ValueError, match=r"validation.csv and another list of .* 'validation'; keep one"):
+    with pytest.raises(ValueError, match=r"validation.csv and another list of .* 'validation'"):
         list_videos("csv", str(videos), str(tmp_path / "lists"))
     (tmp_path / "lists" / other).unlink()
     (tmp_path / "lists" / "test.csv").write_text("9.mp4,c\n")

@@ -122,6 +122,120 @@ def test_rotation(tmp_path, matrix, shape, red_at):
     assert image.shape[:2] == (shape[0] // 2, shape[1] // 2)
 
 
+@pytest.mark.parametrize("signs", [(a, b) for a in (1, -1) for b in (1, -1)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_orientation(tmp_path, signs, transposed):
+    """Compare the corners with where the display matrix sends them; half of the 8 mirror."""
+    frame = np.zeros((48, 64, 3), np.uint8)
+    colors = {(0, 0): 40, (0, 1): 100, (1, 0): 160, (1, 1): 220}  # (row, column) of the quarter
+    for (row, column), gray in colors.items():
+        frame[24 * row : 24 * row + 24, 32 * column : 32 * column + 32] = gray
+    path = write_video(tmp_path / "a.mp4", [frame, frame])
+    a, d = (0, 0) if transposed else signs
+    c, b = signs if transposed else (0, 0)
+    rotate_header(path, a, b, c, d)
+    (image, _), _ = read(path)
+    height, width = image.shape[:2]
+    assert (height, width) == ((64, 48) if transposed else (48, 64))
+    for (row, column), gray in colors.items():
+        p, q = 2 * column - 1, 2 * row - 1  # from the middle
+        x, y = a * p + c * q, b * p + d * q
+        found = image[height // 2 + y * height // 4, width // 2 + x * width // 4].astype(int)
+        assert abs(found - gray).max() < 12
+
+
+def write_two_streams(path, sizes, default=None):
+    """Write a file with two video streams, 5 gray frames each; `default` marks one of them."""
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("mpeg4", rate=25) for _ in sizes]
+        for stream, (width, height) in zip(streams, sizes, strict=True):
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if default is not None:
+            streams[default].disposition = av.stream.Disposition.default
+        for _ in range(5):
+            for stream, (width, height) in zip(streams, sizes, strict=True):
+                frame = av.VideoFrame.from_ndarray(np.zeros((height, width, 3), np.uint8))
+                container.mux(stream.encode(frame))
+        for stream in streams:
+            container.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "default", "chosen"),
+    [
+        ("a.ts", [(64, 48), (160, 120)], None, (120, 160)),  # the larger one
+        ("a.mkv", [(64, 48), (160, 120)], 1, (120, 160)),
+        ("a.mkv", [(160, 120), (64, 48)], 1, (48, 64)),  # twin: the marked one is the smaller
+        ("a.ts", [(160, 120), (160, 120)], None, (120, 160)),
+    ],
+)
+def test_the_stream_of_a_player_is_chosen(tmp_path, name, sizes, default, chosen):
+    write_two_streams(tmp_path / name, sizes, default)
+    frames, reader = read(tmp_path / name)
+    assert [frame.shape[:2] for frame in frames] == [chosen] * 5
+    assert reader.truncated == ""
+
+
+def test_a_cover_loses_without_a_mark(tmp_path):
+    """Check a larger stream of one picture, marked as default, beside a small film."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        cover, film = (container.add_stream(codec, rate=25) for codec in ("mjpeg", "mpeg4"))
+        cover.width, cover.height, cover.pix_fmt = 320, 240, "yuvj420p"
+        film.width, film.height, film.pix_fmt = 64, 48, "yuv420p"
+        cover.disposition = av.stream.Disposition.default
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((240, 320, 3), np.uint8))))
+        container.mux(cover.encode())
+        for _ in range(5):
+            container.mux(film.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8))))
+        container.mux(film.encode())
+    frames, _ = read(path)
+    assert [frame.shape[:2] for frame in frames] == [(48, 64)] * 5
+
+
+def test_one_damaged_packet_costs_its_frame_alone(tmp_path):
+    """Check brightness in order; without damage (the twin) nothing is said."""
+    levels = list(range(20, 220, 10))
+    frames = [np.full((48, 64, 3), level, np.uint8) for level in levels]
+    path = write_video(tmp_path / "a.avi", frames, gop=1)
+    found, reader = read(path)
+    assert len(found) == 20
+    assert reader.truncated == ""
+    with av.open(path) as container:
+        packet = bytes([packet for packet in container.demux(video=0) if packet.size][7])
+    data = pathlib.Path(path).read_bytes()
+    pathlib.Path(path).write_bytes(data.replace(packet, b"\0" * len(packet)))
+    found, reader = read(path)
+    left = levels[:7] + levels[8:]
+    assert [round(float(frame.mean()), -1) for frame in found] == left
+    assert reader.truncated.startswith("1 packets cannot be decoded, the first after 7 frames: ")
+
+
+def test_sound_that_is_longer_than_the_frames(tmp_path):
+    """Check that the duration of the sound does not make a video truncated."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        film, sound = (
+            container.add_stream("mpeg4", rate=25),
+            container.add_stream("aac", rate=44100),
+        )
+        film.width, film.height, film.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(25):
+            container.mux(film.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8))))
+        container.mux(film.encode())
+        for i in range(200):
+            samples = np.zeros((1, 1024), np.float32)
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 44100, 1024 * i
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+    with av.open(str(path)) as container:
+        assert container.duration > 4e6  # microseconds: that of the sound
+    frames, reader = read(path)
+    assert len(frames) == 25
+    assert reader.truncated == ""
+
+
 def test_size_change_keeps_first_size(tmp_path):
     path = tmp_path / "a.mjpeg"
     with open(path, "wb") as file:

@@ -9,12 +9,14 @@ import dataclasses
 import io
 import math
 import os
+import struct
 from collections.abc import Iterator
 
 import av
 import av.logging
 import av.stream
 import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
 from PIL import Image
 
 NOT_FOUND = "file not found"
@@ -33,6 +35,8 @@ IGNORE_TAG_ERRORS = {"metadata_errors": "replace"} if int(av.__version__.split("
 # Color matrices (AVColorSpace) that swscale does not support -> the matrices used instead. BT.2020
 # with constant luminance is close to the one without; YCgCo and reserved numbers count as untagged.
 _MATRIX_SUBSTITUTES = {10: 9} | dict.fromkeys((3, 8, *range(11, 32)), 2)
+# Codecs of still images, whose "streams" are covers and thumbnails beside another stream.
+_STILL_CODECS = frozenset({"bmp", "gif", "mjpeg", "png", "tiff", "webp"})
 _CHECK_INTERVAL = 16  # `check_video` compresses one of so many frames
 
 
@@ -148,9 +152,9 @@ class FrameReader:
                     if self._rate_filter and not self._rate_filter.should_keep(frame.time):
                         continue
                     self._check_pixels(frame.width, frame.height)
-                    turns = round(frame.rotation / 90)  # counterclockwise, as in np.rot90
-                    size = size or self._target_size(frame, turns)
-                    image = _convert_to_rgb(frame, size, turns)
+                    orientation = Orientation.of_frame(frame)
+                    size = size or self._target_size(frame, orientation)
+                    image = _convert_to_rgb(frame, size, orientation)
                 except MemoryError:
                     raise
                 except (av.FFmpegError, ValueError) as problem:
@@ -167,14 +171,19 @@ class FrameReader:
                 raise VideoError(f"no frame could be decoded ({reason})")
             if error or self._cut_reason:
                 self.truncated = f"after {count} frames: {error or self._cut_reason}"
+            elif self._lost_packets:
+                self.truncated = (
+                    f"{self._lost_packets} packets cannot be decoded, {self._lost_reason}"
+                )
             elif self._bad_start:
                 self.truncated = f"does not begin with a frame: {self._bad_start}"
             else:
                 self.truncated = self._describe_early_end(end)
 
     def _decode_packets(self) -> Iterator[av.VideoFrame]:
-        """Yield the decoded frames; skips packets that fail before the first frame."""
-        self._bad_start = self._cut_reason = ""
+        """Yield the decoded frames; skip packets that fail."""
+        self._bad_start = self._cut_reason = self._lost_reason = ""
+        self._lost_packets, decoded = 0, 0
         self._started = False
         for packet in self._read_packets():
             try:
@@ -183,10 +192,14 @@ class FrameReader:
                 raise
             except (av.FFmpegError, ValueError) as problem:
                 if self._started:
-                    raise
-                self._bad_start = self._bad_start or describe_error(problem)
+                    reason = f"the first after {decoded} frames: {describe_error(problem)}"
+                    self._lost_packets += 1
+                    self._lost_reason = self._lost_reason or reason
+                else:
+                    self._bad_start = self._bad_start or describe_error(problem)
                 continue
             self._started = self._started or bool(frames)
+            decoded += len(frames)
             yield from frames
 
     def _read_packets(self) -> Iterator[av.Packet]:
@@ -217,13 +230,13 @@ class FrameReader:
                 f"{width}x{height} pixels, more than the limit of {self._limits.max_pixels}"
             )
 
-    def _target_size(self, frame: av.VideoFrame, turns: int) -> tuple[int, int]:
+    def _target_size(self, frame: av.VideoFrame, orientation: "Orientation") -> tuple[int, int]:
         """Return (height, width) of the yielded frames: those of the first frame, scaled."""
         height, width = frame.height, frame.width
         if self._short_side and min(height, width) > self._short_side:
             scale = self._short_side / min(height, width)
             height, width = round(height * scale), round(width * scale)
-        return (width, height) if turns % 2 else (height, width)
+        return (width, height) if orientation.transposed else (height, width)
 
     def _describe_early_end(self, end: float | None) -> str:
         """Return a sentence if the header claims more than `end`, in seconds, and "" otherwise.
@@ -235,8 +248,12 @@ class FrameReader:
         stream, container = self._stream, self._container
         if stream.duration:
             claimed = float(stream.duration * stream.time_base)
-        else:
+        elif "DURATION" in stream.metadata:  # mkv's, of this stream
+            claimed = _parse_clock(stream.metadata["DURATION"])
+        elif len(container.streams) == 1:
             claimed = (container.duration or 0) / av.time_base
+        else:
+            return ""  # the file's duration may be that of the sound
         seen = end - (container.start_time or 0) / av.time_base
         # Headers are often wrong by a frame or two, and the sound may be longer than the frames.
         if claimed - seen > max(0.5, 0.1 * claimed):
@@ -297,13 +314,13 @@ def decode_frames(
 ) -> FrameReader:
     """Open a video for one pass over its frames.
 
-    Frames come in decode order, because time stamps may be wrong. They are upright (rotation
-    metadata is applied) and have the size of the first frame even if the stream changes size.
+    Frames come in decode order, because time stamps may be wrong. They are upright (the display
+    matrix is applied) and have the size of the first frame even if the stream changes size.
     Pixels are taken as square, as other loaders of video datasets do. Colors are converted with the
     matrix and range that the file names; the defaults are BT.601 and limited range at every size,
     as in ffmpeg and decord. HDR is not tone-mapped. A video that breaks off yields the frames
-    before the break, one whose beginning cannot be decoded yields the frames after it, and the
-    reader's `truncated` then gives the reason.
+    before the break; of one with damaged packets, the frames that decode are yielded. The reader's
+    `truncated` then gives the reason.
 
     Args:
       path: a video file.
@@ -403,30 +420,86 @@ def _open_container(path: str):
 
 
 def _find_video_stream(container):
-    """Return the first video stream; VideoError if there is none."""
+    """Return the video stream that a player would choose; VideoError if there is none.
+
+    Moving pictures come before covers and thumbnails, then the stream that is marked as default,
+    then the one with most pixels.
+    """
     if container.format.name in _NON_VIDEO_FORMATS or container.format.name.endswith("_pipe"):
         raise VideoError(f"not a video (format {container.format.name})")
-    for stream in container.streams.video:
-        # An attached picture is the cover of a sound file.
-        if not stream.disposition & av.stream.Disposition.attached_pic:
-            return stream
-    raise VideoError("no video stream" + (", only audio" if container.streams.audio else ""))
+    attached = av.stream.Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & attached]
+    if not streams:
+        raise VideoError("no video stream" + (", only audio" if container.streams.audio else ""))
+
+    def rank(stream: av.VideoStream) -> tuple[bool, bool, int]:
+        moving = stream.codec_context.name not in _STILL_CODECS and stream.frames != 1
+        default = bool(stream.disposition & av.stream.Disposition.default)
+        return moving, default, stream.width * stream.height
+
+    return max(streams, key=rank)  # of equals the first
 
 
-def _convert_to_rgb(frame: av.VideoFrame, size: tuple[int, int], turns: int) -> np.ndarray:
+def _parse_clock(text: str) -> float:
+    """Return the seconds of "00:01:02.5", 0.0 for anything else."""
+    try:
+        hours, minutes, seconds = text.split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    except ValueError:
+        return 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Orientation:
+    """Tells how a stored frame is made upright: one of eight ways.
+
+    Attributes:
+      transposed: exchange rows and columns, first of all.
+      mirrored: reverse the columns.
+      upside_down: reverse the rows.
+    """
+
+    transposed: bool = False
+    mirrored: bool = False
+    upside_down: bool = False
+
+    @classmethod
+    def of_frame(cls, frame: av.VideoFrame) -> "Orientation":
+        """Return the orientation by the frame's display matrix, to the nearest quarter turn.
+
+        The matrix (libavutil/display.h) maps the stored point (p, q) to (a p + c q, b p + d q).
+        """
+        matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+        if matrix is None:
+            return cls()
+        a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+        if abs(a) + abs(d) >= abs(b) + abs(c):
+            return cls(False, a < 0, d < 0)
+        return cls(True, c < 0, b < 0)
+
+    def apply(self, image: np.ndarray) -> np.ndarray:
+        """Return the upright image [H, W, 3] of a stored one."""
+        if self.transposed:
+            image = image.swapaxes(0, 1)
+        return image[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1]
+
+
+def _convert_to_rgb(
+    frame: av.VideoFrame, size: tuple[int, int], orientation: Orientation
+) -> np.ndarray:
     """Return a frame as uint8 [H, W, 3] RGB, upright, of `size` (height, width).
 
     Args:
       frame: a decoded frame, as stored in the file.
       size: height and width of the upright frame.
-      turns: quarter turns, counterclockwise, that make the frame upright.
+      orientation: makes the frame upright.
     """
-    height, width = size[::-1] if turns % 2 else size
+    height, width = size[::-1] if orientation.transposed else size
     frame.colorspace = _MATRIX_SUBSTITUTES.get(frame.colorspace, frame.colorspace)
     frame = frame.reformat(
         width=width, height=height, format="rgb24", interpolation="AREA", threads=1
     )
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(), turns))
+    return np.ascontiguousarray(orientation.apply(frame.to_ndarray()))
 
 
 def describe_error(problem: BaseException) -> str:
