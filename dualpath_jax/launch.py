@@ -17,6 +17,7 @@ from dualpath_jax.training.inputs import (
     dataset_fingerprint,
     expand_splits,
     open_datasets,
+    report_untrained_classes,
 )
 
 # Settings that may differ between hosts: paths on their own disks, and the number of prefetched
@@ -60,6 +61,8 @@ def train_and_evaluate(config: Any, workdir: str, training: bool, start_over: bo
 def _run_split(config: Any, workdir: str, training: bool, start_over: bool) -> dict[str, Any]:
     """Train, if `training`, and evaluate one run; return the content of results.json."""
     dataset, eval_dataset = open_datasets(config)
+    if training and not config.data.synthetic and distributed.is_main_process():
+        report_untrained_classes(dataset)
     distributed.check_same_on_all_hosts(
         {
             "training videos": dataset_fingerprint(dataset),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from dualpath_jax.data.preparation import video_decoder
 
+_ROUNDING = 1e-6  # seconds by which times may differ from what they should be
 _NO_FRAME_LIMIT = video_decoder.DecodeLimits(max_frames=2**62)
 
 
@@ -14,7 +15,7 @@ class Window:
     """Holds a part of a video.
 
     Attributes:
-      start, end: seconds from the beginning of the video, by the frame rate in the file.
+      start, end: seconds from the first frame of the video, by time stamps.
       jpegs: the frames as JPEG files.
       height, width: size of each frame, pixels.
       note: in the last window, the part of the video that is missing, see
@@ -45,13 +46,14 @@ def decode_windows(
 ) -> Iterator[Window]:
     """Yield the windows of a video and decode frames as they are needed.
 
-    A video shorter than a window is one window. If frames remain after the last window, one more
-    window of full length ends with the video.
+    Windows begin at 0, `stride`, 2 `stride`, ... The last one ends with the video and may be
+    shorter. A window in which no frame is shown is left out. Frames count by their time stamps, as
+    a video's rate may change; see `video_decoder.FrameClock`.
 
     Args:
       path: a video file.
-      seconds: length of a window, rounded to a whole number of frames, at least one.
-      stride: seconds from the start of a window to the start of the next, also rounded.
+      seconds: length of a window.
+      stride: seconds from the start of a window to the start of the next.
       frame_format: format of the frames in the windows.
 
     Raises:
@@ -62,30 +64,35 @@ def decode_windows(
     reader = video_decoder.decode_frames(
         path, _NO_FRAME_LIMIT, frame_format.short_side, frame_format.fps
     )
-    if not reader.fps:
-        raise video_decoder.VideoError("the file has no frame rate, which windows need")
-    length = max(1, round(seconds * reader.fps))
-    step = max(1, round(stride * reader.fps))
-    kept: list[bytes] = []
-    first = 0  # index of the frame kept[0]
-    count = 0  # frames decoded
-    covered = 0  # end of the last window
+    number = 0  # of the window that is being filled
+    kept: list[tuple[float, bytes]] = []  # its frames so far, with their times
+    last: Window | None = None  # the last complete window, until another one follows
+    newest = covered = -1.0  # times of the last frame, and of the last one in a window
     shape = (0, 0)
 
-    def window(start: int, note: str = "") -> Window:
-        jpegs = kept[start - first : start - first + length]
-        end = start + len(jpegs)
-        return Window(start / reader.fps, end / reader.fps, jpegs, *shape, note)
-
-    due = 0  # start of the next window
     for frame in reader:
-        if count == due + length:  # the window is complete, and the video has more frames
-            yield window(due)
-            covered, due = count, due + step
-        kept.append(video_decoder.to_jpeg(frame, frame_format.quality))
-        shape, count = frame.shape[:2], count + 1
-        if count - first > length:  # later windows need at most the last `length` frames
-            del kept[: count - first - length]
-            first = count - length
-    if covered < count:
-        yield window(max(0, count - length), reader.truncated)
+        if reader.time is None:
+            raise video_decoder.VideoError("the file has no frame rate, which windows need")
+        newest = max(newest, reader.time)
+        while newest + _ROUNDING >= number * stride + seconds:  # the window is complete
+            if not kept:
+                number = max(number, math.floor((newest - seconds) / stride)) + 1
+                continue
+            if last is not None:
+                yield last
+            start, covered = number * stride, kept[-1][0]
+            last = Window(start, start + seconds, [jpeg for _, jpeg in kept], *shape)
+            number += 1
+            kept = [(t, jpeg) for t, jpeg in kept if t + _ROUNDING >= number * stride]
+        shape = frame.shape[:2]
+        if newest + _ROUNDING >= number * stride:
+            kept.append((newest, video_decoder.to_jpeg(frame, frame_format.quality)))
+
+    if kept and kept[-1][0] > covered:
+        if last is not None:
+            yield last
+        start = number * stride
+        end = min(start + seconds, reader.end)
+        last = Window(start, end, [jpeg for _, jpeg in kept], *shape)
+    if last is not None:
+        yield dataclasses.replace(last, note=reader.truncated)

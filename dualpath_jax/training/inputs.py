@@ -13,6 +13,7 @@ from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.data.video_source import VideoSource
 from dualpath_jax.runtime import gcs
 from dualpath_jax.runtime.command_line import command_line
+from dualpath_jax.runtime.safe_read import truncated_repr
 
 _NUM_SYNTHETIC_VIDEOS = 1000
 
@@ -121,6 +122,19 @@ def open_datasets(config: Any) -> tuple[VideoSource, VideoSource]:
         return tuple(synthetic.make_synthetic_split(config.data, size) for size in sizes)
     splits = (config.data.train_split, config.eval.split)
     return tuple(VideoDataset(config.data.dir, split) for split in splits)
+
+
+def report_untrained_classes(dataset: VideoSource) -> None:
+    """Print the classes that have no video in the training split, unless all have one."""
+    labels = set(dataset.labels.tolist())
+    missing = [name for label, name in enumerate(dataset.class_names) if label not in labels]
+    if missing:
+        names = ", ".join(map(truncated_repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        print(
+            f"{len(missing)} of {len(dataset.class_names)} classes have no training video and "
+            f"cannot be learnt: {names}",
+            flush=True,
+        )
 
 
 def dataset_fingerprint(dataset: VideoSource) -> list[Any]:

@@ -23,6 +23,7 @@ from PIL import Image
 from dualpath_jax.data.preparation import worker_pool
 from dualpath_jax.data.preparation.video_decoder import (
     DecodeLimits,
+    FrameClock,
     FrameRateFilter,
     VideoError,
     VideoInfo,
@@ -397,8 +398,8 @@ def test_fps(tmp_path, fps, kept, stored):
 
 
 def kept_frames(stamps, fps, rate):
-    rate_filter = FrameRateFilter(fps, rate)
-    return [i for i, stamp in enumerate(stamps) if rate_filter.should_keep(stamp)]
+    rate_filter, clock = FrameRateFilter(fps, rate), FrameClock(rate)
+    return [i for i, stamp in enumerate(stamps) if rate_filter.should_keep(clock.tick(stamp))]
 
 
 def test_frame_rate_filter_by_time_stamps():

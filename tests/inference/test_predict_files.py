@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import fractions
 import io
 import json
 import pathlib
 import runpy
 import sys
 
+import av
 import jax
 import numpy as np
 import pytest
@@ -176,16 +178,16 @@ def test_windows_of_a_long_video(tmp_path):
     frames = [np.full((32, 48, 3), 5 * i, np.uint8) for i in range(45)]
     write_video(path, frames, rate=10)
     found = list(sliding_windows.decode_windows(path, 2.0, 1.0, FORMAT))
-    assert [(w.start, w.end) for w in found] == [(0, 2), (1, 3), (2, 4), (2.5, 4.5)]
-    assert [len(w.jpegs) for w in found] == [20] * 4
+    assert [(w.start, w.end) for w in found] == [(0, 2), (1, 3), (2, 4), (3, 4.5)]
+    assert [len(w.jpegs) for w in found] == [20, 20, 20, 15]
     whole, _ = video_decoder.video_to_jpegs(path, 256, 90, video_decoder.DecodeLimits())
-    assert [w.jpegs for w in found] == [whole[s : s + 20] for s in (0, 10, 20, 25)]
+    assert [w.jpegs for w in found] == [whole[s : s + 20] for s in (0, 10, 20, 30)]
     assert found[0].jpegs != found[1].jpegs
     assert [(w.start, w.end) for w in sliding_windows.decode_windows(path, 9, 4, FORMAT)] == [
         (0, 4.5)
     ]
     gaps = [(w.start, w.end) for w in sliding_windows.decode_windows(path, 1, 2, FORMAT)]
-    assert gaps == [(0, 1), (2, 3), (3.5, 4.5)]
+    assert gaps == [(0, 1), (2, 3), (4, 4.5)]
     single = list(sliding_windows.decode_windows(path, 0.001, 0.001, FORMAT))  # one frame each
     assert [len(w.jpegs) for w in single] == [1] * 45
     assert [w.jpegs[0] for w in single] == whole
@@ -197,6 +199,26 @@ def test_windows_of_a_long_video(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             list(sliding_windows.decode_windows(path, seconds, stride, FORMAT))
+
+
+def test_windows_of_a_video_whose_rate_changes(tmp_path):
+    """Check windows by time stamps: 10 frames a second, then 2, then none for 5 seconds."""
+    path = str(tmp_path / "phone.mkv")
+    times = [*(0.1 * i for i in range(20)), *(2 + 0.5 * i for i in range(8)), 11.0, 11.5]
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.codec_context.time_base = fractions.Fraction(1, 1000)
+        for i, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 8 * i, np.uint8))
+            frame.pts, frame.time_base = round(1000 * time), fractions.Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    found = list(sliding_windows.decode_windows(path, 2.0, 2.0, FORMAT))
+    assert [(w.start, len(w.jpegs)) for w in found] == [(0, 20), (2, 4), (4, 4), (10, 2)]
+    assert found[-1].end == pytest.approx(11.6, abs=0.45)
+    whole, _ = video_decoder.video_to_jpegs(path, 256, 90, video_decoder.DecodeLimits())
+    assert [jpeg for window in found for jpeg in window.jpegs] == whole
 
 
 def test_frames_have_the_format_of_the_training_data(run, config, tmp_path):
@@ -243,7 +265,8 @@ def test_windows_of_a_cut_video(tmp_path):
     assert 20 <= len(whole) < 40
     assert info.truncated
     assert [w.note for w in found] == [""] * (len(found) - 1) + [info.truncated]
-    assert found[-1].jpegs == whole[-10:]
+    assert [jpeg for window in found for jpeg in window.jpegs] == whole
+    assert 0 < len(found[-1].jpegs) <= 10
 
 
 def test_windows_command(run, video, tmp_path, monkeypatch, capsys):

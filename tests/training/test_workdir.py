@@ -8,14 +8,16 @@ import resource
 import signal
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
 from etils import epath
 
 from dualpath_jax import launch
 from dualpath_jax.runtime import file_lock, files
 from dualpath_jax.training import metrics_logger
-from dualpath_jax.training.inputs import check_workdir
+from dualpath_jax.training.inputs import check_workdir, report_untrained_classes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HOLD_LOCK = """
@@ -66,6 +68,16 @@ def test_each_split_is_claimed(config, tmp_path, monkeypatch):
         assert folders == [f"{workdir}/split1"]
     launch.train_and_evaluate(config, workdir, training=True)
     assert folders[1:] == [f"{workdir}/split{number}" for number in (1, 2, 3)]
+
+
+def test_classes_without_training_videos_are_named(capsys):
+    names = ["hop", "jump", "run", "sit", "walk", "wave", "whirl"]
+    everything = types.SimpleNamespace(labels=np.arange(7), class_names=names)
+    report_untrained_classes(everything)
+    assert capsys.readouterr().out == ""
+    report_untrained_classes(types.SimpleNamespace(labels=np.array([2, 2]), class_names=names))
+    line = "6 of 7 classes have no training video and cannot be learnt: 'hop', 'jump', 'sit', "
+    assert capsys.readouterr().out == line + "'walk', 'wave', ...\n"
 
 
 def test_read_only_workdir(tmp_path):

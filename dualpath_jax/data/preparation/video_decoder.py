@@ -109,6 +109,9 @@ class FrameReader:
     Attributes:
       fps: frames per second of the header, or the requested ones if these are fewer; 0.0 if both
         are unknown.
+      time: seconds from the first frame to the one that was yielded last, see `FrameClock`; None
+        if times are unknown.
+      end: seconds from the first frame to the end of the one that was decoded last.
       truncated: which part of the video is missing and why, "" if it is complete; it is set when
         the iteration has ended.
     """
@@ -131,6 +134,9 @@ class FrameReader:
             raise
         self._rate_filter = FrameRateFilter(fps, self._rate) if fps else None
         self.fps = float(min(fps, self._rate or fps)) if fps else self._rate
+        self._clock = FrameClock(self._rate)
+        self.time: float | None = None
+        self.end = 0.0
         self.truncated = ""
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -147,9 +153,12 @@ class FrameReader:
                     frame = next(frames, None)
                     if frame is None:
                         break
+                    time = self._clock.tick(frame.time)
                     if frame.time is not None:
                         end = max(end or frame.time, frame.time + self._display_seconds(frame))
-                    if self._rate_filter and not self._rate_filter.should_keep(frame.time):
+                    if time is not None:
+                        self.end = max(self.end, time + self._display_seconds(frame))
+                    if self._rate_filter and not self._rate_filter.should_keep(time):
                         continue
                     self._check_pixels(frame.width, frame.height)
                     orientation = Orientation.of_frame(frame)
@@ -164,6 +173,7 @@ class FrameReader:
                     raise VideoError(
                         f"more than {self._limits.max_frames} frames (--max_frames allows more)"
                     )
+                self.time = time
                 yield image
                 count += 1
             if not count:
@@ -261,15 +271,45 @@ class FrameReader:
         return ""
 
 
+class FrameClock:
+    """Tells the times of the frames of a stream, in seconds from its first frame.
+
+    They are the time stamps until a time stamp does not increase. The time stamps of such a file
+    are wrong; from there on, the times are those of a steady `rate`, in decode order.
+
+    Args:
+      rate: frames per second of the header, 0.0 if unknown.
+    """
+
+    def __init__(self, rate: float):
+        self._rate = rate
+        self._use_stamps = True
+        self._start = self._last = None  # time stamps in seconds
+        self._count = 0
+
+    def tick(self, stamp: float | None) -> float | None:
+        """Return the time of the next frame, None if it is unknown.
+
+        Args:
+          stamp: the frame's time stamp in seconds, None if it has none.
+        """
+        count = self._count
+        self._count += 1
+        if stamp is None or (self._last is not None and stamp <= self._last):
+            self._use_stamps = False
+        if self._use_stamps:
+            self._start = stamp if self._start is None else self._start
+            self._last = stamp
+            return stamp - self._start
+        return count / self._rate if self._rate else None
+
+
 class FrameRateFilter:
     """Selects the frames of a stream to keep, so that at most `fps` remain of each second.
 
     The first frame begins a grid of points 1/fps seconds apart. Each point keeps the first frame
     that comes no more than half a frame's duration before it; in a steady stream that is the
     nearest one. Where frames are farther apart than points, all are kept, each once.
-
-    The frames' times are their time stamps until a time stamp does not increase. The time stamps of
-    such a file are wrong; from there on, the times are those of a steady `rate`, in decode order.
 
     Args:
       fps: frames per second to keep, above 0.
@@ -278,31 +318,18 @@ class FrameRateFilter:
 
     def __init__(self, fps: float, rate: float):
         self._fps = fps
-        self._rate = rate
-        self._use_stamps = True
-        self._start = self._last = None  # time stamps in seconds
-        self._count = 0
+        self._half_frame = 0.5 / rate if rate else 0.0  # seconds
         self._point = -1  # the last grid point that has kept a frame
 
-    def should_keep(self, stamp: float | None) -> bool:
+    def should_keep(self, time: float | None) -> bool:
         """Return True if the next frame is to be kept; call it once per frame, in order.
 
         Args:
-          stamp: the frame's time stamp in seconds, None if it has none.
+          time: of the frame, by a `FrameClock`; None if it is unknown.
         """
-        if stamp is None or (self._last is not None and stamp <= self._last):
-            self._use_stamps = False
-        if self._use_stamps:
-            self._start = stamp if self._start is None else self._start
-            self._last = stamp
-            time = stamp - self._start
-        elif self._rate:
-            time = self._count / self._rate
-        else:
-            return True  # times are unknown
-        self._count += 1
-        half_frame = 0.5 / self._rate if self._rate else 0.0  # seconds
-        point = math.floor((time + half_frame) * self._fps + 1e-6)
+        if time is None:
+            return True
+        point = math.floor((time + self._half_frame) * self._fps + 1e-6)
         if point <= self._point:
             return False
         self._point = point
