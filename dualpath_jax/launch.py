@@ -73,7 +73,9 @@ def _run_split(config: Any, workdir: str, training: bool, start_over: bool) -> d
     experiment, state = build_experiment(config, workdir, dataset)
     evaluator = evaluate.Evaluator(experiment, eval_dataset)
     if training:
-        state = train.train(experiment, state, dataset, evaluator, start_over)
+        if start_over:
+            restore.start_over(config, workdir)
+        state = train.train(experiment, state, dataset, evaluator)
     else:
         state = restore.restore_for_evaluation(experiment, state)
     results = evaluate.evaluate_and_write(evaluator, state)

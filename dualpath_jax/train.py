@@ -118,11 +118,7 @@ def _check_finite(
 
 
 def train(
-    experiment: Experiment,
-    state: TrainState,
-    dataset: VideoSource,
-    evaluator: Evaluator,
-    start_over: bool = False,
+    experiment: Experiment, state: TrainState, dataset: VideoSource, evaluator: Evaluator
 ) -> TrainState:
     """Train to `experiment.num_train_steps`, resuming from the workdir's newest checkpoint.
 
@@ -131,7 +127,6 @@ def train(
       state: the initial state, used when the workdir has no checkpoint; donated.
       dataset: the training split.
       evaluator: evaluates the run during training.
-      start_over: move the workdir's checkpoints aside, and begin at step 0.
 
     Returns:
       The state after the last step.
@@ -140,15 +135,13 @@ def train(
       Preempted: SIGTERM or SIGINT stopped the run; the state is saved.
       ValueError: the checkpoints are damaged, or of another run.
       FloatingPointError: loss or gradient is not finite.
-      OSError: a checkpoint cannot be read, or the last one could not be written.
+      OSError: a checkpoint cannot be read or written.
     """
     config = experiment.config
     loop = make_loop_schedule(config, experiment.num_train_steps, experiment.steps_per_epoch)
 
     # The run begins at the newest checkpoint, at an adapter file, or at fresh parameters.
     checkpoints = Checkpoints(experiment.workdir, loop.keep)
-    if start_over:
-        checkpoints.start_over()
     first_step, state = restore.restore_for_training(experiment, state, checkpoints)
     if not first_step and config.init_from:
         state, _ = adapter_file.init_from_adapter(experiment, state, config.init_from)
@@ -162,18 +155,12 @@ def train(
     unreadable = UnreadableVideos(dataset.ids, config.data.max_broken_videos)
     batches = _train_batches(experiment, dataset, first_step, unreadable)
     recorder = _Recorder(experiment, loop, checkpoints, evaluator, unreadable, first_step)
+    recorder.evaluate_if_missed(first_step, state)
 
-    # The last process may have ended before it evaluated its last checkpoint.
-    if first_step and loop.should_evaluate(first_step) and not checkpoints.has_scores(first_step):
-        recorder.evaluate(first_step, state)
-
-    # Each step is checked, logged, saved and evaluated as the schedule demands. An error closes the
-    # stream of batches: Python would abort at its end if TensorFlow's threads were still at work.
-    with (
-        contextlib.closing(batches),
-        PreemptionGuard() as guard,
-        profile_steps(loop, experiment.workdir) as profile,
-    ):
+    # Each step is checked, logged, saved and evaluated as the schedule demands. Without `closing`,
+    # TensorFlow's threads could outlive an error, and Python would abort.
+    profiled = profile_steps(loop, experiment.workdir)
+    with contextlib.closing(batches), PreemptionGuard() as guard, profiled as profile:
         for step in range(first_step, loop.num_steps):
             profile(step - first_step)
             with recorder.logger.measure_data_wait():
@@ -304,6 +291,15 @@ class _Recorder:
         self._checkpoints.wait()  # a signal may end the evaluation, but not a save
         is_saved = self._checkpoints.latest_step() == done  # False if the disk was full
         with guard.exit_on_sigterm() if is_saved else contextlib.nullcontext():
+            self.evaluate(done, state)
+
+    def evaluate_if_missed(self, done: int, state: TrainState) -> None:
+        """Evaluate the restored checkpoint of step `done` if that was due and did not happen.
+
+        The last process may have ended in between.
+        """
+        due = done and self._loop.should_evaluate(done)
+        if due and not self._checkpoints.has_scores(done):
             self.evaluate(done, state)
 
     def evaluate(self, done: int, state: TrainState) -> None:

@@ -4,8 +4,12 @@ Prepared data may come from others, or from a failing disk. All later code relie
 without checking them again. Every function here therefore raises ValueError for impossible values.
 """
 
+import dataclasses
+import hashlib
+import json
 import math
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -32,6 +36,80 @@ _FEATURES = {
     "width": tf.io.FixedLenFeature((), tf.int64),
     "truncated": tf.io.FixedLenFeature((), tf.int64),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Describes a file of records as it was written.
+
+    Attributes:
+      records: number of records.
+      num_bytes: size of the file, which array_record fills up to whole blocks of 64 KiB.
+      sha256: `digest_records` of the records.
+      first_sha256: `digest_records` of the first record, which a reader compares.
+    """
+
+    records: int
+    num_bytes: int
+    sha256: str
+    first_sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """Tells prepared data apart; the file identity.json.
+
+    Attributes:
+      videos: split -> its video table.
+      frames: storage split -> its shards of frames. A shard without records has no file.
+    """
+
+    videos: dict[str, Shard]
+    frames: dict[str, list[Shard]]
+
+
+def digest_records(records: Iterable[bytes]) -> str:
+    """Return the SHA-256 of records, each with its length before it, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(len(record).to_bytes(8, "little"))
+        digest.update(record)
+    return digest.hexdigest()
+
+
+def identity_path(data_dir: str) -> str:
+    """Return the path of identity.json."""
+    return os.path.join(data_dir, "identity.json")
+
+
+def read_identity(data_dir: str) -> Identity | None:
+    """Read identity.json; None if there is none, as in data of version 0.1.0.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = identity_path(data_dir)
+    if not epath.Path(path).exists():
+        return None
+    content = read_json(path, dict)
+    try:
+        videos = {split: Shard(**entry) for split, entry in content["videos"].items()}
+        frames = {
+            split: [Shard(**entry) for entry in entries]
+            for split, entries in content["frames"].items()
+        }
+        for shard in (*videos.values(), *(shard for shards in frames.values() for shard in shards)):
+            if not isinstance(shard.sha256, str) or not isinstance(shard.first_sha256, str):
+                raise TypeError("a digest is not text")
+            int(shard.records), int(shard.num_bytes)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {truncated_repr(str(error))}; {_REMEDY}") from None
+    return Identity(videos, frames)
+
+
+def format_identity(identity: Identity) -> str:
+    """Return the content of identity.json."""
+    return json.dumps(dataclasses.asdict(identity), indent=1) + "\n"
 
 
 def read_splits(data_dir: str) -> dict[str, list[int]]:
@@ -126,7 +204,7 @@ def parse_frame_format(values: dict[str, Any], where: str) -> FrameFormat:
 
 
 def read_video_table(
-    path: str, num_videos: int, num_classes: int, shards: list[int]
+    path: str, num_videos: int, num_classes: int, shards: list[int], sha256: str | None = None
 ) -> dict[str, Any]:
     """Read the columns of a video table.
 
@@ -135,6 +213,7 @@ def read_video_table(
       num_videos: number of rows that the table must have.
       num_classes: number of classes; labels must be smaller.
       shards: number of frame records in each shard. The frames of a video are in one shard.
+      sha256: `digest_records` of the rows; None is not compared.
 
     Returns:
       Column name -> array [num_videos]: "id" (bytes), and int64 or float32 for the other fields of
@@ -151,6 +230,11 @@ def read_video_table(
         if path.startswith("gs://") and isinstance(error, RuntimeError):
             raise OSError(f"cannot read the table of videos {path}: {error}") from None
         raise ValueError(f"{path} is damaged: {str(error)[:300]}; {_REMEDY}") from None
+    if sha256 not in (None, digest_records(rows)):
+        raise ValueError(
+            f"{path} is not the table that was written here: its SHA-256 differs from that in "
+            f"identity.json; {_REMEDY}"
+        )
     table = {name: column.numpy() for name, column in columns.items()}
     if len(rows) != num_videos:
         raise ValueError(f"{path} has {len(rows)} videos instead of {num_videos}; {_REMEDY}")

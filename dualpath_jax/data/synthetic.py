@@ -34,6 +34,7 @@ class SyntheticVideos:
     ):
         self.class_names = list(class_names)
         self.frame_format = FrameFormat()
+        self.identity = {"videos": "synthetic", "frames": "synthetic"}
         self.ids = [str(i) for i in range(num_videos)]
         self.labels = np.arange(num_videos, dtype=np.int32) % len(self.class_names)
         self.num_frames = np.full(num_videos, num_frames, np.int64)

@@ -3,6 +3,7 @@
     OUT/                    TFDS data set "videos": a `shard_writer.VideoRow` per video
     OUT/class_names.json    the class names, exactly
     OUT/frame_format.json   the fields of `video_decoder.FrameFormat`
+    OUT/identity.json       digests and sizes of the files, see `dataset_metadata.Identity`
     OUT/frames/             TFDS data set "frames": one JPEG per record, split names as in OUT, or
                             one split "all" if the splits of OUT share videos
 
@@ -12,8 +13,13 @@ length of the video.
 """
 
 import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
 import os
 import resource
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +28,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from dualpath_jax.data import dataset_metadata
 from dualpath_jax.data.datasets.annotations import SHARED_SPLIT
+from dualpath_jax.runtime import file_lock
 from dualpath_jax.runtime.command_line import command_line
 
 tf.config.set_visible_devices([], "GPU")  # accelerators belong to JAX
@@ -36,8 +43,15 @@ class UnreadableVideo(ValueError):
     """Reports that stored frames of a video are damaged."""
 
 
+class ChangedData(OSError):
+    """Reports that a file of prepared data is not the one that belongs there."""
+
+
 class VideoDataset:
     """Reads a split of prepared videos: the table is in memory, frames are read by random access.
+
+    While it exists it holds a lock on the local folder, which `prepare_dataset` respects. A shard
+    is opened at its first use; the reader stops if it has changed by then.
 
     Attributes:
       ids: list of str [n].
@@ -48,6 +62,8 @@ class VideoDataset:
       heights, widths: int64 [n], pixels of the stored frames.
       class_names: list of str, one per class.
       frame_format: how the frames are stored.
+      identity: what was read, as digests: "videos" of ids and labels, "frames" of all frames of
+        the split; "" where unknown.
 
     Args:
       data_dir: folder of the prepared data set, local or gs://.
@@ -55,12 +71,16 @@ class VideoDataset:
 
     Raises:
       FileNotFoundError: `data_dir` has no prepared data set, or an unfinished one.
+      ChangedData: a file is missing, or not the one that was prepared.
       OSError: Cloud Storage does not deliver it.
-      ValueError: there is no such split, it has no videos, or the stored files are damaged.
+      ValueError: there is no such split, it has no videos, the stored files are damaged, or a
+        program is preparing videos there.
     """
 
     def __init__(self, data_dir: str, split: str):
         data_dir = os.fspath(data_dir)
+        if os.path.isdir(data_dir):
+            file_lock.lock_while_reading(data_dir, self)
         splits = dataset_metadata.read_splits(data_dir)
         if split not in splits:
             raise ValueError(
@@ -79,8 +99,18 @@ class VideoDataset:
             )
         lengths = frames[storage_split]
         path = shard_path(data_dir, "videos", split, 0, 1)
+        identity = dataset_metadata.read_identity(data_dir)
+        if identity is None:
+            _warn_of_missing_identity(data_dir)
+        elif split not in identity.videos or storage_split not in identity.frames:
+            where = dataset_metadata.identity_path(data_dir)
+            raise ValueError(f"{where} does not know split {split!r}: prepare the data set again")
         table = dataset_metadata.read_video_table(
-            path, sum(splits[split]), len(self.class_names), lengths
+            path,
+            sum(splits[split]),
+            len(self.class_names),
+            lengths,
+            identity and identity.videos[split].sha256,
         )
         self.ids = [id_.decode("utf-8", "surrogateescape") for id_ in table["id"]]
         self.labels = table["label"].astype(np.int32)
@@ -89,11 +119,19 @@ class VideoDataset:
         self.fps = table["fps"]
         self.heights = table["height"]
         self.widths = table["width"]
-        self._shard_ends = np.cumsum(lengths)
+        self._shard_lengths, self._shard_ends = lengths, np.cumsum(lengths)
         self._shard_paths = [
             frame_shard_path(data_dir, storage_split, shard, len(lengths))
             for shard in range(len(lengths))
         ]
+        shards = identity.frames[storage_split] if identity else None
+        self._states = self._check_shards(shards)
+        self._firsts = [shard.first_sha256 for shard in shards or ()]
+        named = json.dumps([self.ids, self.labels.tolist()])
+        self.identity = {
+            "videos": hashlib.sha256(named.encode("utf-8", "surrogateescape")).hexdigest(),
+            "frames": _digest_shards(shards) if shards else "",
+        }
         self._readers: dict[int, ArrayRecordReader] = {}
         _allow_open_files(len(lengths))
 
@@ -115,6 +153,7 @@ class VideoDataset:
         Raises:
           IndexError: the video does not have such a frame.
           UnreadableVideo: the file is damaged, according to its checksums.
+          ChangedData: the file has changed since the data set was opened.
           OSError: Cloud Storage does not deliver it.
         """
         frames = np.asarray(frame_indices, np.int64)
@@ -139,13 +178,64 @@ class VideoDataset:
                 f"video {self.ids[video_index]!r} in {self._shard_paths[shard]}: {error}"
             ) from None
 
-    def _reader(self, shard: int) -> ArrayRecordReader:
-        if shard not in self._readers:
-            reader = ArrayRecordReader(
-                self._shard_paths[shard], options=_READER_OPTIONS, file_reader_buffer_size=32768
+    def _check_shards(self, shards: list[dataset_metadata.Shard] | None) -> list[tuple | None]:
+        """Compare the files of the frames with what was prepared, and return their states.
+
+        Args:
+          shards: as they were prepared; None if that is unknown.
+
+        Raises:
+          ChangedData: a file is missing, or not the one that was prepared.
+        """
+        if shards and [shard.records for shard in shards] != list(self._shard_lengths):
+            raise ChangedData(
+                f"identity.json counts other frames than dataset_info.json in "
+                f"{os.path.dirname(self._shard_paths[0])}; prepare the data set again"
             )
-            self._readers.setdefault(shard, reader)  # another thread may have been faster
-        return self._readers[shard]
+        states = []
+        for number, (path, length) in enumerate(
+            zip(self._shard_paths, self._shard_lengths, strict=True)
+        ):
+            # A shard without records has no file; in Cloud Storage, each question takes a while.
+            states.append(_file_state(path) if length and "://" not in path else None)
+            expected = shards[number].num_bytes if shards else None
+            if states[-1] is None or expected is None:
+                continue
+            if states[-1][0] != expected:
+                raise ChangedData(
+                    f"{path} has {states[-1][0]:,} bytes, and was prepared with {expected:,}: it "
+                    "was cut off or replaced. Copy the right file there, or prepare the data set "
+                    "again with another --out"
+                )
+        return states
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        if shard in self._readers:
+            return self._readers[shard]
+        path = self._shard_paths[shard]
+        self._check_unchanged(shard)
+        reader = ArrayRecordReader(path, options=_READER_OPTIONS, file_reader_buffer_size=32768)
+        self._check_unchanged(shard)  # the file may have been replaced while it was opened
+        if (count := reader.num_records()) != self._shard_lengths[shard]:
+            raise ChangedData(
+                f"{path} holds {count} frames instead of {self._shard_lengths[shard]}: it is not "
+                "the file that was prepared; prepare the data set again with another --out"
+            )
+        if self._firsts and not _begins_with(reader, self._firsts[shard]):
+            raise ChangedData(
+                f"{path} begins with another frame than the file that was prepared; copy the right "
+                "file there, or prepare the data set again with another --out"
+            )
+        return self._readers.setdefault(shard, reader)  # another thread may have been faster
+
+    def _check_unchanged(self, shard: int) -> None:
+        """Raise ChangedData if the file of a shard is not the one that was found at the start."""
+        path = self._shard_paths[shard]
+        if self._states[shard] is not None and _file_state(path) != self._states[shard]:
+            raise ChangedData(
+                f"{path} has changed since this program began to read the data: stopped before "
+                "other videos' frames are taken for it. Run the same command again"
+            )
 
 
 def frame_shard_path(out_dir: str, split: str, shard: int, num_shards: int) -> str:
@@ -156,6 +246,44 @@ def frame_shard_path(out_dir: str, split: str, shard: int, num_shards: int) -> s
 def shard_path(data_dir: str, name: str, split: str, shard: int, num_shards: int) -> str:
     """Return the path of a shard of the TFDS data set `name`."""
     return os.path.join(data_dir, f"{name}-{split}.array_record-{shard:05d}-of-{num_shards:05d}")
+
+
+def _file_state(path: str) -> tuple[int, int, int]:
+    """Return size, inode and time of change of a local file, which differ if it is replaced.
+
+    Raises:
+      ChangedData: there is no such file.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise ChangedData(
+            f"{path} is missing; copy it there, or prepare the data set again"
+        ) from None
+    return status.st_size, status.st_ino, status.st_mtime_ns
+
+
+def _begins_with(reader: ArrayRecordReader, sha256: str) -> bool:
+    """Return whether the first record has this digest; True if it is damaged, as others tell."""
+    try:
+        return dataset_metadata.digest_records(reader.read([0])) == sha256
+    except RuntimeError:
+        return True
+
+
+def _digest_shards(shards: list[dataset_metadata.Shard]) -> str:
+    text = json.dumps([dataclasses.asdict(shard) for shard in shards])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def _warn_of_missing_identity(data_dir: str) -> None:
+    """Say once that changes of the frames will not be noticed."""
+    print(
+        f"note: {data_dir} has no identity.json, as data of version 0.1.0: a replaced file of "
+        f"frames may not be noticed. The `{command_line('prepare')}` that made it adds one",
+        file=sys.stderr,
+    )
 
 
 def _allow_open_files(num_shards: int) -> None:

@@ -1,10 +1,13 @@
-"""Locks a folder, so that only one program works in it at a time."""
+"""Locks folders, so that programs do not change what others write or read."""
 
 import contextlib
 import fcntl
+import gc
 import os
 import socket
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -54,3 +57,64 @@ def waiting_lock(folder: str) -> Iterator[None]:
     with open(os.path.join(folder, ".setup.lock"), "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def lock_while_reading(folder: str, reader: Any) -> None:
+    """Hold a lock on a local folder, which readers share, until `reader` is garbage.
+
+    It needs no file and no right to write. Where the file system has no locks, nothing is locked.
+
+    Args:
+      folder: an existing folder. Storage without files ("gs://...") is not locked.
+      reader: any object that can be weakly referenced.
+
+    Raises:
+      ValueError: a program is writing there (`lock_against_readers`); the message names it.
+    """
+    if "://" in folder:
+        return
+    file = os.open(folder, os.O_RDONLY)
+    weakref.finalize(reader, os.close, file)
+    _lock_folder(file, fcntl.LOCK_SH, f"{folder} is being prepared by")
+
+
+@contextlib.contextmanager
+def lock_against_readers(folder: str) -> Iterator[None]:
+    """Lock a local folder against `lock_while_reading` while the block runs.
+
+    Raises:
+      ValueError: programs are reading there; the message names them.
+    """
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        _lock_folder(file, fcntl.LOCK_EX, f"{folder} is being read by")
+        yield
+    finally:
+        os.close(file)
+
+
+def _lock_folder(file: int, kind: int, problem: str) -> None:
+    """Lock an open folder; ValueError with the holders' names if others hold a lock."""
+    try:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            gc.collect()  # a reader of this process may be garbage that was not collected yet
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"{problem} {_name_holders(os.fstat(file).st_ino)}; wait for it, or stop it"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def _name_holders(inode: int) -> str:
+    """Return the processes that hold a lock on a file, "another program" where unknown."""
+    holders = []
+    with contextlib.suppress(OSError), open("/proc/locks") as table:
+        for line in table:
+            fields = line.split()  # 1: FLOCK ADVISORY READ 1234 fe:00:5678 0 EOF
+            if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
+                holders.append(f"process {fields[4]}")
+    return " and ".join(dict.fromkeys(holders)) or "another program"

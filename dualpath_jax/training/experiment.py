@@ -73,6 +73,7 @@ class Experiment:
       steps_per_epoch: training videos / batch size.
       total_params, trainable_params: numbers of parameters.
       num_videos: number of training videos.
+      data_identity: of the training split, see `VideoDataset.identity`.
     """
 
     config: Any
@@ -90,6 +91,7 @@ class Experiment:
     total_params: int
     trainable_params: int
     num_videos: int
+    data_identity: dict[str, str]
 
     def metadata(self) -> dict[str, Any]:
         """Return what a checkpoint of this run belongs to, for JSON."""
@@ -100,6 +102,7 @@ class Experiment:
             "class_names": list(self.class_names),
             "frame_format": dataclasses.asdict(self.frame_format),
             "num_videos": self.num_videos,
+            "data_identity": self.data_identity,
             "config": json.loads(self.config.to_json_best_effort()),
             "version": __version__,
         }
@@ -201,6 +204,7 @@ def build_experiment(
         total_params=param_tree.count_params(params),
         trainable_params=param_tree.count_params(trainable),
         num_videos=len(dataset),
+        data_identity=dataset.identity,
     )
     return experiment, jax.device_put(state, state_shardings(state, mesh))
 

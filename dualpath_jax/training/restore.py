@@ -44,6 +44,7 @@ def restore_for_training(
     saved, where = checkpoints.read_metadata(step), checkpoints.path(step)
     differing = config_changes(saved["config"], experiment.metadata()["config"])
     differing |= _data_changes(experiment, saved, ("frame_format", "num_videos"))
+    differing |= _identity_changes(experiment, saved, where)
     _report_changes(experiment, differing, where, "resumed from")
     file = experiment.config.init_from
     if file and file != saved["config"].get("init_from"):
@@ -52,6 +53,13 @@ def restore_for_training(
             flush=True,
         )
     return step, state
+
+
+def start_over(config: Any, workdir: str) -> None:
+    """Move the checkpoints of a workdir aside, so that its next training begins at step 0."""
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    checkpoints.start_over()
+    checkpoints.close()
 
 
 def restore_for_evaluation(experiment: Experiment, state: TrainState) -> TrainState:
@@ -120,6 +128,25 @@ def _data_changes(
         f"{key} of the data set": (saved[key], now[key])
         for key in keys
         if saved.get(key, now[key]) != now[key]
+    }
+
+
+def _identity_changes(
+    experiment: Experiment, saved: dict[str, Any], where: str
+) -> dict[str, tuple[Any, Any]]:
+    """Return the (old, new) digests of the training data that differ, shortened.
+
+    A checkpoint of version 0.1.0 has none, which is said; the next one will.
+    """
+    old, new = saved.get("data_identity"), experiment.data_identity
+    if old is None:
+        print(f"{where} does not say which videos it was trained on; the next one will", flush=True)
+        return {}
+    names = {"videos": "ids and labels of the training videos", "frames": "stored frames"}
+    return {
+        f"digest of the {names[key]}": (old[key][:12], new[key][:12])
+        for key in names
+        if old[key] and new[key] and old[key] != new[key]
     }
 
 

@@ -353,9 +353,9 @@ def _write_cut_videos(
             )
         )
     writer.commit()
-    lengths = {"train": [len(rows) * length]}
+    frames = {"train": [writer.describe()]}
     names, frame_format = dataset.class_names, dataset.frame_format
-    shard_writer.write_tables(out, names, {"train": rows}, lengths, frame_format)
+    shard_writer.write_tables(out, names, {"train": rows}, frames, frame_format)
     return video_dataset.VideoDataset(out, "train")
 
 

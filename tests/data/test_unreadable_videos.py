@@ -42,6 +42,7 @@ def damaged(source, out, videos, how, split="train"):
             for record in dataset.read_frames(video, range(dataset.num_frames[video])):
                 writer.write(encode_frame(b"no JPEG") if video in videos else record)
         writer.commit()
+        (out / "identity.json").unlink()  # as if these records had been prepared
     return VideoDataset(str(out), split)
 
 
@@ -134,7 +135,7 @@ def test_a_shard_that_cannot_be_opened_is_an_error(config, demo_data, tmp_path):
     dataset = VideoDataset(str(tmp_path / "data"), "train")
     for path in (tmp_path / "data" / "frames").glob("frames-train.array_record*"):
         path.unlink()
-    with pytest.raises(OSError, match="cannot open .*frames-train.array_record.*open.. failed"):
+    with pytest.raises(OSError, match="frames-train.array_record.* is missing"):
         batches(dataset, config.data)
 
 

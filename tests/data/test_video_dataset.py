@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from dualpath_jax.data import video_dataset
+from dualpath_jax.data.dataset_metadata import Shard, digest_records
 from dualpath_jax.data.preparation import shard_writer, video_decoder
 from dualpath_jax.data.preparation.shard_writer import VideoRow
 from dualpath_jax.data.video_dataset import FRAME_FEATURES, VideoDataset
@@ -40,6 +41,7 @@ def make_rows():
 def write_data(out, class_names=NAMES, table=None):
     """Write prepared data with four videos and return its folder."""
     os.makedirs(out / "frames")
+    frames = []
     for shard, videos in [(0, [0, 1]), (2, [2, 3])]:
         writer = shard_writer.ShardWriter(
             video_dataset.frame_shard_path(str(out), "train", shard, 3)
@@ -48,10 +50,12 @@ def write_data(out, class_names=NAMES, table=None):
             for frame in range(NUM_FRAMES[video]):
                 writer.write(shard_writer.encode_frame(make_jpeg(video, frame)))
         writer.commit()
+        frames.append(writer.describe())
+    empty = Shard(0, 0, digest_records([]), digest_records([]))
     table = {"train": make_rows() if table is None else table, "test": []}
-    lengths = {"train": [4, 0, 7], "test": [0]}
+    frames = {"train": [frames[0], empty, frames[1]], "test": [empty]}
     shard_writer.write_tables(
-        str(out), class_names, table, lengths, video_decoder.FrameFormat(fps=10.0)
+        str(out), class_names, table, frames, video_decoder.FrameFormat(fps=10.0)
     )
     return str(out)
 

@@ -147,6 +147,7 @@ def _write_prepared_data(out: pathlib.Path) -> None:
         VideoRow(f"v{i}", i % 2, int(first[i]), count, 12.5, _HEIGHT, _WIDTH, False)
         for i, count in enumerate(_NUM_FRAMES)
     ]
+    frames = []
     for shard, videos in enumerate(((0, 1), (2, 3))):
         with shard_writer.ShardWriter(
             video_dataset.frame_shard_path(str(out), "train", shard, 2)
@@ -155,10 +156,11 @@ def _write_prepared_data(out: pathlib.Path) -> None:
                 for frame in range(_NUM_FRAMES[video]):
                     jpeg = _encode_noise(10 * video + frame, progressive=video == 2)
                     writer.write(shard_writer.encode_frame(jpeg))
-    lengths = {"train": [4, 7]}
+        frames.append(writer.describe())
     shard_writer.write_tables(
-        str(out), ["a", "b"], {"train": rows}, lengths, video_decoder.FrameFormat()
+        str(out), ["a", "b"], {"train": rows}, {"train": frames}, video_decoder.FrameFormat()
     )
+    (out / "identity.json").unlink()  # with it, a file of another size is not read at all
 
 
 def _mutate_example(rng: random.Random, payload: bytes) -> bytes:

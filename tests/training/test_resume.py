@@ -538,7 +538,7 @@ def test_non_finite_steps_are_skipped_up_to_a_limit(config, tmp_path, monkeypatc
     assert [e["skipped_steps"] for e in entries] == [0, 1, 1, 2, 2, 2]
     rates = [float(run.schedule(taken)) for taken in (0, 0, 1, 1, 2, 3)]
     assert [e["learning_rate"] for e in entries] == pytest.approx(rates, rel=1e-6)
-    assert len(set(rates)) == 4
+    assert len(set(rates)) == 3  # the only step of warm-up, and the one after it, have the peak
     poison(monkeypatch, {1, 3, 4})  # one more
     with pytest.raises(FloatingPointError, match=r"step 5, more than .*max_skipped_steps=2 times"):
         run_all(config, tmp_path / "three")

@@ -28,26 +28,8 @@ def read_folder(
     folders, notices = _list_visible(videos_dir, "", want_folders=True)
     if not folders:
         raise ValueError(f"{videos_dir!r} holds no class folders; expected VIDEOS/<class>/<file>")
-    split_folders = [name for name in folders if _is_split_folder(videos_dir, name)]
-    if split_folders:
-        if others := [name for name in folders if name not in split_folders]:
-            raise ValueError(
-                f"{videos_dir!r} holds the split folders {', '.join(split_folders)}, and also "
-                f"{_list_some(others)}: name a folder that holds either split folders or class "
-                "folders alone"
-            )
-        if len({SPLIT_NAMES[name.casefold()] for name in folders}) < len(folders):
-            raise ValueError(
-                f"{videos_dir!r} has {', '.join(folders)}: two are the same split; keep one of them"
-            )
-        class_folders = []
-        for folder in folders:
-            classes, more = _list_visible(videos_dir, folder, want_folders=True)
-            notices += more
-            split = SPLIT_NAMES[folder.casefold()]
-            class_folders += [(split, name, f"{folder}/{name}") for name in classes]
-    else:
-        class_folders = [("", name, name) for name in folders]
+    class_folders, more = _find_class_folders(videos_dir, folders)
+    notices += more
     class_names = sorted({name for _, name, _ in class_folders})
     index = {name: i for i, name in enumerate(class_names)}
     splits = collections.defaultdict(list)
@@ -68,6 +50,36 @@ def read_folder(
     if "" in splits:
         splits = split_by_hash(splits[""], validation_fraction)
     return DatasetIndex(class_names, dict(splits), notices)
+
+
+def _find_class_folders(
+    videos_dir: str, folders: list[str]
+) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """Return (split or "", class name, path) of each class folder, and notices.
+
+    Raises:
+      ValueError: two folders name the same split, or there are others beside split folders.
+    """
+    split_folders = [name for name in folders if _is_split_folder(videos_dir, name)]
+    if not split_folders:
+        return [("", name, name) for name in folders], []
+    if others := [name for name in folders if name not in split_folders]:
+        raise ValueError(
+            f"{videos_dir!r} holds the split folders {', '.join(split_folders)}, and also "
+            f"{_list_some(others)}: name a folder that holds either split folders or class "
+            "folders alone"
+        )
+    if len({SPLIT_NAMES[name.casefold()] for name in folders}) < len(folders):
+        raise ValueError(
+            f"{videos_dir!r} has {', '.join(folders)}: two are the same split; keep one of them"
+        )
+    class_folders, notices = [], []
+    for folder in folders:
+        classes, more = _list_visible(videos_dir, folder, want_folders=True)
+        notices += more
+        split = SPLIT_NAMES[folder.casefold()]
+        class_folders += [(split, name, f"{folder}/{name}") for name in classes]
+    return class_folders, notices
 
 
 def _is_split_folder(videos_dir: str, name: str) -> bool:

@@ -21,16 +21,17 @@ from typing import Any, TypeAlias
 
 from array_record.python.array_record_module import ArrayRecordReader
 
-from dualpath_jax.data import video_dataset
+from dualpath_jax.data import dataset_metadata, video_dataset
 from dualpath_jax.data.datasets.annotations import DatasetIndex, Video
 from dualpath_jax.data.preparation import shard_writer, summary
 from dualpath_jax.data.preparation.summary import SplitCounts
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits, FrameFormat, video_to_jpegs
 from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool
-from dualpath_jax.runtime import files
+from dualpath_jax.runtime import file_lock, files
 from dualpath_jax.runtime.cpu_count import num_cores
 from dualpath_jax.runtime.progress_bar import ProgressBar
 
+_NO_FRAMES = dataset_metadata.Shard(0, 0, *[dataset_metadata.digest_records([])] * 2)
 # The result for one video: its frame records and its entry in the sidecar, or the failure.
 _Outcome: TypeAlias = tuple[Iterable[bytes], dict] | Failure
 
@@ -123,7 +124,7 @@ def prepare_dataset(
         # Find the work that earlier runs have left.
         _check_same_settings(out_dir, settings, ignore_limits=options.retry_bad)
         todo = _find_unfinished(shards, out_dir, options.retry_bad)
-        with _explain_full_disk(out_dir, shards):
+        with file_lock.lock_against_readers(out_dir), _explain_full_disk(out_dir, shards):
             # Refuse missing videos before the long work; record the settings.
             if todo:
                 _check_missing_videos(index, videos_dir, out_dir, options.max_missing)
@@ -388,8 +389,9 @@ def _store_shard(shard: _Shard, outcomes: Iterator[_Outcome], out_dir: str) -> N
             for frame in frames:
                 writer.write(frame)
             stored.append(entry)
-    sidecar = json.dumps({"stored": stored, "bad": bad})
-    files.write_text(shard.sidecar_path(out_dir), sidecar)
+    frames = writer.describe() if writer else _NO_FRAMES
+    sidecar = {"stored": stored, "bad": bad, "frames": dataclasses.asdict(frames)}
+    files.write_text(shard.sidecar_path(out_dir), json.dumps(sidecar))
 
 
 def _write_results(
@@ -403,7 +405,7 @@ def _write_results(
     for shard in shards:
         sidecar = _read_sidecar(shard, out_dir)
         stored[shard.split] += sidecar["stored"]
-        frame_shards[shard.split].append(sum(entry["num_frames"] for entry in sidecar["stored"]))
+        frame_shards[shard.split].append(_describe_frames(shard, sidecar, out_dir))
         bad += sidecar["bad"]
         paths = {video.id: video.path for video in shard.videos}
         truncated += [
@@ -413,7 +415,12 @@ def _write_results(
         ]
     counts = summary.count_splits(index, stored, bad)
     # Write the lists and the tables; dataset_info.json, written last, marks them as complete.
-    if not os.path.exists(os.path.join(out_dir, "dataset_info.json")):
+    complete = [os.path.join(out_dir, "dataset_info.json"), dataset_metadata.identity_path(out_dir)]
+    if not all(map(os.path.exists, complete)):
+        if os.path.exists(complete[0]):
+            print(
+                f"note: {out_dir} gets identity.json, which tells its data apart", file=sys.stderr
+            )
         for name, entries in (("bad_videos", bad), ("truncated_videos", truncated)):
             path = os.path.join(out_dir, f"{name}.jsonl")
             files.write_text(path, "".join(map(summary.format_json_line, entries)))
@@ -430,6 +437,23 @@ def _write_results(
             f"the reasons are in {os.path.join(out_dir, 'bad_videos.jsonl')}"
         )
     return counts
+
+
+def _describe_frames(shard: _Shard, sidecar: dict, out_dir: str) -> dataset_metadata.Shard:
+    """Return the description of a frame shard; reads the shard if version 0.1.0 wrote it."""
+    if "frames" in sidecar:
+        return dataset_metadata.Shard(**sidecar["frames"])
+    if not sidecar["stored"]:
+        return _NO_FRAMES
+    path = shard.frames_path(out_dir)
+    reader = ArrayRecordReader(path)
+    count = reader.num_records()
+    digest = dataset_metadata.digest_records(reader.read([i])[0] for i in range(count))
+    first = dataset_metadata.digest_records(reader.read([0]))
+    frames = dataset_metadata.Shard(count, os.path.getsize(path), digest, first)
+    sidecar = sidecar | {"frames": dataclasses.asdict(frames)}
+    files.write_text(shard.sidecar_path(out_dir), json.dumps(sidecar))
+    return frames
 
 
 def _build_tables(

@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import tempfile
@@ -15,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from dualpath_jax.data import dataset_metadata
 from dualpath_jax.data.preparation.video_decoder import FrameFormat
 from dualpath_jax.data.video_dataset import shard_path
 from dualpath_jax.runtime import files
@@ -63,7 +65,8 @@ class ShardWriter:
         self._path = path
         directory, name = os.path.split(path)
         self._temporary = os.path.join(directory, "incomplete-" + name)
-        self._count = 0
+        self._count, self._digest = 0, hashlib.sha256()
+        self._first = dataset_metadata.digest_records([])
         try:
             self._writer = ArrayRecordWriter(self._temporary, _WRITER_OPTIONS)
         except RuntimeError as error:
@@ -84,7 +87,16 @@ class ShardWriter:
             self._writer.write(record)
         except RuntimeError as error:
             raise self._to_os_error(error) from None
+        if not self._count:
+            self._first = dataset_metadata.digest_records([record])
         self._count += 1
+        self._digest.update(len(record).to_bytes(8, "little"))  # as `digest_records` does
+        self._digest.update(record)
+
+    def describe(self) -> dataset_metadata.Shard:
+        """Return the description of the committed file."""
+        size = os.path.getsize(self._path)
+        return dataset_metadata.Shard(self._count, size, self._digest.hexdigest(), self._first)
 
     def commit(self) -> None:
         """Finish the file, check that the disk holds all of it, and give it its name.
@@ -125,7 +137,7 @@ def write_tables(
     out_dir: str,
     class_names: Sequence[str],
     rows: dict[str, list[VideoRow]],
-    frame_shards: dict[str, list[int]],
+    frame_shards: dict[str, list[dataset_metadata.Shard]],
     frame_format: FrameFormat,
 ) -> None:
     """Write the video tables and the metadata of both TFDS data sets, dataset_info.json last.
@@ -134,8 +146,8 @@ def write_tables(
       out_dir: the folder of the prepared data set, which already holds the frame shards.
       class_names: the name of each class index.
       rows: split -> rows in the order of their frames. A split without rows is left out.
-      frame_shards: storage split -> number of records of each frame shard. A shard of 0 records
-        needs no file, and a split without records is left out.
+      frame_shards: storage split -> its frame shards. A shard of 0 records needs no file, and a
+        split without records is left out.
       frame_format: how the frames are stored.
 
     Raises:
@@ -144,16 +156,22 @@ def write_tables(
     import tensorflow_datasets as tfds
 
     rows = {split: table for split, table in rows.items() if table}
+    tables = {}
     for split, table in rows.items():
         with ShardWriter(shard_path(out_dir, "videos", split, 0, 1)) as writer:
             for row in table:
                 writer.write(encode_row(row))
+        tables[split] = writer.describe()
     names = json.dumps(list(class_names), indent=1)
     files.write_text(os.path.join(out_dir, "class_names.json"), names)
     stored = json.dumps(dataclasses.asdict(frame_format), indent=1)
     files.write_text(os.path.join(out_dir, "frame_format.json"), stored)
     frame_features = {"image": tfds.features.Image(encoding_format="jpeg")}
-    lengths = {split: counts for split, counts in frame_shards.items() if sum(counts)}
+    lengths = {s: [shard.records for shard in shards] for s, shards in frame_shards.items()}
+    lengths = {split: counts for split, counts in lengths.items() if sum(counts)}
+    identity = dataset_metadata.Identity(tables, {split: frame_shards[split] for split in lengths})
+    path = dataset_metadata.identity_path(out_dir)
+    files.write_text(path, dataset_metadata.format_identity(identity))
     _write_metadata(os.path.join(out_dir, "frames"), "frames", frame_features, lengths)
     lengths = {split: [len(table)] for split, table in rows.items()}
     _write_metadata(out_dir, "videos", build_video_features(class_names), lengths)
