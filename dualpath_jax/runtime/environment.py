@@ -136,6 +136,24 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(cache) / "dualpath_jax" / f"compiled-{digest}"
 
 
+def describe_machine() -> dict[str, Any]:
+    """Return what decides how sums are rounded, for JSON: devices, processes and cores.
+
+    Returns:
+      A dictionary with the keys devices (their number by kind), processes and cpu_cores; the last
+      is 0 where no device is a CPU.
+    """
+    import jax
+
+    kinds = collections.Counter(device.device_kind for device in jax.devices())
+    on_cpu = any(device.platform == "cpu" for device in jax.devices())
+    return {
+        "devices": dict(kinds),
+        "processes": jax.process_count(),
+        "cpu_cores": num_cores() if on_cpu else 0,
+    }
+
+
 def describe_environment() -> dict[str, Any]:
     """Return what this process runs on, for JSON.
 

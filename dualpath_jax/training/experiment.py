@@ -25,7 +25,7 @@ from dualpath_jax.models.abstract import (
     build_backbone_config,
 )
 from dualpath_jax.models.backbones.registry import BackboneConfig
-from dualpath_jax.runtime import progress_bar
+from dualpath_jax.runtime import environment, progress_bar
 from dualpath_jax.runtime.command_line import command_line
 from dualpath_jax.training import sharding
 from dualpath_jax.training.optimizer import count_train_steps, make_optimizer, make_schedule
@@ -104,6 +104,7 @@ class Experiment:
             "num_videos": self.num_videos,
             "data_identity": self.data_identity,
             "config": json.loads(self.config.to_json_best_effort()),
+            "machine": environment.describe_machine(),
             "version": __version__,
         }
 

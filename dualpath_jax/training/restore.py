@@ -46,6 +46,7 @@ def restore_for_training(
     differing |= _data_changes(experiment, saved, ("frame_format", "num_videos"))
     differing |= _identity_changes(experiment, saved, where)
     _report_changes(experiment, differing, where, "resumed from")
+    _report_machine(saved, experiment.metadata(), where)
     file = experiment.config.init_from
     if file and file != saved["config"].get("init_from"):
         print(
@@ -148,6 +149,26 @@ def _identity_changes(
         for key in names
         if old[key] and new[key] and old[key] != new[key]
     }
+
+
+def _report_machine(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
+    """Say that a resumed run will differ in the last bits if the machine is another one."""
+    old, new = saved.get("machine"), now["machine"]
+    if old not in (None, new):
+        print(
+            f"{where} was saved on {_format_machine(old)}, and this is {_format_machine(new)}: "
+            "sums are rounded differently, so the results will not be those of an undisturbed run "
+            "to the last bit",
+            flush=True,
+        )
+
+
+def _format_machine(machine: dict[str, Any]) -> str:
+    """Return "1 cpu with 2 cores" or "8 NVIDIA H200 in 2 processes"."""
+    text = " and ".join(f"{count} {kind}" for kind, count in machine["devices"].items())
+    if machine["cpu_cores"]:
+        text += f" with {machine['cpu_cores']} cores"
+    return text + (f" in {machine['processes']} processes" if machine["processes"] > 1 else "")
 
 
 def _report_changes(

@@ -183,6 +183,20 @@ def test_other_data_are_not_resumed(config, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(line)
 
 
+def test_another_machine_is_named(config, tmp_path, capsys):
+    """Check the line for another number of cores; the twin resumes on the same machine."""
+    run, _ = build(config, tmp_path)
+    now = run.experiment.metadata()
+    capsys.readouterr()
+    restore._report_machine(now, now, "checkpoints/5")
+    restore._report_machine({}, now, "checkpoints/5")  # of version 0.1.0
+    assert capsys.readouterr().out == ""
+    old = now["machine"] | {"devices": {"cpu": 1}, "cpu_cores": 96, "processes": 2}
+    restore._report_machine({"machine": old}, now, "checkpoints/5")
+    line = "checkpoints/5 was saved on 1 cpu with 96 cores in 2 processes, and this is "
+    assert capsys.readouterr().out.startswith(line)
+
+
 def test_many_shards_need_few_files(original, data):
     """Check that 40 open files are enough for two data sets of two shards each."""
     before = len(os.listdir("/proc/self/fd"))
