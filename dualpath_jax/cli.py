@@ -6,6 +6,7 @@ JAX and TensorFlow are imported only where they are used, so that --help is quic
 import argparse
 import ast
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,30 @@ from dualpath_jax.runtime.command_line import command_line
 
 def build_parser(doc: str) -> argparse.ArgumentParser:
     """Return a parser whose help begins with a command's docstring, unchanged."""
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Expands "~" in the values of options, as `expand_home` does."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        arguments = sys.argv[1:] if args is None else args
+        return super().parse_known_args(expand_home(arguments), namespace)
+
+
+def expand_home(arguments: Sequence[str]) -> list[str]:
+    """Replace "~" or "~USER" at the beginning of an argument, or of an option's value, by a folder.
+
+    A shell does this for `--out ~/data`, but not for `--out=~/data`.
+    """
+    expanded = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if equals and name.startswith("-"):
+            expanded.append(f"{name}={os.path.expanduser(value)}")
+        else:
+            expanded.append(os.path.expanduser(argument))
+    return expanded
 
 
 def positive(kind: type) -> Callable[[str], float]:
@@ -113,7 +135,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     A wrong flag or config file ends the program with one line and status 2.
     """
     try:
-        arguments = loading.rename_overrides(_find_config_files(argv[1:]))
+        arguments = loading.rename_overrides(_find_config_files(expand_home(argv[1:])))
         sys.argv[1:] = arguments  # the config flag reads its overrides there
         rest = flags.FLAGS([argv[0], *arguments])
         if "config" in flags.FLAGS and flags.FLAGS["config"].present:

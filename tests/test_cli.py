@@ -115,3 +115,21 @@ def test_errors_of_the_user_are_one_line(error, status, text, capsys):
 def test_other_errors_are_raised():
     with pytest.raises(KeyError), cli.user_errors():
         raise KeyError("a mistake of this package")
+
+
+def test_home_is_expanded(monkeypatch, tmp_path):
+    """Check options, positional arguments and the keys of a config; other texts stay."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = cli.build_parser("doc")
+    parser.add_argument("--out")
+    parser.add_argument("files", nargs="*")
+    options = parser.parse_args(["--out=~/a=b", "~/c.mp4", "d~e.mp4"])
+    assert (options.out, options.files) == (f"{tmp_path}/a=b", [f"{tmp_path}/c.mp4", "d~e.mp4"])
+    assert parser.parse_args(["--out", "~/a"]).out == f"{tmp_path}/a"
+    config = loading.load_config("demo", ["--config.init_from=~/a.safetensors"])
+    assert config.init_from == f"{tmp_path}/a.safetensors"
+    assert config.data.dir == "data/demo"
+    assert cli.expand_home(["--workdir=~/runs", "--config=demo"]) == [
+        f"--workdir={tmp_path}/runs",
+        "--config=demo",
+    ]

@@ -30,6 +30,7 @@ _ALIASES = {
 }
 
 
+_PATHS = ("data.dir", "data.label_swap", "backbone.checkpoint", "init_from")
 # Config files of older versions: what took their place.
 _REPLACED_FILES = {"folder_vitb": "finetune"}
 
@@ -120,6 +121,8 @@ def prefer_num_epochs(config: ConfigDict, overridden: Collection[str]) -> None:
 def upgrade_config(config: ConfigDict) -> None:
     """Rename keys and values of older versions in place, with a line on standard error for each.
 
+    "~" at the beginning of a path is replaced by the home folder.
+
     Raises:
       ValueError: the config file sets a key that does not exist.
     """
@@ -127,6 +130,10 @@ def upgrade_config(config: ConfigDict) -> None:
         for line in apply_renames(config):
             print(line, file=sys.stderr)
     check_known_keys(config)
+    paths = {name: flatten_config(config)[name] for name in _PATHS}
+    config.update_from_flattened_dict(
+        {name: os.path.expanduser(path) for name, path in paths.items() if path}
+    )
 
 
 def rename_overrides(arguments: Sequence[str]) -> list[str]:

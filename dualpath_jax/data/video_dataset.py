@@ -78,7 +78,7 @@ class VideoDataset:
     """
 
     def __init__(self, data_dir: str, split: str):
-        data_dir = os.fspath(data_dir)
+        data_dir = os.path.expanduser(data_dir)
         if os.path.isdir(data_dir):
             file_lock.lock_while_reading(data_dir, self)
         splits = dataset_metadata.read_splits(data_dir)

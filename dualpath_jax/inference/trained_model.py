@@ -262,10 +262,10 @@ def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> 
       ValueError: there is no checkpoint, it is damaged, its parameters do not belong to the model,
         or the backbone is not that of the run.
     """
-    path = os.fspath(path)
+    path = os.path.expanduser(path)
     leaves, saved = read_trained_params(path, checkpoint)
     config = _check_trained_params(path, leaves, saved)
-    file = backbone or config.backbone.checkpoint
+    file = os.path.expanduser(backbone or config.backbone.checkpoint or "")
     if not file:
         raise ValueError(f"{path} does not name the file of its backbone: pass --backbone=FILE")
     try:
