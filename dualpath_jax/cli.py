@@ -185,7 +185,10 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except Preempted as stop:
-        message = f"{distributed.process_label()}{stop}; the same command resumes there"
+        command = "the same command"
+        if any(argument.lstrip("-") == "start_over" for argument in sys.argv):
+            command += " without --start_over"
+        message = f"{distributed.process_label()}{stop}; {command} resumes there"
         print(message, file=sys.stderr)
         sys.exit(stop.exit_code)
     except (ValueError, OSError, FloatingPointError) as error:

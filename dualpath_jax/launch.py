@@ -46,11 +46,12 @@ def train_and_evaluate(config: Any, workdir: str, training: bool, start_over: bo
         settings = shared_settings(config) | {"--mode": training}
         remedy = "give all hosts the same config file and options"
         distributed.check_same_on_all_hosts(settings, remedy)
+        runs = expand_splits(config, workdir)
         if not config.data.synthetic:
             setup.ensure_generated(config)
         check_inputs(config)
         results = []
-        for split_config, folder in expand_splits(config, workdir):
+        for split_config, folder in runs:
             # Another program may have been started with the folder of one split.
             with contextlib.nullcontext() if folder == workdir else _lock_workdir(folder):
                 results.append(_run_split(split_config, folder, training, start_over))

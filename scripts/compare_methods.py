@@ -119,7 +119,10 @@ class Results:
         """Return all results, in the order of the file."""
         if not self._path.exists():
             return []
-        return [json.loads(line) for line in self._path.read_text().splitlines()]
+        try:
+            return [json.loads(line) for line in self._path.read_text().splitlines()]
+        except ValueError as error:
+            raise ValueError(f"{self._path} has a line that is not JSON: {error}") from None
 
     def find(self, **wanted: Any) -> dict[str, Any] | None:
         """Return the first result that has the values `wanted`, or None."""
@@ -242,14 +245,15 @@ def compare_shortly(results: Results, contestants: Sequence[str], seeds: Sequenc
     Raises:
       ValueError: `RESULTS` has no test result of a contestant.
     """
-    known = Results(RESULTS, pathlib.Path())
+    known, rates = Results(RESULTS, pathlib.Path()), {}
     for name in contestants:
         chosen = known.find(data="paths", contestant=name, split="test")
         if chosen is None:
             raise ValueError(f"{RESULTS} has no learning rate of {name}; run without --short")
+        rates[name] = chosen["learning_rate"]
+    for name, rate in rates.items():
         for seed in seeds:
             for split in ("train", "test"):
-                rate = chosen["learning_rate"]
                 results.score(Run("paths", name, rate, FIRST_STEPS, seed), split)
 
 
@@ -350,11 +354,11 @@ def main() -> None:
         results = Results(pathlib.Path(args.results or RESULTS), out)
         contestants = args.contestants or list(ON_OTHER_SETS if args.short else CONTESTANTS)
         seeds = range(args.seeds or (1 if args.short else len(SEEDS)))
-        setup.ensure_generated(run_config(Run("paths", "dualpath", 1e-3, 1)))
         if args.short and not args.only_costs:
             compare_shortly(results, contestants, seeds)
         elif not args.only_costs:
             compare(results, args.sets, contestants, seeds)
+        setup.ensure_generated(run_config(Run("paths", "dualpath", 1e-3, 1)))
         measure_costs(results, contestants, out)
 
 

@@ -13,6 +13,12 @@ case ${1:---help} in
 esac
 stop_requested=
 trap 'stop_requested=1' TERM
+case " $* " in
+*" --start_over "*)
+    echo "error: --start_over would begin at step 0 at every repetition; give it once, without $0" >&2
+    exit 2
+    ;;
+esac
 while
     "$@"
     status=$?

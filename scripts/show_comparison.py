@@ -3,9 +3,9 @@
     python scripts/show_comparison.py
     python scripts/show_comparison.py --figure=docs/images/comparison.png
 
-Without --figure it prints the tables of docs/comparison.md. Intervals are of 95%. For several seeds
-they come from 10,000 bootstrap samples, which draw videos and seeds, the same videos for both
-methods of a difference; for one seed they are Wilson's.
+Without --figure it prints the tables of docs/comparison.md. Intervals are of 95%. They come from
+10,000 bootstrap samples, which draw videos and seeds, the same videos for both methods of a
+difference; top-1 of a single seed has Wilson's interval.
 """
 
 import argparse

@@ -104,7 +104,10 @@ class VideoDataset:
             _warn_of_missing_identity(data_dir)
         elif split not in identity.videos or storage_split not in identity.frames:
             where = dataset_metadata.identity_path(data_dir)
-            raise ValueError(f"{where} does not know split {split!r}: prepare the data set again")
+            raise ValueError(
+                f"{where} does not know split {split!r}; prepare the data set again with another "
+                "--out"
+            )
         table = dataset_metadata.read_video_table(
             path,
             sum(splits[split]),
@@ -190,7 +193,8 @@ class VideoDataset:
         if shards and [shard.records for shard in shards] != list(self._shard_lengths):
             raise ChangedData(
                 f"identity.json counts other frames than dataset_info.json in "
-                f"{os.path.dirname(self._shard_paths[0])}; prepare the data set again"
+                f"{os.path.dirname(self._shard_paths[0])}; prepare the data set again with another "
+                "--out"
             )
         states = []
         for number, (path, length) in enumerate(
@@ -216,12 +220,14 @@ class VideoDataset:
         self._check_unchanged(shard)
         reader = ArrayRecordReader(path, options=_READER_OPTIONS, file_reader_buffer_size=32768)
         self._check_unchanged(shard)  # the file may have been replaced while it was opened
+        first = _read_first(reader)
         if (count := reader.num_records()) != self._shard_lengths[shard]:
             raise ChangedData(
                 f"{path} holds {count} frames instead of {self._shard_lengths[shard]}: it is not "
                 "the file that was prepared; prepare the data set again with another --out"
             )
-        if self._firsts and not _begins_with(reader, self._firsts[shard]):
+        expected = self._firsts[shard] if self._firsts and first else None
+        if expected not in (None, dataset_metadata.digest_records(first)):
             raise ChangedData(
                 f"{path} begins with another frame than the file that was prepared; copy the right "
                 "file there, or prepare the data set again with another --out"
@@ -233,8 +239,8 @@ class VideoDataset:
         path = self._shard_paths[shard]
         if self._states[shard] is not None and _file_state(path) != self._states[shard]:
             raise ChangedData(
-                f"{path} has changed since this program began to read the data: stopped before "
-                "other videos' frames are taken for it. Run the same command again"
+                f"{path} has changed since this program began to read the data. It stops, so that "
+                "frames of other videos are not read by mistake; run the same command again"
             )
 
 
@@ -248,8 +254,10 @@ def shard_path(data_dir: str, name: str, split: str, shard: int, num_shards: int
     return os.path.join(data_dir, f"{name}-{split}.array_record-{shard:05d}-of-{num_shards:05d}")
 
 
-def _file_state(path: str) -> tuple[int, int, int]:
-    """Return size, inode and time of change of a local file, which differ if it is replaced.
+def _file_state(path: str) -> tuple[int, int]:
+    """Return size and time of change of a local file, one of which differs if it is replaced.
+
+    Its inode says no more: on some network file systems it changes by itself.
 
     Raises:
       ChangedData: there is no such file.
@@ -258,17 +266,23 @@ def _file_state(path: str) -> tuple[int, int, int]:
         status = os.stat(path)
     except FileNotFoundError:
         raise ChangedData(
-            f"{path} is missing; copy it there, or prepare the data set again"
+            f"{path} is missing; copy it there, or prepare the data set again with another --out"
         ) from None
-    return status.st_size, status.st_ino, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
-def _begins_with(reader: ArrayRecordReader, sha256: str) -> bool:
-    """Return whether the first record has this digest; True if it is damaged, as others tell."""
+def _read_first(reader: ArrayRecordReader) -> list[bytes]:
+    """Return the first record in a list, which is empty if this record is damaged.
+
+    Raises:
+      RuntimeError: the file cannot be opened or is damaged as a whole. Then `num_records` is 0.
+    """
     try:
-        return dataset_metadata.digest_records(reader.read([0])) == sha256
+        return reader.read([0])
     except RuntimeError:
-        return True
+        if not reader.num_records():
+            raise
+        return []
 
 
 def _digest_shards(shards: list[dataset_metadata.Shard]) -> str:

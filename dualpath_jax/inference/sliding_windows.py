@@ -1,5 +1,6 @@
 """Decodes a long video in sliding windows, with only the frames of one window in memory."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -46,9 +47,10 @@ def decode_windows(
 ) -> Iterator[Window]:
     """Yield the windows of a video and decode frames as they are needed.
 
-    Windows begin at 0, `stride`, 2 `stride`, ... The last one ends with the video and may be
-    shorter. A window in which no frame is shown is left out. Frames count by their time stamps, as
-    a video's rate may change; see `video_decoder.FrameClock`.
+    Windows begin at 0, `stride`, 2 `stride`, ... The last one may be shorter; if less than half of
+    it is left, it begins earlier and has its full length. A window in which no frame is shown is
+    left out. Frames count by their time stamps, as a video's rate may change; see
+    `video_decoder.FrameClock`.
 
     Args:
       path: a video file.
@@ -65,34 +67,41 @@ def decode_windows(
         path, _NO_FRAME_LIMIT, frame_format.short_side, frame_format.fps
     )
     number = 0  # of the window that is being filled
-    kept: list[tuple[float, bytes]] = []  # its frames so far, with their times
-    last: Window | None = None  # the last complete window, until another one follows
+    frames: collections.deque[tuple[float, bytes]] = collections.deque()  # times, JPEG files
+    last: Window | None = None  # the last window, until another one follows
     newest = covered = -1.0  # times of the last frame, and of the last one in a window
     shape = (0, 0)
+
+    def cut_window(start: float, end: float) -> Window:
+        inside = (jpeg for time, jpeg in frames if start <= time + _ROUNDING < end)
+        return Window(start, end, list(inside), *shape)
 
     for frame in reader:
         if reader.time is None:
             raise video_decoder.VideoError("the file has no frame rate, which windows need")
         newest = max(newest, reader.time)
         while newest + _ROUNDING >= number * stride + seconds:  # the window is complete
-            if not kept:
+            window = cut_window(number * stride, number * stride + seconds)
+            if not window.jpegs:
                 number = max(number, math.floor((newest - seconds) / stride)) + 1
                 continue
             if last is not None:
                 yield last
-            start, covered = number * stride, kept[-1][0]
-            last = Window(start, start + seconds, [jpeg for _, jpeg in kept], *shape)
+            last, covered = window, frames[-1][0]
             number += 1
-            kept = [(t, jpeg) for t, jpeg in kept if t + _ROUNDING >= number * stride]
+        # Later windows need no frames from before their start; the last one may begin earlier.
+        while frames and frames[0][0] + _ROUNDING < min(number * stride, newest - seconds):
+            frames.popleft()
         shape = frame.shape[:2]
-        if newest + _ROUNDING >= number * stride:
-            kept.append((newest, video_decoder.to_jpeg(frame, frame_format.quality)))
+        frames.append((newest, video_decoder.to_jpeg(frame, frame_format.quality)))
 
-    if kept and kept[-1][0] > covered:
+    if frames and newest > covered:
         if last is not None:
             yield last
         start = number * stride
-        end = min(start + seconds, reader.end)
-        last = Window(start, end, [jpeg for _, jpeg in kept], *shape)
+        if reader.end - start < seconds / 2:
+            start = max(0.0, reader.end - seconds)
+        window = cut_window(start, start + seconds)
+        last = dataclasses.replace(window, end=min(window.end, reader.end))
     if last is not None:
         yield dataclasses.replace(last, note=reader.truncated)

@@ -362,7 +362,7 @@ def _class_names_from_checkpoint(run: RunRecord) -> Any:
         return []
     try:
         return checkpoints.read_metadata(step)["class_names"]
-    except DamagedCheckpoint:
+    except (DamagedCheckpoint, OSError):
         return []
 
 

@@ -67,13 +67,18 @@ class UnreadableCheckpoint(OSError):
     """Reports that a checkpoint cannot be read at present; nothing is known about its content."""
 
 
-# What the system reports when a file cannot be read, whatever it contains.
-_UNREADABLE = tuple(
-    os.strerror(number)
-    for number in (
-        *(errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
-        *(errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY),
-    )
+# What errors say when a file cannot be read, whatever it contains: the system's texts, those of
+# TensorStore and XLA, and Python's where a library has changed.
+_UNREADABLE = (
+    *(
+        os.strerror(number)
+        for number in (
+            *(errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+            *(errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.ENOTCONN, errno.ECONNRESET),
+            *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH),
+        )
+    ),
+    *("RESOURCE_EXHAUSTED", "Out of memory", "UNAVAILABLE", "unexpected keyword argument"),
 )
 
 
@@ -115,7 +120,8 @@ class Checkpoints:
         self._save_failed = False  # True if the checkpoint of that step could not be written
         self._scores: dict[int, dict[str, Any]] = {}  # by step, of the evaluated checkpoints
         for step in self._manager.all_steps():
-            with contextlib.suppress(DamagedCheckpoint):
+            # Whoever needs this checkpoint will meet the error again.
+            with contextlib.suppress(DamagedCheckpoint, UnreadableCheckpoint):
                 saved = self.read_metadata(step)
                 if saved["scores"] is not None:
                     self._scores[step] = _read_score_origin(saved["config"]) | saved["scores"]
@@ -392,7 +398,7 @@ class Checkpoints:
         _check_metadata(saved, where)
         if saved.setdefault("step", step) != step:  # version 0.1.0 did not save it
             raise DamagedCheckpoint(
-                f"checkpoint {where} holds step {saved['step']}: was it renamed?"
+                f"checkpoint {where} holds step {saved['step']}: it was renamed"
             )
         return saved
 
@@ -402,7 +408,7 @@ class Checkpoints:
         Orbax and TensorStore report both in many ways. So all files are read here once more.
         """
         where, problem = self.path(step), error
-        is_damage = not isinstance(error, MemoryError)
+        is_damage = not isinstance(error, MemoryError | ImportError | jax.errors.JaxRuntimeError)
         is_damage &= not any(text in str(error) for text in _UNREADABLE)
         try:
             if is_damage:

@@ -138,9 +138,9 @@ def report_untrained_classes(dataset: VideoSource) -> None:
 
 
 def dataset_fingerprint(dataset: VideoSource) -> list[Any]:
-    """Return, for JSON, what must be the same on all hosts: ids, labels, lengths and classes."""
+    """Return, for JSON, what must be the same on all hosts: ids, labels, lengths, frames."""
     numbers = (dataset.labels.tolist(), dataset.num_frames.tolist())
-    return [list(dataset.ids), *numbers, list(dataset.class_names)]
+    return [list(dataset.ids), *numbers, list(dataset.class_names), dataset.identity]
 
 
 def choose_train_batches(data: Any) -> Callable:

@@ -135,12 +135,15 @@ def test_another_table_is_refused(data):
 def test_readers_and_prepare_exclude_each_other(original, data):
     dataset = VideoDataset(str(data), "train")
     VideoDataset(str(data), "validation")  # readers share the lock
+    prepare(original / "videos", data)  # finished: it only prints its summary
+    (data / "dataset_info.json").rename(data / "info")
     message = f"{data} is being read by process {os.getpid()}; wait for it"
     with pytest.raises(ValueError, match=message):
         prepare(original / "videos", data)
     dataset.itself = dataset  # garbage that only the collector finds
     del dataset
     prepare(original / "videos", data)
+    (data / "info").unlink()
     message = f"is being prepared by process {os.getpid()}"
     with file_lock.lock_against_readers(str(data)), pytest.raises(ValueError, match=message):
         VideoDataset(str(data), "train")
@@ -157,7 +160,7 @@ def test_prepare_adds_a_missing_identity(original, data, capsys):
         del content["frames"]
         sidecar.write_text(json.dumps(content))
     prepare(original / "videos", data)
-    assert f"note: {data} gets identity.json" in capsys.readouterr().err
+    assert f"note: reading {shards(data)[0]} for identity.json" in capsys.readouterr().err
     assert json.loads(path.read_text()) == json.loads(wanted)
     prepare(original / "videos", data)
     assert capsys.readouterr().err == ""

@@ -188,6 +188,10 @@ def test_windows_of_a_long_video(tmp_path):
     ]
     gaps = [(w.start, w.end) for w in sliding_windows.decode_windows(path, 1, 2, FORMAT)]
     assert gaps == [(0, 1), (2, 3), (4, 4.5)]
+    # Too little is left for a window of its own: the last one begins earlier.
+    late = list(sliding_windows.decode_windows(path, 2.0, 2.2, FORMAT))
+    assert [(w.start, w.end) for w in late] == [(0, 2), (2.2, 4.2), (2.5, 4.5)]
+    assert late[-1].jpegs == whole[25:]
     single = list(sliding_windows.decode_windows(path, 0.001, 0.001, FORMAT))  # one frame each
     assert [len(w.jpegs) for w in single] == [1] * 45
     assert [w.jpegs[0] for w in single] == whole

@@ -61,6 +61,8 @@ def _find_class_folders(
       ValueError: two folders name the same split, or there are others beside split folders.
     """
     split_folders = [name for name in folders if _is_split_folder(videos_dir, name)]
+    if all(name.casefold() in SPLIT_NAMES for name in folders):
+        split_folders = folders
     if not split_folders:
         return [("", name, name) for name in folders], []
     if others := [name for name in folders if name not in split_folders]:
@@ -83,11 +85,12 @@ def _find_class_folders(
 
 
 def _is_split_folder(videos_dir: str, name: str) -> bool:
-    """Return whether a folder has the name of a split, and holds not only files as a class does."""
+    """Return whether a folder has the name of a split, and holds folders but no files."""
     if name.casefold() not in SPLIT_NAMES:
         return False
-    inside, _ = _list_visible(videos_dir, name, want_folders=True)
-    return bool(inside) or not _list_visible(videos_dir, name, want_folders=False)[0]
+    if _list_visible(videos_dir, name, want_folders=False)[0]:
+        return False  # a class of this name
+    return bool(_list_visible(videos_dir, name, want_folders=True)[0])
 
 
 def _list_some(folders: list[str]) -> str:

@@ -103,7 +103,8 @@ def _drop_heading(
 ) -> list[tuple[str, str]]:
     """Return the rows without a heading.
 
-    A first row is one if the others name files, and it names neither a file nor a label of theirs.
+    A first row is one if the second row names a file, and it names neither a file of this kind nor
+    a label of any other row.
 
     Raises:
       ValueError: the rows are `label,path`.
@@ -119,9 +120,12 @@ def _drop_heading(
             f"{path} has lines `label,path`, such as {truncated_repr(','.join(rows[-1]))}; write "
             "`path,label`"
         )
-    name, label = rows[0] if rows else ("", "")
-    unlike = "." not in name and label not in (other for _, other in rows[1:])
-    if len(rows) > 1 and unlike and all(exists(video) for video, _ in first[1:]):
+    if len(rows) < 2:
+        return rows
+    (name, label), (second, _) = rows[:2]
+    unlike = os.path.splitext(name)[1] != os.path.splitext(second)[1]
+    unlike = unlike and label not in (other for _, other in rows[1:])
+    if unlike and exists(second) and not exists(name):
         notices.append(f"the first line of {path}, {','.join(rows[0])!r}, is taken for a heading")
         return rows[1:]
     return rows

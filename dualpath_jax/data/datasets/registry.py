@@ -76,12 +76,12 @@ def list_videos(
     if not splits:
         raise ValueError(f"data set {dataset!r} has no videos in {annotations or videos_dir!r}")
     _check_encodable(listing.class_names)
-    _check_distinct(listing.class_names)
     for split, videos in splits.items():
         _check_split(split, videos, len(listing.class_names))
         if dataset != "csv":  # users write such a list themselves; it may name files anywhere
             _check_paths(split, videos)
     notices = listing.notices + _find_class_anomalies(dataset, listing.class_names, splits)
+    notices += _find_similar_names(listing.class_names)
     if list(splits) == ["train"] and validation_fraction:
         notices.append(
             "'train' is the only split; there is no other to evaluate on (--config.eval.split)"
@@ -108,16 +108,19 @@ def _check_split(split: str, videos: list[Video], num_classes: int) -> None:
             )
 
 
-def _check_distinct(class_names: list[str]) -> None:
-    """Raise ValueError for two class names that differ only in case or in their Unicode form."""
+def _find_similar_names(class_names: list[str]) -> list[str]:
+    """Return notices of class names that differ only in case or in their Unicode form."""
     seen: dict[str, str] = {}
+    pairs = []
     for name in class_names:
-        form = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        form = unicodedata.normalize("NFC", name).lower()
         if (other := seen.setdefault(form, name)) != name:
-            raise ValueError(
-                f"classes {truncated_repr(other)} and {truncated_repr(name)} differ only in case "
-                "or in the Unicode form of a letter: give both the same name if they are one class"
-            )
+            pairs.append((other, name))
+    return [
+        f"classes {truncated_repr(a)} and {truncated_repr(b)} differ only in case or in the "
+        "Unicode form of a letter; if they are one class, give both the same name"
+        for a, b in pairs[:5]
+    ]
 
 
 def _check_encodable(names: list[str]) -> None:

@@ -124,7 +124,9 @@ def prepare_dataset(
         # Find the work that earlier runs have left.
         _check_same_settings(out_dir, settings, ignore_limits=options.retry_bad)
         todo = _find_unfinished(shards, out_dir, options.retry_bad)
-        with file_lock.lock_against_readers(out_dir), _explain_full_disk(out_dir, shards):
+        writes = todo or not _is_complete(out_dir)
+        lock = file_lock.lock_against_readers(out_dir) if writes else contextlib.nullcontext()
+        with lock, _explain_full_disk(out_dir, shards):
             # Refuse missing videos before the long work; record the settings.
             if todo:
                 _check_missing_videos(index, videos_dir, out_dir, options.max_missing)
@@ -133,6 +135,12 @@ def prepare_dataset(
             _store_shards(todo, shards, videos_dir, out_dir, options)
             # Write the video tables and the lists of bad videos; print the counts.
             return _write_results(index, shards, out_dir, options)
+
+
+def _is_complete(out_dir: str) -> bool:
+    """Return whether tables, metadata and identity have been written."""
+    info = os.path.join(out_dir, "dataset_info.json")
+    return os.path.exists(info) and os.path.exists(dataset_metadata.identity_path(out_dir))
 
 
 def _build_settings(index: DatasetIndex, options: PrepareOptions) -> dict:
@@ -415,12 +423,7 @@ def _write_results(
         ]
     counts = summary.count_splits(index, stored, bad)
     # Write the lists and the tables; dataset_info.json, written last, marks them as complete.
-    complete = [os.path.join(out_dir, "dataset_info.json"), dataset_metadata.identity_path(out_dir)]
-    if not all(map(os.path.exists, complete)):
-        if os.path.exists(complete[0]):
-            print(
-                f"note: {out_dir} gets identity.json, which tells its data apart", file=sys.stderr
-            )
+    if not _is_complete(out_dir):
         for name, entries in (("bad_videos", bad), ("truncated_videos", truncated)):
             path = os.path.join(out_dir, f"{name}.jsonl")
             files.write_text(path, "".join(map(summary.format_json_line, entries)))
@@ -446,10 +449,19 @@ def _describe_frames(shard: _Shard, sidecar: dict, out_dir: str) -> dataset_meta
     if not sidecar["stored"]:
         return _NO_FRAMES
     path = shard.frames_path(out_dir)
-    reader = ArrayRecordReader(path)
-    count = reader.num_records()
-    digest = dataset_metadata.digest_records(reader.read([i])[0] for i in range(count))
-    first = dataset_metadata.digest_records(reader.read([0]))
+    print(f"note: reading {path} for identity.json, which version 0.1.0 lacks", file=sys.stderr)
+    count = sum(entry["num_frames"] for entry in sidecar["stored"])
+    try:
+        reader = ArrayRecordReader(path)
+        first = dataset_metadata.digest_records(reader.read([0]))
+        digest = dataset_metadata.digest_records(reader.read([i])[0] for i in range(count))
+    except (RuntimeError, IndexError) as error:
+        raise OSError(f"{path} cannot be read ({error}); prepare with another --out") from None
+    if reader.num_records() != count:
+        raise OSError(
+            f"{path} holds {reader.num_records()} frames instead of {count}: it is not the file "
+            "that was prepared; prepare with another --out"
+        )
     frames = dataset_metadata.Shard(count, os.path.getsize(path), digest, first)
     sidecar = sidecar | {"frames": dataclasses.asdict(frames)}
     files.write_text(shard.sidecar_path(out_dir), json.dumps(sidecar))

@@ -458,6 +458,9 @@ def _find_video_stream(container):
     streams = [stream for stream in container.streams.video if not stream.disposition & attached]
     if not streams:
         raise VideoError("no video stream" + (", only audio" if container.streams.audio else ""))
+    streams = [stream for stream in streams if stream.codec_context is not None]
+    if not streams:
+        raise VideoError("there is no decoder for its video stream")
 
     def rank(stream: av.VideoStream) -> tuple[bool, bool, int]:
         moving = stream.codec_context.name not in _STILL_CODECS and stream.frames != 1
