@@ -182,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     arg_parser = build_parser(__doc__)
     add = arg_parser.add_argument
-    add("--results", default=str(RESULTS), help="file of results (docs/comparison.jsonl)")
+    add("--results", help="file of results (docs/comparison.jsonl)")
     add("--set", default="paths", help="set of videos that --figure plots (paths)")
     add("--figure", help="PNG to write instead of printing tables")
     return arg_parser
@@ -191,11 +191,12 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     with user_errors():
-        results = read_results(pathlib.Path(args.results))
+        path = pathlib.Path(args.results or RESULTS)
+        results = read_results(path)
         sets = list(dict.fromkeys(row["data"] for row in select(results, split="test")))
         if args.figure:
             if args.set not in sets:
-                raise ValueError(f"no test results of {args.set} in {args.results}: it has {sets}")
+                raise ValueError(f"no test results of {args.set} in {path}: it has {sets}")
             draw_figure(results, args.set, args.figure)
             print(f"wrote {args.figure}")
             return

@@ -188,6 +188,7 @@ SLOW_COMMANDS = {
         "demo/test_paths",
         "setup.ensure_generated",
     ),
+    "python scripts/show_comparison.py": ("scripts/test_compare_methods", "show_comparison.main"),
     "scripts/rerun.sh *": ("scripts/test_tpu_pod", "rerun.sh"),
 }
 
@@ -312,7 +313,7 @@ def test_command(folder, command):
         "benchmark_pipeline --videos=. --frames 16 0",
         "benchmark_seek --prepared=. --rounds=0",
         "benchmark_step --calls=0",
-        "compare_methods --steps=0",
+        "compare_methods --seeds=0",
         "export_model --workdir=. --out=. --batch_size=0",
         "fuzz --inputs=0",
     ],
