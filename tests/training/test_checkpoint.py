@@ -313,7 +313,7 @@ def test_no_file_can_be_opened(two):
 def test_a_renamed_checkpoint_is_refused(two, tmp_path):
     shutil.copytree(two, tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoints" / "5").rename(tmp_path / "checkpoints" / "9")
-    with pytest.raises(DamagedCheckpoint, match="checkpoints/9 holds step 5: was it renamed"):
+    with pytest.raises(DamagedCheckpoint, match="checkpoints/9 holds step 5: it was renamed"):
         Checkpoints(str(tmp_path), read_only=True).read_metadata(9)
     assert restore(tmp_path)[0] == 4
 
