@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from dualpath_jax.data.preparation import video_decoder
 
@@ -42,6 +42,14 @@ def check_windows(seconds: float, stride: float) -> None:
             raise ValueError(f"--{name}={value:g} must be a number of seconds above 0")
 
 
+def _cut_window(
+    frames: Iterable[tuple[float, bytes]], start: float, seconds: float, shape: tuple[int, int]
+) -> Window:
+    """Return the window of the frames, given with their times, from `start` on."""
+    inside = [jpeg for time, jpeg in frames if start <= time + _ROUNDING < start + seconds]
+    return Window(start, start + seconds, inside, *shape)
+
+
 def decode_windows(
     path: str, seconds: float, stride: float, frame_format: video_decoder.FrameFormat
 ) -> Iterator[Window]:
@@ -72,16 +80,12 @@ def decode_windows(
     newest = covered = -1.0  # times of the last frame, and of the last one in a window
     shape = (0, 0)
 
-    def cut_window(start: float, end: float) -> Window:
-        inside = (jpeg for time, jpeg in frames if start <= time + _ROUNDING < end)
-        return Window(start, end, list(inside), *shape)
-
     for frame in reader:
         if reader.time is None:
             raise video_decoder.VideoError("the file has no frame rate, which windows need")
         newest = max(newest, reader.time)
         while newest + _ROUNDING >= number * stride + seconds:  # the window is complete
-            window = cut_window(number * stride, number * stride + seconds)
+            window = _cut_window(frames, number * stride, seconds, shape)
             if not window.jpegs:
                 number = max(number, math.floor((newest - seconds) / stride)) + 1
                 continue
@@ -101,7 +105,7 @@ def decode_windows(
         start = number * stride
         if reader.end - start < seconds / 2:
             start = max(0.0, reader.end - seconds)
-        window = cut_window(start, start + seconds)
+        window = _cut_window(frames, start, seconds, shape)
         last = dataclasses.replace(window, end=min(window.end, reader.end))
     if last is not None:
         yield dataclasses.replace(last, note=reader.truncated)

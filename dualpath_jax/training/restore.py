@@ -143,9 +143,12 @@ def _identity_changes(
     if old is None:
         print(f"{where} does not say which videos it was trained on; the next one will", flush=True)
         return {}
-    names = {"videos": "ids and labels of the training videos", "frames": "stored frames"}
+    names = {
+        "videos": "digest of the ids and labels of the training videos",
+        "frames": "digest of the stored frames",
+    }
     return {
-        f"digest of the {names[key]}": (old[key][:12], new[key][:12])
+        names[key]: (old[key][:12], new[key][:12])
         for key in names
         if old[key] and new[key] and old[key] != new[key]
     }
