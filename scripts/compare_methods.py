@@ -59,7 +59,7 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
 }
 METHODS = {"dualpath_paper": "dualpath", "st_adapter_16": "st_adapter"}  # others: their own name
 ON_OTHER_SETS = ("dualpath", "dualpath_paper", "st_adapter", "adaptformer", "evl", "linear")
-NUM_VIDEOS = {"paths": 180, "demo": 8000, "paths_large": 5000}  # for training
+SETS = ("paths", "demo", "paths_large")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Run:
     """Names one training.
 
     Attributes:
-      data: the set of videos, see `NUM_VIDEOS`.
+      data: the set of videos, see `SETS`.
       contestant: see `CONTESTANTS`.
       learning_rate: peak learning rate.
       steps: number of steps of 16 clips.
@@ -89,6 +89,10 @@ class Run:
 
 def run_config(run: Run) -> Any:
     """Return the configuration of a run, without the split that it is evaluated on."""
+    from dualpath_jax.demo import paths, render
+
+    sizes = {"paths": paths.SIZES, "demo": render.SIZES, "paths_large": paths.LARGE_SIZES}
+    num_videos = sizes[run.data]["train"]
     if run.contestant == "dualpath":
         config = recipes.finetune("demo")
     else:
@@ -99,7 +103,7 @@ def run_config(run: Run) -> Any:
     config.optimizer.learning_rate = run.learning_rate
     config.seed = run.seed
     config.num_train_steps = config.checkpoint.every_steps = run.steps
-    config.optimizer.warmup_epochs = 0.1 * run.steps * config.data.batch_size / NUM_VIDEOS[run.data]
+    config.optimizer.warmup_epochs = 0.1 * run.steps * config.data.batch_size / num_videos
     config.eval.batch_size = 40
     return config
 
@@ -220,7 +224,7 @@ def compare(
 
     Args:
       results: has what was found before, and gets the rest.
-      sets: of `NUM_VIDEOS`.
+      sets: of `SETS`.
       contestants: of `CONTESTANTS`.
       seeds: of the runs on `paths`; other sets have seed 0 alone.
     """
@@ -327,8 +331,8 @@ def parser() -> argparse.ArgumentParser:
     add = arg_parser.add_argument
     add("--results", help="file of the results (docs/comparison.jsonl; needed with --short)")
     add("--out", default="runs/compare", help="folder of the runs (runs/compare)")
-    add("--sets", nargs="+", default=list(NUM_VIDEOS), choices=list(NUM_VIDEOS), metavar="SET",
-        help=f"sets to train on, of {', '.join(NUM_VIDEOS)} (all)")  # fmt: skip
+    add("--sets", nargs="+", default=list(SETS), choices=SETS, metavar="SET",
+        help=f"sets to train on, of {', '.join(SETS)} (all)")  # fmt: skip
     add("--contestants", nargs="+", choices=list(CONTESTANTS), metavar="NAME",
         help=f"of {', '.join(CONTESTANTS)} (all; with --short six of them)")  # fmt: skip
     add("--seeds", type=positive(int), default=None, help="number of seeds (3; with --short 1)")

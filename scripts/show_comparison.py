@@ -9,7 +9,6 @@ difference; top-1 of a single seed has Wilson's interval.
 """
 
 import argparse
-import json
 import pathlib
 import sys
 from typing import Any
@@ -20,8 +19,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from dualpath_jax.cli import build_parser, user_errors
 from dualpath_jax.report.statistics import confidence_interval
+from scripts.compare_methods import RESULTS, Results
 
-RESULTS = pathlib.Path(__file__).resolve().parents[1] / "docs" / "comparison.jsonl"
 REFERENCE = "dualpath"
 
 
@@ -31,9 +30,9 @@ def read_results(path: pathlib.Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: there are none.
     """
-    if not path.exists():
-        raise ValueError(f"no results in {path}: scripts/compare_methods.py makes them")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    if results := Results(path, path.parent).read():
+        return results
+    raise ValueError(f"no results in {path}: scripts/compare_methods.py makes them")
 
 
 def select(results: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:

@@ -130,9 +130,9 @@ def upgrade_config(config: ConfigDict) -> None:
         for line in apply_renames(config):
             print(line, file=sys.stderr)
     check_known_keys(config)
-    paths = {name: flatten_config(config)[name] for name in _PATHS}
+    values = flatten_config(config)
     config.update_from_flattened_dict(
-        {name: os.path.expanduser(path) for name, path in paths.items() if path}
+        {name: os.path.expanduser(values[name]) for name in _PATHS if values[name]}
     )
 
 

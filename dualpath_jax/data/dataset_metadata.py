@@ -68,13 +68,32 @@ class Identity:
     frames: dict[str, list[Shard]]
 
 
+class ShardDigest:
+    """Counts and digests the records of a shard as they come."""
+
+    def __init__(self):
+        self._count, self._sha256 = 0, hashlib.sha256()
+        self._first = self._sha256.hexdigest()
+
+    def add(self, record: bytes) -> None:
+        """Add the next record."""
+        self._sha256.update(len(record).to_bytes(8, "little"))
+        self._sha256.update(record)
+        self._count += 1
+        if self._count == 1:
+            self._first = self._sha256.hexdigest()
+
+    def describe(self, num_bytes: int) -> Shard:
+        """Return the description of the shard, whose file has `num_bytes`."""
+        return Shard(self._count, num_bytes, self._sha256.hexdigest(), self._first)
+
+
 def digest_records(records: Iterable[bytes]) -> str:
     """Return the SHA-256 of records, each with its length before it, in hexadecimal digits."""
-    digest = hashlib.sha256()
+    digest = ShardDigest()
     for record in records:
-        digest.update(len(record).to_bytes(8, "little"))
-        digest.update(record)
-    return digest.hexdigest()
+        digest.add(record)
+    return digest.describe(0).sha256
 
 
 def identity_path(data_dir: str) -> str:
@@ -99,9 +118,9 @@ def read_identity(data_dir: str) -> Identity | None:
             for split, entries in content["frames"].items()
         }
         for shard in (*videos.values(), *(shard for shards in frames.values() for shard in shards)):
-            if not isinstance(shard.sha256, str) or not isinstance(shard.first_sha256, str):
-                raise TypeError("a digest is not text")
-            int(shard.records), int(shard.num_bytes)
+            values = zip(dataclasses.astuple(shard), (int, int, str, str), strict=True)
+            if not all(isinstance(value, kind) for value, kind in values):
+                raise TypeError(f"{shard} has a value of another type")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {truncated_repr(str(error))}; {_REMEDY}") from None
     return Identity(videos, frames)

@@ -79,8 +79,7 @@ class VideoDataset:
 
     def __init__(self, data_dir: str, split: str):
         data_dir = os.path.expanduser(data_dir)
-        if os.path.isdir(data_dir):
-            file_lock.lock_while_reading(data_dir, self)
+        file_lock.lock_while_reading(data_dir, self)
         splits = dataset_metadata.read_splits(data_dir)
         if split not in splits:
             raise ValueError(
@@ -196,18 +195,15 @@ class VideoDataset:
                 f"{os.path.dirname(self._shard_paths[0])}; prepare the data set again with another "
                 "--out"
             )
-        states = []
-        for number, (path, length) in enumerate(
-            zip(self._shard_paths, self._shard_lengths, strict=True)
-        ):
-            # A shard without records has no file; in Cloud Storage, each question takes a while.
-            states.append(_file_state(path) if length and "://" not in path else None)
-            expected = shards[number].num_bytes if shards else None
-            if states[-1] is None or expected is None:
-                continue
-            if states[-1][0] != expected:
+        # A shard without records has no file; in Cloud Storage, each question takes a while.
+        states = [
+            _file_state(path) if length and "://" not in path else None
+            for path, length in zip(self._shard_paths, self._shard_lengths, strict=True)
+        ]
+        for path, state, shard in zip(self._shard_paths, states, shards or (), strict=False):
+            if state and state[0] != shard.num_bytes:
                 raise ChangedData(
-                    f"{path} has {states[-1][0]:,} bytes, and was prepared with {expected:,}: it "
+                    f"{path} has {state[0]:,} bytes, and was prepared with {shard.num_bytes:,}: it "
                     "was cut off or replaced. Copy the right file there, or prepare the data set "
                     "again with another --out"
                 )

@@ -161,8 +161,6 @@ def describe_environment() -> dict[str, Any]:
       A dictionary with the keys command, versions (by package), devices (their number by kind),
       processes, cpu_cores, platform and xla_flags.
     """
-    import jax
-
     versions = {"dualpath_jax": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -170,8 +168,7 @@ def describe_environment() -> dict[str, Any]:
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "versions": versions,
-        "devices": dict(collections.Counter(device.device_kind for device in jax.devices())),
-        "processes": jax.process_count(),
+        **describe_machine(),
         "cpu_cores": num_cores(),
         "platform": platform.platform(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

@@ -65,13 +65,13 @@ def lock_while_reading(folder: str, reader: Any) -> None:
     It needs no file and no right to write. Where the file system has no locks, nothing is locked.
 
     Args:
-      folder: an existing folder. Storage without files ("gs://...") is not locked.
+      folder: what is no folder of this machine, as "gs://...", is not locked.
       reader: any object that can be weakly referenced.
 
     Raises:
       ValueError: a program is writing there (`lock_against_readers`); the message names it.
     """
-    if "://" in folder:
+    if not os.path.isdir(folder):
         return
     file = os.open(folder, os.O_RDONLY)
     weakref.finalize(reader, os.close, file)

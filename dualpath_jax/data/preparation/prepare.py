@@ -31,7 +31,7 @@ from dualpath_jax.runtime import file_lock, files
 from dualpath_jax.runtime.cpu_count import num_cores
 from dualpath_jax.runtime.progress_bar import ProgressBar
 
-_NO_FRAMES = dataset_metadata.Shard(0, 0, *[dataset_metadata.digest_records([])] * 2)
+_NO_FRAMES = dataset_metadata.ShardDigest().describe(num_bytes=0)
 # The result for one video: its frame records and its entry in the sidecar, or the failure.
 _Outcome: TypeAlias = tuple[Iterable[bytes], dict] | Failure
 
@@ -451,10 +451,11 @@ def _describe_frames(shard: _Shard, sidecar: dict, out_dir: str) -> dataset_meta
     path = shard.frames_path(out_dir)
     print(f"note: reading {path} for identity.json, which version 0.1.0 lacks", file=sys.stderr)
     count = sum(entry["num_frames"] for entry in sidecar["stored"])
+    digest = dataset_metadata.ShardDigest()
     try:
         reader = ArrayRecordReader(path)
-        first = dataset_metadata.digest_records(reader.read([0]))
-        digest = dataset_metadata.digest_records(reader.read([i])[0] for i in range(count))
+        for position in range(count):
+            digest.add(reader.read([position])[0])
     except (RuntimeError, IndexError) as error:
         raise OSError(f"{path} cannot be read ({error}); prepare with another --out") from None
     if reader.num_records() != count:
@@ -462,7 +463,7 @@ def _describe_frames(shard: _Shard, sidecar: dict, out_dir: str) -> dataset_meta
             f"{path} holds {reader.num_records()} frames instead of {count}: it is not the file "
             "that was prepared; prepare with another --out"
         )
-    frames = dataset_metadata.Shard(count, os.path.getsize(path), digest, first)
+    frames = digest.describe(os.path.getsize(path))
     sidecar = sidecar | {"frames": dataclasses.asdict(frames)}
     files.write_text(shard.sidecar_path(out_dir), json.dumps(sidecar))
     return frames

@@ -6,7 +6,6 @@
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import tempfile
@@ -65,8 +64,7 @@ class ShardWriter:
         self._path = path
         directory, name = os.path.split(path)
         self._temporary = os.path.join(directory, "incomplete-" + name)
-        self._count, self._digest = 0, hashlib.sha256()
-        self._first = dataset_metadata.digest_records([])
+        self._count, self._digest = 0, dataset_metadata.ShardDigest()
         try:
             self._writer = ArrayRecordWriter(self._temporary, _WRITER_OPTIONS)
         except RuntimeError as error:
@@ -87,16 +85,12 @@ class ShardWriter:
             self._writer.write(record)
         except RuntimeError as error:
             raise self._to_os_error(error) from None
-        if not self._count:
-            self._first = dataset_metadata.digest_records([record])
         self._count += 1
-        self._digest.update(len(record).to_bytes(8, "little"))  # as `digest_records` does
-        self._digest.update(record)
+        self._digest.add(record)
 
     def describe(self) -> dataset_metadata.Shard:
         """Return the description of the committed file."""
-        size = os.path.getsize(self._path)
-        return dataset_metadata.Shard(self._count, size, self._digest.hexdigest(), self._first)
+        return self._digest.describe(os.path.getsize(self._path))
 
     def commit(self) -> None:
         """Finish the file, check that the disk holds all of it, and give it its name.
