@@ -5,9 +5,12 @@ model = dp.load("runs/demo")
 model.predict("clip.mp4")
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dualpath_jax.version import __version__
+
+if TYPE_CHECKING:
+    from dualpath_jax.inference.trained_model import load
 
 __all__ = ["__version__", "load"]
 

@@ -4,8 +4,8 @@
 the check of a configuration (`check_values`), `--help_config` (`format_keys`) and
 docs/configuration.md (`markdown_table`; python -m dualpath_jax.config.schema prints it).
 
-A description that ends in "ours" marks a default that the paper does not give (see README, "What
-differs from the paper"). Upper limits are far above what anybody trains: a configuration may come
+A description that ends in "ours" marks a default that the paper does not give (see
+docs/paper_differences.md). Upper limits are far above what anybody trains: a configuration may come
 with an untrusted file.
 """
 

@@ -1,6 +1,6 @@
 """Tests the plan of faults, the simulated full disk, and the comparison of two runs.
 
-CI runs scripts/chaos.py itself, as the README shows it.
+CI runs scripts/chaos.py itself, as docs/interruptions.md shows it.
 """
 
 import collections

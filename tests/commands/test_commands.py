@@ -139,6 +139,7 @@ NOT_RUN = {
         *("python -m pytest", "python -m pytest tests/*"),
         "python scripts/chaos.py --minutes=2.5",
         "python scripts/report.py --workdir=runs/demo --out=runs/demo/report.html",
+        *('pip install ".[[]docs]"', "python -m pdoc *"),
     ],
     CLOUD: [
         *(f"scripts/tpu_pod.sh {verb}" for verb in ("create --spot", "status", "stop", "delete")),
