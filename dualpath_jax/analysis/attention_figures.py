@@ -4,14 +4,17 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import einops
 import numpy as np
+import scipy.ndimage
 from PIL import Image
 
 from dualpath_jax.analysis import attention_maps, image_grid
 from dualpath_jax.data import frame_sampling
 
-_TILE_SIZE = 96  # shortest side of a drawn frame, in pixels
-_MAX_COLUMNS = 16  # frames in a row of the grid
+_WIDTH = 1040  # of the picture with all frames, in pixels
+_TILE_SIZE = 256  # side of a frame in the animation
+_MAX_COLUMNS = 8  # frames in a row
 # Kind of map -> does the adapted model produce it?
 _ADAPTED = {"without adaptation": False, "with adaptation": True}
 
@@ -25,14 +28,16 @@ class ClipAttention:
         for "temporal".
       maps: kind ("without adaptation" or "with adaptation") -> path -> [n, H, W]; each image's map
         sums to 1.
-      grid: number of frames of a frameset, (across, down).
+      grid: number of frames of an image of the temporal path, (across, down).
       num_frames: T, the number of frames of the clip.
+      patch_size: side of the backbone's patches in pixels.
     """
 
     images: dict[str, np.ndarray]
     maps: dict[str, dict[str, np.ndarray]]
     grid: tuple[int, int]
     num_frames: int
+    patch_size: int
 
     def split_framesets(self) -> "ClipAttention":
         """Return a copy whose temporal path has T single frames, in time order, not framesets.
@@ -48,10 +53,10 @@ class ClipAttention:
             return by_path | {"temporal": frames}
 
         maps = {kind: split(by_path) for kind, by_path in self.maps.items()}
-        return dataclasses.replace(self, images=split(self.images), maps=maps)
+        return dataclasses.replace(self, images=split(self.images), maps=maps, grid=(1, 1))
 
     def draw_overlays(self, path: str, kind: str, size: tuple[int, int]) -> list[np.ndarray]:
-        """Draw the path's maps over its images, on one color scale.
+        """Draw the path's maps over its images, smoothly and on one color scale.
 
         Args:
           path: "spatial" or "temporal".
@@ -61,12 +66,20 @@ class ClipAttention:
         Returns:
           n images, uint8 [height, width, 3].
         """
-        maps = self.maps[kind][path]
+        maps = self._smooth(path, self.maps[kind][path])
         images = self.resize_images(path, size)
         return [
             image_grid.overlay_heatmap(image, heatmap, maps.max())
             for image, heatmap in zip(images, maps, strict=True)
         ]
+
+    def _smooth(self, path: str, maps: np.ndarray) -> np.ndarray:
+        """Blur maps [n, H, W] by half a patch, each frame of a frameset by itself."""
+        across, down = self.grid if path == "temporal" else (1, 1)
+        frames = einops.rearrange(maps, "n (h r) (w c) -> n h w r c", h=down, w=across)
+        sigma = self.patch_size / 2
+        smooth = scipy.ndimage.gaussian_filter(frames, sigma, mode="nearest", axes=(-2, -1))
+        return einops.rearrange(smooth, "n h w r c -> n (h r) (w c)")
 
     def resize_images(self, path: str, size: tuple[int, int]) -> list[np.ndarray]:
         """Return the path's images, uint8 [height, width, 3], at `size` (width, height)."""
@@ -117,48 +130,42 @@ def analyze_clip(
         maps=maps,
         grid=tuple(model.config.data.grid),
         num_frames=model.config.data.num_frames,
+        patch_size=patch,
     )
-
-
-def _scale_size(image: np.ndarray, side: int) -> tuple[int, int]:
-    """Scale (width, height) by the least integer that makes both at least `side` pixels."""
-    height, width = image.shape[:2]
-    factor = max(1, -(-side // min(height, width)))
-    return width * factor, height * factor
 
 
 def draw_grid(view: ClipAttention, title: str) -> Image.Image:
     """Draw frames, framesets and the framesets' frames: plain, without and with adaptation."""
     rows = []
-    names = {"spatial": "spatial path, sampled frames", "temporal": "temporal path, framesets"}
-    for path, images in view.images.items():
-        size = _scale_size(images[0], _TILE_SIZE if path == "spatial" else 2 * _TILE_SIZE)
-        rows += _build_rows(view, path, names[path], size)
+    for path in view.images:
+        name = {"spatial": "spatial path", "temporal": "temporal path, frameset"}[path]
+        rows += _build_rows(view, path, name)
     if "temporal" in view.images:
-        frames = view.split_framesets()
-        size = _scale_size(frames.images["temporal"][0], _TILE_SIZE)
-        rows += _build_rows(frames, "temporal", "temporal path, frames of the framesets", size)
-    first = dataclasses.replace(rows[0], title=f"{title}    {rows[0].title}")
-    return image_grid.draw_grid([first, *rows[1:]])
+        rows += _build_rows(view.split_framesets(), "temporal", "temporal path, frames")
+    heading = image_grid.Row(title, [np.full((1, _WIDTH, 3), 255, np.uint8)])
+    return image_grid.draw_grid([heading, *rows])
 
 
-def _build_rows(
-    view: ClipAttention, path: str, name: str, size: tuple[int, int]
-) -> list[image_grid.Row]:
+def _build_rows(view: ClipAttention, path: str, name: str) -> list[image_grid.Row]:
     """Arrange a path's images: plain, without and with adaptation.
 
     The three are next to each other if they fit in one row; otherwise each has rows of its own.
     """
+    count = len(view.images[path])
+    in_one_row = count * (1 + len(_ADAPTED)) <= _MAX_COLUMNS
+    columns = count * (1 + len(_ADAPTED)) if in_one_row else min(count, _MAX_COLUMNS)
+    height, width = view.images[path].shape[1:3]
+    tile = _WIDTH // columns - 4
+    size = (tile, tile * height // width)
     series = {"as sampled": view.resize_images(path, size)}
     series |= {kind: view.draw_overlays(path, kind, size) for kind in _ADAPTED}
-    count = len(view.images[path])
-    if count * len(series) <= 6:
+    if in_one_row:
         pictures = [picture for group in series.values() for picture in group]
-        return [image_grid.Row(f"{name}: {' | '.join(series)}", pictures)]
+        return [image_grid.Row([f"{name}, {kind}" for kind in series], pictures)]
     return [
-        image_grid.Row(f"{name} {start + 1}-{min(start + _MAX_COLUMNS, count)}: {kind}", group)
-        for start in range(0, count, _MAX_COLUMNS)
+        image_grid.Row(f"{name} {start + 1}-{min(start + _MAX_COLUMNS, count)}, {kind}", group)
         for kind, pictures in series.items()
+        for start in range(0, count, _MAX_COLUMNS)
         for group in [pictures[start : start + _MAX_COLUMNS]]
     ]
 
@@ -169,7 +176,7 @@ def draw_animation(view: ClipAttention) -> list[Image.Image]:
     The spatial path shows the sampled frame that is nearest in time.
     """
     view = view.split_framesets()
-    size = (2 * _TILE_SIZE, 2 * _TILE_SIZE)
+    size = (_TILE_SIZE, _TILE_SIZE)
     overlays = {
         (path, kind): view.draw_overlays(path, kind, size)
         for path in view.images
@@ -183,7 +190,7 @@ def draw_animation(view: ClipAttention) -> list[Image.Image]:
         index = {"spatial": int(np.abs(sampled - t).argmin()), "temporal": t}
         rows = [
             image_grid.Row(
-                f"{' | '.join(view.images)} path, {kind}",
+                [f"{path} path, {kind}" for path in view.images],
                 [overlays[path, kind][index[path]] for path in view.images],
             )
             for kind in _ADAPTED

@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _GAP = 4  # pixels between pictures
-_LINE_HEIGHT = 16  # pixels for a line of text
+_FONT_SIZE = 14
+_LINE_HEIGHT = 22  # pixels for a line of text
+_BAR = (240, 12)  # (width, height) of the color bar
 _OVERLAY_STRENGTH = 0.75  # opacity of the color at the highest attention
 _COLORS = np.array(
     [(0, 60, 255), (0, 190, 255), (255, 230, 0), (255, 0, 0)]
@@ -30,28 +32,36 @@ def overlay_heatmap(image: np.ndarray, attention: np.ndarray, hottest: float) ->
 
     Args:
       image: uint8 [H, W, 3].
-      attention: [h, w], not negative. Its cells divide the image; each has one color.
+      attention: [h, w], not negative; is interpolated to the pixels of the image.
       hottest: attention with the last color. Images with the same value can be compared.
 
     Returns:
       uint8 [H, W, 3].
     """
-    height, width = image.shape[:2]
-    rows = np.arange(height) * attention.shape[0] // height
-    columns = np.arange(width) * attention.shape[1] // width
-    level = np.sqrt(np.clip(attention / max(hottest, 1e-12), 0, 1))[rows][:, columns]
-    stops = np.linspace(0, 1, len(_COLORS))
-    color = np.stack([np.interp(level, stops, channel) for channel in _COLORS.T], axis=-1)
-    opacity = _OVERLAY_STRENGTH * level[..., None]
+    attention = Image.fromarray(attention.astype(np.float32)).resize(
+        image.shape[1::-1], Image.Resampling.BILINEAR
+    )
+    level = np.sqrt(np.clip(np.asarray(attention) / max(hottest, 1e-12), 0, 1))[..., None]
     gray = image.mean(axis=-1, keepdims=True)  # only the attention has colors
-    return np.round(gray * (1 - opacity) + color * opacity).astype(np.uint8)
+    return np.round(gray + _OVERLAY_STRENGTH * level * (_color(level) - gray)).astype(np.uint8)
+
+
+def _color(level: np.ndarray) -> np.ndarray:
+    """Map levels [..., 1] in 0..1 to colors [..., 3] in 0..255."""
+    stops = np.linspace(0, 1, len(_COLORS))
+    return np.concatenate([np.interp(level, stops, channel) for channel in _COLORS.T], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Holds a row of pictures, uint8 [H, W, 3] of one height, and the line of text above them."""
+    """Holds a row of pictures, and the line of text above them.
 
-    title: str
+    Attributes:
+      title: text at the left. If it has several parts, they divide the row equally.
+      pictures: uint8 [H, W, 3], all of one size.
+    """
+
+    title: str | Sequence[str]
     pictures: Sequence[np.ndarray]
 
 
@@ -62,26 +72,47 @@ def load_font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def draw_grid(rows: Sequence[Row]) -> Image.Image:
-    """Draw the rows below one another on white."""
-    widths = [sum(picture.shape[1] + _GAP for picture in row.pictures) for row in rows]
+    """Draw the rows below one another on white, and the scale of colors below them."""
+    font = load_font(_FONT_SIZE)
+    titles = [[row.title] if isinstance(row.title, str) else list(row.title) for row in rows]
+    widths = [len(row.pictures) * (row.pictures[0].shape[1] + _GAP) for row in rows]
+    texts = [len(t) * (max(map(font.getlength, t)) + 4 * _GAP) for t in titles]
     heights = [_LINE_HEIGHT + row.pictures[0].shape[0] + _GAP for row in rows]
-    font = load_font(10)
-    text = max(font.getlength(row.title) for row in rows)
-    canvas = Image.new("RGB", (max(*widths, int(text)) + _GAP, sum(heights)), "white")
+    size = (int(max(*widths, *texts)) + _GAP, sum(heights) + _LINE_HEIGHT)
+    canvas = Image.new("RGB", size, "white")
     draw, top = ImageDraw.Draw(canvas), 0
-    for row, height in zip(rows, heights, strict=True):
-        draw.text((_GAP, top + 2), row.title, fill="black", font=font)
-        left = _GAP
-        for picture in row.pictures:
+    for row, parts, width, height in zip(rows, titles, widths, heights, strict=True):
+        for number, text in enumerate(parts):
+            left = _GAP + number * width // len(parts)
+            draw.text((left, top + 3), text, fill="black", font=font)
+        for number, picture in enumerate(row.pictures):
+            left = _GAP + number * (picture.shape[1] + _GAP)
             canvas.paste(Image.fromarray(picture), (left, top + _LINE_HEIGHT))
-            left += picture.shape[1] + _GAP
         top += height
+    _draw_legend(canvas, top)
     return canvas
 
 
+def _draw_legend(canvas: Image.Image, top: int) -> None:
+    """Draw the color bar of `overlay_heatmap` with its two ends named, over the width at `top`."""
+    draw, font = ImageDraw.Draw(canvas), load_font(_FONT_SIZE - 2)
+    first, last = "no attention", "highest of its row (square root)"
+    words = font.getlength(first) + font.getlength(last) + 4 * _GAP
+    width, height = min(_BAR[0], max(1, canvas.width - int(words))), _BAR[1]
+    bar = overlay_heatmap(
+        np.full((height, width, 3), 128, np.uint8), np.linspace(0, 1, width)[None] ** 2, 1.0
+    )
+    draw.text((_GAP, top + 3), first, fill="black", font=font)
+    left = 2 * _GAP + int(font.getlength(first))
+    canvas.paste(Image.fromarray(bar), (left, top + 5))
+    draw.text((left + width + _GAP, top + 3), last, fill="black", font=font)
+
+
 def write_png(path: str, picture: Image.Image) -> None:
-    """Write a picture as PNG with 256 colors, which makes the file smaller."""
-    picture.quantize(256, method=Image.Quantize.MEDIANCUT).save(path, optimize=True)
+    """Write a picture as PNG with 256 colors, dithered, which makes the file smaller."""
+    palette = picture.quantize(256, method=Image.Quantize.MEDIANCUT)
+    picture = picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+    picture.save(path, optimize=True)
 
 
 def write_gif(path: str, pictures: Sequence[Image.Image], milliseconds: int = 200) -> None:

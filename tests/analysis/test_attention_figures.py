@@ -75,9 +75,30 @@ def test_overlay_heatmap():
     image = np.full((8, 8, 3), (200, 100, 0), np.uint8)
     cold = image_grid.overlay_heatmap(image, np.zeros((2, 2)), 1.0)
     assert np.array_equal(cold, np.full((8, 8, 3), 100))
-    hot = image_grid.overlay_heatmap(image, np.array([[0, 0], [0, 0.5]]), 0.5)
+    attention = np.zeros((8, 8))
+    attention[4:, 4:] = 0.5
+    hot = image_grid.overlay_heatmap(image, attention, 0.5)
     assert np.array_equal(hot[:4], cold[:4])
     assert np.array_equal(np.unique(hot[4:, 4:].reshape(-1, 3), axis=0), [(216, 25, 25)])
+
+
+def test_maps_are_smooth_within_frames_and_never_reach_the_next_one():
+    patch = np.zeros((1, 16, 16))
+    patch[0, 4:8, 4:8] = 1 / 16  # the last patch of the upper left frame
+    view = attention_figures.ClipAttention(
+        {"temporal": np.zeros((1, 16, 16, 3), np.uint8)},
+        {"with adaptation": {"temporal": patch}},
+        (2, 2),
+        4,
+        4,
+    )
+    frameset = view.draw_overlays("temporal", "with adaptation", (16, 16))[0]
+    assert not frameset[8:].any()  # the lower frames are as they were
+    assert not frameset[:, 8:].any()
+    steps = np.abs(np.diff(frameset[:8, :8].astype(int), axis=0)).max()
+    assert frameset[7, 7].tolist() == [191, 0, 0]
+    assert 0 < steps < 120  # patches without smoothing have a step of 191
+    assert view.split_framesets().grid == (1, 1)
 
 
 def test_script_draws_each_video_and_names_bad_ones(run, demo_data, tmp_path, monkeypatch, capsys):
