@@ -76,6 +76,7 @@ def render_page(
     }
     if len(runs) == 1:
         context |= _single_run_context(runs[0], mistakes, strips)
+        context |= {"has_top5": _has_top5(runs[0]), "left_out": {}}
     else:
         context |= _class_comparison(runs)
     html = environment.get_template("page.html").render(context)
@@ -131,6 +132,8 @@ def _summarize_run(run: RunRecord) -> dict[str, str]:
     if results:
         videos = results["num_videos"]
         for name, key in (("top-1", "top1"), ("top-5", "top5")):
+            if key == "top5" and not _has_top5(run):
+                continue
             correct = round(results[key] * videos)
             summary[name] = f"{format_percent(results[key], 2)} ({correct:,} of {videos:,})"
         if videos:
@@ -161,6 +164,11 @@ def _summarize_run(run: RunRecord) -> dict[str, str]:
     if results:
         summary["SHA-256 of the backbone"] = format_value(results.get("backbone_sha256"))
     return summary
+
+
+def _has_top5(run: RunRecord) -> bool:
+    """Return whether top-5 can be wrong: the run has more than five classes, or unknown ones."""
+    return not 0 < len(run.class_names) <= 5
 
 
 def _parameter_tables(runs: Sequence[RunRecord]) -> list[tuple[str, dict[str, list[int]]]]:
@@ -271,11 +279,18 @@ def _top_guesses(run: RunRecord, row: int) -> list[tuple[str, float]]:
 def _class_comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Return the accuracy of each class in each run, the largest difference first.
 
-    The tables are empty unless at least two runs have predictions, all with the same classes.
+    Runs with other classes than the first one, or without predictions, are left out and named. The
+    table is empty unless two runs remain.
     """
-    known = [run for run in runs if run.predictions is not None]
-    if len(known) < 2 or any(run.class_names != known[0].class_names for run in known):
-        return {"compared": [], "classes": []}
+    have_predictions = [run for run in runs if run.predictions is not None]
+    known = [r for r in have_predictions if r.class_names == have_predictions[0].class_names]
+    left_out = {
+        run.name: "other classes" if run in have_predictions else "no predictions"
+        for run in runs
+        if run not in known
+    }
+    if len(known) < 2:
+        return {"compared": [], "classes": [], "left_out": left_out}
     columns = []
     for run in known:
         predictions, num_classes = run.predictions, len(run.class_names)
@@ -291,4 +306,4 @@ def _class_comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
             spread = max(known_accuracies) - min(known_accuracies)
             rows.append({"name": name, "accuracies": accuracies, "spread": spread})
     rows.sort(key=lambda row: -row["spread"])
-    return {"compared": [run.name for run in known], "classes": rows}
+    return {"compared": [run.name for run in known], "classes": rows, "left_out": left_out}

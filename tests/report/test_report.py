@@ -365,6 +365,25 @@ def test_several_runs(tmp_path, report):
     spreads = re.findall(r'data-value="([\d.]+)">[\d.]+%</td></tr>', classes)
     assert len(spreads) == 8
     assert spreads == sorted(spreads, key=float, reverse=True)
+    assert re.search(r'Left out: <span class="name">three</span> \(no predictions\)\.', html)
+
+
+def test_runs_with_other_classes_are_left_out_by_name(tmp_path, report):
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", seed=1)
+    other = write_run(tmp_path / "other", [f"other {name}" for name in NAMES])
+    status, html, _ = report("--workdir", one, two, other)
+    assert status == 0
+    assert re.search(r'Left out: <span class="name">other</span> \(other classes\)\.', html)
+    classes = html[html.index('id="classes"') : html.index('id="parameters"')]
+    assert re.findall(r"<button type=.button.>(.*?)<", classes) == ["class", "one", "two", "spread"]
+    assert "Left out" not in report("--workdir", one, two)[1]
+
+
+def test_top5_needs_more_than_five_classes(tmp_path, report):
+    few = write_run(tmp_path / "few", NAMES[:5])
+    assert "top-5" not in report(f"--workdir={few}")[1].partition('id="curves"')[0].lower()
+    many = write_run(tmp_path / "many")
+    assert "top-5" in report(f"--workdir={many}")[1].partition('id="curves"')[0]
 
 
 def test_runs_with_equal_names_are_named_by_path(tmp_path):
