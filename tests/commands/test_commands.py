@@ -28,6 +28,9 @@ DOCUMENTED = list(dict.fromkeys(command for page in PAGES for command in find_co
 _DEMO = "python -m dualpath_jax.main --config=configs/demo.py --workdir=runs/demo"
 _PREPARE = "python scripts/prepare_dataset.py --dataset=folder --videos=VIDEOS --out=data/mine"
 _MINE = "python -m dualpath_jax.main --config=configs/finetune.py --config.data.dir=data/mine"
+_MINE_ST_ADAPTER = (
+    f"{_MINE} --config.model.method=st_adapter --config.data.num_frames=8 --workdir=runs/st_adapter"
+)
 _LABELS = "--annotations=data/demo/raw/labels"
 _LISTS = {"VIDEOS": "data/demo/raw/videos", "--annotations=ANNOTATIONS": _LABELS}
 _SMALL = (
@@ -123,6 +126,17 @@ RUN = {
         options=f"{_SMALL} {_DEMO_BACKBONE} --config.model.method=linear",
         after=_PREPARE,
     ),
+    _MINE_ST_ADAPTER: CommandRun(
+        "step 2/2 .*\nvalidation  top-1 ",
+        options=f"{_SMALL} {_DEMO_BACKBONE} --config.model.st_adapter.width=8",
+        after=_PREPARE,
+    ),
+    "python scripts/report.py --workdir=runs/finetune --out=report.html": CommandRun(
+        file="report.html", after=_MINE
+    ),
+    "python scripts/predict.py --workdir=runs/finetune VIDEOS": CommandRun(
+        r"\.mp4  0\.\d+ (walks|runs)", after=_MINE
+    ),
 }
 
 # Reasons not to run a command, and the commands of each (patterns of `fnmatch`).
@@ -136,7 +150,7 @@ SAME = "another documented command, which is run, does the same with another con
 NOT_RUN = {
     CI: [
         *("pip install -r requirements.txt", "pip install -r requirements-test.txt"),
-        *("python -m pytest", "python -m pytest tests/*"),
+        *("python -m pytest", "python -m pytest tests/*", "python -m pytest -n0 tests/*"),
         "python scripts/chaos.py --minutes=2.5",
         "python scripts/report.py --workdir=runs/demo --out=runs/demo/report.html",
         *('pip install ".[[]docs]"', "python -m pdoc *"),
@@ -154,7 +168,7 @@ NOT_RUN = {
         "python -m dualpath_jax.main --config=configs/hmdb51_vitb.py --config.data.split=all",
     ],
     PACKAGES: [
-        *('pip install ".[[]bench]"', 'pip install ".[[]tpu]"'),
+        *(f'pip install ".[[]{extra}]"' for extra in ("bench", "gpu", "tpu")),
         "python scripts/benchmark_memory.py *",
         "python scripts/compile_tpu.py *",
     ],
