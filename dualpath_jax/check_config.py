@@ -2,15 +2,14 @@
 
 import copy
 import time
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Collection
 
 import jax
 from ml_collections import ConfigDict
 
 from dualpath_jax import evaluate, train
 from dualpath_jax.config import schema
-from dualpath_jax.config.values import flatten_config
+from dualpath_jax.config.unread_keys import RecordedReads, check_unread_keys
 from dualpath_jax.data import pipeline, synthetic
 from dualpath_jax.data.clip_spec import Views
 from dualpath_jax.models import param_tree
@@ -22,60 +21,6 @@ from dualpath_jax.training.step import make_train_step
 
 # Keys that are read only in a run with parameters and data.
 _READ_BY_RUNS = {"init_from", "resume_changed", "eval.checkpoint"}
-
-
-class RecordedReads:
-    """Wraps a ConfigDict and records which keys are read.
-
-    Attributes, items and iteration over names work as those of the ConfigDict.
-
-    Attributes:
-      seen: dotted keys that were read, "data.grid", "seed", ...
-    """
-
-    def __init__(self, config: ConfigDict, seen: set[str] | None = None, prefix: str = ""):
-        self._config, self._prefix = config, prefix
-        self.seen = set() if seen is None else seen
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._config, name)
-        path = self._prefix + name
-        if isinstance(value, ConfigDict):
-            return RecordedReads(value, self.seen, path + ".")
-        self.seen.add(path)
-        return value
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._config)
-
-
-def check_unread_keys(
-    config: ConfigDict, seen: Collection[str], overrides: Collection[str] = ()
-) -> None:
-    """Check that each key that differs from its default has been read.
-
-    Args:
-      config: the whole configuration.
-      seen: dotted keys that were read.
-      overrides: dotted keys that the command line set. If `model.method` is one of them, keys of
-        the config file for its own method lose their effect, which is only a warning.
-
-    Raises:
-      ValueError: a key is set and has no effect.
-    """
-    defaults, values = flatten_config(schema.get_config()), flatten_config(config)
-    unread = [key for key in values if key not in seen and values[key] != defaults.get(key)]
-    ignored = [key for key in unread if "model.method" in overrides and key not in overrides]
-    where = f"for model.method={config.model.method!r} and the rest of this configuration"
-    if ignored:
-        settings = ", ".join(f"{key}={values[key]}" for key in ignored)
-        print(f"warning: the config file sets keys without effect {where}: {settings}")
-    if wrong := [key for key in unread if key not in ignored]:
-        settings = ", ".join(f"{key}={values[key]}" for key in wrong)
-        raise ValueError(f"set, but without effect {where}: {settings}")
 
 
 def check_config(config: ConfigDict, overrides: Collection[str] = ()) -> None:
@@ -109,18 +54,16 @@ def check_config(config: ConfigDict, overrides: Collection[str] = ()) -> None:
     train.make_loop_schedule(log, num_steps, steps_per_epoch)
 
     # A batch of training and one of evaluation go through their steps.
-    framesets = method_registry.uses_framesets(log.model.method)
+    inputs = method_registry.clip_inputs(log)
     train_batches = choose_train_batches(log.data)
-    batch = next(train_batches(videos, log.data, log.seed, 0, num_steps, framesets=framesets))
+    batch = next(train_batches(videos, log.data, log.seed, 0, num_steps, inputs=inputs))
     _print_batch("training", batch)
     module = abstract.model.module
     train_step = make_train_step(module, log, abstract.optimizer)
     del batch["example_id"]
     state, _ = jax.eval_shape(train_step, abstract.state, abstract.frozen, batch)
     views = Views(log.eval.temporal_views, log.eval.spatial_crops)
-    batch = next(
-        pipeline.eval_batches(videos, log.data, views, log.eval.batch_size, framesets=framesets)
-    )
+    batch = next(pipeline.eval_batches(videos, log.data, views, log.eval.batch_size, inputs=inputs))
     _print_batch("evaluation", batch)
     eval_step = evaluate.make_eval_step(module, log)
     del batch["example_id"]

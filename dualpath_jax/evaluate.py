@@ -195,7 +195,7 @@ class Evaluator:
             min(config.eval.batch_size, -(-len(self.dataset) // devices) * devices),
             jax.process_index(),
             jax.process_count(),
-            framesets=method_registry.uses_framesets(config.model.method),
+            inputs=method_registry.clip_inputs(config),
         )
 
 

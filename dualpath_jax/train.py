@@ -201,7 +201,7 @@ def _train_batches(
         experiment.num_train_steps,
         jax.process_index(),
         jax.process_count(),
-        framesets=method_registry.uses_framesets(config.model.method),
+        inputs=method_registry.clip_inputs(config),
         unreadable=unreadable,
     )
 

@@ -304,8 +304,8 @@ def time_steps(
         dataset = VideoDataset(config.data.dir, config.data.train_split)
         with open(os.devnull, "w") as log, contextlib.redirect_stdout(log):
             experiment, state = build_experiment(config, str(out / "timing"), dataset)
-        framesets = method_registry.uses_framesets(config.model.method)
-        batch = next(pipeline.train_batches(dataset, config.data, 0, 0, 1, framesets=framesets))
+        inputs = method_registry.clip_inputs(config)
+        batch = next(pipeline.train_batches(dataset, config.data, 0, 0, 1, inputs=inputs))
         step = make_train_step(experiment.model, config, experiment.optimizer)
         step = jax.jit(step, donate_argnums=0)
         batch, frozen = sharding.shard_batch(batch, experiment.mesh), experiment.frozen

@@ -54,8 +54,8 @@ def load_clips(config, count: int):
     from dualpath_jax.models import registry as method_registry
 
     dataset = VideoDataset(config.data.dir, config.data.train_split)
-    framesets = method_registry.uses_framesets(config.model.method)
-    batches = pipeline.eval_batches(dataset, config.data, Views(1, 1), count, framesets=framesets)
+    inputs = method_registry.clip_inputs(config)
+    batches = pipeline.eval_batches(dataset, config.data, Views(1, 1), count, inputs=inputs)
     batch = next(batches)
     clips = {key: batch[key][:, 0] for key in ("spatial", "temporal") if key in batch}
     return dataset, clips | {key: batch[key] for key in ("label", "mask")}

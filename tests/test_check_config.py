@@ -9,11 +9,19 @@ import pytest
 from dualpath_jax import check_config
 from dualpath_jax.config import schema
 from dualpath_jax.config.loading import load_config
+from dualpath_jax.config.unread_keys import (
+    RecordedReads,
+    check_unread_keys,
+    describe_unread_model_keys,
+)
 from dualpath_jax.config.values import flatten_config
 from dualpath_jax.data.datasets import registry as dataset_registry
+from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.models import param_tree
 from dualpath_jax.models.abstract import abstract_model
 from dualpath_jax.models.registry import METHODS
+from dualpath_jax.training.experiment import build_abstract
+from tests.helpers.runs import build_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted(
@@ -128,8 +136,81 @@ def test_overridden_key_without_effect():
     with pytest.raises(
         ValueError, match="^set, but without effect .*: model.adapter_bottleneck=32$"
     ):
-        check_config.check_unread_keys(config, seen, overrides)
-    check_config.check_unread_keys(config, seen | {"model.adapter_bottleneck"}, overrides)
+        check_unread_keys(config, seen, overrides)
+    check_unread_keys(config, seen | {"model.adapter_bottleneck"}, overrides)
+
+
+OFF = {
+    "temporal_path": {
+        "data.grid": (2, 4),
+        "data.frame_scale": 3,
+        "data.frameset_input": "abs_minus_mean",
+        "model.serial_skip": True,
+        "model.temporal_position": "clip",
+        "model.readout_width": 8,
+    },
+    "spatial_path": {"data.num_spatial_frames": 99, "model.spatial_dropout": 0.5},
+}
+
+
+def path_off(path):
+    """Return the demo's configuration with a path off, and keys set that only this path reads."""
+    config = load("demo")
+    config.update_from_flattened_dict(OFF[path] | {f"model.{path}": False})
+    if path == "temporal_path":
+        config.model.pre_attention_adapter = False
+        config.model.time_kernel_size = 0
+        config.model.pre_attention_residual = schema.get_config().model.pre_attention_residual
+    return config
+
+
+@pytest.mark.parametrize("path", OFF)
+def test_keys_of_a_path_that_is_off(path, capsys):
+    """Check that they are named, in the check and in training, and nothing else of the path is.
+
+    Values that do not fit together are no error of their own.
+    """
+    config = path_off(path)
+    names = [f"{key}={value}" for key, value in OFF[path].items()]
+    with pytest.raises(ValueError, match="^set, but without effect") as error:
+        check_config.check_config(config)
+    where, settings = str(error.value).rsplit(": ", 1)
+    assert f"for model.method='dualpath', model.{path}=False and the rest" in where
+    assert sorted(re.split(r", (?=data|model)", settings)) == sorted(names)
+    # The command line switches the path off: the keys of the file are a warning.
+    check_config.check_config(config, [f"model.{path}"])
+    assert f"warning: the config file sets keys without effect {where[24:]}" in (
+        capsys.readouterr().out
+    )
+    # Training builds the model in the same way.
+    log = RecordedReads(config)
+    build_abstract(log, 8, 10.0)
+    warning = describe_unread_model_keys(config, log.seen)
+    assert warning == f"warning: {where}: {settings}"
+
+
+@pytest.mark.parametrize("name", ["demo", "ssv2_vitb:without_ta", "ssv2_vitb:without_sa"])
+def test_training_has_no_warning(name):
+    config = load(name)
+    log = RecordedReads(config)
+    build_abstract(log, 8, 10.0)
+    assert describe_unread_model_keys(config, log.seen) == ""
+
+
+def test_training_prints_the_warning(config, tmp_path, capsys):
+    config.model.temporal_path, config.data.frame_scale = False, 3
+    build_run(config, str(tmp_path), VideoDataset(config.data.dir, "train"))
+    assert (
+        "without effect for model.method='dualpath', model.temporal_path=False and the rest of"
+        in (capsys.readouterr().out)
+    )
+
+
+def test_both_paths_off():
+    config = load("demo")
+    config.model.spatial_path = config.model.temporal_path = False
+    with pytest.raises(ValueError, match="spatial_path and model.temporal_path are both False"):
+        check_config.check_config(config)
 
 
 def test_keys_that_only_matter_with_other_values():
@@ -161,7 +242,7 @@ def test_value_out_of_range():
 
 
 def test_recorded_reads():
-    log = check_config.RecordedReads(schema.get_config())
+    log = RecordedReads(schema.get_config())
     assert log.data.num_frames == 32
     assert log.seen == {"data.num_frames"}
     assert log.model.vpt["num_prompts"] == 10

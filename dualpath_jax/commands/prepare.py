@@ -20,6 +20,7 @@ import sys
 
 from dualpath_jax.cli import build_parser, positive
 from dualpath_jax.data.datasets.registry import DATASETS, list_videos
+from dualpath_jax.data.datasets.validation_split import GroupBy
 from dualpath_jax.data.preparation.dry_run import check_videos
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits
 from dualpath_jax.runtime import environment, progress_bar
@@ -50,6 +51,15 @@ def parser() -> argparse.ArgumentParser:
     add("--max_missing", type=float, default=0.1, help=help_)
     help_ = "fraction of each class for validation, if the annotations have no such split (0.2)"
     add("--validation_fraction", type=float, default=0.2, help=help_)
+    help_ = (
+        "videos of one recording, which that split keeps together: folder:LEVEL, those in a folder "
+        "of the same name (1: the one that holds the file, 2: the one above); name:REGEX, those "
+        "whose file names without extension agree in what the expression matches, or its first "
+        "parentheses ('name:(.+)_': up to the last underscore); column:NAME, those with the same "
+        "entry in this column of the list, whose first line names path, label and NAME (default: "
+        "each video by itself)"
+    )
+    add("--group_by", metavar="folder:LEVEL|name:REGEX|column:NAME", help=help_)
     for name, default, what in (
         ("seconds", limits.seconds, "seconds of decoding"),
         ("memory_mb", limits.memory_mb, "MiB of memory"),
@@ -87,6 +97,7 @@ def main() -> None:
             arguments.videos,
             arguments.annotations,
             arguments.validation_fraction,
+            arguments.group_by and GroupBy.parse(arguments.group_by),
         )
         for notice in index.notices:
             print(f"note: {notice}", file=sys.stderr)

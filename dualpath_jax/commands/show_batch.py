@@ -64,7 +64,7 @@ def draw_differences(batch: dict, data_config: Any) -> dict:
 
 
 def draw_batch(batch: dict, class_names: list[str], zoom: int) -> Image.Image:
-    """Draw one row per clip: label, spatial frames, and framesets if the method uses them."""
+    """Draw one row per clip: label, spatial frames and framesets, as far as the model uses them."""
     from dualpath_jax.analysis.image_grid import load_font
 
     clips = []
@@ -126,7 +126,7 @@ def main() -> None:
             config.seed,
             args.step,
             args.step + 1,
-            framesets=method_registry.uses_framesets(config.model.method),
+            inputs=method_registry.clip_inputs(config),
         )
         batch = {key: value[: args.clips] for key, value in next(batches).items()}
         batch = draw_differences(apply_color_operations(batch), config.data)

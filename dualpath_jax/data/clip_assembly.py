@@ -24,7 +24,7 @@ class ClipSample(TypedDict, total=False):
     """Holds the raw records of one clip and everything that was drawn for it.
 
     Attributes:
-      records: bytes [T], serialized tf.train.Example of each frame.
+      records: bytes [n], serialized tf.train.Example of each of `ClipFormat.stored_frames`.
       box: int32 [4], top, left, height and width of the crop, pixels of the stored frame.
       decode_ratio: int32, index in `frame_ops.DECODE_RATIOS` of the JPEG decoder's scale.
       flip: bool, mirror the clip.
@@ -77,7 +77,7 @@ def make_clip_sample(
         ratio = min(unit, frame_ops.choose_decode_ratio(side, clip.framesets.frame_size))
     box = np.array([crop.top, crop.left, crop.height, crop.width], np.int32)
     return {
-        "records": dataset.read_frames(example, frames),
+        "records": dataset.read_frames(example, frames[clip.stored_frames]),
         "box": frame_ops.snap_box(box, unit),
         "decode_ratio": np.int32(frame_ops.DECODE_RATIOS.index(ratio)),  # index of the ratio
         "flip": crop.flip,
@@ -88,7 +88,7 @@ def make_clip_sample(
 
 
 def compose_inputs(
-    spatial: tf.Tensor,
+    spatial: tf.Tensor | None,
     cells: tf.Tensor | None,
     sample: dict[str, tf.Tensor],
     clip: ClipFormat,
@@ -97,14 +97,14 @@ def compose_inputs(
     """Compose a clip's inputs from its scaled frames and its draws.
 
     Args:
-      spatial: uint8 [S, H, W, 3].
+      spatial: uint8 [S, H, W, 3]; None if the model does not take them.
       cells: uint8 [T, fh, fw, 3], all frames as they are in framesets; None without these. All of
         them are made alike, so that a still picture does not flicker.
       sample: the clip's `ClipSample` as tensors.
       clip: what a clip is.
       fill: see `fill_color`.
     """
-    images = [spatial] if clip.framesets is None else [spatial, cells]
+    images = [x for x in (spatial, cells) if x is not None]
     if "matrix" in sample:
         images = [randaugment.warp_frames(x, sample["matrix"], fill) for x in images]
     images = tf.cond(sample["flip"], lambda: [frame_ops.mirror(x) for x in images], lambda: images)
@@ -120,9 +120,11 @@ def compose_inputs(
             return [frame_ops.erase(x, box * (x.shape[1] // side), fill) for x in images]
 
         images = tf.cond(box[2] > 0, erased, lambda: images)
-    inputs = {"spatial": images[0]}
-    if clip.framesets is not None:
-        inputs["temporal"] = tile_framesets(images[1], clip.framesets.grid)
+    inputs = {}
+    if spatial is not None:
+        inputs["spatial"] = images[0]
+    if cells is not None:
+        inputs["temporal"] = tile_framesets(images[-1], clip.framesets.grid)
     return inputs | {key: sample[key] for key in ("label", "mask", "example_id")} | color
 
 
@@ -139,16 +141,18 @@ def _assemble(
 ) -> dict[str, tf.Tensor]:
     """Decode the records of one clip and compose its inputs."""
     jpegs = tf.io.parse_example(sample["records"], FRAME_FEATURES)["image"]
-    jpegs = tf.unstack(jpegs, clip.num_frames)
-    chosen = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
+    jpegs = dict(zip(clip.stored_frames, tf.unstack(jpegs, len(clip.stored_frames)), strict=True))
 
     def read(frames: list[tf.Tensor], ratio: int, size: int) -> tf.Tensor:
         return frame_ops.decode_crops(frames, sample["box"], ratio, size)
 
-    spatial, cells = read([jpegs[i] for i in chosen], 1, clip.image_size), None
+    spatial = cells = None
+    if clip.num_spatial_frames:
+        chosen = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
+        spatial = read([jpegs[i] for i in chosen], 1, clip.image_size)
     if clip.framesets is not None:
-        size = clip.framesets.frame_size
-        branches = [lambda r=ratio: read(jpegs, r, size) for ratio in frame_ops.DECODE_RATIOS]
+        size, frames = clip.framesets.frame_size, list(jpegs.values())
+        branches = [lambda r=ratio: read(frames, r, size) for ratio in frame_ops.DECODE_RATIOS]
         cells = tf.switch_case(sample["decode_ratio"], branches)
     return compose_inputs(spatial, cells, sample, clip, fill)
 
@@ -156,7 +160,7 @@ def _assemble(
 def _signature(clip: ClipFormat, layers: int, erasing: bool) -> dict[str, tf.TensorSpec]:
     """Return the tensor specs of a `ClipSample`, with the draws of RandAugment and erasing."""
     signature = {
-        "records": tf.TensorSpec([clip.num_frames], tf.string),
+        "records": tf.TensorSpec([len(clip.stored_frames)], tf.string),
         "box": tf.TensorSpec([4], tf.int32),
         "decode_ratio": tf.TensorSpec([], tf.int32),
         "flip": tf.TensorSpec([], tf.bool),

@@ -1,9 +1,21 @@
 """Defines the format of a clip: its frames, their sizes, and its framesets. No TensorFlow."""
 
 import dataclasses
+import enum
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dualpath_jax.data import frame_sampling
+
+
+class ClipInputs(enum.Enum):
+    """Names the inputs that a model takes of a clip of T frames; nothing else is made."""
+
+    ALL_FRAMES = "all T frames at full size"
+    BOTH_PATHS = "S frames at full size, and framesets of all T frames"
+    SPATIAL_PATH = "S frames at full size"
+    TEMPORAL_PATH = "framesets of all T frames"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +89,10 @@ class ClipFormat:
     Attributes:
       num_frames: T, frames of a clip.
       image_size: side of a spatial frame, in pixels.
-      num_spatial_frames: S; T without framesets.
+      num_spatial_frames: S; T if all frames are at full size, 0 if none is.
       sampling: "dense" or "segments", see `frame_sampling`.
       sampling_interval: distance between frames of dense clips; None takes the paper's.
-      framesets: their shape; None for methods without framesets.
+      framesets: their shape; None if the model takes none.
     """
 
     num_frames: int
@@ -90,28 +102,45 @@ class ClipFormat:
     sampling_interval: int | None
     framesets: FramesetShape | None
 
+    @property
+    def stored_frames(self) -> np.ndarray:
+        """Return the positions, of 0..T-1, of the frames that are read: int64, rising."""
+        if self.framesets:
+            return np.arange(self.num_frames)
+        return frame_sampling.spatial_subset(self.num_frames, self.num_spatial_frames)
 
-def build_clip_format(data_config: Any, framesets: bool = True) -> ClipFormat:
+
+def build_clip_format(data_config: Any, inputs: ClipInputs = ClipInputs.BOTH_PATHS) -> ClipFormat:
     """Build and check the clip format of a configuration.
 
     Args:
       data_config: `config.data`.
-      framesets: True for spatial frames and framesets (DualPath). False for every frame at full
-        size (other methods), which ignores `num_spatial_frames`, `grid` and `frame_scale`.
+      inputs: what the model takes. Keys of other inputs are neither read nor checked:
+        `num_spatial_frames` without a subset of frames; `grid`, `frame_scale` and `frameset_input`
+        without framesets.
 
     Raises:
       ValueError: the values do not fit together.
     """
     shape, num_spatial = None, data_config.num_frames
-    if framesets:
+    if inputs in (ClipInputs.BOTH_PATHS, ClipInputs.TEMPORAL_PATH):
         shape = FramesetShape(
             data_config.num_frames,
             tuple(data_config.grid),
             data_config.frame_scale,
             data_config.image_size,
         )
+        if data_config.frameset_input != "rgb" and data_config.num_frames == 1:
+            raise ValueError(
+                f"data.frameset_input={data_config.frameset_input} of data.num_frames=1 is zero "
+                "everywhere: take more frames, or rgb"
+            )
+    if inputs in (ClipInputs.BOTH_PATHS, ClipInputs.SPATIAL_PATH):
         num_spatial = data_config.num_spatial_frames
-    frame_sampling.spatial_subset(data_config.num_frames, num_spatial)
+    if inputs == ClipInputs.TEMPORAL_PATH:
+        num_spatial = 0
+    else:
+        frame_sampling.spatial_subset(data_config.num_frames, num_spatial)
     if data_config.sampling not in frame_sampling.SAMPLINGS:
         known = ", ".join(frame_sampling.SAMPLINGS)
         raise ValueError(f"unknown data.sampling {data_config.sampling!r}: known are {known}")

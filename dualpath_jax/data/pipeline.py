@@ -5,11 +5,12 @@ Parsing, decoding and resizing are TensorFlow ops (`clip_assembly`). The generat
 random from (seed, epoch, example).
 
 A batch is a dict of numpy arrays:
-  spatial     uint8   [B, S, H, W, 3]     in 0..255, RGB; without framesets all T frames
-  temporal    uint8   [B, G, H', W', 3]   in 0..255, RGB; absent without framesets
+  spatial     uint8   [B, S, H, W, 3]     in 0..255, RGB; S is T for methods without paths
+  temporal    uint8   [B, G, H', W', 3]   in 0..255, RGB: framesets
   label       int32   [B]
   mask        float32 [B]                 0 for padding, else 1
   example_id  int64   [B]                 row in the split's video table; -1 for padding
+An input that the model does not take (`ClipInputs`) is neither decoded nor in the batch.
 In evaluation, spatial and temporal have an axis V (views) after B. In training with RandAugment
 (N operations), a batch also has the arguments of `preprocess.augment_color`:
   ops         int32   [B, N]              indices in `randaugment_ops.OPS`
@@ -31,7 +32,7 @@ from dualpath_jax.data.clip_assembly import (
     find_decode_error,
     make_clip_sample,
 )
-from dualpath_jax.data.clip_spec import ClipFormat, Views, build_clip_format
+from dualpath_jax.data.clip_spec import ClipFormat, ClipInputs, Views, build_clip_format
 from dualpath_jax.data.dataset_metadata import DECODE_ERRORS
 from dualpath_jax.data.unreadable_videos import UnreadableVideos
 from dualpath_jax.data.video_dataset import UnreadableVideo
@@ -167,7 +168,7 @@ def train_batches(
     num_steps: int,
     process_index: int = 0,
     process_count: int = 1,
-    framesets: bool = True,
+    inputs: ClipInputs = ClipInputs.BOTH_PATHS,
     unreadable: UnreadableVideos | None = None,
 ) -> Generator[Batch]:
     """Return this host's share of the training batches of steps first_step ... num_steps - 1.
@@ -182,14 +183,14 @@ def train_batches(
       num_steps: length of the run.
       process_index: of this host.
       process_count: number of hosts.
-      framesets: see `build_clip_format`.
+      inputs: what the model takes.
       unreadable: records and replaces videos that cannot be read; a new one by default.
 
     Raises:
       ValueError: settings do not fit each other (raised at once), or more than
         `data.max_broken_videos` videos cannot be read (raised when that many were found).
     """
-    clip = build_clip_format(data, framesets)
+    clip = build_clip_format(data, inputs)
     rows = _host_rows(data.batch_size, process_index, process_count)
     unreadable = unreadable or UnreadableVideos(dataset.ids, data.max_broken_videos)
     clips = TrainingClips(dataset, clip, data, seed, unreadable)
@@ -232,7 +233,7 @@ def eval_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
-    framesets: bool = True,
+    inputs: ClipInputs = ClipInputs.BOTH_PATHS,
 ) -> Generator[Batch]:
     """Return this host's share of one pass over `dataset`: each video once, then padding (mask 0).
 
@@ -241,7 +242,7 @@ def eval_batches(
     Raises:
       UnreadableVideo: a video cannot be read. This ends the pass, because no video is left out.
     """
-    clip = build_clip_format(data, framesets)
+    clip = build_clip_format(data, inputs)
     rows = _host_rows(batch_size, process_index, process_count)
 
     def samples() -> Iterator[ClipSample]:
@@ -280,11 +281,11 @@ class EvalClips:
     Args:
       data: `config.data`.
       views: clips and crops of each video.
-      framesets: see `build_clip_format`.
+      inputs: what the model takes.
     """
 
-    def __init__(self, data: Any, views: Views, framesets: bool = True):
-        self._clip = build_clip_format(data, framesets)
+    def __init__(self, data: Any, views: Views, inputs: ClipInputs = ClipInputs.BOTH_PATHS):
+        self._clip = build_clip_format(data, inputs)
         self._views = views
         self._make = build_clip_fn(self._clip, data)
 

@@ -4,8 +4,10 @@
 cropped as in evaluation; normalization and weights are inside:
 
     spatial   [B, S, H, W, 3] uint8, RGB, 0..255
-    temporal  [B, G, H', W', 3] uint8: framesets (only for the method dualpath)
+    temporal  [B, G, H', W', 3] uint8: framesets
     result    [B, classes] float32: logits
+
+It takes only the inputs that the model uses, in this order, see `input_shapes`.
 
 `jax.export` promises that a later JAX reads a file only for six months. Therefore each file holds
 the versions and the date that it was made with, see `export_info`.
@@ -39,13 +41,14 @@ def export_info() -> dict[str, str]:
 
 
 def build_serving_fn(model: trained_model.TrainedModel) -> Callable[..., jax.Array]:
-    """Return the function (spatial) or (spatial, temporal) -> logits, see the module docstring.
+    """Return the function (spatial, temporal) -> logits, see the module docstring.
 
     Its name holds `export_info`; `jax.export.deserialize(...).fun_name` shows it.
     """
+    names = tuple(input_shapes(model))
 
     def logits(*views: jax.Array) -> jax.Array:
-        clips = dict(zip(("spatial", "temporal"), views, strict=False))
+        clips = dict(zip(names, views, strict=True))
         return clip_logits(model.module, model.config, model.params, clips)
 
     info = "_".join(f"{name}_{value}" for name, value in export_info().items())

@@ -144,8 +144,8 @@ class TrainedModel:
     @functools.cached_property
     def _make_clips(self) -> pipeline.EvalClips:
         views = Views(self.config.eval.temporal_views, self.config.eval.spatial_crops)
-        framesets = method_registry.uses_framesets(self.config.model.method)
-        return pipeline.EvalClips(self.config.data, views, framesets)
+        inputs = method_registry.clip_inputs(self.config)
+        return pipeline.EvalClips(self.config.data, views, inputs)
 
     @functools.cached_property
     def _pool(self) -> WorkerPool:
@@ -203,7 +203,7 @@ def mean_probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def model_arrays(clips: pipeline.Batch) -> dict[str, np.ndarray]:
-    """Return the model's inputs in a batch: "spatial" and, with framesets, "temporal"."""
+    """Return the model's inputs in a batch: "spatial" and "temporal", or one of them."""
     return {key: clips[key] for key in ("spatial", "temporal") if key in clips}
 
 

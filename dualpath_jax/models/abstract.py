@@ -28,18 +28,18 @@ class AbstractModel:
     mask: Any
 
 
-def clip_shapes(config: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+def clip_shapes(config: Any) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
     """Return the shapes of `spatial` [1, S, H, W, 3] and `temporal` [1, G, H', W', 3] of one clip.
 
-    For a method without framesets, S is T and the shape of `temporal` is None.
+    The shape of an input that the model does not take is None.
     """
-    clip = clip_spec.build_clip_format(
-        config.data, method_registry.uses_framesets(config.model.method)
-    )
-    spatial = (1, clip.num_spatial_frames, clip.image_size, clip.image_size, 3)
-    if clip.framesets is None:
-        return spatial, None
-    return spatial, (1, clip.framesets.num_framesets, *clip.framesets.size, 3)
+    clip = clip_spec.build_clip_format(config.data, method_registry.clip_inputs(config))
+    spatial = temporal = None
+    if clip.num_spatial_frames:
+        spatial = (1, clip.num_spatial_frames, clip.image_size, clip.image_size, 3)
+    if clip.framesets:
+        temporal = (1, clip.framesets.num_framesets, *clip.framesets.size, 3)
+    return spatial, temporal
 
 
 def abstract_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct | None, ...]:

@@ -24,4 +24,5 @@ def flatten_views(batch: Batch) -> Batch:
 def view_logits(model: Any, config: Any, params: Any, batch: Batch) -> jax.Array:
     """Compute logits [B, V, classes] float32 of all views, see `pipeline.eval_batches`."""
     logits = clip_logits(model, config, params, flatten_views(batch))
-    return logits.reshape(*batch["spatial"].shape[:2], -1)
+    images = batch["spatial"] if "spatial" in batch else batch["temporal"]
+    return logits.reshape(*images.shape[:2], -1)

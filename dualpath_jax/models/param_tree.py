@@ -5,6 +5,7 @@ A tree that is split into trainable and frozen leaves keeps its structure. The h
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,15 @@ import jax.numpy as jnp
 import optax
 
 Tree = Any
+
+# (regular expression of the end of a parameter's path, whether weight decay applies); the first
+# match decides. A parameter that no rule names does not decay, and the parameter table says so.
+DECAY_RULES = [
+    ("kernel", True),
+    (r"(\w+_)?bias|scale", False),  # of layers and norms
+    (r"(\w+_)?(token|embedding|position)(_\d+)?|prompts", False),
+    (r"temporal_attention_\d+/(before|after)", False),  # position tables of EVL
+]
 
 
 def path_name(path: tuple) -> str:
@@ -31,12 +41,20 @@ def trainable_mask(params: Tree, predicate: Callable[[str], bool]) -> Tree:
     return jax.tree_util.tree_map_with_path(lambda path, _: predicate(path_name(path)), params)
 
 
+def _find_decay(path: str) -> bool | None:
+    """Return whether weight decay applies to the parameter of a path; None without a rule."""
+    for pattern, decays in DECAY_RULES:
+        if re.fullmatch(f"(.*/)?({pattern})", path):
+            return decays
+    return None
+
+
 def decay_mask(params: Tree) -> Tree:
-    """Return a tree of bool that is True where weight decay applies.
+    """Return a tree of bool that is True where weight decay applies, by `DECAY_RULES`.
 
     Only kernels decay: not biases, norms, class tokens or positions.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    return trainable_mask(params, lambda path: _find_decay(path) is True)
 
 
 def split(params: Tree, mask: Tree) -> tuple[Tree, Tree]:
@@ -82,6 +100,12 @@ def count_params(tree: Tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+def _group_of(path: str) -> str:
+    """Return the group of a path: "backbone" or its first two parts, "spatial/adapters"."""
+    parts = path.split("/")
+    return "/".join(parts[:2]) if parts[0] != "backbone" else "backbone"
+
+
 def parameter_groups(params: Tree, mask: Tree) -> dict[str, list[int]]:
     """Count [all, trainable, decayed] parameters of each group.
 
@@ -92,10 +116,8 @@ def parameter_groups(params: Tree, mask: Tree) -> dict[str, list[int]]:
     trained = flatten(mask)
     groups: dict[str, list[int]] = {}
     for path, leaf in flatten(params).items():
-        parts = path.split("/")
-        group = "/".join(parts[:2]) if parts[0] != "backbone" else "backbone"
         size = math.prod(leaf.shape)
-        row = groups.setdefault(group, [0, 0, 0])
+        row = groups.setdefault(_group_of(path), [0, 0, 0])
         row[0] += size
         row[1] += size * trained[path]
         row[2] += size * (trained[path] and decays[path])
@@ -103,14 +125,28 @@ def parameter_groups(params: Tree, mask: Tree) -> dict[str, list[int]]:
 
 
 def parameter_table(params: Tree, mask: Tree) -> str:
-    """Format `parameter_groups` as a text table."""
+    """Format `parameter_groups` as a text table.
+
+    A group is marked by "*" if it has trained parameters that no rule of `DECAY_RULES` names; a
+    line below the table names them.
+    """
+    trained = [path for path, trains in flatten(mask).items() if trains]
+    unnamed = [path for path in trained if _find_decay(path) is None]
+    marked = {_group_of(path) for path in unnamed}
     rows = [("group", "parameters", "trainable", "decayed")]
     for group, row in parameter_groups(params, mask).items():
-        rows.append((group, *(f"{n:,}" for n in row)))
+        rows.append((group + "*" * (group in marked), *(f"{n:,}" for n in row)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         "  ".join([r[0].ljust(widths[0]), *(r[i].rjust(widths[i]) for i in (1, 2, 3))])
         for r in rows
     ]
     rule = "-" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+    lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+    if unnamed:
+        more = ", ..." if len(unnamed) > 5 else ""
+        lines.append(
+            f"* no rule of weight decay names {', '.join(unnamed[:5])}{more}, so they do not "
+            "decay; name them in param_tree.DECAY_RULES"
+        )
+    return "\n".join(lines)

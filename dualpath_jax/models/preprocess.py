@@ -97,28 +97,34 @@ def normalize(images: jax.Array, data_config: Any, dtype: Any) -> jax.Array:
     return ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
 
 
-def model_inputs(batch: Batch, data_config: Any, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+def model_inputs(
+    batch: Batch, data_config: Any, dtype: Any
+) -> tuple[jax.Array | None, jax.Array | None]:
     """Return the normalized inputs (spatial, temporal) of a batch from `data.pipeline`.
 
     If the batch holds RandAugment operations, their color part is applied first.
 
     Args:
-      batch: "spatial" uint8 [B, S, H, W, 3] and, for methods with framesets, "temporal" uint8
-        [B, G, H', W', 3].
+      batch: "spatial" uint8 [B, S, H, W, 3] and "temporal" uint8 [B, G, H', W', 3], or the one of
+        them that the model takes.
       data_config: `config.data`.
       dtype: of the result.
 
     Returns:
-      Arrays of the same shapes; temporal is None if the batch does not have it.
+      Arrays of the same shapes; None for one that the batch does not have.
     """
-    inputs = [batch[key] for key in ("spatial", "temporal") if key in batch]
+    keys = [key for key in ("spatial", "temporal") if key in batch]
+    images = [batch[key] for key in keys]
     if "ops" in batch:
-        inputs = augment_color(inputs, batch["ops"], batch["op_values"], batch["tables"])
-    spatial = normalize(inputs[0], data_config, dtype)
-    if len(inputs) == 1:
-        return spatial, None
-    temporal = normalize(inputs[1], data_config, jnp.float32)
-    return spatial, subtract_static(temporal, data_config).astype(dtype)
+        images = augment_color(images, batch["ops"], batch["op_values"], batch["tables"])
+    inputs = dict(zip(keys, images, strict=True))
+    spatial, temporal = inputs.get("spatial"), inputs.get("temporal")
+    if spatial is not None:
+        spatial = normalize(spatial, data_config, dtype)
+    if temporal is not None:
+        temporal = normalize(temporal, data_config, jnp.float32)
+        temporal = subtract_static(temporal, data_config).astype(dtype)
+    return spatial, temporal
 
 
 def subtract_static(framesets: jax.Array, data_config: Any) -> jax.Array:

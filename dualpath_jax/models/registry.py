@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from dualpath_jax.data.clip_spec import ClipInputs
 from dualpath_jax.models.backbones.block_loop import check_remat
 from dualpath_jax.models.backbones.kernels import choose_kernels, prefers_scan
 from dualpath_jax.models.backbones.layers import BlockHooks
@@ -36,8 +37,9 @@ class Method:
     Attributes:
       build: (config, backbone shape, number of classes) -> module. Every module is called as
         `module(spatial, temporal, dropout_rng)` -> logits [B, classes] float32, where
-          spatial: [B, S, H, W, 3] normalized frames; all T frames for a method without framesets.
-          temporal: [B, G, H', W', 3] normalized framesets; None for a method without framesets.
+          spatial: [B, S, H, W, 3] normalized frames; S is T with `ClipInputs.ALL_FRAMES`.
+          temporal: [B, G, H', W', 3] normalized framesets.
+          An input that the model does not take is None.
           dropout_rng: jax key that switches on the method's training-time randomness, or None.
         Its parameters hold those of the backbone under "backbone".
         `module.start_from_backbone(params)` returns `params`, in which the method's parameters that
@@ -45,28 +47,37 @@ class Method:
       rules: (regular expression of the whole parameter path, whether it is trained); the first
         match decides.
       families: the backbones that it works with, names of `backbones.registry.FAMILIES`.
-      framesets: True if it takes framesets.
+      clip_inputs: config -> what the model of the configuration takes.
     """
 
     build: Callable[[Any, BackboneConfig, int], nn.Module]
     rules: tuple[tuple[str, bool], ...]
     families: tuple[str, ...] = tuple(FAMILIES)
-    framesets: bool = False
+    clip_inputs: Callable[[Any], ClipInputs] = lambda config: ClipInputs.ALL_FRAMES
 
 
-def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> DualPath:
-    """Build DualPath: adapters on a spatial path (frames) and a temporal path (framesets)."""
+def _dualpath_inputs(config: Any) -> ClipInputs:
+    """Return the inputs of the paths that are on."""
+    paths = (config.model.spatial_path, config.model.temporal_path)
+    if not any(paths):
+        raise ValueError(
+            "model.spatial_path and model.temporal_path are both False: there is nothing to train"
+        )
+    return {
+        (True, True): ClipInputs.BOTH_PATHS,
+        (True, False): ClipInputs.SPATIAL_PATH,
+        (False, True): ClipInputs.TEMPORAL_PATH,
+    }[paths]
+
+
+def _temporal_path_options(config: Any, backbone: BackboneConfig) -> dict[str, Any]:
+    """Return the attributes of `DualPath` that only its temporal path uses.
+
+    Raises:
+      ValueError: the patches do not fit the framesets.
+    """
     data, model = config.data, config.model
-    adapter = Adapter(
-        bottleneck=model.adapter_bottleneck,
-        scale=model.adapter_scale,
-        dropout=model.adapter_dropout,
-        layer_norm=model.adapter_layer_norm,
-        kernels=choose_kernels(resolve_scan_blocks(config)),
-        parent=None,
-    )
     frame_size = data.image_size // data.frame_scale
-    both = model.spatial_path and model.temporal_path
     for side, name in zip(data.grid, ("width", "height"), strict=True):
         if side * frame_size % backbone.patch_size:
             raise ValueError(
@@ -75,29 +86,47 @@ def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> 
                 f"data.grid={tuple(data.grid)}, data.frame_scale={data.frame_scale} or "
                 f"data.image_size={data.image_size}"
             )
+    return {
+        "grid": tuple(data.grid),
+        "frame_size": frame_size,
+        "num_framesets": data.num_frames // (data.grid[0] * data.grid[1]),
+        "serial_skip": model.serial_skip,
+        "pre_attention_adapter": model.pre_attention_adapter,
+        "pre_attention_residual": model.pre_attention_adapter and model.pre_attention_residual,
+        "temporal_position": model.temporal_position,
+        "time_kernel_size": model.time_kernel_size,
+        "readout_width": model.readout_width,
+    }
+
+
+def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> DualPath:
+    """Build DualPath: adapters on a spatial path (frames) and a temporal path (framesets)."""
+    model = config.model
+    adapter = Adapter(
+        bottleneck=model.adapter_bottleneck,
+        scale=model.adapter_scale,
+        dropout=model.adapter_dropout,
+        layer_norm=model.adapter_layer_norm,
+        kernels=choose_kernels(resolve_scan_blocks(config)),
+        parent=None,
+    )
+    both = model.spatial_path and model.temporal_path
+    # Keys that have no effect are not read, so that they are found (`config.unread_keys`).
+    options = _temporal_path_options(config, backbone) if model.temporal_path else {}
     return DualPath(
         config=backbone,
         num_classes=num_classes,
-        grid=tuple(data.grid),
-        frame_size=frame_size,
-        num_framesets=data.num_frames // (data.grid[0] * data.grid[1]),
         spatial_path=model.spatial_path,
         temporal_path=model.temporal_path,
         adapter=adapter,
-        serial_skip=model.serial_skip,
-        pre_attention_adapter=model.pre_attention_adapter,
-        pre_attention_residual=model.pre_attention_adapter and model.pre_attention_residual,
-        temporal_position=model.temporal_position,
-        # Keys that have no effect are not read, so that --mode=check finds them.
         spatial_dropout=model.spatial_dropout if both else 0.0,
-        time_kernel_size=model.time_kernel_size if model.temporal_path else 0,
-        readout_width=model.readout_width if model.temporal_path else 0,
         train_tokens=model.train_tokens,
         adapt_shifted_windows=family_of(backbone) == "swin" and model.adapt_shifted_windows,
         dtype=compute_dtype(config),
         scan_blocks=resolve_scan_blocks(config),
         remat=model.remat,
         cls_token_only=model.cls_token_only,
+        **options,
     )
 
 
@@ -234,7 +263,7 @@ METHODS = {
             ("(spatial|temporal)/(class_token|position)", True),
             ("(readout|classifier)/.*", True),
         ),
-        framesets=True,
+        clip_inputs=_dualpath_inputs,
     ),
     # The projection to CLIP's joint space is not used.
     "full": Method(_build_average, (("backbone/projection", False), ("backbone/.*", True), _HEAD)),
@@ -293,9 +322,13 @@ def build_model(config: Any, backbone: BackboneConfig, num_classes: int) -> nn.M
     return method.build(config, backbone, num_classes)
 
 
-def uses_framesets(method: str) -> bool:
-    """Return whether `method` takes framesets; other methods take each frame at full size."""
-    return METHODS[method].framesets
+def clip_inputs(config: Any) -> ClipInputs:
+    """Return what the model of a configuration takes of a clip.
+
+    Raises:
+      ValueError: the configuration switches all of its inputs off.
+    """
+    return METHODS[config.model.method].clip_inputs(config)
 
 
 def is_trainable_fn(method: str) -> Callable[[str], bool]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from dualpath_jax.config.schema import check_values
+from dualpath_jax.config.unread_keys import RecordedReads, describe_unread_model_keys
 from dualpath_jax.data.preparation.video_decoder import FrameFormat
 from dualpath_jax.data.video_source import VideoSource
 from dualpath_jax.models import param_tree
@@ -178,7 +179,10 @@ def build_experiment(
     # The frozen weights and the model that they fit.
     weights, backbone, info = _load_backbone(config)
     num_classes, steps_per_epoch = len(dataset.class_names), len(dataset) / config.data.batch_size
-    abstract = build_abstract(config, num_classes, steps_per_epoch, backbone)
+    log = RecordedReads(config)
+    abstract = build_abstract(log, num_classes, steps_per_epoch, backbone)
+    if (warning := describe_unread_model_keys(config, log.seen)) and jax.process_index() == 0:
+        print(warning, flush=True)
     params = init_params(abstract.model.module, config, weights)
     progress_bar.print_above_bar(param_tree.parameter_table(params, abstract.model.mask))
 

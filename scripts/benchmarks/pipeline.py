@@ -165,8 +165,8 @@ def decode_pyav(path: str, frames: np.ndarray) -> np.ndarray:
 def make_transform(clip: ClipFormat, data_config: Any) -> Callable[..., dict[str, tf.Tensor]]:
     """Return a function (frames uint8 [T, H, W, 3], sample) -> the clip's model inputs.
 
-    It applies the pipeline's crops and augmentation. The sample has the fields of
-    `make_clip_sample` without records.
+    It applies the crops and augmentation of the pipeline; `clip` is of both paths. The sample has
+    the fields of `make_clip_sample` without records.
     """
     chosen = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
     fill = fill_color(data_config)
@@ -180,10 +180,9 @@ def make_transform(clip: ClipFormat, data_config: Any) -> Callable[..., dict[str
             images = tf.ensure_shape(tf.gather(frames, indices), [len(indices), None, None, 3])
             return frame_ops.resize(images, size)
 
-        cells = None
-        if clip.framesets:
-            cells = resize_frames(range(clip.num_frames), clip.framesets.frame_size)
-        return compose_inputs(resize_frames(chosen, clip.image_size), cells, sample, clip, fill)
+        spatial = resize_frames(chosen, clip.image_size)
+        cells = resize_frames(range(clip.num_frames), clip.framesets.frame_size)
+        return compose_inputs(spatial, cells, sample, clip, fill)
 
     return transform
 
@@ -213,7 +212,7 @@ def _load_online(
         for _ in range(len(clips) // data_config.batch_size):
             loaded = [next(results) for _ in range(data_config.batch_size)]
             batch = {key: np.stack([clip[key] for clip in loaded]) for key in loaded[0]}
-            yield len(batch["spatial"])
+            yield len(batch["label"])
 
 
 # ---------------------------------------------------------------- comparisons

@@ -124,6 +124,8 @@ def build_random_experiment(
     )
     batch = {"label": rng.integers(0, NUM_CLASSES, setting.batch_size).astype(np.int32)}
     for key, shape in zip(("spatial", "temporal"), clip_shapes(config), strict=True):
+        if shape is None:
+            continue
         batch[key] = rng.integers(0, 256, (setting.batch_size, *shape[1:]), dtype=np.uint8)
     return experiment, state, batch
 

@@ -67,6 +67,10 @@ _SSV2 = "python scripts/prepare_dataset.py --dataset=ssv2 --videos=VIDEOS"
 _STORED = "total: listed 69, found 69, stored 69, bad 0"
 RUN = {
     _PREPARE: CommandRun("total: listed 12, found 12, stored 12", "data/mine/dataset_info.json"),
+    f"{_PREPARE} --group_by='name:(.+)_'": CommandRun(
+        r"\^\[0-9\] makes . groups of 12 videos(.|\n)*total: listed 12, found 12, stored 12",
+        replaced={"data/mine": "data/grouped", "name:(.+)_": "name:^[0-9]"},
+    ),
     "python scripts/prepare_dataset.py --dataset=folder --videos=VIDEOS --check": CommandRun(
         "the frames would take about"
     ),

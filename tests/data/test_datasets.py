@@ -1,11 +1,12 @@
 """Tests the annotation readers: the splits, classes and files of the listed videos."""
 
 import json
+import re
 
 import pytest
 
-from dualpath_jax.data.datasets.annotations import split_by_hash
 from dualpath_jax.data.datasets.registry import DATASETS, Video, list_videos
+from dualpath_jax.data.datasets.validation_split import GroupBy, split_by_hash
 
 
 def touch(root, *names):
@@ -371,3 +372,172 @@ def test_csv_lists_in_capitals(videos, tmp_path):
     (tmp_path / "Train.CSV").write_text("1.mp4,a\n2.mp4,a\n")
     (tmp_path / "valid.csv").write_text("3.mp4,a\n")
     assert list(list_videos("csv", str(videos), str(tmp_path)).splits) == ["train", "validation"]
+
+
+# ----- recordings that a split keeps together
+
+
+def segments(label, **counts):
+    """Return `counts` videos "NAME_NUMBER.mp4" of each recording."""
+    names = [f"{name}_{i:03d}" for name, count in counts.items() for i in range(count)]
+    return [Video(f"{name}.mp4", f"{name}.mp4", label) for name in names]
+
+
+def split_recordings(videos, fraction):
+    """Return the recordings of train and validation, and how many videos validation has."""
+    groups = {video.id: video.id.rsplit("_", 1)[0] for video in videos}
+    split = split_by_hash(videos, fraction, groups)
+    assert sorted(v.id for part in split.values() for v in part) == sorted(v.id for v in videos)
+    train, validation = ({groups[v.id] for v in split[s]} for s in ("train", "validation"))
+    assert not train & validation
+    return train, validation, split["validation"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fraction", "count"),
+    [
+        ({"a": 30, "b": 10, "c": 10, "d": 10, "e": 40}, 0.2, 20),
+        ({"a": 7, "b": 5, "c": 3}, 0.5, 8),
+        ({"a": 90, "b": 10}, 0.5, 10),  # there is nothing nearer
+        ({"a": 50, "b": 50}, 0.1, 50),  # each split gets one
+        ({"a": 9}, 0.3, 0),  # a class of one recording
+        ({"a": 3, "b": 3, "c": 3, "d": 1}, 0.1, 1),
+    ],
+)
+def test_split_of_groups_is_as_near_as_possible(sizes, fraction, count):
+    assert len(split_recordings(segments(0, **sizes), fraction)[2]) == count
+
+
+def test_split_of_groups_takes_sizes_in_proportion():
+    """Check that validation does not have the large recordings alone, nor the small ones."""
+    sizes = {f"large{i}": 10 for i in range(10)} | {f"small{i}": 1 for i in range(100)}
+    _, validation, videos = split_recordings(segments(0, **sizes), 0.2)
+    assert len(videos) == 40
+    assert sum(name.startswith("large") for name in validation) == 2
+
+
+def test_split_of_groups_over_classes():
+    """Check a recording with videos of two classes, and that the split is the same in any order."""
+    videos = segments(0, a=4, b=4, c=4) + [
+        Video(f"{name}_{i}x.mp4", f"{name}_{i}x.mp4", 1) for name in "abd" for i in range(3)
+    ]
+    train, validation, found = split_recordings(videos, 0.34)
+    assert {label: sum(v.label == label for v in found) for label in (0, 1)} == {0: 4, 1: 3}
+    assert split_recordings(videos[::-1], 0.34)[1] == validation
+    assert len(train | validation) == 4
+
+
+def test_split_without_groups_is_that_of_groups_of_one():
+    videos = segments(0, a=40)
+    alone = {video.id: video.id for video in videos}
+    assert split_by_hash(videos, 0.2, alone) == split_by_hash(videos, 0.2)
+    # Without them, segments of a recording are divided.
+    split = split_by_hash(segments(0, a=10, b=10), 0.5)
+    shared = [{v.id.split("_")[0] for v in split[name]} for name in ("train", "validation")]
+    assert shared == [{"a", "b"}, {"a", "b"}]
+
+
+@pytest.mark.parametrize(
+    ("group_by", "path", "group"),
+    [
+        ("folder:1", "day3/camera1/17.mp4", "camera1"),
+        ("folder:2", "/data/day3/camera1/17.mp4", "day3"),
+        ("name:(.+)_", "x/abc_01_002.mp4", "abc_01"),
+        ("name:subject[0-9]+", "take2_subject7_walk.mp4", "subject7"),
+        ("name:(.+)_[0-9]+_[0-9]+", "x_y_000010_000020.mp4", "x_y"),
+        ("name:(.+)_", "abc.mp4", None),
+        ("column:who", "abc.mp4", "me"),
+    ],
+)
+def test_group_of(group_by, path, group):
+    assert GroupBy.parse(group_by).group_of(Video(path, path, 0, "me")) == group
+    assert str(GroupBy.parse(group_by)) == f"--group_by={group_by}"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "folder", "folder:0", "folder:-1", "folder:a", "name:", "column", "file:1"]
+)
+def test_unknown_groupings(text):
+    with pytest.raises(ValueError, match=f"--group_by={text} is not folder:LEVEL, name:REGEX or "):
+        GroupBy.parse(text)
+    with pytest.raises(ValueError, match="not a regular expression: missing"):
+        GroupBy.parse("name:(.+")
+
+
+def test_group_by_name(videos):
+    """Check that list_videos keeps recordings whole, and tells what it did."""
+    touch(videos, *(f"{c}/{r}_{i}.mp4" for c in ("a", "b") for r in "pqrs" for i in range(5)))
+    touch(videos, "a/single.mp4")
+    listing = list_videos("folder", str(videos), None, 0.25, GroupBy.parse("name:(.+)_"))
+    recordings = [{i.split("/")[1][0] for i in ids(listing, s)} for s in ("train", "validation")]
+    assert "".join(sorted(recordings[0] | recordings[1])) == "pqrs"
+    grouped = [video for video in ids(listing, "validation") if "_" in video]
+    assert len({video.split("/")[1][0] for video in grouped}) * 10 == len(grouped) == 10
+    assert listing.notices == [
+        "--group_by=name:(.+)_ makes 5 groups of 41 videos; the largest, 'p', has 10",
+        "1 file names do not match --group_by=name:(.+)_, such as 'a/single.mp4'; each is a group "
+        "of its own",
+    ]
+
+
+def test_group_by_column(videos, tmp_path):
+    path = tmp_path / "list.csv"
+    rows = [f"p{i % 4},{i}.mp4,{'ab'[i // 4 % 2]}" for i in range(16)]
+    path.write_text("\n".join(["person,path,label", *rows]) + "\n")
+    by_person = GroupBy.parse("column:person")
+    listing = list_videos("csv", str(videos), str(path), 0.25, by_person)
+    assert listing.class_names == ["a", "b"]
+    found = {split: {video.group for video in v} for split, v in listing.splits.items()}
+    assert len(found["validation"]) == 1
+    assert len(found["train"] - found["validation"]) == 3
+    with pytest.raises(ValueError, match="first line of .* path, label, who, and lacks who"):
+        list_videos("csv", str(videos), str(path), 0.25, GroupBy.parse("column:who"))
+    with pytest.raises(ValueError, match="--group_by=column:person needs --dataset=csv: 'folder'"):
+        list_videos("folder", str(videos), None, 0.25, by_person)
+    path.write_text("person,path,label\np1,1.mp4,a\np1,2.mp4\n")
+    with pytest.raises(ValueError, match="line 3: 'p1,2.mp4' lacks one of path, label, person"):
+        list_videos("csv", str(videos), str(path), 0.25, by_person)
+
+
+def test_group_by_without_effect(videos):
+    touch(videos, "a/p_1.mp4", "a/p_2.mp4", "b/q_1.mp4")
+    by_name = GroupBy.parse("name:(.+)_")
+    with pytest.raises(ValueError, match="has no effect with --validation_fraction=0"):
+        list_videos("folder", str(videos), None, 0.0, by_name)
+    with pytest.raises(ValueError, match=r"name:\(\.\+\)x has no effect: no two of the 3 videos"):
+        list_videos("folder", str(videos), None, 0.2, GroupBy.parse("name:(.+)x"))
+    with pytest.raises(ValueError, match="puts all 3 videos into one group, '_'"):
+        list_videos("folder", str(videos), None, 0.2, GroupBy.parse("name:_"))
+    with pytest.raises(ValueError, match="folder:2: video 'a/p_1.mp4' has 1 folders"):
+        list_videos("folder", str(videos), None, 0.2, GroupBy.parse("folder:2"))
+    touch(videos / "split", "train/a/p_1.mp4", "train/a/p_2.mp4", "test/a/p_3.mp4")
+    with pytest.raises(ValueError, match="because the annotations divide .* test, train"):
+        list_videos("folder", str(videos / "split"), None, 0.2, by_name)
+
+
+@pytest.mark.parametrize(
+    ("names", "group"),
+    [
+        (["abc_001", "abc_002", "def_001"], "name:(.+)[_-][a-z]?\\d+$"),
+        (["v_a_g01_c01", "v_a_g01_c02", "v_a_g02_c01"], "name:(.+)[_-][a-z]?\\d+$"),
+        (["x_000010_000020", "x_000020_000030", "y_000000_000010"], "\\d{4,}[_-]\\d{4,}$"),
+        (["video_clip3", "video_clip4", "other_clip1"], "(?:clip|segment"),
+        (["run_001", "run_002", "run_003"], ""),  # one number per video of the class
+        (["1", "2", "3"], ""),
+        (["abc_1", "def_1", "ghi_1"], ""),
+    ],
+)
+def test_names_of_segments_give_a_notice(videos, names, group):
+    touch(videos, *(f"{c}/{name}.mp4" for c in ("a", "b") for name in names))
+    notices = list_videos("folder", str(videos)).notices
+    if not group:
+        assert notices == []
+        return
+    (notice,) = notices
+    assert notice.startswith(f"names such as '{names[0]}.mp4' and '{names[1]}.mp4' suggest")
+    assert group in notice
+    remedy = re.search(r"--group_by='(.+)' ", notice).group(1)
+    grouped = list_videos("folder", str(videos), None, 0.2, GroupBy.parse(remedy))
+    assert "makes 2 groups of 6 videos" in grouped.notices[0]  # and no notice of segments
+    assert len(grouped.notices) == 1
+    assert list_videos("folder", str(videos), None, 0.0).notices[1:] == []

@@ -10,9 +10,11 @@ import pytest
 
 from dualpath_jax.data import dataset_metadata, video_dataset
 from dualpath_jax.data.datasets.registry import list_videos
+from dualpath_jax.data.preparation import prepare as prepare_lib
 from dualpath_jax.data.preparation.prepare import PrepareOptions, prepare_dataset
 from dualpath_jax.data.video_dataset import ChangedData, VideoDataset
 from dualpath_jax.runtime import file_lock
+from dualpath_jax.runtime.progress_bar import ProgressBar
 from dualpath_jax.training import restore
 from tests.helpers.video_files import write_video
 from tests.test_train import build
@@ -150,8 +152,11 @@ def test_readers_and_prepare_exclude_each_other(original, data):
     VideoDataset(str(data), "train")
 
 
-def test_prepare_adds_a_missing_identity(original, data, capsys):
-    """Check data of version 0.1.0, which has digests neither in OUT nor in the sidecars."""
+def test_prepare_adds_a_missing_identity(original, data, capsys, monkeypatch):
+    """Check data of version 0.1.0, which has digests neither in OUT nor in the sidecars.
+
+    The bar counts each frame once.
+    """
     path = data / "identity.json"
     wanted = path.read_text()
     path.unlink()
@@ -159,8 +164,20 @@ def test_prepare_adds_a_missing_identity(original, data, capsys):
         content = json.loads(sidecar.read_text())
         del content["frames"]
         sidecar.write_text(json.dumps(content))
+    bars = []
+
+    class RecordedBar(ProgressBar):
+        def __init__(self, total, *names, **options):
+            super().__init__(total, *names, **options)
+            bars.append((names, total, self))
+
+    monkeypatch.setattr(prepare_lib, "ProgressBar", RecordedBar)
     prepare(original / "videos", data)
-    assert f"note: reading {shards(data)[0]} for identity.json" in capsys.readouterr().err
+    count = sum(entry["records"] for s in json.loads(wanted)["frames"].values() for entry in s)
+    assert f"note: reading {count} frames for identity.json" in capsys.readouterr().err
+    assert [(names, n, bar.done) for names, n, bar in bars if "frames" in names] == [
+        (("identity", "frames"), count, count)
+    ]
     assert json.loads(path.read_text()) == json.loads(wanted)
     prepare(original / "videos", data)
     assert capsys.readouterr().err == ""

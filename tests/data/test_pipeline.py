@@ -12,12 +12,13 @@ from dualpath_jax.data import (
     augment,
     clip_assembly,
     clip_spec,
+    frame_ops,
     frame_sampling,
     index_sampler,
     pipeline,
     randaugment_ops,
 )
-from dualpath_jax.data.clip_spec import Views
+from dualpath_jax.data.clip_spec import ClipInputs, Views
 from dualpath_jax.data.video_dataset import FRAME_FEATURES, VideoDataset
 
 
@@ -308,6 +309,93 @@ def test_a_graph_is_built_once(config, monkeypatch):
     config.data.image_size = 64  # twin: another format
     next(pipeline.eval_batches(dataset, config.data, Views(1, 1), 8))
     assert len(built) == 2
+
+
+class CountedReads:
+    """Wraps a data set and records the frames that are read of each video."""
+
+    def __init__(self, dataset):
+        self._dataset, self.read = dataset, []
+
+    def __getattr__(self, name):
+        return getattr(self._dataset, name)
+
+    def __len__(self):
+        return len(self._dataset)
+
+    def read_frames(self, video_index, frame_indices):
+        self.read.append(len(frame_indices))
+        return self._dataset.read_frames(video_index, frame_indices)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "keys", "read", "decoded"),
+    [
+        (ClipInputs.BOTH_PATHS, ["spatial", "temporal"], 16, {(2, 32), (16, 8)}),
+        (ClipInputs.SPATIAL_PATH, ["spatial"], 2, {(2, 32)}),
+        (ClipInputs.TEMPORAL_PATH, ["temporal"], 16, {(16, 8)}),
+        (ClipInputs.ALL_FRAMES, ["spatial"], 16, {(16, 32)}),
+    ],
+)
+def test_an_input_that_is_not_taken_costs_nothing(config, monkeypatch, inputs, keys, read, decoded):
+    """Check which frames are read, and the (number, size) of those that the graph decodes.
+
+    The other inputs are as with both paths.
+    """
+    found, decode = set(), frame_ops.decode_crops
+
+    def counted(jpegs, box, ratio, size):
+        found.add((len(jpegs), size))
+        return decode(jpegs, box, ratio, size)
+
+    monkeypatch.setattr(frame_ops, "decode_crops", counted)
+    dataset = CountedReads(VideoDataset(config.data.dir, "train"))
+    clip_assembly._traced.cache_clear()
+    train = next(pipeline.train_batches(dataset, config.data, 0, 0, 1, inputs=inputs))
+    views = next(pipeline.eval_batches(dataset, config.data, Views(1, 1), 8, inputs=inputs))
+    assert found == decoded
+    assert set(dataset.read) == {read}
+    both = next(pipeline.train_batches(dataset, config.data, 0, 0, 1))
+    for batch in (train, views):
+        assert [key for key in ("spatial", "temporal") if key in batch] == keys
+    if inputs == ClipInputs.ALL_FRAMES:
+        train["spatial"] = train["spatial"][:, [4, 12]]
+    assert is_same(train, {key: both[key] for key in train})
+
+
+@pytest.mark.parametrize("inputs", [ClipInputs.SPATIAL_PATH, ClipInputs.TEMPORAL_PATH])
+def test_augmentation_of_one_input(config, inputs):
+    """Check that RandAugment and erasing work on each path by itself."""
+    config.data.randaugment_layers, config.data.erasing_probability = 2, 1.0
+    dataset = VideoDataset(config.data.dir, "train")
+    one, both = (
+        next(pipeline.train_batches(dataset, config.data, 0, 0, 1, inputs=i))
+        for i in (inputs, ClipInputs.BOTH_PATHS)
+    )
+    for key in ("ops", "op_values", "example_id"):
+        assert np.array_equal(one[key], both[key])
+    assert one["tables"].shape == (8, 3, 256)
+    if inputs == ClipInputs.TEMPORAL_PATH:  # both draw the box in its pixels
+        assert is_same(one, {key: both[key] for key in one})
+
+
+def test_keys_of_inputs_that_are_not_taken_are_not_checked(config):
+    """Check frames that no frameset holds, and more spatial frames than frames."""
+    config.data.num_frames, config.data.frame_scale = 15, 5
+    clip = clip_spec.build_clip_format(config.data, ClipInputs.SPATIAL_PATH)
+    assert clip.framesets is None
+    assert clip.stored_frames.tolist() == [3, 11]
+    with pytest.raises(ValueError, match="num_frames=15 is not divisible by the 16 frames"):
+        clip_spec.build_clip_format(config.data, ClipInputs.TEMPORAL_PATH)
+    config.data.num_frames, config.data.frame_scale, config.data.num_spatial_frames = 16, 4, 99
+    clip = clip_spec.build_clip_format(config.data, ClipInputs.TEMPORAL_PATH)
+    assert (clip.num_spatial_frames, clip.stored_frames.tolist()) == (0, list(range(16)))
+    with pytest.raises(ValueError, match="num_spatial_frames=99"):
+        clip_spec.build_clip_format(config.data, ClipInputs.SPATIAL_PATH)
+    config.data.num_frames, config.data.grid = 1, (1, 1)
+    config.data.frameset_input = "minus_mean"
+    with pytest.raises(ValueError, match="minus_mean of data.num_frames=1 is zero everywhere"):
+        clip_spec.build_clip_format(config.data, ClipInputs.TEMPORAL_PATH)
 
 
 def test_bad_values_are_named(config):

@@ -9,6 +9,7 @@ import pytest
 
 from configs import demo
 from dualpath_jax.data import augment, pipeline, synthetic
+from dualpath_jax.data.clip_spec import ClipInputs
 from dualpath_jax.training.inputs import check_inputs, choose_train_batches, open_datasets
 from tests.helpers.processes import ROOT, make_environment
 
@@ -39,13 +40,13 @@ def data():
     return config.data
 
 
-@pytest.mark.parametrize("framesets", [True, False])
-def test_batches_equal_those_of_the_pipeline(data, framesets):
+@pytest.mark.parametrize("inputs", ClipInputs)
+def test_batches_equal_those_of_the_pipeline(data, inputs):
     videos = synthetic.make_synthetic_split(data, 20)
-    batches = list(synthetic.train_batches(videos, data, 0, 3, 10, 1, 2, framesets=framesets))
+    batches = list(synthetic.train_batches(videos, data, 0, 3, 10, 1, 2, inputs=inputs))
     assert len(batches) == 7
     assert all(batch is batches[0] for batch in batches)  # no batch is made for a step
-    real = next(pipeline.train_batches(videos, data, 0, 0, 10, 1, 2, framesets=framesets))
+    real = next(pipeline.train_batches(videos, data, 0, 0, 10, 1, 2, inputs=inputs))
     assert batches[0].keys() == real.keys()
     for key, value in real.items():
         assert np.array_equal(batches[0][key], value)

@@ -516,3 +516,16 @@ def test_resize_positions_keeps_the_class_token():
     larger = vit.resize_positions(table, (6, 8))
     assert larger.shape == (49, 8)
     np.testing.assert_array_equal(larger[0], table[0])
+
+
+@pytest.mark.parametrize("path", ["spatial_path", "temporal_path"])
+def test_the_input_of_a_path_that_is_off_may_be_missing(path):
+    """Check that logits are equal to the bit, and that the other path's input is needed."""
+    model, inputs = tiny_model(**{path: False}), list(tiny_inputs())
+    params = init(model)
+    logits = model.apply({"params": params}, *inputs)
+    place = ["spatial_path", "temporal_path"].index(path)
+    missing = [None if i == place else x for i, x in enumerate(inputs)]
+    assert np.array_equal(model.apply({"params": params}, *missing), logits)
+    with pytest.raises(ValueError, match="path needs frame"):
+        model.apply({"params": params}, *[None if i != place else x for i, x in enumerate(inputs)])

@@ -12,7 +12,7 @@ import pytest
 from dualpath_jax.config import schema
 from dualpath_jax.config.schema import check_values
 from dualpath_jax.data import pipeline
-from dualpath_jax.data.clip_spec import Views
+from dualpath_jax.data.clip_spec import ClipInputs, Views
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
@@ -419,14 +419,15 @@ def test_training_and_evaluation_without_framesets(config, tmp_path):
 def test_all_methods_see_the_same_clips(config):
     dataset = VideoDataset(config.data.dir, "train")
     with_framesets, without = (
-        next(pipeline.train_batches(dataset, config.data, 3, 1, 2, framesets=framesets))
-        for framesets in (True, False)
+        next(pipeline.train_batches(dataset, config.data, 3, 1, 2, inputs=inputs))
+        for inputs in (ClipInputs.BOTH_PATHS, ClipInputs.ALL_FRAMES)
     )
     assert without.keys() == {"spatial", "label", "mask", "example_id"}
     assert without["spatial"].shape == (8, 16, 32, 32, 3)
     assert np.array_equal(without["spatial"][:, [4, 12]], with_framesets["spatial"])
     assert np.array_equal(without["example_id"], with_framesets["example_id"])
-    views = next(pipeline.eval_batches(dataset, config.data, Views(2, 1), 8, framesets=False))
+    inputs = ClipInputs.ALL_FRAMES
+    views = next(pipeline.eval_batches(dataset, config.data, Views(2, 1), 8, inputs=inputs))
     assert views["spatial"].shape == (8, 2, 16, 32, 32, 3)
     assert "temporal" not in views
 

@@ -1,11 +1,9 @@
 """Defines `Video` and `DatasetIndex`, and the helpers that all annotation readers share."""
 
-import collections
 import dataclasses
-import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from dualpath_jax.runtime.safe_read import truncated_repr
@@ -33,11 +31,13 @@ class Video:
       id: name of the video in the data set, unique in a split.
       path: path of the video file, absolute or relative to the videos folder.
       label: class index, from 0.
+      group: name of its recording, from a column of the annotations; "" without one.
     """
 
     id: str
     path: str
     label: int
+    group: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +50,15 @@ class DatasetIndex:
       notices: one sentence for each thing that was left out or looks wrong.
       share_videos: True if the splits divide the same videos in several ways (train1, test1,
         train2, ...). An id then means the same video in all splits, and its frames are stored once.
+      has_splits: False if the annotations have no splits: all videos are in "train", and
+        `registry.list_videos` makes the split "validation" of some.
     """
 
     class_names: list[str]
     splits: dict[str, list[Video]]
     notices: list[str] = dataclasses.field(default_factory=list)
     share_videos: bool = False
+    has_splits: bool = True
 
     def storage_split(self, split: str) -> str:
         """Return the name under which the frames of a split are stored."""
@@ -67,35 +70,6 @@ class DatasetIndex:
             return self.splits
         videos = {video.id: video for split in self.splits.values() for video in split}
         return {SHARED_SPLIT: list(videos.values())}
-
-
-def split_by_hash(videos: Iterable[Video], validation_fraction: float) -> dict[str, list[Video]]:
-    """Split each class into train and validation by a hash of the ids, the same on every machine.
-
-    A class with two or more videos gets at least one in each split, unless the fraction is 0. The
-    only video of a class goes into train. Each split keeps the order of `videos`.
-
-    Args:
-      videos: all videos of the data set.
-      validation_fraction: fraction of each class for validation, 0 <= fraction < 1.
-
-    Returns:
-      The videos of the splits "train" and "validation".
-    """
-    classes = collections.defaultdict(list)
-    for video in videos:
-        classes[video.label].append(video.id)
-    chosen = set()
-    for ids in classes.values():
-        count = round(validation_fraction * len(ids))
-        if validation_fraction and len(ids) > 1:
-            count = min(max(count, 1), len(ids) - 1)
-        ids.sort(key=lambda id_: hashlib.sha256(id_.encode("utf-8", "surrogateescape")).digest())
-        chosen.update(ids[:count] if len(ids) > 1 else [])
-    return {
-        "train": [video for video in videos if video.id not in chosen],
-        "validation": [video for video in videos if video.id in chosen],
-    }
 
 
 def require_file(annotations: str | None, exists: Callable[[str], bool], expected: str) -> str:

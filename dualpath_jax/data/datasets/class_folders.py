@@ -3,19 +3,16 @@
 import collections
 import os
 
-from dualpath_jax.data.datasets.annotations import SPLIT_NAMES, DatasetIndex, Video, split_by_hash
+from dualpath_jax.data.datasets.annotations import SPLIT_NAMES, DatasetIndex, Video
 
 
-def read_folder(
-    videos_dir: str, annotations: str | None, validation_fraction: float
-) -> DatasetIndex:
+def read_folder(videos_dir: str, annotations: str | None) -> DatasetIndex:
     """List the videos in class folders.
 
     Args:
       videos_dir: folder that holds the class folders, either directly or inside split folders
         (train, validation or val, test, and other spellings: `SPLIT_NAMES`, in any case).
       annotations: not used.
-      validation_fraction: fraction of each class for validation, used without split folders.
 
     Returns:
       The data set. A video's id is its path relative to `videos_dir`; classes are sorted by name.
@@ -48,7 +45,7 @@ def read_folder(
                 "are expected directly in its folder"
             )
     if "" in splits:
-        splits = split_by_hash(splits[""], validation_fraction)
+        return DatasetIndex(class_names, {"train": splits[""]}, notices, has_splits=False)
     return DatasetIndex(class_names, dict(splits), notices)
 
 

@@ -10,14 +10,15 @@ from dualpath_jax.data.datasets.annotations import (
     Video,
     format_dataset_hint,
     require_file,
-    split_by_hash,
 )
 from dualpath_jax.runtime.safe_read import open_text, truncated_repr
 
 _MAX_CLASSES = 100_000  # each class takes a name in memory and a part of the classifier
 
 
-def read_csv(videos_dir: str, annotations: str | None, validation_fraction: float) -> DatasetIndex:
+def read_csv(
+    videos_dir: str, annotations: str | None, group_column: str | None = None
+) -> DatasetIndex:
     """Read CSV files with lines `path,label`.
 
     The label is the text after the last comma. Fields may be quoted. A first line is a heading if
@@ -29,7 +30,8 @@ def read_csv(videos_dir: str, annotations: str | None, validation_fraction: floa
       videos_dir: relative paths in the files are relative to this folder.
       annotations: a CSV file, or a folder with train.csv and perhaps validation.csv and test.csv;
         val.csv and other spellings are read too, see `SPLIT_NAMES`.
-      validation_fraction: fraction of each class for validation, used for a single file.
+      group_column: column of a single file that names each video's recording; its heading then
+        names the columns path, label and this one, in any order.
 
     Raises:
       ValueError: the files are missing, malformed or inconsistent.
@@ -55,17 +57,53 @@ def read_csv(videos_dir: str, annotations: str | None, validation_fraction: floa
             raise ValueError(
                 f"there is no train.csv in {annotations!r}{format_dataset_hint(annotations, 'csv')}"
             )
+    elif group_column:
+        rows = {"train": _read_columns(annotations, group_column)}
     else:
         rows = {"train": _read_rows(annotations, videos_dir, notices)}
     class_names = _find_class_names(rows)
     index = {name: i for i, name in enumerate(class_names)}
     splits = {
-        split: [Video(path, path, index[label]) for path, label in pairs]
-        for split, pairs in rows.items()
+        split: [Video(path, path, index[label], *group) for path, label, *group in listed]
+        for split, listed in rows.items()
     }
-    if not os.path.isdir(annotations):
-        splits = split_by_hash(splits["train"], validation_fraction)
-    return DatasetIndex(class_names, splits, notices)
+    has_splits = os.path.isdir(annotations)
+    return DatasetIndex(class_names, splits, notices, has_splits=has_splits)
+
+
+def _read_columns(path: str, group_column: str) -> list[tuple[str, str, str]]:
+    """Read (path, label, recording) from a CSV file whose first line names its columns."""
+    columns = ("path", "label", group_column)
+    rows = []
+    with open_text(path, errors="surrogateescape") as file:
+        lines = csv.reader(file)
+        heading = [field.strip() for field in next(lines, [])]
+        if missing := [name for name in columns if name not in heading]:
+            raise ValueError(
+                f"--group_by=column:{group_column}: the first line of {path} must name the columns "
+                f"{', '.join(columns)}, and lacks {', '.join(missing)}: "
+                f"{truncated_repr(','.join(heading))}"
+            )
+        places = [heading.index(name) for name in columns]
+        for fields in filter(None, lines):
+            values = tuple(fields[i].strip() for i in places if i < len(fields))
+            if len(fields) != len(heading) or not all(values):
+                raise ValueError(
+                    f"{path}, line {lines.line_num}: {truncated_repr(','.join(fields))} lacks one "
+                    f"of {', '.join(columns)}, or has more fields than the first line"
+                )
+            _check_label(values[1], path, lines.line_num)
+            rows.append(values)
+    return rows
+
+
+def _check_label(label: str, path: str, number: int) -> None:
+    """Raise ValueError for a label that is not text; bytes that are not UTF-8 are surrogates."""
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in label):
+        raise ValueError(
+            f"{path}, line {number}: label {truncated_repr(label)} is not text in UTF-8; "
+            "convert the list, such as with iconv -f GBK -t UTF-8 (or -f UTF-16)"
+        )
 
 
 def _read_rows(path: str, videos_dir: str, notices: list[str]) -> list[tuple[str, str]]:
@@ -88,12 +126,7 @@ def _read_rows(path: str, videos_dir: str, notices: list[str]) -> list[tuple[str
                 raise ValueError(
                     f"{path}, line {number}: {truncated_repr(line.strip())} is not `path,label`"
                 )
-            # Bytes that are not UTF-8 are surrogates here.
-            if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in label):
-                raise ValueError(
-                    f"{path}, line {number}: label {truncated_repr(label)} is not text in UTF-8; "
-                    "convert the list, such as with iconv -f GBK -t UTF-8 (or -f UTF-16)"
-                )
+            _check_label(label, path, number)
             rows.append((video, label))
     return _drop_heading(rows, path, videos_dir, notices)
 
@@ -131,26 +164,26 @@ def _drop_heading(
     return rows
 
 
-def _find_class_names(rows: dict[str, list[tuple[str, str]]]) -> list[str]:
+def _find_class_names(rows: dict[str, list[tuple[str, ...]]]) -> list[str]:
     """Return the class names, by class index, from the labels of the training split.
 
     Args:
-      rows: split -> its (path, label) pairs.
+      rows: split -> its (path, label) pairs, or with more fields.
 
     Raises:
       ValueError: labels mix names and indices, or another split has a label that train lacks.
     """
-    known = {label for _, label in rows["train"]}
-    for split, pairs in rows.items():
-        for path, label in pairs:
+    known = {label for _, label, *_ in rows["train"]}
+    for split, listed in rows.items():
+        for path, label, *_ in listed:
             if label not in known:
                 raise ValueError(
                     f"video {truncated_repr(path)} of split {split!r} has label "
                     f"{truncated_repr(label)}, which no video of train.csv has"
                 )
-    named = [pair for pair in rows["train"] if not pair[1].isdecimal()]
+    named = [row for row in rows["train"] if not row[1].isdecimal()]
     if named and len(named) < len(rows["train"]):
-        path, label = named[0]
+        path, label, *_ = named[0]
         raise ValueError(
             f"video {truncated_repr(path)} has label {truncated_repr(label)}, where others have "
             "whole numbers: write only numbers, or only names. A first line with headings must be "

@@ -15,9 +15,7 @@ _DOWNLOAD_URL = "http://www.svcl.ucsd.edu/projects/resound/dataset.html"
 _SPLIT_SIZES = {"train": 15_027, "test": 1_970}  # videos of V2
 
 
-def read_diving48(
-    videos_dir: str, annotations: str | None, validation_fraction: float
-) -> DatasetIndex:
+def read_diving48(videos_dir: str, annotations: str | None) -> DatasetIndex:
     """Read Diving48_V2_train.json, Diving48_V2_test.json and Diving48_vocab.json.
 
     A class is named by the four parts of its dive, such as "Back 15som 05Twis FREE". V1 is refused,
@@ -26,12 +24,11 @@ def read_diving48(
     Args:
       videos_dir: not used; the video files are {vid_name}.mp4 in this folder.
       annotations: folder of the three files.
-      validation_fraction: not used; the data set has its own splits, "train" and "test".
 
     Raises:
       ValueError: a file is missing, malformed or of V1.
     """
-    del videos_dir, validation_fraction  # only the annotations define the splits
+    del videos_dir  # only the annotations define the splits
     annotations = require_file(annotations, os.path.isdir, "a folder with Diving48_V2_train.json")
     class_names = _read_vocabulary(_find_file(annotations, "vocab"))
     splits, notices = {}, []

@@ -17,9 +17,7 @@ _FILE_PATTERN = re.compile(r"(.+)_test_split([123])\.txt")
 _ROLE_BY_DIGIT = {"0": None, "1": "train", "2": "test"}
 
 
-def read_hmdb51(
-    videos_dir: str, annotations: str | None, validation_fraction: float
-) -> DatasetIndex:
+def read_hmdb51(videos_dir: str, annotations: str | None) -> DatasetIndex:
     """Read {class}_test_split{1,2,3}.txt, whose lines are `<file>.avi <0|1|2>`.
 
     The splits train1, test1, train2, ... are three divisions of the same videos. The digit puts a
@@ -28,12 +26,11 @@ def read_hmdb51(
     Args:
       videos_dir: not used; the video files are {class}/{file}.avi in this folder.
       annotations: folder of the text files.
-      validation_fraction: not used; the data set has its own splits.
 
     Raises:
       ValueError: a file is missing or malformed.
     """
-    del videos_dir, validation_fraction  # only the annotations define the splits
+    del videos_dir  # only the annotations define the splits
     annotations = require_file(annotations, os.path.isdir, "the folder of *_test_split1.txt")
     matches = [
         match for name in os.listdir(annotations) if (match := _FILE_PATTERN.fullmatch(name))

@@ -17,7 +17,7 @@ _COLUMNS = ("youtube_id", "time_start", "time_end", "split")  # required; label 
 _SUFFIXES = (".mp4", ".mkv", ".webm", ".avi")  # in order of preference; the published one is first
 
 
-def read_k400(videos_dir: str, annotations: str | None, validation_fraction: float) -> DatasetIndex:
+def read_k400(videos_dir: str, annotations: str | None) -> DatasetIndex:
     """Read CSV files with the header `label,youtube_id,time_start,time_end,split`.
 
     Columns may be in any order, and more columns are ignored. Class indices follow the sorted
@@ -28,12 +28,10 @@ def read_k400(videos_dir: str, annotations: str | None, validation_fraction: flo
       videos_dir: folder of the videos {youtube_id}_{time_start:06d}_{time_end:06d}.mp4, at any
         depth. Names of folders are ignored, because downloads spell the classes differently.
       annotations: a CSV file, or a folder of CSV files.
-      validation_fraction: not used; the data set has its own splits.
 
     Raises:
       ValueError: the files are missing or malformed, or have more than 400 classes.
     """
-    del validation_fraction  # the data set has its own splits
     annotations = require_file(annotations, os.path.exists, "a folder with train.csv and val.csv")
     rows, notices = [], []
     for path in _list_csv_files(annotations):

@@ -1,13 +1,15 @@
 """Lists the videos of a data set: their splits, classes and files.
 
-To add a data set, write a reader `(videos_dir, annotations, validation_fraction) -> DatasetIndex`
-and name it in `DATASETS`. A reader trusts its annotations and lists videos whether or not their
-files exist; `list_videos` makes the checks that are common to all data sets. Splits are "train",
-"validation" and "test", with a number appended ("train1") if a data set is divided in several ways.
+To add a data set, write a reader `(videos_dir, annotations) -> DatasetIndex` and name it in
+`DATASETS`. A reader trusts its annotations and lists videos whether or not their files exist;
+`list_videos` makes the checks that are common to all data sets, and the validation split of those
+without splits. Splits are "train", "validation" and "test", with a number appended ("train1") if a
+data set is divided in several ways.
 """
 
 import collections
 import dataclasses
+import functools
 import os
 import unicodedata
 from collections.abc import Callable
@@ -19,6 +21,12 @@ from dualpath_jax.data.datasets.csv_list import read_csv
 from dualpath_jax.data.datasets.diving48 import read_diving48
 from dualpath_jax.data.datasets.hmdb51 import read_hmdb51
 from dualpath_jax.data.datasets.ssv2 import read_ssv2
+from dualpath_jax.data.datasets.validation_split import (
+    GroupBy,
+    find_segments,
+    group_videos,
+    split_by_hash,
+)
 from dualpath_jax.runtime.safe_read import truncated_repr
 
 # Classes of the published data sets and of the generated ones. Other data sets have the classes of
@@ -35,7 +43,7 @@ NUM_CLASSES = {
 # Stands in for an unknown number of classes in abstract models; only the classifier depends on it.
 PLACEHOLDER_NUM_CLASSES = 2
 
-DATASETS: dict[str, Callable[[str, str | None, float], DatasetIndex]] = {
+DATASETS: dict[str, Callable[[str, str | None], DatasetIndex]] = {
     "k400": k400.read_k400,
     "ssv2": read_ssv2,
     "hmdb51": read_hmdb51,
@@ -46,7 +54,11 @@ DATASETS: dict[str, Callable[[str, str | None, float], DatasetIndex]] = {
 
 
 def list_videos(
-    dataset: str, videos_dir: str, annotations: str | None = None, validation_fraction: float = 0.2
+    dataset: str,
+    videos_dir: str,
+    annotations: str | None = None,
+    validation_fraction: float = 0.2,
+    group_by: GroupBy | None = None,
 ) -> DatasetIndex:
     """Read and check a data set's annotations.
 
@@ -56,14 +68,16 @@ def list_videos(
       annotations: folder or file with the annotations; not used by "folder".
       validation_fraction: fraction of each class, 0 <= fraction < 1, that becomes the validation
         split if the data set does not have splits of its own.
+      group_by: which videos are of one recording and go into the same split; None: each video by
+        itself.
 
     Returns:
       The classes and videos. Each split has at least one video.
 
     Raises:
       ValueError: the data set is unknown, the folder is missing, or the annotations contradict
-        themselves or name files outside `videos_dir` (only "csv" may). The message names the value
-        and the remedy.
+        themselves or name files outside `videos_dir` (only "csv" may), or `group_by` has no effect.
+        The message names the value and the remedy.
     """
     if dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}: known are {', '.join(DATASETS)}")
@@ -71,7 +85,12 @@ def list_videos(
         raise ValueError(f"there is no folder of videos {videos_dir!r}; check --videos")
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction is {validation_fraction}; it must be in [0, 1)")
-    listing = DATASETS[dataset](videos_dir, annotations, validation_fraction)
+    reader = DATASETS[dataset]
+    if group_by and group_by.kind == "column":
+        if dataset != "csv":
+            raise ValueError(f"{group_by} needs --dataset=csv: {dataset!r} has no columns")
+        reader = functools.partial(read_csv, group_column=group_by.value)
+    listing = _split_videos(reader(videos_dir, annotations), validation_fraction, group_by)
     splits = {split: videos for split, videos in listing.splits.items() if videos}
     if not splits:
         raise ValueError(f"data set {dataset!r} has no videos in {annotations or videos_dir!r}")
@@ -89,6 +108,33 @@ def list_videos(
     if not listing.share_videos:
         notices += _find_shared_videos(splits)
     return dataclasses.replace(listing, splits=splits, notices=notices)
+
+
+def _split_videos(
+    listing: DatasetIndex, validation_fraction: float, group_by: GroupBy | None
+) -> DatasetIndex:
+    """Make the validation split of a data set that has none.
+
+    Raises:
+      ValueError: `group_by` has no effect.
+    """
+    if group_by and listing.has_splits:
+        raise ValueError(
+            f"{group_by} has no effect, because the annotations divide the videos into "
+            f"{', '.join(listing.splits)}: leave it out"
+        )
+    if group_by and not validation_fraction:
+        raise ValueError(f"{group_by} has no effect with --validation_fraction=0: leave one out")
+    videos = listing.splits["train"] if not listing.has_splits else []
+    if not videos:
+        return listing
+    groups, notices = None, []
+    if group_by:
+        groups, notices = group_videos(videos, group_by)
+    elif validation_fraction:
+        notices = find_segments(videos)
+    splits = split_by_hash(videos, validation_fraction, groups)
+    return dataclasses.replace(listing, splits=splits, notices=listing.notices + notices)
 
 
 def _check_split(split: str, videos: list[Video], num_classes: int) -> None:

@@ -12,7 +12,7 @@ from dualpath_jax.data.datasets.annotations import (
 from dualpath_jax.runtime.safe_read import open_text, read_json, truncated_repr
 
 
-def read_ssv2(videos_dir: str, annotations: str | None, validation_fraction: float) -> DatasetIndex:
+def read_ssv2(videos_dir: str, annotations: str | None) -> DatasetIndex:
     """Read labels.json, train.json, validation.json and, if it exists, test.json.
 
     The files may also have their older names, something-something-v2-*.json. A class is the
@@ -22,12 +22,10 @@ def read_ssv2(videos_dir: str, annotations: str | None, validation_fraction: flo
     Args:
       videos_dir: folder of the video files, {id}.webm or {id}.mp4.
       annotations: folder of the JSON files.
-      validation_fraction: not used; the data set has its own splits.
 
     Raises:
       ValueError: a file is missing or malformed, or a template is not in labels.json.
     """
-    del validation_fraction  # the data set has its own splits
     annotations = require_file(
         annotations, os.path.isdir, "a folder with labels.json and train.json"
     )

@@ -410,10 +410,11 @@ def _write_results(
     stored = {name: [] for name in index.videos_to_store()}
     frame_shards = {name: [] for name in index.videos_to_store()}
     bad, truncated = [], []
-    for shard in shards:
-        sidecar = _read_sidecar(shard, out_dir)
+    sidecars = [_read_sidecar(shard, out_dir) for shard in shards]
+    descriptions = _describe_frames(shards, sidecars, out_dir, options.progress)
+    for shard, sidecar, description in zip(shards, sidecars, descriptions, strict=True):
         stored[shard.split] += sidecar["stored"]
-        frame_shards[shard.split].append(_describe_frames(shard, sidecar, out_dir))
+        frame_shards[shard.split].append(description)
         bad += sidecar["bad"]
         paths = {video.id: video.path for video in shard.videos}
         truncated += [
@@ -442,20 +443,42 @@ def _write_results(
     return counts
 
 
-def _describe_frames(shard: _Shard, sidecar: dict, out_dir: str) -> dataset_metadata.Shard:
-    """Return the description of a frame shard; reads the shard if version 0.1.0 wrote it."""
-    if "frames" in sidecar:
-        return dataset_metadata.Shard(**sidecar["frames"])
-    if not sidecar["stored"]:
-        return _NO_FRAMES
+def _describe_frames(
+    shards: list[_Shard], sidecars: list[dict], out_dir: str, progress: bool
+) -> list[dataset_metadata.Shard]:
+    """Return the description of each frame shard; reads the shards that version 0.1.0 wrote."""
+    lacking = [content["stored"] for content in sidecars if "frames" not in content]
+    count = sum(entry["num_frames"] for stored in lacking for entry in stored)
+    if count:
+        print(
+            f"note: reading {count:,} frames for identity.json, which version 0.1.0 lacks; an "
+            "interrupted run resumes after the last shard read",
+            file=sys.stderr,
+        )
+    descriptions = []
+    with ProgressBar(count, "identity", "frames", shown=progress and count > 0) as bar:
+        for shard, content in zip(shards, sidecars, strict=True):
+            if "frames" in content:
+                descriptions.append(dataset_metadata.Shard(**content["frames"]))
+            elif not content["stored"]:
+                descriptions.append(_NO_FRAMES)
+            else:
+                descriptions.append(_digest_frames(shard, content, out_dir, bar))
+    return descriptions
+
+
+def _digest_frames(
+    shard: _Shard, sidecar: dict, out_dir: str, bar: ProgressBar
+) -> dataset_metadata.Shard:
+    """Return the description of a frame shard, and write it into its sidecar."""
     path = shard.frames_path(out_dir)
-    print(f"note: reading {path} for identity.json, which version 0.1.0 lacks", file=sys.stderr)
     count = sum(entry["num_frames"] for entry in sidecar["stored"])
     digest = dataset_metadata.ShardDigest()
     try:
         reader = ArrayRecordReader(path)
         for position in range(count):
             digest.add(reader.read([position])[0])
+            bar.update()
     except (RuntimeError, IndexError) as error:
         raise OSError(f"{path} cannot be read ({error}); prepare with another --out") from None
     if reader.num_records() != count:

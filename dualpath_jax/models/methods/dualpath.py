@@ -383,12 +383,16 @@ class DualPath(nn.Module):
         return weights
 
     def __call__(
-        self, spatial: jax.Array, temporal: jax.Array, dropout_rng: jax.Array | None = None
+        self,
+        spatial: jax.Array | None,
+        temporal: jax.Array | None,
+        dropout_rng: jax.Array | None = None,
     ) -> jax.Array:
         """Compute the logits of a batch of clips; see `registry.Method.build`.
 
         Args:
-          spatial: [B, S, H, W, 3] frames, normalized with CLIP's mean and std.
+          spatial: [B, S, H, W, 3] frames, normalized with CLIP's mean and std; may be None if the
+            model does not use the spatial path.
           temporal: [B, G, H', W', 3] framesets, normalized in the same way; may be None if the
             model does not use the temporal path.
           dropout_rng: key that switches on the dropout of adapters and of spatial features
@@ -398,15 +402,18 @@ class DualPath(nn.Module):
           [B, classes] float32.
 
         Raises:
-          ValueError: the model uses the temporal path, but `temporal` is None.
+          ValueError: the model uses a path, but its input is None.
         """
         if temporal is None and self.temporal_path:
             raise ValueError(
                 "the temporal path needs framesets [B, G, H', W', 3], but temporal is None"
             )
+        if spatial is None and self.spatial_path:
+            raise ValueError("the spatial path needs frames [B, S, H, W, 3], but spatial is None")
         rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
         drops = dropout_rng is not None and self.spatial_dropout and self.temporal_path
-        zeros = jnp.zeros((spatial.shape[0], self.config.feature_dim), jnp.float32)
+        batch_size = len(spatial if self.spatial_path else temporal)
+        zeros = jnp.zeros((batch_size, self.config.feature_dim), jnp.float32)
         y_sp = self.spatial_features(spatial, rngs[0]) if self.spatial_path else zeros
         if drops:
             rng = jax.random.fold_in(dropout_rng, 2)
