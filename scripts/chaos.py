@@ -22,6 +22,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
 from dualpath_jax.cli import build_parser  # noqa: E402
+from dualpath_jax.runtime import console  # noqa: E402
 
 _FAULTS_PER_MINUTE = 4  # approximately
 
@@ -103,4 +104,4 @@ def print_table(records: list) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

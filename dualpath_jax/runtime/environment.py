@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import resource
 import shlex
 import sys
 import threading
@@ -44,6 +45,7 @@ _TENSORFLOW_VARIABLES = {
     "TF_ENABLE_ONEDNN_OPTS": "0",
 }
 
+_MIN_ADDRESS_SPACE = 4 * 2**30  # bytes; the demo's training reserves 2.5 GB
 _THREAD_SECONDS = 30.0  # in which threads end by themselves when the program is done
 _a_thread_may_hang = threading.Event()
 
@@ -94,6 +96,22 @@ def keep_freed_memory() -> None:
     glibc.mallopt(_M_MMAP_MAX, 0)
     glibc.mallopt(_M_TRIM_THRESHOLD, -1)  # as an unsigned number: never
     glibc.malloc_trim(0)
+
+
+def find_memory_problem() -> str | None:
+    """Return why this process may use too little memory for JAX and TensorFlow, which then abort.
+
+    Returns:
+      A message with the remedy; None without such a limit (`ulimit -v`).
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY or limit >= _MIN_ADDRESS_SPACE:
+        return None
+    return (
+        f"this process is limited to {limit / 2**30:.1f} GB of address space (ulimit -v), and JAX "
+        f"and TensorFlow need {_MIN_ADDRESS_SPACE / 2**30:.0f} GB: raise or remove the limit "
+        "(ulimit -v unlimited, or the scheduler's option for virtual memory)"
+    )
 
 
 def note_that_a_thread_may_hang() -> None:

@@ -18,6 +18,7 @@ from dualpath_jax.config.schema import check_values
 from dualpath_jax.config.values import format_views
 from dualpath_jax.data import pipeline
 from dualpath_jax.models import preprocess
+from dualpath_jax.runtime import preemption
 from dualpath_jax.runtime.preemption import EXIT_CODE, Preempted, PreemptionGuard
 from dualpath_jax.training import adapter_file, metrics_logger
 from dualpath_jax.training.checkpoint import Checkpoints
@@ -333,6 +334,31 @@ def test_previous_handler_while_nothing_is_to_save():
                 assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_closed_terminal(monkeypatch):
+    """Check that SIGHUP, which comes several times, is recorded, and stays ignored under nohup."""
+    before = signal.getsignal(signal.SIGHUP)
+    with PreemptionGuard() as guard:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert (guard.stop_requested, guard.stop_exception) == (True, Preempted)
+    assert signal.getsignal(signal.SIGHUP) is before
+    # Of several processes, each passes it on to JAX's service, which handles SIGTERM.
+    received = []
+    own = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        monkeypatch.setattr(preemption, "_num_processes", lambda: 2)
+        with PreemptionGuard():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert received == [signal.SIGTERM]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with PreemptionGuard():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, own)
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_an_evaluation_is_ended_at_once(config, tmp_path, monkeypatch):
