@@ -52,7 +52,8 @@ def broken_pipe():
 @pytest.mark.parametrize("fault", ["closed", "broken pipe", "full disk"])
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_log_may_be_lost(fault, stream, tmp_path):
-    broken = {"closed": "closed", "broken pipe": broken_pipe()}.get(fault) or open("/dev/full", "w")
+    full = os.open("/dev/full", os.O_WRONLY)
+    broken = {"closed": "closed", "broken pipe": broken_pipe(), "full disk": full}[fault]
     result = run_program(PRINTS, "log", tmp_path / "file", **{stream: broken})
     assert result.returncode == 3
     assert (tmp_path / "file").read_text() == "result"  # no line of the log is in it

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from etils import epath
 
 from dualpath_jax import evaluate, train
 from dualpath_jax.commands import export_adapter
@@ -227,6 +228,24 @@ def test_a_torn_last_line_of_metrics_is_dropped(config, straight, tmp_path):
         file.write('{"step": 7, "split": "train"}\n{"step": 6, "lo')
     run_all(config, tmp_path / "straight")
     assert same_run.read_metric_entries(tmp_path / "straight") == before
+
+
+def test_odd_lines_of_metrics_are_dropped_with_a_warning(tmp_path, caplog):
+    good = [{"step": 1, "split": "train", "loss": 0.5}, {"step": 2, "split": "test", "top1": 1.0}]
+    odd = ["[]", '{"split": "train"}', '{"step": "2", "split": "train"}', "\xff\x00", "1"]
+    odd += ['{"step": 1, "split": "train", "loss": "low"}', "[" * 100_000]
+    path = epath.Path(tmp_path) / "metrics.jsonl"
+    lines = [json.dumps(good[0]), *odd, json.dumps(good[1]), '{"step": 3, "spl']
+    path.write_text("\n".join(lines))
+    assert metrics_logger.read_entries(path) == good
+    expected = "metrics.jsonl: line 2 and 6 more are not entries of this program and were left out"
+    assert expected in caplog.text
+    logger = metrics_logger.MetricsLogger(str(tmp_path), 5, 8)
+    logger.resume(1, evaluated=False)
+    assert path.read_text() == json.dumps(good[0]) + "\n"
+    caplog.clear()
+    path.write_text(json.dumps(good[0]) + '\n{"step": 3, "spl')  # the process died
+    assert (metrics_logger.read_entries(path), caplog.text) == (good[:1], "")
 
 
 def test_stop_request(config, straight, tmp_path, monkeypatch):
