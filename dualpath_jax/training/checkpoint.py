@@ -9,6 +9,7 @@ import errno
 import hashlib
 import itertools
 import json
+import logging as std_logging
 import math
 import os
 import traceback
@@ -44,6 +45,10 @@ def _is_relevant(record: Any) -> bool:
 
 
 logging.get_absl_logger().addFilter(_is_relevant)
+# Futures of a failed save that nobody asks for; the error itself is reported.
+std_logging.getLogger("asyncio").addFilter(
+    lambda record: logging.level_debug() or "never retrieved" not in record.getMessage()
+)
 
 
 @dataclasses.dataclass(frozen=True)
