@@ -9,8 +9,8 @@ their defaults. -v=1 shows what is logged, and the traceback of an error.
 
 `dualpath train`, `dualpath eval` and `dualpath check` are this command with its modes.
 
-Exit status: 0 done; 2 an error that you can fix; 75 stopped by SIGTERM (130 by Ctrl-C) and saved:
-the same command resumes. docs/troubleshooting.md explains the errors.
+Exit status: 0 done; 2 an error that you can fix; 75 stopped by SIGTERM or SIGHUP (130 by
+Ctrl-C) and saved: the same command resumes. docs/troubleshooting.md explains the errors.
 """
 
 if __name__ == "__main__":  # SIGTERM ends the program with its status also while it imports
