@@ -3,9 +3,10 @@
     python scripts/chaos.py --minutes=2.5
 
 It renders a small demo set and trains the program on it twice: once undisturbed, and once under
-kill -9, SIGTERM, SIGHUP, torn and unreadable checkpoints, a full disk, corrupt and replaced records,
-a second program in its workdir, broken pipes, and a jumping clock. A seed draws the time and kind of each fault. Trainable parameters, optimizer
-state, metrics and results of both runs must be equal bit for bit.
+kill -9, SIGTERM, SIGHUP, torn and unreadable checkpoints, a full disk, corrupt and replaced
+records, a second program in its workdir, broken pipes, and a jumping clock. A seed draws the time
+and kind of each fault. Trainable parameters, optimizer state, metrics and results of both runs must
+be equal bit for bit.
 
 Exit status: 0 equal; 1 otherwise.
 """
