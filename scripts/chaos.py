@@ -53,6 +53,8 @@ def main() -> int:
     quiet_tensorflow()
     os.environ["JAX_PLATFORMS"] = "cpu"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleans up on SIGTERM
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup; the program would inherit it
+        signal.signal(signal.SIGHUP, lambda *_: None)
     if arguments.workdir:
         pathlib.Path(arguments.workdir).mkdir(parents=True)
         return run_chaos(arguments, pathlib.Path(arguments.workdir).resolve())

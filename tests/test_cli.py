@@ -1,7 +1,6 @@
 """Checks how command lines are parsed and how errors are reported, without running commands."""
 
 import argparse
-import resource
 import subprocess
 import sys
 
@@ -147,9 +146,9 @@ def test_too_little_memory_is_one_line(command, tmp_path):
         "convert": ["--checkpoint=x", "--out=y"],
         "prepare": ["--dataset=folder", "--videos=x", "--out=y"],
     }
+    limited = ["bash", "-c", 'ulimit -v 3145728; exec "$0" "$@"']
     result = subprocess.run(
-        [sys.executable, "-m", "dualpath_jax", command, *options[command]],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30, 3 * 2**30)),
+        [*limited, sys.executable, "-m", "dualpath_jax", command, *options[command]],
         env=make_environment(),
         cwd=ROOT,
         capture_output=True,

@@ -26,18 +26,13 @@ console.run(main)
 
 def run_program(program, *args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **variables):
     """Run a program to its end; a stream that is "closed" is closed when it starts."""
-    closed = [number for number, stream in ((1, stdout), (2, stderr)) if stream == "closed"]
-
-    def close():
-        for number in closed:
-            os.close(number)
-
+    closed = [f"{i}>&-" for i, stream in ((1, stdout), (2, stderr)) if stream == "closed"]
+    shell = ["bash", "-c", f'exec "$0" "$@" {" ".join(closed)}']
     return subprocess.run(
-        [sys.executable, "-c", program, *map(str, args)],
+        [*shell, sys.executable, "-c", program, *map(str, args)],
         stdout=None if stdout == "closed" else stdout,
         stderr=None if stderr == "closed" else stderr,
         env={**make_environment(), **variables},
-        preexec_fn=close,
         cwd=ROOT,
     )
 
@@ -110,6 +105,7 @@ def test_every_script_ends_by_one_line():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals_while_libraries_are_imported(module, number):
     """Send a signal when the first third-party module has been imported, before main runs."""
+    before = signal.signal(number, lambda *_: None)  # under nohup it would be ignored there too
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", module, *["demo"] * (module == "dualpath_jax")],
         stderr=subprocess.PIPE,
@@ -117,6 +113,7 @@ def test_signals_while_libraries_are_imported(module, number):
         cwd=ROOT,
         text=True,
     )
+    signal.signal(number, before)
     next(line for line in process.stderr if "absl" in line)  # the marker
     process.send_signal(number)
     rest = process.stderr.read()

@@ -357,12 +357,12 @@ def test_previous_handler_while_nothing_is_to_save():
 
 def test_a_closed_terminal(monkeypatch):
     """Check that SIGHUP, which comes several times, is recorded, and stays ignored under nohup."""
-    before = signal.getsignal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with PreemptionGuard() as guard:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGHUP)
         assert (guard.stop_requested, guard.stop_exception) == (True, Preempted)
-    assert signal.getsignal(signal.SIGHUP) is before
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
     # Of several processes, each passes it on to JAX's service, which handles SIGTERM.
     received = []
     own = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
