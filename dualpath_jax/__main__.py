@@ -4,6 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from dualpath_jax.runtime import console, preemption
+
 # Subcommand -> (module whose main() runs it, arguments that it adds, one line of help).
 _MAIN = "dualpath_jax.main"
 COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -42,6 +44,11 @@ def format_help() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the first argument names; exit with its status."""
+    console.run(lambda: _run_command(arguments))
+
+
+def _run_command(arguments: Sequence[str] | None) -> None:
+    """Run a command; exit with its status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments in ([], ["--help"], ["-h"], ["help"]):
         print(format_help())
@@ -56,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: unknown command {name!r}: known are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     module, added, _ = COMMANDS[name]
+    if module == _MAIN:  # SIGTERM ends it with its status also while it imports
+        preemption.install_sigterm_handler()
     sys.argv = [f"dualpath {name}", *added, *rest]
     sys.exit(importlib.import_module(module).main())
 

@@ -177,8 +177,12 @@ def _find_config_files(arguments: Sequence[str]) -> list[str]:
 def user_errors() -> Iterator[None]:
     """End the program with one line for an error that the user can fix; -v=1 adds the traceback.
 
-    The exit status is 2, or that of the `Preempted` exception of a stopped run.
+    The exit status is 2, or that of the `Preempted` exception of a stopped run. A program that may
+    use too little memory for JAX is ended before it imports JAX.
     """
+    if problem := environment.find_memory_problem():
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
     from dualpath_jax.runtime import distributed  # imports JAX
     from dualpath_jax.runtime.preemption import Preempted
 

@@ -9,9 +9,14 @@ their defaults. -v=1 shows what is logged, and the traceback of an error.
 
 `dualpath train`, `dualpath eval` and `dualpath check` are this command with its modes.
 
-Exit status: 0 done; 2 an error that you can fix; 75 stopped by SIGTERM (130 by Ctrl-C) and saved:
-the same command resumes. docs/troubleshooting.md explains the errors.
+Exit status: 0 done; 2 an error that you can fix; 75 stopped by SIGTERM or SIGHUP (130 by
+Ctrl-C) and saved: the same command resumes. docs/troubleshooting.md explains the errors.
 """
+
+if __name__ == "__main__":  # SIGTERM ends the program with its status also while it imports
+    from dualpath_jax.runtime import preemption
+
+    preemption.install_sigterm_handler()
 
 import os
 import pathlib
@@ -22,7 +27,7 @@ from ml_collections import config_flags
 
 from dualpath_jax import cli
 from dualpath_jax.config import loading
-from dualpath_jax.runtime import environment, progress_bar
+from dualpath_jax.runtime import console, environment, preemption, progress_bar
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file: a path, or a name such as ssv2_vitb or ssv2_vitb:32."
@@ -88,12 +93,10 @@ def run(argv: list[str]) -> None:
     workdir = WORKDIR.value or _default_workdir(config)
 
     # Imported here, so that --help is quick and decoding workers do not load JAX and TensorFlow.
-    from dualpath_jax.runtime import preemption
-
-    preemption.install_sigterm_handler()  # the loop has its own handler
-    from dualpath_jax import check_config, launch
-    from dualpath_jax.runtime import distributed
-    from dualpath_jax.training.inputs import expand_splits
+    with cli.user_errors():
+        from dualpath_jax import check_config, launch
+        from dualpath_jax.runtime import distributed
+        from dualpath_jax.training.inputs import expand_splits
 
     with distributed.end_together(), cli.user_errors():
         if START_OVER.value and MODE.value != "train":
@@ -109,10 +112,12 @@ def run(argv: list[str]) -> None:
 
 def main() -> None:
     """Parse the command line and run it; exit with the status of the module's docstring."""
+    preemption.install_sigterm_handler()  # the loop has its own handler
+    console.protect_streams(is_log=True)  # results are in the workdir
     environment.configure_environment()
     flags.mark_flag_as_required("config")
     cli.run_app(run, __doc__)
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

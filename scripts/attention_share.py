@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 import numpy as np  # noqa: E402
 
 from dualpath_jax.cli import build_parser, user_errors  # noqa: E402
-from dualpath_jax.runtime import progress_bar  # noqa: E402
+from dualpath_jax.runtime import console, progress_bar  # noqa: E402
 
 COLUMNS = ("area", "without adaptation", "with adaptation", "at most")
 
@@ -106,4 +106,4 @@ if __name__ == "__main__":
     from dualpath_jax.runtime.environment import quiet_tensorflow
 
     quiet_tensorflow()
-    main()
+    console.run(main)

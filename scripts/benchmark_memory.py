@@ -15,6 +15,7 @@ import tempfile
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
 from dualpath_jax.cli import build_parser, positive  # noqa: E402
+from dualpath_jax.runtime import console  # noqa: E402
 
 WARM_UP = 2.0  # minutes
 MAX_DEVIATION = 0.05  # from the median, as a fraction
@@ -75,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

@@ -18,7 +18,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
 from dualpath_jax.cli import build_parser, positive
-from dualpath_jax.runtime import environment
+from dualpath_jax.runtime import console, environment
 
 
 def parser() -> argparse.ArgumentParser:
@@ -90,4 +90,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     environment.configure_environment()
-    main()
+    console.run(main)

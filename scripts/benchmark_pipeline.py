@@ -21,6 +21,7 @@ import tempfile
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
 from dualpath_jax.cli import build_parser, positive  # noqa: E402
+from dualpath_jax.runtime import console  # noqa: E402
 
 VIDEO_LENGTHS = (300, 60)  # frames
 
@@ -164,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

@@ -15,6 +15,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
 from dualpath_jax.cli import build_parser, positive  # noqa: E402
+from dualpath_jax.runtime import console  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs wit
 
 from dualpath_jax.cli import build_parser, parse_with_overrides, positive
 from dualpath_jax.config.loading import load_config
-from dualpath_jax.runtime import environment
+from dualpath_jax.runtime import console, environment
 
 # Frameworks to compare with -> suffix of their rows in the tables.
 _ROW_SUFFIXES = {"torch": "", "torch_compiled": ", torch.compile"}
@@ -145,4 +145,4 @@ if __name__ == "__main__":
     # By default JAX reserves three quarters of a GPU's memory, which PyTorch could not use.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     environment.configure_environment()
-    main()
+    console.run(main)

@@ -3,9 +3,10 @@
     python scripts/chaos.py --minutes=2.5
 
 It renders a small demo set and trains the program on it twice: once undisturbed, and once under
-kill -9, SIGTERM, torn checkpoints, a full disk, corrupt records, a second program in its workdir,
-and a jumping clock. A seed draws the time and kind of each fault. Trainable parameters, optimizer
-state, metrics and results of both runs must be equal bit for bit.
+kill -9, SIGTERM, SIGHUP, torn and unreadable checkpoints, a full disk, corrupt and replaced
+records, a second program in its workdir, broken pipes, and a jumping clock. A seed draws the time
+and kind of each fault. Trainable parameters, optimizer state, metrics and results of both runs must
+be equal bit for bit.
 
 Exit status: 0 equal; 1 otherwise.
 """
@@ -22,6 +23,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
 from dualpath_jax.cli import build_parser  # noqa: E402
+from dualpath_jax.runtime import console  # noqa: E402
 
 _FAULTS_PER_MINUTE = 4  # approximately
 
@@ -51,6 +53,8 @@ def main() -> int:
     quiet_tensorflow()
     os.environ["JAX_PLATFORMS"] = "cpu"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleans up on SIGTERM
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup; the program would inherit it
+        signal.signal(signal.SIGHUP, lambda *_: None)
     if arguments.workdir:
         pathlib.Path(arguments.workdir).mkdir(parents=True)
         return run_chaos(arguments, pathlib.Path(arguments.workdir).resolve())
@@ -103,4 +107,4 @@ def print_table(records: list) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

@@ -34,7 +34,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from dualpath_jax.cli import build_parser, positive, user_errors
 from dualpath_jax.config import recipes
-from dualpath_jax.runtime import environment
+from dualpath_jax.runtime import console, environment
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "docs" / "comparison.jsonl"
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -368,4 +368,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     environment.configure_environment()
-    main()
+    console.run(main)

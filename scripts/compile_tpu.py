@@ -25,7 +25,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from dualpath_jax import cli
-from dualpath_jax.runtime import environment
+from dualpath_jax.runtime import console, environment
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configuration, see configs/.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: kind and chips, such as v5e:4x4.")
@@ -104,4 +104,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     environment.configure_environment()
     flags.mark_flags_as_required(["config", "topology"])
-    cli.run_app(main, __doc__)
+    console.run(lambda: cli.run_app(main, __doc__))

@@ -6,8 +6,9 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
 from dualpath_jax.commands.convert import main, parser  # noqa: E402
+from dualpath_jax.runtime import console  # noqa: E402
 
 __all__ = ["main", "parser"]
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

@@ -25,7 +25,7 @@ from dualpath_jax.runtime.environment import quiet_tensorflow  # noqa: E402
 quiet_tensorflow()
 
 from dualpath_jax.cli import build_parser, positive  # noqa: E402
-from dualpath_jax.runtime import progress_bar  # noqa: E402
+from dualpath_jax.runtime import console, progress_bar  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

@@ -31,6 +31,7 @@ import safetensors.numpy
 from dualpath_jax.cli import build_parser
 from dualpath_jax.demo import render
 from dualpath_jax.models.backbones.vit import ViT, ViTConfig
+from dualpath_jax.runtime import console
 
 MAX_OBJECTS = 8
 
@@ -256,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

@@ -22,6 +22,7 @@ import numpy as np
 from dualpath_jax.cli import build_parser
 from dualpath_jax.demo import paths, render
 from dualpath_jax.report.statistics import confidence_interval
+from dualpath_jax.runtime import console
 from dualpath_jax.runtime.cpu_count import num_cores
 
 SETS = {
@@ -102,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

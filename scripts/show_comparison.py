@@ -19,6 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from dualpath_jax.cli import build_parser, user_errors
 from dualpath_jax.report.statistics import confidence_interval
+from dualpath_jax.runtime import console
 from scripts.compare_methods import RESULTS, Results
 
 REFERENCE = "dualpath"
@@ -204,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

@@ -21,7 +21,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from dualpath_jax.cli import build_parser, parse_with_overrides, positive, user_errors
-from dualpath_jax.runtime import environment
+from dualpath_jax.runtime import console, environment
 
 SHOWN_STEPS = (0, 10, 100)
 
@@ -160,4 +160,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     environment.configure_environment()
-    main()
+    console.run(main)

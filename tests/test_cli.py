@@ -1,6 +1,7 @@
 """Checks how command lines are parsed and how errors are reported, without running commands."""
 
 import argparse
+import subprocess
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from absl import flags, logging
 from dualpath_jax import cli, main
 from dualpath_jax.config import loading, schema
 from dualpath_jax.runtime.preemption import Interrupted, Preempted
+from tests.helpers.processes import ROOT, make_environment
 
 
 def exit_code(function, *args):
@@ -133,3 +135,26 @@ def test_home_is_expanded(monkeypatch, tmp_path):
         f"--workdir={tmp_path}/runs",
         "--config=demo",
     ]
+
+
+@pytest.mark.parametrize("command", ["train", "predict", "convert", "prepare"])
+def test_too_little_memory_is_one_line(command, tmp_path):
+    """Check a limit on the address space, in which JAX and TensorFlow would abort."""
+    options = {
+        "train": ["--config=configs/demo.py", f"--workdir={tmp_path}"],
+        "predict": ["--workdir=runs/x", "x.mp4"],
+        "convert": ["--checkpoint=x", "--out=y"],
+        "prepare": ["--dataset=folder", "--videos=x", "--out=y"],
+    }
+    limited = ["bash", "-c", 'ulimit -v 3145728; exec "$0" "$@"']
+    result = subprocess.run(
+        [*limited, sys.executable, "-m", "dualpath_jax", command, *options[command]],
+        env=make_environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    expected = "error: this process is limited to 3.0 GB of address space (ulimit -v), and JAX and"
+    assert result.stderr.startswith(expected)
+    assert result.stderr.count("\n") == 1

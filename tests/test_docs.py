@@ -108,6 +108,37 @@ def test_a_missing_file_is_found(tmp_path):
     assert find_missing_paths(page) == ["dualpath_jax/data/nothing.py"]
 
 
+def find_promises(text):
+    """Return (promise, tests) of each row of the table of promises."""
+    rows = re.findall(r"^\| (.+?) \| .+ \| (`tests/\S+`) \|$", text, flags=re.M)
+    return [(promise, re.findall(r"`([^`]+)`", tests)) for promise, tests in rows]
+
+
+def find_untested_promises(text):
+    """Return the promises of a page without a test, and the tests that do not exist."""
+    table = text.split("| what happens |", 1)[1].split("\n\n", 1)[0]
+    promises = find_promises(table)
+    untested = table.count("\n|") - 1 - len(promises)  # without the line below the heading
+    missing = []
+    for name in {name for _, names in promises for name in names}:
+        file, _, test = name.partition("::")
+        path = ROOT / file
+        if not path.exists() or f"\ndef {test}(" not in path.read_text():
+            missing.append(name)
+    return untested, missing
+
+
+def test_each_promise_about_interruptions_names_a_test():
+    text = (ROOT / "docs" / "interruptions.md").read_text()
+    assert len(find_promises(text)) > 25
+    assert find_untested_promises(text) == (0, [])
+    known = "tests/training/test_resume.py::test_stop_request"
+    renamed = text.replace(f"`{known}`", f"`{known}ed`")
+    assert find_untested_promises(renamed) == (0, [f"{known}ed"])
+    without = re.sub(r" \| `[^|]+` \|$", " | |", text, count=1, flags=re.M)
+    assert find_untested_promises(without) == (1, [])
+
+
 def test_subcommands_are_known():
     """Check each `dualpath NAME` of the pages; README's table has all of them."""
     named = {page: find_subcommands(page) for page in PAGES}

@@ -9,7 +9,10 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dualpath_jax.runtime import files
+
 _GAP = 4  # pixels between pictures
+_MAX_NAME_BYTES = 200  # of a file name's stem; file systems allow 255 with suffixes
 _FONT_SIZE = 14
 _LINE_HEIGHT = 22  # pixels for a line of text
 _BAR = (240, 12)  # (width, height) of the color bar
@@ -112,26 +115,31 @@ def write_png(path: str, picture: Image.Image) -> None:
     """Write a picture as PNG with 256 colors, dithered, which makes the file smaller."""
     palette = picture.quantize(256, method=Image.Quantize.MEDIANCUT)
     picture = picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
-    picture.save(path, optimize=True)
+    with files.atomic_path(path) as temporary:
+        picture.save(temporary, optimize=True)
 
 
 def write_gif(path: str, pictures: Sequence[Image.Image], milliseconds: int = 200) -> None:
     """Write the pictures as a GIF that repeats; each is shown for `milliseconds`."""
     first, *others = [picture.convert("P", palette=Image.Palette.ADAPTIVE) for picture in pictures]
-    first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
+    with files.atomic_path(path) as temporary:
+        options = {"save_all": True, "append_images": others, "loop": 0}
+        first.save(temporary, duration=milliseconds, **options)
 
 
 def unused_path(folder: pathlib.Path, video: str, taken: set[str]) -> pathlib.Path:
     """Return a path without suffix for the pictures of `video`, and add its name to `taken`.
 
-    Videos with the same name are numbered.
+    Videos with the same name are numbered. Control characters and bytes that are not UTF-8 become
+    "_", and long names are cut, so that a suffix fits.
 
     Args:
       folder: folder of the pictures.
       video: path of the video file.
       taken: names that are in use; is changed.
     """
-    stem = name = pathlib.Path(video).stem
+    stem = "".join(c if c.isprintable() else "_" for c in pathlib.Path(video).stem)
+    stem = name = stem.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
     number = 1
     while name in taken:
         number += 1

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dualpath_jax.analysis import image_grid
+from dualpath_jax.runtime import files
 
 MAX_FRAMES = 6  # frames of a video in its figure
 MAX_POINTS = 2048  # points of a time line; more would not be visible
@@ -93,7 +94,8 @@ class PredictionFigures:
         path = image_grid.unused_path(self._folder, self._result.video, self._taken)
         height = max(4.8, 3.3 + 0.3 * min(self._top_k, len(self._class_names)))
         figure = Figure(figsize=(9, height), layout="constrained")
-        title = path.name + (f"\n{self._result.note}" if self._result.note else "")
+        note = "".join(c if c.isprintable() else "_" for c in self._result.note)
+        title = path.name + (f"\n{note}" if note else "")
         figure.suptitle(title, fontsize=10, wrap=True)
         above, below = figure.subfigures(2, 1, height_ratios=[1.5, height - 1.5])
         last = len(self._frames.items) - 1
@@ -111,7 +113,8 @@ class PredictionFigures:
         else:
             self._draw_timeline(below.subplots())
             below.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-        figure.savefig(f"{path}.png", dpi=110)
+        with files.atomic_path(f"{path}.png") as temporary:
+            figure.savefig(temporary, dpi=110)
 
     def _top_classes(self, probabilities: np.ndarray) -> np.ndarray:
         """Return the indices of the most probable classes, in descending order."""

@@ -10,9 +10,8 @@ In a checkout, python scripts/convert_clip.py is the same command.
 """
 
 import argparse
-import sys
 
-from dualpath_jax.cli import build_parser
+from dualpath_jax.cli import build_parser, user_errors
 from dualpath_jax.runtime import environment, progress_bar
 
 
@@ -46,13 +45,10 @@ def main() -> int:
     environment.configure_environment()
     options = vars(parser().parse_args())
     progress_bar.set_quiet(options.pop("quiet"))
-    try:
+    with user_errors():
         from dualpath_jax.weights import convert  # imports JAX
 
         info = convert.convert_checkpoint(**options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     config, published = info["config"], info["published"]
     shape = config.architecture
     shape |= {key: getattr(config, key) for key in ("heads", "image_size", "activation", "eps")}

@@ -12,10 +12,9 @@ In a checkout, python scripts/efficiency.py is the same command.
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 
-from dualpath_jax.cli import build_parser, parse_with_overrides
+from dualpath_jax.cli import build_parser, parse_with_overrides, user_errors
 from dualpath_jax.config.loading import load_config
 from dualpath_jax.runtime import environment, progress_bar
 
@@ -133,10 +132,10 @@ def main() -> None:
     environment.configure_environment()
     args, overrides = parse_with_overrides(parser())
     progress_bar.set_quiet(args.quiet)
-    from dualpath_jax.analysis import efficiency  # imports JAX
+    with user_errors():
+        from dualpath_jax.analysis import efficiency  # imports JAX
 
-    names = args.config or list(efficiency.PAPER_ROWS)
-    try:
+        names = args.config or list(efficiency.PAPER_ROWS)
         rows = [
             build_row(name, overrides)
             for name in progress_bar.iterate_with_bar(names, "count", "configurations")
@@ -144,6 +143,4 @@ def main() -> None:
         if args.figure:
             draw_figure(rows, args.figure)
             return
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(json.dumps(rows, indent=1) if args.json else format_markdown(rows))

@@ -19,7 +19,7 @@ import sys
 
 from dualpath_jax import cli
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits
-from dualpath_jax.runtime import environment
+from dualpath_jax.runtime import console, environment
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,16 +49,17 @@ def main() -> None:
     """Predict the videos and print the results; exit with status 1 if some cannot be read."""
     environment.configure_environment()
     arguments = parser().parse_args()
-    from dualpath_jax.inference import predict_files
-
-    def print_result(result: predict_files.VideoResult) -> None:
-        if arguments.json:
-            print(json.dumps(dataclasses.asdict(result)), flush=True)
-        else:
-            print(predict_files.format_result(result), flush=True)
-
-    sys.stdout.reconfigure(errors="surrogateescape")  # file names may contain any bytes
+    # Where files are written too, they are made also when nobody reads the output any more.
+    console.protect_streams(is_log=bool(arguments.features or arguments.pictures))
     with cli.user_errors():
+        from dualpath_jax.inference import predict_files
+
+        def print_result(result: predict_files.VideoResult) -> None:
+            if arguments.json:
+                print(json.dumps(dataclasses.asdict(result)), flush=True)
+            else:
+                print(predict_files.format_result(result), flush=True)
+
         videos = predict_files.find_videos(arguments.videos)
         num_unreadable = predict_files.predict_videos(
             cli.load_model(arguments),

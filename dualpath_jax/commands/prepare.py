@@ -90,8 +90,9 @@ def main() -> None:
     environment.configure_environment()
     arguments = parse_arguments()
     progress_bar.set_quiet(arguments.quiet)
-    sys.stdout.reconfigure(errors="surrogateescape")  # file names may hold any bytes
     try:
+        if problem := environment.find_memory_problem():
+            raise ValueError(problem)
         index = list_videos(
             arguments.dataset,
             arguments.videos,

@@ -10,13 +10,13 @@ In a checkout, python scripts/show_batch.py is the same command.
 """
 
 import argparse
-import sys
+import contextlib
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dualpath_jax.cli import build_parser, parse_with_overrides
+from dualpath_jax.cli import build_parser, parse_with_overrides, user_errors
 from dualpath_jax.config.loading import load_config
 from dualpath_jax.runtime import environment
 
@@ -111,15 +111,18 @@ def main() -> None:
     """Write the image of the batch that the command line names."""
     environment.configure_environment()
     args, overrides = parse_with_overrides(parser())
-    from dualpath_jax.config.schema import check_values
-    from dualpath_jax.data import pipeline
-    from dualpath_jax.data.video_dataset import VideoDataset
-    from dualpath_jax.models import registry as method_registry
+    with user_errors():
+        from dualpath_jax.config.schema import check_values
+        from dualpath_jax.data import pipeline
+        from dualpath_jax.data.video_dataset import VideoDataset
+        from dualpath_jax.models import registry as method_registry
 
-    try:
         config = load_config(args.config, overrides)
         check_values(config)
-        dataset = VideoDataset(args.data_dir or config.data.dir, config.data.train_split)
+        data_dir = args.data_dir or config.data.dir
+        if data_dir is None:
+            raise ValueError("no prepared data: name their folder by --data_dir=FOLDER")
+        dataset = VideoDataset(data_dir, config.data.train_split)
         batches = pipeline.train_batches(
             dataset,
             config.data,
@@ -128,10 +131,8 @@ def main() -> None:
             args.step + 1,
             inputs=method_registry.clip_inputs(config),
         )
-        batch = {key: value[: args.clips] for key, value in next(batches).items()}
+        with contextlib.closing(batches):  # TensorFlow's threads could outlive an error
+            batch = {key: value[: args.clips] for key, value in next(batches).items()}
         batch = draw_differences(apply_color_operations(batch), config.data)
         draw_batch(batch, dataset.class_names, args.zoom).save(args.out)
-    except (ValueError, OSError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"wrote {args.out}: {len(batch['label'])} clips of step {args.step}")

@@ -19,7 +19,7 @@ from etils import epath
 
 from dualpath_jax.data.preparation.video_decoder import MAX_SIDE, FrameFormat
 from dualpath_jax.runtime.command_line import command_line
-from dualpath_jax.runtime.safe_read import read_json, truncated_repr
+from dualpath_jax.runtime.safe_read import check_regular, read_json, truncated_repr
 
 _REMEDY = "check the disk and prepare the data set again with another --out"
 _MAX_RECORDS = 2**40  # per shard; keeps sums within an int64
@@ -242,6 +242,8 @@ def read_video_table(
       OSError: Cloud Storage cannot be read.
       ValueError: the table is damaged or has impossible values.
     """
+    if "://" not in path and os.path.exists(path):
+        check_regular(path)
     try:
         rows = ArrayRecordReader(path).read_all()
         columns = tf.io.parse_example(tf.constant(rows, tf.string), _FEATURES)

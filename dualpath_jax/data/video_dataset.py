@@ -28,7 +28,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from dualpath_jax.data import dataset_metadata
 from dualpath_jax.data.datasets.annotations import SHARED_SPLIT
-from dualpath_jax.runtime import file_lock
+from dualpath_jax.runtime import file_lock, safe_read
 from dualpath_jax.runtime.command_line import command_line
 
 tf.config.set_visible_devices([], "GPU")  # accelerators belong to JAX
@@ -257,9 +257,11 @@ def _file_state(path: str) -> tuple[int, int]:
 
     Raises:
       ChangedData: there is no such file.
+      ValueError: it is not a regular file.
     """
     try:
         status = os.stat(path)
+        safe_read.check_regular(path, status)
     except FileNotFoundError:
         raise ChangedData(
             f"{path} is missing; copy it there, or prepare the data set again with another --out"

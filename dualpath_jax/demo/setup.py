@@ -13,6 +13,7 @@ from dualpath_jax.data.datasets.annotations import DatasetIndex
 from dualpath_jax.data.preparation import prepare
 from dualpath_jax.demo import paths, render
 from dualpath_jax.runtime import file_lock
+from dualpath_jax.runtime.safe_read import read_bytes
 from dualpath_jax.weights import convert
 
 # Written by scripts/pretrain_demo_backbone.py, in the layout of OpenAI's CLIP checkpoints.
@@ -65,7 +66,7 @@ def _ensure_videos(source: str, folder: str) -> None:
     """Render and prepare the videos of a generated set, unless they are there."""
     note = epath.Path(folder) / "generated_set.txt"  # version 0.1.0 wrote none for the demo
     if (epath.Path(folder) / "dataset_info.json").exists():
-        found = note.read_text().strip() if note.exists() else "demo"
+        found = read_bytes(note).decode(errors="replace").strip() if note.exists() else "demo"
         if found != source:
             raise ValueError(
                 f"config.data.dir={folder} holds the videos of {found!r}, not those of "

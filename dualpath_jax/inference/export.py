@@ -29,6 +29,7 @@ from dualpath_jax.models import param_tree
 from dualpath_jax.models.abstract import clip_shapes
 from dualpath_jax.models.forward import clip_logits
 from dualpath_jax.runtime import files
+from dualpath_jax.runtime.safe_read import read_json
 from dualpath_jax.version import __version__
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -105,7 +106,13 @@ def _write_saved_model(
     )
     temporary = out / "saved_model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    tf.saved_model.save(module, str(temporary), signatures=module.logits)
+    try:
+        tf.saved_model.save(module, str(temporary), signatures=module.logits)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if files.is_disk_error(error):
+            raise files.explain_write_error(out / "saved_model", error) from None
+        raise
     shutil.rmtree(out / "saved_model", ignore_errors=True)
     temporary.rename(out / "saved_model")
 
@@ -154,6 +161,7 @@ def export_model(
 
     Raises:
       ValueError: a format is unknown or cannot be written, or the batch size is below 1.
+      OSError: a file cannot be written; the message names it.
     """
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
@@ -166,14 +174,20 @@ def export_model(
     folder.mkdir(parents=True, exist_ok=True)
     for name in formats:
         FORMATS[name][0](model, folder, batch_size)
-    (folder / "class_names.json").write_text(json.dumps(model.class_names, indent=1) + "\n")
-    (folder / "model_card.md").write_text(format_model_card(model, formats, batch_size, results))
+    names = json.dumps(model.class_names, indent=1) + "\n"
+    files.write_text(folder / "class_names.json", names)
+    card = format_model_card(model, formats, batch_size, results)
+    files.write_text(folder / "model_card.md", card)
 
 
 def read_results(workdir: str) -> dict[str, Any] | None:
-    """Read results.json of a run; return None if it does not exist."""
+    """Read results.json of a run; return None if it does not exist.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
     path = epath.Path(workdir) / "results.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path, dict) if path.exists() else None
 
 
 def format_model_card(

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 
@@ -20,8 +21,12 @@ from dualpath_jax.runtime.progress_bar import ProgressBar
 
 # In a folder, files with these suffixes count as videos.
 VIDEO_SUFFIXES = frozenset(
-    (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+    (
+        *(".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts"),
+        *(".webm", ".wmv"),
+    )
 )
+_MAX_NAMED = 10  # skipped files that are named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +52,8 @@ class VideoResult:
 def find_videos(paths: Sequence[str]) -> list[str]:
     """Return the files among `paths`, and the videos in the folders among them.
 
-    Folders are searched recursively for `VIDEO_SUFFIXES`; the videos of a folder are sorted.
+    Folders are searched recursively for `VIDEO_SUFFIXES`; the videos of a folder are sorted. Other
+    files that are not hidden are named on standard error.
 
     Raises:
       FileNotFoundError: a path does not exist, or a folder has no video.
@@ -59,18 +65,32 @@ def find_videos(paths: Sequence[str]) -> list[str]:
         if not os.path.isdir(path):
             videos.append(path)
             continue
-        inside = [
+        entries = sorted(
             os.path.join(folder, name)
             for folder, _, names in os.walk(path)
             for name in names
-            if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
-        ]
+            if not name.startswith(".")
+        )
+        inside = [p for p in entries if os.path.splitext(p)[1].lower() in VIDEO_SUFFIXES]
+        _report_skipped(path, sorted(set(entries) - set(inside)))
         if not inside:
             raise FileNotFoundError(
                 f"no videos in {path!r}: known suffixes are {' '.join(sorted(VIDEO_SUFFIXES))}"
             )
-        videos += sorted(inside)
+        videos += inside
     return videos
+
+
+def _report_skipped(folder: str, skipped: list[str]) -> None:
+    """Print the names of files that have no suffix of a video."""
+    if not skipped:
+        return
+    named = ", ".join(repr(os.path.relpath(path, folder)) for path in skipped[:_MAX_NAMED])
+    more = f" and {len(skipped) - _MAX_NAMED:,} more" if len(skipped) > _MAX_NAMED else ""
+    print(
+        f"note: in {folder!r} these have no suffix of a video and are skipped: {named}{more}",
+        file=sys.stderr,
+    )
 
 
 def predict_videos(

@@ -17,7 +17,7 @@ from etils import epath
 from dualpath_jax.config.values import INVALID_CONFIG_ERRORS, flatten_config, restore_config
 from dualpath_jax.data import dataset_metadata
 from dualpath_jax.models import abstract, param_tree
-from dualpath_jax.runtime.safe_read import parse_json, read_json, truncated_repr
+from dualpath_jax.runtime.safe_read import parse_json, read_json, read_lines, truncated_repr
 from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from dualpath_jax.training.metrics_logger import is_evaluation
 from dualpath_jax.training.predictions import read_predictions
@@ -245,7 +245,14 @@ def _read_metrics(run: RunRecord) -> None:
     """Read metrics.jsonl and the planned number of steps."""
     path = epath.Path(run.workdir) / "metrics.jsonl"
     entries, bad = [], 0
-    for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+        lines = read_lines(path)
+    except FileNotFoundError:
+        lines = []
+    except (ValueError, OSError) as problem:
+        lines = []
+        run.report_missing(f"metrics.jsonl cannot be read: {problem}", run.command())
+    for line in filter(None, lines):
         try:
             entry = parse_json(line, dict, path)
         except ValueError:

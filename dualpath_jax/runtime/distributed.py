@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import sys
 import time
@@ -157,6 +158,9 @@ def end_together() -> Iterator[None]:
             raise  # all processes exit this way
         if is_peer_failure(error):
             _wait_for_termination(error)
+        if isinstance(error, KeyboardInterrupt):
+            print(f"{process_label()}interrupted by Ctrl-C", file=sys.stderr)
+            _exit_process(128 + signal.SIGINT)
         if not isinstance(error, SystemExit):
             traceback.print_exc()
         _exit_process(error.code if isinstance(error, SystemExit) else 1)

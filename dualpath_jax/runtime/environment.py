@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import resource
 import shlex
 import sys
 import threading
@@ -44,7 +45,8 @@ _TENSORFLOW_VARIABLES = {
     "TF_ENABLE_ONEDNN_OPTS": "0",
 }
 
-_THREAD_SECONDS = 30.0  # in which threads end by themselves when the program is done
+_MIN_ADDRESS_SPACE = 4 * 2**30  # bytes; the demo's training reserves 2.5 GB
+_THREAD_SECONDS = 10.0  # in which threads end by themselves when the program is done
 _a_thread_may_hang = threading.Event()
 
 # Parameters of `mallopt`, from glibc's malloc.h.
@@ -96,27 +98,43 @@ def keep_freed_memory() -> None:
     glibc.malloc_trim(0)
 
 
+def find_memory_problem() -> str | None:
+    """Return why this process may use too little memory for JAX and TensorFlow, which then abort.
+
+    Returns:
+      A message with the remedy; None without such a limit (`ulimit -v`).
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY or limit >= _MIN_ADDRESS_SPACE:
+        return None
+    return (
+        f"this process is limited to {limit / 2**30:.1f} GB of address space (ulimit -v), and JAX "
+        f"and TensorFlow need {_MIN_ADDRESS_SPACE / 2**30:.0f} GB: raise or remove the limit "
+        "(ulimit -v unlimited, or the scheduler's option for virtual memory)"
+    )
+
+
 def note_that_a_thread_may_hang() -> None:
     """Make `exit_process` wait for threads for a limited time only."""
     _a_thread_may_hang.set()
 
 
 def exit_process(status: Any) -> NoReturn:
-    """Exit with `status`; wait at most 30 s for threads if one may hang.
+    """Exit with `status`; wait at most 10 s for threads if one may hang.
 
-    Orbax's threads wait by the wall clock. When that is set back while a checkpoint is written, a
-    save that was given up would keep the process for as long.
+    After a save that was given up, orbax's threads wait for each other: for minutes if the disk had
+    no inode left, and by the wall clock, which may be set back.
     """
     if not _a_thread_may_hang.is_set():
         sys.exit(status)
+    others = [t for t in threading.enumerate() if t is not threading.current_thread()]
     deadline = time.monotonic() + _THREAD_SECONDS
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join(max(0.0, deadline - time.monotonic()))
-            if thread.is_alive() and isinstance(status, int | None):
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status or 0)
+    while any(thread.is_alive() and not thread.daemon for thread in others):
+        if time.monotonic() >= deadline and isinstance(status, int | None):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status or 0)
+        time.sleep(0.05)  # orbax's `join` has no limit
     sys.exit(status)
 
 

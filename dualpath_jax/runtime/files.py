@@ -1,6 +1,7 @@
 """Writes files atomically, and checks output paths before any work."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import stat
@@ -24,7 +25,8 @@ def atomic_path(path: str | os.PathLike[str], unique: bool = False) -> Iterator[
         write at the same time. Otherwise the next writer replaces what a killed one left.
 
     Raises:
-      OSError: the file cannot be written; `path` is as it was.
+      OSError: the file cannot be written; `path` is as it was. The error names it, and has a remedy
+        and the `errno` of the failure.
     """
     final = epath.Path(path)
     mark = f"incomplete-{os.getpid()}" if unique else "incomplete"
@@ -36,10 +38,30 @@ def atomic_path(path: str | os.PathLike[str], unique: bool = False) -> Iterator[
                 with open(temporary, "rb") as file:
                     os.fsync(file.fileno())  # some file systems report a full disk only here
             temporary.replace(final)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        named = getattr(error, "filename", None)  # None where only a write failed
+        if is_disk_error(error) and named in (None, os.fspath(temporary)):
+            raise explain_write_error(path, error) from None
         raise
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Return whether an error is the system's refusal to write, perhaps in a library's words."""
+    if isinstance(error, OSError):
+        return error.errno is not None
+    return any(
+        text in str(error) for text in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+    )
+
+
+def explain_write_error(path: str | os.PathLike[str], error: BaseException) -> OSError:
+    """Return an error that names the file that cannot be written, with a remedy."""
+    remedy = "make room there, or make it writable, and run the same command again"
+    explained = OSError(f"cannot write {os.fspath(path)}: {error}; {remedy}")
+    explained.errno = getattr(error, "errno", None)
+    return explained
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -49,16 +71,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     are written unchanged.
 
     Raises:
-      OSError: the file cannot be written; the error has a remedy and the `errno` of the failure.
+      OSError: the file cannot be written, see `atomic_path`.
     """
-    try:
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
-    except OSError as error:
-        remedy = "make room there, or make it writable, and run the same command again"
-        explained = OSError(f"cannot write {os.fspath(path)}: {error}; {remedy}")
-        explained.errno = error.errno
-        raise explained from None
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 def check_readable(path: str | os.PathLike[str]) -> None:

@@ -1,40 +1,120 @@
-"""Reads untrusted text and JSON within limits; raises ValueError for anything else."""
+"""Opens files that a user names, and reads untrusted text and JSON, within limits.
+
+Whatever the file is, opening it neither waits nor reads without end; ValueError refuses it.
+"""
 
 import contextlib
 import csv
+import io
 import json
 import os
 import stat
 from collections.abc import Iterator
-from typing import Any, TextIO
-
-from etils import epath
+from typing import Any, BinaryIO, TextIO
 
 MAX_TEXT_BYTES = 512 * 2**20  # Kinetics-700's lists have 40 MB, Something-Something-v2's JSON 60
 _MAX_JSON_DEPTH = 50  # deeper nesting is an attack on code that walks the tree
 _MAX_REPR_CHARS = 200  # characters of a value in a message
 
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
 
-def check_size(path: str | os.PathLike[str], limit: int) -> None:
-    """Check that `path` is a regular file of at most `limit` bytes.
+
+def check_regular(path: str | os.PathLike[str], status: os.stat_result | None = None) -> None:
+    """Check that a local path is a regular file, for libraries that open the path themselves.
 
     A reader would wait forever for a pipe, and read without end from a device.
+
+    Args:
+      path: of the file.
+      status: of the opened file; None asks the system about the path.
+
+    Raises:
+      ValueError: it is something else.
+      OSError: there is no such file, or its links lead to themselves.
+    """
+    mode = (status or os.stat(path)).st_mode
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "a special file")
+        raise ValueError(f"{os.fspath(path)} is not a regular file, but {kind}")
+
+
+def check_regular_files(folder: str | os.PathLike[str]) -> None:
+    """Check that a local folder, and those below it, hold only folders and regular files.
+
+    Raises:
+      ValueError: there is another kind of file; the message names it.
+      OSError: a link leads to itself.
+    """
+    for below, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a program may delete it meanwhile
+                path = os.path.join(below, name)
+                if not os.path.isdir(path):  # a link to a folder
+                    check_regular(path)
+
+
+def check_size(path: str | os.PathLike[str], limit: int) -> None:
+    """Check that `path`, local or gs://, is a regular file of at most `limit` bytes.
 
     Raises:
       ValueError: the file is larger, or not a regular file.
     """
     if _is_remote(path):
-        size = epath.Path(path).stat().length
+        size = _remote(path).stat().length
     else:
         status = os.stat(path)
+        check_regular(path, status)
         size = status.st_size
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path} is not a regular file")
     if size > limit:
         raise ValueError(
             f"{path} has {size:,} bytes, more than the limit of {limit:,} for such a file; "
             "check that it is the right one"
         )
+
+
+def open_binary(path: str | os.PathLike[str], limit: int) -> BinaryIO:
+    """Open a local regular file of at most `limit` bytes for reading.
+
+    Raises:
+      ValueError: the file is larger, or not a regular file.
+      OSError: it cannot be opened.
+    """
+    check_size(path, limit)
+    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    file = open(number, "rb")  # noqa: SIM115 (the caller closes it)
+    try:
+        check_regular(path, os.fstat(number))  # it may have been replaced since
+    except ValueError:
+        file.close()
+        raise
+    return file
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> bytes:
+    """Read a regular file of at most `limit` bytes, local or gs://; raises as `open_binary`."""
+    if _is_remote(path):
+        check_size(path, limit)
+        return _remote(path).read_bytes()
+    with open_binary(path, limit) as file:
+        return file.read()
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """Read the lines of a text file in UTF-8, local or gs://.
+
+    Characters that are not UTF-8 become U+FFFD, so that they spoil only their own line.
+
+    Raises:
+      ValueError: the file is too large, or not a regular file.
+      OSError: it cannot be read.
+    """
+    return read_bytes(path).decode(errors="replace").split("\n")
 
 
 @contextlib.contextmanager
@@ -55,9 +135,9 @@ def open_text(
       ValueError: the file is too large or not a regular file. Reading inside the block also raises
         it where the file is not UTF-8, or where the csv module refuses it.
     """
-    check_size(path, MAX_TEXT_BYTES)
+    binary = open_binary(path, MAX_TEXT_BYTES)
     try:
-        with open(path, encoding="utf-8-sig", errors=errors, newline=newline) as file:
+        with io.TextIOWrapper(binary, "utf-8-sig", errors, newline) as file:
             yield file
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}); download it again") from None
@@ -72,8 +152,7 @@ def read_json(path: str | os.PathLike[str], expected_type: type) -> Any:
       ValueError: the file is too large, not JSON, nested too deep, or of another type.
     """
     if _is_remote(path):
-        check_size(path, MAX_TEXT_BYTES)
-        return parse_json(epath.Path(path).read_bytes(), expected_type, path)
+        return parse_json(read_bytes(path), expected_type, path)
     with open_text(path) as file:
         return parse_json(file.read(), expected_type, path)
 
@@ -81,6 +160,12 @@ def read_json(path: str | os.PathLike[str], expected_type: type) -> Any:
 def _is_remote(path: str | os.PathLike[str]) -> bool:
     """Return whether `path` is in Cloud Storage."""
     return "://" in os.fspath(path)
+
+
+def _remote(path: str | os.PathLike[str]) -> Any:
+    from etils import epath  # here, because decoding processes import this module
+
+    return epath.Path(path)
 
 
 def parse_json(text: str | bytes, expected_type: type, source: str | os.PathLike[str]) -> Any:

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import itertools
 import json
+import logging as std_logging
 import math
 import os
 import traceback
@@ -29,7 +30,7 @@ from dualpath_jax.config.values import (
     restore_config,
 )
 from dualpath_jax.models import param_tree
-from dualpath_jax.runtime import environment, files
+from dualpath_jax.runtime import environment, files, safe_read
 
 _MAX_BYTES = 32 * 2**30  # of all arrays of a checkpoint; those of a fully tuned ViT-L take 4 GB
 _BEST_METRIC = "top1"  # the best checkpoint has the highest value of this score
@@ -44,6 +45,10 @@ def _is_relevant(record: Any) -> bool:
 
 
 logging.get_absl_logger().addFilter(_is_relevant)
+# Futures of a failed save that nobody asks for; the error itself is reported.
+std_logging.getLogger("asyncio").addFilter(
+    lambda record: logging.level_debug() or "never retrieved" not in record.getMessage()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +99,17 @@ class Checkpoints:
       workdir: of the run, local or gs://.
       keep: number of newest checkpoints that are kept.
       read_only: change nothing in the workdir; another process may be writing there.
+
+    Raises:
+      ValueError: the folder of checkpoints holds a file that is not regular, such as a pipe.
     """
 
     def __init__(self, workdir: str, keep: int = 3, read_only: bool = False):
         path = epath.Path(workdir)
         self._workdir = path if path.is_absolute() else path.absolute()  # gs:// is absolute
         self.directory = self._workdir / "checkpoints"
+        if "://" not in str(self.directory):  # orbax would wait for a pipe
+            safe_read.check_regular_files(self.directory)
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,

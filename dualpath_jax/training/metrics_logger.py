@@ -15,6 +15,7 @@ from absl import logging
 from etils import epath
 
 from dualpath_jax.runtime import files, gcs, progress_bar
+from dualpath_jax.runtime.safe_read import parse_json, read_lines
 from dualpath_jax.training.advice import TrainingAdvice
 
 # Keys of metrics.jsonl that describe the process, not what is learned.
@@ -59,12 +60,10 @@ class MetricsLogger:
         if not self._is_main or not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the process died while it wrote this
-                entry = json.loads(line)
-                repeated = entry["step"] == step and is_evaluation(entry) and not evaluated
-                if entry["step"] <= step and not repeated:
-                    kept.append(line + "\n")
+        for entry in read_entries(self._path):
+            repeated = entry["step"] == step and is_evaluation(entry) and not evaluated
+            if entry["step"] <= step and not repeated:
+                kept.append(json.dumps(entry) + "\n")
         files.write_text(self._path, "".join(kept))
 
     def start(self, step: int) -> None:
@@ -185,6 +184,40 @@ class MetricsLogger:
                 self._events.close()
 
 
+def read_entries(path: epath.Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl; drop lines that are no entries, and log a warning about them.
+
+    The last line may be incomplete, if the process died while it wrote it. It is dropped silently.
+
+    Raises:
+      ValueError: the file is too large, or not a regular file.
+      OSError: it cannot be read.
+    """
+    *lines, rest = read_lines(path)
+    entries, odd = [], []
+    for number, line in enumerate([*lines, rest], 1):
+        try:
+            entry = parse_json(line, dict, path)
+            _check_entry(entry)
+            entries.append(entry)
+        except ValueError:
+            if number <= len(lines):
+                odd.append(number)
+    if odd:
+        text = "%s: line %d and %d more are not entries of this program and were left out"
+        logging.warning(text, path, odd[0], len(odd) - 1)
+    return entries
+
+
+def _check_entry(entry: dict[str, Any]) -> None:
+    """Raise ValueError unless an entry has a step, the name of a split, and numbers."""
+    numbers = [value for key, value in entry.items() if key != "split"]
+    valid = type(entry.get("step")) is int and entry["step"] >= 0
+    valid &= isinstance(entry.get("split"), str)
+    if not valid or not all(type(value) in (int, float) for value in numbers):
+        raise ValueError("not an entry of metrics.jsonl")
+
+
 def is_evaluation(entry: dict[str, Any]) -> bool:
     """Return whether an entry of metrics.jsonl is that of an evaluation.
 
@@ -206,8 +239,7 @@ def advise_after_training(workdir: str, num_classes: int, split: str, top1: floa
     if jax.process_index() or not path.exists():
         return
     advice = TrainingAdvice(num_classes)
-    for text in path.read_text().splitlines():
-        entry = json.loads(text)
+    for entry in read_entries(path):
         if is_evaluation(entry):
             advice.add_score(entry["split"], entry["top1"])  # its advice was given then
         else:

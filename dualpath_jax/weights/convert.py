@@ -31,7 +31,7 @@ from flax import traverse_util
 from dualpath_jax.models.backbones import registry as backbone_registry
 from dualpath_jax.runtime import files, gcs
 from dualpath_jax.runtime.command_line import command_line
-from dualpath_jax.runtime.safe_read import parse_json, truncated_repr
+from dualpath_jax.runtime.safe_read import parse_json, read_bytes, truncated_repr
 from dualpath_jax.weights.source_checkpoint import (
     CONVERTED_KEY,
     MAX_BYTES,
@@ -295,13 +295,9 @@ def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray],
         f"`{command_line('convert')} --checkpoint={path} --out=NEW`"
     )
     with gcs.gcs_errors(path):
-        exists = epath.Path(path).is_file()
-    if not exists:
-        raise FileNotFoundError(f"no backbone at {path}: {create_this}")
-    size = epath.Path(path).stat().length
-    if size > MAX_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes, more than any backbone: {create_this}")
-    data = epath.Path(path).read_bytes()
+        if not epath.Path(path).exists():
+            raise FileNotFoundError(f"no backbone at {path}: {create_this}")
+        data = read_bytes(path, MAX_BYTES)
     if data[8:9] != b"{":
         raise ValueError(not_converted)
     try:

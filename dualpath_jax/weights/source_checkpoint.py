@@ -21,7 +21,7 @@ import numpy as np
 import safetensors
 
 from dualpath_jax.runtime import progress_bar
-from dualpath_jax.runtime.safe_read import check_size, read_json, truncated_repr
+from dualpath_jax.runtime.safe_read import check_size, open_binary, read_json, truncated_repr
 from dualpath_jax.weights.layouts import (
     LAYOUTS,
     TEXT_TOWER_NAMES,
@@ -64,7 +64,7 @@ def _detect_container(path: pathlib.Path) -> str:
 
     Looks only at the file's bytes and executes nothing in it.
     """
-    with path.open("rb") as file:
+    with open_binary(path, MAX_BYTES) as file:
         head = file.read(64)
     if not head:
         raise ValueError(f"{path} is empty")
@@ -126,7 +126,10 @@ def _load_torch(path: pathlib.Path, container: str) -> Mapping[str, Any]:
         if container == "torchscript":
             return torch.jit.load(path, map_location="cpu").state_dict()
         # The file is mapped because torch's old format requests as many bytes as the file claims.
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            open_binary(path, MAX_BYTES) as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             state = torch.load(data, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -193,7 +196,7 @@ def _wrap_readers(path: pathlib.Path, readers: _TensorReaders) -> _TensorReaders
 
 def compute_sha256(path: pathlib.Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
+    with open_binary(path, MAX_BYTES) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

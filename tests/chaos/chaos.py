@@ -19,8 +19,12 @@ import numpy as np
 from dualpath_jax.runtime.preemption import EXIT_CODE
 from tests.chaos.full_disk import LimitedDisk
 from tests.chaos.training_fixture import (
+    CLOSED_PIPES,
     DAMAGED,
+    FAILING_DISK,
+    NO_PRIVILEGE,
     SIZES,
+    WRONG_CLOCK,
     ChaosError,
     TrainingFixture,
     TrainingProcess,
@@ -48,11 +52,11 @@ class FaultedRun:
         self.num_starts = 0
         self.training = self.start()
 
-    def start(self, wrong_clock: bool = False) -> TrainingProcess:
-        """Start the next process."""
+    def start(self, before: str = "") -> TrainingProcess:
+        """Start the next process, see `TrainingFixture.start`."""
         self.num_starts += 1
         log = f"process{self.num_starts:03}.txt"
-        self.training = self.fixture.start(self.workdir, log, wrong_clock)
+        self.training = self.fixture.start(self.workdir, log, before)
         return self.training
 
     def wait_for_step(self, step: int) -> None:
@@ -60,9 +64,9 @@ class FaultedRun:
         if not self.training.wait_until(lambda: self.training.last_step() >= step):
             raise self.exit_error()
 
-    def restart(self, wrong_clock: bool = False) -> str:
+    def restart(self, before: str = "") -> str:
         """Start the same command after a death; return where it resumed, in words."""
-        training = self.start(wrong_clock)
+        training = self.start(before)
         if not training.wait_for_first_step() and training.wait_for_exit() != 0:
             status = training.process.returncode
             raise training.make_error(f"did not start again: status {status}")
@@ -176,6 +180,13 @@ def _full_disk(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
     return "warned, continued", f"without the checkpoint; newest {run.newest_step()}"
 
 
+def _no_inodes(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
+    run.training.wait_for_first_step()
+    with run.disk.full(run.training.process.pid, inodes=True):
+        _wait_for_lost_checkpoint(run)
+    return "warned, continued", f"without the checkpoint; newest {run.newest_step()}"
+
+
 def _full_disk_and_kill(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
     run.training.wait_for_first_step()
     with run.disk.full(run.training.process.pid):
@@ -213,6 +224,79 @@ def _corrupt_records(run: FaultedRun, rng: np.random.Generator) -> tuple[str, st
     return f"status {_USER_ERROR}, named the videos; resumed when repaired", run.restart()
 
 
+def _data_prepared_anew(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
+    """Try to prepare other videos there while the program reads; then replace them by force."""
+    run.training.wait_for_first_step()
+    (part,) = pathlib.Path(run.fixture.data, "prepare").glob("train-*.json")
+    entries = part.read_bytes()
+    part.unlink()
+    preparing = run.fixture.prepare_again(f"prepare{run.num_starts:03}.txt")
+    status = preparing.wait_for_exit()
+    part.write_bytes(entries)
+    holder = f"is being read by process {run.training.process.pid}"
+    if status != _USER_ERROR or holder not in preparing.read_log():
+        raise preparing.make_error(f"ended with status {status} while its data are being read")
+    run.training.kill()
+    intact = run.fixture.shard.read_bytes()
+    run.fixture.shard.write_bytes(intact[: rng.integers(len(intact))])
+    training = run.start()
+    status = training.wait_for_exit()
+    run.fixture.shard.write_bytes(intact)
+    if status != _USER_ERROR or "cut off or replaced" not in training.read_log():
+        raise run.exit_error(" on data that were replaced")
+    outcome = "prepare was refused; replaced files were refused too, resumed with the old ones"
+    return outcome, run.restart()
+
+
+def _wait_until_unreadable(run: FaultedRun, before: str) -> None:
+    """Start the program where it cannot read its newest checkpoint; it must leave all in place."""
+    steps, damaged = run.saved_steps(), run.count_damaged_checkpoints()
+    training = run.start(before)
+    status = training.wait_for_exit()
+    if status != _USER_ERROR or "cannot be read at present" not in training.read_log():
+        raise run.exit_error(" on a checkpoint that cannot be read")
+    if (run.saved_steps(), run.count_damaged_checkpoints()) != (steps, damaged):
+        raise training.make_error("moved a checkpoint that it could not read")
+
+
+def _no_permission(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
+    run.training.wait_until(run.saved_steps)
+    run.training.kill()
+    newest = run.workdir / "checkpoints" / str(run.newest_step())
+    for path in (newest / "metadata" / "metadata", newest / "state" / "_METADATA"):
+        path.chmod(0)
+        _wait_until_unreadable(run, NO_PRIVILEGE)
+        path.chmod(0o644)
+    return f"status {_USER_ERROR}, moved nothing; resumed with the permission", _resume_there(run)
+
+
+def _failing_disk(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
+    run.training.wait_until(run.saved_steps)
+    run.training.kill()
+    _wait_until_unreadable(run, FAILING_DISK)
+    return f"status {_USER_ERROR}, moved nothing; resumed when it could read", _resume_there(run)
+
+
+def _resume_there(run: FaultedRun) -> str:
+    """Restart, which must resume from the newest checkpoint."""
+    newest, where = run.newest_step(), run.restart()
+    if where != f"resumed from step {newest}":
+        raise run.training.make_error(f"had saved step {newest} and {where}")
+    return where
+
+
+def _closed_pipes(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
+    run.training.kill()
+    newest = run.newest_step()
+    training = run.start(CLOSED_PIPES)
+    if not training.wait_until(lambda: run.newest_step() > newest):
+        raise run.exit_error(" although only its output is lost")
+    training.process.send_signal(signal.SIGHUP)
+    if training.wait_for_exit() != EXIT_CODE:
+        raise run.exit_error(" on SIGHUP")
+    return f"continued and saved; status {EXIT_CODE} on SIGHUP, resumed there", _resume_there(run)
+
+
 def _second_program(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
     first = run.training.process
     first.send_signal(signal.SIGSTOP)  # otherwise it would be done before the other starts
@@ -228,7 +312,7 @@ def _wrong_clock(run: FaultedRun, rng: np.random.Generator) -> tuple[str, str]:
     run.training.kill()
     for path in run.workdir.rglob("*"):
         os.utime(path, (rng.uniform(0, 4e9),) * 2)  # files from 1970 to 2096
-    where = run.restart(wrong_clock=True)
+    where = run.restart(WRONG_CLOCK)
     newest = run.newest_step()
     run.training.wait_until(lambda: run.newest_step() > newest)
     return "resumed, continued and saved", where
@@ -248,6 +332,11 @@ FAULTS: dict[str, Callable[[FaultedRun, np.random.Generator], tuple[str, str]]] 
     "corrupt records": _corrupt_records,
     "second program": _second_program,
     "jumping clock": _wrong_clock,
+    "data prepared anew": _data_prepared_anew,
+    "permission removed": _no_permission,
+    "failing disk": _failing_disk,
+    "no inodes": _no_inodes,
+    "closed pipes, SIGHUP": _closed_pipes,
 }
 
 

@@ -1,4 +1,4 @@
-"""Simulates a full disk."""
+"""Simulates a disk that is full, or has no inodes left for new files."""
 
 import contextlib
 import pathlib
@@ -8,7 +8,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 
-_DISK_BYTES = 128 * 2**20
+_DISK_BYTES, _DISK_INODES = 128 * 2**20, 4000
 LARGEST_FILE = 400_000  # bytes; the limit on file sizes if no disk can be mounted
 
 
@@ -33,7 +33,15 @@ class LimitedDisk:
     def __init__(self, folder: pathlib.Path, mount: bool = True):
         self.folder = folder
         folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "tmpfs", str(folder)]
+        command = [
+            "mount",
+            "-t",
+            "tmpfs",
+            "-o",
+            f"size={_DISK_BYTES},nr_inodes={_DISK_INODES}",
+            "tmpfs",
+            str(folder),
+        ]
         self.mounted = mount and _succeeds(command)
 
     def __enter__(self) -> "LimitedDisk":
@@ -48,8 +56,13 @@ class LimitedDisk:
             copy.rename(self.folder)
 
     @contextlib.contextmanager
-    def full(self, pid: int) -> Iterator[None]:
-        """Make the disk full for process `pid` while the block runs."""
+    def full(self, pid: int, inodes: bool = False) -> Iterator[None]:
+        """Make the disk full for process `pid` while the block runs.
+
+        Args:
+          pid: of the process.
+          inodes: use up the inodes instead of the bytes, if the disk is mounted.
+        """
         if not self.mounted:
             self.limit(pid)
             yield
@@ -57,7 +70,8 @@ class LimitedDisk:
                 _limit_files(pid, resource.RLIM_INFINITY)
             return
         filler, filled, stop = self.folder / "filler", threading.Event(), threading.Event()
-        thread = threading.Thread(target=_fill_disk, args=(filler, filled, stop))
+        fill = _use_up_inodes if inodes else _fill_disk
+        thread = threading.Thread(target=fill, args=(filler, filled, stop))
         thread.start()
         filled.wait()
         try:
@@ -65,7 +79,7 @@ class LimitedDisk:
         finally:
             stop.set()
             thread.join()
-            filler.unlink()
+            shutil.rmtree(filler) if inodes else filler.unlink()
 
     def limit(self, pid: int) -> None:
         """Make the full disk full for process `pid` too, which was started in the block."""
@@ -97,3 +111,16 @@ def _fill_disk(path: pathlib.Path, filled: threading.Event, stop: threading.Even
             except OSError:
                 filled.set()
                 stop.wait(0.005)
+
+
+def _use_up_inodes(path: pathlib.Path, filled: threading.Event, stop: threading.Event) -> None:
+    """Make empty files until there is no inode left; otherwise as `_fill_disk`."""
+    path.mkdir()
+    number = 0
+    while not stop.is_set():
+        try:
+            (path / str(number)).touch()
+            number += 1
+        except OSError:
+            filled.set()
+            stop.wait(0.005)

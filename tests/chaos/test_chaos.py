@@ -26,8 +26,8 @@ def test_plan():
     assert plan != chaos.plan_faults(seed=1, count=23)
     counts = collections.Counter(kind for kind, _ in plan)
     assert set(counts) == set(chaos.FAULTS)
-    assert set(counts.values()) == {2, 3}
-    assert len(counts) == 11
+    assert set(counts.values()) == {1, 2}
+    assert len(counts) == 16
     steps = [step for _, step in plan]
     assert steps == sorted(steps)
     assert 0 < steps[0] < steps[-1] < chaos.num_steps(23) - 4 * chaos.STEPS_PER_FAULT

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from dualpath_jax.data.datasets import registry as dataset_registry
 from dualpath_jax.data.preparation import prepare
@@ -40,14 +41,43 @@ _SETTINGS = {
     "eval.every_epochs": 10,
     "eval.batch_size": 8,
 }
-# The program with a clock that jumps by up to ten years, forward or back, every second.
-_PROGRAM_WITH_WRONG_CLOCK = """
-import random, runpy, time
+# What runs before the program, in its process, by fault.
+_RUN = """
+import runpy
+runpy.run_module("dualpath_jax.main", run_name="__main__", alter_sys=True)
+"""
+# The clock jumps by up to ten years, forward or back, every second.
+WRONG_CLOCK = """
+import random, time
 seconds, nanoseconds = time.time, time.time_ns
 jump = lambda: random.Random(int(time.monotonic())).uniform(-3e8, 3e8)
 time.time = lambda: seconds() + jump()
 time.time_ns = lambda: nanoseconds() + int(1e9 * jump())
-runpy.run_module("dualpath_jax.main", run_name="__main__", alter_sys=True)
+"""
+# Nobody reads what is printed.
+CLOSED_PIPES = """
+import os
+reading, writing = os.pipe()
+os.close(reading)
+os.dup2(writing, 1)
+os.dup2(writing, 2)
+"""
+# The disk fails when the arrays of a checkpoint are read.
+FAILING_DISK = """
+import errno, os
+from dualpath_jax.runtime import environment
+environment.configure_environment()
+import orbax.checkpoint as ocp
+def fail(*_, **__):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+ocp.StandardCheckpointHandler.restore = fail
+"""
+# Permissions of files apply to root too: PR_CAPBSET_DROP of CAP_DAC_OVERRIDE and _READ_SEARCH.
+NO_PRIVILEGE = """
+import ctypes, os, sys
+for capability in (1, 2):
+    ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
+os.execv(sys.executable, [sys.executable, "-m", "dualpath_jax.main", *sys.argv[1:]])
 """
 
 
@@ -102,19 +132,44 @@ class TrainingFixture:
         self.shard.write_bytes(content)
 
     def start(
-        self, workdir: pathlib.Path, log: str, wrong_clock: bool = False
+        self,
+        workdir: pathlib.Path,
+        log: str,
+        before: str = "",
+        settings: dict[str, Any] | None = None,
+        cache: pathlib.Path | None = None,
     ) -> "TrainingProcess":
-        """Start the program as a user does; its output goes to `logs/<log>`."""
+        """Start the program as a user does; its output goes to `logs/<log>`.
+
+        Args:
+          workdir: of the run.
+          log: name of the log.
+          before: a Python program that its process runs first.
+          settings: more settings, by key.
+          cache: folder of compiled programs; None for one that all starts share.
+        """
         options = {
             **_SETTINGS,
             "data.dir": self.data,
             "data.label_swap": self.folder / "mirrored.json",
             "backbone.checkpoint": self.folder / "backbone.safetensors",
             "num_train_steps": self.num_steps,
+            **(settings or {}),
         }
-        program = ["-c", _PROGRAM_WITH_WRONG_CLOCK] if wrong_clock else ["-m", "dualpath_jax.main"]
+        program = ["-c", before + _RUN] if before else ["-m", "dualpath_jax.main"]
         command = [sys.executable, *program, "--config=configs/demo.py", f"--workdir={workdir}"]
         command += [f"--config.{key}={value}" for key, value in options.items()]
+        environment = self._environment()
+        if cache:
+            environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+        return TrainingProcess(command, environment, self.folder / "logs" / log)
+
+    def prepare_again(self, log: str) -> "TrainingProcess":
+        """Start to prepare the videos in the folder of the data, which lacks a part by now."""
+        raw = self.folder / "raw"
+        command = [sys.executable, "-m", "dualpath_jax", "prepare", "--dataset=ssv2"]
+        command += [f"--videos={raw / 'videos'}", f"--annotations={raw / 'labels'}"]
+        command += [f"--out={self.data}"]
         return TrainingProcess(command, self._environment(), self.folder / "logs" / log)
 
     def _environment(self) -> dict[str, str]:

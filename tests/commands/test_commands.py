@@ -156,6 +156,7 @@ NOT_RUN = {
         *("pip install -r requirements.txt", "pip install -r requirements-test.txt"),
         *("python -m pytest", "python -m pytest tests/*", "python -m pytest -n0 tests/*"),
         "python scripts/chaos.py --minutes=2.5",
+        "python -m tests.chaos.exit_loop --runs=50",
         "python scripts/report.py --workdir=runs/demo --out=runs/demo/report.html",
         *('pip install ".[[]docs]"', "python -m pdoc *"),
     ],

@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import errno
 import fractions
 import io
 import json
+import os
 import pathlib
 import runpy
 import sys
@@ -17,7 +19,7 @@ from PIL import Image
 
 import dualpath_jax as dp
 from dualpath_jax import cli, evaluate
-from dualpath_jax.analysis import prediction_figures
+from dualpath_jax.analysis import image_grid, prediction_figures
 from dualpath_jax.commands import export_adapter
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.clip_spec import Views
@@ -26,6 +28,7 @@ from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.inference import predict_files, sliding_windows, trained_model
 from dualpath_jax.models import param_tree
 from dualpath_jax.models.forward import view_logits
+from dualpath_jax.runtime import files
 from dualpath_jax.training import adapter_file
 from dualpath_jax.training.checkpoint import Checkpoints
 from tests.helpers.runs import build_run
@@ -424,3 +427,77 @@ def test_find_videos(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no videos in .*empty"):
         predict_files.find_videos([str(tmp_path / "empty")])
+
+
+def test_skipped_files_are_named(tmp_path, capsys):
+    names = ["a.TS", "b.gif", "c.mp4", "notes.txt", ".hidden", *(f"{i:02}.csv" for i in range(11))]
+    for name in names:
+        (tmp_path / name).touch()
+    found = predict_files.find_videos([str(tmp_path)])
+    assert [pathlib.Path(path).name for path in found] == ["a.TS", "b.gif", "c.mp4"]
+    error = capsys.readouterr().err
+    assert "are skipped: '00.csv', '01.csv', " in error
+    assert error.endswith("'09.csv' and 2 more\n")
+    assert ".hidden" not in error
+
+
+def test_gif_and_ts_are_read(tmp_path):
+    frames = noise_frames(6)
+    images = [Image.fromarray(frame) for frame in frames]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=100)
+    with av.open(str(tmp_path / "a.ts"), "w") as container:
+        stream = container.add_stream("mpeg2video", 25)
+        stream.width, stream.height = images[0].size
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+    for name in ("a.gif", "a.ts"):
+        jpegs, info = video_decoder.video_to_jpegs(
+            str(tmp_path / name), 32, 90, video_decoder.DecodeLimits()
+        )
+        assert (len(jpegs), info.truncated) == (6, ""), name
+
+
+@pytest.mark.parametrize(
+    ("stem", "expected"),
+    [
+        ("\udcff\udcfe" + "x", "__x"),  # bytes that are not UTF-8
+        ("a\nb\x1b[31m", "a_b_[31m"),
+        ("é" * 125 + "abcde", "é" * 100),  # 255 bytes
+    ],
+)
+def test_pictures_of_odd_names(stem, expected, tmp_path):
+    figures = prediction_figures.PredictionFigures(str(tmp_path), ["a", "b"], 2)
+    frames = trained_model.SingleVideo(
+        [video_decoder.to_jpeg(frame, 90) for frame in noise_frames(3)], 8, 8, "", ["a", "b"]
+    )
+    for number in range(2):  # two of one name, and each is drawn
+        result = predict_files.VideoResult(f"/x/{stem}.mp4", ["a"], [1.0], note=f"bad {stem}")
+        figures.add(number, result, frames, np.array([0.5, 0.5]))
+    figures.close()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"{expected}.png", f"{expected}-2.png"}
+
+
+def test_files_on_a_full_disk_are_named_and_not_left_half_written(tmp_path, monkeypatch):
+    """Check features, a figure and an adapter file; os.fsync stands for the disk."""
+
+    def fsync(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    result = predict_files.VideoResult("a.mp4", ["a"], [1.0])
+    metadata = {"method": "dualpath", "backbone_name": "x", "backbone_sha256": "", "version": "1"}
+    metadata |= {"class_names": ["a"], "config": {}, "step": 1}
+    writers = {
+        "f.npz": lambda path: predict_files._write_features(path, [(result, {"x": np.ones(3)})]),
+        "a.safetensors": lambda path: adapter_file.write_adapter(path, {"x": np.ones(3)}, metadata),
+        "p.png": lambda path: image_grid.write_png(path, Image.new("RGB", (8, 8))),
+        "g.gif": lambda path: image_grid.write_gif(path, [Image.new("RGB", (8, 8))]),
+        "model_card.md": lambda path: files.write_text(path, "text"),
+    }
+    for name, write in writers.items():
+        path = tmp_path / name
+        with pytest.raises(OSError, match=f"cannot write {path}: .*No space left.*make room"):
+            write(str(path))
+    assert list(tmp_path.iterdir()) == []

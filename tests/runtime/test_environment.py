@@ -109,14 +109,18 @@ EXITING = """
 import sys, threading
 from dualpath_jax.runtime import environment
 environment._THREAD_SECONDS = 0.1
-threading.Thread(target=threading.Event().wait, daemon=sys.argv[1] == "daemon").start()
+class Thread(threading.Thread):
+    def join(self, timeout=None):  # as orbax's
+        raise TimeoutError("did not complete")
+kind = Thread if sys.argv[1] == "raising" else threading.Thread
+kind(target=threading.Event().wait, daemon=sys.argv[1] == "daemon").start()
 print("done")
 environment.note_that_a_thread_may_hang()
 environment.exit_process(7)
 """
 
 
-@pytest.mark.parametrize("kind", ["stuck", "daemon"])
+@pytest.mark.parametrize("kind", ["stuck", "raising", "daemon"])
 def test_a_stuck_thread_does_not_keep_the_process(kind):
     command = [sys.executable, "-c", EXITING, kind]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)

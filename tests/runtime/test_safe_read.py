@@ -1,8 +1,11 @@
 """Tests that untrusted files are read within limits, and refused with an error that names them."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
+import socket
 import zipfile
 
 import numpy as np
@@ -11,6 +14,7 @@ import safetensors.numpy
 
 from dualpath_jax.data import augment
 from dualpath_jax.data.datasets.registry import list_videos
+from dualpath_jax.data.preparation import video_decoder
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.runtime import safe_read
 from dualpath_jax.training import adapter_file, checkpoint
@@ -19,6 +23,7 @@ from tests.fuzz.annotation_target import Annotations
 from tests.fuzz.records_target import Records
 from tests.fuzz.sandbox import write_case
 from tests.fuzz.weights_target import BACKBONES, Adapters, Backbones, Checkpoints
+from tests.training.test_checkpoint import METADATA
 
 # ---------------------------------------------------------------- text and JSON
 
@@ -182,7 +187,7 @@ def test_impossible_backbone_configs(tmp_path, kind, key, value, message):
 def test_weights_beyond_the_limit_are_not_read(tmp_path, monkeypatch):
     path = _write_backbone(tmp_path, "vit", lambda meta: None)
     monkeypatch.setattr(convert, "MAX_BYTES", 1000)
-    with pytest.raises(ValueError, match="more than any backbone"):
+    with pytest.raises(ValueError, match="more than the limit of 1,000"):
         convert.load_backbone(path, BACKBONES["vit"])
     monkeypatch.setattr(source_checkpoint, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="more than the limit of 1,000"):
@@ -311,3 +316,92 @@ def test_prepared_data_is_checked_when_it_is_opened(tmp_path, name, old, new, me
     write_case(dataclasses.replace(case, files=case.files | {f"data/{name}": changed}), tmp_path)
     with pytest.raises(ValueError, match=message):
         VideoDataset(str(tmp_path / "data"), "train")
+
+
+# ---------------------------------------------------------------- pipes, sockets and links
+
+
+def make_special(path, kind):
+    """Make a special file instead of the one at `path`."""
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    else:
+        path.symlink_to(path.name)
+
+
+SPECIAL = {
+    "pipe": "not a regular file, but a named pipe",
+    "socket": "not a regular file, but a socket",
+    "loop": "symbolic links",
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_special_files_are_refused_at_once(kind, tmp_path):
+    path = tmp_path / "file.safetensors"
+    make_special(path, kind)
+    readers = [
+        lambda: safe_read.read_json(path, dict),
+        lambda: safe_read.read_lines(path),
+        lambda: safe_read.read_bytes(path),
+        lambda: safe_read.open_binary(path, 10),
+        lambda: source_checkpoint.read_checkpoint(path, trust=False),
+    ]
+    for read in readers:
+        with pytest.raises((ValueError, OSError), match=SPECIAL[kind]):
+            read()
+    missing = "no backbone at|no adapter file" if kind == "loop" else SPECIAL[kind]
+    for read in (
+        lambda: convert.load_backbone(path, BACKBONES["vit"]),
+        lambda: adapter_file.read_adapter(str(path)),
+    ):
+        with pytest.raises((ValueError, OSError), match=missing):
+            read()
+
+
+def test_a_pipe_that_replaces_a_file_is_not_waited_for(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "a")
+    monkeypatch.setattr(safe_read, "check_size", lambda *_: None)  # it was a file at that time
+    with pytest.raises(ValueError, match="a is not a regular file, but a named pipe"):
+        safe_read.open_binary(tmp_path / "a", 10)
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_special_files_in_checkpoints_and_prepared_data(kind, tmp_path, demo_data):
+    workdir, data = tmp_path / "run", tmp_path / "data"
+    made = checkpoint.Checkpoints(str(workdir))
+    made.save(1, {"kernel": np.zeros(4, np.float32)}, METADATA)
+    made.close()
+    for name in ("_CHECKPOINT_METADATA", "state/_METADATA", "metadata/metadata"):
+        shutil.copytree(workdir, tmp_path / "copy")
+        make_special(tmp_path / "copy/checkpoints/1" / name, kind)
+        with pytest.raises((ValueError, OSError), match=SPECIAL[kind]):
+            checkpoint.Checkpoints(str(tmp_path / "copy"), read_only=True)
+        shutil.rmtree(tmp_path / "copy")
+    names = [
+        p.relative_to(demo_data) for p in demo_data.rglob("*-train*") if "prepare" not in p.parts
+    ]
+    assert len(names) == 2
+    for name in (*names, "class_names.json", "dataset_info.json"):
+        shutil.copytree(demo_data, data)
+        make_special(data / name, kind)
+        message = f"{SPECIAL[kind]}|is missing|no prepared videos in|Unable to open"
+        with pytest.raises((ValueError, OSError), match=message):
+            VideoDataset(str(data), "train").read_frames(0, [0])
+        shutil.rmtree(data)
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_a_special_file_costs_only_itself(kind, tmp_path):
+    folder = tmp_path / "videos" / "class"
+    folder.mkdir(parents=True)
+    make_special(folder / "a.mp4", kind)
+    (folder / "b.mp4").write_bytes(b"no video")
+    index = list_videos("folder", str(tmp_path / "videos"), validation_fraction=0)
+    assert [video.path for video in index.splits["train"]] == ["class/a.mp4", "class/b.mp4"]
+    with pytest.raises(video_decoder.VideoError, match=SPECIAL[kind]):
+        video_decoder.video_to_jpegs(str(folder / "a.mp4"), 32, 90, video_decoder.DecodeLimits())

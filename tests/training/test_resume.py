@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from etils import epath
 
 from dualpath_jax import evaluate, train
 from dualpath_jax.commands import export_adapter
@@ -18,6 +19,7 @@ from dualpath_jax.config.schema import check_values
 from dualpath_jax.config.values import format_views
 from dualpath_jax.data import pipeline
 from dualpath_jax.models import preprocess
+from dualpath_jax.runtime import preemption
 from dualpath_jax.runtime.preemption import EXIT_CODE, Preempted, PreemptionGuard
 from dualpath_jax.training import adapter_file, metrics_logger
 from dualpath_jax.training.checkpoint import Checkpoints
@@ -228,6 +230,24 @@ def test_a_torn_last_line_of_metrics_is_dropped(config, straight, tmp_path):
     assert same_run.read_metric_entries(tmp_path / "straight") == before
 
 
+def test_odd_lines_of_metrics_are_dropped_with_a_warning(tmp_path, caplog):
+    good = [{"step": 1, "split": "train", "loss": 0.5}, {"step": 2, "split": "test", "top1": 1.0}]
+    odd = ["[]", '{"split": "train"}', '{"step": "2", "split": "train"}', "\xff\x00", "1"]
+    odd += ['{"step": 1, "split": "train", "loss": "low"}', "[" * 100_000]
+    path = epath.Path(tmp_path) / "metrics.jsonl"
+    lines = [json.dumps(good[0]), *odd, json.dumps(good[1]), '{"step": 3, "spl']
+    path.write_text("\n".join(lines))
+    assert metrics_logger.read_entries(path) == good
+    expected = "metrics.jsonl: line 2 and 6 more are not entries of this program and were left out"
+    assert expected in caplog.text
+    logger = metrics_logger.MetricsLogger(str(tmp_path), 5, 8)
+    logger.resume(1, evaluated=False)
+    assert path.read_text() == json.dumps(good[0]) + "\n"
+    caplog.clear()
+    path.write_text(json.dumps(good[0]) + '\n{"step": 3, "spl')  # the process died
+    assert (metrics_logger.read_entries(path), caplog.text) == (good[:1], "")
+
+
 def test_stop_request(config, straight, tmp_path, monkeypatch):
     """Check that SIGTERM ends a run after the current step, which is saved and resumed from."""
     monkeypatch.setattr(PreemptionGuard, "should_stop", lambda self, step: step == 3)
@@ -333,6 +353,31 @@ def test_previous_handler_while_nothing_is_to_save():
                 assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_closed_terminal(monkeypatch):
+    """Check that SIGHUP, which comes several times, is recorded, and stays ignored under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with PreemptionGuard() as guard:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert (guard.stop_requested, guard.stop_exception) == (True, Preempted)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    # Of several processes, each passes it on to JAX's service, which handles SIGTERM.
+    received = []
+    own = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        monkeypatch.setattr(preemption, "_num_processes", lambda: 2)
+        with PreemptionGuard():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert received == [signal.SIGTERM]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with PreemptionGuard():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert received == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, own)
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_an_evaluation_is_ended_at_once(config, tmp_path, monkeypatch):

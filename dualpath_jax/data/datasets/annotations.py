@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dualpath_jax.runtime.safe_read import truncated_repr
+from dualpath_jax.runtime.safe_read import open_text, truncated_repr
 
 # Name under which frames are stored if the data set's splits share videos.
 SHARED_SPLIT = "all"
@@ -157,5 +157,5 @@ def format_dataset_hint(path: str, dataset: str) -> str:
 
 def _read_start(path: str) -> str:
     """Return the first 2000 characters of a file."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
+    with open_text(path, errors="replace") as file:
         return file.read(2000)

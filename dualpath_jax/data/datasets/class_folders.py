@@ -104,10 +104,18 @@ def _list_visible(root: str, folder: str, want_folders: bool) -> tuple[list[str]
       (names, sorted; a notice of entries of the other kind, if there are any).
     """
     entries = [e for e in os.scandir(os.path.join(root, folder)) if not e.name.startswith(".")]
-    wanted = sorted(entry.name for entry in entries if entry.is_dir() == want_folders)
-    others = sorted(entry.name for entry in entries if entry.is_dir() != want_folders)
+    wanted = sorted(entry.name for entry in entries if _is_folder(entry) == want_folders)
+    others = sorted(entry.name for entry in entries if _is_folder(entry) != want_folders)
     if not others:
         return wanted, []
     kind = "files outside class folders" if want_folders else "folders inside a class folder"
     place = os.path.join(root, folder) if folder else root
     return wanted, [f"{len(others)} {kind} in {place} are ignored, such as {others[0]!r}"]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Return whether an entry is a folder; a link that leads to itself counts as a file."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False

@@ -8,7 +8,6 @@ which therefore imports nothing heavy.
 import dataclasses
 import io
 import math
-import os
 import struct
 from collections.abc import Iterator
 
@@ -18,6 +17,8 @@ import av.stream
 import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
 from PIL import Image
+
+from dualpath_jax.runtime.safe_read import check_regular
 
 NOT_FOUND = "file not found"
 MAX_SIDE = 65_500  # pixels, the limit of JPEG
@@ -429,8 +430,14 @@ def _total_bytes(jpegs: list[bytes]) -> int:
 
 def _open_container(path: str):
     """Open a local video file; VideoError if that fails."""
-    if not os.path.isfile(path):
-        raise VideoError(NOT_FOUND)
+    try:
+        check_regular(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise VideoError(NOT_FOUND) from None
+    except OSError as problem:  # links that lead to themselves, or no permission
+        raise VideoError(f"cannot be opened as a video ({describe_error(problem)})") from None
+    except ValueError as problem:
+        raise VideoError(str(problem).removeprefix(f"{path} is ")) from None
     try:
         # "file:" keeps "a:b.mp4" from being read as a URL; with the allowed protocols a playlist
         # cannot open a connection.
