@@ -9,6 +9,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dualpath_jax.runtime import files
+
 _GAP = 4  # pixels between pictures
 _LINE_HEIGHT = 16  # pixels for a line of text
 _OVERLAY_STRENGTH = 0.75  # opacity of the color at the highest attention
@@ -81,13 +83,15 @@ def draw_grid(rows: Sequence[Row]) -> Image.Image:
 
 def write_png(path: str, picture: Image.Image) -> None:
     """Write a picture as PNG with 256 colors, which makes the file smaller."""
-    picture.quantize(256, method=Image.Quantize.MEDIANCUT).save(path, optimize=True)
+    with files.atomic_path(path) as temporary:
+        picture.quantize(256, method=Image.Quantize.MEDIANCUT).save(temporary, optimize=True)
 
 
 def write_gif(path: str, pictures: Sequence[Image.Image], milliseconds: int = 200) -> None:
     """Write the pictures as a GIF that repeats; each is shown for `milliseconds`."""
     first, *others = [picture.convert("P", palette=Image.Palette.ADAPTIVE) for picture in pictures]
-    first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
+    with files.atomic_path(path) as temporary:
+        first.save(temporary, save_all=True, append_images=others, duration=milliseconds, loop=0)
 
 
 def unused_path(folder: pathlib.Path, video: str, taken: set[str]) -> pathlib.Path:

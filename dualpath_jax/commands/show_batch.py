@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from dualpath_jax.cli import build_parser, parse_with_overrides
 from dualpath_jax.config.loading import load_config
-from dualpath_jax.runtime import environment
+from dualpath_jax.runtime import environment, files
 
 GAP = 8  # pixels between images
 LINE = 16  # pixels for a line of text
@@ -130,7 +130,8 @@ def main() -> None:
         )
         batch = {key: value[: args.clips] for key, value in next(batches).items()}
         batch = draw_differences(apply_color_operations(batch), config.data)
-        draw_batch(batch, dataset.class_names, args.zoom).save(args.out)
+        with files.atomic_path(args.out) as temporary:
+            draw_batch(batch, dataset.class_names, args.zoom).save(temporary)
     except (ValueError, OSError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

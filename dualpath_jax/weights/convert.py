@@ -136,7 +136,7 @@ def _infer_config(
 @contextlib.contextmanager
 def _writable_output(out: epath.Path) -> Iterator[epath.Path]:
     """Yield the temporary path of `files.atomic_path` after checking that it can be written."""
-    with files.atomic_path(out, unique=True) as temporary:
+    with files.atomic_path(out) as temporary:
         try:
             if out.is_dir():
                 raise IsADirectoryError(None, "it is a directory")
