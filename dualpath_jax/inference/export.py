@@ -27,6 +27,7 @@ from dualpath_jax.models import param_tree
 from dualpath_jax.models.abstract import clip_shapes
 from dualpath_jax.models.forward import clip_logits
 from dualpath_jax.runtime import files
+from dualpath_jax.runtime.safe_read import read_json
 from dualpath_jax.version import __version__
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -177,7 +178,7 @@ def export_model(
 def read_results(workdir: str) -> dict[str, Any] | None:
     """Read results.json of a run; return None if it does not exist."""
     path = epath.Path(workdir) / "results.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path, dict) if path.exists() else None
 
 
 def format_model_card(

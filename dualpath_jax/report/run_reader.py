@@ -17,7 +17,7 @@ from etils import epath
 from dualpath_jax.config.values import INVALID_CONFIG_ERRORS, flatten_config, restore_config
 from dualpath_jax.data import dataset_metadata
 from dualpath_jax.models import abstract, param_tree
-from dualpath_jax.runtime.safe_read import parse_json, read_json, truncated_repr
+from dualpath_jax.runtime.safe_read import check_size, parse_json, read_json, truncated_repr
 from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from dualpath_jax.training.metrics_logger import is_evaluation
 from dualpath_jax.training.predictions import read_predictions
@@ -25,6 +25,7 @@ from dualpath_jax.training.predictions import read_predictions
 _PROGRAM = "python -m dualpath_jax.main"
 # A workdir has at least one of these files.
 _RUN_FILES = ("config.json", "metrics.jsonl", "results.json", "environment.json")
+_MAX_METRICS_BYTES = 64 * 2**20  # an entry of metrics.jsonl has about 200
 _SCORE_KEYS = ("top1", "top5", "mean_class_accuracy")  # keys of results.json, values in 0..1
 _COUNT_KEYS = ("num_videos", "step")  # keys of results.json, whole numbers
 
@@ -245,6 +246,8 @@ def _read_metrics(run: RunRecord) -> None:
     """Read metrics.jsonl and the planned number of steps."""
     path = epath.Path(run.workdir) / "metrics.jsonl"
     entries, bad = [], 0
+    if path.exists():
+        check_size(path, _MAX_METRICS_BYTES)
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             entry = parse_json(line, dict, path)
@@ -252,7 +255,7 @@ def _read_metrics(run: RunRecord) -> None:
             bad += 1  # the process died while writing this line, or the file is damaged
             continue
         if _is_count(entry.get("step")) and isinstance(entry.get("split"), str):
-            entries.append(entry)
+            entries.append({k: v for k, v in entry.items() if isinstance(v, int | float | str)})
         else:
             bad += 1
     run.training = [entry for entry in entries if not is_evaluation(entry)]

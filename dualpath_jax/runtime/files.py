@@ -121,6 +121,17 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     (path / ".writable").unlink()
 
 
+def remove_incomplete(folder: str | os.PathLike[str]) -> None:
+    """Remove the temporary JSON files that killed writers left in a local folder.
+
+    Call it only where no other program may be writing: the folder is locked.
+    """
+    if "://" not in os.fspath(folder):
+        for path in pathlib.Path(folder).glob("*.incomplete-*.json*"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file in UTF-8 atomically.
 

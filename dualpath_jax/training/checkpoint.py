@@ -29,7 +29,7 @@ from dualpath_jax.config.values import (
     restore_config,
 )
 from dualpath_jax.models import param_tree
-from dualpath_jax.runtime import environment, files
+from dualpath_jax.runtime import environment, files, safe_read
 
 _MAX_BYTES = 32 * 2**30  # of all arrays of a checkpoint; those of a fully tuned ViT-L take 4 GB
 _BEST_METRIC = "top1"  # the best checkpoint has the highest value of this score
@@ -389,6 +389,7 @@ class Checkpoints:
         where = self.path(step)
         try:
             folder = self.directory / str(step) / "metadata"
+            safe_read.check_size(folder / "metadata", safe_read.MAX_JSON_BYTES)
             saved = dict(ocp.JsonCheckpointHandler().restore(folder, args=ocp.args.JsonRestore()))
             digest = saved.pop("sha256")
         except Exception as error:

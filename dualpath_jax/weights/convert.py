@@ -31,7 +31,7 @@ from flax import traverse_util
 from dualpath_jax.models.backbones import registry as backbone_registry
 from dualpath_jax.runtime import files, gcs
 from dualpath_jax.runtime.command_line import command_line
-from dualpath_jax.runtime.safe_read import parse_json, truncated_repr
+from dualpath_jax.runtime.safe_read import check_safetensors_header, parse_json, truncated_repr
 from dualpath_jax.weights.source_checkpoint import (
     CONVERTED_KEY,
     MAX_BYTES,
@@ -112,6 +112,11 @@ def _check_arrays(
         raise ValueError(
             f"{path} has the dtypes {format_names(dtypes)}, but only {format_names(_DTYPES)} are "
             "supported"
+        )
+    if broken := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        raise ValueError(
+            f"{path} has values that are not numbers (NaN) or infinite in {format_names(broken)}: "
+            "download it again, or use another checkpoint"
         )
 
 
@@ -304,6 +309,7 @@ def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray],
     data = epath.Path(path).read_bytes()
     if data[8:9] != b"{":
         raise ValueError(not_converted)
+    check_safetensors_header(path)
     try:
         tensors = safetensors.deserialize(data)  # checks header and sizes
     except safetensors.SafetensorError as error:

@@ -30,6 +30,7 @@ from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool
 from dualpath_jax.runtime import file_lock, files
 from dualpath_jax.runtime.cpu_count import num_cores
 from dualpath_jax.runtime.progress_bar import ProgressBar
+from dualpath_jax.runtime.safe_read import read_json
 
 # Files and folders that a preparation writes in OUT, as patterns of `fnmatch`.
 _OUT_ENTRIES = (
@@ -203,6 +204,8 @@ def _lock_out_dir(out_dir: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another process is preparing videos in {out_dir!r}") from None
+        for folder in (out_dir, state_dir):
+            files.remove_incomplete(folder)
         yield
 
 
@@ -219,8 +222,7 @@ def _check_same_settings(out_dir: str, new: dict, ignore_limits: bool) -> None:
                 "later run needs (copies may lack it). Choose another --out, or delete this one"
             )
         return
-    with open(_settings_path(out_dir), encoding="utf-8") as file:
-        old = json.load(file)
+    old = read_json(_settings_path(out_dir), dict)
     names = [name for name in old | new if old.get(name) != new.get(name)]
     if ignore_limits:
         names = [name for name in names if not name.startswith("limits.")]
@@ -489,8 +491,7 @@ def _build_tables(
 
 
 def _read_sidecar(shard: _Shard, out_dir: str) -> dict:
-    with open(shard.sidecar_path(out_dir), encoding="utf-8") as file:
-        return json.load(file)
+    return read_json(shard.sidecar_path(out_dir), dict)
 
 
 def _video_rows(stored: list[dict]) -> Iterator[shard_writer.VideoRow]:
