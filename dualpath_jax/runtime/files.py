@@ -174,6 +174,23 @@ def check_readable(path: str | os.PathLike[str]) -> None:
                     pass
 
 
+def check_no_pipes(folder: str | os.PathLike[str]) -> None:
+    """Check that a local folder holds only files and folders at every depth.
+
+    Libraries that open what they find there would wait forever for a pipe.
+
+    Raises:
+      ValueError: there is something else; the message names it.
+    """
+    if "://" in os.fspath(folder):
+        return
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise ValueError(f"{path!r} is not a regular file; remove it")
+
+
 def check_output_file(option: str, name: str) -> None:
     """Check that the file that a command line option names can be written.
 

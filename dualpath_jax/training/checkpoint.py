@@ -94,12 +94,16 @@ class Checkpoints:
       workdir: of the run, local or gs://.
       keep: number of newest checkpoints that are kept.
       read_only: change nothing in the workdir; another process may be writing there.
+
+    Raises:
+      ValueError: the folder of checkpoints holds a pipe or a device.
     """
 
     def __init__(self, workdir: str, keep: int = 3, read_only: bool = False):
         path = epath.Path(workdir)
         self._workdir = path if path.is_absolute() else path.absolute()  # gs:// is absolute
         self.directory = self._workdir / "checkpoints"
+        files.check_no_pipes(self.directory)
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,

@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath
 
 from dualpath_jax.runtime import files, gcs
+from dualpath_jax.runtime.safe_read import MAX_TEXT_BYTES, check_size
 
 FOLDER = "predictions"
 _FILE_NAME = re.compile(r"\d{5}-of-\d{5}\.jsonl")
@@ -132,6 +133,7 @@ def read_predictions(workdir: str, results: dict[str, Any]) -> tuple[list[str], 
         raise ValueError(f"no {FOLDER} in {workdir}; --mode=eval writes them")
     for path in paths:
         try:
+            check_size(path, MAX_TEXT_BYTES)
             lines = path.read_text().splitlines()
             header = json.loads(lines[0])
             evaluation = {key: header[key] for key in _SHARED_WITH_RESULTS}
