@@ -14,7 +14,7 @@ import tensorflow as tf
 from absl import logging
 from etils import epath
 
-from dualpath_jax.runtime import files, gcs, progress_bar
+from dualpath_jax.runtime import files, gcs, progress_bar, safe_read
 from dualpath_jax.training.advice import TrainingAdvice
 
 # Keys of metrics.jsonl that describe the process, not what is learned.
@@ -59,12 +59,10 @@ class MetricsLogger:
         if not self._is_main or not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the process died while it wrote this
-                entry = json.loads(line)
-                repeated = entry["step"] == step and is_evaluation(entry) and not evaluated
-                if entry["step"] <= step and not repeated:
-                    kept.append(line + "\n")
+        for line, entry in _read_entries(self._path):
+            repeated = entry["step"] == step and is_evaluation(entry) and not evaluated
+            if entry["step"] <= step and not repeated:
+                kept.append(line + "\n")
         files.write_text(self._path, "".join(kept))
 
     def start(self, step: int) -> None:
@@ -185,6 +183,16 @@ class MetricsLogger:
                 self._events.close()
 
 
+def _read_entries(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (line, entry) for metrics.jsonl; leave out lines that are damaged or half written."""
+    safe_read.check_size(path, safe_read.MAX_TEXT_BYTES)
+    for line in path.read_bytes().decode("utf-8", "replace").splitlines():
+        with contextlib.suppress(ValueError):
+            entry = safe_read.parse_json(line, dict, path)
+            if isinstance(entry.get("step"), int) and isinstance(entry.get("split"), str):
+                yield line, entry
+
+
 def is_evaluation(entry: dict[str, Any]) -> bool:
     """Return whether an entry of metrics.jsonl is that of an evaluation.
 
@@ -206,12 +214,12 @@ def advise_after_training(workdir: str, num_classes: int, split: str, top1: floa
     if jax.process_index() or not path.exists():
         return
     advice = TrainingAdvice(num_classes)
-    for text in path.read_text().splitlines():
-        entry = json.loads(text)
-        if is_evaluation(entry):
-            advice.add_score(entry["split"], entry["top1"])  # its advice was given then
-        else:
-            advice.add_step(entry)
+    for _, entry in _read_entries(path):
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # a damaged entry
+            if is_evaluation(entry):
+                advice.add_score(entry["split"], entry["top1"])  # its advice was given then
+            else:
+                advice.add_step(entry)
     if line := advice.add_score(split, top1):
         progress_bar.print_above_bar(line)
 
