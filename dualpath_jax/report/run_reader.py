@@ -248,7 +248,8 @@ def _read_metrics(run: RunRecord) -> None:
     entries, bad = [], 0
     if path.exists():
         check_size(path, _MAX_METRICS_BYTES)
-    for line in path.read_text().splitlines() if path.exists() else ():
+    text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
             entry = parse_json(line, dict, path)
         except ValueError:
