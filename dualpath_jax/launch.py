@@ -8,7 +8,7 @@ from dualpath_jax import evaluate, train
 from dualpath_jax.config.loading import upgrade_config
 from dualpath_jax.config.values import flatten_config
 from dualpath_jax.demo import setup
-from dualpath_jax.runtime import distributed, environment, file_lock
+from dualpath_jax.runtime import distributed, environment, file_lock, files
 from dualpath_jax.training import restore
 from dualpath_jax.training.experiment import build_experiment
 from dualpath_jax.training.inputs import (
@@ -108,4 +108,5 @@ def _lock_workdir(workdir: str) -> Iterator[None]:
         return
     check_workdir(workdir)
     with file_lock.exclusive_lock(workdir, "--workdir"):
+        files.remove_incomplete(workdir)
         yield

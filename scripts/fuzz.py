@@ -12,6 +12,7 @@ Exit status: 0 no findings; 1 findings; 2 an error.
 
 import argparse
 import importlib.util
+import math
 import os
 import pathlib
 import sys
@@ -37,6 +38,11 @@ def parser() -> argparse.ArgumentParser:
         type=positive(int),
         default=20_000,
         help="total number of inputs (20000)",
+    )
+    add(
+        "--minutes",
+        type=positive(float),
+        help="end after this time, divided among the targets like the inputs (all inputs)",
     )
     add("--seed", type=int, default=0, help="random seed of the damages (0)")
     add("--targets", nargs="+", metavar="NAME", help="only these targets (all)")
@@ -68,7 +74,12 @@ def fuzz(arguments: argparse.Namespace) -> bool:
     counts = harness.share_inputs(arguments.inputs, {name: SHARES[name] for name in names})
     for name, count in counts.items():
         first, end = (0, count) if arguments.only is None else (arguments.only, arguments.only + 1)
-        report = harness.fuzz_target(name, TARGETS[name], first, end, arguments.seed, findings_dir)
+        seconds = math.inf
+        if arguments.minutes is not None:
+            seconds = 60 * arguments.minutes * SHARES[name] / sum(SHARES[n] for n in counts)
+        report = harness.fuzz_target(
+            name, TARGETS[name], first, end, arguments.seed, findings_dir, seconds
+        )
         reports.append(report)
         print(f"{name}: {report.inputs} inputs, {len(report.findings)} findings", file=sys.stderr)
         for index, text in list(report.findings.items())[:5]:

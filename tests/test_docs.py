@@ -139,6 +139,33 @@ def test_each_promise_about_interruptions_names_a_test():
     assert find_untested_promises(without) == (1, [])
 
 
+def find_missing_tests(page):
+    """Return the tests that a page promises by tests/FILE.py::NAME and that do not exist."""
+    named = re.findall(r"(tests/[\w/]+\.py)::(\w+)", page.read_text())
+    return [
+        f"{file}::{name}"
+        for file, name in named
+        if not (ROOT / file).exists() or f"\ndef {name}(" not in (ROOT / file).read_text()
+    ]
+
+
+@pytest.mark.parametrize("name", ["untrusted_files.md", "interruptions.md"])
+def test_promised_tests_exist(name):
+    """Check the tables promise | test; every promise of the page on untrusted files has a test."""
+    page = ROOT / "docs" / name
+    assert find_missing_tests(page) == []
+    _, separator, rows = page.read_text().partition("| promise | test |\n|---|---|\n")
+    for row in itertools.takewhile(lambda line: line.startswith("|"), rows.splitlines()):
+        assert "::" in row.split("|")[2], row
+    assert separator or name != "untrusted_files.md"
+
+
+def test_a_missing_test_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("tests/test_docs.py::test_links, tests/test_docs.py::test_x, tests/no.py::y\n")
+    assert find_missing_tests(page) == ["tests/test_docs.py::test_x", "tests/no.py::y"]
+
+
 def test_subcommands_are_known():
     """Check each `dualpath NAME` of the pages; README's table has all of them."""
     named = {page: find_subcommands(page) for page in PAGES}

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from dualpath_jax.cli import build_parser, parse_with_overrides, user_errors
 from dualpath_jax.config.loading import load_config
-from dualpath_jax.runtime import environment
+from dualpath_jax.runtime import environment, files
 
 GAP = 8  # pixels between images
 LINE = 16  # pixels for a line of text
@@ -134,5 +134,6 @@ def main() -> None:
         with contextlib.closing(batches):  # TensorFlow's threads could outlive an error
             batch = {key: value[: args.clips] for key, value in next(batches).items()}
         batch = draw_differences(apply_color_operations(batch), config.data)
-        draw_batch(batch, dataset.class_names, args.zoom).save(args.out)
+        with files.atomic_path(args.out) as temporary:
+            draw_batch(batch, dataset.class_names, args.zoom).save(temporary)
     print(f"wrote {args.out}: {len(batch['label'])} clips of step {args.step}")

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from dualpath_jax.demo.video_files import write_videos
+from dualpath_jax.runtime import files
 
 # Templates as in Something-Something-v2; classes 2 i and 2 i + 1 are opposite actions.
 CLASSES = (
@@ -302,10 +303,10 @@ def render_demo(out: str, sizes: dict[str, int] | None = None, progress: bool = 
         entries = [
             _make_annotation(first + number, number % len(CLASSES)) for number in range(size)
         ]
-        (labels / f"{split}.json").write_text(json.dumps(entries, indent=0))
+        files.write_text(labels / f"{split}.json", json.dumps(entries, indent=0))
         first += size
     names = {name: str(i) for i, name in enumerate(class_names())}
-    (labels / "labels.json").write_text(json.dumps(names, indent=0))
+    files.write_text(labels / "labels.json", json.dumps(names, indent=0))
 
 
 def _template_key(template: str) -> str:

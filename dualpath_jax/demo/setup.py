@@ -12,7 +12,7 @@ from dualpath_jax.data.datasets import registry as dataset_registry
 from dualpath_jax.data.datasets.annotations import DatasetIndex
 from dualpath_jax.data.preparation import prepare
 from dualpath_jax.demo import paths, render
-from dualpath_jax.runtime import file_lock
+from dualpath_jax.runtime import file_lock, files
 from dualpath_jax.runtime.safe_read import read_bytes
 from dualpath_jax.weights import convert
 
@@ -78,6 +78,7 @@ def _ensure_videos(source: str, folder: str) -> None:
             f"no prepared {source} in config.data.dir={folder}: it can only be rendered into a "
             "local folder; do that, then copy the folder with gcloud storage rsync --recursive"
         )
+    files.check_no_links(folder, ("raw", note.name))
     listing, videos = GENERATED[source](pathlib.Path(folder) / "raw")
-    note.write_text(source + "\n")
+    files.write_text(note, source + "\n")
     prepare.prepare_dataset(listing, videos, folder)

@@ -33,6 +33,10 @@ from dualpath_jax.runtime.safe_read import read_json
 from dualpath_jax.version import __version__
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+# What is written in the output folder.
+_OUTPUTS = (
+    *("model.stablehlo", "saved_model", "saved_model.tmp", "class_names.json", "model_card.md"),
+)
 
 
 def export_info() -> dict[str, str]:
@@ -160,7 +164,8 @@ def export_model(
       results: content of the run's results.json for the model card; None if unknown.
 
     Raises:
-      ValueError: a format is unknown or cannot be written, or the batch size is below 1.
+      ValueError: a format is unknown or cannot be written, the batch size is below 1, or a file to
+        write is a link.
       OSError: a file cannot be written; the message names it.
     """
     unknown = [name for name in formats if name not in FORMATS]
@@ -171,11 +176,11 @@ def export_model(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"--batch_size={batch_size} must be at least 1")
     folder = pathlib.Path(out)
+    files.check_no_links(folder, _OUTPUTS)
     folder.mkdir(parents=True, exist_ok=True)
     for name in formats:
         FORMATS[name][0](model, folder, batch_size)
-    names = json.dumps(model.class_names, indent=1) + "\n"
-    files.write_text(folder / "class_names.json", names)
+    files.write_text(folder / "class_names.json", json.dumps(model.class_names, indent=1) + "\n")
     card = format_model_card(model, formats, batch_size, results)
     files.write_text(folder / "model_card.md", card)
 

@@ -15,7 +15,7 @@ from dualpath_jax.data import pipeline
 from dualpath_jax.data.preparation import video_decoder
 from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool, pull_streams
 from dualpath_jax.inference import sliding_windows, trained_model
-from dualpath_jax.runtime import files
+from dualpath_jax.runtime import files, terminal
 from dualpath_jax.runtime.cpu_count import num_cores
 from dualpath_jax.runtime.progress_bar import ProgressBar
 
@@ -296,13 +296,13 @@ def _write_features(path: str, rows: Sequence[tuple[VideoResult, dict[str, np.nd
 
 def format_result(result: VideoResult) -> str:
     """Format a result as one line of text."""
-    name = result.video
+    name = terminal.escape_name(result.video)
     if result.start is not None:
         name += f"  {result.start:.1f}-{result.end:.1f} s"
     if not result.class_names:
         return f"{name}  cannot be read: {result.note}"
     classes = "  ".join(
-        f"{probability:.3f} {label}"
+        f"{probability:.3f} {terminal.escape_name(label)}"
         for label, probability in zip(result.class_names, result.probabilities, strict=True)
     )
     return f"{name}  {classes}" + (f"  ({result.note})" if result.note else "")

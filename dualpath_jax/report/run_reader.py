@@ -25,6 +25,7 @@ from dualpath_jax.training.predictions import read_predictions
 _PROGRAM = "python -m dualpath_jax.main"
 # A workdir has at least one of these files.
 _RUN_FILES = ("config.json", "metrics.jsonl", "results.json", "environment.json")
+_MAX_METRICS_BYTES = 64 * 2**20  # an entry of metrics.jsonl has about 200
 _SCORE_KEYS = ("top1", "top5", "mean_class_accuracy")  # keys of results.json, values in 0..1
 _COUNT_KEYS = ("num_videos", "step")  # keys of results.json, whole numbers
 
@@ -246,7 +247,7 @@ def _read_metrics(run: RunRecord) -> None:
     path = epath.Path(run.workdir) / "metrics.jsonl"
     entries, bad = [], 0
     try:
-        lines = read_lines(path)
+        lines = read_lines(path, _MAX_METRICS_BYTES)
     except FileNotFoundError:
         lines = []
     except (ValueError, OSError) as problem:
@@ -259,7 +260,7 @@ def _read_metrics(run: RunRecord) -> None:
             bad += 1  # the process died while writing this line, or the file is damaged
             continue
         if _is_count(entry.get("step")) and isinstance(entry.get("split"), str):
-            entries.append(entry)
+            entries.append({k: v for k, v in entry.items() if isinstance(v, int | float | str)})
         else:
             bad += 1
     run.training = [entry for entry in entries if not is_evaluation(entry)]

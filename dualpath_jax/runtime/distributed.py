@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dualpath_jax.runtime import environment
+from dualpath_jax.runtime import environment, files
 from dualpath_jax.runtime.preemption import EXIT_CODE
 
 HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this long counts as dead
@@ -224,7 +224,7 @@ def check_shared_workdir(workdir: str) -> None:
     path = epath.Path(workdir) / ".shared"
     token = multihost_utils.broadcast_one_to_all(np.int32(random.getrandbits(31)))
     if is_main_process():
-        path.write_text(str(token))
+        files.write_text(path, str(token))
     multihost_utils.sync_global_devices("workdir written")
     is_visible = path.exists() and path.read_text() == str(token)
     visible = multihost_utils.process_allgather(np.asarray(is_visible)).reshape(-1)

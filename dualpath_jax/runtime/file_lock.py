@@ -9,6 +9,8 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+from dualpath_jax.runtime import files
+
 
 @contextlib.contextmanager
 def exclusive_lock(folder: str, option: str) -> Iterator[None]:
@@ -21,24 +23,28 @@ def exclusive_lock(folder: str, option: str) -> Iterator[None]:
       option: the command line option that names the folder, for the message.
 
     Raises:
-      ValueError: another program holds the lock; the message names it.
+      ValueError: another program holds the lock, and the message names it; or FOLDER/.lock is a
+        link.
     """
     if "://" in folder:
         yield
         return
-    with open(os.path.join(folder, ".lock"), "a+") as file:
+    opened = files.open_in_place(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT)
+    with open(opened, "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
             raise ValueError(
                 f"{option}={folder} is in use by {file.read().strip() or 'another program'}; wait "
                 "for it, stop it, or choose another folder"
             ) from None
         owner = f"process {os.getpid()} on {socket.gethostname()}\n"
-        with contextlib.suppress(OSError):  # on a full disk; then the message names no owner
-            os.ftruncate(file.fileno(), 0)
-            os.write(file.fileno(), owner.encode())
+        # A backup made of hard links shares the file. The message then names no owner, as on a full
+        # disk.
+        if os.fstat(opened).st_nlink == 1:
+            with contextlib.suppress(OSError):
+                os.ftruncate(opened, 0)
+                os.write(opened, owner.encode())
         yield
 
 
@@ -54,7 +60,8 @@ def waiting_lock(folder: str) -> Iterator[None]:
         return
     os.makedirs(folder, exist_ok=True)
     # Not the file of `exclusive_lock`: the folder may also be the program's workdir.
-    with open(os.path.join(folder, ".setup.lock"), "a") as file:
+    opened = files.open_in_place(os.path.join(folder, ".setup.lock"), os.O_RDWR | os.O_CREAT)
+    with open(opened, "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

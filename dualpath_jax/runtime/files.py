@@ -2,10 +2,13 @@
 
 import contextlib
 import errno
+import fnmatch
 import os
 import pathlib
+import secrets
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 
 from etils import epath
 
@@ -13,30 +16,37 @@ from dualpath_jax.runtime import gcs
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str], unique: bool = False) -> Iterator[epath.Path]:
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
     """Yield a temporary path whose file replaces `path` when the block ends without an error.
 
-    The temporary file is in the same folder and has the same suffix. It is removed when the block
-    fails. A local file is on the disk, not only in the page cache, before it replaces `path`.
+    The temporary file is in the same folder, has the same suffix and a random name, and is not a
+    link. It is removed when the block fails. A local file is on the disk, not only in the page
+    cache, before it replaces `path`.
 
     Args:
       path: of the final file, local or gs://.
-      unique: name the temporary file after this process, for a file that several programs may
-        write at the same time. Otherwise the next writer replaces what a killed one left.
 
     Raises:
       OSError: the file cannot be written; `path` is as it was. The error names it, and has a remedy
         and the `errno` of the failure.
+      ValueError: `path` is a link.
     """
     final = epath.Path(path)
-    mark = f"incomplete-{os.getpid()}" if unique else "incomplete"
-    temporary = final.with_name(f"{final.stem}.{mark}{final.suffix}")
+    name = f"{final.stem}.incomplete-{secrets.token_hex(8)}{final.suffix}"
+    temporary, is_remote = final.with_name(name), "://" in os.fspath(path)
+    if not is_remote:
+        _check_not_link(path)
     try:
         with gcs.gcs_errors(os.fspath(path)):
+            if not is_remote and final.parent.is_dir():  # otherwise writing reports the problem
+                os.close(open_in_place(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
             yield temporary
-            if "://" not in os.fspath(path):
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())  # some file systems report a full disk only here
+            if not is_remote:
+                file = open_in_place(temporary, os.O_RDONLY)
+                try:
+                    os.fsync(file)  # some file systems report a full disk only here
+                finally:
+                    os.close(file)
             temporary.replace(final)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -62,6 +72,86 @@ def explain_write_error(path: str | os.PathLike[str], error: BaseException) -> O
     explained = OSError(f"cannot write {os.fspath(path)}: {error}; {remedy}")
     explained.errno = getattr(error, "errno", None)
     return explained
+
+
+def open_in_place(path: str | os.PathLike[str], flags: int) -> int:
+    """Open a local file that is not replaced but changed, such as a lock; return its descriptor.
+
+    Args:
+      path: of the file.
+      flags: as for `os.open`; links are not followed, and a pipe is not waited for.
+
+    Raises:
+      ValueError: `path` is a link, or not a regular file.
+      OSError: it cannot be opened.
+    """
+    try:
+        file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError:
+        _check_not_link(path)
+        raise
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise ValueError(f"{os.fspath(path)!r} is not a regular file; remove it")
+    return file
+
+
+def _check_not_link(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError if `path` is a link."""
+    if os.path.islink(path):
+        target = os.readlink(path)
+        raise ValueError(
+            f"{os.fspath(path)!r} is a link to {target!r}, which would be changed; remove the link"
+        )
+
+
+def check_no_links(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Check that nothing that is about to be written below a folder is a link.
+
+    The folder itself may be a link. A folder from others may contain links to files outside of it.
+
+    Args:
+      folder: a local folder, which need not exist; gs:// has no links.
+      names: of the files and folders that are written in it, as patterns of `fnmatch`; the folders
+        are searched at every depth.
+
+    Raises:
+      ValueError: there is a link; the message names it.
+    """
+    if "://" in os.fspath(folder) or not os.path.isdir(folder):
+        return
+    for name in sorted(os.listdir(folder)):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in names):
+            path = os.path.join(folder, name)
+            _check_not_link(path)
+            if os.path.isdir(path):
+                check_no_links(path, ("*",))
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Create a folder, unless it exists, and check that files can be written in it.
+
+    Raises:
+      OSError: they cannot.
+    """
+    path = epath.Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    if "://" not in os.fspath(folder):
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    (path / ".writable").write_text("")
+    (path / ".writable").unlink()
+
+
+def remove_incomplete(folder: str | os.PathLike[str]) -> None:
+    """Remove the temporary JSON files that killed writers left in a local folder.
+
+    Call it only where no other program may be writing: the folder is locked.
+    """
+    if "://" not in os.fspath(folder):
+        for path in pathlib.Path(folder).glob("*.incomplete-*.json*"):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -111,6 +201,7 @@ def check_output_file(option: str, name: str) -> None:
       ValueError: the file cannot be written.
     """
     path = pathlib.Path(name)
+    _check_not_link(path)
     if path.is_dir():
         raise ValueError(f"{option}={name} is a folder; name a file in it")
     if not path.parent.is_dir():

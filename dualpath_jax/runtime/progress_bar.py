@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import tqdm
 
+from dualpath_jax.runtime import terminal
+
 _LINE_INTERVAL_SECONDS = 30.0  # between two lines in a log
 _Item = TypeVar("_Item")
 _quiet = False
@@ -74,6 +76,7 @@ class ProgressBar:
             desc=task,
             unit=f" {unit}",
             disable=not on_terminal,
+            file=terminal.raw_stderr(),
             dynamic_ncols=True,
         )
         self._total, self._task, self._unit = total, task, unit

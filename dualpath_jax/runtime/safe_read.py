@@ -8,11 +8,17 @@ import csv
 import io
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import Any, BinaryIO, TextIO
 
 MAX_TEXT_BYTES = 512 * 2**20  # Kinetics-700's lists have 40 MB, Something-Something-v2's JSON 60
+# The values of a JSON text may need 30 times its size in Python. Lists of videos, which are larger,
+# are read entry by entry. The largest others are names of classes and headers of safetensors.
+MAX_JSON_BYTES = 8 * 2**20
+_ENTRY_CHARS = 2**16  # that are read ahead for an entry of a list of videos
+_DECODER, _SPACES = json.JSONDecoder(), re.compile(r"[ \t\n\r]*")
 _MAX_JSON_DEPTH = 50  # deeper nesting is an attack on code that walks the tree
 _MAX_REPR_CHARS = 200  # characters of a value in a message
 
@@ -105,8 +111,8 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> byt
         return file.read()
 
 
-def read_lines(path: str | os.PathLike[str]) -> list[str]:
-    """Read the lines of a text file in UTF-8, local or gs://.
+def read_lines(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> list[str]:
+    """Read the lines of a text file of at most `limit` bytes in UTF-8, local or gs://.
 
     Characters that are not UTF-8 become U+FFFD, so that they spoil only their own line.
 
@@ -114,7 +120,7 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
       ValueError: the file is too large, or not a regular file.
       OSError: it cannot be read.
     """
-    return read_bytes(path).decode(errors="replace").split("\n")
+    return read_bytes(path, limit).decode(errors="replace").split("\n")
 
 
 @contextlib.contextmanager
@@ -151,10 +157,65 @@ def read_json(path: str | os.PathLike[str], expected_type: type) -> Any:
     Raises:
       ValueError: the file is too large, not JSON, nested too deep, or of another type.
     """
+    check_size(path, MAX_JSON_BYTES)
     if _is_remote(path):
         return parse_json(read_bytes(path), expected_type, path)
     with open_text(path) as file:
         return parse_json(file.read(), expected_type, path)
+
+
+def iterate_json_list(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Yield the entries of a local JSON file that holds a list, without keeping all of them.
+
+    Raises:
+      ValueError: the file is too large, not a list in JSON, or nested too deep; or an entry is much
+        longer than those of any data set.
+    """
+    with open_text(path) as file:
+        text, position, expected = "", 0, "["  # the character before an entry
+        while True:
+            if len(text) - position < _ENTRY_CHARS:
+                text, position = text[position:] + file.read(8 * _ENTRY_CHARS), 0
+            position = _skip_spaces(text, position)
+            mark = text[position : position + 1]
+            if mark != expected:
+                break
+            position = _skip_spaces(text, position + 1)
+            if expected == "[" and text[position : position + 1] == "]":
+                mark = "]"
+                break
+            with _json_errors(path):
+                entry, position = _DECODER.raw_decode(text, position)
+            _check_depth(entry, path)
+            yield entry
+            expected = ","
+        if mark != "]":
+            wanted = "a list" if expected == "[" else "',' or ']' after an entry"
+            raise ValueError(
+                f"{path} is not valid JSON (expected {wanted}, not {mark!r}); download it again"
+            )
+        if text[position + 1 :].strip() or file.read(_ENTRY_CHARS).strip():
+            raise ValueError(f"{path} is not valid JSON (data after its end); download it again")
+
+
+def _skip_spaces(text: str, position: int) -> int:
+    """Return the position of the next character that is not white space."""
+    return _SPACES.match(text, position).end()
+
+
+def check_safetensors_header(path: str | os.PathLike[str]) -> None:
+    """Check that the header of a safetensors file, local or gs://, is not larger than any can be.
+
+    Raises:
+      ValueError: it is larger.
+    """
+    with _remote(path).open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MAX_JSON_BYTES:
+        raise ValueError(
+            f"{path} is not a readable safetensors file: its header claims {size:,} bytes, more "
+            f"than the limit of {MAX_JSON_BYTES:,}"
+        )
 
 
 def _is_remote(path: str | os.PathLike[str]) -> bool:
@@ -177,24 +238,39 @@ def parse_json(text: str | bytes, expected_type: type, source: str | os.PathLike
       source: where the text comes from, for messages.
 
     Raises:
-      ValueError: the text is not JSON, nested too deep, or of another type.
+      ValueError: the text is too long, not JSON, nested too deep, or of another type.
     """
-    try:
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"{source} is JSON of more than {MAX_JSON_BYTES:,} bytes")
+    with _json_errors(source):
         content = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{source} is JSON nested too deep") from None
-    except ValueError as error:
-        raise ValueError(f"{source} is not valid JSON ({error}); download it again") from None
-    level = [content]
-    for _ in range(_MAX_JSON_DEPTH):
-        level = [child for node in level for child in _children(node)]
-    if level:
-        raise ValueError(f"{source} is JSON nested deeper than {_MAX_JSON_DEPTH} levels")
+    _check_depth(content, source)
     if not isinstance(content, expected_type):
         raise ValueError(
             f"{source} holds a {type(content).__name__}, not a {expected_type.__name__}"
         )
     return content
+
+
+@contextlib.contextmanager
+def _json_errors(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the source in errors of the json module."""
+    try:
+        yield
+    except RecursionError:
+        raise ValueError(f"{source} is JSON nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{source} is not valid JSON ({error}); download it again") from None
+
+
+def _check_depth(content: Any, source: str | os.PathLike[str]) -> None:
+    """Raise ValueError if JSON is nested too deep for code that walks it."""
+    level = [content]
+    for _ in range(_MAX_JSON_DEPTH):
+        level = [child for node in level for child in _children(node)]
+        if not level:
+            return
+    raise ValueError(f"{source} is JSON nested deeper than {_MAX_JSON_DEPTH} levels")
 
 
 def _children(node: Any) -> Any:

@@ -21,7 +21,12 @@ from safetensors.numpy import save
 from dualpath_jax.models import abstract, param_tree
 from dualpath_jax.runtime import files, gcs
 from dualpath_jax.runtime.command_line import command_line
-from dualpath_jax.runtime.safe_read import check_size, parse_json, truncated_repr
+from dualpath_jax.runtime.safe_read import (
+    check_safetensors_header,
+    check_size,
+    parse_json,
+    truncated_repr,
+)
 from dualpath_jax.training.experiment import Experiment
 from dualpath_jax.training.state import TrainState
 from dualpath_jax.weights.source_checkpoint import MAX_BYTES
@@ -79,6 +84,7 @@ def read_adapter(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
                 "--out=FILE makes an adapter file of a run"
             )
         check_size(path, MAX_BYTES)
+        check_safetensors_header(path)
     try:
         with _local_copy(path) as local, safe_open(local, "numpy") as file:
             text = (file.metadata() or {}).get("dualpath_jax", "{}")

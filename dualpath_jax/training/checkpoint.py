@@ -399,6 +399,7 @@ class Checkpoints:
         where = self.path(step)
         try:
             folder = self.directory / str(step) / "metadata"
+            safe_read.check_size(folder / "metadata", safe_read.MAX_JSON_BYTES)
             saved = dict(ocp.JsonCheckpointHandler().restore(folder, args=ocp.args.JsonRestore()))
             digest = saved.pop("sha256")
         except Exception as error:

@@ -11,10 +11,16 @@ from dualpath_jax.data import pipeline, synthetic
 from dualpath_jax.data.datasets import hmdb51
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.data.video_source import VideoSource
-from dualpath_jax.runtime import gcs
+from dualpath_jax.runtime import files, gcs
 from dualpath_jax.runtime.command_line import command_line
 from dualpath_jax.runtime.safe_read import truncated_repr
 
+# Files and folders that runs write in their workdirs, as patterns of `fnmatch`.
+WORKDIR_ENTRIES = (
+    *(".lock", ".setup.lock", ".shared", "config.json", "environment.json", "results*.json"),
+    *("metrics.jsonl", "events.out.tfevents.*", "predictions", "checkpoints"),
+    *("old_checkpoints", "damaged_checkpoints", "compiled_programs", "split[1-9]"),
+)
 _NUM_SYNTHETIC_VIDEOS = 1000
 
 
@@ -23,15 +29,14 @@ def check_workdir(workdir: str) -> None:
 
     Raises:
       OSError: it cannot be written.
-      ValueError: it is in Cloud Storage, and the client library is not installed.
+      ValueError: it is in Cloud Storage, and the client library is not installed; or what a run
+        writes there is a link.
     """
     gcs.check_gcs_installed(workdir, "--workdir")
-    path = epath.Path(workdir)
+    files.check_no_links(workdir, WORKDIR_ENTRIES)
     try:
         with gcs.gcs_errors(workdir):
-            path.mkdir(parents=True, exist_ok=True)
-            (path / ".writable").write_text("")
-            (path / ".writable").unlink()
+            files.check_writable(workdir)
     except OSError as error:
         raise OSError(
             f"cannot write to --workdir={workdir}: {error}; choose another folder"

@@ -253,13 +253,18 @@ def _append(path: epath.Path, text: str) -> None:
 
     Raises:
       OSError: the disk is full, or the file cannot be written.
+      ValueError: it is a link.
     """
     if "://" in os.fspath(path):
         with gcs.gcs_errors(os.fspath(path)), path.open("a") as file:
             file.write(text)
         return
     content = text.encode()
-    with open(path, "ab", buffering=0) as file:
+    opened = files.open_in_place(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    with open(opened, "ab", buffering=0) as file:
+        if os.fstat(opened).st_nlink > 1:  # a backup made of hard links keeps what it has
+            files.write_text(path, epath.Path(path).read_text() + text)
+            return
         end = file.tell()
         if file.write(content) < len(content):  # the disk is full
             file.truncate(end)

@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from dualpath_jax.runtime import files, gcs
-from dualpath_jax.runtime.safe_read import read_lines
+from dualpath_jax.runtime.safe_read import parse_json, read_lines
 
 FOLDER = "predictions"
 _FILE_NAME = re.compile(r"\d{5}-of-\d{5}\.jsonl")
@@ -134,10 +134,10 @@ def read_predictions(workdir: str, results: dict[str, Any]) -> tuple[list[str], 
     for path in paths:
         try:
             lines = [line for line in read_lines(path) if line]
-            header = json.loads(lines[0])
+            header = parse_json(lines[0], dict, path)
             evaluation = {key: header[key] for key in _SHARED_WITH_RESULTS}
             class_names = header["class_names"]
-            rows += [json.loads(line) for line in lines[1:]]
+            rows += [parse_json(line, dict, path) for line in lines[1:]]
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); --mode=eval writes it again") from None
         expected = {key: results.get(key) for key in _SHARED_WITH_RESULTS}

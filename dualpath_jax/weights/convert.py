@@ -31,7 +31,12 @@ from flax import traverse_util
 from dualpath_jax.models.backbones import registry as backbone_registry
 from dualpath_jax.runtime import files, gcs
 from dualpath_jax.runtime.command_line import command_line
-from dualpath_jax.runtime.safe_read import parse_json, read_bytes, truncated_repr
+from dualpath_jax.runtime.safe_read import (
+    check_safetensors_header,
+    parse_json,
+    read_bytes,
+    truncated_repr,
+)
 from dualpath_jax.weights.source_checkpoint import (
     CONVERTED_KEY,
     MAX_BYTES,
@@ -113,6 +118,11 @@ def _check_arrays(
             f"{path} has the dtypes {format_names(dtypes)}, but only {format_names(_DTYPES)} are "
             "supported"
         )
+    if broken := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        raise ValueError(
+            f"{path} has values that are not numbers (NaN) or infinite in {format_names(broken)}: "
+            "download it again, or use another checkpoint"
+        )
 
 
 def _infer_config(
@@ -136,7 +146,7 @@ def _infer_config(
 @contextlib.contextmanager
 def _writable_output(out: epath.Path) -> Iterator[epath.Path]:
     """Yield the temporary path of `files.atomic_path` after checking that it can be written."""
-    with files.atomic_path(out, unique=True) as temporary:
+    with files.atomic_path(out) as temporary:
         try:
             if out.is_dir():
                 raise IsADirectoryError(None, "it is a directory")
@@ -300,6 +310,7 @@ def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray],
         data = read_bytes(path, MAX_BYTES)
     if data[8:9] != b"{":
         raise ValueError(not_converted)
+    check_safetensors_header(path)
     try:
         tensors = safetensors.deserialize(data)  # checks header and sizes
     except safetensors.SafetensorError as error:

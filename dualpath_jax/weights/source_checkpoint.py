@@ -21,7 +21,13 @@ import numpy as np
 import safetensors
 
 from dualpath_jax.runtime import progress_bar
-from dualpath_jax.runtime.safe_read import check_size, open_binary, read_json, truncated_repr
+from dualpath_jax.runtime.safe_read import (
+    check_safetensors_header,
+    check_size,
+    open_binary,
+    read_json,
+    truncated_repr,
+)
 from dualpath_jax.weights.layouts import (
     LAYOUTS,
     TEXT_TOWER_NAMES,
@@ -162,6 +168,7 @@ def _load_torch(path: pathlib.Path, container: str) -> Mapping[str, Any]:
 def _open_tensors(path: pathlib.Path, container: str) -> tuple[_TensorReaders, dict[str, str]]:
     """Return readers of the tensors by name, and the file's metadata."""
     if container == "safetensors":
+        check_safetensors_header(path)
         try:
             file = safetensors.safe_open(path, "numpy")
         except safetensors.SafetensorError as error:

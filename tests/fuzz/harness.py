@@ -6,6 +6,7 @@ goes to a new process.
 
 import collections
 import dataclasses
+import math
 import multiprocessing
 import pathlib
 import shutil
@@ -106,8 +107,9 @@ def fuzz_target(
     end: int,
     seed: int,
     findings_dir: pathlib.Path,
+    seconds: float = math.inf,
 ) -> TargetReport:
-    """Read the cases first ... end - 1 of a target.
+    """Read the cases first ... end - 1 of a target, or those that there is time for.
 
     Args:
       name: name of the target.
@@ -116,6 +118,7 @@ def fuzz_target(
       end: number after the last case.
       seed: random seed of the damages.
       findings_dir: folder for the files of every finding, created for the first one.
+      seconds: after which no more cases are read.
 
     Raises:
       ValueError: the target refuses its own valid files.
@@ -137,6 +140,8 @@ def fuzz_target(
                     _count_outcome(report, index, outcome)
                 first += size
                 bar.update(size)
+                if time.monotonic() - start_time >= seconds:
+                    end = first
                 if failed:
                     break
             reader.stop(grace=0.0 if failed else 10.0)

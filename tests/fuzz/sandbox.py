@@ -33,13 +33,22 @@ _CHANGE_EVENTS = (
 )
 
 
+# Contents of `Case.files`, and where the links lead, that stand for something that is not a file.
+FIFO, LINK_TO_FILE, LINK_TO_FOLDER = b"\0fifo", b"\0link to a file", b"\0link to a folder"
+_OUTSIDE = {
+    LINK_TO_FILE: "precious/file",
+    LINK_TO_FOLDER: "precious",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """Holds the files of one input.
 
     Attributes:
       kind: selects the reader of the target.
-      files: content by path, relative to the folder of the case.
+      files: content by path, relative to the folder of the case. `FIFO` makes a pipe, and
+        `LINK_TO_FILE` or `LINK_TO_FOLDER` a link out of the folder.
     """
 
     kind: str
@@ -65,6 +74,7 @@ class Target:
     Attributes:
       batch: number of cases that are read together.
       seconds: time limit for one batch; a longer one counts as a hang.
+      changes_files: True if readers may change the files of a case, but nothing outside of them.
       memory_mb: MiB of address space that reading may add to what is mapped before.
 
     Args:
@@ -74,6 +84,7 @@ class Target:
     batch = 1
     seconds = 60.0
     memory_mb = 2048
+    changes_files = False
 
     def __init__(self, folder: pathlib.Path):
         raise NotImplementedError
@@ -194,7 +205,12 @@ def write_case(case: Case, folder: pathlib.Path) -> None:
     for name, content in case.files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        if content == FIFO:
+            os.mkfifo(path)
+        elif content in _OUTSIDE:
+            path.symlink_to("../" * (name.count("/") + 2) + _OUTSIDE[content])
+        else:
+            path.write_bytes(content)
 
 
 def serve(connection, target_type: type[Target], work: str, seed: int) -> None:
@@ -221,11 +237,13 @@ def serve(connection, target_type: type[Target], work: str, seed: int) -> None:
     cases_dir, out = deep / "cases", deep / "out"
     cases_dir.mkdir(parents=True)
     out.mkdir()
+    write_case(Case("precious", {"file": b"{}"}), deep / "precious")
     monitor = SideEffectMonitor(watched_dir, out)
 
     def read(cases: list[Case]) -> list[Outcome]:
         """Read a batch; every case of it is a finding if one has a side effect."""
-        folders = [cases_dir / str(i) for i in range(len(cases))]
+        parent = out if target.changes_files else cases_dir
+        folders = [parent / str(i) for i in range(len(cases))]
         for case, folder in zip(cases, folders, strict=True):
             folder.mkdir()
             write_case(case, folder)

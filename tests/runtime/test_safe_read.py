@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import safetensors.numpy
 
 from dualpath_jax.data import augment
+from dualpath_jax.data.datasets import ssv2
 from dualpath_jax.data.datasets.registry import list_videos
 from dualpath_jax.data.preparation import video_decoder
 from dualpath_jax.data.video_dataset import VideoDataset
@@ -31,9 +33,9 @@ from tests.training.test_checkpoint import METADATA
 def test_size_is_checked_before_reading(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text("[]")
-    os.truncate(path, safe_read.MAX_TEXT_BYTES + 1)  # sparse: it takes no disk
+    os.truncate(path, safe_read.MAX_JSON_BYTES + 1)  # sparse: it takes no disk
     monkeypatch.setattr(safe_read.json, "loads", None)  # must not be called
-    message = "a.json has 536,870,913 bytes, more than the limit of 536,870,912"
+    message = "a.json has 8,388,609 bytes, more than the limit of 8,388,608"
     with pytest.raises(ValueError, match=message):
         safe_read.read_json(path, list)
 
@@ -405,3 +407,92 @@ def test_a_special_file_costs_only_itself(kind, tmp_path):
     assert [video.path for video in index.splits["train"]] == ["class/a.mp4", "class/b.mp4"]
     with pytest.raises(video_decoder.VideoError, match=SPECIAL[kind]):
         video_decoder.video_to_jpegs(str(folder / "a.mp4"), 32, 90, video_decoder.DecodeLimits())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path):
+    seed = Checkpoints(tmp_path).seeds()[0]
+    write_case(seed, tmp_path)
+    path, out = tmp_path / "weights.safetensors", tmp_path / "out.safetensors"
+    convert.convert_checkpoint(path, out)  # as it is
+    state = safetensors.numpy.load_file(path)
+    state["visual.proj"].flat[3] = value
+    safetensors.numpy.save_file(state, path)
+    out.unlink()
+    message = r"values that are not numbers \(NaN\) or infinite in projection"
+    with pytest.raises(ValueError, match=message):
+        convert.convert_checkpoint(path, out, activation="quick_gelu", heads=1)
+    assert not out.exists()
+
+
+# ---------------------------------------------------------------- memory for JSON
+
+
+def _peak_per_byte(path, read) -> float:
+    """Return the peak of the memory that `read` allocates, in sizes of the file."""
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(ValueError):
+            read()
+        return tracemalloc.get_traced_memory()[1] / path.stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("entry", ["{}", "[]", '{"id":[[],[],[]]}', '"\U0001f600"'])
+@pytest.mark.parametrize("name", ["train.json", "labels.json"])
+def test_memory_for_json_is_bounded(entry, name, tmp_path):
+    """Check lists of many small values, for which Python needs 30 times the size of the text."""
+    path = tmp_path / name
+    with path.open("w") as file:
+        file.write("[" + ",".join([entry] * (12_000_000 // len(entry.encode()))) + "]")
+    readers = {
+        "train.json": lambda: sum(1 for _ in safe_read.iterate_json_list(path)),
+        "labels.json": lambda: safe_read.read_json(path, list),
+    }
+    if name == "train.json":  # counting millions of entries under tracemalloc is slow
+        path.write_text(f"[{','.join([entry] * 20_000)}]" + " " * 12_000_000)
+    assert _peak_per_byte(path, readers[name]) < 4
+
+
+def test_videos_need_less_than_four_times_their_annotations(tmp_path):
+    path = tmp_path / "train.json"
+    entries = [
+        {"id": str(i), "label": f"putting cup number {i} on a table", "template": "Putting [a cup]"}
+        for i in range(20_000)
+    ]
+    path.write_text(json.dumps(entries))
+    (tmp_path / "labels.json").write_text('{"Putting a cup": "0"}')
+    (tmp_path / "validation.json").write_text("[]")
+    found = []
+    peak = _peak_per_byte(path, lambda: found.append(ssv2.read_ssv2(tmp_path, str(tmp_path), 0)))
+    assert [video.id for video in found[0].splits["train"]] == [str(i) for i in range(20_000)]
+    assert peak < 4
+
+
+@pytest.mark.parametrize("text", ["[]", " [ ]\n", "[1]", '[{"a": [1, 2]}, "]", null]', "[1,\n2 ]"])
+def test_lists_are_read_entry_by_entry(text, tmp_path, monkeypatch):
+    path = tmp_path / "list.json"
+    path.write_text(text)
+    assert list(safe_read.iterate_json_list(path)) == json.loads(text)
+    long = [{"id": str(i), "text": "x" * (i % 50)} for i in range(3000)]
+    path.write_text(json.dumps(long, indent=1))
+    monkeypatch.setattr(safe_read, "_ENTRY_CHARS", 200)
+    assert list(safe_read.iterate_json_list(path)) == long
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1", "[1,", "[1,]", "[1 2]", "[1] 2", "[,1]", "[" * 60 + "]" * 60, "[nul]"]
+)
+def test_lists_that_are_not_json_are_refused(text, tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="list.json is (not valid JSON|JSON nested deeper)"):
+        list(safe_read.iterate_json_list(path))
+
+
+def test_headers_of_safetensors_have_a_limit(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes((90 * 2**20).to_bytes(8, "little") + b"{" + b" " * 100)
+    with pytest.raises(ValueError, match="its header claims 94,371,840 bytes"):
+        adapter_file.read_adapter(str(path))

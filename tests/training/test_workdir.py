@@ -176,3 +176,16 @@ def test_nothing_is_timed_by_the_wall_clock():
             assert not reads_wall_clock(path.read_text()), path
     assert reads_wall_clock("start = time.time()")
     assert reads_wall_clock("start = datetime.datetime.now(datetime.UTC)")
+
+
+def test_damaged_entries_of_metrics_are_left_out(tmp_path):
+    good = json.dumps({"step": 5, "split": "train", "loss": 1.0}) + "\n"
+    path = tmp_path / "metrics.jsonl"
+    bad = b'[1]\n{"step": "5", "split": "a"}\n\xff\xfe\n{"step": 5\n' + b"[" * 100_000 + b"\n"
+    path.write_bytes(bad + good.encode())
+    metrics_logger.MetricsLogger(str(tmp_path), 5, 1).resume(5, evaluated=True)
+    assert path.read_text() == good
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="is not a regular file"):
+        metrics_logger.MetricsLogger(str(tmp_path), 5, 1).resume(5, evaluated=True)

@@ -23,7 +23,7 @@ SPLIT_NAMES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)  # a list may have millions
 class Video:
     """Describes one video of a data set.
 

@@ -9,7 +9,7 @@ from dualpath_jax.data.datasets.annotations import (
     read_field,
     require_file,
 )
-from dualpath_jax.runtime.safe_read import read_json, truncated_repr
+from dualpath_jax.runtime.safe_read import iterate_json_list, read_json, truncated_repr
 
 _DOWNLOAD_URL = "http://www.svcl.ucsd.edu/projects/resound/dataset.html"
 _SPLIT_SIZES = {"train": 15_027, "test": 1_970}  # videos of V2
@@ -34,7 +34,7 @@ def read_diving48(videos_dir: str, annotations: str | None) -> DatasetIndex:
     splits, notices = {}, []
     for split, size in _SPLIT_SIZES.items():
         path = _find_file(annotations, f"V2_{split}")
-        splits[split] = [_parse_video(entry, path) for entry in read_json(path, list)]
+        splits[split] = [_parse_video(entry, path) for entry in iterate_json_list(path)]
         if len(splits[split]) != size:
             notices.append(
                 f"{path} has {len(splits[split])} videos, but that of Diving48 V2 has {size}"

@@ -9,7 +9,7 @@ from dualpath_jax.data.datasets.annotations import (
     read_field,
     require_file,
 )
-from dualpath_jax.runtime.safe_read import open_text, read_json, truncated_repr
+from dualpath_jax.runtime.safe_read import iterate_json_list, open_text, read_json, truncated_repr
 
 
 def read_ssv2(videos_dir: str, annotations: str | None) -> DatasetIndex:
@@ -38,7 +38,7 @@ def read_ssv2(videos_dir: str, annotations: str | None) -> DatasetIndex:
         if path is None:
             continue
         videos, unanswered = [], 0
-        for entry in read_json(path, list):
+        for entry in iterate_json_list(path):
             id_ = read_field(entry, "id", path, "ssv2")
             template = entry.get("template")
             if template is None and split == "test":

@@ -13,7 +13,7 @@ from dualpath_jax.data.preparation import summary
 from dualpath_jax.data.preparation.summary import SplitCounts
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits, VideoInfo, check_video
 from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool
-from dualpath_jax.runtime import progress_bar
+from dualpath_jax.runtime import files, progress_bar
 from dualpath_jax.runtime.cpu_count import num_cores
 
 
@@ -113,4 +113,5 @@ def _open_output(path: str | None) -> contextlib.AbstractContextManager[TextIO]:
     """Open a text file for writing, or return standard output if `path` is None."""
     if path is None:
         return contextlib.nullcontext(sys.stdout)
-    return open(path, "w", encoding="utf-8", errors="surrogateescape", buffering=1)
+    file = files.open_in_place(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    return open(file, "w", encoding="utf-8", errors="surrogateescape", buffering=1)

@@ -32,6 +32,12 @@ from dualpath_jax.runtime.cpu_count import num_cores
 from dualpath_jax.runtime.progress_bar import ProgressBar
 from dualpath_jax.runtime.safe_read import read_json
 
+# Files and folders that a preparation writes in OUT, as patterns of `fnmatch`.
+_OUT_ENTRIES = (
+    *("prepare", "frames", "class_names.json", "frame_format.json", "identity.json"),
+    *("dataset_info.json", "features.json", "*.labels.txt", "missing_videos.txt"),
+    *("bad_videos.jsonl", "truncated_videos.jsonl", "*videos-*.array_record-*"),
+)
 _NO_FRAMES = dataset_metadata.ShardDigest().describe(num_bytes=0)
 # The result for one video: its frame records and its entry in the sidecar, or the failure.
 _Outcome: TypeAlias = tuple[Iterable[bytes], dict] | Failure
@@ -186,17 +192,20 @@ def _lock_out_dir(out_dir: str) -> Iterator[None]:
             f"gcloud storage rsync --recursive --exclude='^prepare/' DIR {out_dir}"
         )
     state_dir = os.path.join(out_dir, "prepare")
+    files.check_no_links(out_dir, _OUT_ENTRIES)
     try:
         os.makedirs(state_dir, exist_ok=True)
         os.makedirs(os.path.join(out_dir, "frames"), exist_ok=True)
-        lock = open(os.path.join(state_dir, "lock"), "w")  # noqa: SIM115 (closed below)
+        lock = files.open_in_place(os.path.join(state_dir, "lock"), os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise ValueError(f"cannot write to {out_dir!r}: {error.strerror}; check --out") from None
-    with lock:
+    with open(lock, "r+"):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another process is preparing videos in {out_dir!r}") from None
+        for folder in (out_dir, state_dir):
+            files.remove_incomplete(folder)
         yield
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dualpath_jax.data.datasets.annotations import DatasetIndex, Video
 from dualpath_jax.data.preparation.video_decoder import MAX_SIDE, NOT_FOUND, VideoInfo
 from dualpath_jax.data.preparation.worker_pool import Failure
+from dualpath_jax.runtime import terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ def build_truncated_entry(split: str, path: str, stored: dict) -> dict:
 
 def format_json_line(entry: dict) -> str:
     """Format an entry as a line of JSON."""
-    return json.dumps(entry, ensure_ascii=False) + "\n"
+    return terminal.escape_name(json.dumps(entry, ensure_ascii=False)) + "\n"
 
 
 def count_splits(
