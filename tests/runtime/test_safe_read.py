@@ -14,7 +14,7 @@ from dualpath_jax.data.datasets.registry import list_videos
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.runtime import safe_read
 from dualpath_jax.training import adapter_file, checkpoint
-from dualpath_jax.weights import convert, source_checkpoint
+from dualpath_jax.weights import convert, source_files
 from tests.fuzz.annotation_target import Annotations
 from tests.fuzz.records_target import Records
 from tests.fuzz.sandbox import write_case
@@ -184,7 +184,7 @@ def test_weights_beyond_the_limit_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="more than any backbone"):
         convert.load_backbone(path, BACKBONES["vit"])
-    monkeypatch.setattr(source_checkpoint, "MAX_BYTES", 1000)
+    monkeypatch.setattr(source_files, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="more than the limit of 1,000"):
         convert.convert_checkpoint(path, tmp_path / "out")
 
