@@ -10,12 +10,13 @@ import dataclasses
 import functools
 import io
 import math
+import mmap
 import os
 import pathlib
 import pickletools
 import zipfile
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -154,7 +155,7 @@ class _Interpreter:
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
 
-    def load(self, file: BinaryIO) -> Any:
+    def load(self, file: Any) -> Any:
         """Return the object of the pickle that begins at the file's position."""
         for opcode, argument, _ in pickletools.genops(file):
             if opcode.name == "STOP":
@@ -253,11 +254,11 @@ def _construct(target: Any, arguments: Any) -> Any:
     return _BUILDERS[name](*arguments)
 
 
-def _interpret(file: BinaryIO, open_storage: Callable[[Any], _Storage]) -> Any:
+def _interpret(file: Any, open_storage: Callable[[Any], _Storage]) -> Any:
     """Interpret a pickle; raises ValueError for a damaged one."""
     try:
         return _Interpreter(open_storage).load(file)
-    except (IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise ValueError(f"its pickle is damaged ({type(error).__name__}: {error})") from None
 
 
@@ -335,14 +336,15 @@ def read_legacy(path: pathlib.Path) -> Any:
 
         return storages.setdefault(key, _Storage(dtype, size, read))
 
-    with path.open("rb") as file:
+    # The file is mapped because a damaged pickle requests as many bytes as it claims to have.
+    with path.open("rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as file:
         if _interpret(file, open_storage) != _LEGACY_MAGIC:
             raise RefusedPickleError("a plain pickle, which torch did not write")
         _interpret(file, open_storage)
         _interpret(file, open_storage)
         content = _interpret(file, open_storage)
         keys = _interpret(file, open_storage)
-        file_size = os.fstat(file.fileno()).st_size
+        file_size = len(file)
         for key in keys if isinstance(keys, list) else ():
             if key not in storages:
                 raise ValueError("a storage is not used")
