@@ -20,7 +20,7 @@ from dualpath_jax.training.inputs import choose_train_batches
 from dualpath_jax.training.step import make_train_step
 
 # Keys that are read only in a run with parameters and data.
-_READ_BY_RUNS = {"init_from", "resume_changed", "eval.checkpoint"}
+_READ_BY_RUNS = {"init_from", "resume_changed", "eval.checkpoint", "data.keep_normalization"}
 
 
 def check_config(config: ConfigDict, overrides: Collection[str] = ()) -> None:

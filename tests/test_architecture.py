@@ -90,9 +90,9 @@ def test_models_reach_tensorflow_by_no_way(graph):
     assert reaching(changed, "models", "tensorflow") == [f"{PACKAGE}.models.new"]
 
 
-def test_one_module_imports_orbax_and_one_torch(graph):
+def test_one_module_imports_orbax_and_none_torch(graph):
     assert importers(graph, "orbax") == [f"{PACKAGE}.training.checkpoint"]
-    assert importers(graph, "torch") == [f"{PACKAGE}.weights.source_checkpoint"]
+    assert importers(graph, "torch") == []
 
 
 def test_no_private_module_of_a_library(graph):

@@ -257,6 +257,8 @@ def parse_command(command):
         return None
     if words[1:3] == ["-m", "dualpath_jax.main"]:
         return parse_main(words[3:])
+    if words[1] == "-m" and words[2].startswith("tests."):
+        return importlib.import_module(words[2]).parser().parse_args(words[3:])
     if words[1:3] == ["-m", "pdoc"]:
         return [importlib.import_module(word) for word in words[4:]]
     if words[1:3] == ["-m", "dualpath_jax.config.schema"]:  # takes no arguments

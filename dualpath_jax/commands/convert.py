@@ -2,9 +2,11 @@
 
     dualpath convert --checkpoint=ViT-B-16.pt --out=clip_vitb16.safetensors
 
-Supported are CLIP of OpenAI, open_clip or Hugging Face; ViT of timm or Hugging Face; Swin of its
-authors, timm or Hugging Face. The kind is detected from the names in the file. A torch file (.pt,
-.bin) needs torch (the CPU build is enough); a safetensors file does not.
+Supported are CLIP of OpenAI, open_clip, Hugging Face or timm; ViT of its authors (.npz), timm or
+Hugging Face; Swin of its authors, timm or Hugging Face. The kind is detected from the names in the
+file: safetensors, torch (.pt, .pth, .bin; torch is not needed), TorchScript (nothing in it is
+executed) or .npz. Give a shard or its index for a file in shards, a folder as of Hugging Face, or
+hf:org/name, which huggingface_hub downloads.
 
 In a checkout, python scripts/convert_clip.py is the same command.
 """
@@ -18,20 +20,21 @@ from dualpath_jax.runtime import environment, progress_bar
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     arg_parser = build_parser(__doc__)
-    arg_parser.add_argument("--checkpoint", required=True, help="checkpoint, a local file")
+    arg_parser.add_argument("--checkpoint", required=True, help="file, folder or hf:org/name")
     arg_parser.add_argument(
         "--out", required=True, help="safetensors file to write, local or gs://"
-    )
-    arg_parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="open a TorchScript archive that OpenAI did not publish; it can run code",
     )
     arg_parser.add_argument(
         "--activation",
         choices=("quick_gelu", "gelu"),
         help="activation of the MLPs; needed if neither the checkpoint nor the publisher's config "
         "next to it states it",
+    )
+    arg_parser.add_argument(
+        "--normalization",
+        choices=("clip", "imagenet", "half"),
+        help="mean and standard deviation of the images; needed if neither the checkpoint nor the "
+        "publisher's config next to it states them (half: 0.5 and 0.5)",
     )
     arg_parser.add_argument(
         "--heads", type=int, help="attention heads of a ViT; default: width / 64"
@@ -54,6 +57,9 @@ def main() -> int:
     shape |= {key: getattr(config, key) for key in ("heads", "image_size", "activation", "eps")}
     print(f"found       {info['layout']} names in a {info['container']} file")
     print(f"backbone    {config.name}: {', '.join(f'{k} {v}' for k, v in shape.items())}")
+    print(f"images      mean {info['mean']}, standard deviation {info['std']}")
+    if config.feature_dim == getattr(config, "width", None):
+        print("projection  none: features have the width of the tokens")
     print(f"parameters  {info['parameters']:,}")
     print(f"SHA-256     {info['source_sha256']}")
     print(f"published   {f'yes, OpenAI {published}' if published else 'not among OpenAI releases'}")

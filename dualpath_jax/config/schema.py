@@ -145,6 +145,8 @@ KEYS = (
     Key("data.std", (0.26862954, 0.26130258, 0.27577711),
         "Standard deviation of red, green and blue that the backbone expects; CLIP's.",
         Range(0, 1, open_low=True)),
+    Key("data.keep_normalization", False,
+        "Keeps data.mean and data.std even if the file of the backbone states others."),
     Key("data.prefetch", 2,
         "Batches made ahead of the step that needs them; -1 lets tf.data choose.", Range(-1)),
     Key("data.max_broken_videos", 100,

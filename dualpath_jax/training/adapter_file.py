@@ -29,7 +29,7 @@ from dualpath_jax.runtime.safe_read import (
 )
 from dualpath_jax.training.experiment import Experiment
 from dualpath_jax.training.state import TrainState
-from dualpath_jax.weights.source_checkpoint import MAX_BYTES
+from dualpath_jax.weights.source_files import MAX_BYTES
 
 _FORMAT = 1
 _REMEDY = f"copy it again, or write it again with `{command_line('export-adapter')}`"

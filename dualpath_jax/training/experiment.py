@@ -224,6 +224,7 @@ def _load_backbone(config: Any) -> tuple[Any, BackboneConfig, convert.BackboneIn
         # No real run resumes from a source of this name.
         return None, backbone, convert.BackboneInfo(backbone.name, *["random"] * 3)
     weights, backbone, info = convert.load_backbone(config.backbone.checkpoint, backbone)
+    convert.check_normalization(config.backbone.checkpoint, info, config.data)
     if config.backbone.heads not in (None, backbone.heads):
         raise ValueError(
             f"backbone.heads={config.backbone.heads}, but {config.backbone.checkpoint} has "

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -39,11 +38,11 @@ from dualpath_jax.runtime.safe_read import (
 )
 from dualpath_jax.weights.source_checkpoint import (
     CONVERTED_KEY,
-    MAX_BYTES,
     PUBLISHED_SHA256,
-    format_names,
     read_checkpoint,
 )
+from dualpath_jax.weights.source_configs import NORMALIZATIONS
+from dualpath_jax.weights.source_files import MAX_BYTES, format_names
 
 FORMAT_VERSION = 1
 
@@ -51,6 +50,7 @@ _DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dt
 
 # Above these sizes, computing the expected shapes from a config could exhaust the memory.
 _SIZE_LIMITS = {"image_size": 4096, "window_size": 64, "depth": 256, "depths": 256}
+_COLOR = tuple[float, float, float]
 # For each type of a config field: does a metadata value fit it?
 _FIELD_CHECKS: dict[Any, Callable[[Any], bool]] = {
     str: lambda value: isinstance(value, str),
@@ -61,6 +61,11 @@ _FIELD_CHECKS: dict[Any, Callable[[Any], bool]] = {
     tuple[int, ...]: lambda value: (
         isinstance(value, list | tuple) and all(map(_FIELD_CHECKS[int], value))
     ),
+    _COLOR: lambda value: (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and all(type(x) in (int, float) and 0 <= x <= 1 for x in value)
+    ),
 }
 
 
@@ -70,15 +75,19 @@ class BackboneInfo:
 
     Attributes:
       name: architecture, for example "ViT-B/16", or "custom".
-      sha256: SHA-256 of the converted file.
+      sha256: SHA-256 of the file without its normalization. Version 0.1.0 did not write one;
+        weights that were converted then and now have the same identity.
       source_sha256: SHA-256 of the checkpoint that was converted.
       source: file name of that checkpoint.
+      normalization: mean and standard deviation, each of red, green and blue in 0..1; None for
+        files of version 0.1.0.
     """
 
     name: str
     sha256: str
     source_sha256: str
     source: str
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 @functools.lru_cache(maxsize=16)
@@ -129,18 +138,29 @@ def _infer_config(
     arrays: Mapping[str, np.ndarray], stated: Mapping[str, Any], family: str, checkpoint: Any
 ) -> backbone_registry.BackboneConfig:
     """Return the backbone's config: sizes come from `arrays`, all other values from `stated`."""
-    if "activation" not in stated:
-        raise ValueError(
-            f"{checkpoint} does not state the activation of its MLPs: pass "
-            "--activation=quick_gelu (OpenAI's weights and models named quickgelu) or "
-            "--activation=gelu (LAION, DataComp and most others)"
-        )
     try:
         return backbone_registry.find_named_config(
             backbone_registry.FAMILIES[family].config.from_arrays(arrays, stated)
         )
     except (IndexError, ValueError, ZeroDivisionError) as error:  # arrays of odd shapes
         raise ValueError(f"{checkpoint}: {error}") from None
+
+
+def _check_stated(stated: Mapping[str, Any], checkpoint: Any) -> None:
+    """Raise ValueError if the activation or the normalization is not stated."""
+    questions = []
+    if "activation" not in stated:
+        questions.append(
+            "the activation of its MLPs: pass --activation=quick_gelu (OpenAI's weights and models "
+            "named quickgelu) or --activation=gelu (LAION, DataComp and most others)"
+        )
+    if not {"mean", "std"} <= stated.keys():
+        questions.append(
+            "the normalization of its images: pass --normalization=clip (most CLIPs), "
+            "--normalization=imagenet (DeiT, DINO, MAE) or --normalization=half (ImageNet-21K)"
+        )
+    if questions:
+        raise ValueError(f"{checkpoint} does not state {'; nor '.join(questions)}")
 
 
 @contextlib.contextmanager
@@ -160,48 +180,48 @@ def _writable_output(out: epath.Path) -> Iterator[epath.Path]:
 def convert_checkpoint(
     checkpoint: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    trust: bool = False,
     activation: str | None = None,
     heads: int | None = None,
+    normalization: str | None = None,
 ) -> dict[str, Any]:
     """Write the image tower of a checkpoint as this project's backbone file.
 
-    Supported files are OpenAI's TorchScript archives, torch state dicts (bare or under
-    "state_dict" or "model"), and safetensors; the format is detected from the content. The weights
-    must have the names of a layout in `layouts.py`: CLIP of OpenAI, open_clip and Hugging Face; ViT
-    of timm and Hugging Face; Swin of its authors, timm and Hugging Face. Each parameter keeps its
-    dtype (float32, float16 or bfloat16).
+    Supported files are safetensors, torch state dicts (bare, or in a training checkpoint),
+    TorchScript archives, of which nothing is executed, and the official `.npz`. The names must be
+    those of a layout in `layouts.py`. Each parameter keeps its dtype (float32, float16, bfloat16).
 
     Args:
-      checkpoint: local file.
+      checkpoint: local file, index of shards, folder as of Hugging Face, or "hf:org/name".
       out: file to write, local or gs://. It is replaced atomically once it is complete.
-      trust: open a TorchScript archive that is not one of OpenAI's published ones.
       activation: "quick_gelu" or "gelu". Overrides the value stated by the checkpoint or by the
         publisher's config next to it.
       heads: number of attention heads. Overrides the stated value in the same way. If it is stated
         nowhere, a ViT has one head per 64 of width, and a Swin has as many as its tables of
         relative positions.
+      normalization: a name of `source_configs.NORMALIZATIONS`; overrides the stated mean and
+        standard deviation in the same way.
 
     Returns:
       A dict with the keys "version", "container", "layout", "family", "config" (of the backbone),
-      "parameters" (their number), "source", "source_sha256", "published" (name in OpenAI's release,
-      or None), "out" and "sha256" (of the written file).
+      "mean" and "std" (of red, green and blue in 0..1 that the backbone expects), "parameters"
+      (their number), "source", "source_sha256", "published" (name in OpenAI's release, or None),
+      "out" and "sha256" (of the written file).
 
     Raises:
       ValueError: the checkpoint has no known layout, is damaged or refused, or its activation is
         unknown.
       OSError: `checkpoint` cannot be read or `out` cannot be written.
     """
-    checkpoint, out = pathlib.Path(checkpoint), epath.Path(out)
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"no checkpoint file at {checkpoint}")
-    if os.path.exists(out) and os.path.samefile(out, checkpoint):
-        raise ValueError(f"{out} is the checkpoint itself: write to another file")
-    flags = {"activation": activation, "heads": heads}
+    out = epath.Path(out)
+    if os.path.exists(out) and os.path.exists(checkpoint) and os.path.samefile(out, checkpoint):
+        raise ValueError(f"{out} is the checkpoint itself, or its folder: write to another file")
+    flags = {"activation": activation, "heads": heads, **_find_normalization(normalization)}
     flags = {key: value for key, value in flags.items() if value is not None}
+    if not os.fspath(checkpoint).startswith("hf:") and not os.path.exists(checkpoint):
+        raise FileNotFoundError(f"no checkpoint file at {checkpoint}")
     with _writable_output(out) as temporary:
-        arrays, meta = _convert_arrays(checkpoint, trust, flags)
-        data = safetensors.numpy.save(arrays, {CONVERTED_KEY: json.dumps(meta, sort_keys=True)})
+        arrays, meta = _convert_arrays(checkpoint, flags)
+        data = _serialize(arrays, meta)
         temporary.write_bytes(data)
     return {
         **meta,
@@ -213,21 +233,33 @@ def convert_checkpoint(
     }
 
 
+def _find_normalization(name: str | None) -> Mapping[str, tuple[float, ...]]:
+    """Return the "mean" and "std" of a name of `NORMALIZATIONS`; None: an empty mapping."""
+    if name is None:
+        return {}
+    if name not in NORMALIZATIONS:
+        raise ValueError(f"unknown normalization {name!r}: known are {', '.join(NORMALIZATIONS)}")
+    return NORMALIZATIONS[name]
+
+
 def _convert_arrays(
-    checkpoint: pathlib.Path, trust: bool, flags: Mapping[str, Any]
+    checkpoint: str | os.PathLike[str], flags: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the arrays under our flat names, and the metadata for the backbone file."""
-    source = read_checkpoint(checkpoint, trust)
-    arrays = source.arrays
-    config = _infer_config(arrays, source.stated | flags, source.family, checkpoint)
+    source = read_checkpoint(checkpoint)
+    arrays, stated = source.arrays, source.stated | flags
+    _check_stated(stated, checkpoint)
+    config = _infer_config(arrays, stated, source.family, checkpoint)
     _check_arrays(checkpoint, arrays, config)
     return arrays, {
         "version": FORMAT_VERSION,
         "family": source.family,
         "config": dataclasses.asdict(config),
+        "mean": list(stated["mean"]),
+        "std": list(stated["std"]),
         "container": source.container,
         "layout": source.layout,
-        "source": checkpoint.name,
+        "source": source.name,
         "source_sha256": source.sha256,
     }
 
@@ -290,12 +322,61 @@ def load_backbone(
     config = dataclasses.replace(
         config, activation=stored.activation, eps=stored.eps, heads=stored.heads
     )
-    info = BackboneInfo(stored.name, sha256, str(meta["source_sha256"]), str(meta["source"]))
+    info = _describe_source(path, stored, meta, sha256)
     return traverse_util.unflatten_dict(arrays, sep="/"), config, info
 
 
+def _describe_source(
+    path: Any, stored: backbone_registry.BackboneConfig, meta: Mapping[str, Any], sha256: str
+) -> BackboneInfo:
+    """Return the origin of weights from the metadata of their file."""
+    normalization = None
+    if "mean" in meta or "std" in meta:
+        mean, std = (_FIELD_CHECKS[_COLOR](meta.get(key)) for key in ("mean", "std"))
+        if not (mean and std and all(meta["std"])):
+            raise ValueError(f"{path} describes an impossible normalization of images")
+        normalization = tuple(meta["mean"]), tuple(meta["std"])
+    source = str(meta["source_sha256"]), str(meta["source"])
+    return BackboneInfo(stored.name, sha256, *source, normalization)
+
+
+def check_normalization(path: Any, info: BackboneInfo, data_config: Any) -> None:
+    """Raise ValueError if a backbone's file and a config disagree on the images' normalization.
+
+    Args:
+      path: the backbone's file, for messages.
+      info: of `load_backbone`.
+      data_config: the group `data` of the configuration; `keep_normalization` allows it to differ.
+    """
+    if info.normalization is None or data_config.keep_normalization:
+        return
+    configured = data_config.mean, data_config.std
+    if not np.allclose(info.normalization, configured, rtol=0, atol=1e-3):
+        stated, own = (
+            [tuple(round(x, 3) for x in color) for color in pair]
+            for pair in (info.normalization, configured)
+        )
+        raise ValueError(
+            f"{path} expects images of mean {stated[0]} and standard deviation {stated[1]}, but "
+            f"the config has data.mean={own[0]} and data.std={own[1]}: set them to those of the "
+            "file, or pass --config.data.keep_normalization=True"
+        )
+
+
+def _identity_sha256(data: bytes, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> str:
+    """Return `BackboneInfo.sha256` of a converted file with these bytes and this content."""
+    if not {"mean", "std"} & meta.keys():
+        return hashlib.sha256(data).hexdigest()
+    old = {key: value for key, value in meta.items() if key not in ("mean", "std")}
+    return hashlib.sha256(_serialize(arrays, old)).hexdigest()
+
+
+def _serialize(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
+    return safetensors.numpy.save(dict(arrays), {CONVERTED_KEY: json.dumps(meta, sort_keys=True)})
+
+
 def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Any, str]:
-    """Return the arrays by flat name, the metadata and the SHA-256 of a backbone file."""
+    """Return the arrays by flat name, the metadata and the identity of a backbone file."""
     create_this = (
         "create it from a checkpoint with "
         f"`{command_line('convert')} --checkpoint=FILE --out={path}`"
@@ -331,4 +412,4 @@ def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray],
         name: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"])
         for name, t in tensors
     }
-    return arrays, meta, hashlib.sha256(data).hexdigest()
+    return arrays, meta, _identity_sha256(data, arrays, meta)

@@ -110,8 +110,10 @@ TEXT_TOWER_NAMES = (
 # Prefixes of the names of image towers that are not supported, with a description for messages.
 UNSUPPORTED_PREFIXES = {
     "visual.layer1.": "a ResNet image tower",
-    "visual.trunk.": "an image tower of timm",
     "visual.attn_pool.": "an image tower with attention pooling (CoCa)",
+    "attn_pool.": "an image tower with attention pooling (SigLIP)",
+    "vision_model.head.": "an image tower with attention pooling (SigLIP)",
+    "img/": "an image tower with attention pooling (SigLIP)",
 }
 
 
@@ -134,6 +136,72 @@ _TIMM_VIT: _Table = (
     *_build_block_rows("blocks/", "blocks.{i}.", _TIMM_BLOCK_NAMES),
     ("norm.weight", "ln_post/scale", _identity),
     ("norm.bias", "ln_post/bias", _identity),
+)
+
+
+# timm's CLIP towers. The classifier of the published ones is the projection, with a bias of zeros.
+_TIMM_CLIP: _Table = (
+    *(row for row in _TIMM_VIT if row[0] != "patch_embed.proj.bias"),
+    ("norm_pre.weight", "ln_pre/scale", _identity),
+    ("norm_pre.bias", "ln_pre/bias", _identity),
+    ("head.weight", "projection", _transpose_linear),
+    ("head.bias", "head_bias", _identity),
+)
+
+
+def _drop_classifier(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Drop a classifier, which has a bias; the projection of CLIP has none, or zeros."""
+    if np.any(arrays.pop("head_bias", 0)):
+        logging.warning("the head has a bias: it is a classifier, not CLIP's projection; left out")
+        del arrays["projection"]
+    return arrays
+
+
+# The official files of Dosovitskiy et al. 2021.
+_JAX_BLOCK = "Transformer/encoderblock_{i}/"
+_JAX_ATTENTION = "MultiHeadDotProductAttention_1"
+
+
+def _merge_heads(kernel: np.ndarray) -> np.ndarray:
+    """Merge the heads of a projection [D, K, D/K] or its bias [K, D/K]: [D, D] or [D]."""
+    return kernel.reshape(*kernel.shape[:-2], -1)
+
+
+def _merge_output_heads(kernel: np.ndarray) -> np.ndarray:
+    """Merge the heads of the output projection [K, D/K, D]: [D, D]."""
+    return kernel.reshape(-1, kernel.shape[-1])
+
+
+def _build_jax_rows(ours: str, source: str, leaves: Mapping[str, Callable]) -> _Table:
+    """Build the rows of one layer, whose leaves have our names."""
+    return tuple((f"{source}/{leaf}", f"{ours}/{leaf}", f) for leaf, f in leaves.items())
+
+
+_DENSE = {"kernel": _identity, "bias": _identity}
+_NORM = {"scale": _identity, "bias": _identity}
+_JAX_VIT: _Table = (
+    ("cls", "class_embedding", _squeeze_class_token),
+    ("Transformer/posembed_input/pos_embedding", "position_embedding", _squeeze_positions),
+    *_build_jax_rows("patch_embedding", "embedding", _DENSE),
+    *_build_jax_rows("blocks/ln_1", _JAX_BLOCK + "LayerNorm_0", _NORM),
+    *(
+        row
+        for name in ("query", "key", "value")
+        for row in _build_jax_rows(
+            "blocks/attention/qkv",
+            f"{_JAX_BLOCK}{_JAX_ATTENTION}/{name}",
+            {"kernel": _merge_heads, "bias": _merge_heads},
+        )
+    ),
+    *_build_jax_rows(
+        "blocks/attention/out",
+        f"{_JAX_BLOCK}{_JAX_ATTENTION}/out",
+        {"kernel": _merge_output_heads, "bias": _identity},
+    ),
+    *_build_jax_rows("blocks/ln_2", _JAX_BLOCK + "LayerNorm_2", _NORM),
+    *_build_jax_rows("blocks/mlp/hidden", _JAX_BLOCK + "MlpBlock_3/Dense_0", _DENSE),
+    *_build_jax_rows("blocks/mlp/output", _JAX_BLOCK + "MlpBlock_3/Dense_1", _DENSE),
+    *_build_jax_rows("ln_post", "Transformer/encoder_norm", _NORM),
 )
 
 
@@ -268,6 +336,9 @@ class Layout:
       table: rows for all names that a checkpoint must have.
       ignored: regular expression of additional names that it may have. All others are refused.
       get_shape: returns (width, depth) of the arrays; depth is a tuple if there are stages.
+      optional: regular expression of the table's names that a checkpoint may lack.
+      heads_source: name of an array [D, K, D/K], whose shape states the number of heads.
+      channels_last: whether the source's patch embedding is [P, P, 3, D].
       prefix: optional prefix of the names, which is removed.
       aliases: pairs (regular expression, replacement) that turn a name into the table's spelling.
       stated: values that every checkpoint with this layout has, such as activation and eps.
@@ -282,6 +353,9 @@ class Layout:
     table: _Table
     ignored: str
     get_shape: Callable[[Mapping[str, np.ndarray]], tuple]
+    optional: str = r"(?!)"  # matches nothing
+    heads_source: str = ""
+    channels_last: bool = False
     prefix: str = ""
     aliases: tuple[tuple[str, str], ...] = ()
     stated: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -312,6 +386,7 @@ _SWIN = {
     "postprocess": _widen_windows,
 }
 _GELU = {"activation": "gelu"}
+_SWIN_STATED = {**_GELU, "eps": 1e-5, **source_configs.NORMALIZATIONS["imagenet"]}
 _SWIN_BUFFERS = r"|.+\.relative_position_index|.+\.attn_mask"  # computed, not weights
 
 LAYOUTS = {
@@ -322,6 +397,7 @@ LAYOUTS = {
         table=_OPENAI,
         ignored=TEXT_TOWER_NAMES,
         get_shape=_get_vit_shape,
+        optional=r"visual\.proj",
         config_file="open_clip_config.json",
         read_config=source_configs.read_open_clip,
     ),
@@ -332,7 +408,20 @@ LAYOUTS = {
         table=_HUGGINGFACE,
         ignored=TEXT_TOWER_NAMES,
         get_shape=_get_vit_shape,
+        optional=r"visual_projection\.weight",
         read_config=source_configs.read_huggingface_clip,
+    ),
+    "timm-clip": Layout(
+        title="a CLIP ViT by timm's names",
+        family="vit",
+        get_shape=_get_vit_shape,
+        marker=r"norm_pre\.weight",
+        table=_TIMM_CLIP,
+        ignored=r"(?!)",
+        optional=r"head\..+",
+        stated={"eps": 1e-5},
+        read_config=source_configs.read_timm,
+        postprocess=_drop_classifier,
     ),
     "timm-vit": Layout(
         **_VIT,
@@ -340,6 +429,16 @@ LAYOUTS = {
         table=_TIMM_VIT,
         ignored=r"head\..+|pre_logits\..+",
         stated={**_GELU, "eps": 1e-6},
+        read_config=source_configs.read_timm,
+    ),
+    "jax-vit": Layout(
+        **_VIT,
+        marker=r"Transformer/encoderblock_\d+/MultiHeadDotProductAttention_1/query/kernel",
+        table=_JAX_VIT,
+        ignored=r"head/.+|pre_logits/.+",
+        heads_source=f"Transformer/encoderblock_0/{_JAX_ATTENTION}/query/kernel",
+        channels_last=True,
+        stated={**_GELU, "eps": 1e-6, **source_configs.NORMALIZATIONS["half"]},
     ),
     "huggingface-vit": Layout(
         **_VIT,
@@ -356,14 +455,14 @@ LAYOUTS = {
         marker=r"layers\.0\.downsample\..+",
         table=_MICROSOFT_SWIN,
         ignored=r"head\..+" + _SWIN_BUFFERS,
-        stated={**_GELU, "eps": 1e-5},
+        stated=_SWIN_STATED,
     ),
     "timm-swin": Layout(
         **_SWIN,
         marker=r"layers\.\d+\.blocks\.\d+\.attn\.qkv\.weight",
         table=_TIMM_SWIN,
         ignored=r"head\..+" + _SWIN_BUFFERS,
-        stated={**_GELU, "eps": 1e-5},
+        stated=_SWIN_STATED,
     ),
     "huggingface-swin": Layout(
         **_SWIN,
@@ -372,7 +471,7 @@ LAYOUTS = {
         ignored=r"classifier\..+|pooler\..+" + _SWIN_BUFFERS,
         prefix="swin.",
         aliases=_transformers_5_aliases("self"),
-        stated={**_GELU, "eps": 1e-5},
+        stated=_SWIN_STATED,
         read_config=source_configs.read_huggingface_swin,
     ),
 }

@@ -1,39 +1,35 @@
-"""Reads published checkpoints (torch and safetensors files) and renames their weights to our names.
+"""Reads published checkpoints and renames their weights to our names.
 
-This is the only module that imports torch, and only for checkpoints in torch's own formats. The
-known names are in `layouts.py`.
+The files are opened by `source_files.py`; the known names are in `layouts.py`.
 """
 
 import collections
 import dataclasses
-import functools
-import hashlib
-import mmap
+import os
 import pathlib
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-import safetensors
+from absl import logging
 
 from dualpath_jax.runtime import progress_bar
-from dualpath_jax.runtime.safe_read import (
-    check_safetensors_header,
-    check_size,
-    open_binary,
-    read_json,
-    truncated_repr,
-)
+from dualpath_jax.runtime.safe_read import read_json, truncated_repr
 from dualpath_jax.weights.layouts import (
     LAYOUTS,
     TEXT_TOWER_NAMES,
     UNSUPPORTED_PREFIXES,
     Layout,
     Row,
+)
+from dualpath_jax.weights.source_configs import NORMALIZATIONS
+from dualpath_jax.weights.source_files import (
+    NOT_A_CHECKPOINT,
+    TensorReaders,
+    find_source,
+    format_names,
+    open_tensors,
 )
 
 CONVERTED_KEY = "dualpath_jax_backbone"  # metadata entry of a file that is already converted
@@ -46,9 +42,39 @@ PUBLISHED_SHA256 = {
     "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02": "ViT-L/14@336px",
 }
 
-MAX_BYTES = 64 * 2**30  # of a file; the largest CLIP with its text tower has 10 GB in float32
-_MAX_EXPANSION = 2  # ratio of bytes in memory to bytes on disk: tied weights are stored once
+# Files of this package without a config of their own: demo/demo_backbone.safetensors.
+_CLIP_NORMALIZED_SHA256 = {"61ab14891ce060877a4b107c47b303c4e2e1e797348be546f531aad3c83f3dde"}
+
 _MAX_STAGES = 16
+
+# Prefixes that wrappers of training code put before every name. Those in `_TOWER_PREFIXES` name the
+# image tower of a larger model, whose other weights are left out.
+_PREFIXES = (
+    *("module.", "_orig_mod.", "model.", "backbone.", "image_encoder.", "visual.trunk."),
+    *("opt/target/", "params/"),
+)
+_TOWER_PREFIXES = ("backbone.", "image_encoder.", "visual.trunk.")
+# A tower on its own: a name that it has, the prefix that its layout expects, the names to change.
+_BARE_TOWERS = (
+    ("conv1.weight", "visual.", r"class_embedding|positional_embedding|proj|(conv1|ln_|transf).+"),
+    (
+        "embeddings.class_embedding",
+        "vision_model.",
+        r"(embeddings|encoder|pre_layrnorm|post_layernorm)\..+",
+    ),
+)
+# Weights that no layout has, and what to do about them.
+_REFUSED_NAMES = {
+    r".*\.(lora_[A-Za-z_]+|base_layer)(\..+)?": (
+        "holds LoRA matrices that are not merged (PEFT): call merge_and_unload() and save the model"
+    ),
+    r".*\.(SCB|absmax|quant_map|quant_state\..+|weight_scale.*|qweight|qzeros|g_idx|zero_point"
+    r"|_packed_params.*|weight_zero_point)": "is quantized: use the float weights of the model",
+}
+_OTHER_MODALITIES = {
+    r"(.+\.)?(word_embeddings|embed_tokens|shared|wte)\.weight": "a language model",
+    r"(.+\.)?audio_(model|branch|encoder|tower|projection)\..+|.*spectrogram.*": "an audio model",
+}
 
 # For each value that a publisher's config may state: is it valid?
 _STATED_CHECKS: dict[str, Callable[[Any], bool]] = {
@@ -56,168 +82,50 @@ _STATED_CHECKS: dict[str, Callable[[Any], bool]] = {
     "heads": lambda value: type(value) is int and value > 0,
     "eps": lambda value: type(value) in (int, float) and 0 < value < 1,
     "image_size": lambda value: type(value) is int and value > 0,
+    "mean": lambda value: _are_fractions(value),
+    "std": lambda value: _are_fractions(value) and all(value),
 }
 
-_NOT_A_CHECKPOINT = "not a CLIP, ViT or Swin checkpoint"
-_TensorReaders = Mapping[str, Callable[[], np.ndarray]]  # by name; called to read the tensor
 
-
-# ---------------------------------------------------------------- files
-
-
-def _detect_container(path: pathlib.Path) -> str:
-    """Return "safetensors", "torchscript" or "torch".
-
-    Looks only at the file's bytes and executes nothing in it.
-    """
-    with open_binary(path, MAX_BYTES) as file:
-        head = file.read(64)
-    if not head:
-        raise ValueError(f"{path} is empty")
-    if head[8:9] == b"{":  # follows the 8 bytes of the header's length
-        return "safetensors"
-    if head.startswith(b"PK\x03\x04"):
-        return _detect_zip_container(path)
-    if head.startswith(b"\x80"):  # a pickle: torch.save before torch 1.6
-        return "torch"
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
-    raise ValueError(f"{path} is not a checkpoint: it is neither a safetensors nor a torch file")
-
-
-def _detect_zip_container(path: pathlib.Path) -> str:
-    """Return "torchscript" or "torch" by the names in an archive, without unpacking it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except Exception as error:  # many types; BadZipFile is only one of them
-        raise ValueError(f"{path} is truncated or damaged: {error}") from None
-    names = [member.filename for member in members]
-    if any(name.startswith("/") or ".." in name.split("/") for name in names):
-        raise ValueError(f"{path} is refused: it contains paths outside the archive")
-    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
-        return "torchscript"
-    _check_expansion(path, sum(member.file_size for member in members))
-    return "torch"
-
-
-def _check_expansion(path: pathlib.Path, num_bytes: int) -> None:
-    """Raise ValueError if a file claims to hold far more bytes than it has."""
-    size = path.stat().st_size
-    if num_bytes > _MAX_EXPANSION * size:
-        raise ValueError(
-            f"{path} has {size:,} bytes but claims to hold {num_bytes:,}: it is damaged, or was "
-            "made to exhaust the memory"
-        )
-
-
-def _torch_to_numpy(tensor: Any) -> np.ndarray:
-    """Convert a torch tensor to an array of the same dtype, bfloat16 included."""
-    import torch
-
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:  # numpy itself has no bfloat16
-        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
-    return tensor.numpy()
-
-
-def _load_torch(path: pathlib.Path, container: str) -> Mapping[str, Any]:
-    """Return the state dict in a torch file.
-
-    Opening a TorchScript archive can run code from it; opening any other torch file cannot.
-    """
-    import torch
-
-    try:
-        if container == "torchscript":
-            return torch.jit.load(path, map_location="cpu").state_dict()
-        # The file is mapped because torch's old format requests as many bytes as the file claims.
-        with (
-            open_binary(path, MAX_BYTES) as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
-            state = torch.load(data, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, or is damaged, and is refused: other pickled objects "
-            "can run code when loaded. Save only the state dict, preferably as safetensors. "
-            f"torch says: {str(error)[:200].partition(chr(10))[0]}"
-        ) from None
-    except Exception as error:  # a damaged pickle makes torch raise nearly anything
-        message = f"{type(error).__name__}: {error}"[:200]
-        raise ValueError(f"{path} is truncated or damaged: {message}") from None
-    for key in ("state_dict", "model"):  # "model" is used by Swin's authors
-        if isinstance(state, Mapping):
-            state = state.get(key, state)
-    if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"{path} is {_NOT_A_CHECKPOINT}: it holds no state dict")
-    others = [
-        name
-        for name, value in state.items()
-        if not (isinstance(name, str) and isinstance(value, torch.Tensor))
-    ]
-    if others:
-        raise ValueError(
-            f"{path} is {_NOT_A_CHECKPOINT}: these entries are not tensors: {format_names(others)}"
-        )
-    # A tensor that stores a few bytes may be expanded to any shape.
-    _check_expansion(path, sum(t.numel() * t.element_size() for t in state.values()))
-    return {name.removeprefix("module."): value for name, value in state.items()}
-
-
-def _open_tensors(path: pathlib.Path, container: str) -> tuple[_TensorReaders, dict[str, str]]:
-    """Return readers of the tensors by name, and the file's metadata."""
-    if container == "safetensors":
-        check_safetensors_header(path)
-        try:
-            file = safetensors.safe_open(path, "numpy")
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is truncated or damaged: {error}") from None
-        readers = {n: functools.partial(file.get_tensor, n) for n in sorted(file.keys())}
-        return _wrap_readers(path, readers), file.metadata() or {}
-    try:
-        state = _load_torch(path, container)
-    except ModuleNotFoundError:
-        raise ValueError(
-            f"{path} is a torch file, but torch is not installed: install torch (the CPU build is "
-            "enough) or use the safetensors file of the same model"
-        ) from None
-    readers = {n: functools.partial(_torch_to_numpy, tensor) for n, tensor in state.items()}
-    return _wrap_readers(path, readers), {}
-
-
-def _wrap_readers(path: pathlib.Path, readers: _TensorReaders) -> _TensorReaders:
-    """Make the readers raise ValueError for a tensor that is empty or unknown to numpy."""
-
-    def read(name: str) -> np.ndarray:
-        try:
-            array = readers[name]()
-        except Exception as error:  # safetensors, torch and numpy each raise their own types
-            raise ValueError(f"{path}: {name} cannot be read: {error}") from None
-        if array.size == 0:
-            raise ValueError(f"{path}: {name} is empty, of shape {array.shape}")
-        return array
-
-    return {name: functools.partial(read, name) for name in readers}
-
-
-def compute_sha256(path: pathlib.Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with open_binary(path, MAX_BYTES) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def format_names(names: Any) -> str:
-    """List at most eight of the names, sorted, for a message."""
-    names = sorted(map(str, names))
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return (", ".join(names[:8]) or "none") + more
+def _are_fractions(value: Any) -> bool:
+    """Return whether a value is three numbers in 0..1, as for red, green and blue."""
+    numbers = isinstance(value, list | tuple) and len(value) == 3
+    return numbers and all(type(x) in (int, float) and 0 <= x <= 1 for x in value)
 
 
 # ---------------------------------------------------------------- renaming
 
 
-def _detect_layout(path: pathlib.Path, names: Collection[str], metadata: Mapping[str, str]) -> str:
+def _strip_prefixes(path: str, tensors: TensorReaders) -> TensorReaders:
+    """Return the tensors without the prefixes of wrappers, and of the image tower only."""
+    prefix: str | None = ""
+    while prefix is not None:
+        inside = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        outside = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
+        if prefix in _TOWER_PREFIXES:
+            if left_out := [n for n in outside if not re.fullmatch(TEXT_TOWER_NAMES, n)]:
+                logging.warning("%s: not in %s, left out: %s", path, prefix, format_names(left_out))
+            outside = {}
+        if twice := inside.keys() & outside.keys():
+            raise ValueError(
+                f"{path} holds weights with and without {prefix}: {format_names(twice)}"
+            )
+        tensors = inside | outside
+        prefix = next((p for p in _PREFIXES if any(n.startswith(p) for n in tensors)), None)
+    for marker, prefix, names in _BARE_TOWERS:
+        if marker in tensors:
+            tensors = {(prefix + n if re.fullmatch(names, n) else n): t for n, t in tensors.items()}
+    return tensors
+
+
+def _check_names(path: str, names: Collection[str]) -> None:
+    """Raise ValueError for weights that are quantized or not merged."""
+    for pattern, problem in _REFUSED_NAMES.items():
+        if found := [name for name in names if re.fullmatch(pattern, name)]:
+            raise ValueError(f"{path} {problem} ({format_names(found[:1])})")
+
+
+def _detect_layout(path: str, names: Collection[str], metadata: Mapping[str, str]) -> str:
     """Return the name in `LAYOUTS` of the layout that these weights have.
 
     Raises:
@@ -233,7 +141,10 @@ def _detect_layout(path: pathlib.Path, names: Collection[str], metadata: Mapping
             return name
     if names and all(re.fullmatch(TEXT_TOWER_NAMES, name) for name in names):
         raise ValueError(f"{path} holds only a text tower, no image tower: {format_names(names)}")
-    raise ValueError(f"{path} is {_NOT_A_CHECKPOINT}: its names are {format_names(names)}")
+    for pattern, kind in _OTHER_MODALITIES.items():
+        if found := [name for name in names if re.fullmatch(pattern, name)]:
+            raise ValueError(f"{path} holds {kind}, no image tower: {format_names(found[:1])}")
+    raise ValueError(f"{path} is {NOT_A_CHECKPOINT}: its names are {format_names(names)}")
 
 
 def _normalize_name(name: str, layout: Layout) -> str:
@@ -278,9 +189,7 @@ def _expand_table(
             yield sources, name.format(s=s), transform
 
 
-def _rename_tensors(
-    path: pathlib.Path, tensors: _TensorReaders, layout: Layout
-) -> dict[str, np.ndarray]:
+def _rename_tensors(path: str, tensors: TensorReaders, layout: Layout) -> dict[str, np.ndarray]:
     """Read all of `tensors` and return them under our flat names.
 
     Raises:
@@ -291,6 +200,9 @@ def _rename_tensors(
     rows = list(_expand_table(layout.table, _count_blocks(layout.table, tensors)))
     known = {source for sources, _, _ in rows for source in sources}
     left, missing = set(tensors) - known, known - set(tensors)
+    optional = {source for source in missing if re.fullmatch(layout.optional, source)}
+    missing -= optional
+    rows = [row for row in rows if not optional.intersection(row[0])]
     if left or missing:
         raise ValueError(
             f"{path} does not have the names of {layout.title}; left over: {format_names(left)}; "
@@ -299,6 +211,8 @@ def _rename_tensors(
     parts: dict[str, np.ndarray] = {}
     for sources, name, transform in progress_bar.iterate_with_bar(rows, "convert", "tensors"):
         arrays = [tensors[source]() for source in sources]
+        if name == "patch_embedding/kernel":
+            _check_patches(path, sources[0], layout, arrays[0])
         try:
             arrays = [transform(array) for array in arrays]
             part = np.stack(arrays) if name.startswith("blocks") else arrays[0]  # [L, ...]
@@ -310,18 +224,30 @@ def _rename_tensors(
     return {name: np.ascontiguousarray(part) for name, part in parts.items()}
 
 
+def _check_patches(path: str, name: str, layout: Layout, kernel: np.ndarray) -> None:
+    """Raise ValueError if a patch embedding reads something other than RGB images."""
+    channels = kernel.shape[-2 if layout.channels_last else 1] if kernel.ndim == 4 else 3
+    if kernel.ndim == 5 or channels != 3:
+        kind = "videos" if kernel.ndim == 5 else f"{channels} channels, for example spectrograms"
+        raise ValueError(
+            f"{path} is the tower of another modality: {name} of shape {kernel.shape} reads "
+            f"{kind}, not RGB images"
+        )
+
+
 def _read_publisher_config(
-    checkpoint: pathlib.Path, layout: Layout, shape: tuple
+    folder: pathlib.Path, name: str, layout: Layout, shape: tuple
 ) -> dict[str, Any]:
     """Return the values stated by the publisher's config next to the checkpoint.
 
-    The keys are "activation", "heads", "eps" and "image_size", as far as the config states them.
-    The dict is empty if there is no config.
+    The keys are "activation", "heads", "eps", "image_size", "mean" and "std", as far as the config
+    states them. The dict is empty if there is no config. `preprocessor_config.json` states the
+    normalization in folders of Hugging Face.
 
     Raises:
       ValueError: the config is invalid, or describes a model of another `shape`, (width, depth).
     """
-    path = checkpoint.with_name(layout.config_file)
+    path, preprocessor = folder / layout.config_file, folder / "preprocessor_config.json"
     config = read_json(path, dict) if path.is_file() else {}
     try:
         stated = layout.read_config(config)
@@ -329,14 +255,18 @@ def _read_publisher_config(
         raise ValueError(f"{path} does not describe a model of its publisher's: {error}") from None
     if stated is None:
         return {}
-    described = stated.pop("shape")
+    described = stated.pop("shape", shape)
+    if preprocessor.is_file():
+        images = read_json(preprocessor, dict)
+        found = {key: images.get(f"image_{key}") for key in ("mean", "std")}
+        stated |= {key: value for key, value in found.items() if value is not None}
     for key, value in stated.items():
         if not _STATED_CHECKS[key](value):
             raise ValueError(f"{path} gives an impossible {key}: {truncated_repr(value)}")
     if described != shape:
         raise ValueError(
             f"{path} describes another model: its (width, depth) is {described}, but that of "
-            f"{checkpoint.name} is {shape}. Replace it with the matching config, or remove it"
+            f"{name} is {shape}. Replace it with the matching config, or remove it"
         )
     return stated
 
@@ -348,45 +278,42 @@ class SourceCheckpoint:
     Attributes:
       arrays: weights by our flat names, in the source's dtypes. The blocks of a stage are stacked
         [L, ...].
-      container: "safetensors", "torch" or "torchscript".
+      container: "safetensors", "torch", "torchscript" or "npz".
       layout: a key of `LAYOUTS`.
       family: a key of `FAMILIES` in `models/backbones/registry.py`.
-      sha256: SHA-256 of the file.
-      stated: "activation", "heads", "eps" and "image_size", as far as the layout, the file or the
-        publisher's config next to it states them.
+      name: of the file, the folder or the repository.
+      sha256: SHA-256 of the file; of shards, that of the list of their names and hashes.
+      stated: "activation", "heads", "eps", "image_size", "mean" and "std", as far as the layout,
+        the file or the publisher's config next to it states them.
     """
 
     arrays: dict[str, np.ndarray]
     container: str
     layout: str
     family: str
+    name: str
     sha256: str
     stated: dict[str, Any]
 
 
-def read_checkpoint(path: pathlib.Path, trust: bool) -> SourceCheckpoint:
-    """Read the image tower of the checkpoint at `path`.
+def read_checkpoint(checkpoint: str | os.PathLike[str]) -> SourceCheckpoint:
+    """Read the image tower of a checkpoint.
 
     Args:
-      path: local file; its format is detected from its content.
-      trust: open a TorchScript archive that is not one of OpenAI's published ones.
+      checkpoint: see `source_files.find_source`. The format is detected from the content.
 
     Returns:
       The weights under our names, and all that the checkpoint states about them.
 
     Raises:
+      FileNotFoundError: files are missing.
       ValueError: the file is refused or damaged, has no known layout, or has left-over or missing
         names (the message lists both).
     """
-    check_size(path, MAX_BYTES)
-    container, sha256 = _detect_container(path), compute_sha256(path)
-    if container == "torchscript" and not (trust or sha256 in PUBLISHED_SHA256):
-        raise ValueError(
-            f"{path} is a TorchScript archive, a program that can run code when opened, and its "
-            f"SHA-256 {sha256} is not one of the four that OpenAI published. Use the safetensors "
-            "file of the same model, or pass --trust if you trust its source"
-        )
-    tensors, metadata = _open_tensors(path, container)
+    source, path = find_source(checkpoint), os.fspath(checkpoint)
+    container, tensors, metadata = open_tensors(source)
+    _check_names(path, tensors)
+    tensors = _strip_prefixes(path, tensors)
     name = _detect_layout(path, tensors, metadata)
     layout = LAYOUTS[name]
     arrays = _rename_tensors(path, tensors, layout)
@@ -395,9 +322,15 @@ def read_checkpoint(path: pathlib.Path, trust: bool) -> SourceCheckpoint:
         shape = layout.get_shape(arrays)
     except (IndexError, ValueError) as error:  # an array has too few axes
         raise ValueError(f"{path}: wrong shapes for {layout.title}: {error}") from None
+    sha256 = source.sha256
     # Later values win: layout, publisher's config, OpenAI's marker, the file's own metadata.
-    stated = {**layout.stated, **_read_publisher_config(path, layout, shape)}
-    if "input_resolution" in tensors:  # only OpenAI's own files have it
-        stated["activation"] = "quick_gelu"
+    config = _read_publisher_config(source.folder, source.name, layout, shape)
+    stated = {**layout.stated, **config}
+    if layout.heads_source:
+        stated["heads"] = int(tensors[layout.heads_source]().shape[1])
+    if "input_resolution" in tensors or sha256 in PUBLISHED_SHA256:  # OpenAI's own files
+        stated |= {"activation": "quick_gelu", **NORMALIZATIONS["clip"]}
+    if sha256 in _CLIP_NORMALIZED_SHA256:
+        stated |= NORMALIZATIONS["clip"]
     stated |= {key: metadata[key] for key in ("activation", "heads") if key in metadata}
-    return SourceCheckpoint(arrays, container, name, layout.family, sha256, stated)
+    return SourceCheckpoint(arrays, container, name, layout.family, source.name, sha256, stated)

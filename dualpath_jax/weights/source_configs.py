@@ -1,8 +1,9 @@
 """Reads the configs that publishers put next to their checkpoints.
 
 Each function takes the parsed JSON ({} if there is no file). It returns the stated values: "shape",
-the (width, depth) of the described model, and "activation", "heads", "eps" and "image_size" as far
-as the publisher's configs have them. It returns None if the config is of another kind.
+the (width, depth) of the described model (if the config has it), and "activation", "heads", "eps",
+"image_size", "mean" and "std" as far as the publisher's configs have them. It returns None if the
+config is of another kind.
 
 Such configs leave out default values. The defaults here are those of open_clip's CLIPVisionCfg and
 of transformers' CLIPVisionConfig, ViTConfig and SwinConfig.
@@ -11,6 +12,16 @@ of transformers' CLIPVisionConfig, ViTConfig and SwinConfig.
 from collections.abc import Mapping
 from typing import Any
 
+# Mean and standard deviation of red, green and blue in 0..1 that pretraining used.
+NORMALIZATIONS: dict[str, dict[str, tuple[float, ...]]] = {
+    "clip": {
+        "mean": (0.48145466, 0.4578275, 0.40821073),
+        "std": (0.26862954, 0.26130258, 0.27577711),
+    },
+    "imagenet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+    "half": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+}
+
 
 def read_open_clip(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Read open_clip's `open_clip_config.json`."""
@@ -18,7 +29,10 @@ def read_open_clip(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     vision = config["model_cfg"].get("vision_cfg", {})
     width = vision.get("width", 768)
+    images = config.get("preprocess_cfg") or {}
     return {
+        **NORMALIZATIONS["clip"],
+        **{key: images[key] for key in ("mean", "std") if images.get(key) is not None},
         "shape": (width, vision.get("layers", 12)),
         "activation": "quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu",
         "heads": width // vision.get("head_width", 64),
@@ -32,6 +46,7 @@ def read_huggingface_clip(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     vision = config.get("vision_config", config)
     return {
+        **NORMALIZATIONS["clip"],
         "shape": (vision.get("hidden_size", 768), vision.get("num_hidden_layers", 12)),
         "activation": vision.get("hidden_act", "quick_gelu"),
         "heads": vision.get("num_attention_heads", 12),
@@ -61,3 +76,15 @@ def read_huggingface_swin(config: Mapping[str, Any]) -> dict[str, Any] | None:
         "eps": config.get("layer_norm_eps", 1e-5),
         "image_size": config.get("image_size", 224),
     }
+
+
+def read_timm(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read timm's `config.json`. It names the model, and usually its normalization."""
+    name = config.get("architecture")
+    if not isinstance(name, str):
+        return None
+    stated: dict[str, Any] = {"activation": "quick_gelu" if "quickgelu" in name else "gelu"}
+    if "_clip_" in name:
+        stated |= NORMALIZATIONS["clip"]
+    images = config.get("pretrained_cfg") or {}
+    return stated | {key: images[key] for key in ("mean", "std") if images.get(key) is not None}

@@ -9,6 +9,7 @@ loop looks for is a matter of timing, so that one run proves little.
 Exit status: 0 if every run ended with status 2; 1 otherwise.
 """
 
+import argparse
 import collections
 import pathlib
 import shutil
@@ -39,11 +40,16 @@ def end_by_error(fixture: TrainingFixture, number: int) -> str:
     return f"status {status}: {training.read_log().splitlines()[-1:]}"
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    arg_parser = build_parser(__doc__)
+    arg_parser.add_argument("--runs", type=positive(int), default=50, help="number of runs (50)")
+    return arg_parser
+
+
 def main() -> int:
     """Run the command line; return the exit status."""
-    parser = build_parser(__doc__)
-    parser.add_argument("--runs", type=positive(int), default=50, help="number of runs (50)")
-    runs = parser.parse_args().runs
+    runs = parser().parse_args().runs
     with tempfile.TemporaryDirectory() as name:
         fixture = TrainingFixture(pathlib.Path(name), num_steps=20)
         fixture.make_inputs()

@@ -63,6 +63,7 @@ _LAYOUTS = {
             "vision_config": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1},
         },
     ),
+    "timm-clip": ("vit", {"architecture": "vit_base_patch16_clip_224"}),
     "timm-vit": ("vit-in21k", {}),
     "huggingface-vit": (
         "vit-in21k",
@@ -225,7 +226,8 @@ class Checkpoints(Target):
 
     def read(self, kind: str, folder: pathlib.Path, out: pathlib.Path) -> None:
         (weights,) = folder.glob("weights*")
-        convert.convert_checkpoint(weights, out / "backbone.safetensors", activation="gelu")
+        options = {"activation": "gelu", "normalization": "clip"}
+        convert.convert_checkpoint(weights, out / "backbone.safetensors", **options)
 
 
 class TorchCheckpoints(Checkpoints):

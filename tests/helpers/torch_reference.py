@@ -3,6 +3,8 @@
 import re
 import sys
 
+import jax.numpy as jnp
+import numpy as np
 import torch
 
 # Side of image and patch, width, blocks, heads, width of the joint space.
@@ -165,3 +167,11 @@ def huggingface_stages(model: torch.nn.Module, images: torch.Tensor) -> dict[str
         return model.visual_projection(vision(pixel_values=images).pooler_output)
 
     return _record(modules, run)
+
+
+def torch_to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Return a tensor as an array of the same dtype; numpy itself has no bfloat16."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+    return tensor.numpy()

@@ -16,11 +16,12 @@ from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.backbones import layers, swin, vit
 from dualpath_jax.models.backbones import registry as backbone_registry
-from dualpath_jax.weights import convert, source_checkpoint
+from dualpath_jax.weights import convert
 
 torch = pytest.importorskip("torch")
 
 from tests.helpers import torch_imagenet as reference  # noqa: E402
+from tests.helpers.torch_reference import torch_to_numpy  # noqa: E402
 
 TOLERANCE = 1e-4  # absolute, float32, for outputs of order 1
 
@@ -46,9 +47,7 @@ def _images(size, count=2):
 
 def _save_safetensors(state, path):
     """Save a torch state dict as a safetensors file and return its path."""
-    arrays = {
-        k: np.ascontiguousarray(source_checkpoint._torch_to_numpy(v)) for k, v in state.items()
-    }
+    arrays = {k: np.ascontiguousarray(torch_to_numpy(v)) for k, v in state.items()}
     safetensors.numpy.save_file(arrays, path)
     return path
 
@@ -56,6 +55,7 @@ def _save_safetensors(state, path):
 def _converted(source, tmp_path, **options):
     """Convert a checkpoint and return (information, arrays by path)."""
     out = tmp_path / "backbone.safetensors"
+    options = {"normalization": "half"} | options
     return convert.convert_checkpoint(source, out, **options), convert._read_backbone(out)[0]
 
 

@@ -17,7 +17,7 @@ from dualpath_jax.models.backbones import swin, vit
 from dualpath_jax.models.backbones.layers import BlockHooks
 from dualpath_jax.models.methods.adapters import Adapter
 from dualpath_jax.models.methods.dualpath import DualPath, sincos3d
-from dualpath_jax.weights import convert, source_checkpoint
+from dualpath_jax.weights import convert
 from tests.helpers.method_cases import apply
 from tests.helpers.runs import build_run
 from tests.models.test_dualpath import perturbed, programs
@@ -248,9 +248,10 @@ def test_training_on_a_swin_of_the_config(config, tmp_path):
     """Convert a timm checkpoint, train six steps and evaluate."""
     pytest.importorskip("torch")
     from tests.helpers.torch_imagenet import timm_swin
+    from tests.helpers.torch_reference import torch_to_numpy
 
     arrays = {
-        name: np.ascontiguousarray(source_checkpoint._torch_to_numpy(value))
+        name: np.ascontiguousarray(torch_to_numpy(value))
         for name, value in timm_swin(SWIN).state_dict().items()
     }
     safetensors.numpy.save_file(arrays, tmp_path / "timm.safetensors")

@@ -20,7 +20,7 @@ from dualpath_jax.data.preparation import video_decoder
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.runtime import safe_read
 from dualpath_jax.training import adapter_file, checkpoint
-from dualpath_jax.weights import convert, source_checkpoint
+from dualpath_jax.weights import convert, source_files
 from tests.fuzz.annotation_target import Annotations
 from tests.fuzz.records_target import Records
 from tests.fuzz.sandbox import write_case
@@ -191,7 +191,7 @@ def test_weights_beyond_the_limit_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="more than the limit of 1,000"):
         convert.load_backbone(path, BACKBONES["vit"])
-    monkeypatch.setattr(source_checkpoint, "MAX_BYTES", 1000)
+    monkeypatch.setattr(source_files, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="more than the limit of 1,000"):
         convert.convert_checkpoint(path, tmp_path / "out")
 
@@ -351,7 +351,7 @@ def test_special_files_are_refused_at_once(kind, tmp_path):
         lambda: safe_read.read_lines(path),
         lambda: safe_read.read_bytes(path),
         lambda: safe_read.open_binary(path, 10),
-        lambda: source_checkpoint.read_checkpoint(path, trust=False),
+        lambda: convert.convert_checkpoint(path, tmp_path / "out.safetensors"),
     ]
     for read in readers:
         with pytest.raises((ValueError, OSError), match=SPECIAL[kind]):
@@ -465,7 +465,7 @@ def test_videos_need_less_than_four_times_their_annotations(tmp_path):
     (tmp_path / "labels.json").write_text('{"Putting a cup": "0"}')
     (tmp_path / "validation.json").write_text("[]")
     found = []
-    peak = _peak_per_byte(path, lambda: found.append(ssv2.read_ssv2(tmp_path, str(tmp_path), 0)))
+    peak = _peak_per_byte(path, lambda: found.append(ssv2.read_ssv2(tmp_path, str(tmp_path))))
     assert [video.id for video in found[0].splits["train"]] == [str(i) for i in range(20_000)]
     assert peak < 4
 

@@ -1,6 +1,8 @@
 """Tests convert.py against CLIP in torch: parity of all stages, source layouts and refusals."""
 
+import argparse
 import dataclasses
+import hashlib
 import json
 import operator
 import pathlib
@@ -15,20 +17,24 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from dualpath_jax.config import schema
 from dualpath_jax.models.backbones import registry as backbone_registry
 from dualpath_jax.models.backbones import vit
 from dualpath_jax.models.backbones.layers import BlockHooks
-from dualpath_jax.weights import convert, source_checkpoint
+from dualpath_jax.weights import convert, source_files
 
 torch = pytest.importorskip("torch")
 
 from tests.helpers import torch_reference as reference  # noqa: E402
+from tests.helpers.torch_reference import torch_to_numpy  # noqa: E402
 
 pytestmark = [  # OpenAI's archives are TorchScript, which is deprecated
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 
+GELU = {"activation": "gelu", "normalization": "clip"}
+QUICK_GELU = {"activation": "quick_gelu", "normalization": "clip"}
 TOLERANCE = 1e-4  # absolute, float32, for outputs of order 1
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -80,9 +86,7 @@ def _torch_images(config):
 
 def _save_safetensors(state, path, metadata=None):
     """Write a torch state dict as safetensors, and return the path."""
-    arrays = {
-        k: np.ascontiguousarray(source_checkpoint._torch_to_numpy(v)) for k, v in state.items()
-    }
+    arrays = {k: np.ascontiguousarray(torch_to_numpy(v)) for k, v in state.items()}
     safetensors.numpy.save_file(arrays, path, metadata)
     return path
 
@@ -108,7 +112,7 @@ def small_file(small_state, tmp_path_factory):
 def small_backbone(small_file, tmp_path_factory):
     """Return the converted file of the small CLIP."""
     out = tmp_path_factory.mktemp("converted") / "backbone.safetensors"
-    convert.convert_checkpoint(small_file, out)
+    convert.convert_checkpoint(small_file, out, normalization="clip")
     return out
 
 
@@ -131,7 +135,7 @@ def _copy_edited(path, edit, out):
 def _check_parity(shape, model, stages, source, tmp_path, record_property):
     """Check each stage of the converted model against torch, and return the loaded config."""
     converted = tmp_path / "backbone.safetensors"
-    info = convert.convert_checkpoint(source, converted)
+    info = convert.convert_checkpoint(source, converted, normalization="clip")
     wanted = _make_config(shape, activation="gelu", eps=1e-6)  # the file's values replace these
     params, config, _ = convert.load_backbone(converted, wanted)
     differences = _max_differences(params, config, stages(model, _torch_images(config)))
@@ -282,10 +286,12 @@ def test_names_shapes_and_metadata(small_file, small_backbone):
         "version": 1,
         "family": "vit",
         "config": dataclasses.asdict(SMALL),
+        "mean": [0.48145466, 0.4578275, 0.40821073],
+        "std": [0.26862954, 0.26130258, 0.27577711],
         "container": "safetensors",
         "layout": "openai",
         "source": "clip.safetensors",
-        "source_sha256": source_checkpoint.compute_sha256(small_file),
+        "source_sha256": source_files.compute_sha256(small_file),
     }
 
 
@@ -295,7 +301,7 @@ def test_torch_state_dict(kind, small_state, small_backbone, tmp_path):
     if kind == "nested":
         state = {"epoch": 3, "state_dict": {"module." + k: v for k, v in state.items()}}
     torch.save(state, path, _use_new_zipfile_serialization=kind != "legacy")
-    info = convert.convert_checkpoint(path, tmp_path / "out", activation="quick_gelu")
+    info = convert.convert_checkpoint(path, tmp_path / "out", **QUICK_GELU)
     assert (info["container"], info["layout"]) == ("torch", "openai")
     _assert_same_arrays(_read_arrays(tmp_path / "out"), _read_arrays(small_backbone))
 
@@ -317,21 +323,16 @@ def test_huggingface_state_dict(tmp_path):
     _assert_same_arrays(_read_arrays(tmp_path / "a"), _read_arrays(tmp_path / "b"))
 
 
-def test_torchscript_is_opened_only_with_trust(archive, small_backbone, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("opened"))
-        with pytest.raises(ValueError, match="can run code when opened.*--trust"):
-            convert.convert_checkpoint(archive, tmp_path / "out")
-    info = convert.convert_checkpoint(archive, tmp_path / "out", trust=True)
+def test_torchscript_is_read_without_torch(archive, small_backbone, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    info = convert.convert_checkpoint(archive, tmp_path / "out")
     assert (info["container"], info["published"]) == ("torchscript", None)
-    assert info["config"] == SMALL  # "input_resolution" implies quick_gelu
+    assert info["config"] == SMALL  # "input_resolution" implies quick_gelu and CLIP's mean
     _assert_same_arrays(_read_arrays(tmp_path / "out"), _read_arrays(small_backbone))
 
 
-def test_published_torchscript_is_opened(archive, tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        convert.PUBLISHED_SHA256, source_checkpoint.compute_sha256(archive), "ViT-Z/8"
-    )
+def test_published_archive_is_named(archive, tmp_path, monkeypatch):
+    monkeypatch.setitem(convert.PUBLISHED_SHA256, source_files.compute_sha256(archive), "ViT-Z/8")
     info = convert.convert_checkpoint(archive, tmp_path / "out")
     assert info["published"] == "ViT-Z/8"
 
@@ -345,16 +346,18 @@ def test_pickle_with_code_is_refused(small_state, tmp_path):
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Code(), protocol=2))
     for name in ("a.pt", "b.pt"):
         with pytest.raises(ValueError, match="refused: other pickled objects can run code"):
-            convert.convert_checkpoint(tmp_path / name, tmp_path / "out", activation="gelu")
+            convert.convert_checkpoint(tmp_path / name, tmp_path / "out", **GELU)
     assert not (tmp_path / "ran").exists()
 
 
-def test_only_torch_formats_need_torch(small_file, small_state, tmp_path, monkeypatch):
-    torch.save(small_state, tmp_path / "a.pt")
+@pytest.mark.parametrize("new_format", [True, False])
+def test_torch_files_are_read_without_torch(
+    new_format, small_state, small_backbone, tmp_path, monkeypatch
+):
+    torch.save(small_state, tmp_path / "a.pt", _use_new_zipfile_serialization=new_format)
     monkeypatch.setitem(sys.modules, "torch", None)
-    convert.convert_checkpoint(small_file, tmp_path / "out")
-    with pytest.raises(ValueError, match="is a torch file, but torch is not installed"):
-        convert.convert_checkpoint(tmp_path / "a.pt", tmp_path / "out", activation="gelu")
+    convert.convert_checkpoint(tmp_path / "a.pt", tmp_path / "out", **QUICK_GELU)
+    _assert_same_arrays(_read_arrays(tmp_path / "out"), _read_arrays(small_backbone))
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
@@ -364,7 +367,7 @@ def test_source_dtypes_are_kept(suffix, small_state, tmp_path):
     state = {k: v.to(dtypes.get(v.ndim, torch.float32)) for k, v in small_state.items()}
     source = tmp_path / f"a.{suffix}"
     (_save_safetensors if suffix == "safetensors" else torch.save)(state, source)
-    convert.convert_checkpoint(source, tmp_path / "out", activation="gelu")
+    convert.convert_checkpoint(source, tmp_path / "out", **GELU)
     params, _, _ = convert.load_backbone(tmp_path / "out", SMALL)
     assert params["patch_embedding"]["kernel"].dtype == jnp.bfloat16
     assert params["blocks"]["attention"]["qkv"]["kernel"].dtype == np.float16
@@ -373,16 +376,14 @@ def test_source_dtypes_are_kept(suffix, small_state, tmp_path):
     np.testing.assert_array_equal(params["patch_embedding"]["kernel"].astype(np.float32), kernel)
     integers = {k: v.to(torch.int8) for k, v in small_state.items()}
     with pytest.raises(ValueError, match="dtypes int8, but only BF16, F16, F32 are supported"):
-        convert.convert_checkpoint(
-            _save_safetensors(integers, source), tmp_path / "b", activation="gelu"
-        )
+        convert.convert_checkpoint(_save_safetensors(integers, source), tmp_path / "b", **GELU)
 
 
 def test_same_source_gives_same_bytes(small_file, small_backbone, tmp_path):
     for name in ("a", "b"):
-        info = convert.convert_checkpoint(small_file, tmp_path / name)
+        info = convert.convert_checkpoint(small_file, tmp_path / name, normalization="clip")
         assert (tmp_path / name).read_bytes() == small_backbone.read_bytes()
-        assert info["sha256"] == source_checkpoint.compute_sha256(small_backbone)
+        assert info["sha256"] == source_files.compute_sha256(small_backbone)
 
 
 # ---------------------------------------------------------------- what the weights do not state
@@ -397,10 +398,10 @@ def test_activation_must_be_known(small_state, tmp_path):
     with pytest.raises(ValueError, match="pass --activation=quick_gelu .*OpenAI.*=gelu .*LAION"):
         convert.convert_checkpoint(source, tmp_path / "out")
     with pytest.raises(ValueError, match="unknown activation 'relu'"):
-        convert.convert_checkpoint(source, tmp_path / "out", activation="relu")
+        convert.convert_checkpoint(source, tmp_path / "out", **GELU | {"activation": "relu"})
     with pytest.raises(ValueError, match="heads is 0"):
-        convert.convert_checkpoint(source, tmp_path / "out", activation="gelu", heads=0)
-    info = convert.convert_checkpoint(source, tmp_path / "out", activation="gelu", heads=4)
+        convert.convert_checkpoint(source, tmp_path / "out", **GELU, heads=0)
+    info = convert.convert_checkpoint(source, tmp_path / "out", **GELU, heads=4)
     assert info["config"] == _make_config(reference.SMALL, "gelu", heads=4)
 
 
@@ -443,7 +444,7 @@ def test_huggingface_config(tmp_path):
 
 
 def test_flag_wins_over_metadata(small_file, tmp_path):
-    info = convert.convert_checkpoint(small_file, tmp_path / "out", activation="gelu")
+    info = convert.convert_checkpoint(small_file, tmp_path / "out", **GELU)
     assert info["config"].activation == "gelu"
 
 
@@ -472,14 +473,14 @@ def test_left_over_and_missing_names_are_listed(small_state, tmp_path):
         "visual.transformer.resblocks.1.mlp.c_fc.bias"
     )
     with pytest.raises(ValueError, match=expected):
-        convert.convert_checkpoint(source, tmp_path / "out", activation="gelu")
+        convert.convert_checkpoint(source, tmp_path / "out", **GELU)
 
 
 def test_missing_block_is_named(small_state, tmp_path):
     state = {k: v for k, v in small_state.items() if ".resblocks.1." not in k}
     source = _save_safetensors(state, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"left over: .*resblocks\.2\..*missing: .*resblocks\.1\."):
-        convert.convert_checkpoint(source, tmp_path / "out", activation="gelu")
+        convert.convert_checkpoint(source, tmp_path / "out", **GELU)
 
 
 def test_wrong_shapes(small_state, tmp_path):
@@ -491,14 +492,14 @@ def test_wrong_shapes(small_state, tmp_path):
     }.items():
         source = _save_safetensors({**small_state, name: value}, tmp_path / "a.safetensors")
         with pytest.raises(ValueError, match="wrong (names or )?shape"):
-            convert.convert_checkpoint(source, tmp_path / "out", activation="gelu")
+            convert.convert_checkpoint(source, tmp_path / "out", **GELU)
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (["visual.layer1.0.conv1.weight", "visual.conv1.weight"], "a ResNet image tower"),
-        (["visual.trunk.blocks.0.norm1.weight"], "an image tower of timm"),
+        (["visual.attn_pool.query"], "attention pooling"),
         (["text_model.final_layer_norm.bias", "text_projection.weight"], "only a text tower"),
         (["transformer.resblocks.0.ln_1.bias", "positional_embedding"], "only a text tower"),
         (
@@ -514,7 +515,7 @@ def test_other_models(names, message, tmp_path):
     torch.save(state, sources[1])
     for source in sources:
         with pytest.raises(ValueError, match=message):
-            convert.convert_checkpoint(source, tmp_path / "out", activation="gelu")
+            convert.convert_checkpoint(source, tmp_path / "out", **GELU)
 
 
 @pytest.mark.parametrize(
@@ -546,7 +547,7 @@ def test_truncated_sources(small_file, small_state, archive, tmp_path):
         for size in (100, len(data) // 2, len(data) - 1):
             (tmp_path / "cut").write_bytes(data[:size])
             with pytest.raises(ValueError, match="truncated|damaged"):
-                convert.convert_checkpoint(tmp_path / "cut", tmp_path / "out", trust=True)
+                convert.convert_checkpoint(tmp_path / "cut", tmp_path / "out")
 
 
 def test_converted_file_is_not_converted_again(small_backbone, tmp_path):
@@ -583,11 +584,15 @@ def test_load_gives_the_tree_of_the_vit(small_file, small_backbone):
     images = jnp.zeros((1, 32, 32, 3))
     tree = jax.eval_shape(lambda: vit.ViT(SMALL).init(jax.random.key(0), images)["params"])
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, tree)
+    arrays, meta, _ = convert._read_backbone(small_backbone)
+    old = {key: value for key, value in meta.items() if key not in ("mean", "std")}
+    data = safetensors.numpy.save(arrays, {convert.CONVERTED_KEY: json.dumps(old, sort_keys=True)})
     assert info == convert.BackboneInfo(
         name="custom",
-        sha256=source_checkpoint.compute_sha256(small_backbone),
-        source_sha256=source_checkpoint.compute_sha256(small_file),
+        sha256=hashlib.sha256(data).hexdigest(),  # as of a file that version 0.1.0 wrote
+        source_sha256=source_files.compute_sha256(small_file),
         source="clip.safetensors",
+        normalization=(tuple(meta["mean"]), tuple(meta["std"])),
     )
 
 
@@ -671,12 +676,12 @@ def _run_script(*arguments):
 
 def test_script_converts_and_reports(small_file, small_backbone, tmp_path):
     out = tmp_path / "out.safetensors"
-    result = _run_script(f"--checkpoint={small_file}", f"--out={out}")
+    result = _run_script(f"--checkpoint={small_file}", f"--out={out}", "--normalization=clip")
     assert result.returncode == 0, result.stderr
     assert out.read_bytes() == small_backbone.read_bytes()  # from another process
     for text in ("openai names in a safetensors file", "custom: width 128, depth 3", "628,352"):
         assert text in result.stdout
-    assert source_checkpoint.compute_sha256(small_file) in result.stdout
+    assert source_files.compute_sha256(small_file) in result.stdout
 
 
 def test_script_reports_errors_in_a_line(tmp_path):
@@ -684,3 +689,213 @@ def test_script_reports_errors_in_a_line(tmp_path):
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == f"error: no checkpoint file at {tmp_path / 'absent'}\n"
+
+
+# ---------------------------------------------------------------- files as people have them
+
+
+def _convert(source, tmp_path, **options):
+    """Convert a checkpoint; return its description and arrays."""
+    info = convert.convert_checkpoint(source, tmp_path / "out", **QUICK_GELU | options)
+    return info, _read_arrays(tmp_path / "out")
+
+
+@pytest.fixture
+def shards(small_state, tmp_path):
+    """Return the index of the small CLIP in two shards."""
+    folder, weight_map = tmp_path / "shards", {}
+    folder.mkdir()
+    names = sorted(small_state)
+    for i, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-0000{i}-of-00002.safetensors"
+        _save_safetensors({name: small_state[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = folder / "model.safetensors.index.json"
+    _write_json(index, {"weight_map": weight_map})
+    return index
+
+
+def test_shards(shards, small_backbone, tmp_path):
+    for source in (shards, shards.parent, shards.with_name("model-00002-of-00002.safetensors")):
+        _, arrays = _convert(source, tmp_path)
+        _assert_same_arrays(arrays, _read_arrays(small_backbone))
+
+
+def test_incomplete_shards_are_refused(shards, tmp_path):
+    shards.with_name("model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="2 shards, of which 1 are missing: .*model-00001"):
+        _convert(shards.parent, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["../clip.safetensors", "/clip.safetensors", "a\\b", ".."])
+def test_index_with_outside_paths_is_refused(name, shards, tmp_path):
+    _write_json(shards, {"weight_map": {"visual.proj": name}})
+    with pytest.raises(ValueError, match="a path outside its folder"):
+        _convert(shards, tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "_orig_mod.module.", "image_encoder.model."])
+@pytest.mark.parametrize("wrapper", ["model", "model_state", "ema"])
+def test_wrappers_and_prefixes(prefix, wrapper, small_state, small_backbone, tmp_path):
+    state = {prefix + name: value for name, value in small_state.items()}
+    torch.save({wrapper: state, "args": argparse.Namespace(lr=1.0)}, tmp_path / "a.pt")
+    _, arrays = _convert(tmp_path / "a.pt", tmp_path)
+    _assert_same_arrays(arrays, _read_arrays(small_backbone))
+
+
+def test_tower_without_projection(small_state, small_backbone, tmp_path):
+    state = {name: value for name, value in small_state.items() if name != "visual.proj"}
+    info, arrays = _convert(_save_safetensors(state, tmp_path / "a.safetensors"), tmp_path)
+    assert info["config"] == dataclasses.replace(SMALL, projection_dim=None)
+    expected = _read_arrays(small_backbone)
+    del expected["projection"]
+    _assert_same_arrays(arrays, expected)
+
+
+def _timm_names(state):
+    """Return OpenAI's image tower under timm's names."""
+    names = {
+        "visual.class_embedding": "cls_token",
+        "visual.positional_embedding": "pos_embed",
+        "visual.conv1": "patch_embed.proj",
+        "visual.ln_pre": "norm_pre",
+        "visual.ln_post": "norm",
+        "visual.transformer.resblocks": "blocks",
+        "attn.in_proj_": "attn.qkv.",
+        "attn.out_proj": "attn.proj",
+        "ln_1": "norm1",
+        "ln_2": "norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
+    renamed = {"head.weight": state["visual.proj"].T, "head.bias": torch.zeros(48)}
+    for name, value in state.items():
+        for theirs, timm in names.items():
+            name = name.replace(theirs, timm)
+        if name.startswith(("cls_token", "pos_embed", "patch_embed", "norm", "blocks")):
+            axes = {"cls_token": 2, "pos_embed": 1}.get(name, 0)
+            renamed[name] = value[(None,) * axes]
+    return renamed
+
+
+@pytest.mark.parametrize("prefix", ["", "visual.trunk."])
+def test_clip_by_names_of_timm(prefix, small_state, small_backbone, tmp_path):
+    state = {prefix + name: value for name, value in _timm_names(small_state).items()}
+    source = _save_safetensors(state, tmp_path / "model.safetensors")
+    info, arrays = _convert(source, tmp_path, heads=2)
+    assert info["layout"] == "timm-clip"
+    _assert_same_arrays(arrays, _read_arrays(small_backbone))
+    state[prefix + "head.bias"] += 1  # a classifier
+    _, arrays = _convert(_save_safetensors(state, source), tmp_path, heads=2)
+    assert "projection" not in arrays
+
+
+def test_official_npz(tmp_path):
+    config = dataclasses.replace(
+        SMALL, projection_dim=None, activation="gelu", eps=1e-6, pre_norm=False, patch_bias=True
+    )
+    rng = np.random.default_rng(0)
+    arrays = {
+        name: rng.standard_normal(shape, np.float32)
+        for name, shape in convert.parameter_shapes(config).items()
+    }
+    names = {
+        "cls": arrays["class_embedding"][None, None],
+        "Transformer/posembed_input/pos_embedding": arrays["position_embedding"][None],
+        "head/kernel": np.zeros((128, 10)),
+    }
+    for ours, theirs in (("patch_embedding", "embedding"), ("ln_post", "Transformer/encoder_norm")):
+        for name in (n for n in arrays if n.startswith(ours)):
+            names[name.replace(ours, theirs)] = arrays[name]
+    layers = {
+        "ln_1": "LayerNorm_0",
+        "ln_2": "LayerNorm_2",
+        "mlp/hidden": "MlpBlock_3/Dense_0",
+        "mlp/output": "MlpBlock_3/Dense_1",
+    }
+    for i in range(config.depth):
+        block = f"Transformer/encoderblock_{i}/"
+        for name, array in arrays.items():
+            for ours, theirs in layers.items():
+                if name.startswith(f"blocks/{ours}/"):
+                    names[name.replace(f"blocks/{ours}", block + theirs)] = array[i]
+        attention = block + "MultiHeadDotProductAttention_1/"
+        for leaf in ("kernel", "bias"):
+            qkv = np.split(arrays[f"blocks/attention/qkv/{leaf}"][i], 3, axis=-1)
+            for part, array in zip(("query", "key", "value"), qkv, strict=True):
+                names[f"{attention}{part}/{leaf}"] = array.reshape(*array.shape[:-1], 2, 64)
+        kernel = arrays["blocks/attention/out/kernel"][i]
+        names[attention + "out/kernel"] = kernel.reshape(2, 64, 128)
+        names[attention + "out/bias"] = arrays["blocks/attention/out/bias"][i]
+    np.savez(tmp_path / "ViT.npz", **names)
+    info = convert.convert_checkpoint(tmp_path / "ViT.npz", tmp_path / "out")
+    assert (info["config"], info["container"]) == (config, "npz")
+    assert (info["mean"], info["std"]) == ([0.5] * 3, [0.5] * 3)
+    _assert_same_arrays(_read_arrays(tmp_path / "out"), arrays)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("base_model.model.visual.q.lora_A.weight", (4, 128), "LoRA matrices .*merge_and_unload"),
+        ("visual.transformer.resblocks.0.mlp.c_fc.SCB", (4,), "is quantized: use the float"),
+        ("visual.conv1.weight", (128, 1, 8, 8), "of another modality: .* reads 1 channels"),
+        ("visual.conv1.weight", (128, 3, 2, 8, 8), "of another modality: .* reads videos"),
+    ],
+)
+def test_other_weights_are_refused(name, shape, message, small_state, tmp_path):
+    state = {**small_state, name: torch.ones(shape)}
+    with pytest.raises(ValueError, match=message):
+        _convert(_save_safetensors(state, tmp_path / "a.safetensors"), tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_repository_of_hugging_face(small_state, small_backbone, tmp_path, monkeypatch):
+    errors = pytest.importorskip("huggingface_hub").errors
+    _save_safetensors(small_state, tmp_path / "open_clip_model.safetensors")
+    asked = []
+
+    def hf_hub_download(repo, name, revision):
+        asked.append((repo, revision))
+        if not (tmp_path / name).is_file():
+            raise errors.LocalEntryNotFoundError("offline")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    info, arrays = _convert("hf:laion/clip@v1", tmp_path)
+    assert (set(asked), info["source"]) == ({("laion/clip", "v1")}, "hf:laion/clip@v1")
+    _assert_same_arrays(arrays, _read_arrays(small_backbone))
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="hf:laion/clip has none of model.safetensors"):
+        _convert("hf:laion/clip", tmp_path)
+
+
+def test_normalization_must_be_known(small_state, tmp_path):
+    source = _save_safetensors(small_state, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="--activation=quick_gelu .*--normalization=clip"):
+        convert.convert_checkpoint(source, tmp_path / "out")
+    with pytest.raises(ValueError, match="unknown normalization 'mine': known are clip, imagenet"):
+        convert.convert_checkpoint(source, tmp_path / "out", normalization="mine")
+    vision = {"width": 128, "layers": 3}
+    path = tmp_path / "open_clip_config.json"
+    content = {"model_cfg": {"vision_cfg": vision}, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}
+    _write_json(path, content)
+    info = convert.convert_checkpoint(source, tmp_path / "out")
+    assert info["mean"] == [0.1, 0.2, 0.3]
+    _write_json(path, content | {"preprocess_cfg": {"mean": [123.0, 1, 1]}})
+    with pytest.raises(ValueError, match=r"impossible mean: \[123.0, 1, 1\]"):
+        convert.convert_checkpoint(source, tmp_path / "out")
+
+
+def test_file_and_config_with_other_normalization(small_backbone):
+    config = schema.get_config()
+    _, _, info = convert.load_backbone(small_backbone, SMALL)
+    convert.check_normalization("backbone", info, config.data)
+    config.data.mean = config.data.std = (0.5, 0.5, 0.5)
+    with pytest.raises(
+        ValueError, match=r"mean \(0.481, 0.458, 0.408\).*data.mean=\(0.5, 0.5, 0.5"
+    ):
+        convert.check_normalization("backbone", info, config.data)
+    config.data.keep_normalization = True
+    convert.check_normalization("backbone", info, config.data)
