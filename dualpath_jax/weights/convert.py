@@ -217,7 +217,7 @@ def convert_checkpoint(
         raise ValueError(f"{out} is the checkpoint itself, or its folder: write to another file")
     flags = {"activation": activation, "heads": heads, **_find_normalization(normalization)}
     flags = {key: value for key, value in flags.items() if value is not None}
-    if not os.fspath(checkpoint).startswith("hf:") and not os.path.exists(checkpoint):
+    if not os.fspath(checkpoint).startswith("hf:") and not os.path.lexists(checkpoint):
         raise FileNotFoundError(f"no checkpoint file at {checkpoint}")
     with _writable_output(out) as temporary:
         arrays, meta = _convert_arrays(checkpoint, flags)
