@@ -84,6 +84,8 @@ def run(argv: list[str]) -> None:
     """Run the mode that the flags name; absl calls it with the parsed command line."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    if MODE.value != "check":
+        console.protect_streams(is_log=True)  # results are in the workdir
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax logs each step of a save otherwise
     progress_bar.set_quiet(QUIET.value)
@@ -113,7 +115,6 @@ def run(argv: list[str]) -> None:
 def main() -> None:
     """Parse the command line and run it; exit with the status of the module's docstring."""
     preemption.install_sigterm_handler()  # the loop has its own handler
-    console.protect_streams(is_log=True)  # results are in the workdir
     environment.configure_environment()
     flags.mark_flag_as_required("config")
     cli.run_app(run, __doc__)

@@ -73,4 +73,5 @@ def main() -> None:
             limits=DecodeLimits(seconds=arguments.max_seconds, max_frames=arguments.max_frames),
             progress=sys.stderr.isatty() and not arguments.quiet,
         )
+    console.check_output()
     sys.exit(1 if num_unreadable else 0)

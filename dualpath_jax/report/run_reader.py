@@ -185,7 +185,7 @@ def _read_run(workdir: str, name: str) -> RunRecord:
             names, rows = read_predictions(workdir, run.results)
             run.predictions = _parse_predictions(rows)
             run.class_names = _parse_class_names(names)
-        except ValueError as problem:
+        except (ValueError, OSError) as problem:
             run.predictions = None
             run.report_missing(
                 f"no per-class accuracy, confusions, mistakes and calibration: {problem}",
@@ -364,13 +364,11 @@ def _class_names_from_checkpoint(run: RunRecord) -> Any:
     """Return the class names in the newest checkpoint; [] without one."""
     if not (pathlib.Path(run.workdir) / "checkpoints").is_dir():
         return []
-    checkpoints = Checkpoints(run.workdir, read_only=True)
-    step = checkpoints.latest_step()
-    if step is None:
-        return []
     try:
-        return checkpoints.read_metadata(step)["class_names"]
-    except (DamagedCheckpoint, OSError):
+        checkpoints = Checkpoints(run.workdir, read_only=True)
+        step = checkpoints.latest_step()
+        return [] if step is None else checkpoints.read_metadata(step)["class_names"]
+    except (DamagedCheckpoint, ValueError, OSError):
         return []
 
 

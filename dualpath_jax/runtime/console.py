@@ -4,12 +4,16 @@ It imports only the standard library, so that a program can begin with it.
 """
 
 import codecs
+import contextlib
 import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
+
+from dualpath_jax.runtime import terminal
 
 _STATUS_OF_BROKEN_PIPE = 128 + signal.SIGPIPE  # what a shell reports for programs that die of it
 _ERRORS = "dualpath_console"  # name of an error handler of codecs
@@ -23,31 +27,44 @@ def _replace_unencodable(error: UnicodeError) -> tuple[str | bytes, int]:
         return codecs.lookup_error("backslashreplace")(error)
 
 
+class OutputRefusedError(OSError):
+    """Reports that standard output could not be written, for another reason than a lost reader."""
+
+
 class _Output(io.FileIO):
     """Writes to a standard stream that may refuse it.
 
     Args:
       number: file descriptor.
       is_log: drop what is refused. Otherwise the program ends: quietly if nobody reads any more,
-        as in `| head -1`, and with OSError for another reason.
+        as in `| head -1`, and with OutputRefusedError for another reason.
     """
 
     def __init__(self, number: int, is_log: bool):
         super().__init__(number, "w", closefd=False)
         self.is_log = is_log
+        self.refusal: OutputRefusedError | None = None
 
     def write(self, data: Any) -> int:
         """Write all of `data`, or drop the rest of it."""
-        size, start = memoryview(data).nbytes, 0
+        rest = memoryview(data).cast("B")
+        size = rest.nbytes
         try:
-            while start < size:
-                start += super().write(memoryview(data).cast("B")[start:]) or size
-        except OSError as error:
+            while rest:
+                written = super().write(rest)
+                if written is None:  # a pipe that is not waited for is full
+                    select.select([], [self], [])
+                else:
+                    rest = rest[written:]
+        except BrokenPipeError:
             if not self.is_log:
                 self.is_log = True  # what Python still has to write at the end is dropped
-                if isinstance(error, BrokenPipeError):
-                    raise SystemExit(_STATUS_OF_BROKEN_PIPE) from None
-                raise OSError(error.errno, f"standard output: {error.strerror}") from None
+                raise SystemExit(_STATUS_OF_BROKEN_PIPE) from None
+        except OSError as error:
+            self.refusal = OutputRefusedError(error.errno, f"standard output: {error.strerror}")
+            if not self.is_log:
+                self.is_log = True
+                raise self.refusal from None
         return size
 
 
@@ -55,10 +72,12 @@ def protect_streams(is_log: bool = False) -> None:
     """Make sure that printing cannot end the program; replaces sys.stdout and sys.stderr.
 
     A closed stream is opened on the null device, as the next file to be opened would take its
-    place otherwise. Streams that a caller has replaced, as tests do, stay.
+    place otherwise. Control characters are escaped, see `terminal`. Streams that a caller has
+    replaced, as tests do, stay except for that.
 
     Args:
-      is_log: True if standard output is only a log, and the results are in files. See `_Output`.
+      is_log: True if the program goes on where standard output is refused, because it also writes
+        files. See `_Output`.
     """
     for number in range(3):
         try:
@@ -67,21 +86,39 @@ def protect_streams(is_log: bool = False) -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     codecs.register_error(_ERRORS, _replace_unencodable)
     for name, number in (("stdout", 1), ("stderr", 2)):
-        stream = getattr(sys, name)
-        if isinstance(getattr(getattr(stream, "buffer", None), "raw", None), _Output):
-            stream.buffer.raw.is_log |= is_log
+        stream = terminal.unwrap(getattr(sys, name))
+        if output := _find_output(stream):
+            output.is_log |= is_log
         elif stream is getattr(sys, f"__{name}__"):
-            raw = _Output(number, is_log or name == "stderr")
-            encoding = stream.encoding if stream else "utf-8"
-            setattr(sys, name, _wrap(raw, encoding))
+            setattr(sys, name, _wrap(_Output(number, is_log or name == "stderr"), stream))
+    terminal.protect_terminal()
 
 
-def _wrap(raw: _Output, encoding: str) -> io.TextIOWrapper:
-    """Return a text stream that writes each line at once on a terminal, as Python's do."""
-    lines = raw.isatty() or raw.fileno() == 2
+def _find_output(stream: Any) -> _Output | None:
+    """Return the `_Output` below a text stream, if it has one."""
+    buffer = getattr(stream, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)
+    return raw if isinstance(raw, _Output) else None
+
+
+def _wrap(raw: _Output, stream: Any) -> io.TextIOWrapper:
+    """Return a text stream that buffers as `stream`, the one that it replaces; None: closed."""
+    unbuffered = getattr(stream, "write_through", False)  # python -u
     return io.TextIOWrapper(
-        io.BufferedWriter(raw), encoding=encoding, errors=_ERRORS, line_buffering=lines
+        raw if unbuffered else io.BufferedWriter(raw),
+        encoding=stream.encoding if stream else "utf-8",
+        errors=_ERRORS,
+        line_buffering=getattr(stream, "line_buffering", False),
+        write_through=unbuffered,
     )
+
+
+def check_output() -> None:
+    """Raise OutputRefusedError if a part of standard output is lost that a reader waits for."""
+    sys.stdout.flush()
+    output = _find_output(terminal.unwrap(sys.stdout))
+    if output and output.refusal:
+        raise output.refusal
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
@@ -95,9 +132,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
         sys.stdout.flush()
     except KeyboardInterrupt:
         end_by_interrupt()
-    except OSError as error:
-        if not str(error.strerror).startswith("standard output"):
-            raise
+    except OutputRefusedError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     sys.exit(status)
@@ -116,9 +151,9 @@ def end_by_interrupt() -> NoReturn:
 
     Exit handlers are not run, but `with` blocks and `finally` clauses have been.
     """
-    print("interrupted by Ctrl-C", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    print("interrupted by Ctrl-C", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, SystemExit):  # nobody reads any more, or the disk is full
+        sys.stdout.flush()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
     os._exit(128 + signal.SIGINT)  # where the signal is blocked

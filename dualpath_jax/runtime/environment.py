@@ -20,7 +20,6 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from dualpath_jax.runtime import terminal
 from dualpath_jax.runtime.cpu_count import num_cores
 from dualpath_jax.version import __version__
 
@@ -61,11 +60,7 @@ def quiet_tensorflow() -> None:
 
 
 def configure_environment() -> None:
-    """Quiet TensorFlow, set XLA flags, and make JAX keep compiled programs for later starts.
-
-    What the program prints goes through `terminal.SafeStream` from now on.
-    """
-    terminal.protect_terminal()
+    """Quiet TensorFlow, set XLA flags, and make JAX keep compiled programs for later starts."""
     quiet_tensorflow()
     os.environ.setdefault("XLA_FLAGS", " ".join(_XLA_FLAGS))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder()))

@@ -5,6 +5,7 @@ import errno
 import fnmatch
 import os
 import pathlib
+import re
 import secrets
 import stat
 import tempfile
@@ -13,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from etils import epath
 
 from dualpath_jax.runtime import gcs
+
+_TEMPORARY_NAME = re.compile(r".+\.incomplete-[0-9a-f]{16}(\..*)?")
 
 
 @contextlib.contextmanager
@@ -92,7 +95,7 @@ def open_in_place(path: str | os.PathLike[str], flags: int) -> int:
         raise
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise ValueError(f"{os.fspath(path)!r} is not a regular file; remove it")
+        raise ValueError(f"{os.fspath(path)!r} is not a regular file; choose another path")
     return file
 
 
@@ -144,14 +147,16 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 
 
 def remove_incomplete(folder: str | os.PathLike[str]) -> None:
-    """Remove the temporary JSON files that killed writers left in a local folder.
+    """Remove the temporary files that killed writers left in a local folder, or one level below.
 
     Call it only where no other program may be writing: the folder is locked.
     """
     if "://" not in os.fspath(folder):
-        for path in pathlib.Path(folder).glob("*.incomplete-*.json*"):
-            with contextlib.suppress(OSError):
-                path.unlink()
+        for pattern in ("*.incomplete-*", "*/*.incomplete-*"):
+            for path in pathlib.Path(folder).glob(pattern):
+                if _TEMPORARY_NAME.fullmatch(path.name) and path.is_file():
+                    with contextlib.suppress(OSError):
+                        path.unlink()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

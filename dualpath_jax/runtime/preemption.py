@@ -122,11 +122,12 @@ class PreemptionGuard:
                 signal.signal(number, handler)
 
     def _record_signal(self, number: int, frame: object) -> None:
-        """Request a stop; the next signal ends the process."""
+        """Request a stop; after SIGTERM or SIGINT the next of them ends the process."""
         del frame
         self.stop_requested = True
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
+        if number != signal.SIGHUP:  # SIGTERM may follow when a session ends
+            for each in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(each, signal.SIG_DFL)
         if number == signal.SIGINT:
             self.stop_exception = Interrupted
             with contextlib.suppress(OSError):

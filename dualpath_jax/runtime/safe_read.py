@@ -54,15 +54,16 @@ def check_regular_files(folder: str | os.PathLike[str]) -> None:
     """Check that a local folder, and those below it, hold only folders and regular files.
 
     Raises:
-      ValueError: there is another kind of file; the message names it.
+      ValueError: there is another kind of file, or a link to a folder; the message names it.
       OSError: a link leads to itself.
     """
-    for below, _, names in os.walk(folder):
+    for below, folders, names in os.walk(folder):
+        for path in (os.path.join(below, name) for name in folders):
+            if os.path.islink(path):
+                raise ValueError(f"{path} is a link to a folder, which is not followed")
         for name in names:
             with contextlib.suppress(FileNotFoundError):  # a program may delete it meanwhile
-                path = os.path.join(below, name)
-                if not os.path.isdir(path):  # a link to a folder
-                    check_regular(path)
+                check_regular(os.path.join(below, name))
 
 
 def check_size(path: str | os.PathLike[str], limit: int) -> None:

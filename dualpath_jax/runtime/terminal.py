@@ -4,11 +4,10 @@ A terminal obeys control characters: they clear the screen, change its title, or
 printed before. A line break forges lines of output.
 """
 
+import os
 import sys
 import unicodedata
 from typing import Any, TextIO
-
-from absl import logging
 
 # Control characters; marks of direction, which reorder a line; separators of lines; halves of
 # surrogate pairs are left to the stream's error handler, because file names may hold any bytes.
@@ -71,13 +70,20 @@ class SafeStream:
 
 def protect_terminal() -> None:
     """Make everything that this program prints, tracebacks too, go through `SafeStream`."""
+    os.environ.setdefault("PYTHON_COLORS", "0")  # colors of tracebacks would be escaped
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, SafeStream):
             setattr(sys, name, SafeStream(stream))
-    logging.get_absl_handler().python_handler.setStream(sys.stderr)
+    if logging := sys.modules.get("absl.logging"):  # imported later, it takes sys.stderr itself
+        logging.get_absl_handler().python_handler.setStream(sys.stderr)
+
+
+def unwrap(stream: Any) -> Any:
+    """Return a stream without its `SafeStream`."""
+    return stream.stream if isinstance(stream, SafeStream) else stream
 
 
 def raw_stderr() -> TextIO:
     """Return standard error without `SafeStream`, for bars, which move the cursor."""
-    return sys.stderr.stream if isinstance(sys.stderr, SafeStream) else sys.stderr
+    return unwrap(sys.stderr)

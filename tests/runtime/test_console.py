@@ -1,5 +1,6 @@
 """Tests programs whose standard streams are closed, broken, full, or cannot show a character."""
 
+import concurrent.futures
 import os
 import signal
 import subprocess
@@ -67,6 +68,52 @@ def test_a_result_is_not_lost_silently(tmp_path):
             assert no_room.stderr.endswith(error)
 
 
+def test_a_full_disk_is_reported_at_the_end_where_files_are_written():
+    program = PRINTS.replace("    return 3", "    console.check_output()\n    return 3")
+    with open("/dev/full", "w") as full:
+        no_room = run_program(program, "log", os.devnull, stdout=full)
+        assert no_room.returncode == 2
+        assert no_room.stderr.startswith(b"to standard error\nerror: [Errno 28] standard output: ")
+        assert run_program(program, "log", os.devnull, stdout=broken_pipe()).returncode == 3
+
+
+def test_a_pipe_that_does_not_wait_gets_every_line(tmp_path):
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with open(reading) as lines, concurrent.futures.ThreadPoolExecutor() as pool:
+        result = pool.submit(run_program, PRINTS, "result", tmp_path / "file", stdout=writing)
+        result.add_done_callback(lambda _: os.close(writing))
+        assert sum(line == "a line\n" for line in lines) == 20_000
+    assert result.result().returncode == 3
+
+
+def test_unbuffered_output_arrives_at_once():
+    program = """
+import sys
+from dualpath_jax.runtime import console
+console.run(lambda: (print("first"), sys.stdin.read(), None)[2])
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=make_environment(),
+        cwd=ROOT,
+    )
+    assert process.stdout.readline() == b"first\n"  # waits forever where it is buffered
+    process.communicate()
+    assert process.returncode == 0
+
+
+def test_streams_are_protected_in_any_order(tmp_path):
+    program = PRINTS.replace(
+        "console.run(main)",
+        "from dualpath_jax.runtime import terminal\nterminal.protect_terminal()\nconsole.run(main)",
+    )
+    result = run_program(program, "result", tmp_path / "file", stdout=broken_pipe())
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, b"")
+
+
 def test_characters_that_the_encoding_lacks():
     program = (
         "from dualpath_jax.runtime import console\n"
@@ -92,6 +139,11 @@ console.run(main)
     result = run_program(program)
     assert result.returncode == -signal.SIGINT  # a shell reports 130, and stops a script
     assert (result.stdout, result.stderr) == (b"cleaned up\n", b"interrupted by Ctrl-C\n")
+    with open("/dev/full", "w") as full:
+        for lost in (full, broken_pipe()):
+            result = run_program(program, stdout=lost, PYTHONUNBUFFERED="")
+            assert result.returncode == -signal.SIGINT
+            assert result.stderr == b"interrupted by Ctrl-C\n"
 
 
 def test_every_script_ends_by_one_line():

@@ -363,6 +363,10 @@ def test_a_closed_terminal(monkeypatch):
             os.kill(os.getpid(), signal.SIGHUP)
         assert (guard.stop_requested, guard.stop_exception) == (True, Preempted)
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    with PreemptionGuard() as guard:  # a session that ends sends SIGTERM after it
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert (guard.stop_requested, guard.stop_exception) == (True, Preempted)
     # Of several processes, each passes it on to JAX's service, which handles SIGTERM.
     received = []
     own = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
