@@ -42,7 +42,7 @@ from dualpath_jax.weights.source_checkpoint import (
     read_checkpoint,
 )
 from dualpath_jax.weights.source_configs import NORMALIZATIONS
-from dualpath_jax.weights.source_files import MAX_BYTES, format_names
+from dualpath_jax.weights.source_files import MAX_BYTES, Source, find_source, format_names
 
 FORMAT_VERSION = 1
 
@@ -213,14 +213,15 @@ def convert_checkpoint(
       OSError: `checkpoint` cannot be read or `out` cannot be written.
     """
     out = epath.Path(out)
-    if os.path.exists(out) and os.path.exists(checkpoint) and os.path.samefile(out, checkpoint):
-        raise ValueError(f"{out} is the checkpoint itself, or its folder: write to another file")
     flags = {"activation": activation, "heads": heads, **_find_normalization(normalization)}
     flags = {key: value for key, value in flags.items() if value is not None}
-    if not os.fspath(checkpoint).startswith("hf:") and not os.path.lexists(checkpoint):
-        raise FileNotFoundError(f"no checkpoint file at {checkpoint}")
+    source = find_source(checkpoint)
+    if source.owns(out):
+        raise ValueError(
+            f"{out} is the checkpoint itself, its folder or one of its files: write to another file"
+        )
     with _writable_output(out) as temporary:
-        arrays, meta = _convert_arrays(checkpoint, flags)
+        arrays, meta = _convert_arrays(source, flags)
         data = _serialize(arrays, meta)
         temporary.write_bytes(data)
     return {
@@ -243,24 +244,24 @@ def _find_normalization(name: str | None) -> Mapping[str, tuple[float, ...]]:
 
 
 def _convert_arrays(
-    checkpoint: str | os.PathLike[str], flags: Mapping[str, Any]
+    source: Source, flags: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the arrays under our flat names, and the metadata for the backbone file."""
-    source = read_checkpoint(checkpoint)
-    arrays, stated = source.arrays, source.stated | flags
-    _check_stated(stated, checkpoint)
-    config = _infer_config(arrays, stated, source.family, checkpoint)
-    _check_arrays(checkpoint, arrays, config)
+    checkpoint = read_checkpoint(source)
+    arrays, stated = checkpoint.arrays, checkpoint.stated | flags
+    _check_stated(stated, source.given)
+    config = _infer_config(arrays, stated, checkpoint.family, source.given)
+    _check_arrays(source.given, arrays, config)
     return arrays, {
         "version": FORMAT_VERSION,
-        "family": source.family,
+        "family": checkpoint.family,
         "config": dataclasses.asdict(config),
         "mean": list(stated["mean"]),
         "std": list(stated["std"]),
-        "container": source.container,
-        "layout": source.layout,
-        "source": source.name,
-        "source_sha256": source.sha256,
+        "container": checkpoint.container,
+        "layout": checkpoint.layout,
+        "source": checkpoint.name,
+        "source_sha256": checkpoint.sha256,
     }
 
 

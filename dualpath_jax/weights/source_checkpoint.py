@@ -5,7 +5,6 @@ The files are opened by `source_files.py`; the known names are in `layouts.py`.
 
 import collections
 import dataclasses
-import os
 import pathlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -26,8 +25,8 @@ from dualpath_jax.weights.layouts import (
 from dualpath_jax.weights.source_configs import NORMALIZATIONS
 from dualpath_jax.weights.source_files import (
     NOT_A_CHECKPOINT,
+    Source,
     TensorReaders,
-    find_source,
     format_names,
     open_tensors,
 )
@@ -296,21 +295,20 @@ class SourceCheckpoint:
     stated: dict[str, Any]
 
 
-def read_checkpoint(checkpoint: str | os.PathLike[str]) -> SourceCheckpoint:
+def read_checkpoint(source: Source) -> SourceCheckpoint:
     """Read the image tower of a checkpoint.
 
     Args:
-      checkpoint: see `source_files.find_source`. The format is detected from the content.
+      source: see `source_files.find_source`. The format is detected from the content.
 
     Returns:
       The weights under our names, and all that the checkpoint states about them.
 
     Raises:
-      FileNotFoundError: files are missing.
       ValueError: the file is refused or damaged, has no known layout, or has left-over or missing
         names (the message lists both).
     """
-    source, path = find_source(checkpoint), os.fspath(checkpoint)
+    path = source.given
     container, tensors, metadata = open_tensors(source)
     _check_names(path, tensors)
     tensors = _strip_prefixes(path, tensors)

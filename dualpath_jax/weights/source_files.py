@@ -51,14 +51,24 @@ class Source:
     """Names the files of one checkpoint.
 
     Attributes:
-      name: for messages and the converted file: "clip.pt", "hf:org/name".
+      given: the file, folder or repository that the user named.
+      name: for the converted file: "clip.pt", "hf:org/name".
       files: the files of the weights, in the order of their names.
       folder: where the publisher's config files are.
     """
 
+    given: str
     name: str
     files: tuple[pathlib.Path, ...]
     folder: pathlib.Path
+
+    def owns(self, path: str | os.PathLike[str]) -> bool:
+        """Return whether a path is one of the checkpoint's own files, its index or a config."""
+        stated = (*_CONFIG_FILES, *(name for name in _WEIGHT_FILES if name.endswith(".json")))
+        own = (self.given, *self.files, *(self.folder / name for name in stated))
+        return os.path.exists(path) and any(
+            os.path.samefile(path, file) for file in own if os.path.exists(file)
+        )
 
     @property
     def sha256(self) -> str:
@@ -92,15 +102,15 @@ def find_source(checkpoint: str | os.PathLike[str]) -> Source:
     name = os.fspath(checkpoint)
     if name.startswith("hf:"):
         file = _download(name)
-        return Source(name, _find_shards(file), file.parent)
+        return Source(name, name, _find_shards(file), file.parent)
     path = pathlib.Path(checkpoint)
     if path.is_dir():
         file = _choose_file(path)
-        return Source(path.resolve().name, _find_shards(file), path)
+        return Source(name, path.resolve().name, _find_shards(file), path)
     if not os.path.lexists(path):
         raise FileNotFoundError(f"no checkpoint file at {path}")
     check_regular(path)
-    return Source(path.name, _find_shards(path), path.parent)
+    return Source(name, path.name, _find_shards(path), path.parent)
 
 
 def _choose_file(folder: pathlib.Path) -> pathlib.Path:

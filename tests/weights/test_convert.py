@@ -574,6 +574,28 @@ def test_out_is_written_whole_or_not_at_all(small_file, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["garbage", "out"]
 
 
+def test_files_of_the_checkpoint_are_not_overwritten(shards, small_file, tmp_path):
+    folder, first = shards.parent, shards.with_name("model-00001-of-00002.safetensors")
+    _write_json(folder / "config.json", {})
+    (tmp_path / "link").symlink_to(first)
+    whole = tmp_path / "whole" / "model.safetensors"
+    whole.parent.mkdir()
+    whole.write_bytes(small_file.read_bytes())
+    for source, out in (
+        (whole.parent, whole),
+        (folder, first),
+        (folder, shards),
+        (shards, tmp_path / "link"),
+        (shards.with_name("model-00002-of-00002.safetensors"), first),
+        (first, folder / "config.json"),
+    ):
+        before = out.read_bytes()
+        with pytest.raises(ValueError, match="is the checkpoint itself, its folder or one of its"):
+            convert.convert_checkpoint(source, out, **QUICK_GELU)
+        assert out.read_bytes() == before
+    convert.convert_checkpoint(shards, folder / "converted.safetensors", **QUICK_GELU)
+
+
 # ---------------------------------------------------------------- loading
 
 
