@@ -294,11 +294,7 @@ def _open_file(path: pathlib.Path, container: str) -> tuple[TensorReaders, dict[
         if container == "torchscript":
             content = torch_files.module_tensors(content)
     except torch_files.RefusedPickleError as error:
-        raise ValueError(
-            f"{path} holds more than tensors ({error}) and is refused: other pickled objects can "
-            "run code when loaded. Nothing was executed. Save only the state dict, preferably as "
-            "safetensors"
-        ) from None
+        raise _refuse(path, str(error)) from None
     except ValueError as error:
         raise ValueError(f"{path} is truncated or damaged: {str(error)[:200]}") from None
     state = _unwrap(path, content)
@@ -313,6 +309,15 @@ def _read_npy(arrays: Any, name: str) -> np.ndarray:
     return array.view(jnp.bfloat16) if array.dtype == np.dtype("V2") else array
 
 
+def _refuse(path: pathlib.Path, reason: str) -> ValueError:
+    """Return the error for a torch file whose weights are, or contain, other objects."""
+    return ValueError(
+        f"{path} holds more than tensors ({reason[:150]}) and is refused: other pickled objects "
+        "can run code when loaded. Nothing was executed. Save only the state dict, preferably as "
+        "safetensors"
+    )
+
+
 def _unwrap(path: pathlib.Path, content: Any) -> dict[str, torch_files.Tensor]:
     """Return the state dict in the content of a torch file."""
     for _ in range(len(_WRAPPERS)):
@@ -322,10 +327,16 @@ def _unwrap(path: pathlib.Path, content: Any) -> dict[str, torch_files.Tensor]:
         if not entries:
             break
         content = content[entries[0]]
+    if isinstance(content, torch_files.Opaque):
+        raise _refuse(path, content.name)
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} is {NOT_A_CHECKPOINT}: it holds no state dict")
+    tensors = any(isinstance(value, torch_files.Tensor) for value in content.values())
+    for name, value in content.items():
+        if isinstance(value, torch_files.Opaque) and (tensors or name in _WRAPPERS):
+            raise _refuse(path, f"{str(name)[:50]}: {value.name}")
     others = [
-        name
+        str(name)
         for name, value in content.items()
         if not (isinstance(name, str) and isinstance(value, torch_files.Tensor))
     ]
