@@ -153,7 +153,7 @@ def _drop_classifier(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Drop a classifier, which has a bias; the projection of CLIP has none, or zeros."""
     if np.any(arrays.pop("head_bias", 0)):
         logging.warning("the head has a bias: it is a classifier, not CLIP's projection; left out")
-        del arrays["projection"]
+        arrays.pop("projection", None)
     return arrays
 
 

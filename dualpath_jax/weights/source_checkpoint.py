@@ -318,14 +318,13 @@ def read_checkpoint(source: Source) -> SourceCheckpoint:
     try:
         arrays = layout.postprocess(arrays)
         shape = layout.get_shape(arrays)
+        heads = {"heads": tensors[layout.heads_source]().shape[1]} if layout.heads_source else {}
     except (IndexError, ValueError) as error:  # an array has too few axes
         raise ValueError(f"{path}: wrong shapes for {layout.title}: {error}") from None
     sha256 = source.sha256
     # Later values win: layout, publisher's config, OpenAI's marker, the file's own metadata.
     config = _read_publisher_config(source.folder, source.name, layout, shape)
-    stated = {**layout.stated, **config}
-    if layout.heads_source:
-        stated["heads"] = int(tensors[layout.heads_source]().shape[1])
+    stated = {**layout.stated, **config, **heads}
     if "input_resolution" in tensors or sha256 in PUBLISHED_SHA256:  # OpenAI's own files
         stated |= {"activation": "quick_gelu", **NORMALIZATIONS["clip"]}
     if sha256 in _CLIP_NORMALIZED_SHA256:

@@ -20,6 +20,7 @@ from dualpath_jax.runtime.safe_read import (
     check_size,
     open_binary,
     read_json,
+    truncated_repr,
 )
 from dualpath_jax.weights import torch_files
 
@@ -133,24 +134,15 @@ def _choose_file(folder: pathlib.Path) -> pathlib.Path:
 def _find_shards(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
     """Return all files of the set that `path`, an index or one shard, belongs to."""
     if path.name.endswith(".index.json"):
-        weight_map = read_json(path, dict).get("weight_map")
-        names = set(weight_map.values()) if _maps_strings(weight_map) else set()
-        if not names:
-            raise ValueError(f"{path} is not an index of shards: it has no weight_map of files")
-        for name in names:
-            if name in ("", ".", "..") or re.search(r'[/\\:"\0]', name):
-                raise ValueError(
-                    f"{path} is refused: it names {name!r}, a path outside its folder; download "
-                    "the index again from its publisher"
-                )
+        names = _read_index(path)
     elif match := _SHARD_NAME.fullmatch(path.name):
         count = int(match[3])
         if not 0 < count <= 1000:
             return (path,)
-        names = {f"{match[1]}-{i:05d}-of-{match[3]}{match[4]}" for i in range(1, count + 1)}
+        names = [f"{match[1]}-{i:05d}-of-{match[3]}{match[4]}" for i in range(1, count + 1)]
     else:
         return (path,)
-    files = tuple(path.with_name(name) for name in sorted(names))
+    files = tuple(path.with_name(name) for name in names)
     if missing := [file.name for file in files if not file.is_file()]:
         raise FileNotFoundError(
             f"{path} belongs to a set of {len(files)} shards, of which {len(missing)} are missing: "
@@ -159,8 +151,23 @@ def _find_shards(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
     return files
 
 
-def _maps_strings(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(name, str) for name in value.values())
+def _read_index(path: pathlib.Path) -> list[str]:
+    """Return the names of the shards that an index names, sorted.
+
+    Raises:
+      ValueError: it is not an index, or names files outside its folder.
+    """
+    weight_map = read_json(path, dict).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} is not an index of shards: it has no weight_map of files")
+    for name in names:
+        if name in ("", ".", "..") or re.search(r'[/\\:"\0]', name):
+            raise ValueError(
+                f"{path} is refused: it names {truncated_repr(name)}, a path outside its folder; "
+                "download the index again from its publisher"
+            )
+    return sorted(set(names))
 
 
 def _download(name: str) -> pathlib.Path:
@@ -197,8 +204,8 @@ def _download(name: str) -> pathlib.Path:
             if (path := fetch(weights)) is None:
                 continue
             if weights.endswith(".index.json"):
-                for shard in sorted(set(read_json(path, dict).get("weight_map", {}).values())):
-                    fetch(str(shard))
+                for shard in _read_index(path):
+                    fetch(shard)
             return path
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise OSError(f"{name} cannot be downloaded: {str(error).splitlines()[0]}") from None

@@ -757,6 +757,38 @@ def test_index_with_outside_paths_is_refused(name, shards, tmp_path):
         _convert(shards, tmp_path)
 
 
+BAD_WEIGHT_MAPS = [["a"], None, {}, {"a": 1, "b": "model.safetensors"}, {"a": ["b"]}]
+
+
+@pytest.mark.parametrize("weight_map", BAD_WEIGHT_MAPS)
+def test_index_without_names_is_refused(weight_map, shards, tmp_path, monkeypatch):
+    """Check indices on disk and of Hugging Face; the names of the latter are not asked for."""
+    hub = pytest.importorskip("huggingface_hub")
+    _write_json(shards, {"weight_map": weight_map})
+    asked = []
+
+    def hf_hub_download(repo, name, revision):
+        asked.append(name)
+        if name != shards.name:
+            raise hub.errors.LocalEntryNotFoundError("offline")
+        return str(shards)
+
+    monkeypatch.setattr(hub, "hf_hub_download", hf_hub_download)
+    for source in (shards, "hf:a/b"):
+        with pytest.raises(ValueError, match="it has no weight_map of files"):
+            _convert(source, tmp_path)
+    assert asked[-1] == shards.name
+
+
+def test_index_of_hugging_face_is_checked_before_its_files_are_fetched(shards, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    _write_json(shards, {"weight_map": {"a": "../b"}})
+    monkeypatch.setattr(hub, "hf_hub_download", lambda repo, name, revision: str(shards))
+    monkeypatch.setattr(source_files, "_WEIGHT_FILES", (shards.name,))
+    with pytest.raises(ValueError, match="a path outside its folder"):
+        source_files.find_source("hf:a/b")
+
+
 @pytest.mark.parametrize("prefix", ["model.", "_orig_mod.module.", "image_encoder.model."])
 @pytest.mark.parametrize("wrapper", ["model", "model_state", "ema"])
 def test_wrappers_and_prefixes(prefix, wrapper, small_state, small_backbone, tmp_path):
@@ -811,6 +843,8 @@ def test_clip_by_names_of_timm(prefix, small_state, small_backbone, tmp_path):
     state[prefix + "head.bias"] += 1  # a classifier
     _, arrays = _convert(_save_safetensors(state, source), tmp_path, heads=2)
     assert "projection" not in arrays
+    del state[prefix + "head.weight"]
+    assert "projection" not in _convert(_save_safetensors(state, source), tmp_path, heads=2)[1]
 
 
 def test_official_npz(tmp_path):
@@ -855,6 +889,12 @@ def test_official_npz(tmp_path):
     assert (info["config"], info["container"]) == (config, "npz")
     assert (info["mean"], info["std"]) == ([0.5] * 3, [0.5] * 3)
     _assert_same_arrays(_read_arrays(tmp_path / "out"), arrays)
+    flat = {
+        n: a.ravel() if re.search("(query|key|value)/kernel", n) else a for n, a in names.items()
+    }
+    np.savez(tmp_path / "flat.npz", **flat)
+    with pytest.raises(ValueError, match="flat.npz: wrong shapes for an ImageNet ViT"):
+        convert.convert_checkpoint(tmp_path / "flat.npz", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
