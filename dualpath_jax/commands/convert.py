@@ -4,9 +4,9 @@
 
 Supported are CLIP of OpenAI, open_clip, Hugging Face or timm; ViT of its authors (.npz), timm or
 Hugging Face; Swin of its authors, timm or Hugging Face. The kind is detected from the names in the
-file: safetensors, torch (.pt, .pth, .bin; torch is not needed), TorchScript (nothing in it is
-executed) or .npz. Give a shard or its index for a file in shards, a folder as of Hugging Face, or
-hf:org/name, which huggingface_hub downloads.
+file: safetensors, torch (.pt, .pth, .bin, .ckpt; torch is not needed), TorchScript (nothing in it
+is executed) or .npz. Give a shard or its index for a file in shards, a folder as of Hugging Face,
+or hf:org/name, which huggingface_hub downloads.
 
 In a checkout, python scripts/convert_clip.py is the same command.
 """

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from absl import logging
 
 from dualpath_jax.runtime.safe_read import (
     check_regular,
@@ -38,9 +39,9 @@ _WEIGHT_FILES = (
     "open_clip_pytorch_model.bin",
 )
 _CONFIG_FILES = ("config.json", "open_clip_config.json", "preprocessor_config.json")
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".npz"}
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar", ".npz"}
 _SHARD_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.[^.]+)")
-# Entries of training checkpoints that hold the weights; the first one that is there is read.
+# Entries of training checkpoints that hold the weights; the first one with a tensor is read.
 _WRAPPERS = (
     *("state_dict", "model", "model_state", "model_state_dict", "module", "teacher"),
     *("ema", "model_ema", "state_dict_ema", "ema_state_dict"),
@@ -330,17 +331,24 @@ def _unwrap(path: pathlib.Path, content: Any) -> dict[str, torch_files.Tensor]:
     for _ in range(len(_WRAPPERS)):
         if not isinstance(content, dict):
             break
-        entries = [key for key in _WRAPPERS if isinstance(content.get(key), dict)]
+        entries = _find_entries(content)
+        with_tensors = [key for key in entries if _holds_tensor(content[key])]
+        if len(with_tensors) > 1:
+            logging.warning(
+                "%s: the weights in %s are read, not those in %s",
+                *(path, with_tensors[0], format_names(with_tensors[1:])),
+            )
+        nested = [key for key in entries if _find_entries(content[key])]
         if not entries:
             break
-        content = content[entries[0]]
+        content = content[(with_tensors or nested or entries)[0]]
     if isinstance(content, torch_files.Opaque):
         raise _refuse(path, content.name)
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} is {NOT_A_CHECKPOINT}: it holds no state dict")
-    tensors = any(isinstance(value, torch_files.Tensor) for value in content.values())
+    weights = _holds_tensor(content)
     for name, value in content.items():
-        if isinstance(value, torch_files.Opaque) and (tensors or name in _WRAPPERS):
+        if isinstance(value, torch_files.Opaque) and (weights or name in _WRAPPERS):
             raise _refuse(path, f"{str(name)[:50]}: {value.name}")
     others = [
         str(name)
@@ -352,6 +360,15 @@ def _unwrap(path: pathlib.Path, content: Any) -> dict[str, torch_files.Tensor]:
             f"{path} is {NOT_A_CHECKPOINT}: these entries are not tensors: {format_names(others)}"
         )
     return content
+
+
+def _find_entries(content: Mapping[Any, Any]) -> list[str]:
+    """Return the entries of a training checkpoint that may hold the weights."""
+    return [key for key in _WRAPPERS if isinstance(content.get(key), dict)]
+
+
+def _holds_tensor(state: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, torch_files.Tensor) for value in state.values())
 
 
 NOT_A_CHECKPOINT = "not a CLIP, ViT or Swin checkpoint"

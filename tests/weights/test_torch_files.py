@@ -114,6 +114,34 @@ def test_objects_next_to_the_weights_are_skipped(protocol, new_format, tmp_path)
     np.testing.assert_array_equal(_read(tmp_path / "a.pt")["a"], [1, 1])
 
 
+@pytest.mark.parametrize(
+    ("content", "logged"),
+    [
+        ({"state_dict": {"a": 1}, "state_dict_ema": {"a": 2}}, "state_dict are read, not those"),
+        ({"state_dict_ema": {"a": 2}, "model": {"a": 1}}, "in model are read, not those in state"),
+        ({"model": {}, "state_dict_ema": {"a": 1}}, None),
+        ({"state_dict": {"epoch": "x"}, "model": {"a": 1}}, None),
+        ({"model": {}, "ema": {"module": {"a": 1}}}, None),
+        ({"state_dict": {"model": {"a": 1}}, "epoch": "x"}, None),
+    ],
+)
+def test_first_wrapper_with_tensors_is_read(content, logged, tmp_path, caplog):
+    def to_tensors(value):
+        if isinstance(value, dict):
+            return {key: to_tensors(item) for key, item in value.items()}
+        return torch.tensor(value) if isinstance(value, int) else value
+
+    assert _read(_save(to_tensors(content), tmp_path / "a.pt"))["a"] == 1
+    assert logged in caplog.text if logged else not caplog.text
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "checkpoint.pth.tar"])
+def test_weights_of_a_folder(name, tmp_path):
+    (tmp_path / "log.txt").write_text("")
+    path = _save({"a": torch.ones(1)}, tmp_path / name)
+    assert source_files.find_source(tmp_path).files == (path,)
+
+
 def test_tensor_with_attributes_is_read(tmp_path):
     tensor, parameter = torch.ones(2), torch.nn.Parameter(torch.zeros(3))
     tensor.note = parameter.note = "kept by torch"
