@@ -413,7 +413,10 @@ def read_legacy(path: pathlib.Path) -> Any:
                 file.seek(positions[key])
                 return file.read(size * dtype.itemsize)
 
-        return storages.setdefault(key, _Storage(dtype, size, read))
+        storage = storages.setdefault(key, _Storage(dtype, size, read))
+        if (storage.dtype, storage.size) != (dtype, size):
+            raise ValueError(f"the storage {key[:50]} is described twice")
+        return storage
 
     with path.open("rb") as file:
         if _interpret(file, open_storage) != _LEGACY_MAGIC:

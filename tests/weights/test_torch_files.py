@@ -235,6 +235,15 @@ def test_damaged_pickles(name, tmp_path):
             _read(tmp_path / file)
 
 
+def test_storage_of_two_types_is_damage(tmp_path):
+    key = b"X\x01\0\0\x000"
+    other = _storage_id(key).replace(b"FloatStorage", b"IntStorage")
+    content = b"\x80\x02" + _storage_id(key) + other + b"\x86."
+    _write_legacy(tmp_path / "a.pt", content, pickle.dumps(["0"], 2))
+    with pytest.raises(ValueError, match="the storage 0 is described twice"):
+        _read(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize(
     "keys",
     [
