@@ -72,8 +72,8 @@ def protect_streams(is_log: bool = False) -> None:
     """Make sure that printing cannot end the program; replaces sys.stdout and sys.stderr.
 
     A closed stream is opened on the null device, as the next file to be opened would take its
-    place otherwise. Control characters are escaped, see `terminal`. Streams that a caller has
-    replaced, as tests do, stay except for that.
+    place otherwise. Control characters are escaped, see `terminal`, and characters that the
+    encoding lacks. Streams that a caller has replaced, as tests do, stay except for these escapes.
 
     Args:
       is_log: True if the program goes on where standard output is refused, because it also writes
@@ -91,6 +91,8 @@ def protect_streams(is_log: bool = False) -> None:
             output.is_log |= is_log
         elif stream is getattr(sys, f"__{name}__"):
             setattr(sys, name, _wrap(_Output(number, is_log or name == "stderr"), stream))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ERRORS)
     terminal.protect_terminal()
 
 

@@ -190,6 +190,8 @@ def iterate_json_list(path: str | os.PathLike[str]) -> Iterator[Any]:
             _check_depth(entry, path)
             yield entry
             expected = ","
+        if (mark, expected) == ("{", "["):
+            raise ValueError(f"{path} holds a dict, not a list")
         if mark != "]":
             wanted = "a list" if expected == "[" else "',' or ']' after an entry"
             raise ValueError(

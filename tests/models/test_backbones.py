@@ -368,7 +368,7 @@ def test_huggingface_config_of_another_model(tmp_path):
     ("build", "config", "missing", "extra"),
     [
         (reference.timm_vit, VIT, "blocks.1.mlp.fc1.bias", "blocks.0.ls1.gamma"),
-        (reference.timm_vit, VIT, "norm.bias", "norm_pre.weight"),
+        (reference.timm_vit, VIT, "norm.bias", "blocks.0.attn.q_norm.weight"),
         (reference.timm_swin, SWIN, "layers.1.downsample.norm.bias", "absolute_pos_embed"),
         (reference.timm_swin, SWIN, "patch_embed.norm.bias", "layers.0.blocks.0.attn.logit_scale"),
     ],

@@ -262,6 +262,7 @@ def test_training_on_a_swin_of_the_config(config, tmp_path):
     for key in config.backbone:
         config.backbone[key] = shape.get(key)
     config.backbone.name = "custom-swin"
+    config.data.mean, config.data.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # Swin's
     config.model.temporal_position = "sincos3d"
     config.backbone.checkpoint = str(tmp_path / "backbone.safetensors")
     config.num_train_steps = 6

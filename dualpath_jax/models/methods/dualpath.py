@@ -412,7 +412,7 @@ class DualPath(nn.Module):
             raise ValueError("the spatial path needs frames [B, S, H, W, 3], but spatial is None")
         rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
         drops = dropout_rng is not None and self.spatial_dropout and self.temporal_path
-        batch_size = len(spatial if self.spatial_path else temporal)
+        batch_size = (spatial if self.spatial_path else temporal).shape[0]  # symbolic in exports
         zeros = jnp.zeros((batch_size, self.config.feature_dim), jnp.float32)
         y_sp = self.spatial_features(spatial, rngs[0]) if self.spatial_path else zeros
         if drops:
