@@ -119,13 +119,7 @@ def find_untested_promises(text):
     table = text.split("| what happens |", 1)[1].split("\n\n", 1)[0]
     promises = find_promises(table)
     untested = table.count("\n|") - 1 - len(promises)  # without the line below the heading
-    missing = []
-    for name in {name for _, names in promises for name in names}:
-        file, _, test = name.partition("::")
-        path = ROOT / file
-        if not path.exists() or f"\ndef {test}(" not in path.read_text():
-            missing.append(name)
-    return untested, missing
+    return untested, find_missing_tests(table)
 
 
 def test_each_promise_about_interruptions_names_a_test():
@@ -139,9 +133,9 @@ def test_each_promise_about_interruptions_names_a_test():
     assert find_untested_promises(without) == (1, [])
 
 
-def find_missing_tests(page):
-    """Return the tests that a page promises by tests/FILE.py::NAME and that do not exist."""
-    named = re.findall(r"(tests/[\w/]+\.py)::(\w+)", page.read_text())
+def find_missing_tests(text):
+    """Return the tests that a text promises by tests/FILE.py::NAME and that do not exist."""
+    named = dict.fromkeys(re.findall(r"(tests/[\w/]+\.py)::(\w+)", text))
     return [
         f"{file}::{name}"
         for file, name in named
@@ -152,18 +146,17 @@ def find_missing_tests(page):
 @pytest.mark.parametrize("name", ["untrusted_files.md", "interruptions.md"])
 def test_promised_tests_exist(name):
     """Check the tables promise | test; every promise of the page on untrusted files has a test."""
-    page = ROOT / "docs" / name
-    assert find_missing_tests(page) == []
-    _, separator, rows = page.read_text().partition("| promise | test |\n|---|---|\n")
+    text = (ROOT / "docs" / name).read_text()
+    assert find_missing_tests(text) == []
+    _, separator, rows = text.partition("| promise | test |\n|---|---|\n")
     for row in itertools.takewhile(lambda line: line.startswith("|"), rows.splitlines()):
         assert "::" in row.split("|")[2], row
     assert separator or name != "untrusted_files.md"
 
 
-def test_a_missing_test_is_found(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("tests/test_docs.py::test_links, tests/test_docs.py::test_x, tests/no.py::y\n")
-    assert find_missing_tests(page) == ["tests/test_docs.py::test_x", "tests/no.py::y"]
+def test_a_missing_test_is_found():
+    text = "tests/test_docs.py::test_links, tests/test_docs.py::test_x, tests/no.py::y\n"
+    assert find_missing_tests(text) == ["tests/test_docs.py::test_x", "tests/no.py::y"]
 
 
 def test_subcommands_are_known():

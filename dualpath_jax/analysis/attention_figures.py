@@ -155,7 +155,7 @@ def _build_rows(view: ClipAttention, path: str, name: str) -> list[image_grid.Ro
     in_one_row = count * (1 + len(_ADAPTED)) <= _MAX_COLUMNS
     columns = count * (1 + len(_ADAPTED)) if in_one_row else min(count, _MAX_COLUMNS)
     height, width = view.images[path].shape[1:3]
-    tile = _WIDTH // columns - 4
+    tile = _WIDTH // columns - image_grid.GAP
     size = (tile, tile * height // width)
     series = {"as sampled": view.resize_images(path, size)}
     series |= {kind: view.draw_overlays(path, kind, size) for kind in _ADAPTED}

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dualpath_jax.runtime import files
 
-_GAP = 4  # pixels between pictures
+GAP = 4  # pixels between pictures
 _MAX_NAME_BYTES = 200  # of a file name's stem; file systems allow 255 with suffixes
 _FONT_SIZE = 14
 _LINE_HEIGHT = 22  # pixels for a line of text
@@ -78,18 +78,18 @@ def draw_grid(rows: Sequence[Row]) -> Image.Image:
     """Draw the rows below one another on white, and the scale of colors below them."""
     font = load_font(_FONT_SIZE)
     titles = [[row.title] if isinstance(row.title, str) else list(row.title) for row in rows]
-    widths = [len(row.pictures) * (row.pictures[0].shape[1] + _GAP) for row in rows]
-    texts = [len(t) * (max(map(font.getlength, t)) + 4 * _GAP) for t in titles]
-    heights = [_LINE_HEIGHT + row.pictures[0].shape[0] + _GAP for row in rows]
-    size = (int(max(*widths, *texts)) + _GAP, sum(heights) + _LINE_HEIGHT)
+    widths = [len(row.pictures) * (row.pictures[0].shape[1] + GAP) for row in rows]
+    texts = [len(t) * (max(map(font.getlength, t)) + 4 * GAP) for t in titles]
+    heights = [_LINE_HEIGHT + row.pictures[0].shape[0] + GAP for row in rows]
+    size = (int(max(*widths, *texts)) + GAP, sum(heights) + _LINE_HEIGHT)
     canvas = Image.new("RGB", size, "white")
     draw, top = ImageDraw.Draw(canvas), 0
     for row, parts, width, height in zip(rows, titles, widths, heights, strict=True):
         for number, text in enumerate(parts):
-            left = _GAP + number * width // len(parts)
+            left = GAP + number * width // len(parts)
             draw.text((left, top + 3), text, fill="black", font=font)
         for number, picture in enumerate(row.pictures):
-            left = _GAP + number * (picture.shape[1] + _GAP)
+            left = GAP + number * (picture.shape[1] + GAP)
             canvas.paste(Image.fromarray(picture), (left, top + _LINE_HEIGHT))
         top += height
     _draw_legend(canvas, top)
@@ -100,15 +100,15 @@ def _draw_legend(canvas: Image.Image, top: int) -> None:
     """Draw the color bar of `overlay_heatmap` with its two ends named, over the width at `top`."""
     draw, font = ImageDraw.Draw(canvas), load_font(_FONT_SIZE - 2)
     first, last = "no attention", "highest of its row (square root)"
-    words = font.getlength(first) + font.getlength(last) + 4 * _GAP
+    words = font.getlength(first) + font.getlength(last) + 4 * GAP
     width, height = min(_BAR[0], max(1, canvas.width - int(words))), _BAR[1]
     bar = overlay_heatmap(
         np.full((height, width, 3), 128, np.uint8), np.linspace(0, 1, width)[None] ** 2, 1.0
     )
-    draw.text((_GAP, top + 3), first, fill="black", font=font)
-    left = 2 * _GAP + int(font.getlength(first))
+    draw.text((GAP, top + 3), first, fill="black", font=font)
+    left = 2 * GAP + int(font.getlength(first))
     canvas.paste(Image.fromarray(bar), (left, top + 5))
-    draw.text((left + width + _GAP, top + 3), last, fill="black", font=font)
+    draw.text((left + width + GAP, top + 3), last, fill="black", font=font)
 
 
 def write_png(path: str, picture: Image.Image) -> None:
@@ -123,8 +123,12 @@ def write_gif(path: str, pictures: Sequence[Image.Image], milliseconds: int = 20
     """Write the pictures as a GIF that repeats; each is shown for `milliseconds`."""
     first, *others = [picture.convert("P", palette=Image.Palette.ADAPTIVE) for picture in pictures]
     with files.atomic_path(path) as temporary:
-        options = {"save_all": True, "append_images": others, "loop": 0}
-        first.save(temporary, duration=milliseconds, **options)
+        first.save(temporary, save_all=True, append_images=others, duration=milliseconds, loop=0)
+
+
+def replace_unprintable(text: str) -> str:
+    """Return a text with "_" for control characters and for bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else "_" for c in text)
 
 
 def unused_path(folder: pathlib.Path, video: str, taken: set[str]) -> pathlib.Path:
@@ -138,7 +142,7 @@ def unused_path(folder: pathlib.Path, video: str, taken: set[str]) -> pathlib.Pa
       video: path of the video file.
       taken: names that are in use; is changed.
     """
-    stem = "".join(c if c.isprintable() else "_" for c in pathlib.Path(video).stem)
+    stem = replace_unprintable(pathlib.Path(video).stem)
     stem = name = stem.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
     number = 1
     while name in taken:

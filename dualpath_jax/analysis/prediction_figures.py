@@ -94,7 +94,7 @@ class PredictionFigures:
         path = image_grid.unused_path(self._folder, self._result.video, self._taken)
         height = max(4.8, 3.3 + 0.3 * min(self._top_k, len(self._class_names)))
         figure = Figure(figsize=(9, height), layout="constrained")
-        note = "".join(c if c.isprintable() else "_" for c in self._result.note)
+        note = image_grid.replace_unprintable(self._result.note)
         title = path.name + (f"\n{note}" if note else "")
         figure.suptitle(title, fontsize=10, wrap=True)
         above, below = figure.subfigures(2, 1, height_ratios=[1.5, height - 1.5])

@@ -35,7 +35,11 @@ from dualpath_jax.version import __version__
 PLATFORMS = ("cpu", "cuda", "tpu")
 # What is written in the output folder.
 _OUTPUTS = (
-    *("model.stablehlo", "saved_model", "saved_model.tmp", "class_names.json", "model_card.md"),
+    "model.stablehlo",
+    "saved_model",
+    "saved_model.tmp",
+    "class_names.json",
+    "model_card.md",
 )
 
 

@@ -158,9 +158,9 @@ def read_json(path: str | os.PathLike[str], expected_type: type) -> Any:
     Raises:
       ValueError: the file is too large, not JSON, nested too deep, or of another type.
     """
-    check_size(path, MAX_JSON_BYTES)
     if _is_remote(path):
-        return parse_json(read_bytes(path), expected_type, path)
+        return parse_json(read_bytes(path, MAX_JSON_BYTES), expected_type, path)
+    check_size(path, MAX_JSON_BYTES)
     with open_text(path) as file:
         return parse_json(file.read(), expected_type, path)
 
@@ -206,14 +206,20 @@ def _skip_spaces(text: str, position: int) -> int:
     return _SPACES.match(text, position).end()
 
 
-def check_safetensors_header(path: str | os.PathLike[str]) -> None:
+def check_safetensors_header(path: str | os.PathLike[str], start: bytes | None = None) -> None:
     """Check that the header of a safetensors file, local or gs://, is not larger than any can be.
+
+    Args:
+      path: of the file.
+      start: its first bytes, at least 8, if they have been read; None reads them.
 
     Raises:
       ValueError: it is larger.
     """
-    with _remote(path).open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
+    if start is None:
+        with _remote(path).open("rb") as file:
+            start = file.read(8)
+    size = int.from_bytes(start[:8], "little")
     if size > MAX_JSON_BYTES:
         raise ValueError(
             f"{path} is not a readable safetensors file: its header claims {size:,} bytes, more "

@@ -39,6 +39,7 @@ from dualpath_jax.runtime.safe_read import (
 from dualpath_jax.weights.source_checkpoint import (
     CONVERTED_KEY,
     PUBLISHED_SHA256,
+    STATED_CHECKS,
     read_checkpoint,
 )
 from dualpath_jax.weights.source_configs import NORMALIZATIONS
@@ -50,7 +51,6 @@ _DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dt
 
 # Above these sizes, computing the expected shapes from a config could exhaust the memory.
 _SIZE_LIMITS = {"image_size": 4096, "window_size": 64, "depth": 256, "depths": 256}
-_COLOR = tuple[float, float, float]
 # For each type of a config field: does a metadata value fit it?
 _FIELD_CHECKS: dict[Any, Callable[[Any], bool]] = {
     str: lambda value: isinstance(value, str),
@@ -60,11 +60,6 @@ _FIELD_CHECKS: dict[Any, Callable[[Any], bool]] = {
     float: lambda value: isinstance(value, float) and 0 <= value < 1,  # eps
     tuple[int, ...]: lambda value: (
         isinstance(value, list | tuple) and all(map(_FIELD_CHECKS[int], value))
-    ),
-    _COLOR: lambda value: (
-        isinstance(value, list | tuple)
-        and len(value) == 3
-        and all(type(x) in (int, float) and 0 <= x <= 1 for x in value)
     ),
 }
 
@@ -333,8 +328,7 @@ def _describe_source(
     """Return the origin of weights from the metadata of their file."""
     normalization = None
     if "mean" in meta or "std" in meta:
-        mean, std = (_FIELD_CHECKS[_COLOR](meta.get(key)) for key in ("mean", "std"))
-        if not (mean and std and all(meta["std"])):
+        if not all(STATED_CHECKS[key](meta.get(key)) for key in ("mean", "std")):
             raise ValueError(f"{path} describes an impossible normalization of images")
         normalization = tuple(meta["mean"]), tuple(meta["std"])
     source = str(meta["source_sha256"]), str(meta["source"])
@@ -392,7 +386,7 @@ def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray],
         data = read_bytes(path, MAX_BYTES)
     if data[8:9] != b"{":
         raise ValueError(not_converted)
-    check_safetensors_header(path)
+    check_safetensors_header(path, data)
     try:
         tensors = safetensors.deserialize(data)  # checks header and sizes
     except safetensors.SafetensorError as error:

@@ -76,7 +76,7 @@ _OTHER_MODALITIES = {
 }
 
 # For each value that a publisher's config may state: is it valid?
-_STATED_CHECKS: dict[str, Callable[[Any], bool]] = {
+STATED_CHECKS: dict[str, Callable[[Any], bool]] = {
     "activation": lambda value: isinstance(value, str),
     "heads": lambda value: type(value) is int and value > 0,
     "eps": lambda value: type(value) in (int, float) and 0 < value < 1,
@@ -260,7 +260,7 @@ def _read_publisher_config(
         found = {key: images.get(f"image_{key}") for key in ("mean", "std")}
         stated |= {key: value for key, value in found.items() if value is not None}
     for key, value in stated.items():
-        if not _STATED_CHECKS[key](value):
+        if not STATED_CHECKS[key](value):
             raise ValueError(f"{path} gives an impossible {key}: {truncated_repr(value)}")
     if described != shape:
         raise ValueError(

@@ -18,7 +18,6 @@ from absl import logging
 from dualpath_jax.runtime.safe_read import (
     check_regular,
     check_safetensors_header,
-    check_size,
     open_binary,
     read_json,
     truncated_repr,
@@ -273,7 +272,6 @@ def open_tensors(source: Source) -> tuple[str, dict[str, Callable], dict[str, st
     readers: dict[str, Callable] = {}
     metadata: dict[str, str] = {}
     for path in source.files:
-        check_size(path, MAX_BYTES)
         container = detect_container(path)
         tensors, stated = _open_file(path, container)
         if twice := readers.keys() & tensors.keys():

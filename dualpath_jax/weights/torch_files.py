@@ -312,17 +312,24 @@ def _construct(target: Any, arguments: Any) -> Any:
     return builder(*arguments) if builder else Opaque(target.name)
 
 
+# What a damaged pickle makes the interpreter raise.
+_DAMAGES = (
+    IndexError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+)
+
+
 def _interpret(file: BinaryIO, open_storage: Callable[[Any], Any]) -> Any:
     """Interpret a pickle; raises ValueError for a damaged one."""
     try:
         return _Interpreter(open_storage).load(file)
     except _DAMAGES as error:
         raise ValueError(f"its pickle is damaged ({type(error).__name__}: {error})") from None
-
-
-_DAMAGES = (
-    *(IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError),
-)
 
 
 # ---------------------------------------------------------------- the three formats
