@@ -125,6 +125,15 @@ def test_characters_that_the_encoding_lacks():
     assert utf8.stdout == "café ✓ bytes ".encode() + b"\xff\n"
 
 
+@pytest.fixture
+def heeded_interrupts():
+    """Undo for child processes what a shell does to background jobs: it makes them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_interrupts")
 def test_ctrl_c_is_one_line():
     program = """
 import signal, time
