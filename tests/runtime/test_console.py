@@ -127,7 +127,7 @@ def test_characters_that_the_encoding_lacks():
 
 @pytest.fixture
 def heeded_interrupts():
-    """Undo for child processes what a shell does to background jobs: it makes them ignore SIGINT."""
+    """Let child processes heed SIGINT, which a shell makes its background jobs ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
