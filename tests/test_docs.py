@@ -2,9 +2,11 @@
 
 import ast
 import copy
+import dataclasses
 import importlib
 import importlib.util
 import itertools
+import math
 import os
 import pathlib
 import re
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tomllib
 
+import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
@@ -330,24 +333,30 @@ def test_the_program_can_say_every_message_of_troubleshooting():
 def tables(monkeypatch):
     """Restore the tables that the examples add to."""
     from dualpath_jax.data.datasets import registry as dataset_registry
+    from dualpath_jax.models import param_tree
     from dualpath_jax.models import registry as method_registry
+    from dualpath_jax.models.backbones import registry as backbone_registry
+    from dualpath_jax.weights import layouts
 
-    before = [
-        (table, dict(table)) for table in (dataset_registry.DATASETS, method_registry.METHODS)
-    ]
+    dicts = (
+        *(dataset_registry.DATASETS, method_registry.METHODS, layouts.LAYOUTS),
+        *(backbone_registry.FAMILIES, backbone_registry.MODELS),
+    )
+    before = [(table, dict(table)) for table in dicts]
     monkeypatch.setattr(schema, "_ADDED_CHOICES", {})
+    monkeypatch.setattr(param_tree, "DECAY_RULES", param_tree.DECAY_RULES.copy())
     yield
     for table, content in before:
         table.clear()
         table.update(content)
 
 
-def run_example(name):
-    """Run an example of docs/extending.md and return the names that it defines."""
-    parts, names = find_example(EXTENDING, name), {"__name__": "example"}
-    assert len(parts) == 2
-    for part in parts:
-        exec(compile(part, f"{EXTENDING.name}, {name}", "exec"), names)
+def run_example(name, parts):
+    """Run an example of docs/extending.md, of so many parts; return the names that it defines."""
+    found, names = find_example(EXTENDING, name), {"__name__": "example"}
+    assert len(found) == parts
+    for part in found:
+        exec(compile(part, f"{EXTENDING.name}, {name}", "exec", dont_inherit=True), names)
     return names
 
 
@@ -360,7 +369,7 @@ def test_extending_a_data_set(tmp_path, monkeypatch):
         write_video(tmp_path / "videos" / f"{number}.mp4", 20)
         lines.append(f"{split} {number}.mp4 {['three balls', 'four clubs'][number % 2]}\n")
     (tmp_path / "juggling.txt").write_text("".join(lines))
-    names = run_example("data set")
+    names = run_example("data set", parts=2)
     assert names["index"].class_names == ["four clubs", "three balls"]
     assert {split: len(v) for split, v in names["index"].splits.items()} == {
         "train": 8,
@@ -378,16 +387,144 @@ def test_extending_a_data_set(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("tables")
 def test_extending_a_method():
     import jax
+    import jax.numpy as jnp
 
-    names = run_example("method")
+    from dualpath_jax.models.abstract import abstract_inputs
+
+    names = run_example("method", parts=2)
     flatten, registry = names["param_tree"].flatten, names["registry"]
     before, after = flatten(names["trainable"]), flatten(names["after"].trainable)
     assert set(after) == {
-        *("adapters/scale", "adapters/shift", "head/output/kernel", "head/output/bias")
+        *("adapters/lora_a", "adapters/lora_b", "head/output/kernel", "head/output/bias")
     }
-    assert before["adapters/scale"].shape == (3, 48)  # [L, D]
+    assert before["adapters/lora_a"].shape == (3, 48, 4)  # [L, D, rank]
+    # A's gradient is zero while B is: weight decay alone moves it.
     assert all((jax.device_get(before[n]) != jax.device_get(after[n])).any() for n in after)
     assert all(path.startswith("backbone/") for path in flatten(names["frozen"]))
     assert float(names["metrics"]["loss"]) > 0
-    with pytest.raises(ValueError, match="no rule of method 'scale_shift' matches parameter"):
-        registry.is_trainable_fn("scale_shift")("gate/kernel")
+    decays = flatten(names["param_tree"].decay_mask(names["params"]))
+    assert decays["adapters/lora_a"]
+    assert not decays["head/output/bias"]
+    with pytest.raises(ValueError, match="no rule of method 'lora' matches parameter"):
+        registry.is_trainable_fn("lora")("gate/kernel")
+
+    # The hook has the effect of the weights (I + A B) W of queries, keys and values.
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf) + 0.0, names["params"])
+    low_rank = params["adapters"]
+    low_rank["lora_b"] = 0.1 * jax.random.normal(jax.random.key(1), low_rank["lora_b"].shape)
+    clip = jax.random.normal(jax.random.key(2), abstract_inputs(names["config"])[0].shape)
+    run = jax.jit(names["model"].apply)
+    changed = run({"params": params}, clip)
+    qkv = params["backbone"]["blocks"]["attention"]["qkv"]
+    qkv["kernel"] += low_rank["lora_a"] @ low_rank["lora_b"] @ qkv["kernel"]
+    low_rank["lora_b"] *= 0
+    merged = run({"params": params}, clip)
+    assert float(abs(changed - merged).max()) < 1e-5
+    unchanged = run({"params": names["params"]}, clip)
+    assert float(abs(changed - unchanged).max()) > 1e-3
+
+
+@pytest.mark.usefixtures("tables")
+def test_a_config_file_can_import_a_method(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_method.py").write_text(find_example(EXTENDING, "method")[0])
+    (tmp_path / "mine.py").write_text(
+        "import my_method\nfrom dualpath_jax.config import schema\n\n\n"
+        "def get_config():\n"
+        "    config = schema.get_config()\n"
+        "    config.model.method = 'lora'\n"
+        "    return config\n"
+    )
+    config = loading.load_config("mine.py", ["--config.seed=1"])
+    schema.check_values(config)
+    assert (config.model.method, config.seed) == ("lora", 1)
+
+
+def make_mixer_checkpoint(width, patch, tokens, token_mlp, channel_mlp, depth):
+    """Return random weights by timm's names of an MLP-Mixer, in PyTorch's order of axes."""
+    shapes = {"stem.proj": (width, 3, patch, patch), "norm": (width,), "head": (7, width)}
+    for block in (f"blocks.{i}" for i in range(depth)):
+        shapes |= {f"{block}.norm1": (width,), f"{block}.norm2": (width,)}
+        for mlp, outer, inner in (
+            ("mlp_tokens", tokens, token_mlp),
+            ("mlp_channels", width, channel_mlp),
+        ):
+            shapes |= {f"{block}.{mlp}.fc1": (inner, outer), f"{block}.{mlp}.fc2": (outer, inner)}
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for name, shape in shapes.items():
+        arrays[f"{name}.weight"] = rng.normal(1.0 if len(shape) == 1 else 0.0, 0.2, shape)
+        arrays[f"{name}.bias"] = rng.normal(0.0, 0.2, shape[:1])
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def mixer_features(arrays, images, patch, depth):
+    """Compute the features [M, D] of images [M, H, W, 3] from timm's names, in float64."""
+    arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
+
+    def linear(name, x):
+        kernel = arrays[f"{name}.weight"]
+        return x @ kernel.reshape(len(kernel), -1).T + arrays[f"{name}.bias"]
+
+    def norm(name, x):
+        centered = x - x.mean(axis=-1, keepdims=True)
+        scaled = centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + 1e-6)
+        return scaled * arrays[f"{name}.weight"] + arrays[f"{name}.bias"]
+
+    def mlp(name, x):
+        y = linear(f"{name}.fc1", x)
+        erf = np.vectorize(math.erf)
+        return linear(f"{name}.fc2", y * (1 + erf(y / math.sqrt(2))) / 2)
+
+    side = images.shape[1] // patch
+    patches = images.reshape(len(images), side, patch, side, patch, 3)
+    patches = patches.transpose(0, 1, 3, 5, 2, 4).reshape(len(images), side**2, -1)
+    h = linear("stem.proj", patches)
+    for block in (f"blocks.{i}" for i in range(depth)):
+        x = norm(f"{block}.norm1", h).swapaxes(1, 2)
+        h = h + mlp(f"{block}.mlp_tokens", x).swapaxes(1, 2)
+        h = h + mlp(f"{block}.mlp_channels", norm(f"{block}.norm2", h))
+    return norm("norm", h).mean(axis=1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tables")
+def test_extending_a_backbone(tmp_path, monkeypatch):
+    import jax
+    import safetensors.numpy
+
+    from dualpath_jax.models import registry as method_registry
+    from dualpath_jax.models.abstract import abstract_model
+
+    monkeypatch.chdir(tmp_path)
+    arrays = make_mixer_checkpoint(48, 8, 16, 24, 96, depth=2)
+    safetensors.numpy.save_file(arrays, "mixer.safetensors")
+    names = run_example("backbone", parts=3)
+    assert names["info"].name == "Mixer-tiny"
+    assert names["logits"].shape == (1, 5)
+    flatten = names["param_tree"].flatten
+    trained = {n.split("/")[0] for n, trains in flatten(names["model"].mask).items() if trains}
+    assert trained == {"spatial", "temporal", "classifier"}
+
+    # Its features are those of an independent program on the source's weights.
+    images = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    backbone = names["registry"].build_backbone(names["shape"])
+    _, features = jax.jit(backbone.apply)({"params": names["weights"]}, images)
+    expected = mixer_features(arrays, images, patch=8, depth=2)
+    assert np.std(expected) > 0.1
+    assert np.abs(features - expected).max() < 1e-4
+
+    # Methods that need no class token work with it; the others are refused.
+    config = names["config"]
+    for method in ("linear", "full", "adaptformer", "protuning", "st_adapter", "videoprompt"):
+        config.model.method = method
+        abstract_model(config, 5, names["shape"])
+    config.model.method = "vpt"
+    with pytest.raises(ValueError, match="and backbone 'Mixer-tiny' is of the family mixer"):
+        method_registry.build_model(config, names["shape"], 5)
+    larger = dataclasses.replace(names["shape"], image_size=64)
+    with pytest.raises(
+        ValueError, match=r"'image_size': 32.* asks for Mixer-tiny .*'image_size': 64"
+    ):
+        names["convert"].load_backbone("mixer_tiny.safetensors", larger)

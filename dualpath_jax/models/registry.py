@@ -15,7 +15,7 @@ from dualpath_jax.data.clip_spec import ClipInputs
 from dualpath_jax.models.backbones.block_loop import check_remat
 from dualpath_jax.models.backbones.kernels import choose_kernels, prefers_scan
 from dualpath_jax.models.backbones.layers import BlockHooks
-from dualpath_jax.models.backbones.registry import FAMILIES, BackboneConfig, family_of
+from dualpath_jax.models.backbones.registry import BackboneConfig, family_of
 from dualpath_jax.models.frame_model import AverageClassifier, FrameModel
 from dualpath_jax.models.methods.adapters import Adapter
 from dualpath_jax.models.methods.adaptformer import AdaptFormerHooks
@@ -46,13 +46,13 @@ class Method:
         start at values of the backbone have these.
       rules: (regular expression of the whole parameter path, whether it is trained); the first
         match decides.
-      families: the backbones that it works with, names of `backbones.registry.FAMILIES`.
+      families: the backbones that it works with, names of `backbones.registry.FAMILIES`; None: all.
       clip_inputs: config -> what the model of the configuration takes.
     """
 
     build: Callable[[Any, BackboneConfig, int], nn.Module]
     rules: tuple[tuple[str, bool], ...]
-    families: tuple[str, ...] = tuple(FAMILIES)
+    families: tuple[str, ...] | None = None
     clip_inputs: Callable[[Any], ClipInputs] = lambda config: ClipInputs.ALL_FRAMES
 
 
@@ -313,7 +313,7 @@ def build_model(config: Any, backbone: BackboneConfig, num_classes: int) -> nn.M
     name = config.model.method
     check_remat(config.model.remat)
     method, family = METHODS[name], family_of(backbone)
-    if family not in method.families:
+    if method.families is not None and family not in method.families:
         raise ValueError(
             f"model.method {name!r} works with backbones of the families "
             f"{', '.join(method.families)}, and backbone {backbone.name!r} is of the family "
