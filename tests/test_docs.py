@@ -23,6 +23,8 @@ from setuptools.config.pyprojecttoml import read_configuration
 
 import dualpath_jax.main
 from dualpath_jax.__main__ import COMMANDS as SUBCOMMANDS
+from dualpath_jax.analysis import efficiency
+from dualpath_jax.commands import efficiency as efficiency_command
 from dualpath_jax.config import loading, schema
 from dualpath_jax.config.loading import load_config
 from tests.helpers.documents import (
@@ -91,6 +93,23 @@ def test_the_file_map_has_every_folder():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 2000
+
+
+def test_figures_of_the_readme_are_those_of_their_pages():
+    """Compare the demo's score, the only measured figure of README that another page has."""
+    score = re.search(r"^test  top-1 (0\.\d+) ", (ROOT / "README.md").read_text(), flags=re.M)[1]
+    row = r"^\| `--config=configs/demo\.py` \| (0\.\d+) \|$"
+    measured = re.search(row, (ROOT / "docs" / "demo.md").read_text(), flags=re.M)[1]
+    assert f"{float(score) + 1e-9:.3f}" == measured  # 0.9875 is printed as 0.988
+
+
+def test_the_page_of_parameters_has_what_its_command_prints():
+    text = (ROOT / "docs" / "parameters.md").read_text()
+    rows = re.findall(r"^\| `([\w:]+)` \| .*$", text, flags=re.M)
+    assert rows == list(efficiency.PAPER_ROWS)
+    for name in ("ssv2_vitb:without_sa", "hmdb51_vitb_linear"):
+        table = efficiency_command.format_markdown([efficiency_command.build_row(name)])
+        assert set(table.splitlines()) <= set(text.splitlines())
 
 
 def find_missing_paths(page):
