@@ -20,7 +20,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """`load`, imported when it is first asked for: decoding workers need no JAX."""
+    """Import `load` on first use, because decoding workers need no JAX."""
     if name != "load":
         raise AttributeError(f"module 'dualpath_jax' has no attribute {name!r}")
     from dualpath_jax.inference.trained_model import load

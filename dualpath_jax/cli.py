@@ -20,7 +20,11 @@ from dualpath_jax.runtime.command_line import command_line
 
 def build_parser(doc: str) -> argparse.ArgumentParser:
     """Return a parser whose help begins with a command's docstring, unchanged."""
-    return _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return _Parser(
+        description=doc,
+        epilog="Parentheses at the end of a description give the default.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -177,8 +181,8 @@ def _find_config_files(arguments: Sequence[str]) -> list[str]:
 def user_errors() -> Iterator[None]:
     """End the program with one line for an error that the user can fix; -v=1 adds the traceback.
 
-    The exit status is 2, or that of the `Preempted` exception of a stopped run. A program that may
-    use too little memory for JAX is ended before it imports JAX.
+    The exit status is 2, or that of the `Preempted` exception of a stopped run. If the program may
+    use too little memory for JAX, it ends before it imports JAX.
     """
     if problem := environment.find_memory_problem():
         print(f"error: {problem}", file=sys.stderr)

@@ -70,7 +70,7 @@ PROCESS_ID = flags.DEFINE_integer(
 QUIET = flags.DEFINE_bool(
     "quiet",
     False,
-    "Print only results, warnings and errors. Without a terminal, progress is lines.",
+    "Print only results, warnings and errors, but no progress.",
 )
 
 
@@ -113,7 +113,7 @@ def run(argv: list[str]) -> None:
 
 
 def main() -> None:
-    """Parse the command line and run it; exit with the status of the module's docstring."""
+    """Parse the command line and run it; the module's docstring lists the exit statuses."""
     preemption.install_sigterm_handler()  # the loop has its own handler
     environment.configure_environment()
     flags.mark_flag_as_required("config")

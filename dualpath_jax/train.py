@@ -35,7 +35,7 @@ from dualpath_jax.training.step import jit_train_step
 class LoopSchedule:
     """Decides after which steps the loop logs, saves and evaluates.
 
-    Steps are counted as done, from 1.
+    A step is counted when it is done; the first one is step 1.
 
     Attributes:
       num_steps: length of the training.
@@ -230,7 +230,7 @@ class _Recorder:
         self._last_save = time.monotonic()
         self.stopping = False
         batch_size = experiment.config.data.batch_size
-        made_up = experiment.config.data.synthetic  # nothing can be learned from it
+        made_up = experiment.config.data.synthetic  # there is nothing to learn
         advice = None if made_up else TrainingAdvice(len(experiment.class_names))
         self.logger = MetricsLogger(experiment.workdir, loop.num_steps, batch_size, advice)
         self.logger.resume(first_step, checkpoints.has_scores(first_step))

@@ -1,3 +1,3 @@
-"""The version of this package, apart from `__init__` so that it imports nothing."""
+"""Holds the version of this package, in a module that imports nothing."""
 
 __version__ = "0.1.0"

@@ -88,7 +88,9 @@ def parser() -> argparse.ArgumentParser:
         "--backbone", help="file of the converted backbone, if it is not where the runs had it"
     )
     parser.add_argument(
-        "--rollout", action="store_true", help="attention through all blocks, not only the last one"
+        "--rollout",
+        action="store_true",
+        help="measure attention rolled out over all blocks, not that of the last one",
     )
     progress_bar.add_quiet_option(parser)
     return parser

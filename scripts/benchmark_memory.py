@@ -29,10 +29,11 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--videos", nargs="+", help="folder of video files, or the files")
     source.add_argument("--prepared", help="folder that scripts/prepare_dataset.py wrote")
     add("--split", default="train", help="split of --prepared (train)")
-    add("--mode", default="training", choices=["training", "test"], help="which batches (training)")
+    help_ = "batches to read (training)"
+    add("--mode", default="training", choices=["training", "test"], help=help_)
     add("--frames", type=positive(int), default=16, help="frames per clip (16)")
     add("--batch_size", type=positive(int), default=16, help="clips per batch (16)")
-    add("--minutes", type=float, default=30, help="how long to read (30)")
+    add("--minutes", type=float, default=30, help="minutes to read (30)")
     add("--interval", type=float, default=5, help="seconds between samples (5)")
     add(
         "--warm_up", type=float, default=WARM_UP, help=f"minutes that are not checked ({WARM_UP:g})"

@@ -3,11 +3,11 @@
     pip install ".[bench]"
     python scripts/benchmark_pipeline.py --videos=FOLDER
 
-Prepares the videos in a temporary folder (or in --prepared). Then it times in turns, on the same
-clips and cores: this pipeline; decord and PyAV, which decode the files for each clip, with the same
-crops and augmentation; and libjpeg, which decodes the same frames from memory, the limit. The clips
-are those of the recipe for Kinetics-400. Ratios are medians over rounds. Last, it measures the cost
-of each stage, and the pipeline on videos of 300 and of 60 frames.
+It prepares the videos in a temporary folder (or in --prepared). Then it times in turns, on the
+same clips and cores: this pipeline; decord and PyAV, which decode the files for each clip, with the
+same crops and augmentation; and, as the limit, libjpeg, which only decodes the same frames from
+memory. The clips are those of the recipe for Kinetics-400. Ratios are medians over rounds. Last, it
+measures the cost of each stage, and the pipeline on videos of 300 and of 60 frames.
 """
 
 import argparse

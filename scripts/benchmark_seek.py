@@ -23,8 +23,8 @@ def parser() -> argparse.ArgumentParser:
     result = build_parser(__doc__)
     add = result.add_argument
     add("--prepared", required=True, help="folder that scripts/prepare_dataset.py wrote")
-    add("--split", default="train", help="split of it (train)")
-    add("--step", type=int, default=1_000_000, help="the late step (1,000,000)")
+    add("--split", default="train", help="split of the prepared data (train)")
+    add("--step", type=int, default=1_000_000, help="late step to compare with step 0 (1,000,000)")
     add("--frames", type=positive(int), default=16, help="frames per clip (16)")
     add("--batch_size", type=positive(int), default=16, help="clips per batch (16)")
     add("--rounds", type=positive(int), default=31, help="measurements of each step (31)")

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     result = build_parser(__doc__)
     add = result.add_argument
     add("--config", default="ssv2_vitb", help="name of a dualpath config in configs/ (ssv2_vitb)")
-    add("--batch_size", type=positive(int), default=1, help="clips (1)")
+    add("--batch_size", type=positive(int), default=1, help="clips per call (1)")
     add("--rounds", type=positive(int), default=5, help="measurements of each framework (5)")
     help_ = "forward passes or steps in a row in one measurement (10 on a GPU, else 1)"
     add("--calls", type=positive(int), help=help_)
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtypes", nargs="+", default=dtypes, choices=dtypes, help=help_)
     help_ = "scan over the blocks instead of unrolling them; a TPU always scans"
     add("--scan_blocks", action="store_true", help=help_)
-    add("--remat", default="save_matmuls", help="config.model.remat (save_matmuls)")
+    add("--remat", default="save_matmuls", help="value of config.model.remat (save_matmuls)")
     add("--json", action="store_true", help="print JSON instead of Markdown")
     return result
 

@@ -3,8 +3,8 @@
     python scripts/compare_methods.py
     python scripts/compare_methods.py --short --results=runs/short.jsonl
 
-The first command makes docs/comparison.jsonl, in many hours; whatever is in that file is not
-trained again, so that it can be interrupted and resumed. `--short` takes less than 30 minutes:
+The first command makes docs/comparison.jsonl in many hours. It does not train again what is in that
+file, and can therefore be interrupted and resumed. `--short` takes less than 30 minutes:
 the set `paths`, six contestants, learning rates from docs/comparison.jsonl, 400 steps, one seed.
 `python scripts/show_comparison.py` makes the tables and plots of docs/comparison.md.
 
@@ -226,7 +226,7 @@ def compare(
       results: has what was found before, and gets the rest.
       sets: of `SETS`.
       contestants: of `CONTESTANTS`.
-      seeds: of the runs on `paths`; other sets have seed 0 alone.
+      seeds: of the runs on `paths`; other sets have only seed 0.
     """
 
     def validate(*run: Any) -> float:
@@ -329,7 +329,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     arg_parser = build_parser(__doc__)
     add = arg_parser.add_argument
-    add("--results", help="file of the results (docs/comparison.jsonl; needed with --short)")
+    add("--results", help="file of the results (docs/comparison.jsonl); --short needs another one")
     add("--out", default="runs/compare", help="folder of the runs (runs/compare)")
     add("--sets", nargs="+", default=list(SETS), choices=SETS, metavar="SET",
         help=f"sets to train on, of {', '.join(SETS)} (all)")  # fmt: skip

@@ -28,7 +28,9 @@ from dualpath_jax import cli
 from dualpath_jax.runtime import console, environment
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configuration, see configs/.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: kind and chips, such as v5e:4x4.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Slice of TPUs to compile for: kind and chips, such as v5e:4x4."
+)
 PER_CHIP_BATCH = flags.DEFINE_integer(
     "per_chip_batch", 8, "Clips on a chip in a training step.", lower_bound=1
 )
@@ -38,7 +40,8 @@ MAX_BATCH = flags.DEFINE_bool(
 FITS = flags.DEFINE_list(
     "fits",
     None,
-    "Memories in GB: estimate what fits each, from compiling --per_chip_batch and twice as many.",
+    "Memories of devices in GB: estimate how many clips fit each, by compiling --per_chip_batch "
+    "clips and twice as many.",
 )
 STEPS = flags.DEFINE_multi_enum(
     "step", ["train", "eval"], ["train", "eval"], "Step to compile (both); may be repeated."

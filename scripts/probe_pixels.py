@@ -1,4 +1,4 @@
-"""Shows what pixels alone tell of the classes of a generated data set: two linear probes.
+"""Shows how well pixels alone predict the classes of a generated data set: two linear probes.
 
     python scripts/probe_pixels.py --set=paths
 

@@ -127,8 +127,10 @@ def parser() -> argparse.ArgumentParser:
     add("--rates", type=float, nargs="+", default=[1e-3], help="learning rates to try (0.001)")
     add("--steps", type=positive(int), default=300, help="training steps (300)")
     add("--clips", type=positive(int), default=32, help="number of clips (32)")
-    add("--branch_scale", type=float, default=1.0, help="factor on the backbone's branches (1)")
-    add("--backbone", choices=["file", "random"], default="file", help="weights (file)")
+    help_ = "factor on what attention and MLPs of the backbone add (1)"
+    add("--branch_scale", type=float, default=1.0, help=help_)
+    help_ = "weights of the backbone: its file, or random ones (file)"
+    add("--backbone", choices=["file", "random"], default="file", help=help_)
     return arg_parser
 
 

@@ -52,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
     )
     arg_parser.add_argument("--out", required=True, metavar="DIR", help="folder for the images")
     arg_parser.add_argument(
-        "--rollout", action="store_true", help="attention through all blocks, not only the last one"
+        "--rollout",
+        action="store_true",
+        help="draw attention rolled out over all blocks, not that of the last one",
     )
     return arg_parser
 

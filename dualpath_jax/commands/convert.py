@@ -5,8 +5,8 @@
 Supported are CLIP of OpenAI, open_clip, Hugging Face or timm; ViT of its authors (.npz), timm or
 Hugging Face; Swin of its authors, timm or Hugging Face. The kind is detected from the names in the
 file: safetensors, torch (.pt, .pth, .bin, .ckpt; torch is not needed), TorchScript (nothing in it
-is executed) or .npz. Give a shard or its index for a file in shards, a folder as of Hugging Face,
-or hf:org/name, which huggingface_hub downloads.
+is executed) or .npz. For a checkpoint in shards, name its index or any shard. A
+folder of Hugging Face can be named too, or hf:org/name, which huggingface_hub downloads.
 
 In a checkout, python scripts/convert_clip.py is the same command.
 """
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         "--normalization",
         choices=("clip", "imagenet", "half"),
         help="mean and standard deviation of the images; needed if neither the checkpoint nor the "
-        "publisher's config next to it states them (half: 0.5 and 0.5)",
+        "publisher's config next to it states them; half is 0.5 and 0.5",
     )
     arg_parser.add_argument(
         "--heads", type=int, help="attention heads of a ViT; default: width / 64"

@@ -117,7 +117,8 @@ def parser() -> argparse.ArgumentParser:
     arg_parser.add_argument(
         "--config",
         nargs="*",
-        help="config files, NAME or NAME:VARIANT (all rows); --config.KEY=VALUE sets their keys",
+        help="config files, NAME or NAME:VARIANT; --config.KEY=VALUE sets their keys (all rows of "
+        "the paper's tables)",
     )
     arg_parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     arg_parser.add_argument(

@@ -31,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
     add("--top_k", type=int, default=5, help="number of classes to print (5)")
     add("--window", type=float, help="length of a window of a long video, seconds (no windows)")
     add("--stride", type=float, help="seconds from one window to the next (half a window)")
-    add("--features", help=".npz file for the logits of every view, and for dualpath y_SP and y_TP")
+    help_ = ".npz file for the logits of every view and, for dualpath, the features y_SP and y_TP"
+    add("--features", help=help_)
     add("--pictures", metavar="DIR", help="folder for an image of each video, VIDEO.png")
     limits, positive = DecodeLimits(), cli.positive
     for name, default, description in (
@@ -49,7 +50,7 @@ def main() -> None:
     """Predict the videos and print the results; exit with status 1 if some cannot be read."""
     environment.configure_environment()
     arguments = parser().parse_args()
-    # Where files are written too, they are made also when nobody reads the output any more.
+    # If files are written too, the command continues when nobody reads its output any more.
     console.protect_streams(is_log=bool(arguments.features or arguments.pictures))
     with cli.user_errors():
         from dualpath_jax.inference import predict_files

@@ -39,11 +39,11 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--bad_videos",
         metavar="FILE",
-        help="with --check: list bad videos there, do not print them",
+        help="with --check: file for the list of bad videos, instead of printing it",
     )
     add("--short_side", type=positive(int), default=256, help="pixels of the shorter side (256)")
     add("--quality", type=positive(int), default=90, help="JPEG quality, 1 to 95 (90)")
-    add("--fps", type=positive(float), help="frames per second to store of faster videos (all)")
+    add("--fps", type=positive(float), help="store at most so many frames per second (all)")
     add("--num_workers", type=positive(int), help="number of decoding processes (one per core)")
     help_ = "decode the bad videos of an earlier run again; limits may differ from that run"
     add("--retry_bad", action="store_true", help=help_)
@@ -52,12 +52,12 @@ def parser() -> argparse.ArgumentParser:
     help_ = "fraction of each class for validation, if the annotations have no such split (0.2)"
     add("--validation_fraction", type=float, default=0.2, help=help_)
     help_ = (
-        "videos of one recording, which that split keeps together: folder:LEVEL, those in a folder "
-        "of the same name (1: the one that holds the file, 2: the one above); name:REGEX, those "
-        "whose file names without extension agree in what the expression matches, or its first "
-        "parentheses ('name:(.+)_': up to the last underscore); column:NAME, those with the same "
-        "entry in this column of the list, whose first line names path, label and NAME (default: "
-        "each video by itself)"
+        "how to recognize the videos of one recording, which stay together in train or validation. "
+        "folder:LEVEL: their folders have the same name; level 1 holds the file, level 2 is the "
+        "folder above. name:REGEX: in their file names without extension, the expression (or its "
+        "first group) matches the same text; 'name:(.+)_' compares names up to the last "
+        "underscore. column:NAME: they have the same entry in this column of the list, whose first "
+        "line names path, label and NAME. (each video by itself)"
     )
     add("--group_by", metavar="folder:LEVEL|name:REGEX|column:NAME", help=help_)
     for name, default, what in (

@@ -54,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--out", required=True, metavar="FILE", help="HTML file to write, such as report.html")
     add("--mistakes", type=int, default=12, help="number of most confident mistakes to show (12)")
-    add("--data_dir", help="folder of the prepared data, if it was moved; for images")
-    add("--backbone", help="file of the converted backbone, if it was moved; for attention")
+    add("--data_dir", help="folder of the prepared data, for images, if it was moved")
+    add("--backbone", help="file of the converted backbone, for attention maps, if it was moved")
     progress_bar.add_quiet_option(arg_parser)
     return arg_parser
 

@@ -3,8 +3,8 @@
     dualpath show-batch --config=demo --out=batch.png
     dualpath show-batch --config=finetune --config.data.dir=data/mine --out=batch.png
 
-Shows the effect of sampling, cropping and augmentation on your videos: everything up to
-normalization, color operations included. Needs prepared data, but no weights.
+It shows the effect of sampling, cropping and augmentation on your videos: everything up to
+normalization, color operations included. It needs prepared data, but no weights.
 
 In a checkout, python scripts/show_batch.py is the same command.
 """

@@ -31,7 +31,7 @@ _ALIASES = {
 
 
 _PATHS = ("data.dir", "data.label_swap", "backbone.checkpoint", "init_from")
-# Config files of older versions: what took their place.
+# Config files of older versions -> the files that replace them.
 _REPLACED_FILES = {"folder_vitb": "finetune"}
 
 
@@ -105,7 +105,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def prefer_num_epochs(config: ConfigDict, overridden: Collection[str]) -> None:
-    """Unset a config file's `num_train_steps` where the command line sets `num_epochs` alone.
+    """Unset a config file's `num_train_steps` where the command line sets only `num_epochs`.
 
     Args:
       config: changed in place, with a line on standard error.

@@ -94,7 +94,7 @@ KEYS = (
     Key("init_from", Optional(str),
         "Adapter file (scripts/export_adapter.py) whose parameters the run starts from."),
     Key("resume_changed", False,
-        "Resumes from a checkpoint even if it was saved with other settings."),
+        "Resumes from a checkpoint even if it was saved with other settings or data."),
     # data
     Key("data.dir", Optional(str), "Output folder of scripts/prepare_dataset.py, local or gs://."),
     Key("data.source", "folder",
@@ -103,7 +103,8 @@ KEYS = (
         _SOURCES),
     Key("data.train_split", "train", "Split that is trained on."),
     Key("data.split", Optional(str),
-        "HMDB51: split 1, 2, 3 or all, instead of the 1 in the names of the splits.",
+        "HMDB51: division 1, 2, 3, or all of them in turn; None: that of train_split and "
+        "eval.split.",
         ("1", "2", "3", "all")),
     Key("data.batch_size", 64, "Clips per step, over all devices and hosts.", _COUNT),
     Key("data.image_size", 224, "Height and width of a spatial frame, pixels.", _SIZE),
@@ -120,8 +121,8 @@ KEYS = (
         "from the frame before, in units of data.std; only dualpath uses it; ours.",
         ("rgb", "minus_mean", "minus_previous", "abs_minus_mean")),
     Key("data.sampling", "dense",
-        "How frames are sampled: dense takes a clip at sampling_interval, segments the whole "
-        "video.",
+        "How frames are sampled: dense takes frames sampling_interval apart, segments "
+        "one frame of each of T equal parts of the video.",
         ("dense", "segments")),
     Key("data.sampling_interval", Optional(int),
         "Frames from one sampled frame to the next; None: 4, 2, 1 for T = 16, 32, 48 (sec. 5.1).",
@@ -150,23 +151,26 @@ KEYS = (
     Key("data.prefetch", 2,
         "Batches made ahead of the step that needs them; -1 lets tf.data choose.", Range(-1)),
     Key("data.max_broken_videos", 100,
-        "Unreadable videos that are replaced in training; one more stops it.", _NOT_NEGATIVE),
-    Key("data.synthetic", False, "Times the device: one made-up batch, random weights, no files."),
+        "Number of unreadable videos that training replaces; one more stops it.", _NOT_NEGATIVE),
+    Key("data.synthetic", False,
+        "Uses one made-up batch and random weights, without files, to time the device."),
     # mesh
     Key("mesh.fsdp", 1,
-        "Devices that share frozen weights and optimizer state; must divide their number.", _COUNT),
+        "Number of devices among which frozen weights and optimizer state are divided.", _COUNT),
     # backbone
     Key("backbone.name", "ViT-B/16",
-        "Name of the backbone; custom takes the keys below.", _BACKBONES),
+        "Name of the backbone; custom and custom-swin take their shape from the keys below.",
+        _BACKBONES),
     Key("backbone.checkpoint", Optional(str), "Output file of scripts/convert_clip.py."),
     Key("backbone.patch_size", Optional(int),
-        "P, side of a patch, pixels; None here and below: that of the named backbone.", _SIZE),
+        "P, side of a patch, pixels; None, here and below, is the value of the named backbone.",
+        _SIZE),
     Key("backbone.width", Optional(int),
         "D, width of the tokens; Swin: of the first stage.", _WIDTH),
     Key("backbone.depth", Optional(int), "ViT: L, number of blocks.", _DEPTH),
     Key("backbone.depths", Optional(tuple), "Swin: number of blocks in each stage.", _DEPTH),
     Key("backbone.heads", Optional(int),
-        "K, attention heads; must be those of the weights.", _WIDTH),
+        "K, number of attention heads; must be that of the weights.", _WIDTH),
     Key("backbone.mlp_dim", Optional(int), "Width of the MLP's hidden layer.", _WIDTH),
     Key("backbone.window_size", Optional(int), "Swin: side of a window, tokens.", _SIZE),
     Key("backbone.projection_dim", Optional(int),
@@ -175,8 +179,10 @@ KEYS = (
     Key("backbone.patch_bias", Optional(bool), "ViT: a bias in the patch embedding (ImageNet)."),
     # model
     Key("model.method", "dualpath", "Tuning method.", _METHODS),
-    Key("model.spatial_path", True, "dualpath: False is Table 5, without spatial adaptation."),
-    Key("model.temporal_path", True, "dualpath: False is Table 5, without temporal adaptation."),
+    Key("model.spatial_path", True,
+        "dualpath: uses the spatial path; False is Table 5 without spatial adaptation."),
+    Key("model.temporal_path", True,
+        "dualpath: uses the temporal path; False is Table 5 without temporal adaptation."),
     Key("model.adapter_bottleneck", 128, "dualpath: R, width of an adapter.", _WIDTH),
     Key("model.adapter_scale", 1.0, "dualpath: s, factor on an adapter's output; ours."),
     Key("model.adapter_dropout", 0.0,
@@ -215,35 +221,43 @@ KEYS = (
     Key("model.cls_token_only", True,
         "ViT: the last block computes only what the class token needs; same result."),
     Key("model.vpt.num_prompts", 10,
-        "vpt: K, prompts; VPT's own choices are 1, 5, 10, 50, 100, 200; ours.", _WIDTH),
+        "vpt: K, number of prompts; VPT's own choices are 1, 5, 10, 50, 100, 200; ours.", _WIDTH),
     Key("model.vpt.deep", True, "vpt: new prompts in each block; False is VPT-shallow."),
     Key("model.adaptformer.bottleneck", 64, "adaptformer: R, width of an adapter.", _WIDTH),
     Key("model.adaptformer.scale", 0.1, "adaptformer: s, factor on an adapter's output."),
     Key("model.adaptformer.parallel", True, "adaptformer: eq. 4; False is the serial Fig. 2c."),
     Key("model.protuning.width", 96,
-        "protuning: channels between the 1x1 convolutions; ours, gives its 9M.", _WIDTH),
+        "protuning: channels between the 1x1 convolutions, which give the paper's 9M; ours.",
+        _WIDTH),
     Key("model.st_adapter.form", "paper",
         "st_adapter: eq. 6 of the paper, or the form that its authors released.",
         ("paper", "released")),
-    Key("model.st_adapter.width", 384, "st_adapter: R, width; its authors'.", _WIDTH),
+    Key("model.st_adapter.width", 384,
+        "st_adapter: R, width of an adapter; its authors' value.", _WIDTH),
     Key("model.st_adapter.kernel_size", (3, 1, 1),
-        "st_adapter: kernel over frames, rows, columns; odd numbers; its authors'.", _SIZE),
+        "st_adapter: kernel over frames, rows, columns, odd numbers; its authors' value.", _SIZE),
     Key("model.st_adapter.scale", 1.0,
         "st_adapter: s, factor on an adapter's output in eq. 6; ours."),
     Key("model.videoprompt.num_prompts", 32,
-        "videoprompt: prompts before the frames; its authors' 16 + 16.", _WIDTH),
+        "videoprompt: number of prompts before the frames; its authors' 16 + 16.", _WIDTH),
     Key("model.aim.bottleneck", Optional(int),
-        "aim: R, width of an adapter; None: D/4, its authors'.", _WIDTH),
-    Key("model.aim.scale", 0.5, "aim: s of joint adaptation; its authors'; 1.0 on SSv2."),
+        "aim: R, width of an adapter; None: D/4, its authors' value.", _WIDTH),
+    Key("model.aim.scale", 0.5,
+        "aim: s, factor of joint adaptation; its authors' value; on SSv2 theirs is 1.0."),
     Key("model.aim.num_temporal_adapters", 1,
-        "aim: adapters around temporal attention; its authors'; 2 on SSv2.", (1, 2)),
+        "aim: adapters around temporal attention; its authors' value; on SSv2 theirs is 2.",
+        (1, 2)),
     Key("model.aim.drop_path", 0.2,
-        "aim: stochastic depth of temporal and joint adaptation, by clip; its authors'.", _RATE),
-    Key("model.aim.dropout", 0.5, "aim: dropout rate before the classifier; its authors'.", _RATE),
-    Key("model.evl.num_blocks", 4, "evl: M, last blocks that are decoded; its authors'."),
+        "aim: probability that training drops temporal or joint adaptation of a clip; its authors' "
+        "value.", _RATE),
+    Key("model.aim.dropout", 0.5,
+        "aim: dropout rate before the classifier; its authors' value.", _RATE),
+    Key("model.evl.num_blocks", 4,
+        "evl: M, number of last blocks that are decoded; its authors' value."),
     Key("model.evl.mlp_dropout", 0.5,
-        "evl: dropout rate in the decoder's MLP; its authors'.", _RATE),
-    Key("model.evl.dropout", 0.5, "evl: dropout rate before the classifier; its authors'.", _RATE),
+        "evl: dropout rate in the decoder's MLP; its authors' value.", _RATE),
+    Key("model.evl.dropout", 0.5,
+        "evl: dropout rate before the classifier; its authors' value.", _RATE),
     # optimizer
     Key("optimizer.learning_rate", 3e-4,
         "Peak learning rate of AdamW; the schedule is a cosine to zero.", _POSITIVE),
@@ -256,17 +270,18 @@ KEYS = (
         "Largest global gradient norm; None does not clip.", _POSITIVE),
     Key("optimizer.label_smoothing", 0.0, "Label smoothing; ours.", _RATE),
     Key("optimizer.accumulation_steps", 1,
-        "Parts of a batch that are computed one after the other.", _COUNT),
+        "Number of parts of a batch that are computed one after the other.", _COUNT),
     Key("optimizer.reduce_dtype", "float32",
         "Dtype of gradients between devices, along mesh axis data.", ("float32", "bfloat16")),
     Key("optimizer.max_skipped_steps", 0,
-        "Steps with a non-finite loss or gradient that are skipped; one more stops the training.",
+        "Number of steps with a non-finite loss or gradient that are skipped; one more stops "
+        "training.",
         _NOT_NEGATIVE),
     # eval
-    Key("eval.split", "validation", "Split that results.json is about."),
+    Key("eval.split", "validation", "Split that is evaluated, for results.json."),
     Key("eval.batch_size", 32, "Videos per evaluation step, over all devices and hosts.", _COUNT),
-    Key("eval.temporal_views", 3, "Clips per video.", Range(1, 1024)),
-    Key("eval.spatial_crops", 1, "Crops per clip.", (1, 3)),
+    Key("eval.temporal_views", 3, "Clips (views in time) per video.", Range(1, 1024)),
+    Key("eval.spatial_crops", 1, "Crops (views in space) per clip.", (1, 3)),
     Key("eval.every_epochs", 0,
         "Epochs between evaluations during training; 0 evaluates only at the end.", _NOT_NEGATIVE),
     Key("eval.checkpoint", "latest",
@@ -320,14 +335,14 @@ def choices(name: str) -> tuple[Any, ...] | None:
 
 
 def add_choice(name: str, value: Any) -> None:
-    """Allow one more value of key `name`, for methods and backbones outside this repository."""
+    """Allow one more value of key `name`, for a data set, method or backbone of other code."""
     if choices(name) is None:
         raise ValueError(f"{name} is not restricted to a list of values")
     _ADDED_CHOICES.setdefault(name, []).append(value)
 
 
 def check_values(config: Mapping[str, Any]) -> None:
-    """Check each value of a configuration by itself; what belongs together is checked in use.
+    """Check each value of a configuration; combinations are checked where they are used.
 
     Args:
       config: a `ConfigDict` with the keys of `KEYS`.
@@ -355,7 +370,7 @@ def check_values(config: Mapping[str, Any]) -> None:
     for name in ("data.crop_scale", "data.crop_ratio"):
         value = _look_up(config, name)
         if len(value) != 2 or value[0] > value[1]:
-            raise ValueError(f"{name}={value} must be the smallest and the largest")
+            raise ValueError(f"{name}={value} must be two numbers, the smallest and the largest")
 
 
 def _look_up(config: Any, name: str) -> Any:

@@ -85,7 +85,7 @@ def restore_config(saved: Mapping[str, Any]) -> ConfigDict:
     """Restore a saved configuration and fill keys added since then with their defaults.
 
     Args:
-      saved: nested, of the values that JSON has, as in config.json and in checkpoints.
+      saved: nested dict of JSON values, as in config.json and in checkpoints.
 
     Returns:
       All keys of `schema.KEYS` and those of `saved`; lists where JSON has no tuples.

@@ -87,7 +87,7 @@ def eval_crop(height: int, width: int, crop: int, num_crops: int) -> Crop:
       num_crops: 1 (the center) or 3 (along the long side).
 
     Raises:
-      ValueError: another number of crops.
+      ValueError: `num_crops` is neither 1 nor 3.
     """
     if num_crops not in (1, 3):
         raise ValueError(f"eval.spatial_crops={num_crops} must be 1 or 3")

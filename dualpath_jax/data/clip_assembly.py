@@ -158,7 +158,7 @@ def _assemble(
 
 
 def _signature(clip: ClipFormat, layers: int, erasing: bool) -> dict[str, tf.TensorSpec]:
-    """Return the tensor specs of a `ClipSample`, with the draws of RandAugment and erasing."""
+    """Return the tensor specs of a `ClipSample`, including the draws of RandAugment and erasing."""
     signature = {
         "records": tf.TensorSpec([len(clip.stored_frames)], tf.string),
         "box": tf.TensorSpec([4], tf.int32),

@@ -57,7 +57,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """Tells prepared data apart; the file identity.json.
+    """Identifies prepared data: the content of identity.json.
 
     Attributes:
       videos: split -> its video table.

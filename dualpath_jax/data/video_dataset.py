@@ -72,7 +72,7 @@ class VideoDataset:
     Raises:
       FileNotFoundError: `data_dir` has no prepared data set, or an unfinished one.
       ChangedData: a file is missing, or not the one that was prepared.
-      OSError: Cloud Storage does not deliver it.
+      OSError: it cannot be read from Cloud Storage.
       ValueError: there is no such split, it has no videos, the stored files are damaged, or a
         program is preparing videos there.
     """
@@ -156,7 +156,7 @@ class VideoDataset:
           IndexError: the video does not have such a frame.
           UnreadableVideo: the file is damaged, according to its checksums.
           ChangedData: the file has changed since the data set was opened.
-          OSError: Cloud Storage does not deliver it.
+          OSError: it cannot be read from Cloud Storage.
         """
         frames = np.asarray(frame_indices, np.int64)
         count = self.num_frames[video_index]
@@ -253,7 +253,7 @@ def shard_path(data_dir: str, name: str, split: str, shard: int, num_shards: int
 def _file_state(path: str) -> tuple[int, int]:
     """Return size and time of change of a local file, one of which differs if it is replaced.
 
-    Its inode says no more: on some network file systems it changes by itself.
+    The inode is not compared: on some network file systems it changes by itself.
 
     Raises:
       ChangedData: there is no such file.
@@ -290,7 +290,7 @@ def _digest_shards(shards: list[dataset_metadata.Shard]) -> str:
 
 @functools.cache
 def _warn_of_missing_identity(data_dir: str) -> None:
-    """Say once that changes of the frames will not be noticed."""
+    """Print once that changes of the frames will not be noticed."""
     print(
         f"note: {data_dir} has no identity.json, as data of version 0.1.0: a replaced file of "
         f"frames may not be noticed. The `{command_line('prepare')}` that made it adds one",

@@ -3,7 +3,7 @@
 The ten classes are paths. A video shows a textured hand whose arm reaches to the border of the
 frame, in front of a photograph. The camera shakes and drifts, the exposure changes, frames are
 noisy, and other patches wander through the picture. Place, size, speed and start of a path are
-random, so that a single frame or the average of all frames tells next to nothing of the class.
+random, so that a single frame or the average of all frames says almost nothing about the class.
 Photographs and textures of the three splits are disjoint.
 """
 

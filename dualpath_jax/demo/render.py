@@ -76,7 +76,7 @@ def load_photo(name: str) -> Image.Image:
 
 
 def crop_photo(photo: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Crop a random square and rotates, mirrors and grades it: uint8 [size, size, 3].
+    """Crop a random square, then rotate, mirror and grade it: uint8 [size, size, 3].
 
     The color grade (a permutation of the channels, and a gain and a gamma for each) makes many
     backgrounds out of few photographs.

@@ -42,8 +42,8 @@ class Method:
           An input that the model does not take is None.
           dropout_rng: jax key that switches on the method's training-time randomness, or None.
         Its parameters hold those of the backbone under "backbone".
-        `module.start_from_backbone(params)` returns `params`, in which the method's parameters that
-        start at values of the backbone have these.
+        `module.start_from_backbone(params)` returns `params` after copying the values of the
+        backbone to those parameters of the method that start there.
       rules: (regular expression of the whole parameter path, whether it is trained); the first
         match decides.
       families: the backbones that it works with, names of `backbones.registry.FAMILIES`; None: all.

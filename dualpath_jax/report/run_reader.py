@@ -103,7 +103,7 @@ class RunRecord:
         return flatten_config(self.config)
 
     def command(self, mode: str = "train") -> str:
-        """Return the command line that trains or evaluate this run.
+        """Return the command line that trains or evaluates this run.
 
         The config file is written as CONFIG if the recorded command is unknown.
 
@@ -298,7 +298,7 @@ def _read_results(run: RunRecord) -> None:
     run.results = results
     if run.training and results["step"] < run.training[-1]["step"]:
         run.report_missing(
-            f"the evaluation is of step {results['step']:,}, but the training is further",
+            f"the evaluation is of step {results['step']:,}, but the training has continued",
             run.command("eval"),
         )
 

@@ -71,13 +71,13 @@ class _Output(io.FileIO):
 def protect_streams(is_log: bool = False) -> None:
     """Make sure that printing cannot end the program; replaces sys.stdout and sys.stderr.
 
-    A closed stream is opened on the null device, as the next file to be opened would take its
-    place otherwise. Control characters are escaped, see `terminal`, and characters that the
-    encoding lacks. Streams that a caller has replaced, as tests do, stay except for these escapes.
+    A closed stream is opened on the null device. Otherwise, the next file to be opened would take
+    its place. Control characters (see `terminal`) and characters that the encoding lacks are
+    escaped. Streams that a caller has replaced, as tests do, only get these escapes.
 
     Args:
-      is_log: True if the program goes on where standard output is refused, because it also writes
-        files. See `_Output`.
+      is_log: True if the program continues when standard output is refused, because it also
+        writes files. See `_Output`.
     """
     for number in range(3):
         try:
@@ -104,7 +104,7 @@ def _find_output(stream: Any) -> _Output | None:
 
 
 def _wrap(raw: _Output, stream: Any) -> io.TextIOWrapper:
-    """Return a text stream that buffers as `stream`, the one that it replaces; None: closed."""
+    """Return a text stream that replaces `stream` and buffers like it; None is a closed one."""
     unbuffered = getattr(stream, "write_through", False)  # python -u
     return io.TextIOWrapper(
         raw if unbuffered else io.BufferedWriter(raw),

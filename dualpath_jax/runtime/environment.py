@@ -1,6 +1,6 @@
 """Sets what JAX, TensorFlow and glibc read at start, and describes the environment of a run.
 
-Settings that the user has made stay. Order of the calls: `configure_environment` before JAX and
+Settings of the user are kept. Order of the calls: `configure_environment` before JAX and
 TensorFlow are imported, `disable_async_dispatch` before JAX makes its first array, and
 `keep_freed_memory` after the first step.
 """

@@ -67,12 +67,12 @@ def waiting_lock(folder: str) -> Iterator[None]:
 
 
 def lock_while_reading(folder: str, reader: Any) -> None:
-    """Hold a lock on a local folder, which readers share, until `reader` is garbage.
+    """Hold a lock that readers share on a local folder, until `reader` is garbage-collected.
 
     It needs no file and no right to write. Where the file system has no locks, nothing is locked.
 
     Args:
-      folder: what is no folder of this machine, as "gs://...", is not locked.
+      folder: a path; anything but a local folder, such as "gs://...", is not locked.
       reader: any object that can be weakly referenced.
 
     Raises:
@@ -117,7 +117,7 @@ def _lock_folder(file: int, kind: int, problem: str) -> None:
 
 
 def _name_holders(inode: int) -> str:
-    """Return the processes that hold a lock on a file, "another program" where unknown."""
+    """Return the names of the processes that lock a file, or "another program"."""
     holders = []
     with contextlib.suppress(OSError), open("/proc/locks") as table:
         for line in table:

@@ -78,7 +78,7 @@ def explain_write_error(path: str | os.PathLike[str], error: BaseException) -> O
 
 
 def open_in_place(path: str | os.PathLike[str], flags: int) -> int:
-    """Open a local file that is not replaced but changed, such as a lock; return its descriptor.
+    """Open a local file to change it in place, such as a lock; return its descriptor.
 
     Args:
       path: of the file.

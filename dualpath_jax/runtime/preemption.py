@@ -68,7 +68,7 @@ def _watch_signal_pipe(pipe: int) -> None:
 
 
 class PreemptionGuard:
-    """Records SIGTERM, SIGHUP and SIGINT in its `with` block; all hosts learn of them at one step.
+    """Records SIGTERM, SIGHUP and SIGINT in its `with` block; all hosts stop at the same step.
 
     With a single process, a second SIGTERM or SIGINT ends it at once; a closed terminal may send
     SIGHUP several times. With several processes, JAX's preemption service handles SIGTERM on any of
@@ -105,7 +105,7 @@ class PreemptionGuard:
 
     @contextlib.contextmanager
     def exit_on_sigterm(self) -> Iterator[None]:
-        """Restore the handlers from before the guard, but SIGINT's, while the block runs."""
+        """Restore the handlers from before the guard, except SIGINT's, while the block runs."""
         if signal.SIGTERM not in self._previous_handlers or self.stop_requested:
             yield
             return

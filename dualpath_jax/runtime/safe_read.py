@@ -1,6 +1,6 @@
 """Opens files that a user names, and reads untrusted text and JSON, within limits.
 
-Whatever the file is, opening it neither waits nor reads without end; ValueError refuses it.
+Opening a file never waits for a pipe and never reads without end: ValueError refuses such files.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, TextIO
 
 MAX_TEXT_BYTES = 512 * 2**20  # Kinetics-700's lists have 40 MB, Something-Something-v2's JSON 60
-# The values of a JSON text may need 30 times its size in Python. Lists of videos, which are larger,
-# are read entry by entry. The largest others are names of classes and headers of safetensors.
+# In Python, JSON may need 30 times the memory of its text. Lists of videos, which are larger, are
+# read entry by entry. The largest others are names of classes and headers of safetensors.
 MAX_JSON_BYTES = 8 * 2**20
 _ENTRY_CHARS = 2**16  # that are read ahead for an entry of a list of videos
 _DECODER, _SPACES = json.JSONDecoder(), re.compile(r"[ \t\n\r]*")

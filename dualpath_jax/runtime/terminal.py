@@ -1,4 +1,4 @@
-"""Makes text of others, such as names of files and classes, safe to print.
+"""Makes text from other sources, such as names of files and classes, safe to print.
 
 A terminal obeys control characters: they clear the screen, change its title, or hide what was
 printed before. A line break forges lines of output.
@@ -13,7 +13,7 @@ from typing import Any, TextIO
 # surrogate pairs are left to the stream's error handler, because file names may hold any bytes.
 _UNSAFE_CATEGORIES = ("Cc", "Zl", "Zp")
 _DIRECTION_MARKS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-_LAYOUT = "\n\t"  # control characters that messages of this package hold
+_LAYOUT = "\n\t"  # control characters in messages of this package
 
 
 class _Escapes(dict):

@@ -174,7 +174,9 @@ def init_from_adapter(
                 "this data set, or evaluate it on the one it was trained on"
             )
         fresh = _class_dependent_leaves(experiment)
-        print(f"init_from: {path} has other classes; not taken from it: {', '.join(fresh)}")
+        print(
+            f"init_from: {path} has other classes; these parameters start anew: {', '.join(fresh)}"
+        )
     target = param_tree.flatten(state.trainable)
     _check_leaves(path, leaves, target, fresh)
     new = [

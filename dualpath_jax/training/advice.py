@@ -15,8 +15,8 @@ class TrainingAdvice:
     NUM_ENTRIES = 5
     # Shares of ln(classes), the loss of guessing, between which nothing has been learned.
     STUCK = (0.97, 1.2)
-    # Accuracy in training from which on the clips are known, and the share of it below which a
-    # score of other videos is low.
+    # From this training accuracy on, the model knows its clips by heart. A score on other videos
+    # is low if it is below this share of the training accuracy.
     KNOWN, LOW = 0.98, 0.75
 
     def __init__(self, num_classes: int):

@@ -267,7 +267,7 @@ class Checkpoints:
         environment.note_that_a_thread_may_hang()  # orbax's, if the clock was set
 
     def _clean_up(self) -> None:
-        """Free the disk space of a failed save and lists the checkpoints on disk again."""
+        """Free the disk space of a failed save and list the checkpoints on disk again."""
         for _ in range(_MAX_ERRORS):
             try:
                 self._manager.wait_until_finished()  # raises the error of one thread per call
@@ -316,8 +316,8 @@ class Checkpoints:
         damaged = self._workdir / "damaged_checkpoints"
         if damaged.exists() and any(damaged.iterdir()):
             raise ValueError(
-                f"all checkpoints of {self._workdir} are damaged, and lie in {damaged}: copy a "
-                f"good one to {self.directory}, or begin at step 0 with --start_over"
+                f"all checkpoints of {self._workdir} are damaged and were moved to {damaged}: copy "
+                f"a good one to {self.directory}, or begin at step 0 with --start_over"
             )
         return None
 
@@ -414,9 +414,10 @@ class Checkpoints:
         return saved
 
     def _classify(self, step: int, error: Exception) -> DamagedCheckpoint | UnreadableCheckpoint:
-        """Return whether `error`, raised by reading `step`, tells of its content or of the reading.
+        """Return the exception for `error`, raised by reading `step`: damaged or unreadable.
 
-        Orbax and TensorStore report both in many ways. So all files are read here once more.
+        Errors of orbax and TensorStore do not distinguish the two. Therefore all files are read
+        once more: if that succeeds, the content is damaged.
         """
         where, problem = self.path(step), error
         is_damage = not isinstance(error, MemoryError | ImportError | jax.errors.JaxRuntimeError)

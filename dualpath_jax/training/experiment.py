@@ -116,7 +116,7 @@ def build_abstract(
     steps_per_epoch: float,
     backbone: BackboneConfig | None = None,
 ) -> AbstractExperiment:
-    """Describe the run of `config` by shapes; computes nothing and read no file.
+    """Describe the run of `config` by shapes; compute nothing and read no file.
 
     Args:
       config: the whole configuration.

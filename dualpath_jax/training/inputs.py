@@ -137,7 +137,7 @@ def report_untrained_classes(dataset: VideoSource) -> None:
         names = ", ".join(map(truncated_repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
         print(
             f"{len(missing)} of {len(dataset.class_names)} classes have no training video and "
-            f"cannot be learnt: {names}",
+            f"cannot be learned: {names}",
             flush=True,
         )
 

@@ -54,7 +54,8 @@ class MetricsLogger:
         """Remove the entries of metrics.jsonl for steps and evaluations that will be repeated.
 
         Args:
-          step: number of updates that the resumed state has done; entries of later steps go.
+          step: number of updates that the resumed state has done. Entries of later steps are
+            removed.
           evaluated: False removes an evaluation of `step` too.
         """
         if not self._is_main or not self._path.exists():

@@ -93,7 +93,7 @@ class PredictionWriter:
     def close(self) -> None:
         """Write the file; process 0 removes those of runs with another number of processes.
 
-        Only files with names of this module's are removed; one that cannot be is left.
+        It removes only files that this module has named, and leaves one that cannot be removed.
 
         Raises:
           OSError: it cannot be written.

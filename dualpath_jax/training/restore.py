@@ -11,7 +11,7 @@ from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from dualpath_jax.training.experiment import Experiment
 from dualpath_jax.training.state import TrainState
 
-# Prefixes of settings that decide how videos become inputs of the model, and these its logits.
+# Prefixes of the settings that decide the model's inputs and its logits.
 _MODEL_SETTINGS = (
     "model.",
     *("data.num_frames", "data.num_spatial_frames", "data.sampling", "data.grid"),
@@ -137,11 +137,14 @@ def _identity_changes(
 ) -> dict[str, tuple[Any, Any]]:
     """Return the (old, new) digests of the training data that differ, shortened.
 
-    A checkpoint of version 0.1.0 has none, which is said; the next one will.
+    A checkpoint of version 0.1.0 has no digests; a message says so.
     """
     old, new = saved.get("data_identity"), experiment.data_identity
     if old is None:
-        print(f"{where} does not say which videos it was trained on; the next one will", flush=True)
+        print(
+            f"{where} does not say which videos it was trained on; the next checkpoint will",
+            flush=True,
+        )
         return {}
     names = {
         "videos": "digest of the ids and labels of the training videos",
@@ -155,7 +158,7 @@ def _identity_changes(
 
 
 def _report_machine(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
-    """Say that a resumed run will differ in the last bits if the machine is another one."""
+    """Print that a resumed run will differ in the last bits if the machine has changed."""
     old, new = saved.get("machine"), now["machine"]
     if old not in (None, new):
         print(

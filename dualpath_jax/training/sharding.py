@@ -121,7 +121,7 @@ def _platform(mesh: Mesh) -> str:
 
 
 def data_parallel_mean(compute: Callable, mesh: Mesh, dtype: str) -> Callable:
-    """Return a function that runs `compute` on each device's rows and average over devices.
+    """Return a function that runs `compute` on each device's rows and averages the results.
 
     All results are reduced at once at the end. XLA's own partitioning would reduce leaf by leaf
     inside the loop over blocks, once for each accumulation step, and in the dtype of the model. (It

@@ -261,7 +261,7 @@ def _convert_arrays(
 
 
 def _parse_stored_config(path: Any, meta: Mapping[str, Any]) -> backbone_registry.BackboneConfig:
-    """Return the config in a backbone file's metadata; raises ValueError if it is invalid."""
+    """Return the config in a backbone file's metadata; raise ValueError if it is invalid."""
     family = meta.get("family", "vit")  # old files have no entry: ViT was the only family
     values = meta.get("config")
     known_family = backbone_registry.FAMILIES.get(family) if isinstance(family, str) else None

@@ -28,7 +28,7 @@ MAX_BYTES = 64 * 2**30  # of a file; the largest CLIP with its text tower has 10
 
 TensorReaders = Mapping[str, Callable[[], np.ndarray]]  # by name; called to read the tensor
 
-# What a folder's weights are called, by preference.
+# Names of the weights in a folder, in order of preference.
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",

@@ -2,8 +2,8 @@
 
 Three formats hold a pickle that refers to raw storages: the zip archives of `torch.save`,
 TorchScript archives, and the files of `torch.save` before torch 1.6. The pickle is interpreted
-here. It can only build containers, numbers, strings and tensors: a class or function is never
-looked up, its name is compared with `_BUILDERS`. What any other one would build becomes a
+here. It can only build containers, numbers, strings and tensors. A class or function is never
+looked up: its name is compared with `_BUILDERS`, and the object of any other name becomes a
 placeholder, `Opaque`.
 """
 
@@ -48,7 +48,7 @@ _LISTS = {f"torch.jit._pickle.build_{kind}list" for kind in ("int", "double", "b
 
 
 class RefusedPickleError(ValueError):
-    """A pickle that torch did not write, or that needs what is not supported."""
+    """Reports a pickle that torch did not write, or that needs what is not supported."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +303,7 @@ def _is_key(value: Any) -> bool:
 
 
 def _construct(target: Any, arguments: Any) -> Any:
-    """Return what calling `target`, of a pickle, gives; nothing is called but our builders."""
+    """Return the result of a call of `target` in a pickle; only our builders are really called."""
     if isinstance(target, Opaque):  # what getattr, partial or a factory would give
         return Opaque(target.name)
     if not isinstance(target, _Global) or type(arguments) is not tuple:
@@ -325,7 +325,7 @@ _DAMAGES = (
 
 
 def _interpret(file: BinaryIO, open_storage: Callable[[Any], Any]) -> Any:
-    """Interpret a pickle; raises ValueError for a damaged one."""
+    """Interpret a pickle; raise ValueError for a damaged one."""
     try:
         return _Interpreter(open_storage).load(file)
     except _DAMAGES as error:

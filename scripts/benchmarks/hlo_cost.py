@@ -182,7 +182,7 @@ class HloProgram:
         return shape_bytes(shape) + sum(map(shape_bytes, operands))
 
     def _fusion_bytes(self, fusion: _Instruction, operands: list[str]) -> int:
-        """Return the bytes that a fusion reads from its operands and write to its result."""
+        """Return the bytes that a fusion reads from its operands and writes to its result."""
         total, written = 0, shape_bytes(fusion.shape)
         for index, operand in enumerate(operands):
             uses = list(self._parameter_uses(fusion.called_computation("calls"), index))

@@ -96,7 +96,7 @@ class ForwardPass:
         return sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes
 
     def make_call(self, batch_size: int) -> Callable[[], None]:
-        """Return a function that computes a batch and wait for the result."""
+        """Return a function that computes a batch and waits for the result."""
         compiled = self._compile(batch_size)
         batch = {
             key: jax.random.randint(jax.random.key(0), (batch_size, *shape), 0, 256, np.uint8)

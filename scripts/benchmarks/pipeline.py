@@ -397,7 +397,7 @@ def stage_costs(
 
 
 def _use_one_core() -> None:
-    """Restricts this process to one core, where the system allows it."""
+    """Restrict this process to one core, where the system allows it."""
     if CAN_CHOOSE_CORES:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 

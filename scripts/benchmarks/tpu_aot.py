@@ -317,7 +317,7 @@ class Fit:
 
 
 def largest_power_of_two(compiled: dict[int, int], memory: float) -> int:
-    """Estimates the largest power of two of clips that fit `memory` bytes, by linear extrapolation.
+    """Estimate by linear extrapolation how many clips fit `memory` bytes, a power of two.
 
     Args:
       compiled: required bytes of two batch sizes, the smaller one first.
@@ -339,7 +339,7 @@ USABLE_FRACTION = 0.92
 def estimate_fits(
     small: StepReport, large: StepReport, memories: Sequence[float], batches: Sequence[int]
 ) -> list[Fit]:
-    """Estimates how many clips fit devices, from the reports of two batch sizes.
+    """Estimate how many clips fit devices, from the reports of two batch sizes.
 
     Args:
       small: report of the training step with the smaller batch.

@@ -86,7 +86,7 @@ class Runner:
 
 
 def _repeat(call: Callable[[], Any], fetch: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Return run(calls=1), which calls `call` that often and fetch the last result."""
+    """Return run(calls=1), which calls `call` that often and fetches the last result."""
 
     def run(calls: int = 1) -> Any:
         for _ in range(calls):

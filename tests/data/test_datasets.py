@@ -92,7 +92,7 @@ def test_ssv2(videos, tmp_path, prefix):
         "validation": [Video("3", "3.mp4", 2)],
     }
     assert listing.notices == [
-        "1 classes have no training video and cannot be learnt: 'Something falling'",
+        "1 classes have no training video and cannot be learned: 'Something falling'",
         "the annotations have 3 classes, but ssv2 as published has 174",
     ]
 
@@ -215,11 +215,11 @@ def test_classes_equal_but_for_case(videos, other):
     listing = list_videos("folder", str(videos))
     if other == "jumped":
         assert listing.notices == [
-            f"1 classes have no training video and cannot be learnt: {other!r}"
+            f"1 classes have no training video and cannot be learned: {other!r}"
         ]
         return
     unlearnt, similar = listing.notices
-    assert unlearnt == f"1 classes have no training video and cannot be learnt: {other!r}"
+    assert unlearnt == f"1 classes have no training video and cannot be learned: {other!r}"
     assert similar.startswith(f"classes {other!r} and 'jump' differ only in case or")
 
 

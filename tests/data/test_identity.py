@@ -199,7 +199,7 @@ def test_other_data_are_not_resumed(config, tmp_path, capsys):
     assert restore._identity_changes(experiment, saved, "checkpoints/5") == {}
     del saved["data_identity"]
     assert restore._identity_changes(changed, saved, "checkpoints/5") == {}
-    line = "checkpoints/5 does not say which videos it was trained on; the next one will\n"
+    line = "checkpoints/5 does not say which videos it was trained on; the next checkpoint will\n"
     assert capsys.readouterr().out.endswith(line)
 
 

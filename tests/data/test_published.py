@@ -73,7 +73,7 @@ def test_k400(videos, annotations):
         "validation": [Video("xyz_000000_000010", "xyz_000000_000010.mp4", 3)],  # not there
     }
     assert listing.notices == [
-        "1 classes have no training video and cannot be learnt: 'skiing slalom'",
+        "1 classes have no training video and cannot be learned: 'skiing slalom'",
         "the annotations have 4 classes, but k400 as published has 400",
     ]
     stripped = [name.translate({ord(c): None for c in "'()"}) for name in listing.class_names]

@@ -13,7 +13,7 @@ _cache = {}
 
 
 def _key(model, config):
-    """Return a key that is equal for equal programs; it ignores when a run saves and evaluate."""
+    """Return a key that is equal for equal programs; it ignores when a run saves and evaluates."""
     config = config.copy_and_resolve_references()
     for name in ("checkpoint", "eval", "init_from", "log_every_steps", "profile", "resume_changed"):
         del config[name]

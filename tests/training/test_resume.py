@@ -650,7 +650,7 @@ def test_exported_parameters_start_another_run(config, straight, tmp_path, capsy
     fresh = {name for name in after if np.array_equal(after[name], before[name])}
     assert fresh == {"classifier/output/kernel", "classifier/output/bias"}
     assert all(np.array_equal(after[n], trained[n]) for n in after.keys() - fresh)
-    assert "not taken from it: classifier/output/" in capsys.readouterr().out
+    assert "these parameters start anew: classifier/output/" in capsys.readouterr().out
     # The file is evaluated without a run; with a run that did not start from it, it is ambiguous.
     run, _ = build(config, tmp_path / "nothing")
     run.restore_for_evaluation()

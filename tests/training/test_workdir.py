@@ -76,7 +76,7 @@ def test_classes_without_training_videos_are_named(capsys):
     report_untrained_classes(everything)
     assert capsys.readouterr().out == ""
     report_untrained_classes(types.SimpleNamespace(labels=np.array([2, 2]), class_names=names))
-    line = "6 of 7 classes have no training video and cannot be learnt: 'hop', 'jump', 'sit', "
+    line = "6 of 7 classes have no training video and cannot be learned: 'hop', 'jump', 'sit', "
     assert capsys.readouterr().out == line + "'walk', 'wave', ...\n"
 
 

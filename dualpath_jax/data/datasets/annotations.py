@@ -31,7 +31,7 @@ class Video:
       id: name of the video in the data set, unique in a split.
       path: path of the video file, absolute or relative to the videos folder.
       label: class index, from 0.
-      group: name of its recording, from a column of the annotations; "" without one.
+      group: name of its recording, from a column of the annotations; "" without such a column.
     """
 
     id: str

@@ -19,7 +19,7 @@ def read_folder(videos_dir: str, annotations: str | None) -> DatasetIndex:
 
     Raises:
       ValueError: there are no class folders, a class has no videos, two folders name the same
-        split, or there are other folders beside split folders.
+        split, or there are other folders next to split folders.
     """
     del annotations  # the folders are the annotations
     folders, notices = _list_visible(videos_dir, "", want_folders=True)
@@ -55,7 +55,7 @@ def _find_class_folders(
     """Return (split or "", class name, path) of each class folder, and notices.
 
     Raises:
-      ValueError: two folders name the same split, or there are others beside split folders.
+      ValueError: two folders name the same split, or there are others next to split folders.
     """
     split_folders = [name for name in folders if _is_split_folder(videos_dir, name)]
     if all(name.casefold() in SPLIT_NAMES for name in folders):

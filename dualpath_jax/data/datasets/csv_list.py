@@ -136,8 +136,8 @@ def _drop_heading(
 ) -> list[tuple[str, str]]:
     """Return the rows without a heading.
 
-    A first row is one if the second row names a file, and it names neither a file of this kind nor
-    a label of any other row.
+    The first row is a heading if the second row names a file, and the first one names neither a
+    file of this kind nor a label of any other row.
 
     Raises:
       ValueError: the rows are `label,path`.

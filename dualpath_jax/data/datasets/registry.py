@@ -204,7 +204,7 @@ def _find_class_anomalies(
         names = ", ".join(repr(class_names[label]) for label in unseen[:5])
         dots = ", ..." if len(unseen) > 5 else ""
         notices.append(
-            f"{len(unseen)} classes have no training video and cannot be learnt: {names}{dots}"
+            f"{len(unseen)} classes have no training video and cannot be learned: {names}{dots}"
         )
     if len(class_names) == 1:
         notices.append(f"{class_names[0]!r} is the only class; there is nothing to learn")

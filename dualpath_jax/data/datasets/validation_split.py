@@ -20,7 +20,7 @@ _SEGMENT_NAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class GroupBy:
-    """Says which videos are of one recording: those for which `group_of` is equal.
+    """Decides which videos are of one recording: those for which `group_of` is equal.
 
     Attributes:
       kind: "folder", "name" or "column".
@@ -201,8 +201,9 @@ def _hash(name: str) -> bytes:
 def find_segments(videos: Iterable[Video]) -> list[str]:
     """Return a notice if names of files suggest segments of one recording, otherwise an empty list.
 
-    A class whose names differ in their number alone is taken for numbered: some of its files must
-    share the part before the number, and others must have another one.
+    If the names of a class differ only in their numbers, the class counts as numbered, not as one
+    recording. Some of its files must therefore share the part before the number, and others must
+    have another one.
     """
     classes = collections.defaultdict(list)
     for video in videos:

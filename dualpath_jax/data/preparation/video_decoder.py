@@ -36,7 +36,7 @@ IGNORE_TAG_ERRORS = {"metadata_errors": "replace"} if int(av.__version__.split("
 # Color matrices (AVColorSpace) that swscale does not support -> the matrices used instead. BT.2020
 # with constant luminance is close to the one without; YCgCo and reserved numbers count as untagged.
 _MATRIX_SUBSTITUTES = {10: 9} | dict.fromkeys((3, 8, *range(11, 32)), 2)
-# Codecs of still images, whose "streams" are covers and thumbnails beside another stream.
+# Codecs of still images, whose "streams" are covers and thumbnails of another stream.
 _STILL_CODECS = frozenset({"bmp", "gif", "mjpeg", "png", "tiff", "webp"})
 _CHECK_INTERVAL = 16  # `check_video` compresses one of so many frames
 
@@ -273,7 +273,7 @@ class FrameReader:
 
 
 class FrameClock:
-    """Tells the times of the frames of a stream, in seconds from its first frame.
+    """Computes the times of the frames of a stream, in seconds from its first frame.
 
     They are the time stamps until a time stamp does not increase. The time stamps of such a file
     are wrong; from there on, the times are those of a steady `rate`, in decode order.
@@ -398,7 +398,7 @@ def video_to_jpegs(
 def check_video(
     path: str, short_side: int | None, quality: int, limits: DecodeLimits, fps: float | None = None
 ) -> VideoInfo:
-    """Decode a whole video as `video_to_jpegs` does, but compresses only one frame in 16.
+    """Decode a whole video as `video_to_jpegs` does, but compress only one frame in 16.
 
     Returns:
       The description that `video_to_jpegs` returns, with `num_bytes` estimated.
@@ -488,7 +488,7 @@ def _parse_clock(text: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Orientation:
-    """Tells how a stored frame is made upright: one of eight ways.
+    """Describes how a stored frame is made upright, one of eight ways.
 
     Attributes:
       transposed: exchange rows and columns, first of all.

@@ -202,7 +202,7 @@ _generator: Iterator[Any] = iter(())  # in a worker: its current generator
 
 
 def _next_item(function: Callable, arguments: tuple, begin: bool) -> Any:
-    """Run in a worker: returns the next item of the generator, or `_End`.
+    """Run in a worker; return the next item of the generator, or `_End`.
 
     If the worker that began the generator has died, the next worker returns `_End`.
     """
@@ -271,7 +271,7 @@ def _stop_all(workers: list[_Worker]) -> None:
 
 
 def serve_tasks(pipe: int) -> None:
-    """Run in a worker: answers tasks until the parent closes its end of the pipe.
+    """Run in a worker; answer tasks until the parent closes its end of the pipe.
 
     Args:
       pipe: file descriptor of the worker's end.

@@ -53,7 +53,7 @@ class Adapter(nn.Module):
     """Applies a bottleneck adapter: s W_up GELU(W_down x), with biases; its output starts at zero.
 
     With `time_kernel_size` K, a depthwise convolution over the K frames around a frame, at the same
-    place in each, comes before GELU (ours, as in ST-Adapter); class tokens pass it by.
+    place in each, comes before GELU (ours, as in ST-Adapter); class tokens skip it.
 
     Attributes:
       bottleneck: R, the inner width (paper: 128).

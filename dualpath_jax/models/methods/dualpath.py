@@ -102,9 +102,7 @@ class DualPath(nn.Module):
     Parameters: `backbone` (frozen), `spatial` and `temporal` (adapters stacked [L, ...] and class
     token; `spatial` also a position table), `classifier`, and `readout` with `readout_width`. Class
     tokens and position tables must start at the backbone's values, see `start_from_backbone`. A
-    Swin has neither class token nor
-    position table: its counts in PAPER.md's table (10,014,766 and 8,341,043) contain only adapters
-    and classifier.
+    Swin has neither class token nor position table: only adapters and classifier train.
 
     Attributes:
       config: the backbone's shape.
