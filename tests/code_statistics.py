@@ -1,4 +1,4 @@
-"""Counts what the readability of the package is judged by.
+"""Counts figures by which the readability of the package is judged.
 
     python tests/code_statistics.py
 

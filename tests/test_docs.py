@@ -417,7 +417,7 @@ def test_extending_a_method():
         *("adapters/lora_a", "adapters/lora_b", "head/output/kernel", "head/output/bias")
     }
     assert before["adapters/lora_a"].shape == (3, 48, 4)  # [L, D, rank]
-    # A's gradient is zero while B is: weight decay alone moves it.
+    # As long as B is zero, the gradient of A is zero, and only weight decay moves A.
     assert all((jax.device_get(before[n]) != jax.device_get(after[n])).any() for n in after)
     assert all(path.startswith("backbone/") for path in flatten(names["frozen"]))
     assert float(names["metrics"]["loss"]) > 0

@@ -3,10 +3,10 @@
     dualpath convert --checkpoint=ViT-B-16.pt --out=clip_vitb16.safetensors
 
 Supported are CLIP of OpenAI, open_clip, Hugging Face or timm; ViT of its authors (.npz), timm or
-Hugging Face; Swin of its authors, timm or Hugging Face. The kind is detected from the names in the
-file: safetensors, torch (.pt, .pth, .bin, .ckpt; torch is not needed), TorchScript (nothing in it
-is executed) or .npz. For a checkpoint in shards, name its index or any shard. A
-folder of Hugging Face can be named too, or hf:org/name, which huggingface_hub downloads.
+Hugging Face; and Swin of its authors, timm or Hugging Face. The model is recognized by the names of
+the weights. The file is safetensors, torch (.pt, .pth, .bin or .ckpt; torch is not needed),
+TorchScript (nothing in it is executed) or .npz. For a checkpoint in shards, name its index or any
+shard. A folder of Hugging Face can be named too, or hf:org/name, which huggingface_hub downloads.
 
 In a checkout, python scripts/convert_clip.py is the same command.
 """

@@ -121,7 +121,7 @@ class TrainingFixture:
         self.damage_videos(DAMAGED)
 
     def damage_videos(self, videos: Iterable[int]) -> None:
-        """Flips a bit in a stored frame of each video, as a failing disk does."""
+        """Flip a bit in a stored frame of each video, as a failing disk does."""
         dataset = VideoDataset(self.data, "train")
         content = bytearray(self.shard.read_bytes())
         for video in videos:
@@ -237,7 +237,7 @@ class TrainingProcess:
         return self.process.returncode
 
     def kill(self) -> None:
-        """Kills the program with SIGKILL (kill -9)."""
+        """Kill the program with SIGKILL (kill -9)."""
         self.process.kill()
         self.process.wait()
 

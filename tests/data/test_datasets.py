@@ -409,7 +409,7 @@ def test_split_of_groups_is_as_near_as_possible(sizes, fraction, count):
 
 
 def test_split_of_groups_takes_sizes_in_proportion():
-    """Check that validation does not have the large recordings alone, nor the small ones."""
+    """Check that validation has neither only the large recordings nor only the small ones."""
     sizes = {f"large{i}": 10 for i in range(10)} | {f"small{i}": 1 for i in range(100)}
     _, validation, videos = split_recordings(segments(0, **sizes), 0.2)
     assert len(videos) == 40
@@ -465,7 +465,7 @@ def test_unknown_groupings(text):
 
 
 def test_group_by_name(videos):
-    """Check that list_videos keeps recordings whole, and tells what it did."""
+    """Check that list_videos keeps recordings whole, and reports what it did."""
     touch(videos, *(f"{c}/{r}_{i}.mp4" for c in ("a", "b") for r in "pqrs" for i in range(5)))
     touch(videos, "a/single.mp4")
     listing = list_videos("folder", str(videos), None, 0.25, GroupBy.parse("name:(.+)_"))

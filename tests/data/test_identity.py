@@ -184,7 +184,7 @@ def test_prepare_adds_a_missing_identity(original, data, capsys, monkeypatch):
 
 
 def test_other_data_are_not_resumed(config, tmp_path, capsys):
-    """Check moved labels; resume_changed goes on, and a checkpoint without digests says so."""
+    """Check moved labels; resume_changed continues, and a checkpoint without digests is named."""
     run, _ = build(config, tmp_path)
     experiment = run.experiment
     saved = experiment.metadata()

@@ -476,7 +476,7 @@ def test_warning_of_a_short_disk(videos, tmp_path, monkeypatch, capsys):
 
 
 def test_check(videos, tmp_path, capsys, monkeypatch):
-    """Check that `check_videos` reports what `prepare_dataset` would, and write no file."""
+    """Check that `check_videos` reports what `prepare_dataset` would, and writes no file."""
     path = write_video(videos / "clip 0.mp4", 30, options={"movflags": "faststart"}, gop=1)
     data = pathlib.Path(path).read_bytes()
     pathlib.Path(path).write_bytes(data[: len(data) * 2 // 3])

@@ -14,7 +14,7 @@ from dualpath_jax.data.video_dataset import UnreadableVideo, VideoDataset, frame
 
 
 def flip(dataset, path, wanted):
-    """Flips a bit of the records in a file for which wanted(video, frame) is True."""
+    """Flip a bit of the records in a file for which wanted(video, frame) is True."""
     content, start = bytearray(pathlib.Path(path).read_bytes()), 0
     original = bytes(content)
     for video in range(len(dataset)):

@@ -178,7 +178,7 @@ def test_the_stream_of_a_player_is_chosen(tmp_path, name, sizes, default, chosen
 
 
 def test_a_cover_loses_without_a_mark(tmp_path):
-    """Check a larger stream of one picture, marked as default, beside a small film."""
+    """Check a larger stream of one picture, marked as default, next to a small film."""
     path = tmp_path / "a.mkv"
     with av.open(str(path), "w") as container:
         cover, film = (container.add_stream(codec, rate=25) for codec in ("mjpeg", "mpeg4"))
@@ -195,7 +195,7 @@ def test_a_cover_loses_without_a_mark(tmp_path):
 
 
 def test_one_damaged_packet_costs_its_frame_alone(tmp_path):
-    """Check brightness in order; without damage (the twin) nothing is said."""
+    """Check brightness in order; without damage (the twin) there is no reason."""
     levels = list(range(20, 220, 10))
     frames = [np.full((48, 64, 3), level, np.uint8) for level in levels]
     path = write_video(tmp_path / "a.avi", frames, gop=1)
@@ -622,7 +622,7 @@ def test_too_many_frames(tmp_path):
 
 
 def act(what, value=None):
-    """Run in a worker: does what `what` says, and return `value` or a result of that size."""
+    """Run in a worker; do what `what` says, and return `value` or a result of that size."""
     if what == "sleep":
         time.sleep(value)
     if what == "kill":
@@ -773,7 +773,7 @@ def test_interrupted_while_a_task_is_sent():
 
 
 def generate_acts(*jobs):
-    """Run in a worker: yields the result of `act` for each job."""
+    """Run in a worker; yield the result of `act` for each job."""
     for job in jobs:
         yield act(*job)
 
@@ -799,7 +799,7 @@ def test_streams_keep_what_came_before_a_failure():
 
 
 def touch_files(folder):
-    """Run in a worker: yields 30 numbers and make a file before each."""
+    """Run in a worker; yield 30 numbers, and make a file before each."""
     for number in range(30):
         (folder / str(number)).touch()
         yield number

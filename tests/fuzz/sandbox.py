@@ -214,7 +214,7 @@ def write_case(case: Case, folder: pathlib.Path) -> None:
 
 
 def serve(connection, target_type: type[Target], work: str, seed: int) -> None:
-    """Run the reading process: receives ranges of cases, read them, and send the outcomes.
+    """Run the reading process: receive ranges of cases, read them, and send the outcomes.
 
     First it reads the seeds, and sends "ready" or the text of their errors. Then it receives ranges
     (first, end) and sends a list of `Outcome` for each batch in them.

@@ -134,7 +134,7 @@ def _state_dict(layout: str) -> dict[str, np.ndarray]:
 
 
 def mutate_safetensors(rng: random.Random, data: bytes) -> bytes:
-    """Damages any bytes, the header's JSON (sometimes with a wrong length), or JSON inside it."""
+    """Damage any bytes, the header's JSON (sometimes with a wrong length), or JSON inside it."""
     kind = rng.randrange(4)
     if kind == 0:
         return mutate_bytes(rng, data)

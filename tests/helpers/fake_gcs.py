@@ -108,7 +108,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     do_POST = do_PUT = do_DELETE = do_HEAD = do_GET
 
     def _answer(self) -> None:
-        """Dispatches a request by its path."""
+        """Dispatch a request by its path."""
         gcs = self.server.gcs
         gcs.requests.append((self.command, self.path))
         url = urllib.parse.urlsplit(self.path)

@@ -124,7 +124,7 @@ def damaged(config, folder, process_id):
 
 
 def skipped(config, folder, process_id):
-    """Skips the second step, in which the rows of process 1 are not finite."""
+    """Skip the second step, in which the rows of process 1 are not finite."""
     run, _ = train_and_evaluate(
         config, folder, evaluation=False, poison=np.nan if process_id == 1 else 0.0
     )

@@ -104,7 +104,7 @@ def _stage_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def stages(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Run a model on images [M, 3, H, W] and records the outputs of its stages.
+    """Run a model on images [M, 3, H, W] and record the outputs of its stages.
 
     Returns:
       Outputs [M, N, D] by the names of `_stage_modules` (but "norm"), and "features" [M, D].

@@ -146,7 +146,7 @@ def _record(modules: dict[str, torch.nn.Module], run) -> dict[str, torch.Tensor]
 
 
 def open_clip_stages(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Run open_clip's image tower on [M, 3, H, W] and records its stages.
+    """Run open_clip's image tower on [M, 3, H, W] and record its stages.
 
     Returns:
       "embed" and "block_<i>" [M, N, D], "ln_post" [M, D], "projection" [M, e].

@@ -56,7 +56,7 @@ def noise_frames(num_frames: int, height: int = 48, width: int = 64) -> list[np.
 
 
 def decode_windows_then_fail(path: str, *arguments):
-    """Run in a worker: yields two windows, then does what the file's name says."""
+    """Run in a worker; yield two windows, then do what the file's name says."""
     for number, window in enumerate(sliding_windows.decode_windows(path, *arguments)):
         if number == 2 and os.path.basename(path) == "crash.mp4":
             os.kill(os.getpid(), signal.SIGSEGV)

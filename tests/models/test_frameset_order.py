@@ -78,7 +78,7 @@ def test_convolution_is_over_time_at_the_same_place():
     expected = jax.nn.gelu(hidden, approximate=False) @ params["up"]["kernel"]
     assert np.abs(y - expected - params["up"]["bias"]).max() < 1e-5
     assert np.abs(y[:, 1:] - same[:, 1:]).max() > 0.1
-    assert np.abs(y[:, 0] - same[:, 0]).max() < 1e-6  # class tokens pass it by
+    assert np.abs(y[:, 0] - same[:, 0]).max() < 1e-6  # class tokens skip it
 
 
 def test_readout_sees_order_and_the_class_token_does_not():

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="needs opens
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    """Start the fake server and points all clients in this process to it."""
+    """Start the fake server and point all clients in this process to it."""
     with FakeGcs(tmp_path_factory.mktemp("gcs")) as gcs, pytest.MonkeyPatch.context() as patch:
         for key, value in gcs.environment.items():
             patch.setenv(key, value)

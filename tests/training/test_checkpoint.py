@@ -428,7 +428,7 @@ while True:
 
 @pytest.mark.slow
 def test_killed_while_it_saves(tmp_path):
-    """Kills a real process (kill -9) several times while a half-written checkpoint is there."""
+    """Kill a real process (kill -9) several times while a half-written checkpoint is there."""
     step, num_incomplete = 0, 0
     for attempt in range(4):
         program = [sys.executable, "-c", SAVING, str(tmp_path), str(step)]

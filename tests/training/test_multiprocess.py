@@ -261,7 +261,7 @@ def saved_steps(workdir):
 
 
 def wait_for(is_reached, job):
-    """Wait until `is_reached()`, and fails if a process ends before."""
+    """Wait until `is_reached()`; fail if a process ends before."""
     end = time.monotonic() + 300
     while not is_reached():
         assert time.monotonic() < end
