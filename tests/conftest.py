@@ -25,6 +25,7 @@ if importlib.metadata.version("jax").startswith("0.10."):  # later ones abort on
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
 
 # Tracing makes many small objects, so frequent garbage collection takes noticeable time.
 gc.set_threshold(20_000, 20, 20)

@@ -39,10 +39,12 @@ _XLA_FLAGS = (
 )
 
 # TensorFlow only reads and decodes videos here. Without oneDNN, which no operation of the pipeline
-# uses, it prints nothing at start; batches are the same.
+# uses, it prints nothing at start. Its own pool of memory reuses what clips free; from glibc, every
+# clip would wait for new pages (docs/notes/measurements.md). Batches are the same.
 _TENSORFLOW_VARIABLES = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TF_ENABLE_ONEDNN_OPTS": "0",
+    "TF_CPU_ALLOCATOR_USE_BFC": "true",
 }
 
 _MIN_ADDRESS_SPACE = 4 * 2**30  # bytes; the demo's training reserves 2.5 GB
@@ -54,7 +56,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def quiet_tensorflow() -> None:
-    """Keep TensorFlow from printing when it is imported; call it before that."""
+    """Quiet TensorFlow and make it reuse memory; call it before TensorFlow is imported."""
     for name, value in _TENSORFLOW_VARIABLES.items():
         os.environ.setdefault(name, value)
 

@@ -1,4 +1,4 @@
-"""Tests the generated sets `paths`: classes, splits, files, and that single frames do not reveal the class."""
+"""Tests the generated sets `paths`: classes, splits, files; one frame must not reveal the class."""
 
 import pathlib
 

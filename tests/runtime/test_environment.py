@@ -94,6 +94,33 @@ def test_memory_of_a_step_is_reused(chosen):
     pytest.fail(f"page faults of each step before {before} and after {after}")
 
 
+BATCHES = """
+import resource
+from dualpath_jax.runtime import environment
+environment.configure_environment()
+import tensorflow as tf
+batches = tf.data.Dataset.range(20).map(lambda i: tf.fill([64, 2**20], tf.cast(i, tf.uint8)))
+batches, faults = iter(batches), []
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    next(batches)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(faults[-10:])
+"""
+
+
+@pytest.mark.parametrize("chosen", [{}, {"TF_CPU_ALLOCATOR_USE_BFC": "false"}])
+def test_memory_of_a_batch_is_reused(chosen):
+    """Check that batches of 64 MiB need no new pages; the twin is the user's own setting."""
+    name = "TF_CPU_ALLOCATOR_USE_BFC"
+    inherited = {key: value for key, value in os.environ.items() if key != name}
+    command = [sys.executable, "-c", BATCHES]
+    variables = {**inherited, **chosen, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
+    faults = np.median(json.loads(done.stdout))
+    assert (faults > 16) == bool(chosen), done.stdout  # huge pages have 2 MiB
+
+
 def test_description_of_the_environment(monkeypatch):
     command = ["/usr/bin/python3", "-m", "dualpath_jax.main", "--workdir=a b"]
     monkeypatch.setattr(sys, "orig_argv", command)
