@@ -233,7 +233,7 @@ class DualPath(nn.Module):
         if not self.config.has_class_token:
             raise ValueError(
                 "model.time_kernel_size and model.readout_width need the tokens of a ViT, but "
-                f"{self.config.name} is a Swin: leave them at 0"
+                f"{self.config.name} has no class token: leave them at 0"
             )
         if self.time_kernel_size and self.time_kernel_size % 2 == 0:
             raise ValueError(
