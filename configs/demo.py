@@ -8,7 +8,7 @@ chance, and at most 0.5 without order. The model has the form of configs/finetun
 differences, chosen on validation videos (docs/notes/small_data.md): the signs of differences are
 kept, frames in framesets are as small as in the paper, and no clip is trained without its spatial
 features. The variant `paper` has the paper's form.
-Duration: about 4 minutes on two CPU cores, with rendering and preparation (measured).
+Duration: see README.md (measured).
 Top-1 at 16x1x1 views, 400 test videos: see docs/demo.md (measured).
 Trainable parameters: 338,232 of 816,888; `paper`: 264,168 of 742,824 (measured).
 """
