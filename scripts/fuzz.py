@@ -1,8 +1,10 @@
 """Reads damaged annotations, weights, prepared data and videos, and reports misbehaving readers.
 
     python scripts/fuzz.py --inputs=20000
+    python scripts/fuzz.py --guided --minutes=60
 
-Each input is a valid file with damages drawn from --seed. It must be read, or refused with a named
+Each input is a valid file with damages drawn from --seed, or with damages that reach new code of
+the package (--guided). It must be read, or refused with a named
 error (ValueError, OSError; for a video, an entry in bad_videos.jsonl). Another exception, a crash,
 a hang, too much memory, a file changed outside the output folder, or executed code is a finding:
 its files are saved in --findings, with the command that repeats it.
@@ -52,6 +54,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="NUMBER",
         help="only this input of one target, as named by a finding",
     )
+    add(
+        "--guided",
+        action="store_true",
+        help="choose damages by the code that they reach; needs `pip install atheris` (at random)",
+    )
+    add("--genome", metavar="HEX", help="only this input of one target, as named by a finding")
     add("--findings", default="runs/fuzz", metavar="DIR", help="folder for findings (runs/fuzz)")
     progress_bar.add_quiet_option(made)
     return made
@@ -59,27 +67,37 @@ def parser() -> argparse.ArgumentParser:
 
 def fuzz(arguments: argparse.Namespace) -> bool:
     """Read the inputs and print the table; return whether there are no findings."""
-    from tests.fuzz import harness
+    from tests.fuzz import guided, harness
     from tests.fuzz.targets import SHARES, TARGETS
 
     names = arguments.targets or list(TARGETS)
     if unknown := [name for name in names if name not in TARGETS]:
         raise ValueError(f"unknown target {unknown[0]!r}: known are {', '.join(TARGETS)}")
-    if arguments.only is not None and len(names) != 1:
-        raise ValueError("--only needs one target, --targets NAME")
+    if (arguments.only is not None or arguments.genome is not None) and len(names) != 1:
+        raise ValueError("--only and --genome need one target, --targets NAME")
+    if arguments.guided and importlib.util.find_spec("atheris") is None:
+        raise ValueError("--guided needs atheris: pip install atheris")
     if "torch" in names and importlib.util.find_spec("torch") is None:
         print("note: torch is not installed; its files are left out", file=sys.stderr)
         names = [name for name in names if name != "torch"]
     findings_dir, reports = pathlib.Path(arguments.findings), []
     counts = harness.share_inputs(arguments.inputs, {name: SHARES[name] for name in names})
     for name, count in counts.items():
-        first, end = (0, count) if arguments.only is None else (arguments.only, arguments.only + 1)
-        seconds = math.inf
+        target, seconds = TARGETS[name], math.inf
         if arguments.minutes is not None:
             seconds = 60 * arguments.minutes * SHARES[name] / sum(SHARES[n] for n in counts)
-        report = harness.fuzz_target(
-            name, TARGETS[name], first, end, arguments.seed, findings_dir, seconds
-        )
+        if arguments.genome is not None:
+            report = harness.read_genome(name, target, bytes.fromhex(arguments.genome))
+        elif arguments.guided:
+            report = guided.explore_target(
+                name, target, count, arguments.seed, findings_dir, seconds
+            )
+        else:
+            only = arguments.only
+            first, end = (0, count) if only is None else (only, only + 1)
+            report = harness.fuzz_target(
+                name, target, first, end, arguments.seed, findings_dir, seconds
+            )
         reports.append(report)
         print(f"{name}: {report.inputs} inputs, {len(report.findings)} findings", file=sys.stderr)
         for index, text in list(report.findings.items())[:5]:

@@ -22,6 +22,7 @@ from tests.fuzz.sandbox import (
     Outcome,
     Target,
     make_case,
+    make_case_of_genome,
     serve,
     write_case,
 )
@@ -38,7 +39,7 @@ class TargetReport:
       inputs: number of inputs.
       accepted: number of inputs that were read.
       refused: number of inputs that were refused with a named error.
-      findings: descriptions of wrong outcomes, by the number of the input.
+      findings: descriptions of wrong outcomes, by the number of the input or by its genome.
       seconds: time for all inputs.
       reasons: number of refusals by the first words of the error.
     """
@@ -47,7 +48,7 @@ class TargetReport:
     inputs: int = 0
     accepted: int = 0
     refused: int = 0
-    findings: dict[int, str] = dataclasses.field(default_factory=dict)
+    findings: dict[int | str, str] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     reasons: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
@@ -87,6 +88,10 @@ class _Reader:
     def send_cases(self, first: int, end: int) -> None:
         """Make the process read the cases first ... end - 1."""
         self._connection.send((first, end))
+
+    def send_genome(self, genome: bytes) -> None:
+        """Make the process read the case of a genome."""
+        self._connection.send(genome)
 
     def receive_outcomes(self) -> list[Outcome] | str:
         """Return the outcomes of the next batch, or the reason why the process failed."""
@@ -137,7 +142,7 @@ def fuzz_target(
                 failed = isinstance(answer, str)
                 outcomes = [Outcome(FINDING, answer)] * size if failed else answer
                 for index, outcome in enumerate(outcomes, first):
-                    _count_outcome(report, index, outcome)
+                    count_outcome(report, index, outcome)
                 first += size
                 bar.update(size)
                 if time.monotonic() - start_time >= seconds:
@@ -147,31 +152,49 @@ def fuzz_target(
             reader.stop(grace=0.0 if failed else 10.0)
         if report.findings:
             (work / "again").mkdir()
-            _write_findings(report, target(work / "again"), seed, findings_dir)
+            write_findings(report, target(work / "again"), seed, findings_dir)
     report.seconds = time.monotonic() - start_time
     return report
 
 
-def _count_outcome(report: TargetReport, index: int, outcome: Outcome) -> None:
-    """Add the outcome of input `index` to the report."""
+def read_genome(name: str, target: type[Target], genome: bytes) -> TargetReport:
+    """Read the case of one genome again."""
+    report = TargetReport(name)
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
+        reader = _Reader(target, pathlib.Path(temporary) / name, 0)
+        reader.send_genome(genome)
+        answer = reader.receive_outcomes()
+        failed = isinstance(answer, str)
+        (outcome,) = [Outcome(FINDING, answer)] if failed else answer
+        count_outcome(report, genome.hex(), outcome)
+        reader.stop(grace=0.0 if failed else 10.0)
+    return report
+
+
+def count_outcome(report: TargetReport, key: int | str, outcome: Outcome) -> None:
+    """Add the outcome of the input with this number or genome to the report."""
     report.inputs += 1
     report.accepted += outcome.kind == ACCEPTED
     report.refused += outcome.kind == REFUSED
     if outcome.kind == REFUSED:
         report.reasons[outcome.text.partition(":")[0]] += 1
     if outcome.kind == FINDING:
-        report.findings[index] = outcome.text
+        report.findings[key] = outcome.text
 
 
-def _write_findings(
+def write_findings(
     report: TargetReport, target: Target, seed: int, findings_dir: pathlib.Path
 ) -> None:
     """Write the files of each finding, its description, and the command that repeats it."""
-    for index, text in report.findings.items():
-        folder = findings_dir / f"{report.target}-{seed}-{index}"
+    for key, text in report.findings.items():
+        if isinstance(key, str):
+            case, option = make_case_of_genome(target, bytes.fromhex(key)), f"--genome={key}"
+        else:
+            case, option = make_case(target, seed, key), f"--seed={seed} --only={key}"
+        folder = findings_dir / f"{report.target}-{seed}-{key}"
         shutil.rmtree(folder, ignore_errors=True)
-        write_case(make_case(target, seed, index), folder / "files")
-        command = f"python scripts/fuzz.py --targets {report.target} --seed={seed} --only={index}"
+        write_case(case, folder / "files")
+        command = f"python scripts/fuzz.py --targets {report.target} {option}"
         (folder / "finding.txt").write_text(f"{command}\n\n{text}\n", errors="replace")
 
 

@@ -11,11 +11,13 @@ import pathlib
 import random
 import resource
 import shutil
+import struct
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 
 from dualpath_jax.data.preparation import worker_pool
+from tests.fuzz.mutate import mutate_bytes
 
 ACCEPTED, REFUSED, FINDING = "accepted", "refused", "finding"
 NAMED_ERRORS = (ValueError, OSError)  # `cli.user_errors` and the scripts report these in one line
@@ -33,6 +35,15 @@ _CHANGE_EVENTS = (
 )
 
 
+# Damages of a format raise these for a file that no longer has this format.
+_MUTATION_ERRORS = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    struct.error,
+)
 # Contents of `Case.files`, and where the links lead, that stand for something that is not a file.
 FIFO, LINK_TO_FILE, LINK_TO_FOLDER = b"\0fifo", b"\0link to a file", b"\0link to a folder"
 _OUTSIDE = {
@@ -200,6 +211,26 @@ def make_case(target: Target, seed: int, index: int) -> Case:
     return target.mutate(rng, seeds[rng.randrange(len(seeds))])
 
 
+def make_case_of_genome(target: Target, genome: bytes) -> Case:
+    """Return a seed with several damages, one after the other.
+
+    Args:
+      target: makes the seed and the damages.
+      genome: numbers of two bytes; the first selects the seed, each other one a damage.
+    """
+    numbers = [int.from_bytes(genome[i : i + 2], "little") for i in range(0, len(genome), 2)]
+    seeds = target.seeds()
+    case = seeds[(numbers or [0])[0] % len(seeds)]
+    for number in numbers[1:]:
+        rng = random.Random(number)
+        try:
+            case = target.mutate(rng, case)
+        except _MUTATION_ERRORS:
+            name = rng.choice(sorted(case.files))
+            case = Case(case.kind, case.files | {name: mutate_bytes(rng, case.files[name])})
+    return case
+
+
 def write_case(case: Case, folder: pathlib.Path) -> None:
     """Write the files of a case into a folder."""
     for name, content in case.files.items():
@@ -213,11 +244,64 @@ def write_case(case: Case, folder: pathlib.Path) -> None:
             path.write_bytes(content)
 
 
+class CaseReader:
+    """Writes cases into a watched folder and reads them with a target.
+
+    The process that makes one can do nothing else: its output goes to the file "log" in `work`.
+
+    Args:
+      target_type: the target that reads the files.
+      work: an empty folder for all files.
+    """
+
+    def __init__(self, target_type: type[Target], work: str):
+        sys.dont_write_bytecode = True  # bytecode of late imports would look like a forbidden write
+        root = pathlib.Path(work).resolve()
+        log = (root / "log").open("w")
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        (root / "seeds").mkdir()
+        self.target = target_type(root / "seeds")
+        watched_dir = root / "watched"
+        deep = watched_dir / "a/b/c/d"  # deep, so that a few "../" stay in the watched folder
+        self._cases_dir, self._out = deep / "cases", deep / "out"
+        self._cases_dir.mkdir(parents=True)
+        self._out.mkdir()
+        write_case(Case("precious", {"file": b"{}"}), deep / "precious")
+        self._monitor = SideEffectMonitor(watched_dir, self._out)
+
+    def read(self, cases: list[Case]) -> list[Outcome]:
+        """Read a batch; every case of it is a finding if one has a side effect."""
+        parent = self._out if self.target.changes_files else self._cases_dir
+        folders = [parent / str(i) for i in range(len(cases))]
+        for case, folder in zip(cases, folders, strict=True):
+            folder.mkdir()
+            write_case(case, folder)
+        with self._monitor.changes() as changes:
+            outcomes = self.target.read_all(cases, folders, self._out)
+        for folder in (*folders, self._out):
+            shutil.rmtree(folder)
+        self._out.mkdir()
+        return [Outcome(FINDING, "\n".join(changes))] * len(cases) if changes else outcomes
+
+    def read_seeds(self) -> str:
+        """Read the seeds, which also imports what is imported late, and limit the memory.
+
+        Returns:
+          "ready", or the text of their errors.
+        """
+        outcomes = self.read(self.target.seeds())
+        errors = [o.text or o.kind for o in outcomes if o.kind != ACCEPTED]
+        _limit_memory(self.target.memory_mb)
+        return "\n".join(errors) or "ready"
+
+
 def serve(connection, target_type: type[Target], work: str, seed: int) -> None:
-    """Run the reading process: receive ranges of cases, read them, and send the outcomes.
+    """Run the reading process: receive cases, read them, and send the outcomes.
 
     First it reads the seeds, and sends "ready" or the text of their errors. Then it receives ranges
-    (first, end) and sends a list of `Outcome` for each batch in them.
+    of cases (first, end) and sends a list of `Outcome` for each batch in them, or it receives the
+    genome of one case, see `make_case_of_genome`.
 
     Args:
       connection: one end of a pipe.
@@ -225,47 +309,21 @@ def serve(connection, target_type: type[Target], work: str, seed: int) -> None:
       work: an empty folder for all files.
       seed: random seed of the damages.
     """
-    sys.dont_write_bytecode = True  # bytecode of late imports would look like a forbidden write
-    root = pathlib.Path(work).resolve()
-    log = (root / "log").open("w")
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    (root / "seeds").mkdir()
-    target = target_type(root / "seeds")
-    watched_dir = root / "watched"
-    deep = watched_dir / "a/b/c/d"  # deep, so that a few "../" stay in the watched folder
-    cases_dir, out = deep / "cases", deep / "out"
-    cases_dir.mkdir(parents=True)
-    out.mkdir()
-    write_case(Case("precious", {"file": b"{}"}), deep / "precious")
-    monitor = SideEffectMonitor(watched_dir, out)
-
-    def read(cases: list[Case]) -> list[Outcome]:
-        """Read a batch; every case of it is a finding if one has a side effect."""
-        parent = out if target.changes_files else cases_dir
-        folders = [parent / str(i) for i in range(len(cases))]
-        for case, folder in zip(cases, folders, strict=True):
-            folder.mkdir()
-            write_case(case, folder)
-        with monitor.changes() as changes:
-            outcomes = target.read_all(cases, folders, out)
-        for folder in (*folders, out):
-            shutil.rmtree(folder)
-        out.mkdir()
-        return [Outcome(FINDING, "\n".join(changes))] * len(cases) if changes else outcomes
-
-    outcomes = read(target.seeds())  # this also loads modules that are imported late
-    errors = [o.text or o.kind for o in outcomes if o.kind != ACCEPTED]
-    connection.send("\n".join(errors) or "ready")
-    _limit_memory(target.memory_mb)
+    reader = CaseReader(target_type, work)
+    target = reader.target
+    connection.send(reader.read_seeds())
     while True:
         try:
-            first, end = connection.recv()
+            message = connection.recv()
         except EOFError:
             return
+        if isinstance(message, bytes):
+            connection.send(reader.read([make_case_of_genome(target, message)]))
+            continue
+        first, end = message
         for start in range(first, end, target.batch):
             indices = range(start, min(start + target.batch, end))
-            connection.send(read([make_case(target, seed, i) for i in indices]))
+            connection.send(reader.read([make_case(target, seed, i) for i in indices]))
 
 
 def _limit_memory(memory_mb: int) -> None:

@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from tests.fuzz import broken_targets, harness, mutate, sandbox
+from tests.fuzz import broken_targets, guided, harness, mutate, sandbox
 from tests.fuzz.targets import SHARES, TARGETS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -104,6 +104,50 @@ def test_seeds_must_be_read(tmp_path):
         harness.fuzz_target("unread", broken_targets.Unread, 0, 1, 0, tmp_path)
 
 
+# ---------------------------------------------------------------- guided by reached code
+
+
+@pytest.mark.parametrize(
+    ("action", "text"),
+    [
+        ("key", "KeyError: 'key'"),
+        ("crash", "the reading process ended: crash"),
+    ],
+)
+def test_guided_findings_are_repeated_by_their_genome(action, text, tmp_path):
+    pytest.importorskip("atheris")
+    target = broken_targets.TARGETS[action]
+    report = guided.explore_target(action, target, 60, 0, tmp_path, 8.0)
+    assert report.inputs >= report.accepted >= 1  # a genome without damages is a valid file
+    genome, found = next(iter(report.findings.items()))
+    assert text in found
+    folder = tmp_path / f"{action}-0-{genome}"
+    assert (folder / "files/file").read_bytes() == action.encode()
+    command = f"python scripts/fuzz.py --targets {action} --genome={genome}\n"
+    assert (folder / "finding.txt").read_text().startswith(command)
+    again = harness.read_genome(action, target, bytes.fromhex(genome))
+    assert list(again.findings) == [genome]
+
+
+def test_guided_reading_ends_after_its_inputs(tmp_path):
+    pytest.importorskip("atheris")
+    report = guided.explore_target("good", broken_targets.TARGETS["good"], 40, 0, tmp_path, 60.0)
+    assert (report.findings, report.refused) == ({}, 0)
+    assert 40 <= report.inputs == report.accepted < 60
+
+
+def test_genomes_choose_a_seed_and_its_damages(tmp_path):
+    target = TARGETS["annotations"](tmp_path)
+    assert sandbox.make_case_of_genome(target, b"") == target.seeds()[0]
+    assert sandbox.make_case_of_genome(target, b"\2\0") == target.seeds()[2]
+    once = target.mutate(random.Random(513), target.seeds()[2])
+    assert sandbox.make_case_of_genome(target, b"\2\0\1\2") == once != target.seeds()[2]
+    for number in range(300):  # damages of a file that lost its format
+        genome = random.Random(number).randbytes(16)
+        case = sandbox.make_case_of_genome(target, genome)
+        assert case == sandbox.make_case_of_genome(target, genome)
+
+
 # ---------------------------------------------------------------- damages, counting
 
 
@@ -165,6 +209,6 @@ def test_script(tmp_path):
 def test_script_refuses_unknown_targets():
     fuzz = runpy.run_path(str(ROOT / "scripts/fuzz.py"))["fuzz"]
     with pytest.raises(ValueError, match="unknown target 'x': known are annotations, backbones"):
-        fuzz(types.SimpleNamespace(targets=["x"], only=None))
-    with pytest.raises(ValueError, match="--only needs one target"):
+        fuzz(types.SimpleNamespace(targets=["x"]))
+    with pytest.raises(ValueError, match="--only and --genome need one target"):
         fuzz(types.SimpleNamespace(targets=None, only=3))
