@@ -138,7 +138,7 @@ def subtract_static(framesets: jax.Array, data_config: Any) -> jax.Array:
       The same shape. "rgb": `framesets`; "minus_mean": each frame minus the mean of the clip's
       frames; "abs_minus_mean": its absolute value; "minus_previous": each frame minus the one
       before it, the first one 0. As the mean of the colors cancels out, differences are in units of
-      `data.std`.
+      `data.std`. "motion": see `_stack_motion`.
     """
     kind = data_config.frameset_input
     if kind == "rgb":
@@ -150,5 +150,21 @@ def subtract_static(framesets: jax.Array, data_config: Any) -> jax.Array:
         frames = jnp.diff(frames, axis=1, prepend=frames[:, :1])
     else:
         frames = frames - frames.mean(axis=1, keepdims=True)
-        frames = jnp.abs(frames) if kind == "abs_minus_mean" else frames
+        frames = jnp.abs(frames) if kind != "minus_mean" else frames
+        frames = _stack_motion(frames) if kind == "motion" else frames
     return einops.rearrange(frames, "b (g h w) r c k -> b g (h r) (w c) k", **sizes)
+
+
+def _stack_motion(differences: jax.Array) -> jax.Array:
+    """Turn absolute differences of a clip's frames [B, T, h, w, 3] into pictures of motion.
+
+    Red, green and blue of a frame are what the frame before, the frame itself and the next one
+    differ from the mean, averaged over colors; beyond the ends, the first and last frame are
+    repeated. So whatever moves has fringes of color that show its direction. Each clip is divided
+    by its root mean square, so that faint motion looks like strong motion.
+    """
+    gray = differences.mean(axis=-1, keepdims=True)
+    gray = gray / (jnp.sqrt(jnp.square(gray).mean(axis=(1, 2, 3, 4), keepdims=True)) + 1e-3)
+    before = jnp.concatenate([gray[:, :1], gray[:, :-1]], axis=1)
+    after = jnp.concatenate([gray[:, 1:], gray[:, -1:]], axis=1)
+    return jnp.concatenate([before, gray, after], axis=-1)

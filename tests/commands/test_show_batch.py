@@ -81,3 +81,10 @@ def test_differences_are_shown_as_the_model_gets_them():
         shown = show_batch.draw_differences({"temporal": frames}, data)["temporal"]
         assert shown[0, 0, 0, 0].tolist() == [bright] * 3
         assert shown[0, 0, 3, 3].tolist() == [others] * 3
+    data.frameset_input = "motion"
+    shown = show_batch.draw_differences({"temporal": frames}, data)["temporal"][0, 0]
+    # Differences of 45 and three times 15: their root mean square is 26.
+    bright, others = 255 / 3 * 45 / 26, 255 / 3 * 15 / 26
+    assert np.abs(shown[0, 0] - [bright, bright, others]).max() < 1  # the frame before is itself
+    assert np.abs(shown[0, 3] - [bright, others, others]).max() < 1
+    assert np.abs(shown[3, 3] - [others, others, others]).max() < 1
