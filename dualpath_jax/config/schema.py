@@ -116,10 +116,10 @@ KEYS = (
     Key("data.frame_scale", 4,
         "Factor by which a frame is reduced in a frameset; only dualpath uses it.", _SIZE),
     Key("data.frameset_input", "rgb",
-        "What framesets hold: rgb (paper), or differences from the mean of the clip's frames or "
-        "from the frame before, in units of data.std, or motion (red, green and blue: how much "
-        "the frame before, the frame itself and the next one differ from the mean); only "
-        "dualpath uses it; ours.",
+        "What framesets hold: rgb (paper); differences from the mean of the clip's frames or from "
+        "the frame before, in units of data.std; or motion: how much the frame before (red), the "
+        "frame itself (green) and the next one (blue) differ from the background. Only dualpath "
+        "uses it; ours.",
         ("rgb", "minus_mean", "minus_previous", "abs_minus_mean", "motion")),
     Key("data.sampling", "dense",
         "How frames are sampled: dense takes a clip at sampling_interval, segments the whole "

@@ -24,16 +24,18 @@ def clip_frames(count=8, side=6):
 def reference_differences(frames, kind):
     """Return what each frame is in a frameset, float64 [T, fh, fw, 3], one frame at a time."""
     frames = frames.astype(np.float64) / 255 / np.array(DATA["std"])
-    if kind == "minus_previous":
-        return np.stack([frames[t] - frames[max(t - 1, 0)] for t in range(len(frames))])
-    mean = sum(frames) / len(frames)
-    differences = np.stack([frame - mean for frame in frames])
     if kind == "motion":
+        differences = frames - np.median(frames, axis=0)
+        differences -= np.stack([np.median(d, axis=(0, 1)) for d in differences])[:, None, None]
         gray = np.abs(differences).mean(axis=-1)
         gray = gray / (np.sqrt((gray**2).mean()) + 1e-3)
         last = len(frames) - 1
         triples = [(gray[max(t - 1, 0)], gray[t], gray[min(t + 1, last)]) for t in range(last + 1)]
         return np.stack([np.stack(triple, axis=-1) for triple in triples])
+    if kind == "minus_previous":
+        return np.stack([frames[t] - frames[max(t - 1, 0)] for t in range(len(frames))])
+    mean = sum(frames) / len(frames)
+    differences = np.stack([frame - mean for frame in frames])
     return np.abs(differences) if kind == "abs_minus_mean" else differences
 
 
@@ -52,6 +54,31 @@ def test_differences_are_those_of_the_clips_frames(kind):
     assert np.abs(found[0] - by_frameset).max() > 0.1
     rgb = preprocess.model_inputs(batch, ConfigDict(DATA | {"frameset_input": "rgb"}), jnp.float32)
     assert np.abs(rgb[1][0] - expected).max() > 0.1
+
+
+def test_motion_ignores_exposure_and_strength_and_shows_direction():
+    frames = np.full((1, 8, 6, 6, 3), 0.2, np.float32)
+    frames += np.random.default_rng(0).normal(0, 0.01, (1, 1, 6, 6, 3)).astype(np.float32)
+    for t in range(6):
+        frames[:, t, :, t] += 0.5  # a bar moves to the right, in 6 of 8 frames
+
+    def motion(frames, kind="motion"):
+        framesets = tile_framesets(frames[0], (4, 2)).numpy()[None]
+        data = ConfigDict(DATA | {"grid": (4, 2), "frameset_input": kind})
+        framesets = preprocess.subtract_static(framesets, data)
+        return np.asarray(framesets).reshape(2, 6, 4, 6, 3).swapaxes(1, 2).reshape(8, 6, 6, 3)
+
+    found = motion(frames)
+    assert found[2, 0, 1:4].argmax(axis=-1).tolist() == [0, 1, 2]  # behind red, in front blue
+    back = motion(frames[:, ::-1])
+    assert back[5, 0, 1:4].argmax(axis=-1).tolist() == [2, 1, 0]
+    exposed = frames + np.linspace(0, 0.3, 8, dtype=np.float32)[:, None, None, None]
+    # The frame that is the median of a pixel changes where the bar passes.
+    assert np.abs(motion(exposed) - found).max() < 0.1 * found.max()
+    plain, plain_exposed = (motion(x, "abs_minus_mean") for x in (frames, exposed))
+    assert np.abs(plain_exposed - plain).max() > 0.3 * plain.max()
+    fainter = frames.mean(axis=1, keepdims=True) + (frames - frames.mean(axis=1, keepdims=True)) / 3
+    assert np.abs(motion(fainter) - found).max() < 2e-2 * found.max()
 
 
 def test_layout_finds_the_frames_that_were_tiled():
