@@ -49,7 +49,8 @@ def apply_color_operations(batch: dict) -> dict:
 def draw_differences(batch: dict, data_config: Any) -> dict:
     """Return `batch` with the framesets as the model gets them, if they hold differences.
 
-    A difference of zero is gray, or black where absolute values are taken.
+    A difference of zero is gray, or black where absolute values are taken. "motion" is shown with
+    0 as black and three times the clip's root mean square as full red, green or blue.
     """
     from dualpath_jax.models import preprocess
 
@@ -58,8 +59,11 @@ def draw_differences(batch: dict, data_config: Any) -> dict:
         return batch
     images = preprocess.normalize(batch["temporal"], data_config, np.float32)
     differences = np.asarray(preprocess.subtract_static(images, data_config))
-    differences = 255 * differences * np.asarray(data_config.std, np.float32)
-    shown = differences if kind == "abs_minus_mean" else 127.5 + differences / 2
+    if kind == "motion":
+        shown = 255 / 3 * differences
+    else:
+        differences = 255 * differences * np.asarray(data_config.std, np.float32)
+        shown = differences if kind == "abs_minus_mean" else 127.5 + differences / 2
     return batch | {"temporal": shown.round().clip(0, 255).astype(np.uint8)}
 
 

@@ -133,13 +133,14 @@ def own_videos(backbone: str) -> ConfigDict:
 
 def set_small_data_form(config: ConfigDict) -> ConfigDict:
     """Set the form of DualPath that generalizes from few videos (ours)."""
-    config.data.frameset_input = "abs_minus_mean"
+    config.data.frameset_input = "motion"
     config.data.frame_scale = 2
     config.model.adapter_layer_norm = True
     config.model.pre_attention_adapter = True
     config.model.spatial_dropout = 0.5
     config.model.time_kernel_size = 3
     config.model.readout_width = 16
+    config.model.readout_frame_width = 32
     return config
 
 

@@ -117,9 +117,11 @@ KEYS = (
     Key("data.frame_scale", 4,
         "Factor by which a frame is reduced in a frameset; only dualpath uses it.", _SIZE),
     Key("data.frameset_input", "rgb",
-        "What framesets hold: rgb (paper), or differences from the mean of the clip's frames or "
-        "from the frame before, in units of data.std; only dualpath uses it; ours.",
-        ("rgb", "minus_mean", "minus_previous", "abs_minus_mean")),
+        "What framesets hold: rgb (paper); differences from the mean of the clip's frames or from "
+        "the frame before, in units of data.std; or motion: how much the frame before (red), the "
+        "frame itself (green) and the next one (blue) differ from the background. Only dualpath "
+        "uses it; ours.",
+        ("rgb", "minus_mean", "minus_previous", "abs_minus_mean", "motion")),
     Key("data.sampling", "dense",
         "How frames are sampled: dense takes frames sampling_interval apart, segments "
         "one frame of each of T equal parts of the video.",
@@ -205,6 +207,10 @@ KEYS = (
     Key("model.readout_width", 0,
         "dualpath: channels of each patch token of the framesets, which the classifier then reads "
         "in order; 0: it reads the class token (paper); ours.", _SIZE_OR_NONE),
+    Key("model.readout_frame_width", 0,
+        "dualpath: features that these channels give for each frame, by the same weights for all "
+        "frames; the classifier then reads the frames in order; 0 for none; ours.",
+        _SIZE_OR_NONE),
     Key("model.train_tokens", True,
         "dualpath: trains class tokens and spatial positions (sec. 4)."),
     Key("model.adapt_shifted_windows", False,

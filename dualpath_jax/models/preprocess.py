@@ -138,7 +138,7 @@ def subtract_static(framesets: jax.Array, data_config: Any) -> jax.Array:
       The same shape. "rgb": `framesets`; "minus_mean": each frame minus the mean of the clip's
       frames; "abs_minus_mean": its absolute value; "minus_previous": each frame minus the one
       before it, the first one 0. As the mean of the colors cancels out, differences are in units of
-      `data.std`.
+      `data.std`. "motion": see `_stack_motion`.
     """
     kind = data_config.frameset_input
     if kind == "rgb":
@@ -146,9 +146,30 @@ def subtract_static(framesets: jax.Array, data_config: Any) -> jax.Array:
     across, down = data_config.grid
     sizes = {"h": down, "w": across, "g": framesets.shape[1]}
     frames = einops.rearrange(framesets, "b g (h r) (w c) k -> b (g h w) r c k", **sizes)
-    if kind == "minus_previous":
+    if kind == "motion":
+        frames = _stack_motion(frames)
+    elif kind == "minus_previous":
         frames = jnp.diff(frames, axis=1, prepend=frames[:, :1])
     else:
         frames = frames - frames.mean(axis=1, keepdims=True)
         frames = jnp.abs(frames) if kind == "abs_minus_mean" else frames
     return einops.rearrange(frames, "b (g h w) r c k -> b g (h r) (w c) k", **sizes)
+
+
+def _stack_motion(frames: jax.Array) -> jax.Array:
+    """Turn the frames of a clip [B, T, h, w, 3] into pictures of motion.
+
+    What a frame differs from the clip's background, averaged over colors, is red in the next frame,
+    green in the frame itself and blue in the frame before; the first and last frame have themselves
+    as neighbors. So whatever moves has fringes of color that show its direction. The background is
+    each pixel's median over time. From each frame's differences their median is subtracted, which
+    is a change of exposure. Each clip is divided by its root mean square, so that faint motion
+    looks like strong motion.
+    """
+    differences = frames - jnp.median(frames, axis=1, keepdims=True)
+    differences = differences - jnp.median(differences, axis=(2, 3), keepdims=True)
+    gray = jnp.abs(differences).mean(axis=-1, keepdims=True)
+    gray = gray / (jnp.sqrt(jnp.square(gray).mean(axis=(1, 2, 3, 4), keepdims=True)) + 1e-3)
+    before = jnp.concatenate([gray[:, :1], gray[:, :-1]], axis=1)
+    after = jnp.concatenate([gray[:, 1:], gray[:, -1:]], axis=1)
+    return jnp.concatenate([before, gray, after], axis=-1)

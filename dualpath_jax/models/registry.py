@@ -96,6 +96,7 @@ def _temporal_path_options(config: Any, backbone: BackboneConfig) -> dict[str, A
         "temporal_position": model.temporal_position,
         "time_kernel_size": model.time_kernel_size,
         "readout_width": model.readout_width,
+        "readout_frame_width": model.readout_frame_width,
     }
 
 

@@ -81,3 +81,10 @@ def test_differences_are_shown_as_the_model_gets_them():
         shown = show_batch.draw_differences({"temporal": frames}, data)["temporal"]
         assert shown[0, 0, 0, 0].tolist() == [bright] * 3
         assert shown[0, 0, 3, 3].tolist() == [others] * 3
+    data.frameset_input = "motion"
+    frames[0, 0, :2, :2] = 100
+    frames[0, 0, 0, 0] = 160  # one pixel of the first frame is brighter
+    shown = show_batch.draw_differences({"temporal": frames}, data)["temporal"][0, 0]
+    assert shown[0, 0].tolist() == [255, 255, 0]  # the first frame is its own frame before
+    assert shown[0, 2].tolist() == [255, 0, 0]
+    assert shown[3, 3].tolist() == [0, 0, 0]

@@ -24,6 +24,14 @@ def clip_frames(count=8, side=6):
 def reference_differences(frames, kind):
     """Return what each frame is in a frameset, float64 [T, fh, fw, 3], one frame at a time."""
     frames = frames.astype(np.float64) / 255 / np.array(DATA["std"])
+    if kind == "motion":
+        differences = frames - np.median(frames, axis=0)
+        differences -= np.stack([np.median(d, axis=(0, 1)) for d in differences])[:, None, None]
+        gray = np.abs(differences).mean(axis=-1)
+        gray = gray / (np.sqrt((gray**2).mean()) + 1e-3)
+        last = len(frames) - 1
+        triples = [(gray[max(t - 1, 0)], gray[t], gray[min(t + 1, last)]) for t in range(last + 1)]
+        return np.stack([np.stack(triple, axis=-1) for triple in triples])
     if kind == "minus_previous":
         return np.stack([frames[t] - frames[max(t - 1, 0)] for t in range(len(frames))])
     mean = sum(frames) / len(frames)
@@ -31,7 +39,7 @@ def reference_differences(frames, kind):
     return np.abs(differences) if kind == "abs_minus_mean" else differences
 
 
-@pytest.mark.parametrize("kind", ["minus_mean", "minus_previous", "abs_minus_mean"])
+@pytest.mark.parametrize("kind", ["minus_mean", "minus_previous", "abs_minus_mean", "motion"])
 def test_differences_are_those_of_the_clips_frames(kind):
     frames = clip_frames()
     framesets = tile_framesets(frames, GRID).numpy()
@@ -46,6 +54,31 @@ def test_differences_are_those_of_the_clips_frames(kind):
     assert np.abs(found[0] - by_frameset).max() > 0.1
     rgb = preprocess.model_inputs(batch, ConfigDict(DATA | {"frameset_input": "rgb"}), jnp.float32)
     assert np.abs(rgb[1][0] - expected).max() > 0.1
+
+
+def test_motion_ignores_exposure_and_strength_and_shows_direction():
+    frames = np.full((1, 8, 6, 6, 3), 0.2, np.float32)
+    frames += np.random.default_rng(0).normal(0, 0.01, (1, 1, 6, 6, 3)).astype(np.float32)
+    for t in range(6):
+        frames[:, t, :, t] += 0.5  # a bar moves to the right, in 6 of 8 frames
+
+    def motion(frames, kind="motion"):
+        framesets = tile_framesets(frames[0], (4, 2)).numpy()[None]
+        data = ConfigDict(DATA | {"grid": (4, 2), "frameset_input": kind})
+        framesets = preprocess.subtract_static(framesets, data)
+        return np.asarray(framesets).reshape(2, 6, 4, 6, 3).swapaxes(1, 2).reshape(8, 6, 6, 3)
+
+    found = motion(frames)
+    assert found[2, 0, 1:4].argmax(axis=-1).tolist() == [0, 1, 2]  # behind red, in front blue
+    back = motion(frames[:, ::-1])
+    assert back[5, 0, 1:4].argmax(axis=-1).tolist() == [2, 1, 0]
+    exposed = frames + np.linspace(0, 0.3, 8, dtype=np.float32)[:, None, None, None]
+    # The frame that is the median of a pixel changes where the bar passes.
+    assert np.abs(motion(exposed) - found).max() < 0.1 * found.max()
+    plain, plain_exposed = (motion(x, "abs_minus_mean") for x in (frames, exposed))
+    assert np.abs(plain_exposed - plain).max() > 0.3 * plain.max()
+    fainter = frames.mean(axis=1, keepdims=True) + (frames - frames.mean(axis=1, keepdims=True)) / 3
+    assert np.abs(motion(fainter) - found).max() < 2e-2 * found.max()
 
 
 def test_layout_finds_the_frames_that_were_tiled():
@@ -81,8 +114,9 @@ def test_convolution_is_over_time_at_the_same_place():
     assert np.abs(y[:, 0] - same[:, 0]).max() < 1e-6  # class tokens skip it
 
 
-def test_readout_sees_order_and_the_class_token_does_not():
-    readout = OrderedReadout(width=3, features=6, num_framesets=2)
+@pytest.mark.parametrize("frame_width", [0, 5])
+def test_readout_sees_order_and_the_class_token_does_not(frame_width):
+    readout = OrderedReadout(width=3, features=6, layout=LAYOUT, frame_width=frame_width)
     tokens = np.random.default_rng(0).normal(size=(4, 16, 8)).astype(np.float32)
     params = readout.init(jax.random.key(0), tokens)
     y = readout.apply(params, tokens)
@@ -94,9 +128,37 @@ def test_readout_sees_order_and_the_class_token_does_not():
     assert np.abs(y[::-1] - swapped).max() < 1e-6  # clips do not mix
 
 
+def test_readout_treats_all_frames_alike():
+    readout = OrderedReadout(width=3, features=6, layout=LAYOUT, frame_width=5)
+    tokens = np.random.default_rng(0).normal(size=(2, 16, 8)).astype(np.float32)
+    params = readout.init(jax.random.key(0), tokens)
+    dense = params["params"]
+    shapes = {name: layer["kernel"].shape for name, layer in dense.items()}
+    assert shapes == {"token": (8, 3), "frame": (2 * 2 * 3, 5), "output": (8 * 5, 6)}
+
+    def apply(name, x):
+        return x @ dense[name]["kernel"] + dense[name]["bias"]
+
+    def gelu(x):
+        return np.asarray(jax.nn.gelu(x, approximate=False))
+
+    frames = np.asarray(LAYOUT.to_frames(tokens))[0]
+    features = [gelu(apply("frame", gelu(apply("token", frame)).reshape(-1))) for frame in frames]
+    expected = apply("output", np.concatenate(features))
+    found = readout.apply(params, tokens)[0]
+    assert np.abs(found - expected).max() < 1e-5
+    swapped = apply("output", np.concatenate(features[::-1]))
+    assert np.abs(found - swapped).max() > 0.01
+
+
 @pytest.mark.parametrize("framesets", [1, 2])
 def test_the_model_trains_every_new_parameter(framesets):
-    model = tiny_model(time_kernel_size=3, readout_width=4, num_framesets=framesets)
+    model = tiny_model(
+        time_kernel_size=3,
+        readout_width=4,
+        readout_frame_width=3 * (framesets - 1),
+        num_framesets=framesets,
+    )
     params = init(model, framesets)
     inputs = tiny_inputs(framesets)
 
@@ -105,7 +167,8 @@ def test_the_model_trains_every_new_parameter(framesets):
 
     moved = jax.tree.map(lambda x: x + 0.1 * np.cos(np.arange(x.size)).reshape(x.shape), params)
     gradients = jax.grad(loss)(moved)
-    assert params["readout"]["output"]["kernel"].shape == (framesets * 16 * 4, 24)
+    num_inputs = 16 * 4 if framesets == 1 else 32 * 3  # channels of patches, features of frames
+    assert params["readout"]["output"]["kernel"].shape == (num_inputs, 24)
     for path, leaf in jax.tree_util.tree_leaves_with_path(
         {name: gradients[name] for name in ("temporal", "readout", "classifier")}
     ):
@@ -144,6 +207,10 @@ def test_bad_geometry_is_named():
         ValueError, match="4 pixels .* are not a multiple of 8, the patches of tiny"
     ):
         init(tiny_model(time_kernel_size=3, frame_size=4, grid=(8, 8)))
+    with pytest.raises(ValueError, match="readout_frame_width=3 needs frames of whole patches"):
+        init(tiny_model(readout_width=4, readout_frame_width=3, frame_size=4, grid=(8, 8)))
+    with pytest.raises(ValueError, match="readout_frame_width=3 needs model.readout_width"):
+        init(tiny_model(readout_frame_width=3))
     shape = swin.SwinConfig("custom-swin", 32, 4, 24, (2, 2), 2, 48, 4)
     with pytest.raises(ValueError, match="custom-swin has no class token: leave them at 0"):
         init(tiny_model(config=shape, readout_width=4))

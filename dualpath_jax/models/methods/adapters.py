@@ -219,23 +219,32 @@ class DepthwiseConv(nn.Module):
 class OrderedReadout(nn.Module):
     """Summarizes the patch tokens of a clip's framesets in order: place and time are kept (ours).
 
-    Each token is projected to `width` channels; after GELU, the channels of all tokens of a clip,
-    one after the other, are projected to the features.
+    Each token is projected to `width` channels. After GELU, the channels of all tokens of a clip,
+    one after the other, are projected to the features. With `frame_width`, the channels of the
+    tokens of each frame are first projected to so many features of the frame, by the same weights
+    for all frames, and GELU; then the features of all frames are projected.
 
     Attributes:
       width: channels of a token.
       features: e.
-      num_framesets: G.
+      layout: where the frames are among the tokens.
+      frame_width: features of a frame, or 0.
     """
 
     width: int
     features: int
-    num_framesets: int
+    layout: FramesetLayout
+    frame_width: int = 0
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Map normalized patch tokens [(B G), N, D] to features [B, e] float32."""
         with layers.full_precision():
             x = gelu(nn.Dense(self.width, name="token")(tokens.astype(jnp.float32)))
-            x = einops.rearrange(x, "(b g) n k -> b (g n k)", g=self.num_framesets)
+            if self.frame_width:
+                x = einops.rearrange(self.layout.to_frames(x), "b t r c k -> b t (r c k)")
+                x = gelu(nn.Dense(self.frame_width, name="frame")(x))
+                x = einops.rearrange(x, "b t k -> b (t k)")
+            else:
+                x = einops.rearrange(x, "(b g) n k -> b (g n k)", g=self.layout.num_framesets)
             return nn.Dense(self.features, name="output")(x)

@@ -122,6 +122,7 @@ class DualPath(nn.Module):
         covers, see `Adapter`; 0 for none (paper). Patches must not cover several frames.
       readout_width: the temporal path's features are made of all patch tokens in order, see
         `OrderedReadout`, with so many channels each; 0 reads the class token (paper).
+      readout_frame_width: features of each frame that this readout makes first, or 0 for none.
       train_tokens: train copies of CLIP's class token (both paths) and position table (spatial).
       adapt_shifted_windows: in Swin, also adapt the shifted-window blocks; the paper adapts only
         the window blocks (App. B.1).
@@ -145,6 +146,7 @@ class DualPath(nn.Module):
     spatial_dropout: float = 0.0
     time_kernel_size: int = 0
     readout_width: int = 0
+    readout_frame_width: int = 0
     train_tokens: bool = True
     adapt_shifted_windows: bool = False
     dtype: Any = jnp.float32
@@ -166,7 +168,7 @@ class DualPath(nn.Module):
                 f"table, but {self.config.name} does not have one: use 'sincos3d'"
             )
         self.backbone = build_backbone(self.config, self.dtype, self.scan_blocks, self.remat)
-        if self.time_kernel_size or self.readout_width:
+        if self.time_kernel_size or self.readout_width or self.readout_frame_width:
             self._check_own_temporal_path()
         adapter = self.adapter.clone(dtype=self.dtype, parent=None)
         layout = self._frameset_layout()
@@ -186,7 +188,9 @@ class DualPath(nn.Module):
             self.temporal = self.param("temporal", self._init_temporal)
         if self.temporal_path and self.readout_width:
             features = self.config.feature_dim
-            self.readout = OrderedReadout(self.readout_width, features, self.num_framesets)
+            self.readout = OrderedReadout(
+                self.readout_width, features, layout, self.readout_frame_width
+            )
         self.classifier = MlpClassifier(self.config.feature_dim, self.num_classes)
 
     def _init_spatial(self, rng: jax.Array) -> Any:
@@ -239,12 +243,22 @@ class DualPath(nn.Module):
             raise ValueError(
                 f"model.time_kernel_size={self.time_kernel_size} must be odd, or 0 for none"
             )
-        if self.time_kernel_size and self.frame_size % self.config.patch_size:
+        if self.readout_frame_width and not self.readout_width:
             raise ValueError(
-                f"model.time_kernel_size={self.time_kernel_size} needs frames of whole patches: "
-                f"{self.frame_size} pixels (data.image_size / data.frame_scale) are not a multiple "
-                f"of {self.config.patch_size}, the patches of {self.config.name}"
+                f"model.readout_frame_width={self.readout_frame_width} needs model.readout_width, "
+                "the channels of the tokens of which the features of frames are made"
             )
+        by_frame = {
+            "model.time_kernel_size": self.time_kernel_size,
+            "model.readout_frame_width": self.readout_frame_width,
+        }
+        for name, value in by_frame.items():
+            if value and self.frame_size % self.config.patch_size:
+                raise ValueError(
+                    f"{name}={value} needs frames of whole patches: {self.frame_size} pixels "
+                    "(data.image_size / data.frame_scale) are not a multiple of "
+                    f"{self.config.patch_size}, the patches of {self.config.name}"
+                )
 
     def _frameset_layout(self) -> FramesetLayout:
         """Return where the frames are among the tokens of framesets."""
