@@ -73,7 +73,7 @@ _SIZE_OR_NONE = Range(0, 4096)
 # Literal, as this module may not import the registries; a test compares them.
 _METHODS = (
     *("dualpath", "full", "linear", "vpt", "adaptformer", "protuning", "st_adapter"),
-    *("videoprompt", "aim", "evl"),
+    *("videoprompt", "aim", "evl", "probe"),
 )
 _BACKBONES = (
     *("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336", "ViT-B/16-IN21K", "ViT-L/16-IN21K"),
@@ -244,6 +244,12 @@ KEYS = (
     Key("model.evl.mlp_dropout", 0.5,
         "evl: dropout rate in the decoder's MLP; its authors'.", _RATE),
     Key("model.evl.dropout", 0.5, "evl: dropout rate before the classifier; its authors'.", _RATE),
+    Key("model.probe.head", "attentive",
+        "probe: linear reads the mean tokens of a clip, attentive pools tokens by a learned query, "
+        "ordered reads patches in the order of frames; ours.",
+        ("linear", "attentive", "ordered")),
+    Key("model.probe.width", 16,
+        "probe: channels of each patch token that the head ordered reads; ours.", _WIDTH),
     # optimizer
     Key("optimizer.learning_rate", 3e-4,
         "Peak learning rate of AdamW; the schedule is a cosine to zero.", _POSITIVE),

@@ -217,7 +217,7 @@ class DepthwiseConv(nn.Module):
 
 
 class OrderedReadout(nn.Module):
-    """Summarizes the patch tokens of a clip's framesets in order: place and time are kept (ours).
+    """Summarizes the patch tokens of a clip's images in order: place and time are kept (ours).
 
     Each token is projected to `width` channels; after GELU, the channels of all tokens of a clip,
     one after the other, are projected to the features.
@@ -225,17 +225,17 @@ class OrderedReadout(nn.Module):
     Attributes:
       width: channels of a token.
       features: e.
-      num_framesets: G.
+      num_images: G framesets, or T frames of a clip.
     """
 
     width: int
     features: int
-    num_framesets: int
+    num_images: int
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Map normalized patch tokens [(B G), N, D] to features [B, e] float32."""
         with layers.full_precision():
             x = gelu(nn.Dense(self.width, name="token")(tokens.astype(jnp.float32)))
-            x = einops.rearrange(x, "(b g) n k -> b (g n k)", g=self.num_framesets)
+            x = einops.rearrange(x, "(b g) n k -> b (g n k)", g=self.num_images)
             return nn.Dense(self.features, name="output")(x)
