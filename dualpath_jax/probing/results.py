@@ -81,7 +81,7 @@ class ProbeResults:
 
     @property
     def best(self) -> HeadResult:
-        """Return the result of the head with the highest top-1 on `chosen_by`, the first of several."""
+        """Return the result of the head with the highest top-1 on `chosen_by`."""
         return max(self.heads, key=lambda result: result.validation.top1)
 
     def to_json(self) -> dict[str, Any]:

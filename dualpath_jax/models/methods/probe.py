@@ -16,8 +16,6 @@ from dualpath_jax.models.frame_model import FrameModel
 from dualpath_jax.models.methods.adapters import OrderedReadout
 from dualpath_jax.models.temporal_head import block_config
 
-HEADS = ("linear", "attentive", "ordered")
-
 
 class ProbeHead(nn.Module):
     """Maps the tokens of a clip to logits, in float32.
@@ -145,7 +143,7 @@ def build_head(options: Any, config: BackboneConfig, num_classes: int) -> ProbeH
     """Build the head that `options`, a `config.model.probe`, describes.
 
     Args:
-      options: `head`, a name of `HEADS`, and `width`, which only "ordered" reads.
+      options: `head`, and `width`, which only "ordered" reads.
       config: the backbone's shape.
       num_classes: of the data set.
     """
