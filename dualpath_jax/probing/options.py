@@ -55,7 +55,7 @@ class ProbeOptions:
 
     heads: tuple[str, ...] = HEADS
     augmented_passes: int = 0
-    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     weight_decays: tuple[float, ...] = (0.01, 0.1, 1.0)
     num_steps: int | None = None
     batch_size: int = 32
