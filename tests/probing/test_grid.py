@@ -53,25 +53,30 @@ def train_alone(head, features, config, learning_rate, weight_decay, num_steps, 
         target = optax.smooth_labels(jax.nn.one_hot(labels, CLASSES), 0.1)
         return optax.softmax_cross_entropy(head.apply({"params": params}, tokens), target).mean()
 
-    gradient = jax.jit(jax.grad(loss))
+    @jax.jit
+    def update(params, slots, tokens, labels):
+        gradients = jax.grad(loss)(params, tokens, labels)
+        updates, slots = optimizer.update(gradients, slots, params)
+        return optax.apply_updates(params, updates), slots
+
     for step in range(num_steps):
         rows, _ = index_sampler.train_indices(config.seed, step, batch_size, len(features))
-        gradients = gradient(params, features.read(rows)[:, 0], features.labels[rows])
-        updates, slots = optimizer.update(gradients, slots, params)
-        params = optax.apply_updates(params, updates)
+        batch = features.read(rows)[:, 0], features.labels[rows]
+        params, slots = update(params, slots, *batch)
     return params
 
 
 @pytest.mark.parametrize("kind", [LinearProbe, AttentiveProbe])
 def test_a_grid_is_its_cells_trained_alone(kind):
-    """Check each cell; twin: the cells differ. Two devices share a batch."""
+    """Check two of four cells; twin: the cells differ. Two devices share a batch."""
     head, features = kind(TINY, CLASSES), make_features(10)
     cells = grid.make_cells([1e-3, 1e-2], [0.0, 1.0])
     assert list(zip(*(x.tolist() for x in cells), strict=True))[1] == (np.float32(1e-3), 1.0)
     mesh = two_devices()
     params = grid.train_grid(head, features, probe_config(), cells, 5, 8, mesh)
-    for cell, (rate, decay) in enumerate(zip(*cells, strict=True)):
-        alone = train_alone(head, features, probe_config(), float(rate), float(decay), 5, 8)
+    for cell in (0, 3):
+        rate, decay = (float(values[cell]) for values in cells)
+        alone = train_alone(head, features, probe_config(), rate, decay, 5, 8)
         ours = jax.tree.map(lambda leaf, i=cell: leaf[i], params)
         for name, leaf in jax.tree_util.tree_leaves_with_path(ours):
             expected = dict(jax.tree_util.tree_leaves_with_path(alone))[name]
