@@ -90,7 +90,8 @@ KEYS = (
     Key("num_train_steps", Optional(int),
         "Length of the training in steps, used instead of num_epochs when set.", _NOT_NEGATIVE),
     Key("log_every_steps", 50,
-        "Steps between two progress lines and entries in metrics.jsonl.", _COUNT),
+        "Steps between two progress lines and entries in metrics.jsonl, and the steps over which "
+        "their loss and accuracy are averaged.", _COUNT),
     Key("init_from", Optional(str),
         "Adapter file (scripts/export_adapter.py) whose parameters the run starts from."),
     Key("resume_changed", False,
@@ -273,8 +274,9 @@ KEYS = (
     Key("eval.batch_size", 32, "Videos per evaluation step, over all devices and hosts.", _COUNT),
     Key("eval.temporal_views", 3, "Clips per video.", Range(1, 1024)),
     Key("eval.spatial_crops", 1, "Crops per clip.", (1, 3)),
-    Key("eval.every_epochs", 0,
-        "Epochs between evaluations during training; 0 evaluates only at the end.", _NOT_NEGATIVE),
+    Key("eval.every_epochs", Optional(int),
+        "Epochs between evaluations during training; None: a tenth of the training; 0: only at the "
+        "end.", _NOT_NEGATIVE),
     Key("eval.checkpoint", "latest",
         "Checkpoint that --mode=eval takes: the latest, or the best by top-1 during training.",
         ("latest", "best")),

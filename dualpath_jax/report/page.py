@@ -11,6 +11,7 @@ import markupsafe
 import numpy as np
 from flax import traverse_util
 
+from dualpath_jax.analysis.confidence import confidence_interval
 from dualpath_jax.config import schema
 from dualpath_jax.config.values import flatten_config
 from dualpath_jax.report import line_charts, statistics
@@ -137,7 +138,7 @@ def _summarize_run(run: RunRecord) -> dict[str, str]:
             correct = round(results[key] * videos)
             summary[name] = f"{format_percent(results[key], 2)} ({correct:,} of {videos:,})"
         if videos:
-            low, high = statistics.confidence_interval(results["top1"], videos)
+            low, high = confidence_interval(results["top1"], videos)
             summary["top-1, 95% interval"] = f"{format_percent(low)} to {format_percent(high)}"
         summary["mean class accuracy"] = format_percent(results["mean_class_accuracy"], 2)
     if bins := _calibration_bins(run):

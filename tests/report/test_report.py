@@ -109,11 +109,6 @@ def test_differences_of_settings():
     assert statistics.pairwise_differences([base, changed]) == {"seed": [0, 1], "new": [None, "x"]}
 
 
-def test_interval_of_wilson():
-    assert statistics.confidence_interval(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert statistics.confidence_interval(1.0, 400)[1] == 1.0
-
-
 def test_charts():
     noisy = [(step, 1.0 if step != 7777 else 50.0) for step in range(1, 20_001)]
     chart = line_charts.line_chart(
