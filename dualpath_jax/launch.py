@@ -8,6 +8,7 @@ from dualpath_jax import evaluate, train
 from dualpath_jax.config.loading import upgrade_config
 from dualpath_jax.config.values import flatten_config
 from dualpath_jax.demo import setup
+from dualpath_jax.probing.results import describe_probe
 from dualpath_jax.runtime import distributed, environment, file_lock, files
 from dualpath_jax.training import restore
 from dualpath_jax.training.experiment import build_experiment
@@ -80,6 +81,8 @@ def _run_split(config: Any, workdir: str, training: bool, start_over: bool) -> d
     else:
         state = restore.restore_for_evaluation(experiment, state)
     results = evaluate.evaluate_and_write(evaluator, state)
+    if distributed.is_main_process() and (probe := describe_probe(workdir)):
+        print(probe, flush=True)
     if training:
         train.record_final_scores(experiment, results)
     return results

@@ -26,6 +26,11 @@ from dualpath_jax.runtime import console, environment, progress_bar
 
 def probe(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Train the probes of the config in the workdir that the command line names."""
+    if "://" in args.workdir:
+        raise ValueError(
+            f"--workdir={args.workdir}: a probe keeps its features on a local disk; choose a local "
+            "folder"
+        )
     config = load_config(args.config, overrides)
     keys = find_overridden_keys(overrides)
     check_overrides(keys, augmented=args.augmented_passes > 0)

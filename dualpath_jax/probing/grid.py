@@ -71,6 +71,46 @@ def make_cell_optimizer(
     return make_optimizer(values, make_schedule(values, num_steps, steps_per_epoch), mask=True)
 
 
+def make_cell_functions(
+    head: ProbeHead, config: Any, num_steps: int, steps_per_epoch: float
+) -> tuple[Callable, Callable]:
+    """Return the functions that start and update the training of one cell.
+
+    Args:
+      head: the module.
+      config: the whole configuration.
+      num_steps: length of the training.
+      steps_per_epoch: training clips / batch size.
+
+    Returns:
+      (learning rate, weight decay, tokens [1, T', N', D]) -> state, and (state, learning rate,
+      weight decay, tokens [B, T', N', D], labels [B]) -> state. A state is (params, optimizer's).
+    """
+
+    def optimizer(learning_rate, weight_decay):
+        values = (learning_rate, weight_decay, num_steps, steps_per_epoch)
+        return make_cell_optimizer(config.optimizer, *values)
+
+    def init(learning_rate, weight_decay, tokens):
+        params = head.init(jax.random.key(config.seed), tokens)["params"]
+        return params, optimizer(learning_rate, weight_decay).init(params)
+
+    def step(state, learning_rate, weight_decay, tokens, labels):
+        params, slots = state
+
+        def loss(params):
+            logits = head.apply({"params": params}, tokens)
+            target = jax.nn.one_hot(labels, head.num_classes)
+            target = optax.smooth_labels(target, config.optimizer.label_smoothing)
+            return optax.softmax_cross_entropy(logits, target).mean()
+
+        gradients = jax.grad(loss)(params)
+        updates, slots = optimizer(learning_rate, weight_decay).update(gradients, slots, params)
+        return optax.apply_updates(params, updates), slots
+
+    return init, step
+
+
 def train_grid(
     head: ProbeHead,
     features: Features,
@@ -95,35 +135,11 @@ def train_grid(
       The parameters of all cells, leaves [G, ...] float32.
     """
     read = make_reader(head, features)
-    steps_per_epoch = len(features) / batch_size
-
-    def optimizer(learning_rate, weight_decay):
-        values = (learning_rate, weight_decay, num_steps, steps_per_epoch)
-        return make_cell_optimizer(config.optimizer, *values)
-
-    def init(learning_rate, weight_decay):
-        tokens, _ = read(np.arange(1))
-        params = head.init(jax.random.key(config.seed), jnp.asarray(tokens[:, 0]))["params"]
-        return params, optimizer(learning_rate, weight_decay).init(params)
-
-    def step(state, learning_rate, weight_decay, tokens, labels):
-        params, slots = state
-
-        def loss(params):
-            logits = head.apply({"params": params}, tokens)
-            target = jax.nn.one_hot(labels, head.num_classes)
-            target = optax.smooth_labels(target, config.optimizer.label_smoothing)
-            return optax.softmax_cross_entropy(logits, target).mean()
-
-        gradients = jax.grad(loss)(params)
-        updates, slots = optimizer(learning_rate, weight_decay).update(gradients, slots, params)
-        return optax.apply_updates(params, updates), slots
-
-    replicated, rows_over_devices = (
-        sharding.replicated_sharding(mesh),
-        sharding.batch_sharding(mesh),
-    )
-    state, cells = jax.device_put((jax.jit(jax.vmap(init))(*cells), cells), replicated)
+    init, step = make_cell_functions(head, config, num_steps, len(features) / batch_size)
+    replicated, by_rows = sharding.replicated_sharding(mesh), sharding.batch_sharding(mesh)
+    first, _ = read(np.arange(1))
+    state = jax.jit(jax.vmap(init, in_axes=(0, 0, None)))(*cells, jnp.asarray(first[:, 0]))
+    state, cells = jax.device_put((state, cells), replicated)
     step = jax.jit(
         jax.vmap(step, in_axes=(0, 0, 0, None, None)), donate_argnums=0, out_shardings=replicated
     )
@@ -131,8 +147,7 @@ def train_grid(
         for number in range(num_steps):
             rows, _ = index_sampler.train_indices(config.seed, number, batch_size, len(features))
             tokens, labels = read(rows)
-            batch = jax.device_put((tokens[:, 0], labels), rows_over_devices)
-            state = step(state, *cells, *batch)
+            state = step(state, *cells, *jax.device_put((tokens[:, 0], labels), by_rows))
             bar.update()
     return state[0]
 

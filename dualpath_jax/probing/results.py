@@ -6,7 +6,9 @@ from typing import Any
 
 from etils import epath
 
+from dualpath_jax.analysis.confidence import format_accuracy
 from dualpath_jax.runtime import files
+from dualpath_jax.runtime.safe_read import read_json, truncated_repr
 
 FILE = "probe.json"
 
@@ -100,15 +102,70 @@ class ProbeResults:
         """Format the results as a text table with a row for each head."""
         splits = dict.fromkeys((self.chosen_by, self.heads[0].final.split))
         rows = [["head", "parameters", "learning rate", "weight decay"]]
-        rows[0] += [f"{split} top-1 (95% interval)" for split in splits]
+        rows[0] += [f"{split} top-1" for split in splits]
         for result in self.heads:
             row = [result.head, f"{result.trainable_params:,}"]
             row += [f"{result.learning_rate:g}", f"{result.weight_decay:g}"]
             scores = {s.split: s for s in (result.validation, result.final)}
             for split in splits:
-                low, high = scores[split].interval
-                row.append(f"{scores[split].top1:.4f} ({low:.3f} to {high:.3f})")
+                row.append(format_accuracy(scores[split].top1, scores[split].num_videos))
             rows.append(row)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def read_results(workdir: str) -> ProbeResults | None:
+    """Read probe.json; None if there is none.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is damaged.
+    """
+    path = epath.Path(workdir) / FILE
+    if not path.exists():
+        return None
+    content = read_json(path, dict)
+    try:
+        rows = [
+            HeadResult(**row | {key: _parse_scores(row[key]) for key in ("validation", "final")})
+            for row in content["heads"]
+        ]
+        results = ProbeResults(**content | {"heads": tuple(rows)})
+        for row in rows:
+            if not (isinstance(row.head, str) and type(row.trainable_params) is int):
+                raise TypeError(f"{row} has a value of another type")
+        if not rows:
+            raise ValueError("it has no heads")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {truncated_repr(str(error))}") from None
+    return results
+
+
+def _parse_scores(values: dict[str, Any]) -> ProbeScores:
+    """Return the scores in an entry of probe.json.
+
+    Raises:
+      TypeError, ValueError: the entry is damaged.
+    """
+    scores = ProbeScores(**values | {"interval": tuple(values["interval"])})
+    fractions = (scores.top1, *scores.interval, scores.mean_class_accuracy)
+    if len(fractions) != 4 or not all(
+        type(value) in (int, float) and 0 <= value <= 1 for value in fractions
+    ):
+        raise ValueError(f"{fractions} are not four values in 0..1")
+    if type(scores.num_videos) is not int or scores.num_videos < 1 or type(scores.split) is not str:
+        raise ValueError(f"{scores.num_videos} is not a number of videos")
+    return scores
+
+
+def describe_probe(workdir: str) -> str:
+    """Return a line with the accuracy of each head of the probe in a workdir; "" without one."""
+    try:
+        results = read_results(workdir)
+    except (OSError, ValueError):
+        return ""
+    if results is None:
+        return ""
+    scores = (f"{row.head} {row.final.top1:.4f}" for row in results.heads)
+    return f"{results.heads[0].final.split}  top-1 of probes, without tuning: {', '.join(scores)}"

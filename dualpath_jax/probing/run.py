@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dualpath_jax.analysis.confidence import confidence_interval
 from dualpath_jax.config import schema
 from dualpath_jax.config.values import format_views
 from dualpath_jax.data import augment, dataset_metadata, pipeline
@@ -43,7 +44,6 @@ from dualpath_jax.probing.features import (
 )
 from dualpath_jax.probing.options import AUGMENTATION_KEYS, CLIP_KEYS, ProbeOptions, as_probe
 from dualpath_jax.probing.results import HeadResult, ProbeResults, ProbeScores
-from dualpath_jax.report.statistics import confidence_interval
 from dualpath_jax.training import adapter_file, sharding
 from dualpath_jax.training.experiment import load_backbone
 from dualpath_jax.training.inputs import check_inputs
