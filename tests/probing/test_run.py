@@ -5,20 +5,30 @@ import re
 import shutil
 import sys
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from dualpath_jax import launch
 from dualpath_jax.commands import probe
 from dualpath_jax.config import loading
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.inference import trained_model
-from dualpath_jax.probing import options, run
+from dualpath_jax.probing import options, results, run
 from dualpath_jax.probing.features import FOLDER
+from dualpath_jax.probing.results import HeadResult, ProbeResults, ProbeScores
+from dualpath_jax.training import sharding
 from tests.helpers.runs import build_run
 
 QUICK = ["--steps=3", "--batch_size=8", "--learning_rates", "0.01", "0.1", "--weight_decays=0.1"]
+
+
+def two_devices(fsdp):
+    """Replace `sharding.make_mesh`: fewer devices are faster here."""
+    return Mesh(np.array(jax.devices()[:2]).reshape(-1, fsdp), sharding.AXES)
 
 
 @pytest.fixture
@@ -41,6 +51,7 @@ def command(monkeypatch, overrides, capsys):
     """Return a function that runs the command in this process: status, output, errors."""
     monkeypatch.setattr(probe.environment, "disable_async_dispatch", lambda: None)
     monkeypatch.setattr(probe.console, "protect_streams", lambda **_: None)
+    monkeypatch.setattr(run.sharding, "make_mesh", two_devices)
 
     def call(workdir, *arguments):
         line = ["probe", "--config=demo", *overrides, *QUICK, f"--workdir={workdir}", *arguments]
@@ -68,12 +79,12 @@ def test_command(command, tmp_path, config):
     assert lines[0].startswith("features: 40 train, 8 validation, 21 test clips, ")
     assert lines[0].endswith(" to compute")
     assert lines[-1] == f"wrote {tmp_path}/probe.json"
-    results = json.loads((tmp_path / "probe.json").read_text())
-    assert [row["head"] for row in results["heads"]] == list(options.HEADS)
-    assert (results["views"], results["num_clips"], results["num_steps"]) == ("2x1x1", 40, 3)
-    for row, line in zip(results["heads"], lines[-4:-1], strict=True):
+    written = json.loads((tmp_path / "probe.json").read_text())
+    assert [row["head"] for row in written["heads"]] == list(options.HEADS)
+    assert (written["views"], written["num_clips"], written["num_steps"]) == ("2x1x1", 40, 3)
+    for row, line in zip(written["heads"], lines[-4:-1], strict=True):
         assert line.split()[0] == row["head"]
-        assert row["validation"]["split"] == results["chosen_by"] == "validation"
+        assert row["validation"]["split"] == written["chosen_by"] == "validation"
         assert (row["final"]["split"], row["final"]["num_videos"]) == ("test", 21)
         low, high = row["final"]["interval"]
         assert 0 <= low <= row["final"]["top1"] <= high <= 1
@@ -87,7 +98,7 @@ def test_command(command, tmp_path, config):
     assert output.splitlines()[0].endswith(", computed before")
     assert stored(tmp_path) == files
     again = json.loads((tmp_path / "probe.json").read_text())
-    assert again["heads"] == results["heads"][:1]
+    assert again["heads"] == written["heads"][:1]
 
     # An adapter file of a head is evaluated as any other.
     config.data.image_size, config.data.num_frames = 16, 2
@@ -95,18 +106,23 @@ def test_command(command, tmp_path, config):
     tuned = build_run(config, str(tmp_path), VideoDataset(config.data.dir, "train"))
     tuned.init_from_adapter(str(tmp_path / "probe_linear.safetensors"))
     scores = tuned.evaluate(VideoDataset(config.data.dir, "test"))
-    assert scores.top1 == pytest.approx(results["heads"][0]["final"]["top1"], abs=1 / 21 + 1e-6)
+    assert scores.top1 == pytest.approx(written["heads"][0]["final"]["top1"], abs=1 / 21 + 1e-6)
     loaded = trained_model.load(str(tmp_path / "probe_ordered.safetensors"))
     assert (loaded.step, loaded.config.model.probe.head) == (3, "ordered")
     assert len(loaded.class_names) == 8
 
 
-def identities(overrides, *more, **values):
-    """Return the identity of the features of each split, by split."""
+def build_probe(overrides, *more, **values):
+    """Return the probe of a command line, before it computes anything."""
     arguments = [*overrides, *more]
     keys = loading.find_overridden_keys(arguments)
     config = options.as_probe(loading.load_config("demo", arguments), keys)
-    built = run._Probe.build(config, run.ProbeOptions(**values))
+    return run._Probe.build(config, run.ProbeOptions(**values))
+
+
+def identities(overrides, *more, **values):
+    """Return the identity of the features of each split, by split."""
+    built = build_probe(overrides, *more, **values)
     return {split: built.spec(split).identity for split in built.datasets}
 
 
@@ -141,16 +157,30 @@ def test_identity_of_features(overrides, demo_data, tmp_path):
     assert [other[split] == plain[split] for split in plain] == [True, True, False]
 
 
-def test_features_of_another_backbone_are_computed_again(command, tmp_path, demo_backbone):
-    """Check augmented passes, too; twin: other seeds leave the features of evaluation."""
-    arguments = ("--heads", "linear", "--augmented_passes=2")
-    status, output, _ = command(tmp_path, *arguments)
-    assert status == 0
+def test_features_of_another_backbone_are_computed_again(
+    overrides, tmp_path, demo_backbone, capsys, monkeypatch
+):
+    """Check augmented passes, too; twin: another seed leaves the features of evaluation."""
+    monkeypatch.setattr(run.sharding, "make_mesh", two_devices)
+
+    def load(*more):
+        features = run._load_features(build_probe(overrides, *more, augmented_passes=2), tmp_path)
+        return features, capsys.readouterr().out
+
+    features, output = load()
     assert output.startswith("features: 80 train, 8 validation, 21 test clips, ")
+    assert {split: len(rows) for split, rows in features.items()} == {
+        "train": 80,
+        "validation": 8,
+        "test": 21,
+    }
+    assert features["train"].labels.tolist() != features["train"].labels[:40].tolist() * 2
+    assert sorted(features["train"].labels[:40]) == sorted(features["train"].labels[40:])
     files = stored(tmp_path)
-    status, output, _ = command(tmp_path, *arguments, "--config.seed=1")
-    lines = output.splitlines()
-    assert lines[0].endswith("train-00000.safetensors was made with seed=0, now 1: computed again")
+    _, output = load("--config.seed=1")
+    assert output.splitlines()[0].endswith(
+        "train-00000.safetensors was made with seed=0, now 1: computed again"
+    )
     assert [file for file, time in stored(tmp_path).items() if files[file] != time] == [
         "train-00000.safetensors"
     ]
@@ -159,9 +189,9 @@ def test_features_of_another_backbone_are_computed_again(command, tmp_path, demo
     with safe_open(demo_backbone, "numpy") as file:
         save_file(weights, tmp_path / "other.safetensors", metadata=file.metadata())
     other = f"--config.backbone.checkpoint={tmp_path / 'other.safetensors'}"
-    status, output, _ = command(tmp_path, *arguments, "--config.seed=1", other)
-    assert status == 0
+    again, output = load("--config.seed=1", other)
     assert len(re.findall(r"was made with backbone='\w+', now '\w+': computed again", output)) == 3
+    assert not np.array_equal(again["test"].read([0]), features["test"].read([0]))
 
 
 def test_the_disk_is_too_small(command, tmp_path, monkeypatch):
@@ -219,22 +249,52 @@ def test_size_of_the_features():
     assert run.estimate_bytes(config, 0, 10) == 10 * (3 * (clip - 4) + 4)
 
 
-def test_an_interrupted_computation_continues(command, tmp_path, monkeypatch):
-    """Check that a probe that was stopped gives the same results as one that was not."""
+def test_an_interrupted_computation_continues(overrides, tmp_path, monkeypatch, capsys):
+    """Check that the features are those of a computation that was not stopped."""
     write, calls = run.FeatureCache.write, []
+    monkeypatch.setattr(run.sharding, "make_mesh", two_devices)
 
     def stop(self, spec, *rest):
         calls.append(spec.split)
-        if spec.split == "test" and len(calls) == 3:
+        if len(calls) == 3:
             raise KeyboardInterrupt
         write(self, spec, *rest)
 
+    def load(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return run._load_features(build_probe(overrides), tmp_path / name)
+
     monkeypatch.setattr(run.FeatureCache, "write", stop)
     with pytest.raises(KeyboardInterrupt):
-        command(tmp_path / "a", "--heads", "linear")
-    assert len(stored(tmp_path / "a")) == 2
-    assert command(tmp_path / "a", "--heads", "linear")[0] == 0
-    assert calls == ["train", "validation", "test", "test"]
-    assert command(tmp_path / "b", "--heads", "linear")[0] == 0
-    results = [(tmp_path / name / "probe.json").read_text() for name in "ab"]
-    assert results[0] == results[1]
+        load("a")
+    assert list(stored(tmp_path / "a")) == [
+        "train-00000.safetensors",
+        "validation-00000.safetensors",
+    ]
+    resumed, whole = load("a"), load("b")
+    assert calls == ["train", "validation", "test", "test", "train", "validation", "test"]
+    for split in whole:
+        rows = range(len(whole[split]))
+        assert np.array_equal(resumed[split].read(rows), whole[split].read(rows))
+
+
+def test_runs_print_the_probes_of_their_workdir(config, tmp_path, capsys, monkeypatch):
+    """Check the line below the score; twin: none without probe.json, or with a damaged one."""
+    scores = ProbeScores("test", 0.25, (0.1, 0.4), 0.25, 21)
+    heads = tuple(
+        HeadResult(head, 0.1, 0.1, 5, "", scores, scores) for head in ("linear", "ordered")
+    )
+    probe_results = ProbeResults(heads, "8x1x1", 40, 0, 3, "custom", "", "data", "validation")
+    assert probe_results.best is heads[0]
+    assert results.describe_probe(str(tmp_path)) == ""
+    probe_results.write(str(tmp_path))
+    assert results.read_results(str(tmp_path)) == probe_results
+    monkeypatch.setattr(launch, "build_experiment", lambda *_: (None, None))
+    monkeypatch.setattr(launch.restore, "restore_for_evaluation", lambda *_: None)
+    monkeypatch.setattr(launch.evaluate, "evaluate_and_write", lambda *_: print("the score"))
+    monkeypatch.setattr(launch.evaluate, "Evaluator", lambda *_: None)
+    launch._run_split(config, str(tmp_path), training=False, start_over=False)
+    line = "test  top-1 of probes, without tuning: linear 0.2500, ordered 0.2500\n"
+    assert capsys.readouterr().out.endswith(f"the score\n{line}")
+    (tmp_path / "probe.json").write_text("{")
+    assert results.describe_probe(str(tmp_path)) == ""
