@@ -18,7 +18,7 @@ In a checkout, python scripts/probe.py is the same command.
 import argparse
 from collections.abc import Sequence
 
-from dualpath_jax import cli
+from dualpath_jax.cli import build_parser, parse_with_overrides, positive, user_errors
 from dualpath_jax.config.loading import find_overridden_keys, load_config
 from dualpath_jax.probing.options import HEADS, ProbeOptions, as_probe, check_overrides
 from dualpath_jax.runtime import console, environment, progress_bar
@@ -58,8 +58,8 @@ def probe(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    arg_parser = cli.build_parser(__doc__)
-    add, positive, defaults = arg_parser.add_argument, cli.positive, ProbeOptions()
+    arg_parser = build_parser(__doc__)
+    add, defaults = arg_parser.add_argument, ProbeOptions()
     add("--config", required=True, help="config file: a path, or a name such as finetune")
     add("--workdir", required=True, help="local folder for features and results; may be a run's")
     add(
@@ -94,10 +94,10 @@ def main() -> None:
     """Train the probes that the command line names."""
     environment.configure_environment()
     arg_parser = parser()
-    args, overrides = cli.parse_with_overrides(arg_parser)
+    args, overrides = parse_with_overrides(arg_parser)
     if args.augmented_passes < 0:
         arg_parser.error(f"--augmented_passes={args.augmented_passes} must be at least 0")
     console.protect_streams(is_log=True)  # results are in the workdir
     progress_bar.set_quiet(args.quiet)
-    with cli.user_errors():
+    with user_errors():
         probe(args, overrides)
