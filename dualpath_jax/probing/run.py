@@ -64,7 +64,8 @@ def run_probe(config: Any, workdir: str, options: ProbeOptions | None = None) ->
     Interrupted, the same call continues.
 
     Args:
-      config: the whole configuration, of any method; see `as_probe`.
+      config: the whole configuration, of any method, see `as_probe`; one of
+        `inputs.expand_splits`.
       workdir: an existing local folder; may be that of a training run.
       options: None for the defaults.
 
@@ -111,6 +112,8 @@ class _Probe:
         schema.check_values(config)
         if config.data.synthetic:
             raise ValueError("data.synthetic has no features to probe: leave it out")
+        if config.data.split is not None:
+            raise ValueError("data.split must be expanded before, by inputs.expand_splits")
         setup.ensure_generated(config)
         check_inputs(config)
         mesh = sharding.make_mesh(config.mesh.fsdp)
