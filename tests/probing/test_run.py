@@ -19,7 +19,7 @@ from dualpath_jax.data import pipeline
 from dualpath_jax.data.clip_spec import ClipInputs, Views
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.inference import trained_model
-from dualpath_jax.probing import options, results, run
+from dualpath_jax.probing import features, options, results, run
 from dualpath_jax.probing.features import FOLDER
 from dualpath_jax.probing.results import HeadResult, ProbeResults, ProbeScores
 from dualpath_jax.training import sharding
@@ -165,18 +165,19 @@ def test_features_of_another_backbone_are_computed_again(
     monkeypatch.setattr(run.sharding, "make_mesh", two_devices)
 
     def load(*more):
-        features = run._load_features(build_probe(overrides, *more, augmented_passes=2), tmp_path)
-        return features, capsys.readouterr().out
+        built = build_probe(overrides, *more, augmented_passes=2)
+        return run._load_features(built, tmp_path), capsys.readouterr().out
 
-    features, output = load()
+    first, output = load()
     assert output.startswith("features: 80 train, 8 validation, 21 test clips, ")
-    assert {split: len(rows) for split, rows in features.items()} == {
+    assert {split: len(rows) for split, rows in first.items()} == {
         "train": 80,
         "validation": 8,
         "test": 21,
     }
-    assert features["train"].labels.tolist() != features["train"].labels[:40].tolist() * 2
-    assert sorted(features["train"].labels[:40]) == sorted(features["train"].labels[40:])
+    passes = first["train"].labels.reshape(2, 40)
+    assert passes[0].tolist() != passes[1].tolist()
+    assert sorted(passes[0]) == sorted(passes[1])
     files = stored(tmp_path)
     _, output = load("--config.seed=1")
     assert output.splitlines()[0].endswith(
@@ -192,7 +193,7 @@ def test_features_of_another_backbone_are_computed_again(
     other = f"--config.backbone.checkpoint={tmp_path / 'other.safetensors'}"
     again, output = load("--config.seed=1", other)
     assert len(re.findall(r"was made with backbone='\w+', now '\w+': computed again", output)) == 3
-    assert not np.array_equal(again["test"].read([0]), features["test"].read([0]))
+    assert not np.array_equal(again["test"].read([0]), first["test"].read([0]))
 
 
 def test_the_disk_is_too_small(command, tmp_path, monkeypatch):
@@ -250,33 +251,36 @@ def test_size_of_the_features():
     assert run.estimate_bytes(config, 0, 10) == 10 * (3 * (clip - 4) + 4)
 
 
-def test_an_interrupted_computation_continues(overrides, tmp_path, monkeypatch, capsys):
-    """Check that the features are those of a computation that was not stopped."""
-    write, calls = run.FeatureCache.write, []
+@pytest.mark.parametrize("augmented_passes", [0, 1])
+def test_an_interrupted_computation_continues(augmented_passes, overrides, tmp_path, monkeypatch):
+    """Check that it begins after the last file, and its features; files have 8 clips here."""
+    compute, starts = run._Probe.compute, []
     monkeypatch.setattr(run.sharding, "make_mesh", two_devices)
-
-    def stop(self, spec, *rest):
-        calls.append(spec.split)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        write(self, spec, *rest)
+    monkeypatch.setattr(features, "_SHARD_BYTES", 1)
 
     def load(name):
         (tmp_path / name).mkdir(exist_ok=True)
-        return run._load_features(build_probe(overrides), tmp_path / name)
+        built = build_probe(overrides, augmented_passes=augmented_passes)
+        return run._load_features(built, tmp_path / name)
 
-    monkeypatch.setattr(run.FeatureCache, "write", stop)
+    def stop(self, spec, first_row):
+        starts.append((spec.split, first_row))
+        for number, batch in enumerate(compute(self, spec, first_row)):
+            if len(starts) == 1 and number == 3:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(run._Probe, "compute", stop)
     with pytest.raises(KeyboardInterrupt):
         load("a")
-    assert list(stored(tmp_path / "a")) == [
-        "train-00000.safetensors",
-        "validation-00000.safetensors",
-    ]
-    resumed, whole = load("a"), load("b")
-    assert calls == ["train", "validation", "test", "test", "train", "validation", "test"]
+    assert set(stored(tmp_path / "a")) == {f"train-0000{i}.safetensors" for i in range(3)}
+    resumed = load("a")
+    assert starts == [("train", 0), ("train", 24), ("validation", 0), ("test", 0)]
+    whole = load("b")
     for split in whole:
         rows = range(len(whole[split]))
         assert np.array_equal(resumed[split].read(rows), whole[split].read(rows))
+        assert np.array_equal(resumed[split].labels, whole[split].labels)
 
 
 def test_runs_print_the_probes_of_their_workdir(config, tmp_path, capsys, monkeypatch):
