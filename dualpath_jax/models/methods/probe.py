@@ -47,11 +47,8 @@ class LinearProbe(ProbeHead):
     def compress(self, tokens: jax.Array) -> jax.Array:
         """Return the means of tokens [B, T, N, D] as a clip of one frame: [B, 1, 2 or 1, D]."""
         x, first = tokens.astype(jnp.float32), self.num_class_tokens
-        means = [x[:, :, :first].mean(axis=1)] if first else []
-        means.append(x[:, :, first:].mean(axis=(1, 2))[:, None])
-        return jnp.concatenate([mean.mean(axis=1, keepdims=True) for mean in means], axis=1)[
-            :, None
-        ]
+        groups = [x[:, :, :first], x[:, :, first:]] if first else [x]
+        return jnp.stack([group.mean(axis=(1, 2)) for group in groups], axis=1)[:, None]
 
     @nn.compact
     def __call__(self, tokens: jax.Array, dropout_rng: jax.Array | None = None) -> jax.Array:
