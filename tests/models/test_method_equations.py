@@ -244,7 +244,7 @@ def attentive_probe(tokens, p):
     """Compute the attentive probe with the keys and values of every token, head by head."""
     logits = []
     for clip in tokens.reshape(len(tokens), -1, 48):
-        keys, values = clip @ p["key_kernel"], clip @ p["value_kernel"] + p["value_bias"]
+        keys, values = clip @ p["key"]["kernel"], linear(clip, p["value"])
         pooled = []
         for head in range(4):
             part = slice(12 * head, 12 * head + 12)

@@ -89,8 +89,8 @@ TRAINABLE = {
     "evl": FC | DECODER,
     "probe_linear": FC,
     "probe_attentive": FC
-    | {f"head/{name}" for name in ("query_token", "key_kernel", "value_kernel", "value_bias")}
-    | layers("head", "out", "mlp/hidden", "mlp/output")
+    | {"head/query_token", "head/key/kernel"}
+    | layers("head", "value", "out", "mlp/hidden", "mlp/output")
     | layers("head", "ln", leaves=("scale", "bias")),
     "probe_ordered": layers("head/readout", "token", "output"),
 }

@@ -59,6 +59,28 @@ class LinearProbe(ProbeHead):
             return nn.Dense(self.num_classes, name="output")(x)
 
 
+class HeadProjection(nn.Module):
+    """Holds the parameters of a linear layer whose outputs are those of K attention heads.
+
+    Attributes:
+      width: D.
+      heads: K.
+      use_bias: have a bias.
+    """
+
+    width: int
+    heads: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array | float]:
+        """Return the kernel [D, K, D/K], and the bias [D] or 0."""
+        shape = (self.width, self.width)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, shape[1:]) if self.use_bias else 0.0
+        return einops.rearrange(kernel, "d (k e) -> d k e", k=self.heads), bias
+
+
 class AttentiveProbe(ProbeHead):
     """Pools all tokens of a clip by the cross attention of one learned query, in one block.
 
@@ -79,22 +101,14 @@ class AttentiveProbe(ProbeHead):
         x = einops.rearrange(tokens, "b t n d -> b (t n) d").astype(jnp.float32)
         width = x.shape[-1]
         block = block_config(self.config, width)
-        heads = {"k": block.heads}
         query = self.param("query_token", nn.initializers.normal(0.02), (width,))
-        kernels = [
-            einops.rearrange(
-                self.param(name, nn.initializers.lecun_normal(), (width, width)),
-                "d (k e) -> d k e",
-                **heads,
-            )
-            for name in ("key_kernel", "value_kernel")
-        ]
-        value_bias = self.param("value_bias", nn.initializers.zeros, (width,))
+        key_kernel, _ = HeadProjection(width, block.heads, use_bias=False, name="key")()
+        value_kernel, value_bias = HeadProjection(width, block.heads, name="value")()
         with layers.full_precision():
             scaled = query.reshape(block.heads, -1) * (width // block.heads) ** -0.5
-            logits = jnp.einsum("bmd,dk->bmk", x, jnp.einsum("dke,ke->dk", kernels[0], scaled))
+            logits = jnp.einsum("bmd,dk->bmk", x, jnp.einsum("dke,ke->dk", key_kernel, scaled))
             mean = jnp.einsum("bmk,bmd->bkd", jax.nn.softmax(logits, axis=1), x)
-            y = jnp.einsum("bkd,dke->bke", mean, kernels[1])
+            y = jnp.einsum("bkd,dke->bke", mean, value_kernel)
             y = einops.rearrange(y, "b k e -> b (k e)") + value_bias
             z = query + nn.Dense(width, name="out")(y)
             y = nn.LayerNorm(epsilon=block.eps, name="ln")(z)
