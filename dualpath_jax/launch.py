@@ -56,6 +56,8 @@ def train_and_evaluate(config: Any, workdir: str, training: bool, start_over: bo
             # Another program may have been started with the folder of one split.
             with contextlib.nullcontext() if folder == workdir else _lock_workdir(folder):
                 results.append(_run_split(split_config, folder, training, start_over))
+            if distributed.is_main_process() and (probe := describe_probe(folder)):
+                print(probe, flush=True)
         if len(results) > 1:
             evaluate.write_mean_results(workdir, results)
 
@@ -81,8 +83,6 @@ def _run_split(config: Any, workdir: str, training: bool, start_over: bool) -> d
     else:
         state = restore.restore_for_evaluation(experiment, state)
     results = evaluate.evaluate_and_write(evaluator, state)
-    if distributed.is_main_process() and (probe := describe_probe(workdir)):
-        print(probe, flush=True)
     if training:
         train.record_final_scores(experiment, results)
     return results

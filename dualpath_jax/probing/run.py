@@ -8,6 +8,7 @@ once (`grid`), and chosen by validation videos.
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from dualpath_jax.data import augment, dataset_metadata, pipeline
 from dualpath_jax.data.clip_spec import ClipInputs, Views
 from dualpath_jax.data.preparation.summary import format_bytes
 from dualpath_jax.data.video_dataset import VideoDataset
+from dualpath_jax.data.video_source import VideoSource
 from dualpath_jax.demo import setup
 from dualpath_jax.evaluate import Scores
 from dualpath_jax.models import abstract, param_tree, preprocess
@@ -46,7 +48,7 @@ from dualpath_jax.probing.options import AUGMENTATION_KEYS, CLIP_KEYS, ProbeOpti
 from dualpath_jax.probing.results import HeadResult, ProbeResults, ProbeScores
 from dualpath_jax.training import adapter_file, sharding
 from dualpath_jax.training.experiment import load_backbone
-from dualpath_jax.training.inputs import check_inputs
+from dualpath_jax.training.inputs import check_inputs, open_datasets
 from dualpath_jax.version import __version__
 from dualpath_jax.weights.convert import BackboneInfo
 
@@ -103,7 +105,7 @@ class _Probe:
     backbone: BackboneConfig
     info: BackboneInfo
     params: Any
-    datasets: dict[str, VideoDataset]
+    datasets: dict[str, VideoSource]
     chosen_by: str
 
     @classmethod
@@ -123,7 +125,10 @@ class _Probe:
                 f"data.train_split={names[0]} is also the split to choose by or to evaluate: "
                 "choose another data.train_split or eval.split"
             )
-        datasets = {name: VideoDataset(config.data.dir, name) for name in dict.fromkeys(names)}
+        training, evaluation = open_datasets(config)
+        datasets = {names[0]: training, names[1]: evaluation, names[2]: evaluation}
+        if names[1] != names[2]:
+            datasets[names[1]] = VideoDataset(config.data.dir, names[1])
         weights, backbone, info = load_backbone(config)
         dtype = method_registry.compute_dtype(config)
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), {"backbone": weights})
@@ -150,6 +155,7 @@ class _Probe:
             "shape": str(self.backbone),
             "dtype": self.config.model.dtype,
             "videos": dataset.identity,
+            "names": hashlib.sha256(json.dumps(list(dataset.ids)).encode()).hexdigest(),
             "views": views,
             **{f"data.{key}": data[key] for key in CLIP_KEYS},
         }
