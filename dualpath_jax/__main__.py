@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "prepare": ("dualpath_jax.commands.prepare", (), "check and prepare videos for training"),
     "convert": ("dualpath_jax.commands.convert", (), "convert a checkpoint to a backbone file"),
     "predict": ("dualpath_jax.commands.predict", (), "predict the classes of video files"),
+    "probe": ("dualpath_jax.commands.probe", (), "train heads on features of the frozen backbone"),
     "report": ("dualpath_jax.commands.report", (), "write runs as one HTML page"),
     "attention": ("dualpath_jax.commands.attention", (), "draw what a model attends to"),
     "export": ("dualpath_jax.commands.export_model", (), "export a model as StableHLO"),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from dualpath_jax.analysis.confidence import confidence_interval, format_accuracy
 from dualpath_jax.config.values import format_views
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.clip_spec import Views
@@ -235,6 +236,7 @@ def _write_results(experiment: Experiment, step: int, scores: Scores) -> dict[st
     config = experiment.config
     results = {
         **dataclasses.asdict(scores),
+        "top1_interval": confidence_interval(scores.top1, scores.num_videos),
         "views": format_views(config),
         "total_params": experiment.total_params,
         "trainable_params": experiment.trainable_params,
@@ -250,11 +252,18 @@ def _write_results(experiment: Experiment, step: int, scores: Scores) -> dict[st
 
 
 def write_mean_results(workdir: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write results.json of several splits: mean scores, and all results under "splits"."""
+    """Write results.json of several splits: mean scores, and all results under "splits".
+
+    The interval is as wide as that of one split, because splits may share videos.
+    """
     scores = ("top1", "top5", "mean_class_accuracy")
     mean = {name: sum(result[name] for result in results) / len(results) for name in scores}
-    _write_json(workdir, {**mean, "splits": {result["split"]: result for result in results}})
-    print(f"mean of {len(results)} splits  top-1 {mean['top1']:.4f}  top-5 {mean['top5']:.4f}")
+    videos = min(result["num_videos"] for result in results)
+    interval = {"top1_interval": confidence_interval(mean["top1"], videos)}
+    by_split = {"splits": {result["split"]: result for result in results}}
+    _write_json(workdir, mean | interval | by_split)
+    top1 = format_accuracy(mean["top1"], videos)
+    print(f"mean of {len(results)} splits  top-1 {top1}  top-5 {mean['top5']:.4f}")
     print(f"wrote {workdir}/results.json", flush=True)
     return mean
 

@@ -8,6 +8,7 @@ from dualpath_jax import evaluate, train
 from dualpath_jax.config.loading import upgrade_config
 from dualpath_jax.config.values import flatten_config
 from dualpath_jax.demo import setup
+from dualpath_jax.probing.results import describe_probe
 from dualpath_jax.runtime import distributed, environment, file_lock, files
 from dualpath_jax.training import restore
 from dualpath_jax.training.experiment import build_experiment
@@ -55,6 +56,8 @@ def train_and_evaluate(config: Any, workdir: str, training: bool, start_over: bo
             # Another program may have been started with the folder of one split.
             with contextlib.nullcontext() if folder == workdir else _lock_workdir(folder):
                 results.append(_run_split(split_config, folder, training, start_over))
+            if distributed.is_main_process() and (probe := describe_probe(folder)):
+                print(probe, flush=True)
         if len(results) > 1:
             evaluate.write_mean_results(workdir, results)
 

@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from dualpath_jax.analysis import batch_figure
 from dualpath_jax.config.values import format_views
 from dualpath_jax.data.unreadable_videos import UnreadableVideos
 from dualpath_jax.data.video_source import VideoSource
@@ -25,10 +26,17 @@ from dualpath_jax.training.advice import TrainingAdvice
 from dualpath_jax.training.checkpoint import Checkpoints
 from dualpath_jax.training.experiment import Experiment
 from dualpath_jax.training.inputs import choose_train_batches
-from dualpath_jax.training.metrics_logger import MetricsLogger, advise_after_training
+from dualpath_jax.training.metrics_logger import (
+    MetricsLogger,
+    RunningMeans,
+    advise_after_training,
+)
 from dualpath_jax.training.sharding import shard_batch
 from dualpath_jax.training.state import TrainState
 from dualpath_jax.training.step import jit_train_step
+
+_NUM_EVALUATIONS = 10  # of a training, the last one included, where eval.every_epochs is None
+_DRAWN_CLIPS = 8  # of the first batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +81,12 @@ class LoopSchedule:
 
 def make_loop_schedule(config: Any, num_train_steps: int, steps_per_epoch: float) -> LoopSchedule:
     """Return the schedule of the loop that `config` asks for."""
-    eval_every = config.eval.every_epochs * steps_per_epoch
+    if config.data.synthetic:
+        eval_every = 0  # its scores mean nothing
+    elif config.eval.every_epochs is None:
+        eval_every = num_train_steps / _NUM_EVALUATIONS
+    else:
+        eval_every = config.eval.every_epochs * steps_per_epoch
     return LoopSchedule(
         num_steps=num_train_steps,
         log_every=config.log_every_steps,
@@ -164,10 +177,11 @@ def train(
         for step in range(first_step, loop.num_steps):
             profile(step - first_step)
             with recorder.logger.measure_data_wait():
-                batch = shard_batch(next(batches), experiment.mesh)
+                batch = next(batches)
+                sharded = shard_batch(batch, experiment.mesh)
             if step == first_step:
-                recorder.logger.log_compilation()
-            state, metrics = train_step(state, experiment.frozen, batch)
+                recorder.log_first_batch(step, batch)
+            state, metrics = train_step(state, experiment.frozen, sharded)
             recorder.finish_step(step + 1, state, metrics, guard)
             if recorder.stopping:
                 break
@@ -233,8 +247,20 @@ class _Recorder:
         made_up = experiment.config.data.synthetic  # there is nothing to learn
         advice = None if made_up else TrainingAdvice(len(experiment.class_names))
         self.logger = MetricsLogger(experiment.workdir, loop.num_steps, batch_size, advice)
+        saved = checkpoints.read_metadata(first_step) if first_step else {}
+        self._means = RunningMeans(saved.get("running_means"))
         self.logger.resume(first_step, checkpoints.has_scores(first_step))
         self.logger.start(first_step)
+
+    def log_first_batch(self, step: int, batch: dict[str, Any]) -> None:
+        """Print that the first step compiles; draw its batch for TensorBoard when a run begins."""
+        self.logger.log_compilation()
+        config = self._experiment.config
+        if step or config.data.synthetic or jax.process_index():
+            return
+        clips = {key: value[:_DRAWN_CLIPS] for key, value in batch.items()}
+        image = batch_figure.draw_batch(clips, config.data, self._experiment.class_names)
+        self.logger.write_image(step, "train/batch", np.asarray(image))
 
     def finish_step(
         self, done: int, state: TrainState, metrics: dict[str, Any], guard: PreemptionGuard
@@ -242,7 +268,7 @@ class _Recorder:
         """Check, log, save and evaluate step `done`; the device may still be computing it."""
         # The metrics of a step are read while the next one computes.
         if self._pending is not None:
-            self.check_finite(done - 1, jax.device_get(self._pending))
+            self.take_metrics(done - 1, jax.device_get(self._pending))
         self._pending = metrics
         self.logger.update_progress(done)
         if done == self._first_step + 1:
@@ -252,16 +278,19 @@ class _Recorder:
         saving = self.stopping or self.should_save(done)
         if saving or self._loop.should_log(done):
             self._pending = None
-            self.log(done, jax.device_get(metrics))
+            self.take_metrics(done, values := jax.device_get(metrics))
+            if self._loop.should_log(done):
+                self.log(done, values)
         if saving:
             self.save(done, state)
         if self._loop.should_evaluate(done) and not self.stopping:
             self.evaluate_saved(done, state, guard)
 
-    def check_finite(self, step: int, metrics: dict[str, Any]) -> None:
-        """Raise FloatingPointError as the function of the same name does."""
+    def take_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        """Add the metrics of a step to the means; raise FloatingPointError as `_check_finite`."""
         max_skipped = self._experiment.config.optimizer.max_skipped_steps
         _check_finite(step, metrics, max_skipped, self._checkpoints)
+        self._means.add(metrics)
 
     def should_save(self, done: int) -> bool:
         """Return whether to save after `done` steps; the clock is read only at logged steps."""
@@ -271,18 +300,16 @@ class _Recorder:
         return self._loop.should_save(done, seconds)
 
     def log(self, done: int, metrics: dict[str, Any]) -> None:
-        """Check the metrics of step `done`, and log them if that is due."""
-        values = {key: float(value) for key, value in metrics.items()}
-        self.check_finite(done, values)
-        if self._loop.should_log(done):
-            updates = done - 1 - values.get("skipped_steps", 0)  # as the optimizer counts
-            values["learning_rate"] = float(self._experiment.schedule(updates))
-            self.logger.log_step(done, values | {"broken_videos": len(self._unreadable.videos)})
+        """Log the metrics of step `done`, of which some are means since the last log."""
+        values = {key: float(value) for key, value in metrics.items()} | self._means.take()
+        updates = done - 1 - values.get("skipped_steps", 0)  # as the optimizer counts
+        values["learning_rate"] = float(self._experiment.schedule(updates))
+        self.logger.log_step(done, values | {"broken_videos": len(self._unreadable.videos)})
 
     def save(self, done: int, state: TrainState) -> None:
         """Save the state after `done` steps in the background."""
         state = sharding.replicate(state, self._experiment.mesh)
-        metadata = self._experiment.metadata()
+        metadata = self._experiment.metadata() | {"running_means": self._means.to_json()}
         self._checkpoints.save(done, state, metadata, self.logger.flush())
         self._last_save = time.monotonic()
 
@@ -313,19 +340,25 @@ class _Recorder:
 
 
 def record_final_scores(experiment: Experiment, results: dict[str, Any]) -> None:
-    """Add the results of a finished training to its checkpoint, and give advice on a low score.
+    """Add the results of a finished training to its log and checkpoint; give advice on a low score.
 
     Args:
       experiment: the run.
       results: of `evaluate.evaluate_and_write`.
     """
-    names = [field.name for field in dataclasses.fields(Scores)] + ["split", "views"]
-    checkpoints = Checkpoints(experiment.workdir, experiment.config.checkpoint.keep)
-    checkpoints.add_scores(results["step"], {name: results[name] for name in names})
-    checkpoints.close()
-    if not experiment.config.data.synthetic:
+    config, step, split = experiment.config, results["step"], results["split"]
+    if not config.data.synthetic:
         num_classes = len(experiment.class_names)
-        advise_after_training(experiment.workdir, num_classes, results["split"], results["top1"])
+        advise_after_training(experiment.workdir, num_classes, split, results["top1"])
+    scores = {field.name: results[field.name] for field in dataclasses.fields(Scores)}
+    checkpoints = Checkpoints(experiment.workdir, config.checkpoint.keep)
+    if not checkpoints.has_scores(step):
+        logger = MetricsLogger(experiment.workdir, experiment.num_train_steps)
+        logger.write_scores(step, split, scores)
+        entry = scores | {"split": split, "views": results["views"]}
+        checkpoints.add_scores(step, entry, logger.flush())
+        logger.close()
+    checkpoints.close()
 
 
 def synced_elapsed_seconds(since: float) -> float:

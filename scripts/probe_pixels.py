@@ -19,9 +19,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from dualpath_jax.analysis.confidence import confidence_interval
 from dualpath_jax.cli import build_parser
 from dualpath_jax.demo import paths, render
-from dualpath_jax.report.statistics import confidence_interval
 from dualpath_jax.runtime import console
 from dualpath_jax.runtime.cpu_count import num_cores
 

@@ -17,8 +17,8 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from dualpath_jax.analysis.confidence import confidence_interval
 from dualpath_jax.cli import build_parser, user_errors
-from dualpath_jax.report.statistics import confidence_interval
 from dualpath_jax.runtime import console
 from scripts.compare_methods import RESULTS, Results
 

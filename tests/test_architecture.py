@@ -14,7 +14,7 @@ FLOORS = (
     ("main", "commands"),
     ("launch",),
     ("check_config", "cli", "report"),
-    ("train", "inference"),
+    ("train", "inference", "probing"),
     ("evaluate",),
     ("training", "demo"),
     ("weights", "analysis"),

@@ -282,9 +282,11 @@ def parse_command(command):
     if words[1] == "scripts/compile_tpu.py":
         return parse_absl("compile_tpu", words[2:])
     module, arguments = script(words[1]), [word for word in words[2:] if word != "..."]
-    if hasattr(module, "parse_with_overrides"):
-        options, overrides = module.parse_with_overrides(module.parser(), arguments)
-        return load_config(options.config, overrides)
+    # A script of a subcommand has the function only where its main is defined.
+    if parse_with_overrides := module.main.__globals__.get("parse_with_overrides"):
+        options, overrides = parse_with_overrides(module.parser(), arguments)
+        names = options.config if isinstance(options.config, list) else [options.config]
+        return [load_config(name, overrides) for name in names if name]
     return module.parser().parse_args(arguments)
 
 

@@ -8,8 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorflow as tf
+from tensorboard.compat.proto.event_pb2 import Event
 
 from dualpath_jax import evaluate, launch, train
+from dualpath_jax.analysis import batch_figure
+from dualpath_jax.analysis.confidence import confidence_interval
 from dualpath_jax.config import schema
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.video_dataset import VideoDataset
@@ -328,8 +332,45 @@ def test_evaluation_during_training(config, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "results.json").read_text())["step"] == 11
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     scores = [line for line in lines if line["split"] == "test"]
-    assert [line["step"] for line in scores] == [5, 10]
+    assert [line["step"] for line in scores] == [5, 10, 11]  # the last one is the final score
     assert all(line["num_videos"] == 21 for line in scores)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert scores[-1].items() <= (results | {"split": "test"}).items()
+    assert results["top1_interval"] == list(confidence_interval(results["top1"], 21))
+    # The same command only evaluates again: no entry is added.
+    with compiling_once():
+        launch.train_and_evaluate(config, str(tmp_path), True)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(lines)
+
+
+def read_events(workdir):
+    """Return the (step, value) pairs of a workdir's TensorBoard events, by tag."""
+    events = {}
+    for path in sorted(workdir.glob("events.out.tfevents.*")):
+        for event in map(Event.FromString, tf.compat.v1.io.tf_record_iterator(str(path))):
+            for value in event.summary.value:
+                events.setdefault(value.tag, []).append((event.step, value.tensor))
+    return events
+
+
+def test_tensorboard_has_the_first_batch_and_the_scores(config, tmp_path, monkeypatch):
+    config.eval.every_epochs = None  # ten times, so here at every step
+    config.num_train_steps, config.log_every_steps = 3, 2
+    config.data.randaugment_layers = 2
+    with compiling_once():
+        launch.train_and_evaluate(config, str(tmp_path), True)
+        launch.train_and_evaluate(config, str(tmp_path), True)
+    events = read_events(tmp_path)
+    assert [step for step, _ in events["test/top1"]] == [1, 2, 3]
+    assert [step for step, _ in events["train/loss"]] == [2, 3]
+    [(step, tensor)] = events["train/batch"]
+    width, height, png = tensor.string_val
+    image = tf.io.decode_png(png).numpy()
+    assert (step, int(width), int(height)) == (0, 480, 8 * (32 + 16 + 8))
+    dataset = VideoDataset(config.data.dir, "train")
+    batch = next(pipeline.train_batches(dataset, config.data, config.seed, 0, 1))
+    drawn = batch_figure.draw_batch(batch, config.data, dataset.class_names)
+    np.testing.assert_array_equal(image, np.asarray(drawn))
 
 
 def test_loop_schedule():
@@ -341,6 +382,13 @@ def test_loop_schedule():
     assert [step for step in steps if loop.should_log(step)] == [4, 8, 11]
     assert [step for step in steps if loop.should_evaluate(step)] == [3, 6, 9]
     assert [step for step in steps if loop.should_save(step)] == [3, 5, 6, 9, 10, 11]
+    config.eval.every_epochs = None
+    loop = train.make_loop_schedule(config, num_train_steps=50, steps_per_epoch=1.6)
+    assert [step for step in range(1, 51) if loop.should_evaluate(step)] == [*range(5, 50, 5)]
+    config.data.synthetic = True
+    loop = train.make_loop_schedule(config, num_train_steps=50, steps_per_epoch=1.6)
+    assert not any(loop.should_evaluate(step) for step in range(1, 51))
+    config.data.synthetic = False
     config.eval.every_epochs = 0
     loop = train.make_loop_schedule(config, num_train_steps=11, steps_per_epoch=1.6)
     assert not any(loop.should_evaluate(step) for step in steps)

@@ -162,6 +162,12 @@ def _split_override(argument: str) -> tuple[str | None, str, str]:
     return stripped.removeprefix("config."), equals, value
 
 
+def find_overridden_keys(arguments: Sequence[str]) -> list[str]:
+    """Return the dotted keys, by their present names, that arguments "--config.KEY=VALUE" set."""
+    keys = [key for key, _, _ in map(_split_override, arguments) if key is not None]
+    return [schema.RENAMED_KEYS.get(key, key) for key in keys]
+
+
 def find_unknown_override(arguments: Sequence[str]) -> str | None:
     """Return an error message for the first override of a key that does not exist, or None."""
     for argument in arguments:

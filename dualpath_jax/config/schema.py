@@ -73,7 +73,7 @@ _SIZE_OR_NONE = Range(0, 4096)
 # Literal, as this module may not import the registries; a test compares them.
 _METHODS = (
     *("dualpath", "full", "linear", "vpt", "adaptformer", "protuning", "st_adapter"),
-    *("videoprompt", "aim", "evl"),
+    *("videoprompt", "aim", "evl", "probe"),
 )
 _BACKBONES = (
     *("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336", "ViT-B/16-IN21K", "ViT-L/16-IN21K"),
@@ -90,7 +90,8 @@ KEYS = (
     Key("num_train_steps", Optional(int),
         "Length of the training in steps, used instead of num_epochs when set.", _NOT_NEGATIVE),
     Key("log_every_steps", 50,
-        "Steps between two progress lines and entries in metrics.jsonl.", _COUNT),
+        "Steps between two progress lines and entries in metrics.jsonl, and the steps over which "
+        "their loss and accuracy are averaged.", _COUNT),
     Key("init_from", Optional(str),
         "Adapter file (scripts/export_adapter.py) whose parameters the run starts from."),
     Key("resume_changed", False,
@@ -264,6 +265,12 @@ KEYS = (
         "evl: dropout rate in the decoder's MLP; its authors' value.", _RATE),
     Key("model.evl.dropout", 0.5,
         "evl: dropout rate before the classifier; its authors' value.", _RATE),
+    Key("model.probe.head", "attentive",
+        "probe: linear reads the mean tokens of a clip, attentive pools tokens by a learned query, "
+        "ordered reads patches in the order of frames; ours.",
+        ("linear", "attentive", "ordered")),
+    Key("model.probe.width", 16,
+        "probe: channels of each patch token that the head ordered reads; ours.", _WIDTH),
     # optimizer
     Key("optimizer.learning_rate", 3e-4,
         "Peak learning rate of AdamW; the schedule is a cosine to zero.", _POSITIVE),
@@ -288,8 +295,9 @@ KEYS = (
     Key("eval.batch_size", 32, "Videos per evaluation step, over all devices and hosts.", _COUNT),
     Key("eval.temporal_views", 3, "Clips (views in time) per video.", Range(1, 1024)),
     Key("eval.spatial_crops", 1, "Crops (views in space) per clip.", (1, 3)),
-    Key("eval.every_epochs", 0,
-        "Epochs between evaluations during training; 0 evaluates only at the end.", _NOT_NEGATIVE),
+    Key("eval.every_epochs", Optional(int),
+        "Epochs between evaluations during training; None: a tenth of the training; 0: only at the "
+        "end.", _NOT_NEGATIVE),
     Key("eval.checkpoint", "latest",
         "Checkpoint that --mode=eval takes: the latest, or the best by top-1 during training.",
         ("latest", "best")),

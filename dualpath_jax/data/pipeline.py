@@ -120,9 +120,10 @@ def eval_samples(
     views: Views,
     batch_size: int,
     rows: slice,
+    first_batch: int = 0,
 ) -> Iterator[ClipSample]:
     """Yield a sample for every view in one pass, of this host's rows of each batch."""
-    for step in range(_num_eval_steps(len(dataset), batch_size)):
+    for step in range(first_batch, _num_eval_steps(len(dataset), batch_size)):
         for row in range(step * batch_size, (step + 1) * batch_size)[rows]:
             real = row < len(dataset)
             example = row if real else 0
@@ -234,10 +235,11 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     inputs: ClipInputs = ClipInputs.BOTH_PATHS,
+    first_batch: int = 0,
 ) -> Generator[Batch]:
     """Return this host's share of one pass over `dataset`: each video once, then padding (mask 0).
 
-    Close the generator if you do not exhaust it.
+    Close the generator if you do not exhaust it. `first_batch` leaves out the batches before it.
 
     Raises:
       UnreadableVideo: a video cannot be read. This ends the pass, because no video is left out.
@@ -246,7 +248,7 @@ def eval_batches(
     rows = _host_rows(batch_size, process_index, process_count)
 
     def samples() -> Iterator[ClipSample]:
-        return eval_samples(dataset, clip, views, batch_size, rows)
+        return eval_samples(dataset, clip, views, batch_size, rows, first_batch)
 
     def batches() -> Generator[Batch]:
         problems: list[Exception] = []

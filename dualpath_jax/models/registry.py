@@ -22,6 +22,7 @@ from dualpath_jax.models.methods.adaptformer import AdaptFormerHooks
 from dualpath_jax.models.methods.aim import AIMHooks, AIMModel
 from dualpath_jax.models.methods.dualpath import DualPath
 from dualpath_jax.models.methods.evl import EVLDecoder, EVLModel
+from dualpath_jax.models.methods.probe import ProbeModel, build_head
 from dualpath_jax.models.methods.protuning import ProTuningHooks
 from dualpath_jax.models.methods.st_adapter import STAdapterHooks
 from dualpath_jax.models.methods.vpt import DeepPromptHooks, ShallowPromptModel
@@ -252,6 +253,11 @@ def _build_evl(config: Any, backbone: BackboneConfig, num_classes: int) -> EVLMo
     return _build_frame_model(config, backbone, head, kind=EVLModel, num_blocks=options.num_blocks)
 
 
+def _build_probe(config: Any, backbone: BackboneConfig, num_classes: int) -> ProbeModel:
+    head = build_head(config.model.probe, backbone, num_classes)
+    return _build_frame_model(config, backbone, head, kind=ProbeModel)
+
+
 _FROZEN, _ADAPTERS, _HEAD = ("backbone/.*", False), ("adapters/.*", True), ("head/.*", True)
 _VIT = ("vit",)  # for methods that need a class token or a position table
 
@@ -278,6 +284,7 @@ METHODS = {
         _build_aim, (_FROZEN, _ADAPTERS, ("temporal_position", True), _HEAD), families=_VIT
     ),
     "evl": Method(_build_evl, (_FROZEN, _HEAD), families=_VIT),
+    "probe": Method(_build_probe, (_FROZEN, _HEAD)),
 }
 
 

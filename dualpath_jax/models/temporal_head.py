@@ -9,7 +9,7 @@ from dualpath_jax.models.backbones.registry import BackboneConfig
 from dualpath_jax.models.backbones.vit import Block, ViTConfig
 
 
-def _block_config(config: BackboneConfig, width: int) -> ViTConfig:
+def block_config(config: BackboneConfig, width: int) -> ViTConfig:
     """Return the shape of the transformer block for features of width D = `width`.
 
     On a ViT it is the shape of the backbone's blocks; otherwise the heads have width 64 and the
@@ -33,7 +33,7 @@ def _block_config(config: BackboneConfig, width: int) -> ViTConfig:
 class TemporalClassifier(nn.Module):
     """Applies one transformer block over the frames, then an FC on their average (sec. 3.1).
 
-    The block has the shape of a backbone block (see `_block_config`). Learnable positions are added
+    The block has the shape of a backbone block (see `block_config`). Learnable positions are added
     to the frame features first. Everything is computed in float32.
 
     Attributes:
@@ -61,6 +61,6 @@ class TemporalClassifier(nn.Module):
             prompts = jnp.broadcast_to(prompts, (x.shape[0], *prompts.shape))
             x = jnp.concatenate([prompts, x], axis=1)
         with layers.full_precision():
-            block = Block(_block_config(self.config, x.shape[-1]), name="block")
+            block = Block(block_config(self.config, x.shape[-1]), name="block")
             x = block(x, layers.no_hooks())[:, self.num_prompts :].mean(axis=1)
             return nn.Dense(self.num_classes, name="output")(x)

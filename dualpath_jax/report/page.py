@@ -11,6 +11,7 @@ import markupsafe
 import numpy as np
 from flax import traverse_util
 
+from dualpath_jax.analysis.confidence import confidence_interval
 from dualpath_jax.config import schema
 from dualpath_jax.config.values import flatten_config
 from dualpath_jax.report import line_charts, statistics
@@ -137,9 +138,16 @@ def _summarize_run(run: RunRecord) -> dict[str, str]:
             correct = round(results[key] * videos)
             summary[name] = f"{format_percent(results[key], 2)} ({correct:,} of {videos:,})"
         if videos:
-            low, high = statistics.confidence_interval(results["top1"], videos)
+            low, high = confidence_interval(results["top1"], videos)
             summary["top-1, 95% interval"] = f"{format_percent(low)} to {format_percent(high)}"
         summary["mean class accuracy"] = format_percent(results["mean_class_accuracy"], 2)
+    for row in run.probe.heads if run.probe else ():
+        scores = row.final
+        low, high = (format_percent(value) for value in scores.interval)
+        split = "" if scores.split == results.get("split") else f", split {scores.split}"
+        summary[f"top-1 of the {row.head} probe, without tuning"] = (
+            f"{format_percent(scores.top1, 2)} (95% interval {low} to {high}{split})"
+        )
     if bins := _calibration_bins(run):
         summary["calibration error (ECE)"] = f"{bins.ece:.3f}"
     if results:

@@ -17,6 +17,8 @@ from etils import epath
 from dualpath_jax.config.values import INVALID_CONFIG_ERRORS, flatten_config, restore_config
 from dualpath_jax.data import dataset_metadata
 from dualpath_jax.models import abstract, param_tree
+from dualpath_jax.probing.results import ProbeResults
+from dualpath_jax.probing.results import read_results as read_probe
 from dualpath_jax.runtime.safe_read import parse_json, read_json, read_lines, truncated_repr
 from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from dualpath_jax.training.metrics_logger import is_evaluation
@@ -24,7 +26,7 @@ from dualpath_jax.training.predictions import read_predictions
 
 _PROGRAM = "python -m dualpath_jax.main"
 # A workdir has at least one of these files.
-_RUN_FILES = ("config.json", "metrics.jsonl", "results.json", "environment.json")
+_RUN_FILES = ("config.json", "metrics.jsonl", "results.json", "environment.json", "probe.json")
 _MAX_METRICS_BYTES = 64 * 2**20  # an entry of metrics.jsonl has about 200
 _SCORE_KEYS = ("top1", "top5", "mean_class_accuracy")  # keys of results.json, values in 0..1
 _COUNT_KEYS = ("num_videos", "step")  # keys of results.json, whole numbers
@@ -76,6 +78,7 @@ class RunRecord:
       training: entries of metrics.jsonl about training steps.
       evaluations: entries of metrics.jsonl about evaluations during training.
       results: content of results.json.
+      probe: content of probe.json; None without a probe.
       environment: content of environment.json.
       class_names: one per class; "class 3" if the name of class 3 is unknown.
       predictions: the predictions for every evaluated video; None if unknown.
@@ -90,6 +93,7 @@ class RunRecord:
     training: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     evaluations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     results: dict[str, Any] = dataclasses.field(default_factory=dict)
+    probe: ProbeResults | None = None
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     class_names: list[str] = dataclasses.field(default_factory=list)
     predictions: Predictions | None = None
@@ -180,6 +184,10 @@ def _read_run(workdir: str, name: str) -> RunRecord:
     run.config = _read_config(run)
     _read_metrics(run)
     _read_results(run)
+    try:
+        run.probe = read_probe(workdir)
+    except (OSError, ValueError) as problem:
+        run.report_missing(f"the probe cannot be read: {problem}; run it again")
     if run.results:
         try:
             names, rows = read_predictions(workdir, run.results)

@@ -9,21 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 from scipy.cluster import hierarchy
 from scipy.spatial import distance
 
 _NUM_BINS = 15  # as in Guo et al. 2017, who define the expected calibration error (ECE)
-
-
-def confidence_interval(fraction: float, number: int) -> tuple[float, float]:
-    """Return Wilson's 95% confidence interval (low, high) of a fraction of `number` videos.
-
-    It accounts only for the random choice of the videos.
-    """
-    test = stats.binomtest(min(round(fraction * number), number), number)
-    interval = test.proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:

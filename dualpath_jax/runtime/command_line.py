@@ -7,6 +7,7 @@ SCRIPTS = {
     "prepare": "prepare_dataset",
     "convert": "convert_clip",
     "predict": "predict",
+    "probe": "probe",
     "report": "report",
     "attention": "visualize_attention",
     "export": "export_model",

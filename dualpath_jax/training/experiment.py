@@ -177,7 +177,7 @@ def build_experiment(
     abstract_inputs(config)
 
     # The frozen weights and the model that they fit.
-    weights, backbone, info = _load_backbone(config)
+    weights, backbone, info = load_backbone(config)
     num_classes, steps_per_epoch = len(dataset.class_names), len(dataset) / config.data.batch_size
     log = RecordedReads(config)
     abstract = build_abstract(log, num_classes, steps_per_epoch, backbone)
@@ -214,10 +214,14 @@ def build_experiment(
     return experiment, jax.device_put(state, state_shardings(state, mesh))
 
 
-def _load_backbone(config: Any) -> tuple[Any, BackboneConfig, convert.BackboneInfo]:
+def load_backbone(config: Any) -> tuple[Any, BackboneConfig, convert.BackboneInfo]:
     """Return the frozen weights, their shape and their source.
 
     The weights are None for synthetic data, which has random ones.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is damaged, or does not fit the configuration.
     """
     backbone = build_backbone_config(config)
     if config.data.synthetic:

@@ -4,22 +4,65 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import tensorflow as tf
 from absl import logging
 from etils import epath
 
+from dualpath_jax.analysis.confidence import format_accuracy
 from dualpath_jax.runtime import files, gcs, progress_bar
 from dualpath_jax.runtime.safe_read import parse_json, read_lines
 from dualpath_jax.training.advice import TrainingAdvice
 
 # Keys of metrics.jsonl that describe the process, not what is learned.
 PROCESS_METRICS = ("clips_per_second", "data_wait", "broken_videos")
+# Metrics of a step that are logged as they are; the others are averaged over the steps.
+_NOT_AVERAGED = ("gradient_norm", "skipped_steps")
+
+
+class RunningMeans:
+    """Averages the metrics of the training steps since the last log.
+
+    A checkpoint holds the sums, so that a resumed run logs what an undisturbed one logs. Steps
+    without a finite loss and gradient are left out.
+
+    Args:
+      saved: of `to_json`; None, or anything else that is not such sums, starts with no step.
+    """
+
+    def __init__(self, saved: Any = None):
+        self._sums: dict[str, float] = {}
+        self._steps = 0
+        if isinstance(saved, dict) and isinstance(saved.get("sums"), dict):
+            numbers = [saved.get("steps"), *saved["sums"].values()]
+            if type(numbers[0]) is int and all(type(n) in (int, float) for n in numbers):
+                self._sums, self._steps = dict(saved["sums"]), numbers[0]
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        """Take the metrics of one step."""
+        values = {key: float(value) for key, value in metrics.items()}
+        if not all(map(math.isfinite, values.values())):
+            return
+        self._steps += 1
+        for key in values.keys() - set(_NOT_AVERAGED):
+            self._sums[key] = self._sums.get(key, 0.0) + values[key]
+
+    def take(self) -> dict[str, float]:
+        """Return the means, and start again; {} if no step was finite."""
+        means = {key: total / self._steps for key, total in self._sums.items() if self._steps}
+        self._sums, self._steps = {}, 0
+        return means
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the sums and the number of steps, for the metadata of a checkpoint."""
+        return {"sums": self._sums, "steps": self._steps}
 
 
 class MetricsLogger:
@@ -28,7 +71,7 @@ class MetricsLogger:
     Args:
       workdir: of the run, local or gs://.
       num_train_steps: length of the training.
-      batch_size: of the whole run, in clips.
+      batch_size: of the whole run, in clips; only `log_step` needs it.
       advice: watches the log and says what to try; None gives no advice.
     """
 
@@ -36,7 +79,7 @@ class MetricsLogger:
         self,
         workdir: str,
         num_train_steps: int,
-        batch_size: int,
+        batch_size: int = 0,
         advice: TrainingAdvice | None = None,
     ):
         self._num_train_steps = num_train_steps
@@ -106,7 +149,7 @@ class MetricsLogger:
 
         Args:
           step: number of updates done.
-          metrics: of this step, with "loss" and "learning_rate".
+          metrics: with "loss" and "learning_rate"; loss and accuracy are means over these steps.
         """
         line = (
             f"step {step}/{self._num_train_steps}  loss {metrics['loss']:.3f}  "
@@ -129,13 +172,22 @@ class MetricsLogger:
 
     def log_scores(self, step: int, split: str, scores: Any) -> None:
         """Log the scores of an evaluation of `split`, an `evaluate.Scores`."""
-        values = dataclasses.asdict(scores)
         if self._is_main:
             progress_bar.print_above_bar(f"step {step}  {split}  {format_scores(scores)}")
-        self._write(step, values, split)
+        self.write_scores(step, split, dataclasses.asdict(scores))
         if self._advice:
             self._print_advice(self._advice.add_score(split, scores.top1))
         self.start(step)
+
+    def write_scores(self, step: int, split: str, scores: dict[str, Any]) -> None:
+        """Write scores, the values of an `evaluate.Scores`, without printing them."""
+        self._write(step, scores, split)
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Write an image, uint8 [H, W, 3], to the TensorBoard events."""
+        if self._is_main:
+            with self._tolerate_lost_events(step):
+                self._open_events().write_images(step, {name: image[None]})
 
     def _print_advice(self, line: str | None) -> None:
         if line and self._is_main:
@@ -149,11 +201,16 @@ class MetricsLogger:
         if not self.flush():
             return  # the disk is full, and has no room for events either
         with self._tolerate_lost_events(step):
-            if self._events is None:
-                from clu import metric_writers  # slow to import: TensorBoard
+            scalars = {f"{split}/{key}": value for key, value in values.items()}
+            self._open_events().write_scalars(step, scalars)
 
-                self._events = metric_writers.SummaryWriter(self._workdir)
-            self._events.write_scalars(step, {f"{split}/{key}": v for key, v in values.items()})
+    def _open_events(self) -> Any:
+        """Return the writer of TensorBoard events."""
+        if self._events is None:
+            from clu import metric_writers  # slow to import: TensorBoard
+
+            self._events = metric_writers.SummaryWriter(self._workdir)
+        return self._events
 
     @contextlib.contextmanager
     def _tolerate_lost_events(self, step: int) -> Iterator[None]:
@@ -275,6 +332,6 @@ def _append(path: epath.Path, text: str) -> None:
 def format_scores(scores: Any) -> str:
     """Format an `evaluate.Scores` as one line."""
     return (
-        f"top-1 {scores.top1:.4f}  top-5 {scores.top5:.4f}  "
+        f"top-1 {format_accuracy(scores.top1, scores.num_videos)}  top-5 {scores.top5:.4f}  "
         f"mean class accuracy {scores.mean_class_accuracy:.4f}  videos {scores.num_videos}"
     )

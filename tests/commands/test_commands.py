@@ -135,6 +135,12 @@ RUN = {
         options=f"{_SMALL} {_DEMO_BACKBONE} --config.model.st_adapter.width=8",
         after=_PREPARE,
     ),
+    "python scripts/probe.py --config=configs/finetune.py --config.data.dir=data/mine "
+    "--workdir=runs/finetune": CommandRun(
+        r"ordered .*\nwrote runs/finetune/probe.json",
+        options=f"--steps=2 --config.data.image_size=32 {_DEMO_BACKBONE}",
+        after=_MINE,
+    ),
     "python scripts/report.py --workdir=runs/finetune --out=report.html": CommandRun(
         file="report.html", after=_MINE
     ),
@@ -179,7 +185,10 @@ NOT_RUN = {
     ],
     INSTALLATION: ["pip install .", "dualpath *"],
     SLOW: ["python scripts/compare_methods.py --out=runs/compare"],
-    SAME: ["python -m dualpath_jax.main --config=configs/diving48_vitb.py --mode=check"],
+    SAME: [
+        "python -m dualpath_jax.main --config=configs/diving48_vitb.py --mode=check",
+        "python -m dualpath_jax.main --config=configs/finetune.py *method=probe *",
+    ],
 }
 # Slow commands by pattern: the test that runs the program on less data, and a text of that test.
 SLOW_COMMANDS = {

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dualpath_jax.commands import show_batch
+from dualpath_jax.analysis import batch_figure
 from dualpath_jax.data.randaugment_ops import OPS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -56,12 +56,12 @@ def test_colors_are_those_that_the_model_gets():
         "op_values": np.array([[0, 0, 0.5]], np.float32),
         "tables": np.tile(255 - np.arange(256, dtype=np.uint8), (1, 3, 1)),
     }
-    shown = show_batch.apply_color_operations(batch)
+    shown = batch_figure.apply_color_operations(batch)
     assert set(shown["spatial"].ravel().tolist() + shown["temporal"].ravel().tolist()) == {98}
-    assert show_batch.format_operations(batch, 0) == "; invert; brightness 0.5"
+    assert batch_figure.format_operations(batch, 0) == "; invert; brightness 0.5"
     del batch["ops"]
-    assert show_batch.apply_color_operations(batch) is batch
-    assert show_batch.format_operations(batch, 0) == ""
+    assert batch_figure.apply_color_operations(batch) is batch
+    assert batch_figure.format_operations(batch, 0) == ""
 
 
 def test_missing_data(tmp_path):
@@ -78,13 +78,13 @@ def test_differences_are_shown_as_the_model_gets_them():
     expected = {"rgb": (160, 100), "abs_minus_mean": (45, 15), "minus_mean": (150, 120)}
     for kind, (bright, others) in expected.items():
         data.frameset_input = kind
-        shown = show_batch.draw_differences({"temporal": frames}, data)["temporal"]
+        shown = batch_figure.draw_differences({"temporal": frames}, data)["temporal"]
         assert shown[0, 0, 0, 0].tolist() == [bright] * 3
         assert shown[0, 0, 3, 3].tolist() == [others] * 3
     data.frameset_input = "motion"
     frames[0, 0, :2, :2] = 100
     frames[0, 0, 0, 0] = 160  # one pixel of the first frame is brighter
-    shown = show_batch.draw_differences({"temporal": frames}, data)["temporal"][0, 0]
+    shown = batch_figure.draw_differences({"temporal": frames}, data)["temporal"][0, 0]
     assert shown[0, 0].tolist() == [255, 255, 0]  # the first frame is its own frame before
     assert shown[0, 2].tolist() == [255, 0, 0]
     assert shown[3, 3].tolist() == [0, 0, 0]

@@ -84,7 +84,7 @@ def test_edge_of_a_range_is_allowed(key, value):
     ("key", "value", "known"),
     [
         ("eval.spatial_crops", 2, "1, 3"),
-        ("model.method", "lora", "dualpath, full, .*, evl"),
+        ("model.method", "lora", "dualpath, full, .*, probe"),
         ("backbone.name", "ViT-B/8", "ViT-B/32, .*, custom, custom-swin"),
         ("data.source", "ucf101", "k400, .*, folder, csv, demo, paths, paths_large"),
         ("data.split", "4", "1, 2, 3, all"),
@@ -126,8 +126,8 @@ def test_choice_can_be_added(monkeypatch):
         schema.check_values(config)
     schema.add_choice("model.method", "scale_shift")
     schema.check_values(config)
-    assert schema.choices("model.method")[-2:] == ("evl", "scale_shift")
-    assert "evl, scale_shift." in schema.format_keys()
+    assert schema.choices("model.method")[-2:] == ("probe", "scale_shift")
+    assert "probe, scale_shift." in schema.format_keys()
     with pytest.raises(ValueError, match="data.batch_size is not restricted to a list of values"):
         schema.add_choice("data.batch_size", 3)
 

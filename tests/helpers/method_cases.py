@@ -40,6 +40,9 @@ CASES = {
     "aim": ("aim", {}),
     "aim_two": ("aim", {"aim.num_temporal_adapters": 2, "aim.scale": 1.0, "aim.bottleneck": 8}),
     "evl": ("evl", {"evl.num_blocks": 2}),
+    "probe_linear": ("probe", {"probe.head": "linear"}),
+    "probe_attentive": ("probe", {"probe.head": "attentive"}),
+    "probe_ordered": ("probe", {"probe.head": "ordered", "probe.width": 6}),
 }
 
 

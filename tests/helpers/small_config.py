@@ -24,4 +24,5 @@ def small_config(data, backbone):
     config.model.scan_blocks = True
     config.log_every_steps = 5
     config.num_train_steps = 5
+    config.eval.every_epochs = 0
     return config

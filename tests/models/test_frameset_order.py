@@ -116,7 +116,7 @@ def test_convolution_is_over_time_at_the_same_place():
 
 @pytest.mark.parametrize("frame_width", [0, 5])
 def test_readout_sees_order_and_the_class_token_does_not(frame_width):
-    readout = OrderedReadout(width=3, features=6, layout=LAYOUT, frame_width=frame_width)
+    readout = OrderedReadout(3, 6, num_images=2, frame_width=frame_width, layout=LAYOUT)
     tokens = np.random.default_rng(0).normal(size=(4, 16, 8)).astype(np.float32)
     params = readout.init(jax.random.key(0), tokens)
     y = readout.apply(params, tokens)
@@ -129,7 +129,7 @@ def test_readout_sees_order_and_the_class_token_does_not(frame_width):
 
 
 def test_readout_treats_all_frames_alike():
-    readout = OrderedReadout(width=3, features=6, layout=LAYOUT, frame_width=5)
+    readout = OrderedReadout(3, 6, num_images=2, frame_width=5, layout=LAYOUT)
     tokens = np.random.default_rng(0).normal(size=(2, 16, 8)).astype(np.float32)
     params = readout.init(jax.random.key(0), tokens)
     dense = params["params"]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 torch_methods = pytest.importorskip(
     "tests.helpers.torch_methods"
@@ -14,6 +15,7 @@ from dualpath_jax.models.backbones import vit  # noqa: E402
 from dualpath_jax.models.backbones.layers import no_hooks  # noqa: E402
 from dualpath_jax.models.frame_model import FrameModel  # noqa: E402
 from dualpath_jax.models.methods.evl import EVLDecoder, EVLModel, TemporalCrossAttention  # noqa: E402
+from dualpath_jax.models.methods.probe import ProbeModel  # noqa: E402
 from tests.helpers.method_cases import (  # noqa: E402
     CLASSES,
     FRAMES,
@@ -220,3 +222,72 @@ def test_evl_decoder_against_numpy():
     # Twin: features in the other order.
     assert distance(ours, decode(features[::-1], params["head"])) > 1e-3
     assert ours.dtype == jnp.float32
+
+
+def linear(x, p):
+    return x @ p["kernel"] + p["bias"]
+
+
+def layer_norm(x, p):
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+
+def linear_probe(tokens, p):
+    """Compute the linear probe of tokens [B, T, N, D]."""
+    class_tokens, patches = tokens[:, :, 0], tokens[:, :, 1:].reshape(len(tokens), -1, 48)
+    means = [class_tokens.mean(axis=1), patches.mean(axis=1)]
+    return linear(np.concatenate(means, axis=-1), p["output"])
+
+
+def attentive_probe(tokens, p):
+    """Compute the attentive probe with the keys and values of every token, head by head."""
+    logits = []
+    for clip in tokens.reshape(len(tokens), -1, 48):
+        keys, values = clip @ p["key"]["kernel"], linear(clip, p["value"])
+        pooled = []
+        for head in range(4):
+            part = slice(12 * head, 12 * head + 12)
+            weights = np.exp(keys[:, part] @ p["query_token"][part] / np.sqrt(12))
+            pooled.append(weights / weights.sum() @ values[:, part])
+        z = p["query_token"] + linear(np.concatenate(pooled), p["out"])
+        y = linear(layer_norm(z, p["ln"]), p["mlp"]["hidden"])
+        z = z + linear(y / (1 + np.exp(-1.702 * y)), p["mlp"]["output"])
+        logits.append(linear(z, p["output"]))
+    return np.stack(logits)
+
+
+def ordered_probe(tokens, p):
+    """Compute the ordered probe: low-width patch tokens, frame by frame, place by place."""
+    y = linear(tokens[:, :, 1:], p["readout"]["token"])
+    y = 0.5 * y * (1 + special.erf(y / np.sqrt(2)))
+    y = np.stack([np.concatenate([token for frame in clip for token in frame]) for clip in y])
+    return linear(y, p["readout"]["output"])
+
+
+@pytest.mark.parametrize("head", [linear_probe, attentive_probe, ordered_probe])
+def test_probe_heads_against_numpy(head):
+    """Check the logits; twins: other places of the tokens, and only `ordered` knows of time."""
+    config = tiny_config(f"probe_{head.__name__.removesuffix('_probe')}")
+    model, params = build_randomized(config)
+    frames, _ = clips(config)
+    tokens = np.asarray(apply(model, params, frames, method=ProbeModel.features))
+    assert tokens.shape == (2, FRAMES, 17, 48)
+    logits = apply(model, params, frames)
+    assert distance(logits, head(tokens, params["head"])) < 1e-5
+    moved = distance(logits, head(tokens[:, :, [1, 0, *range(2, 17)]], params["head"]))
+    assert moved < 1e-5 if head == attentive_probe else moved > 1e-3
+    reversed_in_time = distance(logits, apply(model, params, frames[:, ::-1]))
+    assert reversed_in_time > 1e-2 if head == ordered_probe else reversed_in_time < 1e-5
+
+
+def test_probe_takes_all_tokens_after_the_last_norm():
+    """Check the first frame's tokens; twin: those before the norm."""
+    model, params = build_randomized(tiny_config("probe_linear"))
+    frames, _ = clips(tiny_config("probe_linear"))
+    tokens = apply(model, params, frames, method=ProbeModel.features)[:, 0]
+    h = apply(model, params, frames[:, 0], method=FrameModel.embed)
+    for i in range(TINY.depth):
+        h = frozen_block(jax.tree.map(lambda leaf, i=i: leaf[i], backbone()["blocks"]), h)
+    assert distance(tokens, layer_norm(np.asarray(h), backbone()["ln_post"])) < 1e-4
+    assert distance(tokens, h) > 1e-1

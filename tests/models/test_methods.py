@@ -22,6 +22,7 @@ from dualpath_jax.models.backbones import swin
 from dualpath_jax.models.frame_model import AverageClassifier
 from dualpath_jax.models.methods.adapters import Adapter, MlpClassifier
 from dualpath_jax.models.methods.aim import AIMHooks
+from dualpath_jax.models.methods.probe import AttentiveProbe, OrderedProbe
 from dualpath_jax.models.temporal_head import TemporalClassifier
 from dualpath_jax.training.optimizer import make_optimizer
 from dualpath_jax.training.state import TrainState
@@ -86,6 +87,12 @@ TRAINABLE = {
     "aim": FC | adapters("spatial", "temporal", "joint") | {"temporal_position"},
     "aim_two": FC | adapters("spatial", "temporal", "temporal_in", "joint") | {"temporal_position"},
     "evl": FC | DECODER,
+    "probe_linear": FC,
+    "probe_attentive": FC
+    | {"head/query_token", "head/key/kernel"}
+    | layers("head", "value", "out", "mlp/hidden", "mlp/output")
+    | layers("head", "ln", leaves=("scale", "bias")),
+    "probe_ordered": layers("head/readout", "token", "output"),
 }
 
 
@@ -116,13 +123,17 @@ def one_step(config, model, params):
     return *(param_tree.flatten(tree) for tree in trees), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("head", ["classifier", "average", "temporal", "dense"])
+@pytest.mark.parametrize(
+    "head", ["classifier", "average", "temporal", "attentive", "ordered", "dense"]
+)
 def test_heads_are_computed_in_float32(head):
     """Check the precision of all products; twin: a plain layer has the default precision."""
     module, x = {
         "classifier": (MlpClassifier(8, 3), jnp.ones((2, 16))),
         "average": (AverageClassifier(3), jnp.ones((2, 4, 16))),
         "temporal": (TemporalClassifier(TINY, 3), jnp.ones((2, 4, TINY.width))),
+        "attentive": (AttentiveProbe(TINY, 3), jnp.ones((2, 4, 5, TINY.width), jnp.bfloat16)),
+        "ordered": (OrderedProbe(TINY, 3, 6), jnp.ones((2, 4, 5, TINY.width), jnp.bfloat16)),
         "dense": (nn.Dense(3), jnp.ones((2, 16))),
     }[head]
     params = jax.eval_shape(module.init, jax.random.key(0), x)
@@ -288,6 +299,9 @@ COUNTS = [
     # M = 12 gives the number in Table 2.
     ("evl", "ViT-L/14", 174, {"evl.num_blocks": 12}, 175_420_590, 175),
     ("dualpath", "ViT-B/16", 51, {}, 10_183_987, 10),
+    ("probe", "ViT-B/16", 51, {"probe.head": "linear"}, 78_387, None),
+    ("probe", "ViT-B/16", 51, {"probe.head": "attentive"}, 6_534_963, None),
+    ("probe", "ViT-B/16", 51, {"probe.head": "ordered"}, 1_291_843, None),
 ]
 NUM_FRAMES = {"dualpath": 16, "evl": 32}
 
@@ -463,10 +477,13 @@ SWIN = swin.SwinConfig("custom-swin", 32, 4, 24, (2, 2), 2, 48, 4)
 ON_SWIN = ("full", "linear", "adaptformer", "protuning", "st_adapter", "videoprompt")
 
 
+PROBES = [case for case in CASES if case.startswith("probe")]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_methods_on_swin(case):
     config = tiny_config(case)
-    if case in ("dualpath", *ON_SWIN):
+    if case in ("dualpath", *ON_SWIN, *PROBES):
         model, params = build_randomized(config, SWIN)
         _, after, frozen, metrics = one_step(config, model, params)
         assert np.isfinite(metrics["gradient_norm"])

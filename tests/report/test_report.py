@@ -109,11 +109,6 @@ def test_differences_of_settings():
     assert statistics.pairwise_differences([base, changed]) == {"seed": [0, 1], "new": [None, "x"]}
 
 
-def test_interval_of_wilson():
-    assert statistics.confidence_interval(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert statistics.confidence_interval(1.0, 400)[1] == 1.0
-
-
 def test_charts():
     noisy = [(step, 1.0 if step != 7777 else 50.0) for step in range(1, 20_001)]
     chart = line_charts.line_chart(
@@ -149,6 +144,48 @@ def test_a_complete_run(tmp_path):
     assert run.parameters["total"][:2] == [742_824, 264_168]
     assert run.predictions.correct.mean() == pytest.approx(run.results["top1"])
     assert run.settings["data.source"] == "demo"
+
+
+SCORES = {"split": "test", "top1": 0.25, "interval": [0.2, 0.31], "num_videos": 200}
+SCORES["mean_class_accuracy"] = 0.24
+PROBE = {
+    "heads": [
+        {"head": head, "learning_rate": 0.01, "weight_decay": 0.1, "trainable_params": 5}
+        | {"adapter": "", "validation": SCORES | {"split": "validation"}, "final": final}
+        for head, final in (("linear", SCORES), ("ordered", SCORES | {"split": "other"}))
+    ],
+    "views": "8x1x1",
+    "num_clips": 9,
+    "augmented_passes": 0,
+    "num_steps": 3,
+    "backbone": "custom",
+    "backbone_sha256": "",
+    "dataset": "d",
+    "chosen_by": "validation",
+}
+
+
+def test_probes_are_next_to_the_tuned_model(tmp_path, report):
+    """Check one run and two; twin: no rows without probe.json."""
+    workdirs = [write_run(tmp_path / name) for name in ("a", "b")]
+    (workdirs[0] / "probe.json").write_text(json.dumps(PROBE))
+    rows = dict(page._summary_rows(run_reader.read_runs(list(map(str, workdirs)))))
+    assert [name for name in rows if "probe" in name] == [
+        "top-1 of the linear probe, without tuning",
+        "top-1 of the ordered probe, without tuning",
+    ]
+    names = list(rows)
+    assert names.index("top-1") < names.index("top-1 of the linear probe, without tuning")
+    text = "25.00% (95% interval 20.0% to 31.0%"
+    assert rows["top-1 of the linear probe, without tuning"] == [f"{text})", "–"]
+    assert rows["top-1 of the ordered probe, without tuning"] == [f"{text}, split other)", "–"]
+    _, html, _ = report(f"--workdir={workdirs[0]}")
+    assert f"{text})" in html
+    for name in ("config.json", "metrics.jsonl", "results.json", "environment.json"):
+        (workdirs[0] / name).unlink()
+    status, html, _ = report(f"--workdir={workdirs[0]}")  # a probe alone
+    assert status == 0
+    assert text in html
 
 
 def edit(path, old, new):
@@ -217,6 +254,20 @@ DAMAGE = {
         lambda w: (w / "config.json").write_text('{"seed": {"a.b": 1}}'),
         "config.json is not a valid configuration",
     ),
+    **{
+        f"probe of {name}": (
+            lambda w, content=content: (w / "probe.json").write_text(json.dumps(content)),
+            "the probe cannot be read: .*probe.json is damaged",
+        )
+        for name, content in {
+            "no heads": PROBE | {"heads": []},
+            "text": PROBE | {"heads": "linear"},
+            "wrong scores": PROBE
+            | {"heads": [PROBE["heads"][0] | {"final": SCORES | {"top1": 2}}]},
+            "no interval": PROBE
+            | {"heads": [PROBE["heads"][0] | {"final": SCORES | {"interval": 1}}]},
+        }.items()
+    },
     "settings of no model": (
         lambda w: edit(w / "config.json", '"name": "custom"', '"name": "ViT-X"'),
         "config.json does not describe a model .*ViT-X",

@@ -115,6 +115,35 @@ def test_death_at_any_step_changes_nothing(config, straight, tmp_path, monkeypat
     assert not is_same(run_all(config, tmp_path / "other").state, straight.state)
 
 
+def test_logged_values_are_means_also_after_a_death(config, straight, tmp_path, monkeypatch):
+    """Log after steps 4 and 6; the process dies in step 4, and resumes after step 2."""
+    config.log_every_steps = 4
+    kill_after(config, tmp_path / "killed", monkeypatch, 3)
+    run_all(config, tmp_path / "killed")
+    entries = same_run.read_metric_entries(tmp_path / "killed")
+    steps = same_run.read_metric_entries(tmp_path / "straight")  # has each step
+    assert [entry["step"] for entry in entries] == [4, 6]
+    for key in ("loss", "accuracy"):
+        values = [entry[key] for entry in steps]
+        assert entries[0][key] == pytest.approx(np.mean(values[:4]), rel=1e-12)
+        assert entries[1][key] == pytest.approx(np.mean(values[4:]), rel=1e-12)
+    # Twins: the last step, and the steps since the death, have another loss.
+    losses = [entry["loss"] for entry in steps]
+    assert abs(losses[3] - entries[0]["loss"]) > 1e-3
+    assert abs(np.mean(losses[2:4]) - entries[0]["loss"]) > 1e-3
+
+
+@pytest.mark.parametrize("saved", [None, [], {"steps": "2", "sums": {}}, {"steps": 2, "sums": 3}])
+def test_means_of_other_versions(saved):
+    """Check a checkpoint without sums, or with others; steps that are not finite do not count."""
+    means = metrics_logger.RunningMeans(saved)
+    means.add({"loss": 2.0, "gradient_norm": 5.0})
+    means.add({"loss": np.nan, "gradient_norm": 1.0})
+    assert means.to_json() == {"sums": {"loss": 2.0}, "steps": 1}
+    means.add({"loss": 3.0, "gradient_norm": 5.0})
+    assert (means.take(), means.take()) == ({"loss": 2.5}, {})
+
+
 def change_batches(monkeypatch, change):
     """Make training read its batches with the arguments change(dataset, data, seed)."""
     batches = pipeline.train_batches

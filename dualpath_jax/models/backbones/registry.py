@@ -9,6 +9,7 @@ for conversion of weights also `from_arrays`, `architecture`, `position_size` an
     embed(images, class_token=None, position=None) -> tokens
     encode(tokens, hooks=None, hook_params=None, dropout_rng=None, cls_token_only=False) -> tokens
     pool(tokens, project=True) -> features [M, feature_dim]
+    token_features(tokens) -> features of all tokens [M, N, feature_dim]
     init_hooks(rng, hooks, num_images, num_tokens) -> hook_params
     __call__(images) -> (tokens, features)
 

@@ -441,6 +441,10 @@ class Swin(nn.Module):
         del project
         return self.norm(h).mean(axis=(1, 2))
 
+    def token_features(self, h: jax.Array) -> jax.Array:
+        """Apply the final norm to h [M, R, C, D] and return its tokens row by row: [M, R C, D]."""
+        return einops.rearrange(self.norm(h), "m r c d -> m (r c) d")
+
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Run the frozen backbone: images [M, H, W, 3] -> (map [M, R, C, D], features [M, D])."""
         h = self.encode(self.embed(images))

@@ -422,6 +422,10 @@ class ViT(nn.Module):
             y = y @ self.projection.astype(self.dtype)
         return y
 
+    def token_features(self, h: jax.Array) -> jax.Array:
+        """Apply `ln_post` to all tokens of h [M, N, D]."""
+        return self.ln_post(h)
+
     def patch_features(self, h: jax.Array) -> jax.Array:
         """Apply `ln_post` to the patch tokens of h [M, N, D]: [M, N - 1, D]."""
         return self.ln_post(h[:, 1:])

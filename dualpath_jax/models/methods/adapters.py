@@ -217,7 +217,7 @@ class DepthwiseConv(nn.Module):
 
 
 class OrderedReadout(nn.Module):
-    """Summarizes the patch tokens of a clip's framesets in order: place and time are kept (ours).
+    """Summarizes the patch tokens of a clip's images in order: place and time are kept (ours).
 
     Each token is projected to `width` channels. After GELU, the channels of all tokens of a clip,
     one after the other, are projected to the features. With `frame_width`, the channels of the
@@ -227,24 +227,27 @@ class OrderedReadout(nn.Module):
     Attributes:
       width: channels of a token.
       features: e.
-      layout: where the frames are among the tokens.
+      num_images: G framesets, or T frames of a clip.
       frame_width: features of a frame, or 0.
+      layout: where the frames are among the tokens of framesets; None if the images are frames.
     """
 
     width: int
     features: int
-    layout: FramesetLayout
+    num_images: int
     frame_width: int = 0
+    layout: FramesetLayout | None = None
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Map normalized patch tokens [(B G), N, D] to features [B, e] float32."""
+        """Map normalized patch tokens [(B images), N, D] to features [B, e] float32."""
         with layers.full_precision():
             x = gelu(nn.Dense(self.width, name="token")(tokens.astype(jnp.float32)))
-            if self.frame_width:
-                x = einops.rearrange(self.layout.to_frames(x), "b t r c k -> b t (r c k)")
-                x = gelu(nn.Dense(self.frame_width, name="frame")(x))
-                x = einops.rearrange(x, "b t k -> b (t k)")
+            if self.layout is None or not self.frame_width:
+                x = einops.rearrange(x, "(b i) n k -> b i (n k)", i=self.num_images)
             else:
-                x = einops.rearrange(x, "(b g) n k -> b (g n k)", g=self.layout.num_framesets)
+                x = einops.rearrange(self.layout.to_frames(x), "b t r c k -> b t (r c k)")
+            if self.frame_width:
+                x = gelu(nn.Dense(self.frame_width, name="frame")(x))
+            x = einops.rearrange(x, "b i k -> b (i k)")
             return nn.Dense(self.features, name="output")(x)

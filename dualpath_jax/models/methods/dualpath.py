@@ -189,7 +189,11 @@ class DualPath(nn.Module):
         if self.temporal_path and self.readout_width:
             features = self.config.feature_dim
             self.readout = OrderedReadout(
-                self.readout_width, features, layout, self.readout_frame_width
+                self.readout_width,
+                features,
+                self.num_framesets,
+                self.readout_frame_width,
+                layout,
             )
         self.classifier = MlpClassifier(self.config.feature_dim, self.num_classes)
 
