@@ -1,12 +1,12 @@
-"""Converts a checkpoint of CLIP, or of an ImageNet ViT or Swin, to a backbone file.
+"""Converts a checkpoint of CLIP, SigLIP, DINOv2, an ImageNet ViT or a Swin to a backbone file.
 
     dualpath convert --checkpoint=ViT-B-16.pt --out=clip_vitb16.safetensors
 
-Supported are CLIP of OpenAI, open_clip, Hugging Face or timm; ViT of its authors (.npz), timm or
-Hugging Face; Swin of its authors, timm or Hugging Face. The kind is detected from the names in the
-file: safetensors, torch (.pt, .pth, .bin, .ckpt; torch is not needed), TorchScript (nothing in it
-is executed) or .npz. Give a shard or its index for a file in shards, a folder as of Hugging Face,
-or hf:org/name, which huggingface_hub downloads.
+Supported are CLIP of OpenAI, open_clip, Hugging Face or timm; SigLIP and ViT of their authors
+(.npz), timm or Hugging Face; DINOv2 and Swin of their authors, timm or Hugging Face. The kind is
+detected from the names in the file: safetensors, torch (.pt, .pth, .bin, .ckpt; torch is not
+needed), TorchScript (nothing in it is executed) or .npz. Give a shard or its index for a file in
+shards, a folder as of Hugging Face, or hf:org/name, which huggingface_hub downloads.
 
 In a checkout, python scripts/convert_clip.py is the same command.
 """
@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     )
     arg_parser.add_argument(
         "--activation",
-        choices=("quick_gelu", "gelu"),
+        choices=("quick_gelu", "gelu", "gelu_tanh"),
         help="activation of the MLPs; needed if neither the checkpoint nor the publisher's config "
         "next to it states it",
     )

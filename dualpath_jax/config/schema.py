@@ -76,7 +76,12 @@ _METHODS = (
     *("videoprompt", "aim", "evl"),
 )
 _BACKBONES = (
-    *("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336", "ViT-B/16-IN21K", "ViT-L/16-IN21K"),
+    *("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336", "ViT-H/14", "ViT-g/14", "ViT-bigG/14"),
+    *("ViT-B/16-IN21K", "ViT-L/16-IN21K"),
+    *("DINOv2-S/14", "DINOv2-B/14", "DINOv2-L/14", "DINOv2-g/14"),
+    *("DINOv2-S/14-reg", "DINOv2-B/14-reg", "DINOv2-L/14-reg", "DINOv2-g/14-reg"),
+    *("SigLIP-B/32", "SigLIP-B/16", "SigLIP-L/16"),
+    *("SigLIP-So400m/14", "SigLIP-So400m/16", "SigLIP-g/16"),
     *("Swin-T", "Swin-S", "Swin-B", "custom", "custom-swin"),
 )
 GENERATED_SOURCES = ("demo", "paths", "paths_large")  # rendered by dualpath_jax/demo
@@ -172,7 +177,16 @@ KEYS = (
     Key("backbone.projection_dim", Optional(int),
         "ViT: e, width of CLIP's joint space; custom backbones may have none.", _WIDTH),
     Key("backbone.pre_norm", Optional(bool), "ViT: CLIP's LayerNorm before the first block."),
-    Key("backbone.patch_bias", Optional(bool), "ViT: a bias in the patch embedding (ImageNet)."),
+    Key("backbone.patch_bias", Optional(bool), "ViT: a bias in the patch embedding (not in CLIP)."),
+    Key("backbone.class_token", Optional(bool), "ViT: a class token (not in SigLIP)."),
+    Key("backbone.num_register_tokens", Optional(int), "ViT: registers (DINOv2).", _SIZE_OR_NONE),
+    Key("backbone.readout", Optional(str),
+        "ViT: what features are read from: the class token, the mean of the patches, or attention "
+        "pooling (SigLIP).",
+        ("class", "mean", "attention")),
+    Key("backbone.layer_scale", Optional(bool),
+        "ViT: a trained factor for each channel of a branch (DINOv2)."),
+    Key("backbone.gated_mlp", Optional(bool), "ViT: gated MLPs (SwiGLU of DINOv2-g)."),
     # model
     Key("model.method", "dualpath", "Tuning method.", _METHODS),
     Key("model.spatial_path", True, "dualpath: False is Table 5, without spatial adaptation."),

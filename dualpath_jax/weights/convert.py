@@ -49,6 +49,16 @@ FORMAT_VERSION = 1
 
 _DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(jnp.bfloat16)}
 
+# Fields of a config that version 0.1.0 did not have. Files leave them out at their defaults;
+# weights that were converted then and now therefore have the same bytes.
+_NEWER_FIELDS = (
+    *("class_token", "num_register_tokens", "readout", "layer_scale", "gated_mlp"),
+    "position_resize",
+)
+
+# Fields that a loaded backbone has from its file, whatever its name is.
+_OWN_FIELDS = ("activation", "eps", "heads", "position_resize")
+
 # Above these sizes, computing the expected shapes from a config could exhaust the memory.
 _SIZE_LIMITS = {"image_size": 4096, "window_size": 64, "depth": 256, "depths": 256}
 # For each type of a config field: does a metadata value fit it?
@@ -88,7 +98,7 @@ class BackboneInfo:
 @functools.lru_cache(maxsize=16)
 def parameter_shapes(config: backbone_registry.BackboneConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a backbone's parameters by flat name."""
-    module = backbone_registry.build_backbone(config)
+    module = backbone_registry.build_backbone(config, scan_blocks=True)  # is traced faster
     image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
     tree = jax.eval_shape(lambda x: module.init(jax.random.key(0), x)["params"], image)
     return {n: leaf.shape for n, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
@@ -134,11 +144,17 @@ def _infer_config(
 ) -> backbone_registry.BackboneConfig:
     """Return the backbone's config: sizes come from `arrays`, all other values from `stated`."""
     try:
-        return backbone_registry.find_named_config(
+        config = backbone_registry.find_named_config(
             backbone_registry.FAMILIES[family].config.from_arrays(arrays, stated)
         )
     except (IndexError, ValueError, ZeroDivisionError) as error:  # arrays of odd shapes
         raise ValueError(f"{checkpoint}: {error}") from None
+    except KeyError as error:
+        raise ValueError(f"{checkpoint} has no weights for {error}") from None
+    named = backbone_registry.MODELS.get(config.name)
+    if named is not None and "heads" not in stated:  # a head of H/14, for example, has width 80
+        config = dataclasses.replace(config, heads=named.heads)
+    return config
 
 
 def _check_stated(stated: Mapping[str, Any], checkpoint: Any) -> None:
@@ -246,17 +262,31 @@ def _convert_arrays(
     arrays, stated = checkpoint.arrays, checkpoint.stated | flags
     _check_stated(stated, source.given)
     config = _infer_config(arrays, stated, checkpoint.family, source.given)
+    if config.activation != flags.get("activation", config.activation):
+        raise ValueError(
+            f"{source.given} has gated MLPs (SwiGLU), whose activation is {config.activation}: "
+            f"leave out --activation={flags['activation']}"
+        )
     _check_arrays(source.given, arrays, config)
     return arrays, {
         "version": FORMAT_VERSION,
         "family": checkpoint.family,
-        "config": dataclasses.asdict(config),
+        "config": _describe_config(config),
         "mean": list(stated["mean"]),
         "std": list(stated["std"]),
         "container": checkpoint.container,
         "layout": checkpoint.layout,
         "source": checkpoint.name,
         "source_sha256": checkpoint.sha256,
+    }
+
+
+def _describe_config(config: backbone_registry.BackboneConfig) -> dict[str, Any]:
+    """Return a config's fields for the metadata, see `_NEWER_FIELDS`."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in _NEWER_FIELDS or getattr(config, field.name) != field.default
     }
 
 
@@ -295,7 +325,7 @@ def load_backbone(
     Returns:
       The backbone's parameter tree (nested dict of numpy arrays in the file's dtypes), in which a
       ViT's position table is resized to `config.image_size` and a Swin's to `config.window_size`;
-      `config` with the activation, eps and heads of the weights; and the origin of the weights.
+      `config` with the `_OWN_FIELDS` of the weights; and the origin of the weights.
 
     Raises:
       FileNotFoundError: the file does not exist.
@@ -309,15 +339,14 @@ def load_backbone(
             f"{config.name} {config.architecture}: convert that checkpoint, or change the config"
         )
     _check_arrays(path, arrays, stored)
+    own = {f.name: getattr(stored, f.name) for f in dataclasses.fields(stored)}
+    config = dataclasses.replace(config, **{k: own[k] for k in _OWN_FIELDS if k in own})
     if config.position_size != stored.position_size:
         logging.warning(
             "%s: position table resized from %s to %s",
             *(path, stored.position_size, config.position_size),
         )
         arrays = config.resize_position_tables(arrays)
-    config = dataclasses.replace(
-        config, activation=stored.activation, eps=stored.eps, heads=stored.heads
-    )
     info = _describe_source(path, stored, meta, sha256)
     return traverse_util.unflatten_dict(arrays, sep="/"), config, info
 

@@ -5,6 +5,7 @@ The files are opened by `source_files.py`; the known names are in `layouts.py`.
 
 import collections
 import dataclasses
+import functools
 import pathlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -61,7 +62,10 @@ _BARE_TOWERS = (
         "vision_model.",
         r"(embeddings|encoder|pre_layrnorm|post_layernorm)\..+",
     ),
+    ("head.probe", "vision_model.", r"(embeddings|encoder|post_layernorm|head)\..+"),
 )
+# Where big_vision has the blocks of a tower stacked [L, ...].
+_STACKED_BLOCKS = re.compile(r"(.*Transformer/encoderblock)/(.+)")
 # Weights that no layout has, and what to do about them.
 _REFUSED_NAMES = {
     r".*\.(lora_[A-Za-z_]+|base_layer)(\..+)?": (
@@ -115,6 +119,20 @@ def _strip_prefixes(path: str, tensors: TensorReaders) -> TensorReaders:
         if marker in tensors:
             tensors = {(prefix + n if re.fullmatch(names, n) else n): t for n, t in tensors.items()}
     return tensors
+
+
+def _unstack_blocks(tensors: TensorReaders) -> TensorReaders:
+    """Return the tensors with stacked blocks as tensors of each block, by the unstacked names."""
+    unstacked: dict[str, Callable] = {}
+    for name, read in tensors.items():
+        match = _STACKED_BLOCKS.fullmatch(name)
+        if match is None:
+            unstacked[name] = read
+            continue
+        array = read()
+        for i in range(len(array) if array.ndim else 0):
+            unstacked[f"{match[1]}_{i}/{match[2]}"] = functools.partial(array.__getitem__, i)
+    return unstacked
 
 
 def _check_names(path: str, names: Collection[str]) -> None:
@@ -311,7 +329,7 @@ def read_checkpoint(source: Source) -> SourceCheckpoint:
     path = source.given
     container, tensors, metadata = open_tensors(source)
     _check_names(path, tensors)
-    tensors = _strip_prefixes(path, tensors)
+    tensors = _unstack_blocks(_strip_prefixes(path, tensors))
     name = _detect_layout(path, tensors, metadata)
     layout = LAYOUTS[name]
     arrays = _rename_tensors(path, tensors, layout)
@@ -324,7 +342,10 @@ def read_checkpoint(source: Source) -> SourceCheckpoint:
     sha256 = source.sha256
     # Later values win: layout, publisher's config, OpenAI's marker, the file's own metadata.
     config = _read_publisher_config(source.folder, source.name, layout, shape)
-    stated = {**layout.stated, **config, **heads}
+    stated = {**layout.stated}
+    for name_in_file, values in layout.stated_by.items():
+        stated |= values if name_in_file in tensors else {}
+    stated |= {**config, **heads}
     if "input_resolution" in tensors or sha256 in PUBLISHED_SHA256:  # OpenAI's own files
         stated |= {"activation": "quick_gelu", **NORMALIZATIONS["clip"]}
     if sha256 in _CLIP_NORMALIZED_SHA256:

@@ -13,7 +13,7 @@ from dualpath_jax.models.methods.adapters import Adapter, FramesetLayout, Ordere
 from tests.models.test_dualpath import init, tiny_inputs, tiny_model
 
 GRID = (2, 2)
-LAYOUT = FramesetLayout(num_framesets=2, grid=GRID, side=2, class_tokens=1)
+LAYOUT = FramesetLayout(num_framesets=2, grid=GRID, side=2, leading_tokens=1)
 DATA = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "grid": GRID}
 
 
