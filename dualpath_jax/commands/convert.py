@@ -12,14 +12,31 @@ In a checkout, python scripts/convert_clip.py is the same command.
 """
 
 import argparse
+from typing import NoReturn
 
 from dualpath_jax.cli import build_parser, user_errors
 from dualpath_jax.runtime import environment, progress_bar
+from dualpath_jax.weights import catalog
+
+
+class _ListAction(argparse.Action):
+    """Prints the table of known weights and exits."""
+
+    def __call__(self, arg_parser: argparse.ArgumentParser, *unused: object) -> NoReturn:
+        del unused
+        print(catalog.format_table())
+        arg_parser.exit()
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     arg_parser = build_parser(__doc__)
+    arg_parser.add_argument(
+        "--list",
+        action=_ListAction,
+        nargs=0,
+        help="print the known backbones with the places of their weights, sizes and licenses",
+    )
     arg_parser.add_argument("--checkpoint", required=True, help="file, folder or hf:org/name")
     arg_parser.add_argument(
         "--out", required=True, help="safetensors file to write, local or gs://"

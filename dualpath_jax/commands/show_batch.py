@@ -51,6 +51,7 @@ def draw_differences(batch: dict, data_config: Any) -> dict:
 
     A difference of zero is gray, or black where absolute values are taken.
     """
+    from dualpath_jax.data.clip_spec import normalization
     from dualpath_jax.models import preprocess
 
     kind = data_config.frameset_input
@@ -58,7 +59,8 @@ def draw_differences(batch: dict, data_config: Any) -> dict:
         return batch
     images = preprocess.normalize(batch["temporal"], data_config, np.float32)
     differences = np.asarray(preprocess.subtract_static(images, data_config))
-    differences = 255 * differences * np.asarray(data_config.std, np.float32)
+    _, std = normalization(data_config)
+    differences = 255 * differences * np.asarray(std, np.float32)
     shown = differences if kind == "abs_minus_mean" else 127.5 + differences / 2
     return batch | {"temporal": shown.round().clip(0, 255).astype(np.uint8)}
 

@@ -145,10 +145,12 @@ KEYS = (
     Key("data.randaugment_magnitude", 7.0, "M, RandAugment's magnitude; ours.", Range(0, 10)),
     Key("data.erasing_probability", 0.0,
         "Probability of erasing a box in all frames of a clip.", _FRACTION),
-    Key("data.mean", (0.48145466, 0.4578275, 0.40821073),
-        "Mean of red, green and blue that the backbone expects; CLIP's.", _FRACTION),
-    Key("data.std", (0.26862954, 0.26130258, 0.27577711),
-        "Standard deviation of red, green and blue that the backbone expects; CLIP's.",
+    Key("data.mean", Optional(tuple),
+        "Mean of red, green and blue that the backbone expects; None: that of its file, or CLIP's "
+        "if the file states none.",
+        _FRACTION),
+    Key("data.std", Optional(tuple),
+        "Standard deviation of red, green and blue that the backbone expects; None: as data.mean.",
         Range(0, 1, open_low=True)),
     Key("data.keep_normalization", False,
         "Keeps data.mean and data.std even if the file of the backbone states others."),
@@ -161,8 +163,10 @@ KEYS = (
     Key("mesh.fsdp", 1,
         "Devices that share frozen weights and optimizer state; must divide their number.", _COUNT),
     # backbone
-    Key("backbone.name", "ViT-B/16",
-        "Name of the backbone; custom takes the keys below.", _BACKBONES),
+    Key("backbone.name", Optional(str),
+        "Name of the backbone; None: that of the checkpoint, or ViT-B/16 without one; custom takes "
+        "the keys below.",
+        _BACKBONES),
     Key("backbone.checkpoint", Optional(str), "Output file of scripts/convert_clip.py."),
     Key("backbone.patch_size", Optional(int),
         "P, side of a patch, pixels; None here and below: that of the named backbone.", _SIZE),
@@ -364,7 +368,8 @@ def check_values(config: Mapping[str, Any]) -> None:
         if not all(number in key.allowed for number in numbers):
             raise ValueError(f"{key.name}={value} must be {key.allowed}")
     for name, count in (("data.mean", 3), ("data.std", 3), ("data.grid", 2)):
-        if len(value := _look_up(config, name)) != count:
+        value = _look_up(config, name)
+        if value is not None and len(value) != count:
             raise ValueError(f"{name}={tuple(value)} must be {count} numbers")
     for name in ("data.crop_scale", "data.crop_ratio"):
         value = _look_up(config, name)

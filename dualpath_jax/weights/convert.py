@@ -27,6 +27,7 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
+from dualpath_jax.data.clip_spec import normalization
 from dualpath_jax.models.backbones import registry as backbone_registry
 from dualpath_jax.runtime import files, gcs
 from dualpath_jax.runtime.command_line import command_line
@@ -73,6 +74,8 @@ _FIELD_CHECKS: dict[Any, Callable[[Any], bool]] = {
     ),
 }
 
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation
+
 
 @dataclasses.dataclass(frozen=True)
 class BackboneInfo:
@@ -92,7 +95,7 @@ class BackboneInfo:
     sha256: str
     source_sha256: str
     source: str
-    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    normalization: Normalization | None = None
 
 
 @functools.lru_cache(maxsize=16)
@@ -347,21 +350,57 @@ def load_backbone(
             *(path, stored.position_size, config.position_size),
         )
         arrays = config.resize_position_tables(arrays)
-    info = _describe_source(path, stored, meta, sha256)
+    source = str(meta["source_sha256"]), str(meta["source"])
+    info = BackboneInfo(stored.name, sha256, *source, _parse_normalization(path, meta))
     return traverse_util.unflatten_dict(arrays, sep="/"), config, info
 
 
-def _describe_source(
-    path: Any, stored: backbone_registry.BackboneConfig, meta: Mapping[str, Any], sha256: str
-) -> BackboneInfo:
-    """Return the origin of weights from the metadata of their file."""
-    normalization = None
-    if "mean" in meta or "std" in meta:
-        if not all(STATED_CHECKS[key](meta.get(key)) for key in ("mean", "std")):
-            raise ValueError(f"{path} describes an impossible normalization of images")
-        normalization = tuple(meta["mean"]), tuple(meta["std"])
-    source = str(meta["source_sha256"]), str(meta["source"])
-    return BackboneInfo(stored.name, sha256, *source, normalization)
+def read_description(
+    path: str | os.PathLike[str],
+) -> tuple[backbone_registry.BackboneConfig, Normalization | None]:
+    """Read only the header of a backbone file.
+
+    Returns:
+      The shape of the backbone, and mean and standard deviation of its images; None for files of
+      version 0.1.0.
+
+    Raises:
+      ValueError: the file is not a converted one, or is damaged.
+    """
+    with gcs.gcs_errors(path), epath.Path(path).open("rb") as file:
+        start = file.read(8)
+        check_safetensors_header(path, start)
+        header = file.read(int.from_bytes(start, "little"))
+    if header[:1] != b"{":
+        raise ValueError(_describe_unconverted(path))
+    meta = _parse_metadata(path, header)
+    return _parse_stored_config(path, meta), _parse_normalization(path, meta)
+
+
+def _parse_normalization(path: Any, meta: Mapping[str, Any]) -> Normalization | None:
+    """Return mean and standard deviation in the metadata of a file; None if it has neither."""
+    if not {"mean", "std"} & meta.keys():
+        return None
+    if not all(STATED_CHECKS[key](meta.get(key)) for key in ("mean", "std")):
+        raise ValueError(f"{path} describes an impossible normalization of images")
+    return tuple(meta["mean"]), tuple(meta["std"])
+
+
+def _describe_unconverted(path: Any) -> str:
+    """Return the message for a file that is not a converted backbone."""
+    return (
+        f"{path} is not a converted backbone: if it is a checkpoint, convert it with "
+        f"`{command_line('convert')} --checkpoint={path} --out=NEW`"
+    )
+
+
+def _parse_metadata(path: Any, header: bytes) -> dict[str, Any]:
+    """Return the metadata of a converted file from its safetensors header, which is JSON."""
+    entries = parse_json(header, dict, path).get("__metadata__") or {}
+    meta = parse_json(entries.get(CONVERTED_KEY, "{}"), dict, f"the metadata of {path}")
+    if meta.get("version") != FORMAT_VERSION or not {"source", "source_sha256"} <= meta.keys():
+        raise ValueError(_describe_unconverted(path))
+    return meta
 
 
 def check_normalization(path: Any, info: BackboneInfo, data_config: Any) -> None:
@@ -374,7 +413,7 @@ def check_normalization(path: Any, info: BackboneInfo, data_config: Any) -> None
     """
     if info.normalization is None or data_config.keep_normalization:
         return
-    configured = data_config.mean, data_config.std
+    configured = normalization(data_config)
     if not np.allclose(info.normalization, configured, rtol=0, atol=1e-3):
         stated, own = (
             [tuple(round(x, 3) for x in color) for color in pair]
@@ -382,8 +421,8 @@ def check_normalization(path: Any, info: BackboneInfo, data_config: Any) -> None
         )
         raise ValueError(
             f"{path} expects images of mean {stated[0]} and standard deviation {stated[1]}, but "
-            f"the config has data.mean={own[0]} and data.std={own[1]}: set them to those of the "
-            "file, or pass --config.data.keep_normalization=True"
+            f"the config has data.mean={own[0]} and data.std={own[1]}: leave them out of it, set "
+            "them to those of the file, or pass --config.data.keep_normalization=True"
         )
 
 
@@ -405,26 +444,18 @@ def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray],
         "create it from a checkpoint with "
         f"`{command_line('convert')} --checkpoint=FILE --out={path}`"
     )
-    not_converted = (
-        f"{path} is not a converted backbone: if it is a checkpoint, convert it with "
-        f"`{command_line('convert')} --checkpoint={path} --out=NEW`"
-    )
     with gcs.gcs_errors(path):
         if not epath.Path(path).exists():
             raise FileNotFoundError(f"no backbone at {path}: {create_this}")
         data = read_bytes(path, MAX_BYTES)
     if data[8:9] != b"{":
-        raise ValueError(not_converted)
+        raise ValueError(_describe_unconverted(path))
     check_safetensors_header(path, data)
     try:
         tensors = safetensors.deserialize(data)  # checks header and sizes
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged ({error}): {create_this}") from None
-    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], dict, path)
-    text = (header.get("__metadata__") or {}).get(CONVERTED_KEY, "{}")
-    meta = parse_json(text, dict, f"the metadata of {path}")
-    if meta.get("version") != FORMAT_VERSION or not {"source", "source_sha256"} <= meta.keys():
-        raise ValueError(not_converted)
+    meta = _parse_metadata(path, data[8 : 8 + int.from_bytes(data[:8], "little")])
     if unsupported := {t["dtype"] for _, t in tensors} - set(_DTYPES):
         raise ValueError(
             f"{path} has the dtypes {format_names(unsupported)}, but only "

@@ -16,7 +16,7 @@ from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.backbones import layers, swin, vit
 from dualpath_jax.models.backbones import registry as backbone_registry
-from dualpath_jax.weights import convert
+from dualpath_jax.weights import catalog, convert
 
 torch = pytest.importorskip("torch")
 
@@ -477,7 +477,7 @@ def test_backbone_parameters(name, parameters):
     config = backbone_registry.MODELS[name]
     image = jnp.zeros((1, config.image_size, config.image_size, 3))
     tree = jax.eval_shape(backbone_registry.build_backbone(config).init, jax.random.key(0), image)
-    assert param_tree.count_params(tree) == parameters
+    assert param_tree.count_params(tree) == parameters == catalog.PARAMETERS[name]
 
 
 def test_method_names_what_it_needs(monkeypatch):

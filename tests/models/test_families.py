@@ -11,7 +11,7 @@ import safetensors.numpy
 from dualpath_jax.models import param_tree
 from dualpath_jax.models.backbones import layers, vit
 from dualpath_jax.models.backbones import registry as backbone_registry
-from dualpath_jax.weights import convert
+from dualpath_jax.weights import catalog, convert
 
 torch = pytest.importorskip("torch")
 
@@ -377,6 +377,6 @@ def test_parameters_and_names(name, parameters):
     config = vit.MODELS[name]
     shapes = convert.parameter_shapes(config)
     arrays = {n: np.broadcast_to(np.float32(0), shape) for n, shape in shapes.items()}
-    assert param_tree.count_params(arrays) == parameters
+    assert param_tree.count_params(arrays) == parameters == catalog.PARAMETERS[name]
     stated = {"activation": config.activation, "eps": config.eps}
     assert convert._infer_config(arrays, stated, "vit", "file") == config

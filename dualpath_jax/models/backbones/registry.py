@@ -28,6 +28,7 @@ FAMILIES = {
     "swin": _Family(swin.SwinConfig, swin.Swin),
 }
 MODELS: dict[str, BackboneConfig] = {**vit.MODELS, **swin.MODELS}
+DEFAULT = "ViT-B/16"  # of a configuration that names neither a backbone nor an existing file
 _CUSTOM = {"custom": "vit", "custom-swin": "swin"}  # shapes given by the keys of config.backbone
 
 
@@ -72,6 +73,11 @@ def build_backbone(
 def family_of(config: BackboneConfig) -> str:
     """Return the name in `FAMILIES` of the family that a shape belongs to."""
     return next(name for name, family in FAMILIES.items() if type(config) is family.config)
+
+
+def custom_name(family: str) -> str:
+    """Return the name of a family's backbones whose shape the configuration gives."""
+    return next(name for name, known in _CUSTOM.items() if known == family)
 
 
 def find_named_config(config: BackboneConfig) -> BackboneConfig:
