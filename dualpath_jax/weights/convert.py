@@ -61,7 +61,13 @@ _NEWER_FIELDS = (
 _OWN_FIELDS = ("activation", "eps", "heads", "position_resize")
 
 # Above these sizes, computing the expected shapes from a config could exhaust the memory.
-_SIZE_LIMITS = {"image_size": 4096, "window_size": 64, "depth": 256, "depths": 256}
+_SIZE_LIMITS = {
+    "image_size": 4096,
+    "num_register_tokens": 4096,
+    "window_size": 64,
+    "depth": 256,
+    "depths": 256,
+}
 # For each type of a config field: does a metadata value fit it?
 _FIELD_CHECKS: dict[Any, Callable[[Any], bool]] = {
     str: lambda value: isinstance(value, str),

@@ -45,7 +45,7 @@ PUBLISHED_SHA256 = {
 # Files of this package without a config of their own: demo/demo_backbone.safetensors.
 _CLIP_NORMALIZED_SHA256 = {"61ab14891ce060877a4b107c47b303c4e2e1e797348be546f531aad3c83f3dde"}
 
-_MAX_STAGES = 16
+_MAX_STAGES, _MAX_BLOCKS = 16, 256
 
 # Prefixes that wrappers of training code put before every name. Those in `_TOWER_PREFIXES` name the
 # image tower of a larger model, whose other weights are left out.
@@ -130,7 +130,10 @@ def _unstack_blocks(tensors: TensorReaders) -> TensorReaders:
             unstacked[name] = read
             continue
         array = read()
-        for i in range(len(array) if array.ndim else 0):
+        length = len(array) if array.ndim else 0
+        if not 0 < length <= _MAX_BLOCKS:
+            raise ValueError(f"{name} stacks {length} blocks, but 1 to {_MAX_BLOCKS} are supported")
+        for i in range(length):
             unstacked[f"{match[1]}_{i}/{match[2]}"] = functools.partial(array.__getitem__, i)
     return unstacked
 

@@ -477,7 +477,7 @@ class ViT(nn.Module):
         position = self.position_embedding if position is None else position
 
         def repeat(tokens):
-            return jnp.broadcast_to(tokens.astype(self.dtype), (len(images), *tokens.shape))
+            return jnp.broadcast_to(tokens.astype(self.dtype), (images.shape[0], *tokens.shape))
 
         h = einops.rearrange(self.patch_embedding(images), "m h w d -> m (h w) d")
         if config.class_token:
