@@ -639,3 +639,36 @@ LAYOUTS = {
         read_config=source_configs.read_huggingface_swin,
     ),
 }
+
+# The trained weights in checkpoints of AIM's authors; the names of our blocks are those of its
+# hooks, see `training/published_adapter.py`. The frozen tower has OpenAI's names.
+_AIM_BLOCK = "backbone.transformer.resblocks.{i}."
+_AIM_ADAPTERS = {
+    "temporal": "T_Adapter",
+    "temporal_in": "T_Adapter_in",
+    "spatial": "S_Adapter",
+    "joint": "MLP_Adapter",
+}
+AIM = Layout(
+    title="a checkpoint of AIM",
+    family="",
+    marker=_AIM_BLOCK.replace("{i}", r"\d+") + r"MLP_Adapter\..+",
+    table=(
+        *_build_block_rows(
+            "blocks/",
+            _AIM_BLOCK,
+            {
+                f"{ours}/{layer}": f"{theirs}.{source}"
+                for ours, theirs in _AIM_ADAPTERS.items()
+                for layer, source in (("down", "D_fc1"), ("up", "D_fc2"))
+            },
+        ),
+        ("backbone.temporal_embedding", "temporal_position", _squeeze_positions),
+        ("cls_head.fc_cls.weight", "head/output/kernel", _transpose_linear),
+        ("cls_head.fc_cls.bias", "head/output/bias", _identity),
+    ),
+    ignored=r"backbone\.(conv1|class_embedding|positional_embedding|ln_pre|ln_post)(\..+)?"
+    r"|backbone\.transformer\.resblocks\.\d+\.(attn|ln_1|ln_2|mlp)\..+",
+    get_shape=_get_vit_shape,
+    optional=r".+\.T_Adapter_in\..+",
+)

@@ -209,8 +209,13 @@ def _expand_table(
             yield sources, name.format(s=s), transform
 
 
-def _rename_tensors(path: str, tensors: TensorReaders, layout: Layout) -> dict[str, np.ndarray]:
+def rename_tensors(path: str, tensors: TensorReaders, layout: Layout) -> dict[str, np.ndarray]:
     """Read all of `tensors` and return them under our flat names.
+
+    Args:
+      path: of the file, for messages.
+      tensors: readers by the source's names.
+      layout: says how the source names its weights.
 
     Raises:
       ValueError: names are left over or missing (the message lists both), or shapes are wrong.
@@ -335,7 +340,7 @@ def read_checkpoint(source: Source) -> SourceCheckpoint:
     tensors = _unstack_blocks(_strip_prefixes(path, tensors))
     name = _detect_layout(path, tensors, metadata)
     layout = LAYOUTS[name]
-    arrays = _rename_tensors(path, tensors, layout)
+    arrays = rename_tensors(path, tensors, layout)
     try:
         arrays = layout.postprocess(arrays)
         shape = layout.get_shape(arrays)
