@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "--list",
         action=_ListAction,
         nargs=0,
+        default=argparse.SUPPRESS,  # it is no option of a conversion
         help="print the known backbones with the places of their weights, sizes and licenses",
     )
     arg_parser.add_argument("--checkpoint", required=True, help="file, folder or hf:org/name")
@@ -125,7 +126,6 @@ def main() -> int:
             return 0
         from dualpath_jax.weights import convert  # imports JAX
 
-        options.pop("list")
         info = convert.convert_checkpoint(**options)
     config, published = info["config"], info["published"]
     shape = config.architecture

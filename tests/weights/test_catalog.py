@@ -29,3 +29,4 @@ def test_list_is_printed(capsys):
     with pytest.raises(SystemExit) as exit_info:
         convert.parser().parse_args([])
     assert exit_info.value.code == 2
+    assert "list" not in convert.parser().parse_args(["--checkpoint=a", "--out=b"])
