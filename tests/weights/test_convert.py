@@ -285,7 +285,7 @@ def test_names_shapes_and_metadata(small_file, small_backbone):
     assert meta == {
         "version": 1,
         "family": "vit",
-        "config": dataclasses.asdict(SMALL),
+        "config": convert._describe_config(SMALL),
         "mean": [0.48145466, 0.4578275, 0.40821073],
         "std": [0.26862954, 0.26130258, 0.27577711],
         "container": "safetensors",

@@ -94,22 +94,23 @@ class ViTConfig:
             19), "eps" and "position_resize" if known.
         """
         depth, width, hidden = arrays["blocks/mlp/hidden/kernel"].shape
-        mlp_dim = arrays["blocks/mlp/output/kernel"].shape[1]
-        gated = hidden == 2 * mlp_dim
+        output = arrays.get("blocks/mlp/output/kernel")
+        gated = output is not None and hidden == 2 * output.shape[1]
         patch = arrays["patch_embedding/kernel"].shape[0]
         heads = int(stated.get("heads", max(1, width // 64)))
         if heads < 1:
             raise ValueError(f"heads is {heads}: pass --heads with the number of attention heads")
-        class_token = "class_embedding" in arrays
+        rows = arrays["position_embedding"].shape[0]
+        class_token = math.isqrt(rows) ** 2 != rows  # one row more than a square of patches
         without_class_token = "attention" if "attention_pool/probe" in arrays else "mean"
         return cls(
             name="custom",
-            image_size=_square_side(arrays["position_embedding"], int(class_token)) * patch,
+            image_size=math.isqrt(rows - int(class_token)) * patch,
             patch_size=patch,
             width=width,
             depth=depth,
             heads=heads,
-            mlp_dim=mlp_dim,
+            mlp_dim=hidden // 2 if gated else hidden,
             projection_dim=arrays["projection"].shape[-1] if "projection" in arrays else None,
             activation="silu" if gated else stated["activation"],
             eps=float(stated.get("eps", 1e-5)),
