@@ -46,8 +46,8 @@ class Method:
         start at values of the backbone have these.
       rules: (regular expression of the whole parameter path, whether it is trained); the first
         match decides.
-      needs: why it does not work with hierarchical backbones, in whose later blocks tokens are
-        fewer, such as Swin; None if it works with all.
+      needs: why it only works with backbones of global attention, such as ViTs, and not with Swin;
+        None if it works with all.
       clip_inputs: config -> what the model of the configuration takes.
     """
 
@@ -122,7 +122,7 @@ def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> 
         adapter=adapter,
         spatial_dropout=model.spatial_dropout if both else 0.0,
         train_tokens=model.train_tokens,
-        adapt_shifted_windows=backbone.is_hierarchical and model.adapt_shifted_windows,
+        adapt_shifted_windows=not backbone.has_global_attention and model.adapt_shifted_windows,
         dtype=compute_dtype(config),
         scan_blocks=resolve_scan_blocks(config),
         remat=model.remat,
@@ -323,10 +323,10 @@ def build_model(config: Any, backbone: BackboneConfig, num_classes: int) -> nn.M
     name = config.model.method
     check_remat(config.model.remat)
     method = METHODS[name]
-    if method.needs is not None and backbone.is_hierarchical:
+    if method.needs is not None and not backbone.has_global_attention:
         raise ValueError(
-            f"model.method {name!r} does not work with backbone {backbone.name!r}, whose later "
-            f"blocks see fewer tokens: it needs {method.needs}; choose another method or a ViT"
+            f"model.method {name!r} does not work with backbone {backbone.name!r}, which lacks "
+            f"global attention: it needs {method.needs}; choose another method or a ViT"
         )
     return method.build(config, backbone, num_classes)
 

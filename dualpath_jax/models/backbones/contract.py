@@ -58,12 +58,12 @@ class BackboneConfig(Protocol):
         """
 
     @property
-    def is_hierarchical(self) -> bool:
-        """Return whether later blocks see fewer tokens than `embed` returns.
+    def has_global_attention(self) -> bool:
+        """Return whether every block applies attention to all tokens, whatever their number.
 
-        If not, the config has `depth`, and the module has `encode(..., blocks=slice)`,
-        `queries_and_keys`, `attention` and `patch_features`, as `vit.ViT` has them; its blocks
-        offer `ln_1` and `attention` to the hook `on_input`.
+        If so, the config has `depth` and a position table, and the module has
+        `encode(..., blocks=slice)`, `queries_and_keys`, `attention` and `patch_features`, as
+        `vit.ViT` has them; its blocks offer `ln_1` and `attention` to the hook `on_input`.
         """
 
     @property
@@ -101,8 +101,8 @@ class Backbone(Protocol):
     """Computes the image tower; a Flax module.
 
     It is built as `module(config, dtype=..., scan_blocks=..., remat=...)`, see `vit.ViT`. Tokens
-    are [M, N, D], or a map [M, R, C, D] where the config is hierarchical; inside the blocks, hooks
-    see [M, N, D] in both.
+    are [M, N, D], or a map [M, R, C, D] as in a Swin; inside the blocks, hooks see [M, N, D] in
+    both.
     """
 
     def embed(

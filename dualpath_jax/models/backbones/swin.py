@@ -114,9 +114,9 @@ class SwinConfig:
         return False
 
     @property
-    def is_hierarchical(self) -> bool:
-        """Return True: later stages see fewer and wider tokens."""
-        return True
+    def has_global_attention(self) -> bool:
+        """Return False: tokens attend to those of their window."""
+        return False
 
     @property
     def readout(self) -> str:

@@ -155,9 +155,9 @@ class ViTConfig:
         return True
 
     @property
-    def is_hierarchical(self) -> bool:
-        """Return False: all blocks see the same tokens."""
-        return False
+    def has_global_attention(self) -> bool:
+        """Return True: in all blocks, all tokens attend to all."""
+        return True
 
     @property
     def architecture(self) -> dict[str, Any]:

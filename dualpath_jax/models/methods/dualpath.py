@@ -233,10 +233,10 @@ class DualPath(nn.Module):
 
     def _check_own_temporal_path(self) -> None:
         """Raise ValueError if the keys that the paper does not have do not fit the framesets."""
-        if self.config.is_hierarchical:
+        if not self.config.has_global_attention:
             raise ValueError(
                 "model.time_kernel_size and model.readout_width need the tokens of a ViT, but "
-                f"{self.config.name} has fewer in later blocks: leave them at 0"
+                f"{self.config.name} does not have global attention: leave them at 0"
             )
         if self.time_kernel_size and self.time_kernel_size % 2 == 0:
             raise ValueError(
