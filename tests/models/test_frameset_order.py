@@ -145,5 +145,5 @@ def test_bad_geometry_is_named():
     ):
         init(tiny_model(time_kernel_size=3, frame_size=4, grid=(8, 8)))
     shape = swin.SwinConfig("custom-swin", 32, 4, 24, (2, 2), 2, 48, 4)
-    with pytest.raises(ValueError, match="custom-swin is a Swin: leave them at 0"):
+    with pytest.raises(ValueError, match="custom-swin does not have global attention: leave"):
         init(tiny_model(config=shape, readout_width=4))
