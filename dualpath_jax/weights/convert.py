@@ -309,9 +309,13 @@ def _parse_stored_config(path: Any, meta: Mapping[str, Any]) -> backbone_registr
             f"{path} does not describe a known backbone: its family is {truncated_repr(family)}"
         )
     types = typing.get_type_hints(known_family.config)
-    wrong = [
-        n for n, value in values.items() if n not in types or not _FIELD_CHECKS[types[n]](value)
-    ]
+    defaults = {field.name: field.default for field in dataclasses.fields(known_family.config)}
+
+    def is_valid(name: str, value: Any) -> bool:
+        is_default = type(value) is type(defaults.get(name)) and value == defaults[name]
+        return name in types and (is_default or _FIELD_CHECKS[types[name]](value))
+
+    wrong = [name for name, value in values.items() if not is_valid(name, value)]
     if wrong:
         raise ValueError(
             f"{path} describes an impossible backbone: invalid fields {format_names(wrong)}"

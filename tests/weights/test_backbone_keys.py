@@ -77,6 +77,21 @@ def test_shape_without_a_name(tmp_path):
         convert.load_backbone(config.backbone.checkpoint, build_backbone_config(config))
 
 
+def test_defaults_may_be_written(tmp_path):
+    """Check a header with all fields, of which num_register_tokens is 0; twin: width 0."""
+    config = registry.MODELS["ViT-B/16"]
+    for fields, valid in [({}, True), ({"width": 0}, False), ({"class_token": 0}, False)]:
+        path = _write(tmp_path, config)
+        meta = convert._read_backbone(path)[1]
+        meta["config"] = dataclasses.asdict(config) | fields
+        (tmp_path / "backbone.safetensors").write_bytes(convert._serialize({}, meta))
+        if valid:
+            assert convert.read_description(path)[0] == config
+            continue
+        with pytest.raises(ValueError, match=f"invalid fields {next(iter(fields))}"):
+            convert.read_description(path)
+
+
 def test_keys_that_are_set_stay(tmp_path):
     path = _write(tmp_path, registry.MODELS["DINOv2-S/14"])
     config = _config(path, backbone__name="ViT-B/16", data__mean=(0.5, 0.5, 0.5))
