@@ -54,7 +54,8 @@ def _build(publisher, config, folder):
     if publisher == "timm":
         model = reference.timm_model(config)
         return model, _save(model, folder / "model.safetensors")
-    build = reference.huggingface_siglip if config == SIGLIP else reference.huggingface_dinov2
+    siglip = config.readout == "attention"
+    build = reference.huggingface_siglip if siglip else reference.huggingface_dinov2
     model = build(config)
     model.save_pretrained(folder)
     return model, folder / "model.safetensors"
