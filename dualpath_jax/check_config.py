@@ -18,6 +18,7 @@ from dualpath_jax.training import sharding
 from dualpath_jax.training.experiment import build_abstract
 from dualpath_jax.training.inputs import choose_train_batches
 from dualpath_jax.training.step import make_train_step
+from dualpath_jax.weights.backbone_keys import fill_backbone_keys
 
 # Keys that are read only in a run with parameters and data.
 _READ_BY_RUNS = {"init_from", "resume_changed", "eval.checkpoint", "data.keep_normalization"}
@@ -26,7 +27,8 @@ _READ_BY_RUNS = {"init_from", "resume_changed", "eval.checkpoint", "data.keep_no
 def check_config(config: ConfigDict, overrides: Collection[str] = ()) -> None:
     """Build the run of `config` by shapes, and run its pipeline on two synthetic clips.
 
-    Prints the table of parameters and the shapes of both batches.
+    Of the backbone's file, at most the header is read. Prints the table of parameters and the
+    shapes of both batches.
 
     Args:
       config: the whole configuration.
@@ -37,6 +39,7 @@ def check_config(config: ConfigDict, overrides: Collection[str] = ()) -> None:
     """
     start = time.monotonic()
     schema.check_values(config)
+    config, origin = _fill_backbone_keys(config)
 
     # A copy of the configuration, with batches of two clips, records which keys are read.
     small = copy.deepcopy(config)
@@ -71,12 +74,20 @@ def check_config(config: ConfigDict, overrides: Collection[str] = ()) -> None:
 
     # Keys that were set and not read are errors.
     source = f"{log.data.dir} ({log.data.source}), {log.data.train_split} and {log.eval.split}"
-    print(f"data: {source}; weights: {log.backbone.checkpoint}; neither was read")
+    print(f"data: {source}; weights: {log.backbone.checkpoint}; neither was read{origin}")
     log.seen |= _READ_BY_RUNS
     if config.num_train_steps is not None:
         log.seen.add("num_epochs")  # num_train_steps is used instead
     check_unread_keys(config, log.seen, overrides)
     print(f"the configuration is consistent ({time.monotonic() - start:.1f} s)", flush=True)
+
+
+def _fill_backbone_keys(config: ConfigDict) -> tuple[ConfigDict, str]:
+    """Return a copy with the keys of `fill_backbone_keys`, and where its backbone is from."""
+    config, unnamed = copy.deepcopy(config), config.backbone.name is None
+    has_file = fill_backbone_keys(config)
+    origin = "of the header of that file" if has_file else "by default, as there is no such file"
+    return config, f"; backbone: {config.backbone.name}, {origin}" if unnamed else ""
 
 
 def _print_batch(name: str, batch: pipeline.Batch) -> None:

@@ -20,6 +20,7 @@ from dualpath_jax.training.inputs import (
     open_datasets,
     report_untrained_classes,
 )
+from dualpath_jax.weights.backbone_keys import fill_backbone_keys
 
 # Settings that may differ between hosts: paths on their own disks, and the number of prefetched
 # batches.
@@ -51,6 +52,8 @@ def train_and_evaluate(config: Any, workdir: str, training: bool, start_over: bo
         if not config.data.synthetic:
             setup.ensure_generated(config)
         check_inputs(config)
+        for split_config, _ in runs:
+            fill_backbone_keys(split_config)
         results = []
         for split_config, folder in runs:
             # Another program may have been started with the folder of one split.

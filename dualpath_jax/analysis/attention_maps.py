@@ -2,7 +2,8 @@
 
 Axes: B clips, n images of a clip (S frames or G framesets), h, w patches down and across an image,
 H, W its pixels. A map is the class token's attention to the patches, divided by their sum. Its
-attention to itself is left out; therefore uniform attention gives every pixel the same value.
+attention to itself and to registers is left out; therefore uniform attention gives every pixel the
+same value.
 """
 
 import functools
@@ -56,7 +57,10 @@ def class_token_attention(
 def _build_map_fn(module: DualPath, adapted: bool, rollout: bool) -> Any:
     """Build the compiled function (params, spatial, temporal) -> path -> [B, n, patches]."""
     # Where the classifier reads all patch tokens, their mean takes the place of the class token.
-    reads_patches = {"spatial": False, "temporal": module.readout_width > 0}
+    # The same holds for backbones that do not read out the class token.
+    no_class = module.config.readout != "class"
+    reads_patches = {"spatial": no_class, "temporal": no_class or module.readout_width > 0}
+    first = module.config.num_leading_tokens
 
     def maps(params, spatial, temporal):
         weights = module.apply(
@@ -64,7 +68,7 @@ def _build_map_fn(module: DualPath, adapted: bool, rollout: bool) -> Any:
         )
         rows = {name: attention_rollout(w) if rollout else w[-1] for name, w in weights.items()}
         patches = {
-            name: w[..., 1:, 1:].mean(axis=-2) if reads_patches[name] else w[..., 0, 1:]
+            name: w[..., first:, first:].mean(axis=-2) if reads_patches[name] else w[..., 0, first:]
             for name, w in rows.items()
         }
         return {name: row / row.sum(axis=-1, keepdims=True) for name, row in patches.items()}

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dualpath_jax.analysis.image_grid import load_font
+from dualpath_jax.data.clip_spec import normalization
 from dualpath_jax.data.randaugment_ops import OPS
 from dualpath_jax.models import preprocess
 
@@ -45,7 +46,8 @@ def draw_differences(batch: dict, data_config: Any) -> dict:
     if kind == "motion":
         shown = 255 / 3 * differences
     else:
-        differences = 255 * differences * np.asarray(data_config.std, np.float32)
+        _, std = normalization(data_config)
+        differences = 255 * differences * np.asarray(std, np.float32)
         shown = differences if kind == "abs_minus_mean" else 127.5 + differences / 2
     return batch | {"temporal": shown.round().clip(0, 255).astype(np.uint8)}
 

@@ -19,6 +19,7 @@ from dualpath_jax.config.schema import check_values
 from dualpath_jax.data.datasets import registry as dataset_registry
 from dualpath_jax.models import param_tree
 from dualpath_jax.models.abstract import AbstractModel, abstract_inputs, abstract_model
+from dualpath_jax.weights.backbone_keys import fill_backbone_keys
 
 
 def count_macs(function: Callable, *args: Any) -> int:
@@ -92,7 +93,8 @@ def _build_forward_fn(model: AbstractModel) -> Callable:
 def measure_efficiency(config: Any) -> Efficiency:
     """Count parameters and multiply-accumulates of a configuration.
 
-    The model is only traced: neither weights nor data are needed. If the number of classes of
+    The model is only traced: neither weights nor data are needed. If `backbone.name` is None, it is
+    read from the header of the backbone's file, if that exists. If the number of classes of
     `data.source` is not known, a placeholder is used.
 
     Raises:
@@ -103,6 +105,7 @@ def measure_efficiency(config: Any) -> Efficiency:
     )
     check_values(config)
     config, macs = copy.deepcopy(config), []
+    fill_backbone_keys(config)
     # On a GPU, attention in half precision is a cuDNN call (`attention.can_use_flash_attention`),
     # whose products cannot be counted; float32 avoids it.
     config.model.dtype = "float32"

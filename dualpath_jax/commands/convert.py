@@ -1,32 +1,59 @@
-"""Converts a checkpoint of CLIP, or of an ImageNet ViT or Swin, to a backbone file.
+"""Converts a checkpoint of CLIP, SigLIP, DINOv2, an ImageNet ViT or a Swin to a backbone file.
 
     dualpath convert --checkpoint=ViT-B-16.pt --out=clip_vitb16.safetensors
 
-Supported are CLIP of OpenAI, open_clip, Hugging Face or timm; ViT of its authors (.npz), timm or
-Hugging Face; and Swin of its authors, timm or Hugging Face. The model is recognized by the names of
-the weights. The file is safetensors, torch (.pt, .pth, .bin or .ckpt; torch is not needed),
-TorchScript (nothing in it is executed) or .npz. For a checkpoint in shards, name its index or any
-shard. A folder of Hugging Face can be named too, or hf:org/name, which huggingface_hub downloads.
+Supported are CLIP of OpenAI, open_clip, Hugging Face or timm; SigLIP and ViT of their authors
+(.npz), timm or Hugging Face; DINOv2 and Swin of their authors, timm or Hugging Face. The model is
+recognized by the names of the weights. The file is safetensors, torch (.pt, .pth, .bin or .ckpt;
+torch is not needed), TorchScript (nothing in it is executed) or .npz. For a checkpoint in shards,
+name its index or any shard. A folder of Hugging Face can be named too, or hf:org/name, which
+huggingface_hub downloads.
+
+    dualpath convert --method=aim --checkpoint=aim.pth --backbone=clip_vitb16.safetensors \
+        --config=ssv2_vitb_aim --classes=classes.txt --out=aim.safetensors
+
+converts a model that AIM's authors published to an adapter file, for dualpath predict --adapter.
 
 In a checkout, python scripts/convert_clip.py is the same command.
 """
 
 import argparse
+from typing import NoReturn
 
-from dualpath_jax.cli import build_parser, user_errors
+from dualpath_jax.cli import build_parser, parse_with_overrides, user_errors
 from dualpath_jax.runtime import environment, progress_bar
+from dualpath_jax.runtime.safe_read import read_lines
+from dualpath_jax.weights import catalog
+
+_PUBLISHED = ("backbone", "config", "classes")  # options that belong to --method
+
+
+class _ListAction(argparse.Action):
+    """Prints the table of known weights and exits."""
+
+    def __call__(self, arg_parser: argparse.ArgumentParser, *unused: object) -> NoReturn:
+        del unused
+        print(catalog.format_table())
+        arg_parser.exit()
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     arg_parser = build_parser(__doc__)
+    arg_parser.add_argument(
+        "--list",
+        action=_ListAction,
+        nargs=0,
+        default=argparse.SUPPRESS,  # it is no option of a conversion
+        help="print the known backbones with the places of their weights, sizes and licenses",
+    )
     arg_parser.add_argument("--checkpoint", required=True, help="file, folder or hf:org/name")
     arg_parser.add_argument(
         "--out", required=True, help="safetensors file to write, local or gs://"
     )
     arg_parser.add_argument(
         "--activation",
-        choices=("quick_gelu", "gelu"),
+        choices=("quick_gelu", "gelu", "gelu_tanh"),
         help="activation of the MLPs; needed if neither the checkpoint nor the publisher's config "
         "next to it states it",
     )
@@ -39,16 +66,65 @@ def parser() -> argparse.ArgumentParser:
     arg_parser.add_argument(
         "--heads", type=int, help="attention heads of a ViT; default: width / 64"
     )
+    published = arg_parser.add_argument_group(
+        "adapters that authors published", "write an adapter file instead of a backbone file"
+    )
+    published.add_argument(
+        "--method", choices=("aim",), help="the method whose authors published the checkpoint"
+    )
+    published.add_argument("--backbone", help="converted file of the CLIP that they started from")
+    published.add_argument("--config", help="config of the method, such as ssv2_vitb_aim")
+    published.add_argument("--classes", help="text file: names of the classes, one in a line")
     progress_bar.add_quiet_option(arg_parser)
     return arg_parser
+
+
+def _check_options(
+    arg_parser: argparse.ArgumentParser, args: argparse.Namespace, overrides: list[str]
+) -> None:
+    """End with status 2 unless the options for published adapters are all given, or none."""
+    given = [f"--{key}" for key in _PUBLISHED if getattr(args, key) is not None]
+    if args.method is None and (given or overrides):
+        arg_parser.error(f"{(given or overrides)[0]} is only for --method")
+    if args.method is None:
+        return
+    if missing := [f"--{key}" for key in _PUBLISHED if f"--{key}" not in given]:
+        arg_parser.error(f"--method={args.method} needs {', '.join(missing)}")
+    for key in ("activation", "normalization", "heads"):
+        if getattr(args, key) is not None:
+            arg_parser.error(f"--{key} has no effect with --method: --backbone states it")
+
+
+def _convert_published(
+    args: argparse.Namespace, published: dict[str, str], overrides: list[str]
+) -> None:
+    """Write an adapter file of a published checkpoint and print a summary."""
+    from dualpath_jax.config.loading import load_config
+    from dualpath_jax.training import published_adapter
+
+    config = load_config(published["config"], overrides)
+    names = [line.strip() for line in read_lines(published["classes"]) if line.strip()]
+    info = published_adapter.convert_aim(
+        args.checkpoint, args.out, published["backbone"], config, names
+    )
+    print(f"adapter     {info['parameters']:,} parameters of aim on {info['backbone']}")
+    print(f"model       {info['frames']} frames, {info['classes']} classes")
+    print(f"written     {info['out']}")
 
 
 def main() -> int:
     """Convert the checkpoint, print a summary and return the exit status."""
     environment.configure_environment()
-    options = vars(parser().parse_args())
+    arg_parser = parser()
+    args, overrides = parse_with_overrides(arg_parser)
+    options = vars(args)
     progress_bar.set_quiet(options.pop("quiet"))
+    _check_options(arg_parser, args, overrides)
+    published = {key: options.pop(key) for key in ("method", *_PUBLISHED)}
     with user_errors():
+        if published["method"] is not None:
+            _convert_published(args, published, overrides)
+            return 0
         from dualpath_jax.weights import convert  # imports JAX
 
         info = convert.convert_checkpoint(**options)

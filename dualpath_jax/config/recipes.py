@@ -106,12 +106,13 @@ def own_videos(backbone: str) -> ConfigDict:
     A clip has 16 frames over the whole video; a test video has 1x1 views.
 
     Args:
-      backbone: "clip" (ViT-B/16) or "demo", the demo's small backbone at 64 pixels.
+      backbone: "clip", the backbone of any converted file, by default CLIP's ViT-B/16; or "demo",
+        the demo's small backbone at 64 pixels.
 
     Raises:
       ValueError: `backbone` is neither.
     """
-    backbones = {"clip": vit_b16, "demo": demo_backbone}
+    backbones = {"clip": any_backbone, "demo": demo_backbone}
     if backbone not in backbones:
         raise ValueError(
             f"unknown argument {backbone!r} of this config: known are {', '.join(backbones)}"
@@ -153,6 +154,12 @@ def baseline(config: ConfigDict, method: str) -> ConfigDict:
         config.data.sampling_interval = 8  # as far apart as the frames of the spatial path
     if config.data.source == "ssv2":
         config.eval.temporal_views, config.eval.spatial_crops = 1, 3
+    return config
+
+
+def any_backbone(config: ConfigDict) -> ConfigDict:
+    """Set the backbone: that of the file, whatever it is; by default CLIP's ViT-B/16."""
+    config.backbone.checkpoint = "weights/clip_vit_b16.safetensors"
     return config
 
 

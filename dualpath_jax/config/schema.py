@@ -76,7 +76,12 @@ _METHODS = (
     *("videoprompt", "aim", "evl", "probe"),
 )
 _BACKBONES = (
-    *("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336", "ViT-B/16-IN21K", "ViT-L/16-IN21K"),
+    *("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336", "ViT-H/14", "ViT-g/14", "ViT-bigG/14"),
+    *("ViT-B/16-IN21K", "ViT-L/16-IN21K"),
+    *("DINOv2-S/14", "DINOv2-B/14", "DINOv2-L/14", "DINOv2-g/14"),
+    *("DINOv2-S/14-reg", "DINOv2-B/14-reg", "DINOv2-L/14-reg", "DINOv2-g/14-reg"),
+    *("SigLIP-B/32", "SigLIP-B/16", "SigLIP-L/16"),
+    *("SigLIP-So400m/14", "SigLIP-So400m/16", "SigLIP-g/16"),
     *("Swin-T", "Swin-S", "Swin-B", "custom", "custom-swin"),
 )
 GENERATED_SOURCES = ("demo", "paths", "paths_large")  # rendered by dualpath_jax/demo
@@ -144,10 +149,12 @@ KEYS = (
     Key("data.randaugment_magnitude", 7.0, "M, RandAugment's magnitude; ours.", Range(0, 10)),
     Key("data.erasing_probability", 0.0,
         "Probability of erasing a box in all frames of a clip.", _FRACTION),
-    Key("data.mean", (0.48145466, 0.4578275, 0.40821073),
-        "Mean of red, green and blue that the backbone expects; CLIP's.", _FRACTION),
-    Key("data.std", (0.26862954, 0.26130258, 0.27577711),
-        "Standard deviation of red, green and blue that the backbone expects; CLIP's.",
+    Key("data.mean", Optional(tuple),
+        "Mean of red, green and blue that the backbone expects; None: that of its file, or CLIP's "
+        "if the file states none.",
+        _FRACTION),
+    Key("data.std", Optional(tuple),
+        "Standard deviation of red, green and blue that the backbone expects; None: as data.mean.",
         Range(0, 1, open_low=True)),
     Key("data.keep_normalization", False,
         "Keeps data.mean and data.std even if the file of the backbone states others."),
@@ -161,8 +168,9 @@ KEYS = (
     Key("mesh.fsdp", 1,
         "Number of devices among which frozen weights and optimizer state are divided.", _COUNT),
     # backbone
-    Key("backbone.name", "ViT-B/16",
-        "Name of the backbone; custom and custom-swin take their shape from the keys below.",
+    Key("backbone.name", Optional(str),
+        "Name of the backbone; None: that of the checkpoint, or ViT-B/16 without one. custom and "
+        "custom-swin take their shape from the keys below.",
         _BACKBONES),
     Key("backbone.checkpoint", Optional(str), "Output file of scripts/convert_clip.py."),
     Key("backbone.patch_size", Optional(int),
@@ -179,7 +187,16 @@ KEYS = (
     Key("backbone.projection_dim", Optional(int),
         "ViT: e, width of CLIP's joint space; custom backbones may have none.", _WIDTH),
     Key("backbone.pre_norm", Optional(bool), "ViT: CLIP's LayerNorm before the first block."),
-    Key("backbone.patch_bias", Optional(bool), "ViT: a bias in the patch embedding (ImageNet)."),
+    Key("backbone.patch_bias", Optional(bool), "ViT: a bias in the patch embedding (not in CLIP)."),
+    Key("backbone.class_token", Optional(bool), "ViT: a class token (not in SigLIP)."),
+    Key("backbone.num_register_tokens", Optional(int), "ViT: registers (DINOv2).", _SIZE_OR_NONE),
+    Key("backbone.readout", Optional(str),
+        "ViT: what features are read from: the class token, the mean of the patches, or attention "
+        "pooling (SigLIP).",
+        ("class", "mean", "attention")),
+    Key("backbone.layer_scale", Optional(bool),
+        "ViT: a trained factor for each channel of a branch (DINOv2)."),
+    Key("backbone.gated_mlp", Optional(bool), "ViT: gated MLPs (SwiGLU of DINOv2-g)."),
     # model
     Key("model.method", "dualpath", "Tuning method.", _METHODS),
     Key("model.spatial_path", True,
@@ -379,7 +396,8 @@ def check_values(config: Mapping[str, Any]) -> None:
         if not all(number in key.allowed for number in numbers):
             raise ValueError(f"{key.name}={value} must be {key.allowed}")
     for name, count in (("data.mean", 3), ("data.std", 3), ("data.grid", 2)):
-        if len(value := _look_up(config, name)) != count:
+        value = _look_up(config, name)
+        if value is not None and len(value) != count:
             raise ValueError(f"{name}={tuple(value)} must be {count} numbers")
     for name in ("data.crop_scale", "data.crop_ratio"):
         value = _look_up(config, name)

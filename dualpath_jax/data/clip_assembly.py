@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from dualpath_jax.data import augment, frame_ops, frame_sampling, randaugment
-from dualpath_jax.data.clip_spec import ClipFormat
+from dualpath_jax.data.clip_spec import ClipFormat, normalization
 from dualpath_jax.data.dataset_metadata import DECODE_ERRORS
 from dualpath_jax.data.framesets import tile_framesets
 from dualpath_jax.data.video_dataset import FRAME_FEATURES
@@ -133,7 +133,8 @@ def fill_color(data: Any) -> np.ndarray:
 
     It is the mean of the data, which normalization maps to 0.
     """
-    return 255 * np.array(data.mean, np.float32)
+    mean, _ = normalization(data)
+    return 255 * np.array(mean, np.float32)
 
 
 def _assemble(

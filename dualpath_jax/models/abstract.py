@@ -51,9 +51,12 @@ def abstract_inputs(config: Any) -> tuple[jax.ShapeDtypeStruct | None, ...]:
 
 
 def build_backbone_config(config: Any) -> backbone_registry.BackboneConfig:
-    """Return the shape of the backbone that `config` names, at its image size."""
+    """Return the shape of the backbone that `config` names, at its image size.
+
+    If it names none, `registry.DEFAULT` is taken; `backbone_keys.fill_backbone_keys` sets the name.
+    """
     return backbone_registry.backbone_config(
-        config.backbone.name,
+        config.backbone.name or backbone_registry.DEFAULT,
         image_size=config.data.image_size,
         **{k: config.backbone[k] for k in config.backbone if k not in ("name", "checkpoint")},
     )

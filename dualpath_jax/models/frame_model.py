@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from dualpath_jax.models.backbones import layers
+from dualpath_jax.models.backbones.contract import BackboneConfig
 from dualpath_jax.models.backbones.layers import BlockHooks
-from dualpath_jax.models.backbones.registry import BackboneConfig, build_backbone
+from dualpath_jax.models.backbones.registry import build_backbone
 
 
 def patch_grid_side(num_patches: int) -> int:
@@ -62,7 +63,7 @@ class FrameModel(nn.Module):
       hooks: the method's computations inside a block; None leaves the blocks unchanged.
       dtype: compute dtype of the transformer; frame features and head are float32.
       scan_blocks, remat: see `ViT`.
-      cls_token_only: if the backbone has a class token, its last block computes only that token.
+      cls_token_only: if the backbone reads out its class token, its last block computes only that.
     """
 
     config: BackboneConfig
@@ -93,15 +94,18 @@ class FrameModel(nn.Module):
         """Map images [M, H, W, 3] to the tokens [M, N, D] that enter the first block."""
         return self.backbone.embed(images)
 
+    def pool(self, h: jax.Array) -> jax.Array:
+        """Map the tokens that leave the last block, [M, N, D], to frame features [M, D]."""
+        return self.backbone.pool(h, project=False)
+
     def features(self, frames: jax.Array, dropout_rng: jax.Array | None = None) -> Any:
         """Return the head's input: pooled features [B, T, D] float32 of frames [B, T, H, W, 3].
 
-        The feature of a frame is its class token after the final LayerNorm; a backbone without a
-        class token averages its tokens.
+        The feature of a frame is the backbone's readout before a projection to a joint space.
         """
         h = self.embed(einops.rearrange(frames, "b t h w c -> (b t) h w c"))
         h = self.backbone.encode(h, self.hooks, self.hook_params, dropout_rng, self.cls_token_only)
-        x = self.backbone.pool(h, project=False).astype(jnp.float32)
+        x = self.pool(h).astype(jnp.float32)
         return einops.rearrange(x, "(b t) d -> b t d", t=self.num_frames)
 
     def __call__(

@@ -7,6 +7,7 @@ import einops
 import jax
 import jax.numpy as jnp
 
+from dualpath_jax.data.clip_spec import normalization
 from dualpath_jax.data.randaugment_ops import OPS
 
 Batch = dict[str, Any]  # see `data.pipeline`; jax or numpy arrays
@@ -92,8 +93,7 @@ def normalize(images: jax.Array, data_config: Any, dtype: Any) -> jax.Array:
     Returns:
       [..., H, W, 3] of `dtype`.
     """
-    mean = jnp.asarray(data_config.mean, jnp.float32)
-    std = jnp.asarray(data_config.std, jnp.float32)
+    mean, std = (jnp.asarray(x, jnp.float32) for x in normalization(data_config))
     return ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
 
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from dualpath_jax.data.clip_spec import ClipInputs
 from dualpath_jax.models.backbones.block_loop import check_remat
+from dualpath_jax.models.backbones.contract import BackboneConfig
 from dualpath_jax.models.backbones.kernels import choose_kernels, prefers_scan
 from dualpath_jax.models.backbones.layers import BlockHooks
-from dualpath_jax.models.backbones.registry import BackboneConfig, family_of
 from dualpath_jax.models.frame_model import AverageClassifier, FrameModel
 from dualpath_jax.models.methods.adapters import Adapter
 from dualpath_jax.models.methods.adaptformer import AdaptFormerHooks
@@ -47,13 +47,14 @@ class Method:
         backbone to those parameters of the method that start there.
       rules: (regular expression of the whole parameter path, whether it is trained); the first
         match decides.
-      families: the backbones that it works with, names of `backbones.registry.FAMILIES`; None: all.
+      needs: why it only works with backbones of global attention, such as ViTs, and not with Swin;
+        None if it works with all.
       clip_inputs: config -> what the model of the configuration takes.
     """
 
     build: Callable[[Any, BackboneConfig, int], nn.Module]
     rules: tuple[tuple[str, bool], ...]
-    families: tuple[str, ...] | None = None
+    needs: str | None = None
     clip_inputs: Callable[[Any], ClipInputs] = lambda config: ClipInputs.ALL_FRAMES
 
 
@@ -123,7 +124,7 @@ def _build_dualpath(config: Any, backbone: BackboneConfig, num_classes: int) -> 
         adapter=adapter,
         spatial_dropout=model.spatial_dropout if both else 0.0,
         train_tokens=model.train_tokens,
-        adapt_shifted_windows=family_of(backbone) == "swin" and model.adapt_shifted_windows,
+        adapt_shifted_windows=not backbone.has_global_attention and model.adapt_shifted_windows,
         dtype=compute_dtype(config),
         scan_blocks=resolve_scan_blocks(config),
         remat=model.remat,
@@ -186,7 +187,7 @@ def _build_adaptformer(config: Any, backbone: BackboneConfig, num_classes: int) 
 def _build_protuning(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
     hooks = ProTuningHooks(
         width=config.model.protuning.width,
-        class_tokens=int(backbone.has_class_token),
+        leading_tokens=backbone.num_leading_tokens,
         dtype=compute_dtype(config),
         parent=None,
     )
@@ -207,7 +208,7 @@ def _build_st_adapter(config: Any, backbone: BackboneConfig, num_classes: int) -
         kernel_size=kernel_size,
         scale=options.scale,
         released=options.form == "released",
-        class_tokens=int(backbone.has_class_token),
+        leading_tokens=backbone.num_leading_tokens,
         dtype=compute_dtype(config),
         parent=None,
     )
@@ -259,7 +260,6 @@ def _build_probe(config: Any, backbone: BackboneConfig, num_classes: int) -> Pro
 
 
 _FROZEN, _ADAPTERS, _HEAD = ("backbone/.*", False), ("adapters/.*", True), ("head/.*", True)
-_VIT = ("vit",)  # for methods that need a class token or a position table
 
 METHODS = {
     "dualpath": Method(
@@ -275,15 +275,25 @@ METHODS = {
     # The projection to CLIP's joint space is not used.
     "full": Method(_build_average, (("backbone/projection", False), ("backbone/.*", True), _HEAD)),
     "linear": Method(_build_average, (_FROZEN, _HEAD)),
-    "vpt": Method(_build_vpt, (_FROZEN, ("(adapters/)?prompts", True), _HEAD), families=_VIT),
+    "vpt": Method(
+        _build_vpt,
+        (_FROZEN, ("(adapters/)?prompts", True), _HEAD),
+        needs="prompts between the tokens, which a map of patches has no place for",
+    ),
     "adaptformer": Method(_build_adaptformer, (_FROZEN, _ADAPTERS, _HEAD)),
     "protuning": Method(_build_protuning, (_FROZEN, _ADAPTERS, _HEAD)),
     "st_adapter": Method(_build_st_adapter, (_FROZEN, _ADAPTERS, _HEAD)),
     "videoprompt": Method(_build_videoprompt, (_FROZEN, _HEAD)),
     "aim": Method(
-        _build_aim, (_FROZEN, _ADAPTERS, ("temporal_position", True), _HEAD), families=_VIT
+        _build_aim,
+        (_FROZEN, _ADAPTERS, ("temporal_position", True), _HEAD),
+        needs="a position table, and blocks whose attention also runs over time",
     ),
-    "evl": Method(_build_evl, (_FROZEN, _HEAD), families=_VIT),
+    "evl": Method(
+        _build_evl,
+        (_FROZEN, _HEAD),
+        needs="queries, keys and outputs of the same patches in several blocks",
+    ),
     "probe": Method(_build_probe, (_FROZEN, _HEAD)),
 }
 
@@ -320,12 +330,11 @@ def build_model(config: Any, backbone: BackboneConfig, num_classes: int) -> nn.M
     """
     name = config.model.method
     check_remat(config.model.remat)
-    method, family = METHODS[name], family_of(backbone)
-    if method.families is not None and family not in method.families:
+    method = METHODS[name]
+    if method.needs is not None and not backbone.has_global_attention:
         raise ValueError(
-            f"model.method {name!r} works with backbones of the families "
-            f"{', '.join(method.families)}, and backbone {backbone.name!r} is of the family "
-            f"{family}: change config.model.method or config.backbone.name"
+            f"model.method {name!r} does not work with backbone {backbone.name!r}, which lacks "
+            f"global attention: it needs {method.needs}; choose another method or a ViT"
         )
     return method.build(config, backbone, num_classes)
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from dualpath_jax.models.backbones import layers
-from dualpath_jax.models.backbones.registry import BackboneConfig
+from dualpath_jax.models.backbones.contract import BackboneConfig
 from dualpath_jax.models.backbones.vit import Block, ViTConfig
 
 

@@ -11,6 +11,7 @@ from dualpath_jax.data import pipeline, synthetic
 from dualpath_jax.data.datasets import hmdb51
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.data.video_source import VideoSource
+from dualpath_jax.models.backbones import registry
 from dualpath_jax.runtime import files, gcs
 from dualpath_jax.runtime.command_line import command_line
 from dualpath_jax.runtime.safe_read import truncated_repr
@@ -76,9 +77,10 @@ def check_inputs(config: Any) -> None:
       FileNotFoundError: files are missing; the message has the commands that make them.
     """
     if config.data.synthetic:
+        name = config.backbone.name or registry.DEFAULT
         print(
-            f"data.synthetic: the same made-up batch at every step, random {config.backbone.name} "
-            "weights; the device is timed, scores mean nothing",
+            f"data.synthetic: the same made-up batch at every step, random {name} weights; the "
+            "device is timed, scores mean nothing",
             flush=True,
         )
         return
@@ -105,7 +107,8 @@ def check_inputs(config: Any) -> None:
             f"{annotations} --out={out}"
         )
     if not _exists(weights):
-        missing.append(f"converted {config.backbone.name} weights in {weights}")
+        name = "" if config.backbone.name is None else f"{config.backbone.name} "
+        missing.append(f"converted {name}weights in {weights}")
         commands.append(f"{command_line('convert')} --checkpoint=FILE --out={weights}")
     if missing:
         raise FileNotFoundError(

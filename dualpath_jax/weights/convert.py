@@ -27,6 +27,7 @@ from absl import logging
 from etils import epath
 from flax import traverse_util
 
+from dualpath_jax.data.clip_spec import normalization
 from dualpath_jax.models.backbones import registry as backbone_registry
 from dualpath_jax.runtime import files, gcs
 from dualpath_jax.runtime.command_line import command_line
@@ -49,8 +50,24 @@ FORMAT_VERSION = 1
 
 _DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(jnp.bfloat16)}
 
+# Fields of a config that version 0.1.0 did not have. Files leave them out at their defaults;
+# weights that were converted then and now therefore have the same bytes.
+_NEWER_FIELDS = (
+    *("class_token", "num_register_tokens", "readout", "layer_scale", "gated_mlp"),
+    "position_resize",
+)
+
+# Fields that a loaded backbone has from its file, whatever its name is.
+_OWN_FIELDS = ("activation", "eps", "heads", "position_resize")
+
 # Above these sizes, computing the expected shapes from a config could exhaust the memory.
-_SIZE_LIMITS = {"image_size": 4096, "window_size": 64, "depth": 256, "depths": 256}
+_SIZE_LIMITS = {
+    "image_size": 4096,
+    "num_register_tokens": 4096,
+    "window_size": 64,
+    "depth": 256,
+    "depths": 256,
+}
 # For each type of a config field: does a metadata value fit it?
 _FIELD_CHECKS: dict[Any, Callable[[Any], bool]] = {
     str: lambda value: isinstance(value, str),
@@ -62,6 +79,8 @@ _FIELD_CHECKS: dict[Any, Callable[[Any], bool]] = {
         isinstance(value, list | tuple) and all(map(_FIELD_CHECKS[int], value))
     ),
 }
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +101,13 @@ class BackboneInfo:
     sha256: str
     source_sha256: str
     source: str
-    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    normalization: Normalization | None = None
 
 
 @functools.lru_cache(maxsize=16)
 def parameter_shapes(config: backbone_registry.BackboneConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a backbone's parameters by flat name."""
-    module = backbone_registry.build_backbone(config)
+    module = backbone_registry.build_backbone(config, scan_blocks=True)  # is traced faster
     image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
     tree = jax.eval_shape(lambda x: module.init(jax.random.key(0), x)["params"], image)
     return {n: leaf.shape for n, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
@@ -134,11 +153,17 @@ def _infer_config(
 ) -> backbone_registry.BackboneConfig:
     """Return the backbone's config: sizes come from `arrays`, all other values from `stated`."""
     try:
-        return backbone_registry.find_named_config(
+        config = backbone_registry.find_named_config(
             backbone_registry.FAMILIES[family].config.from_arrays(arrays, stated)
         )
     except (IndexError, ValueError, ZeroDivisionError) as error:  # arrays of odd shapes
         raise ValueError(f"{checkpoint}: {error}") from None
+    except KeyError as error:
+        raise ValueError(f"{checkpoint} has no weights for {error}") from None
+    named = backbone_registry.MODELS.get(config.name)
+    if named is not None and "heads" not in stated:  # a head of H/14, for example, has width 80
+        config = dataclasses.replace(config, heads=named.heads)
+    return config
 
 
 def _check_stated(stated: Mapping[str, Any], checkpoint: Any) -> None:
@@ -246,17 +271,31 @@ def _convert_arrays(
     arrays, stated = checkpoint.arrays, checkpoint.stated | flags
     _check_stated(stated, source.given)
     config = _infer_config(arrays, stated, checkpoint.family, source.given)
+    if config.activation != flags.get("activation", config.activation):
+        raise ValueError(
+            f"{source.given} has gated MLPs (SwiGLU), whose activation is {config.activation}: "
+            f"leave out --activation={flags['activation']}"
+        )
     _check_arrays(source.given, arrays, config)
     return arrays, {
         "version": FORMAT_VERSION,
         "family": checkpoint.family,
-        "config": dataclasses.asdict(config),
+        "config": _describe_config(config),
         "mean": list(stated["mean"]),
         "std": list(stated["std"]),
         "container": checkpoint.container,
         "layout": checkpoint.layout,
         "source": checkpoint.name,
         "source_sha256": checkpoint.sha256,
+    }
+
+
+def _describe_config(config: backbone_registry.BackboneConfig) -> dict[str, Any]:
+    """Return a config's fields for the metadata, see `_NEWER_FIELDS`."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in _NEWER_FIELDS or getattr(config, field.name) != field.default
     }
 
 
@@ -270,9 +309,13 @@ def _parse_stored_config(path: Any, meta: Mapping[str, Any]) -> backbone_registr
             f"{path} does not describe a known backbone: its family is {truncated_repr(family)}"
         )
     types = typing.get_type_hints(known_family.config)
-    wrong = [
-        n for n, value in values.items() if n not in types or not _FIELD_CHECKS[types[n]](value)
-    ]
+    defaults = {field.name: field.default for field in dataclasses.fields(known_family.config)}
+
+    def is_valid(name: str, value: Any) -> bool:
+        is_default = type(value) is type(defaults.get(name)) and value == defaults[name]
+        return name in types and (is_default or _FIELD_CHECKS[types[name]](value))
+
+    wrong = [name for name, value in values.items() if not is_valid(name, value)]
     if wrong:
         raise ValueError(
             f"{path} describes an impossible backbone: invalid fields {format_names(wrong)}"
@@ -295,7 +338,7 @@ def load_backbone(
     Returns:
       The backbone's parameter tree (nested dict of numpy arrays in the file's dtypes), in which a
       ViT's position table is resized to `config.image_size` and a Swin's to `config.window_size`;
-      `config` with the activation, eps and heads of the weights; and the origin of the weights.
+      `config` with the `_OWN_FIELDS` of the weights; and the origin of the weights.
 
     Raises:
       FileNotFoundError: the file does not exist.
@@ -309,30 +352,65 @@ def load_backbone(
             f"{config.name} {config.architecture}: convert that checkpoint, or change the config"
         )
     _check_arrays(path, arrays, stored)
+    own = {f.name: getattr(stored, f.name) for f in dataclasses.fields(stored)}
+    config = dataclasses.replace(config, **{k: own[k] for k in _OWN_FIELDS if k in own})
     if config.position_size != stored.position_size:
         logging.warning(
             "%s: position table resized from %s to %s",
             *(path, stored.position_size, config.position_size),
         )
         arrays = config.resize_position_tables(arrays)
-    config = dataclasses.replace(
-        config, activation=stored.activation, eps=stored.eps, heads=stored.heads
-    )
-    info = _describe_source(path, stored, meta, sha256)
+    source = str(meta["source_sha256"]), str(meta["source"])
+    info = BackboneInfo(stored.name, sha256, *source, _parse_normalization(path, meta))
     return traverse_util.unflatten_dict(arrays, sep="/"), config, info
 
 
-def _describe_source(
-    path: Any, stored: backbone_registry.BackboneConfig, meta: Mapping[str, Any], sha256: str
-) -> BackboneInfo:
-    """Return the origin of weights from the metadata of their file."""
-    normalization = None
-    if "mean" in meta or "std" in meta:
-        if not all(STATED_CHECKS[key](meta.get(key)) for key in ("mean", "std")):
-            raise ValueError(f"{path} describes an impossible normalization of images")
-        normalization = tuple(meta["mean"]), tuple(meta["std"])
-    source = str(meta["source_sha256"]), str(meta["source"])
-    return BackboneInfo(stored.name, sha256, *source, normalization)
+def read_description(
+    path: str | os.PathLike[str],
+) -> tuple[backbone_registry.BackboneConfig, Normalization | None]:
+    """Read only the header of a backbone file.
+
+    Returns:
+      The shape of the backbone, and mean and standard deviation of its images; None for files of
+      version 0.1.0.
+
+    Raises:
+      ValueError: the file is not a converted one, or is damaged.
+    """
+    with gcs.gcs_errors(path), epath.Path(path).open("rb") as file:
+        start = file.read(8)
+        check_safetensors_header(path, start)
+        header = file.read(int.from_bytes(start, "little"))
+    if header[:1] != b"{":
+        raise ValueError(_describe_unconverted(path))
+    meta = _parse_metadata(path, header)
+    return _parse_stored_config(path, meta), _parse_normalization(path, meta)
+
+
+def _parse_normalization(path: Any, meta: Mapping[str, Any]) -> Normalization | None:
+    """Return mean and standard deviation in the metadata of a file; None if it has neither."""
+    if not {"mean", "std"} & meta.keys():
+        return None
+    if not all(STATED_CHECKS[key](meta.get(key)) for key in ("mean", "std")):
+        raise ValueError(f"{path} describes an impossible normalization of images")
+    return tuple(meta["mean"]), tuple(meta["std"])
+
+
+def _describe_unconverted(path: Any) -> str:
+    """Return the message for a file that is not a converted backbone."""
+    return (
+        f"{path} is not a converted backbone: if it is a checkpoint, convert it with "
+        f"`{command_line('convert')} --checkpoint={path} --out=NEW`"
+    )
+
+
+def _parse_metadata(path: Any, header: bytes) -> dict[str, Any]:
+    """Return the metadata of a converted file from its safetensors header, which is JSON."""
+    entries = parse_json(header, dict, path).get("__metadata__") or {}
+    meta = parse_json(entries.get(CONVERTED_KEY, "{}"), dict, f"the metadata of {path}")
+    if meta.get("version") != FORMAT_VERSION or not {"source", "source_sha256"} <= meta.keys():
+        raise ValueError(_describe_unconverted(path))
+    return meta
 
 
 def check_normalization(path: Any, info: BackboneInfo, data_config: Any) -> None:
@@ -345,7 +423,7 @@ def check_normalization(path: Any, info: BackboneInfo, data_config: Any) -> None
     """
     if info.normalization is None or data_config.keep_normalization:
         return
-    configured = data_config.mean, data_config.std
+    configured = normalization(data_config)
     if not np.allclose(info.normalization, configured, rtol=0, atol=1e-3):
         stated, own = (
             [tuple(round(x, 3) for x in color) for color in pair]
@@ -353,8 +431,8 @@ def check_normalization(path: Any, info: BackboneInfo, data_config: Any) -> None
         )
         raise ValueError(
             f"{path} expects images of mean {stated[0]} and standard deviation {stated[1]}, but "
-            f"the config has data.mean={own[0]} and data.std={own[1]}: set them to those of the "
-            "file, or pass --config.data.keep_normalization=True"
+            f"the config has data.mean={own[0]} and data.std={own[1]}: leave them out of it, set "
+            "them to those of the file, or pass --config.data.keep_normalization=True"
         )
 
 
@@ -376,26 +454,18 @@ def _read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray],
         "create it from a checkpoint with "
         f"`{command_line('convert')} --checkpoint=FILE --out={path}`"
     )
-    not_converted = (
-        f"{path} is not a converted backbone: if it is a checkpoint, convert it with "
-        f"`{command_line('convert')} --checkpoint={path} --out=NEW`"
-    )
     with gcs.gcs_errors(path):
         if not epath.Path(path).exists():
             raise FileNotFoundError(f"no backbone at {path}: {create_this}")
         data = read_bytes(path, MAX_BYTES)
     if data[8:9] != b"{":
-        raise ValueError(not_converted)
+        raise ValueError(_describe_unconverted(path))
     check_safetensors_header(path, data)
     try:
         tensors = safetensors.deserialize(data)  # checks header and sizes
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged ({error}): {create_this}") from None
-    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], dict, path)
-    text = (header.get("__metadata__") or {}).get(CONVERTED_KEY, "{}")
-    meta = parse_json(text, dict, f"the metadata of {path}")
-    if meta.get("version") != FORMAT_VERSION or not {"source", "source_sha256"} <= meta.keys():
-        raise ValueError(not_converted)
+    meta = _parse_metadata(path, data[8 : 8 + int.from_bytes(data[:8], "little")])
     if unsupported := {t["dtype"] for _, t in tensors} - set(_DTYPES):
         raise ValueError(
             f"{path} has the dtypes {format_names(unsupported)}, but only "

@@ -6,6 +6,7 @@ Axes: L blocks, D width, P patch side, N tokens, e projected width, w side of a 
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +22,7 @@ _transpose_linear = functools.partial(np.transpose, axes=(1, 0))  # [out, in] ->
 _transpose_conv = functools.partial(np.transpose, axes=(2, 3, 1, 0))  # [D, 3, P, P] -> [P, P, 3, D]
 _squeeze_class_token = functools.partial(np.squeeze, axis=(0, 1))  # [1, 1, D] -> [D]
 _squeeze_positions = functools.partial(np.squeeze, axis=0)  # [1, N, D] -> [N, D]
+_squeeze_registers = _squeeze_positions  # [1, R, D] -> [R, D]
 
 # A row is (source name, our name, transform). In the names, "{s}" runs over the stages, "{next}" is
 # the stage after it, and "{i}" runs over the blocks of a stage, which are stacked to [L, ...]. Rows
@@ -75,12 +77,9 @@ _OPENAI: _Table = (
     ("visual.ln_post.bias", "ln_post/bias", _identity),
     ("visual.proj", "projection", _identity),  # [D, e] already
 )
-_HUGGINGFACE: _Table = (
-    ("vision_model.embeddings.class_embedding", "class_embedding", _identity),
+_HUGGINGFACE_TOWER: _Table = (  # what CLIP and SigLIP have in common
     ("vision_model.embeddings.position_embedding.weight", "position_embedding", _identity),
     ("vision_model.embeddings.patch_embedding.weight", "patch_embedding/kernel", _transpose_conv),
-    ("vision_model.pre_layrnorm.weight", "ln_pre/scale", _identity),  # [sic]
-    ("vision_model.pre_layrnorm.bias", "ln_pre/bias", _identity),
     *_build_block_rows(
         "blocks/",
         "vision_model.encoder.layers.{i}.",
@@ -95,6 +94,12 @@ _HUGGINGFACE: _Table = (
     ),
     ("vision_model.post_layernorm.weight", "ln_post/scale", _identity),
     ("vision_model.post_layernorm.bias", "ln_post/bias", _identity),
+)
+_HUGGINGFACE: _Table = (
+    *_HUGGINGFACE_TOWER,
+    ("vision_model.embeddings.class_embedding", "class_embedding", _identity),
+    ("vision_model.pre_layrnorm.weight", "ln_pre/scale", _identity),  # [sic]
+    ("vision_model.pre_layrnorm.bias", "ln_pre/bias", _identity),
     ("visual_projection.weight", "projection", _transpose_linear),
 )
 
@@ -111,13 +116,10 @@ TEXT_TOWER_NAMES = (
 UNSUPPORTED_PREFIXES = {
     "visual.layer1.": "a ResNet image tower",
     "visual.attn_pool.": "an image tower with attention pooling (CoCa)",
-    "attn_pool.": "an image tower with attention pooling (SigLIP)",
-    "vision_model.head.": "an image tower with attention pooling (SigLIP)",
-    "img/": "an image tower with attention pooling (SigLIP)",
 }
 
 
-# ---------------------------------------------------------------- ImageNet ViT
+# ---------------------------------------------------------------- ImageNet ViT, DINOv2, SigLIP
 
 
 _TIMM_BLOCK_NAMES = {
@@ -149,6 +151,60 @@ _TIMM_CLIP: _Table = (
 )
 
 
+_TIMM_DINOV2: _Table = (  # and its authors' names, by aliases
+    *_TIMM_VIT,
+    ("blocks.{i}.ls1.gamma", "blocks/attention/layer_scale", _identity),
+    ("blocks.{i}.ls2.gamma", "blocks/mlp/layer_scale", _identity),
+    ("reg_token", "register_tokens", _squeeze_registers),
+)
+_TIMM_SIGLIP: _Table = (
+    *(row for row in _TIMM_VIT if row[0] != "cls_token"),
+    ("attn_pool.latent", "attention_pool/probe", _squeeze_class_token),
+    *_build_block_rows(
+        "attention_pool/",
+        "attn_pool.",
+        {
+            "attention/qkv": "q kv",
+            "attention/out": "proj",
+            "mlp/hidden": "mlp.fc1",
+            "mlp/output": "mlp.fc2",
+        },
+    ),
+    ("attn_pool.norm.weight", "attention_pool/ln/scale", _identity),
+    ("attn_pool.norm.bias", "attention_pool/ln/bias", _identity),
+)
+_HUGGINGFACE_SIGLIP: _Table = (
+    *_HUGGINGFACE_TOWER,
+    ("vision_model.embeddings.patch_embedding.bias", "patch_embedding/bias", _identity),
+    ("vision_model.head.probe", "attention_pool/probe", _squeeze_class_token),
+    (
+        "vision_model.head.attention.in_proj_weight",
+        "attention_pool/attention/qkv/kernel",
+        _transpose_linear,
+    ),
+    ("vision_model.head.attention.in_proj_bias", "attention_pool/attention/qkv/bias", _identity),
+    *_build_block_rows(
+        "attention_pool/",
+        "vision_model.head.",
+        {
+            "attention/out": "attention.out_proj",
+            "mlp/hidden": "mlp.fc1",
+            "mlp/output": "mlp.fc2",
+        },
+    ),
+    ("vision_model.head.layernorm.weight", "attention_pool/ln/scale", _identity),
+    ("vision_model.head.layernorm.bias", "attention_pool/ln/bias", _identity),
+)
+
+
+def _pad_class_position(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Add a row of zeros for a class token without a position: timm's form with registers."""
+    table = arrays["position_embedding"]
+    if "class_embedding" in arrays and math.isqrt(len(table)) ** 2 == len(table):
+        arrays["position_embedding"] = np.pad(table, ((1, 0), (0, 0)))
+    return arrays
+
+
 def _drop_classifier(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Drop a classifier, which has a bias; the projection of CLIP has none, or zeros."""
     if np.any(arrays.pop("head_bias", 0)):
@@ -157,9 +213,11 @@ def _drop_classifier(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return arrays
 
 
-# The official files of Dosovitskiy et al. 2021.
+# The official files of Dosovitskiy et al. 2021 and of SigLIP.
 _JAX_BLOCK = "Transformer/encoderblock_{i}/"
 _JAX_ATTENTION = "MultiHeadDotProductAttention_1"
+_JAX_POOL = "MAPHead_0/"
+_JAX_POOL_ATTENTION = _JAX_POOL + "MultiHeadDotProductAttention_0"
 
 
 def _merge_heads(kernel: np.ndarray) -> np.ndarray:
@@ -179,29 +237,45 @@ def _build_jax_rows(ours: str, source: str, leaves: Mapping[str, Callable]) -> _
 
 _DENSE = {"kernel": _identity, "bias": _identity}
 _NORM = {"scale": _identity, "bias": _identity}
+
+
+def _build_jax_attention(ours: str, source: str) -> _Table:
+    """Build the rows of an attention layer, whose heads have an axis of their own."""
+    heads = {"kernel": _merge_heads, "bias": _merge_heads}
+    qkv = (
+        _build_jax_rows(f"{ours}/qkv", f"{source}/{name}", heads)
+        for name in ("query", "key", "value")
+    )
+    out = {"kernel": _merge_output_heads, "bias": _identity}
+    return (*itertools.chain(*qkv), *_build_jax_rows(f"{ours}/out", f"{source}/out", out))
+
+
+def _build_jax_blocks(attention: str, ln_2: str, mlp: str) -> _Table:
+    """Build the rows of patch embedding, blocks and final norm from the names of their parts."""
+    return (
+        *_build_jax_rows("patch_embedding", "embedding", _DENSE),
+        *_build_jax_rows("blocks/ln_1", _JAX_BLOCK + "LayerNorm_0", _NORM),
+        *_build_jax_attention("blocks/attention", _JAX_BLOCK + attention),
+        *_build_jax_rows("blocks/ln_2", _JAX_BLOCK + ln_2, _NORM),
+        *_build_jax_rows("blocks/mlp/hidden", f"{_JAX_BLOCK}{mlp}/Dense_0", _DENSE),
+        *_build_jax_rows("blocks/mlp/output", f"{_JAX_BLOCK}{mlp}/Dense_1", _DENSE),
+        *_build_jax_rows("ln_post", "Transformer/encoder_norm", _NORM),
+    )
+
+
 _JAX_VIT: _Table = (
     ("cls", "class_embedding", _squeeze_class_token),
     ("Transformer/posembed_input/pos_embedding", "position_embedding", _squeeze_positions),
-    *_build_jax_rows("patch_embedding", "embedding", _DENSE),
-    *_build_jax_rows("blocks/ln_1", _JAX_BLOCK + "LayerNorm_0", _NORM),
-    *(
-        row
-        for name in ("query", "key", "value")
-        for row in _build_jax_rows(
-            "blocks/attention/qkv",
-            f"{_JAX_BLOCK}{_JAX_ATTENTION}/{name}",
-            {"kernel": _merge_heads, "bias": _merge_heads},
-        )
-    ),
-    *_build_jax_rows(
-        "blocks/attention/out",
-        f"{_JAX_BLOCK}{_JAX_ATTENTION}/out",
-        {"kernel": _merge_output_heads, "bias": _identity},
-    ),
-    *_build_jax_rows("blocks/ln_2", _JAX_BLOCK + "LayerNorm_2", _NORM),
-    *_build_jax_rows("blocks/mlp/hidden", _JAX_BLOCK + "MlpBlock_3/Dense_0", _DENSE),
-    *_build_jax_rows("blocks/mlp/output", _JAX_BLOCK + "MlpBlock_3/Dense_1", _DENSE),
-    *_build_jax_rows("ln_post", "Transformer/encoder_norm", _NORM),
+    *_build_jax_blocks(_JAX_ATTENTION, "LayerNorm_2", "MlpBlock_3"),
+)
+_JAX_SIGLIP: _Table = (
+    ("pos_embedding", "position_embedding", _squeeze_positions),
+    *_build_jax_blocks("MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0"),
+    (_JAX_POOL + "probe", "attention_pool/probe", _squeeze_class_token),
+    *_build_jax_attention("attention_pool/attention", _JAX_POOL_ATTENTION),
+    *_build_jax_rows("attention_pool/ln", _JAX_POOL + "LayerNorm_0", _NORM),
+    *_build_jax_rows("attention_pool/mlp/hidden", _JAX_POOL + "MlpBlock_0/Dense_0", _DENSE),
+    *_build_jax_rows("attention_pool/mlp/output", _JAX_POOL + "MlpBlock_0/Dense_1", _DENSE),
 )
 
 
@@ -226,6 +300,23 @@ _HUGGINGFACE_VIT: _Table = (
     *_build_block_rows("blocks/", "encoder.layer.{i}.", _huggingface_block_names("attention")),
     ("layernorm.weight", "ln_post/scale", _identity),
     ("layernorm.bias", "ln_post/bias", _identity),
+)
+_HUGGINGFACE_DINOV2: _Table = (
+    *(row for row in _HUGGINGFACE_VIT if "encoder.layer" not in row[0]),
+    *_build_block_rows(
+        "blocks/",
+        "encoder.layer.{i}.",
+        {
+            **_huggingface_block_names("attention"),
+            "ln_1": "norm1",
+            "ln_2": "norm2",
+            "mlp/hidden": "mlp.fc1 mlp.gate_proj mlp.up_proj",  # fc1, or the others in memory
+            "mlp/output": "mlp.fc2",
+        },
+    ),
+    ("encoder.layer.{i}.layer_scale1.lambda1", "blocks/attention/layer_scale", _identity),
+    ("encoder.layer.{i}.layer_scale2.lambda1", "blocks/mlp/layer_scale", _identity),
+    ("embeddings.register_tokens", "register_tokens", _squeeze_registers),
 )
 
 
@@ -342,6 +433,7 @@ class Layout:
       prefix: optional prefix of the names, which is removed.
       aliases: pairs (regular expression, replacement) that turn a name into the table's spelling.
       stated: values that every checkpoint with this layout has, such as activation and eps.
+      stated_by: values that a checkpoint has if it holds a name, by that name; later ones win.
       config_file: file name of the publisher's config, in the checkpoint's folder.
       read_config: reads that config, see `source_configs.py`.
       postprocess: makes the last change to the arrays under our names.
@@ -359,6 +451,7 @@ class Layout:
     prefix: str = ""
     aliases: tuple[tuple[str, str], ...] = ()
     stated: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    stated_by: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     config_file: str = "config.json"
     read_config: Callable[[Mapping[str, Any]], dict[str, Any] | None] = _ignore_config
     postprocess: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = dict
@@ -379,6 +472,8 @@ def _transformers_5_aliases(attention: str) -> tuple[tuple[str, str], ...]:
 
 
 _VIT = {"title": "an ImageNet ViT", "family": "vit", "get_shape": _get_vit_shape}
+_DINOV2 = {"title": "a DINOv2", "family": "vit", "get_shape": _get_vit_shape}
+_SIGLIP = {"title": "a SigLIP", "family": "vit", "get_shape": _get_vit_shape}
 _SWIN = {
     "title": "a Swin",
     "family": "swin",
@@ -386,6 +481,12 @@ _SWIN = {
     "postprocess": _widen_windows,
 }
 _GELU = {"activation": "gelu"}
+_DINOV2_STATED = {**_GELU, "eps": 1e-6, **source_configs.NORMALIZATIONS["imagenet"]}
+_SIGLIP_STATED = {
+    "activation": "gelu_tanh",
+    "eps": 1e-6,
+    **source_configs.NORMALIZATIONS["half"],
+}
 _SWIN_STATED = {**_GELU, "eps": 1e-5, **source_configs.NORMALIZATIONS["imagenet"]}
 _SWIN_BUFFERS = r"|.+\.relative_position_index|.+\.attn_mask"  # computed, not weights
 
@@ -400,6 +501,68 @@ LAYOUTS = {
         optional=r"visual\.proj",
         config_file="open_clip_config.json",
         read_config=source_configs.read_open_clip,
+    ),
+    "huggingface-siglip": Layout(
+        **_SIGLIP,
+        marker=r"vision_model\.head\.probe",
+        table=_HUGGINGFACE_SIGLIP,
+        ignored=rf"{TEXT_TOWER_NAMES}|classifier\..+",
+        stated=_SIGLIP_STATED,
+        read_config=source_configs.read_huggingface_siglip,
+    ),
+    "timm-siglip": Layout(
+        **_SIGLIP,
+        marker=r"attn_pool\.latent",
+        table=_TIMM_SIGLIP,
+        ignored=r"head\..+",
+        stated=_SIGLIP_STATED,
+        read_config=source_configs.read_timm,
+    ),
+    "jax-siglip": Layout(
+        **_SIGLIP,
+        marker=r"img/MAPHead_0/probe",
+        table=_JAX_SIGLIP,
+        ignored=r"txt/.+|t|b",
+        heads_source=f"img/{_JAX_POOL_ATTENTION}/query/kernel",
+        channels_last=True,
+        prefix="img/",
+        stated=_SIGLIP_STATED,
+    ),
+    "timm-dinov2": Layout(
+        **_DINOV2,
+        marker=r"blocks\.(\d+\.)?\d+\.ls2\.gamma",
+        table=_TIMM_DINOV2,
+        ignored=r"head\..+|mask_token",
+        optional=r"reg_token",
+        aliases=(
+            (r"^register_tokens$", "reg_token"),
+            (r"\.mlp\.w12\.", ".mlp.fc1."),
+            (r"\.mlp\.w3\.", ".mlp.fc2."),
+            (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # blocks in chunks, with their own numbers
+        ),
+        stated=_DINOV2_STATED,
+        stated_by={  # its authors' names
+            "mask_token": {"position_resize": "dinov2"},
+            "register_tokens": {"position_resize": "antialias"},
+        },
+        read_config=source_configs.read_timm,
+        postprocess=_pad_class_position,
+    ),
+    "huggingface-dinov2": Layout(
+        **_DINOV2,
+        marker=r"(.+\.)?layer_scale2\.lambda1",
+        table=_HUGGINGFACE_DINOV2,
+        ignored=r"embeddings\.mask_token|classifier\..+",
+        optional=r"embeddings\.register_tokens|.+\.mlp\.(fc1|gate_proj|up_proj)\..+",
+        aliases=(
+            (r"^dinov2(_with_registers)?\.", ""),
+            (r"\.mlp\.weights_in\.", ".mlp.fc1."),
+            (r"\.mlp\.(weights_out|down_proj)\.", ".mlp.fc2."),
+            *_transformers_5_aliases("attention")[:-2],  # all but those of the MLP
+        ),
+        stated={**_DINOV2_STATED, "position_resize": "bicubic"},
+        stated_by={"embeddings.register_tokens": {"position_resize": "antialias"}},
+        read_config=source_configs.read_huggingface_dinov2,
     ),
     "huggingface": Layout(
         title="a CLIP ViT",
@@ -428,6 +591,7 @@ LAYOUTS = {
         marker=r"blocks\.\d+\.attn\.qkv\.weight",
         table=_TIMM_VIT,
         ignored=r"head\..+|pre_logits\..+",
+        optional=r"cls_token",  # without it, features are the mean of the patches
         stated={**_GELU, "eps": 1e-6},
         read_config=source_configs.read_timm,
     ),
@@ -475,3 +639,36 @@ LAYOUTS = {
         read_config=source_configs.read_huggingface_swin,
     ),
 }
+
+# The trained weights in checkpoints of AIM's authors; the names of our blocks are those of its
+# hooks, see `training/published_adapter.py`. The frozen tower has OpenAI's names.
+_AIM_BLOCK = "backbone.transformer.resblocks.{i}."
+_AIM_ADAPTERS = {
+    "temporal": "T_Adapter",
+    "temporal_in": "T_Adapter_in",
+    "spatial": "S_Adapter",
+    "joint": "MLP_Adapter",
+}
+AIM = Layout(
+    title="a checkpoint of AIM",
+    family="",
+    marker=_AIM_BLOCK.replace("{i}", r"\d+") + r"MLP_Adapter\..+",
+    table=(
+        *_build_block_rows(
+            "blocks/",
+            _AIM_BLOCK,
+            {
+                f"{ours}/{layer}": f"{theirs}.{source}"
+                for ours, theirs in _AIM_ADAPTERS.items()
+                for layer, source in (("down", "D_fc1"), ("up", "D_fc2"))
+            },
+        ),
+        ("backbone.temporal_embedding", "temporal_position", _squeeze_positions),
+        ("cls_head.fc_cls.weight", "head/output/kernel", _transpose_linear),
+        ("cls_head.fc_cls.bias", "head/output/bias", _identity),
+    ),
+    ignored=r"backbone\.(conv1|class_embedding|positional_embedding|ln_pre|ln_post)(\..+)?"
+    r"|backbone\.transformer\.resblocks\.\d+\.(attn|ln_1|ln_2|mlp)\..+",
+    get_shape=_get_vit_shape,
+    optional=r".+\.T_Adapter_in\..+",
+)

@@ -5,6 +5,7 @@ The files are opened by `source_files.py`; the known names are in `layouts.py`.
 
 import collections
 import dataclasses
+import functools
 import pathlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -44,7 +45,7 @@ PUBLISHED_SHA256 = {
 # Files of this package without a config of their own: demo/demo_backbone.safetensors.
 _CLIP_NORMALIZED_SHA256 = {"61ab14891ce060877a4b107c47b303c4e2e1e797348be546f531aad3c83f3dde"}
 
-_MAX_STAGES = 16
+_MAX_STAGES, _MAX_BLOCKS = 16, 256
 
 # Prefixes that wrappers of training code put before every name. Those in `_TOWER_PREFIXES` name the
 # image tower of a larger model, whose other weights are left out.
@@ -61,7 +62,10 @@ _BARE_TOWERS = (
         "vision_model.",
         r"(embeddings|encoder|pre_layrnorm|post_layernorm)\..+",
     ),
+    ("head.probe", "vision_model.", r"(embeddings|encoder|post_layernorm|head)\..+"),
 )
+# Where big_vision has the blocks of a tower stacked [L, ...].
+_STACKED_BLOCKS = re.compile(r"(.*Transformer/encoderblock)/(.+)")
 # Weights that no layout has, and what to do about them.
 _REFUSED_NAMES = {
     r".*\.(lora_[A-Za-z_]+|base_layer)(\..+)?": (
@@ -115,6 +119,23 @@ def _strip_prefixes(path: str, tensors: TensorReaders) -> TensorReaders:
         if marker in tensors:
             tensors = {(prefix + n if re.fullmatch(names, n) else n): t for n, t in tensors.items()}
     return tensors
+
+
+def _unstack_blocks(tensors: TensorReaders) -> TensorReaders:
+    """Return the tensors with stacked blocks as tensors of each block, by the unstacked names."""
+    unstacked: dict[str, Callable] = {}
+    for name, read in tensors.items():
+        match = _STACKED_BLOCKS.fullmatch(name)
+        if match is None:
+            unstacked[name] = read
+            continue
+        array = read()
+        length = len(array) if array.ndim else 0
+        if not 0 < length <= _MAX_BLOCKS:
+            raise ValueError(f"{name} stacks {length} blocks, but 1 to {_MAX_BLOCKS} are supported")
+        for i in range(length):
+            unstacked[f"{match[1]}_{i}/{match[2]}"] = functools.partial(array.__getitem__, i)
+    return unstacked
 
 
 def _check_names(path: str, names: Collection[str]) -> None:
@@ -188,8 +209,13 @@ def _expand_table(
             yield sources, name.format(s=s), transform
 
 
-def _rename_tensors(path: str, tensors: TensorReaders, layout: Layout) -> dict[str, np.ndarray]:
+def rename_tensors(path: str, tensors: TensorReaders, layout: Layout) -> dict[str, np.ndarray]:
     """Read all of `tensors` and return them under our flat names.
+
+    Args:
+      path: of the file, for messages.
+      tensors: readers by the source's names.
+      layout: says how the source names its weights.
 
     Raises:
       ValueError: names are left over or missing (the message lists both), or shapes are wrong.
@@ -311,10 +337,10 @@ def read_checkpoint(source: Source) -> SourceCheckpoint:
     path = source.given
     container, tensors, metadata = open_tensors(source)
     _check_names(path, tensors)
-    tensors = _strip_prefixes(path, tensors)
+    tensors = _unstack_blocks(_strip_prefixes(path, tensors))
     name = _detect_layout(path, tensors, metadata)
     layout = LAYOUTS[name]
-    arrays = _rename_tensors(path, tensors, layout)
+    arrays = rename_tensors(path, tensors, layout)
     try:
         arrays = layout.postprocess(arrays)
         shape = layout.get_shape(arrays)
@@ -324,7 +350,10 @@ def read_checkpoint(source: Source) -> SourceCheckpoint:
     sha256 = source.sha256
     # Later values win: layout, publisher's config, OpenAI's marker, the file's own metadata.
     config = _read_publisher_config(source.folder, source.name, layout, shape)
-    stated = {**layout.stated, **config, **heads}
+    stated = {**layout.stated}
+    for name_in_file, values in layout.stated_by.items():
+        stated |= values if name_in_file in tensors else {}
+    stated |= {**config, **heads}
     if "input_resolution" in tensors or sha256 in PUBLISHED_SHA256:  # OpenAI's own files
         stated |= {"activation": "quick_gelu", **NORMALIZATIONS["clip"]}
     if sha256 in _CLIP_NORMALIZED_SHA256:

@@ -6,7 +6,7 @@ the (width, depth) of the described model (if the config has it), and "activatio
 config is of another kind.
 
 Such configs leave out default values. The defaults here are those of open_clip's CLIPVisionCfg and
-of transformers' CLIPVisionConfig, ViTConfig and SwinConfig.
+of transformers' configs.
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,24 @@ NORMALIZATIONS: dict[str, dict[str, tuple[float, ...]]] = {
     "imagenet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
     "half": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
 }
+
+# Hugging Face's names of activations, where ours differ.
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+
+
+def _read_huggingface(
+    config: Mapping[str, Any], activation: str, heads: int, eps: float
+) -> dict[str, Any]:
+    """Read what Hugging Face's configs of ViTs have in common; the arguments are the defaults."""
+    stated = {
+        "shape": (config.get("hidden_size", 768), config.get("num_hidden_layers", 12)),
+        "activation": config.get("hidden_act", activation),
+        "heads": config.get("num_attention_heads", heads),
+        "eps": config.get("layer_norm_eps", eps),
+    }
+    if isinstance(stated["activation"], str):
+        stated["activation"] = _ACTIVATIONS.get(stated["activation"], stated["activation"])
+    return stated
 
 
 def read_open_clip(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -45,25 +63,28 @@ def read_huggingface_clip(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if not str(config.get("model_type")).startswith("clip"):
         return None
     vision = config.get("vision_config", config)
-    return {
-        **NORMALIZATIONS["clip"],
-        "shape": (vision.get("hidden_size", 768), vision.get("num_hidden_layers", 12)),
-        "activation": vision.get("hidden_act", "quick_gelu"),
-        "heads": vision.get("num_attention_heads", 12),
-        "eps": vision.get("layer_norm_eps", 1e-5),
-    }
+    return {**NORMALIZATIONS["clip"], **_read_huggingface(vision, "quick_gelu", 12, 1e-5)}
+
+
+def read_huggingface_siglip(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read the `config.json` of a Hugging Face SigLIP, with or without its text tower."""
+    if not str(config.get("model_type")).startswith("siglip"):
+        return None
+    return _read_huggingface(config.get("vision_config", config), "gelu_tanh", 12, 1e-6)
+
+
+def read_huggingface_dinov2(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read the `config.json` of a Hugging Face DINOv2, with or without registers."""
+    if not str(config.get("model_type")).startswith("dinov2"):
+        return None
+    return _read_huggingface(config, "gelu", 12, 1e-6)
 
 
 def read_huggingface_vit(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Read the `config.json` of a Hugging Face ViT."""
     if config.get("model_type") != "vit":
         return None
-    return {
-        "shape": (config.get("hidden_size", 768), config.get("num_hidden_layers", 12)),
-        "activation": config.get("hidden_act", "gelu"),
-        "heads": config.get("num_attention_heads", 12),
-        "eps": config.get("layer_norm_eps", 1e-12),
-    }
+    return _read_huggingface(config, "gelu", 12, 1e-12)
 
 
 def read_huggingface_swin(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -86,5 +107,7 @@ def read_timm(config: Mapping[str, Any]) -> dict[str, Any] | None:
     stated: dict[str, Any] = {"activation": "quick_gelu" if "quickgelu" in name else "gelu"}
     if "_clip_" in name:
         stated |= NORMALIZATIONS["clip"]
+    if "siglip" in name:  # some of timm's have the exact GELU, but all were trained with this one
+        stated |= {"activation": "gelu_tanh", **NORMALIZATIONS["half"]}
     images = config.get("pretrained_cfg") or {}
     return stated | {key: images[key] for key in ("mean", "std") if images.get(key) is not None}

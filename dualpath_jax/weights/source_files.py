@@ -369,7 +369,7 @@ def _holds_tensor(state: Mapping[Any, Any]) -> bool:
     return any(isinstance(value, torch_files.Tensor) for value in state.values())
 
 
-NOT_A_CHECKPOINT = "not a CLIP, ViT or Swin checkpoint"
+NOT_A_CHECKPOINT = "not a CLIP, SigLIP, DINOv2, ViT or Swin checkpoint"
 
 
 def _wrap_readers(path: pathlib.Path, readers: TensorReaders) -> TensorReaders:

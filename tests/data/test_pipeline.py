@@ -197,7 +197,7 @@ def test_all_frames_and_framesets_are_warped_alike(config, monkeypatch):
 
     def measure_differences(clip, a, b):
         """Return the mean differences between `b` and `a` rotated by PIL, by frame and cell."""
-        fill = tuple(round(255 * x) for x in data.mean)
+        fill = tuple(round(255 * x) for x in clip_spec.normalization(data)[0])
         differences = []
         for k, time in enumerate((4, 12)):
             frame = Image.fromarray(a["spatial"][clip, k])
@@ -224,7 +224,7 @@ def test_both_inputs_are_erased_alike(config, monkeypatch):
     monkeypatch.setattr(augment, "random_erasing", lambda *_: box)
     data.erasing_probability = 1.0
     erased = next(pipeline.train_batches(dataset, data, 0, 0, 1))
-    color = [round(255 * x) for x in data.mean]
+    color = [round(255 * x) for x in clip_spec.normalization(data)[0]]
     spatial = plain["spatial"].copy()
     spatial[:, :, 4:20, 8:20] = color
     assert np.array_equal(erased["spatial"], spatial)

@@ -16,12 +16,13 @@ from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.backbones import layers, swin, vit
 from dualpath_jax.models.backbones import registry as backbone_registry
-from dualpath_jax.weights import convert
+from dualpath_jax.weights import catalog, convert
 
 torch = pytest.importorskip("torch")
 
 from tests.helpers import torch_imagenet as reference  # noqa: E402
 from tests.helpers.torch_reference import torch_to_numpy  # noqa: E402
+from tests.helpers.vit_stages import compile_block, vit_stages  # noqa: E402
 
 TOLERANCE = 1e-4  # absolute, float32, for outputs of order 1
 
@@ -90,22 +91,6 @@ def test_patch_embedding_equals_a_convolution(bias):
     assert np.abs(patches.apply(transposed, images) - want).max() > 0.1
 
 
-def _run_block(block, params, h):
-    run = jax.jit(lambda p, h: block.apply({"params": p}, h, layers.no_hooks()))
-    return run(params, h)
-
-
-def _vit_stages(params, config, images):
-    model, variables = vit.ViT(config), {"params": params}
-    h = model.apply(variables, images, method="embed")
-    stages = {"embed": h}
-    for i in range(config.depth):
-        block = jax.tree.map(operator.itemgetter(i), params["blocks"])
-        h = _run_block(vit.Block(config, parent=None), block, h)
-        stages[f"block_0_{i}"] = h
-    return {**stages, "features": model.apply(variables, h, method="pool")}
-
-
 def _swin_stages(params, config, images):
     model, variables = swin.Swin(config), {"params": params}
     h = model.apply(variables, images, method="embed")
@@ -117,13 +102,13 @@ def _swin_stages(params, config, images):
         for i in range(depth):
             block = swin.Block(config, s, h.shape[1:3], shifted=i % 2 == 1, parent=None)
             params_i = jax.tree.map(operator.itemgetter(i), params[f"blocks_{s}"])
-            tokens = _run_block(block, params_i, h.reshape(h.shape[0], -1, h.shape[-1]))
+            tokens = compile_block(block)(params_i, h.reshape(h.shape[0], -1, h.shape[-1]))
             h = stages[f"block_{s}_{i}"] = tokens.reshape(h.shape)
     stages["features"] = model.apply(variables, h, method="pool")
     return stages
 
 
-STAGES = {"vit": _vit_stages, "swin": _swin_stages}
+STAGES = {"vit": vit_stages, "swin": _swin_stages}
 
 
 def _differences(params, config, images, expected):
@@ -492,13 +477,15 @@ def test_backbone_parameters(name, parameters):
     config = backbone_registry.MODELS[name]
     image = jnp.zeros((1, config.image_size, config.image_size, 3))
     tree = jax.eval_shape(backbone_registry.build_backbone(config).init, jax.random.key(0), image)
-    assert param_tree.count_params(tree) == parameters
+    assert param_tree.count_params(tree) == parameters == catalog.PARAMETERS[name]
 
 
-def test_method_rejects_a_backbone_of_another_family(monkeypatch):
+def test_method_names_what_it_needs(monkeypatch):
     config = schema.get_config()
-    only_vit = dataclasses.replace(method_registry.METHODS["dualpath"], families=("vit",))
-    monkeypatch.setitem(method_registry.METHODS, "dualpath", only_vit)
+    method = dataclasses.replace(method_registry.METHODS["dualpath"], needs="a plain ViT")
+    monkeypatch.setitem(method_registry.METHODS, "dualpath", method)
     method_registry.build_model(config, B16, 5)
-    with pytest.raises(ValueError, match="method 'dualpath' .* families vit, .*'Swin-B'.* swin"):
+    with pytest.raises(
+        ValueError, match="method 'dualpath' .*'Swin-B'.* needs a plain ViT; choose"
+    ):
         method_registry.build_model(config, SWIN_B, 5)

@@ -512,8 +512,8 @@ def test_bad_shapes_are_named():
 
 def test_resize_positions_keeps_the_class_token():
     table = np.random.default_rng(0).normal(size=(17, 8)).astype(np.float32)
-    assert vit.resize_positions(table, (4, 4)) is table
-    larger = vit.resize_positions(table, (6, 8))
+    assert TINY.resize_positions(table, (4, 4)) is table
+    larger = TINY.resize_positions(table, (6, 8))
     assert larger.shape == (49, 8)
     np.testing.assert_array_equal(larger[0], table[0])
 

@@ -13,7 +13,7 @@ from dualpath_jax.models.methods.adapters import Adapter, FramesetLayout, Ordere
 from tests.models.test_dualpath import init, tiny_inputs, tiny_model
 
 GRID = (2, 2)
-LAYOUT = FramesetLayout(num_framesets=2, grid=GRID, side=2, class_tokens=1)
+LAYOUT = FramesetLayout(num_framesets=2, grid=GRID, side=2, leading_tokens=1)
 DATA = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "grid": GRID}
 
 
@@ -212,5 +212,5 @@ def test_bad_geometry_is_named():
     with pytest.raises(ValueError, match="readout_frame_width=3 needs model.readout_width"):
         init(tiny_model(readout_frame_width=3))
     shape = swin.SwinConfig("custom-swin", 32, 4, 24, (2, 2), 2, 48, 4)
-    with pytest.raises(ValueError, match="custom-swin has no class token: leave them at 0"):
+    with pytest.raises(ValueError, match="custom-swin does not have global attention: leave"):
         init(tiny_model(config=shape, readout_width=4))

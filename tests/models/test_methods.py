@@ -491,8 +491,8 @@ def test_methods_on_swin(case):
         assert not (set(after) & set(frozen))
         assert all(name.startswith("backbone/") for name in frozen)
         assert (case == "full") == (not frozen)
-    elif method_registry.METHODS[config.model.method].families == ("vit",):
-        with pytest.raises(ValueError, match=f"'{config.model.method}'.*'custom-swin'.*swin"):
+    elif method_registry.METHODS[config.model.method].needs:
+        with pytest.raises(ValueError, match=f"'{config.model.method}'.*'custom-swin'.*a ViT"):
             method_registry.build_model(config, SWIN, CLASSES)
 
 

@@ -285,7 +285,7 @@ def test_names_shapes_and_metadata(small_file, small_backbone):
     assert meta == {
         "version": 1,
         "family": "vit",
-        "config": dataclasses.asdict(SMALL),
+        "config": convert._describe_config(SMALL),
         "mean": [0.48145466, 0.4578275, 0.40821073],
         "std": [0.26862954, 0.26130258, 0.27577711],
         "container": "safetensors",
@@ -504,7 +504,7 @@ def test_wrong_shapes(small_state, tmp_path):
         (["transformer.resblocks.0.ln_1.bias", "positional_embedding"], "only a text tower"),
         (
             ["blocks.0.norm.weight", "head.bias"],
-            "not a CLIP, ViT or Swin checkpoint: its names are blocks.0.norm.weight",
+            "DINOv2, ViT or Swin checkpoint: its names are blocks.0.norm.weight",
         ),
         ([], "not a CLIP"),
     ],
@@ -625,7 +625,7 @@ def test_resize_matches_torch(side, grid):
     expected = torch.nn.functional.interpolate(
         patches, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False
     )
-    ours = np.asarray(vit.resize_positions(table, (grid, grid)))
+    ours = np.asarray(SMALL.resize_positions(table, (grid, grid)))
     expected = expected.permute(0, 2, 3, 1).reshape(grid * grid, 64).numpy()
     np.testing.assert_array_equal(ours[0], table[0])
     assert np.abs(ours[1:] - expected).max() <= TOLERANCE
@@ -636,7 +636,7 @@ def test_load_resizes_positions(small_backbone, caplog):
     with caplog.at_level("INFO", logger="absl"):
         params, config, _ = convert.load_backbone(small_backbone, wanted)
     assert "resized from 4x4 patches (32 pixels) to 7x7 patches (56 pixels)" in caplog.text
-    expected = vit.resize_positions(_read_arrays(small_backbone)["position_embedding"], (7, 7))
+    expected = SMALL.resize_positions(_read_arrays(small_backbone)["position_embedding"], (7, 7))
     np.testing.assert_array_equal(params["position_embedding"], expected)
     _, features = vit.ViT(config).apply({"params": params}, _make_images(config))
     assert features.shape == (2, 48)

@@ -28,7 +28,12 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+ACTIVATIONS = {
+    "quick_gelu": quick_gelu,
+    "gelu": gelu,
+    "gelu_tanh": jax.nn.gelu,
+    "silu": jax.nn.silu,
+}
 
 
 def check_activation(name: str) -> None:
@@ -144,21 +149,40 @@ class PatchEmbedding(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Applies linear, activation, linear to all rows as one matrix, see `checkpoint_activation`."""
+    """Applies linear, activation, linear to all rows as one matrix, see `checkpoint_activation`.
+
+    Attributes:
+      hidden: width between the linear layers.
+      activation: a name of `ACTIVATIONS`.
+      gated: multiply the activation of the first half of a twice as wide layer by the second half.
+      layer_scale: multiply the output by a parameter for each channel.
+      kernels: how it is computed.
+      dtype: of the computation.
+    """
 
     hidden: int
     activation: str
+    gated: bool = False
+    layer_scale: bool = False
     kernels: Kernels = kernels_lib.DEFAULT
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         rows = x.reshape(-1, x.shape[-1])
+        hidden = self.hidden * (2 if self.gated else 1)
         y = checkpoint_activation(
-            self.kernels.dense(self.hidden, dtype=self.dtype, name="hidden")(rows), "hidden"
+            self.kernels.dense(hidden, dtype=self.dtype, name="hidden")(rows), "hidden"
         )
-        y = ACTIVATIONS[self.activation](y)
+        activation = ACTIVATIONS[self.activation]
+        if self.gated:
+            gate, y = jnp.split(y, 2, axis=-1)
+            y = activation(gate) * y
+        else:
+            y = activation(y)
         y = self.kernels.dense(x.shape[-1], dtype=self.dtype, name="output")(y)
+        if self.layer_scale:
+            y = y * self.param("layer_scale", nn.initializers.ones, y.shape[-1:]).astype(y.dtype)
         return y.reshape(x.shape)
 
 
@@ -223,9 +247,51 @@ def init_block_hooks(
     return run(rng).get("params", {})
 
 
-def resize_grid(table: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Resize a table [rows, columns, D] to (rows, columns) = `size`: bicubic with antialiasing."""
-    return jax.image.resize(table, (*size, table.shape[-1]), "bicubic", antialias=True)
+# How publishers resize position tables, all bicubic: with antialiasing (open_clip, timm, DINOv2
+# with registers), without it (Hugging Face's DINOv2), and as DINOv2's authors do without registers,
+# whose scale factor is (new size + 0.1) / old size.
+RESIZE_METHODS = ("antialias", "bicubic", "dinov2")
+
+
+def check_resize_method(name: str) -> None:
+    """Raise ValueError unless `name` is in `RESIZE_METHODS`."""
+    if name not in RESIZE_METHODS:
+        known = ", ".join(RESIZE_METHODS)
+        raise ValueError(f"unknown way to resize positions {name!r}: known are {known}")
+
+
+def resize_grid(table: jax.Array, size: tuple[int, int], method: str = "antialias") -> jax.Array:
+    """Resize a table [rows, columns, D] to (rows, columns) = `size` by one of `RESIZE_METHODS`."""
+    if method == "antialias":
+        return jax.image.resize(table, (*size, table.shape[-1]), "bicubic", antialias=True)
+    offset = 0.1 if method == "dinov2" else 0.0
+    rows, columns = (
+        _bicubic_weights(old, new, offset) for old, new in zip(table.shape, size, strict=False)
+    )
+    with full_precision():
+        return jnp.einsum("ri,cj,ijd->rcd", rows, columns, table)
+
+
+def _bicubic_weights(old: int, new: int, offset: float) -> np.ndarray:
+    """Return torch's weights of bicubic interpolation without antialiasing: float32 [new, old].
+
+    Its cubic convolution kernel has a = -0.75. Beyond an edge, the value at the edge is repeated.
+
+    Args:
+      old: length of the axis.
+      new: its new length.
+      offset: added to `new` in the scale factor.
+    """
+    places = (np.arange(new) + 0.5) * (old / (new + offset)) - 0.5
+    first = np.floor(places).astype(int)
+    weights, a = np.zeros((new, old)), -0.75
+    for neighbor in range(-1, 3):
+        distance = np.abs(places - (first + neighbor))
+        inner = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+        outer = (((distance - 5) * distance + 8) * distance - 4) * a
+        index = np.clip(first + neighbor, 0, old - 1)
+        np.add.at(weights, (np.arange(new), index), np.where(distance <= 1, inner, outer))
+    return weights.astype(np.float32)
 
 
 def relative_index(side: int, table_side: int) -> np.ndarray:

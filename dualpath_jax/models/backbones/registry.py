@@ -1,20 +1,4 @@
-"""Registers the backbones by name.
-
-A backbone consists of a config (a frozen dataclass) and a module. A new family must offer the same
-attributes as the others. Its config has `name`, `image_size`, `patch_size`, `width` (of the tokens
-that `embed` returns), `num_tokens`, `feature_dim`, `has_class_token`, `activation`, `eps`, `heads`;
-for conversion of weights also `from_arrays`, `architecture`, `position_size` and
-`resize_position_tables`. Its module has
-
-    embed(images, class_token=None, position=None) -> tokens
-    encode(tokens, hooks=None, hook_params=None, dropout_rng=None, cls_token_only=False) -> tokens
-    pool(tokens, project=True) -> features [M, feature_dim]
-    token_features(tokens) -> features of all tokens [M, N, feature_dim]
-    init_hooks(rng, hooks, num_images, num_tokens) -> hook_params
-    __call__(images) -> (tokens, features)
-
-with images [M, H, W, 3]. Tokens are [M, N, D] in a ViT, class token first, [M, R, C, D] in a Swin.
-"""
+"""Registers the backbones by name; `contract.py` says what each of them offers."""
 
 import dataclasses
 from typing import Any
@@ -23,8 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from dualpath_jax.models.backbones import swin, vit
-
-BackboneConfig = vit.ViTConfig | swin.SwinConfig
+from dualpath_jax.models.backbones.contract import BackboneConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +15,8 @@ class _Family:
     """Holds the classes of a kind of backbone.
 
     Attributes:
-      config: describes a shape, such as `vit.ViTConfig`.
-      module: computes it, such as `vit.ViT`.
+      config: describes a shape, such as `vit.ViTConfig`; a `contract.BackboneConfig`.
+      module: computes it, such as `vit.ViT`; a `contract.Backbone`.
     """
 
     config: type
@@ -45,6 +28,7 @@ FAMILIES = {
     "swin": _Family(swin.SwinConfig, swin.Swin),
 }
 MODELS: dict[str, BackboneConfig] = {**vit.MODELS, **swin.MODELS}
+DEFAULT = "ViT-B/16"  # of a configuration that names neither a backbone nor an existing file
 _CUSTOM = {"custom": "vit", "custom-swin": "swin"}  # shapes given by the keys of config.backbone
 
 
@@ -89,6 +73,11 @@ def build_backbone(
 def family_of(config: BackboneConfig) -> str:
     """Return the name in `FAMILIES` of the family that a shape belongs to."""
     return next(name for name, family in FAMILIES.items() if type(config) is family.config)
+
+
+def custom_name(family: str) -> str:
+    """Return the name of a family's backbones whose shape the configuration gives."""
+    return next(name for name, known in _CUSTOM.items() if known == family)
 
 
 def find_named_config(config: BackboneConfig) -> BackboneConfig:

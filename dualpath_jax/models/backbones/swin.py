@@ -100,8 +100,28 @@ class SwinConfig:
 
     @property
     def has_class_token(self) -> bool:
-        """Return False: it has no class token and no position table."""
+        """Return False: it has no class token."""
         return False
+
+    @property
+    def num_leading_tokens(self) -> int:
+        """Return 0: there are only patches."""
+        return 0
+
+    @property
+    def has_position_table(self) -> bool:
+        """Return False: its positions are relative."""
+        return False
+
+    @property
+    def has_global_attention(self) -> bool:
+        """Return False: tokens attend to those of their window."""
+        return False
+
+    @property
+    def readout(self) -> str:
+        """Return "mean": the features are the average over the last map."""
+        return "mean"
 
     @property
     def architecture(self) -> dict[str, Any]:

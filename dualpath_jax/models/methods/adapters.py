@@ -24,13 +24,13 @@ class FramesetLayout:
       num_framesets: G.
       grid: (w, h), frames across and down a frameset.
       side: patches along a side of a frame inside the frameset.
-      class_tokens: number of tokens before the patches, 1 or 0.
+      leading_tokens: number of tokens before the patches: class token and registers.
     """
 
     num_framesets: int
     grid: tuple[int, int]
     side: int
-    class_tokens: int
+    leading_tokens: int
 
     def to_frames(self, x: jax.Array) -> jax.Array:
         """Arrange patch tokens [(B G), N, R] by frames: [B, T, side, side, R]."""
@@ -53,7 +53,7 @@ class Adapter(nn.Module):
     """Applies a bottleneck adapter: s W_up GELU(W_down x), with biases; its output starts at zero.
 
     With `time_kernel_size` K, a depthwise convolution over the K frames around a frame, at the same
-    place in each, comes before GELU (ours, as in ST-Adapter); class tokens skip it.
+    place in each, comes before GELU (ours, as in ST-Adapter); class token and registers skip it.
 
     Attributes:
       bottleneck: R, the inner width (paper: 128).
@@ -100,7 +100,7 @@ class Adapter(nn.Module):
 
     def _convolve(self, y: jax.Array) -> jax.Array:
         """Convolve hidden activations y [(B G), N, R] over time; the shape stays."""
-        first = self.layout.class_tokens
+        first = self.layout.leading_tokens
         conv = DepthwiseConv(
             (self.time_kernel_size, 1, 1), _start_as_identity, dtype=self.dtype, name="conv"
         )

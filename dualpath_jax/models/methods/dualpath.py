@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dualpath_jax.models.backbones.contract import BackboneConfig
 from dualpath_jax.models.backbones.layers import BlockHooks
-from dualpath_jax.models.backbones.registry import BackboneConfig, build_backbone
-from dualpath_jax.models.backbones.vit import resize_positions
+from dualpath_jax.models.backbones.registry import build_backbone
 from dualpath_jax.models.methods.adapters import (
     Adapter,
     FramesetLayout,
@@ -103,6 +103,7 @@ class DualPath(nn.Module):
     token; `spatial` also a position table), `classifier`, and `readout` with `readout_width`. Class
     tokens and position tables must start at the backbone's values, see `start_from_backbone`. A
     Swin has neither class token nor position table: only adapters and classifier train.
+    SigLIP has no class token.
 
     Attributes:
       config: the backbone's shape.
@@ -162,7 +163,7 @@ class DualPath(nn.Module):
             )
         if not (self.spatial_path or self.temporal_path):
             raise ValueError("spatial_path and temporal_path are both False: nothing to train")
-        if self.temporal_position != "sincos3d" and not self.config.has_class_token:
+        if self.temporal_position != "sincos3d" and not self.config.has_position_table:
             raise ValueError(
                 f"temporal_position {self.temporal_position!r} takes the backbone's position "
                 f"table, but {self.config.name} does not have one: use 'sincos3d'"
@@ -201,8 +202,9 @@ class DualPath(nn.Module):
         """Initialize the parameters of the spatial path."""
         tokens = self.config.num_tokens
         params = {"adapters": self.backbone.init_hooks(rng, self.spatial_sites, 1, tokens)}
-        if self._has_trainable_tokens:
+        if self.train_tokens and self.config.has_class_token:
             params["class_token"] = self.backbone.class_embedding
+        if self.train_tokens and self.config.has_position_table:
             params["position"] = self.backbone.position_embedding
         return params
 
@@ -210,13 +212,14 @@ class DualPath(nn.Module):
         """Initialize the parameters of the temporal path."""
         images, tokens = 1, self.config.num_tokens
         if self.time_kernel_size:  # the adapters see the framesets of a clip together
-            images, tokens = self.num_framesets, 1 + math.prod(self._frameset_patches())
+            images = self.num_framesets
+            tokens = self.config.num_leading_tokens + math.prod(self._frameset_patches())
         adapters = self.backbone.init_hooks(rng, self.temporal_sites, images, tokens)
         params = {"adapters": adapters}
-        if self._has_trainable_tokens:
+        if self.train_tokens and self.config.has_class_token:
             params["class_token"] = self.backbone.class_embedding
         if self.temporal_position == "learned":
-            table = resize_positions(self.backbone.position_embedding, self._frameset_patches())
+            table = self._resize_positions(self.backbone.position_embedding)
             params["position"] = jnp.tile(table, (self.num_framesets, 1, 1))
         return params
 
@@ -226,22 +229,22 @@ class DualPath(nn.Module):
         used = {"spatial": self.spatial_path, "temporal": self.temporal_path}
         return tuple(name for name, is_used in used.items() if is_used)
 
-    @property
-    def _has_trainable_tokens(self) -> bool:
-        return self.train_tokens and self.config.has_class_token
-
     def _frameset_patches(self) -> tuple[int, int]:
         """Return the (rows, columns) of patches in a frameset."""
         across, down = self.grid
         patch = self.config.patch_size
         return down * self.frame_size // patch, across * self.frame_size // patch
 
+    def _resize_positions(self, table: jax.Array) -> jax.Array:
+        """Return the backbone's position table for the patches of a frameset."""
+        return self.config.resize_positions(table, self._frameset_patches())
+
     def _check_own_temporal_path(self) -> None:
         """Raise ValueError if the keys that the paper does not have do not fit the framesets."""
-        if not self.config.has_class_token:
+        if not self.config.has_global_attention:
             raise ValueError(
                 "model.time_kernel_size and model.readout_width need the tokens of a ViT, but "
-                f"{self.config.name} has no class token: leave them at 0"
+                f"{self.config.name} does not have global attention: leave them at 0"
             )
         if self.time_kernel_size and self.time_kernel_size % 2 == 0:
             raise ValueError(
@@ -268,30 +271,27 @@ class DualPath(nn.Module):
         """Return where the frames are among the tokens of framesets."""
         side = self.frame_size // self.config.patch_size
         return FramesetLayout(
-            self.num_framesets, tuple(self.grid), side, int(self.config.has_class_token)
+            self.num_framesets, tuple(self.grid), side, self.config.num_leading_tokens
         )
 
     def start_from_backbone(self, params: Any) -> Any:
         """Return `params` with class tokens and position tables copied from the backbone's."""
         backbone = params["backbone"]
-        if not self.config.has_class_token:
-            return params
         params = {**params, **{k: dict(params[k]) for k in ("spatial", "temporal") if k in params}}
         for path in ("spatial", "temporal"):
             if "class_token" in params.get(path, {}):
                 params[path]["class_token"] = jnp.array(backbone["class_embedding"], jnp.float32)
-        table = jnp.array(backbone["position_embedding"], jnp.float32)
-        if "position" in params.get("spatial", {}):
-            params["spatial"]["position"] = table
-        if "position" in params.get("temporal", {}):
-            table = resize_positions(table, self._frameset_patches())
-            params["temporal"]["position"] = jnp.tile(table, (self.num_framesets, 1, 1))
+            if "position" in params.get(path, {}):
+                table = jnp.array(backbone["position_embedding"], jnp.float32)
+                if path == "temporal":
+                    table = jnp.tile(self._resize_positions(table), (self.num_framesets, 1, 1))
+                params[path]["position"] = table
         return params
 
     def _temporal_positions(self) -> jax.Array:
         """Return p_TP [G, N, D], the positions of the kind `temporal_position`.
 
-        The class token has the position of CLIP's class token.
+        The class token has the position of the backbone's class token; registers have none.
         """
         if self.temporal_position == "learned":
             return self.temporal["position"]
@@ -302,14 +302,15 @@ class DualPath(nn.Module):
             self.config.patch_size,
             self.config.width,
         )
-        if not self.config.has_class_token:
-            return jnp.asarray(fixed)
-        frozen = resize_positions(self.backbone.position_embedding, self._frameset_patches())
+        first = int(self.config.has_class_token)
+        if not self.config.has_position_table:
+            return jnp.pad(fixed, ((0, 0), (first, 0), (0, 0)))
+        frozen = self._resize_positions(self.backbone.position_embedding)
         frozen = jnp.tile(frozen, (self.num_framesets, 1, 1))
         if self.temporal_position == "clip":
             return frozen
-        patches = frozen[:, 1:] if self.temporal_position == "sincos3d+clip" else 0.0
-        return jnp.concatenate([frozen[:, :1], fixed + patches], axis=1)
+        patches = frozen[:, first:] if self.temporal_position == "sincos3d+clip" else 0.0
+        return jnp.concatenate([frozen[:, :first], fixed + patches], axis=1)
 
     def spatial_features(
         self, frames: jax.Array, dropout_rng: jax.Array | None = None
@@ -375,15 +376,15 @@ class DualPath(nn.Module):
 
         Returns:
           "spatial" [L', B, S, N, N] and "temporal" [L', B, G, N, N], for the paths in use: float32,
-          class token first, rows (queries) sum to 1 over the last axis (keys); L' is L with
-          `all_blocks`, else 1.
+          tokens in the order of `embed`, rows (queries) sum to 1 over the last axis (keys); L' is L
+          with `all_blocks`, else 1.
 
         Raises:
           ValueError: the backbone does not have a class token.
         """
         if not self.config.has_class_token:
             raise ValueError(
-                f"{self.config.name} has no class token: attention maps need a ViT backbone"
+                f"{self.config.name} has no class token: attention maps need a backbone with one"
             )
         first = 0 if all_blocks else self.config.depth - 1
         inputs = {"spatial": spatial, "temporal": temporal}

@@ -54,7 +54,7 @@ class TemporalCrossAttention(nn.Module):
 
     The backbone's queries attend to its keys of the neighboring frame: softmax over the patches,
     average over the heads. The weights multiply a learned table of relative positions, one for each
-    direction, which starts at zero. The class token and missing neighbors give zeros.
+    direction, which starts at zero. Class token, registers and missing neighbors give zeros.
 
     Attributes:
       width: D.
@@ -62,16 +62,19 @@ class TemporalCrossAttention(nn.Module):
         building a table of all pairs of patches [N, N, D]: more multiply-accumulates, but faster on
         CPUs (see docs/notes/measurements.md).
       dtype: compute dtype of the products.
+      leading_tokens: number of tokens before the patches: class token and registers.
     """
 
     width: int
     kernels: Kernels = kernels_lib.DEFAULT
     dtype: Any = jnp.float32
+    leading_tokens: int = 1
 
     @nn.compact
     def __call__(self, q: jax.Array, k: jax.Array) -> jax.Array:
         """Map queries and keys q, k [B, T, N, K, D/K] to features [B, T, N, D]."""
-        q, k = q[:, :, 1:] * q.shape[-1] ** -0.5, k[:, :, 1:]
+        first = self.leading_tokens
+        q, k = q[:, :, first:] * q.shape[-1] ** -0.5, k[:, :, first:]
         side = patch_grid_side(q.shape[2])
 
         def attend_to_neighbors(q, k, name):
@@ -85,9 +88,9 @@ class TemporalCrossAttention(nn.Module):
 
         before = attend_to_neighbors(q[:, 1:], k[:, :-1], "before")
         after = attend_to_neighbors(q[:, :-1], k[:, 1:], "after")
-        # Zeros for the missing neighbor of the first or last frame, and for the class token.
-        before = jnp.pad(before, ((0, 0), (1, 0), (1, 0), (0, 0)))
-        after = jnp.pad(after, ((0, 0), (0, 1), (1, 0), (0, 0)))
+        # Zeros for the missing neighbor of the first or last frame, and for the leading tokens.
+        before = jnp.pad(before, ((0, 0), (1, 0), (first, 0), (0, 0)))
+        after = jnp.pad(after, ((0, 0), (0, 1), (first, 0), (0, 0)))
         return before + after
 
 
@@ -164,7 +167,11 @@ class EVLDecoder(nn.Module):
             position = self.param(f"position_{i}", nn.initializers.zeros, (frames, width))
             h = h + conv(h) + position[:, None].astype(self.dtype)
             cross = TemporalCrossAttention(
-                width, self.kernels, self.dtype, name=f"temporal_attention_{i}"
+                width,
+                self.kernels,
+                self.dtype,
+                self.config.num_leading_tokens,
+                name=f"temporal_attention_{i}",
             )
             h = einops.rearrange(h + cross(q, k), "b t n d -> b (t n) d")
             block = DecoderBlock(self.config, self.mlp_dropout, self.dtype, name=f"block_{i}")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dualpath_jax.models.backbones import layers
-from dualpath_jax.models.backbones.registry import BackboneConfig
+from dualpath_jax.models.backbones.contract import BackboneConfig
 from dualpath_jax.models.frame_model import FrameModel
 from dualpath_jax.models.methods.adapters import OrderedReadout
 from dualpath_jax.models.temporal_head import block_config
@@ -28,11 +28,6 @@ class ProbeHead(nn.Module):
     config: BackboneConfig
     num_classes: int
 
-    @property
-    def num_class_tokens(self) -> int:
-        """Return the number of tokens before the patches of a frame, 1 or 0."""
-        return int(self.config.has_class_token)
-
     def compress(self, tokens: jax.Array) -> jax.Array:
         """Return tokens of which the head makes the same logits, fewer ones if it can."""
         return tokens
@@ -41,13 +36,15 @@ class ProbeHead(nn.Module):
 class LinearProbe(ProbeHead):
     """Applies one FC to two means over all frames: of the class tokens and of the patch tokens.
 
-    A backbone without class tokens has only the second.
+    A backbone without class tokens has only the second. Registers are not read.
     """
 
     def compress(self, tokens: jax.Array) -> jax.Array:
         """Return the means of tokens [B, T, N, D] as a clip of one frame: [B, 1, 2 or 1, D]."""
-        x, first = tokens.astype(jnp.float32), self.num_class_tokens
-        groups = [x[:, :, :first], x[:, :, first:]] if first else [x]
+        x = tokens.astype(jnp.float32)
+        groups = [x[:, :, self.config.num_leading_tokens :]]  # the patches
+        if self.config.has_class_token:
+            groups.insert(0, x[:, :, :1])
         return jnp.stack([group.mean(axis=(1, 2)) for group in groups], axis=1)[:, None]
 
     @nn.compact
@@ -129,7 +126,7 @@ class OrderedProbe(ProbeHead):
     def __call__(self, tokens: jax.Array, dropout_rng: jax.Array | None = None) -> jax.Array:
         """Map tokens [B, T, N, D] to logits [B, classes] float32; `dropout_rng` is ignored."""
         del dropout_rng
-        patches = tokens[:, :, self.num_class_tokens :]
+        patches = tokens[:, :, self.config.num_leading_tokens :]
         patches = einops.rearrange(patches, "b t n d -> (b t) n d")
         return OrderedReadout(self.width, self.num_classes, tokens.shape[1], name="readout")(
             patches

@@ -14,28 +14,29 @@ from dualpath_jax.models.methods.adapters import DepthwiseConv
 class ProTuningHooks(BlockHooks):
     """Adds the prompt v = GELU(conv(h)) to the patches of a block's output h (eq. 5).
 
-    conv consists of 1x1, 5x5 depthwise and 1x1 convolutions. The class token stays unchanged. The
-    last convolution starts at zero, therefore the method starts as the frozen backbone.
+    conv consists of 1x1, 5x5 depthwise and 1x1 convolutions. Class token and registers stay
+    unchanged. The last convolution starts at zero, therefore the method starts as the frozen
+    backbone.
 
     Attributes:
       width: R, the number of channels between the 1x1 convolutions.
-      class_tokens: number of tokens before the patches, 1 or 0.
+      leading_tokens: number of tokens before the patches: class token and registers.
       dtype: compute dtype.
     """
 
     width: int
-    class_tokens: int = 1
+    leading_tokens: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
     def on_output(self, h: jax.Array) -> jax.Array:
         """Add the prompt to the tokens h [M, N, D]; the shape stays."""
         images, tokens, channels = h.shape
-        side = patch_grid_side(tokens - self.class_tokens)
-        v = nn.Dense(self.width, dtype=self.dtype, name="down")(h[:, self.class_tokens :])
+        side = patch_grid_side(tokens - self.leading_tokens)
+        v = nn.Dense(self.width, dtype=self.dtype, name="down")(h[:, self.leading_tokens :])
         v = v.reshape(images, side, side, self.width)
         v = DepthwiseConv((5, 5), dtype=self.dtype, name="conv")(v)
         zeros = nn.initializers.zeros
         v = nn.Dense(channels, kernel_init=zeros, dtype=self.dtype, name="up")(v)
         v = gelu(v).reshape(images, side * side, channels)
-        return h + jnp.pad(v, ((0, 0), (self.class_tokens, 0), (0, 0)))
+        return h + jnp.pad(v, ((0, 0), (self.leading_tokens, 0), (0, 0)))

@@ -15,8 +15,8 @@ from dualpath_jax.models.methods.adapters import DepthwiseConv
 class STAdapterHooks(BlockHooks):
     """Adds an adapter with a 3D convolution to each block, as in eq. 6 or as its authors released.
 
-    Eq. 6 adds s GELU(conv(LN(z) W_down)) W_up parallel to the MLP; W_up starts at zero. The class
-    tokens pass through the same convolution as frames of one patch.
+    Eq. 6 adds s GELU(conv(LN(z) W_down)) W_up parallel to the MLP; W_up starts at zero. Class
+    token and registers pass through the same convolution, each as frames of one patch.
     The released code adds s conv(h W_down) W_up to the patches h that enter the block, without
     activation; the convolution starts at zero.
 
@@ -26,7 +26,7 @@ class STAdapterHooks(BlockHooks):
       kernel_size: (time, rows, columns) of the convolution, odd numbers.
       scale: s.
       released: use the form of the released code instead of eq. 6.
-      class_tokens: number of tokens before the patches, 1 or 0.
+      leading_tokens: number of tokens before the patches: class token and registers.
       dtype: compute dtype.
     """
 
@@ -35,7 +35,7 @@ class STAdapterHooks(BlockHooks):
     kernel_size: tuple[int, int, int] = (3, 1, 1)
     scale: float = 1.0
     released: bool = False
-    class_tokens: int = 1
+    leading_tokens: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -49,22 +49,26 @@ class STAdapterHooks(BlockHooks):
         init = default if self.released else zeros
         up = nn.Dense(x.shape[-1], kernel_init=init, dtype=self.dtype, name="up")
 
-        def convolve(tokens, side):
-            """Convolve tokens [M, side^2, R] over time, rows and columns; the shape stays."""
+        first = self.leading_tokens
+        side = patch_grid_side(x.shape[1] - first)
+
+        def convolve(patches):
+            """Convolve patches [M, side^2, R] over time, rows and columns; the shape stays."""
             y = einops.rearrange(
-                tokens, "(b t) (h w) r -> b t h w r", t=self.num_frames, h=side, w=side
+                patches, "(b t) (h w) r -> b t h w r", t=self.num_frames, h=side, w=side
             )
             return einops.rearrange(conv(y), "b t h w r -> (b t) (h w) r")
 
-        first = self.class_tokens
-        side = patch_grid_side(x.shape[1] - first)
         if self.released:
-            y = up(convolve(down(x[:, first:]), side))
+            y = up(convolve(down(x[:, first:])))
             return self.scale * jnp.pad(y, ((0, 0), (first, 0), (0, 0)))
         y = down(x)
-        patches = convolve(y[:, first:], side)
+        patches = convolve(y[:, first:])
         if first:
-            patches = jnp.concatenate([convolve(y[:, :first], 1), patches], axis=1)
+            sizes = {"t": self.num_frames, "n": first}
+            leading = einops.rearrange(y[:, :first], "(b t) n r -> (b n) t 1 1 r", **sizes)
+            leading = einops.rearrange(conv(leading), "(b n) t 1 1 r -> (b t) n r", **sizes)
+            patches = jnp.concatenate([leading, patches], axis=1)
         return self.scale * up(gelu(patches))
 
     def on_input(self, h: jax.Array, block: Any) -> jax.Array:

@@ -48,7 +48,9 @@ class DeepPromptHooks(BlockHooks):
 
 
 class ShallowPromptModel(FrameModel):
-    """Implements VPT-shallow: K prompts after the class token pass through all blocks.
+    """Implements VPT-shallow: K prompts before the patches pass through all blocks.
+
+    They come after class token and registers, and the readout does not see them.
 
     Parameters: those of `FrameModel` and `prompts` [K, D].
 
@@ -67,4 +69,10 @@ class ShallowPromptModel(FrameModel):
         """Map images [M, H, W, 3] to tokens and prompts [M, N + K, D]."""
         h = super().embed(images)
         prompts = jnp.broadcast_to(self.prompts, (h.shape[0], *self.prompts.shape))
-        return jnp.concatenate([h[:, :1], prompts.astype(h.dtype), h[:, 1:]], axis=1)
+        first = self.config.num_leading_tokens
+        return jnp.concatenate([h[:, :first], prompts.astype(h.dtype), h[:, first:]], axis=1)
+
+    def pool(self, h: jax.Array) -> jax.Array:
+        """Remove the prompts from tokens h [M, N + K, D], then pool them: [M, D]."""
+        first = self.config.num_leading_tokens
+        return super().pool(jnp.delete(h, slice(first, first + self.num_prompts), axis=1))
