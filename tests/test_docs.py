@@ -542,7 +542,7 @@ def test_extending_a_backbone(tmp_path, monkeypatch):
         config.model.method = method
         abstract_model(config, 5, names["shape"])
     config.model.method = "vpt"
-    with pytest.raises(ValueError, match="and backbone 'Mixer-tiny' is of the family mixer"):
+    with pytest.raises(ValueError, match="backbone 'Mixer-tiny', which lacks global attention"):
         method_registry.build_model(config, names["shape"], 5)
     larger = dataclasses.replace(names["shape"], image_size=64)
     with pytest.raises(
