@@ -85,6 +85,7 @@ def test_train_then_evaluate(demo_data, demo_backbone, tmp_path):
         f"--config.backbone.checkpoint={demo_backbone}",
         "--config.num_train_steps=4",
         "--config.log_every_steps=2",
+        "--config.eval.every_epochs=0",
         "--config.data.image_size=32",
         "--config.data.batch_size=8",
         "--config.eval.batch_size=8",

@@ -89,6 +89,9 @@ KEYS = (
     Key("num_epochs", 30, "Length of the training in epochs; ours.", _NOT_NEGATIVE),
     Key("num_train_steps", Optional(int),
         "Length of the training in steps, used instead of num_epochs when set.", _NOT_NEGATIVE),
+    Key("early_stopping_evaluations", 0,
+        "Evaluations in a row without a new best top-1 after which the training ends; 0: never.",
+        _NOT_NEGATIVE),
     Key("log_every_steps", 50,
         "Steps between two progress lines and entries in metrics.jsonl, and the steps over which "
         "their loss and accuracy are averaged.", _COUNT),
@@ -272,7 +275,8 @@ KEYS = (
         "Epochs between evaluations during training; None: a tenth of the training; 0: only at the "
         "end.", _NOT_NEGATIVE),
     Key("eval.checkpoint", "latest",
-        "Checkpoint that --mode=eval takes: the latest, or the best by top-1 during training.",
+        "Checkpoint that --mode=eval and the end of a training evaluate: the latest, or the best "
+        "by top-1 during training.",
         ("latest", "best")),
     # checkpoint
     Key("checkpoint.every_steps", 1000,

@@ -31,7 +31,9 @@ from dualpath_jax.models.backbones import registry as backbone_registry
 from dualpath_jax.runtime import files, gcs
 from dualpath_jax.runtime.command_line import command_line
 from dualpath_jax.runtime.safe_read import (
+    MAX_JSON_BYTES,
     check_safetensors_header,
+    open_binary,
     parse_json,
     read_bytes,
     truncated_repr,
@@ -320,6 +322,29 @@ def load_backbone(
     )
     info = _describe_source(path, stored, meta, sha256)
     return traverse_util.unflatten_dict(arrays, sep="/"), config, info
+
+
+def is_converted(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a file that `convert_checkpoint` wrote, by its header."""
+    if not epath.Path(path).is_file():
+        return False
+    with open_binary(path, MAX_BYTES) as file:
+        size = int.from_bytes(file.read(8), "little")
+        return size <= MAX_JSON_BYTES and CONVERTED_KEY.encode() in file.read(size)
+
+
+def read_backbone_shape(
+    path: str | os.PathLike[str],
+) -> tuple[backbone_registry.BackboneConfig, BackboneInfo]:
+    """Return the shape of the backbone in a file of `convert_checkpoint`, and its origin.
+
+    Raises:
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is not a converted one, or is damaged.
+    """
+    _, meta, sha256 = _read_backbone(path)
+    stored = _parse_stored_config(path, meta)
+    return stored, _describe_source(path, stored, meta, sha256)
 
 
 def _describe_source(

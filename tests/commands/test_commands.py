@@ -208,6 +208,7 @@ SLOW_COMMANDS = {
         "demo/test_paths",
         "setup.ensure_generated",
     ),
+    "python scripts/finetune.py": ("commands/test_finetune", "finetune.main()"),
     "python scripts/show_comparison.py": ("scripts/test_compare_methods", "show_comparison.main"),
     "scripts/rerun.sh *": ("scripts/test_tpu_pod", "rerun.sh"),
 }

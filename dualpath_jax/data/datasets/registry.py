@@ -23,7 +23,7 @@ from dualpath_jax.data.datasets.hmdb51 import read_hmdb51
 from dualpath_jax.data.datasets.ssv2 import read_ssv2
 from dualpath_jax.data.datasets.validation_split import (
     GroupBy,
-    find_segments,
+    describe_segments,
     group_videos,
     split_by_hash,
 )
@@ -132,7 +132,7 @@ def _split_videos(
     if group_by:
         groups, notices = group_videos(videos, group_by)
     elif validation_fraction:
-        notices = find_segments(videos)
+        notices = describe_segments(videos)
     splits = split_by_hash(videos, validation_fraction, groups)
     return dataclasses.replace(listing, splits=splits, notices=listing.notices + notices)
 

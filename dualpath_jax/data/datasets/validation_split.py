@@ -198,11 +198,14 @@ def _hash(name: str) -> bytes:
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
 
 
-def find_segments(videos: Iterable[Video]) -> list[str]:
-    """Return a notice if names of files suggest segments of one recording, otherwise an empty list.
+def find_segments(videos: Iterable[Video]) -> tuple[str, str, str] | None:
+    """Look for names of files that suggest segments of one recording.
 
     A class whose names differ in their number alone is taken for numbered: some of its files must
     share the part before the number, and others must have another one.
+
+    Returns:
+      The regular expression that groups them, and two names as an example; None without such names.
     """
     classes = collections.defaultdict(list)
     for video in videos:
@@ -215,13 +218,20 @@ def find_segments(videos: Iterable[Video]) -> list[str]:
                     recordings[match.group(1)].append(os.path.basename(video.path))
             largest = max(recordings.values(), key=len, default=[])
             if len(recordings) > 1 and len(largest) > 1:
-                first, second = sorted(largest)[:2]
-                return [
-                    f"names such as {first!r} and {second!r} suggest segments of one recording; "
-                    "where train and validation share recordings, validation scores mean little. "
-                    f"Keep them together with --group_by='name:{pattern}' (see --help)"
-                ]
-    return []
+                return pattern, *sorted(largest)[:2]
+    return None
+
+
+def describe_segments(videos: Iterable[Video]) -> list[str]:
+    """Return a notice if names of files suggest segments of one recording, otherwise nothing."""
+    if not (found := find_segments(videos)):
+        return []
+    pattern, first, second = found
+    return [
+        f"names such as {first!r} and {second!r} suggest segments of one recording; where train "
+        "and validation share recordings, validation scores mean little. Keep them together with "
+        f"--group_by='name:{pattern}' (see --help)"
+    ]
 
 
 def _stem(video: Video) -> str:
