@@ -72,7 +72,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         choices=["latest", "best"],
         default="latest",
-        help="checkpoint of the run: the newest, or the best by top-1 in training (latest)",
+        help="checkpoint of the run: the newest, or the best by eval.criterion (latest)",
     )
 
 

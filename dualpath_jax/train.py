@@ -33,7 +33,7 @@ from dualpath_jax.training.metrics_logger import (
 )
 from dualpath_jax.training.sharding import shard_batch
 from dualpath_jax.training.state import TrainState
-from dualpath_jax.training.step import jit_train_step
+from dualpath_jax.training.step import choose_loss_fn, jit_train_step
 
 _NUM_EVALUATIONS = 10  # of a training, the last one included, where eval.every_epochs is None
 _DRAWN_CLIPS = 8  # of the first batch
@@ -167,8 +167,9 @@ def train(
     first_step, state = _first_state(experiment, state, checkpoints)
 
     # Each step needs the compiled program, a batch, and a record of its results.
+    loss_fn = choose_loss_fn(config, dataset.labels, len(experiment.class_names))
     train_step = jit_train_step(
-        experiment.model, config, experiment.optimizer, experiment.mesh, state
+        experiment.model, config, experiment.optimizer, experiment.mesh, state, loss_fn
     )
     unreadable = UnreadableVideos(dataset.ids, config.data.max_broken_videos)
     batches = _train_batches(experiment, dataset, first_step, unreadable)
@@ -267,7 +268,7 @@ class _Recorder:
         advice = None if made_up else TrainingAdvice(len(experiment.class_names))
         self.logger = MetricsLogger(experiment.workdir, loop.num_steps, batch_size, advice)
         saved = checkpoints.read_metadata(first_step) if first_step else {}
-        self._top1s = self._restore_top1s(saved)
+        self._scores = self._restore_scores(saved)
         self._means = RunningMeans(saved.get("running_means"))
         self.logger.resume(first_step, checkpoints.has_scores(first_step))
         self.logger.start(first_step)
@@ -329,8 +330,9 @@ class _Recorder:
     def save(self, done: int, state: TrainState) -> None:
         """Save the state after `done` steps in the background."""
         state = sharding.replicate(state, self._experiment.mesh)
+        config = self._experiment.config
         metadata = self._experiment.metadata() | {"running_means": self._means.to_json()}
-        metadata["earlier_scores"] = self._score_origin() | {"top1": self._top1s}
+        metadata["earlier_scores"] = _score_origin(config) | {"values": self._scores}
         self._checkpoints.save(done, state, metadata, self.logger.flush())
         self._last_save = time.monotonic()
 
@@ -355,37 +357,39 @@ class _Recorder:
         config = self._experiment.config
         scores = self._evaluator.evaluate(state)
         self.logger.log_scores(done, config.eval.split, scores)
-        self._top1s.append(scores.top1)
+        self._scores.append(getattr(scores, config.eval.criterion))
         if self.stops_early() and jax.process_index() == 0:
             progress_bar.print_above_bar(
-                f"early stopping: top-1 on {config.eval.split} has not risen above "
-                f"{max(self._top1s):.4f} for {config.early_stopping_evaluations} evaluations"
+                f"early stopping: {config.eval.criterion} on {config.eval.split} has not risen "
+                f"above {max(self._scores):.4f} for {config.early_stopping_evaluations} evaluations"
             )
-        entry = dataclasses.asdict(scores) | self._score_origin()
+        entry = dataclasses.asdict(scores) | _score_origin(config)
         self._checkpoints.add_scores(done, entry, self.logger.flush())
 
     def stops_early(self) -> bool:
         """Return whether `early_stopping_evaluations` ends the training."""
         patience = self._experiment.config.early_stopping_evaluations
-        return early_stopping.stops_early(self._top1s, patience)
+        return early_stopping.stops_early(self._scores, patience)
 
-    def _score_origin(self) -> dict[str, str]:
-        """Return what the scores of evaluations depend on besides the state."""
-        config = self._experiment.config
-        return {"split": config.eval.split, "views": format_views(config)}
+    def _restore_scores(self, saved: dict[str, Any]) -> list[float]:
+        """Return the scores of evaluations up to a checkpoint by the criterion, from its metadata.
 
-    def _restore_top1s(self, saved: dict[str, Any]) -> list[float]:
-        """Return top-1 of the evaluations up to a checkpoint, from its metadata.
-
-        Those of another split or other views do not count.
+        Those of another split, other views or another criterion do not count.
         """
-        top1s: list[float] = []
-        earlier, scores = saved.get("earlier_scores"), saved.get("scores")
-        if isinstance(earlier, dict) and self._score_origin().items() <= earlier.items():
-            top1s += [float(score) for score in earlier["top1"]]
-        if isinstance(scores, dict) and self._score_origin().items() <= scores.items():
-            top1s.append(scores["top1"])
-        return top1s
+        config = self._experiment.config
+        values: list[float] = []
+        earlier, last = saved.get("earlier_scores"), saved.get("scores")
+        if isinstance(earlier, dict) and _score_origin(config).items() <= earlier.items():
+            values += [float(value) for value in earlier["values"]]
+        if isinstance(last, dict) and _score_origin(config).items() <= last.items():
+            values.append(last[config.eval.criterion])
+        return values
+
+
+def _score_origin(config: Any) -> dict[str, str]:
+    """Return what scores depend on besides the state, and the name of the one that decides."""
+    views, criterion = format_views(config), config.eval.criterion
+    return {"split": config.eval.split, "views": views, "criterion": criterion}
 
 
 def record_final_scores(experiment: Experiment, results: dict[str, Any]) -> None:
@@ -404,7 +408,7 @@ def record_final_scores(experiment: Experiment, results: dict[str, Any]) -> None
     if not checkpoints.has_scores(step):
         logger = MetricsLogger(experiment.workdir, experiment.num_train_steps)
         logger.write_scores(step, split, scores)
-        entry = scores | {"split": split, "views": results["views"]}
+        entry = scores | _score_origin(config)
         checkpoints.add_scores(step, entry, logger.flush())
         logger.close()
     checkpoints.close()

@@ -23,7 +23,7 @@ from dualpath_jax.training import early_stopping, sharding
 from dualpath_jax.training.checkpoint import Checkpoints
 from dualpath_jax.training.inputs import check_inputs
 from dualpath_jax.training.optimizer import count_train_steps, make_schedule
-from dualpath_jax.training.step import make_train_step
+from dualpath_jax.training.step import choose_loss_fn, make_train_step
 from tests.helpers.compiling_once import compiling_once
 from tests.helpers.runs import build_run
 
@@ -78,6 +78,29 @@ def test_no_optimizer_slot_for_a_frozen_leaf(config, tmp_path):
     # Twin: an optimizer without the mask has them.
     params = param_tree.merge(run.state.trainable, run.frozen)
     assert [n for n in param_tree.flatten(optax.adamw(1e-3).init(params)) if "backbone" in n]
+
+
+def test_class_weights_by_hand(config):
+    """Check the loss of four clips of three classes with 1, 2 and 5 of 8 videos."""
+    logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6], [1, 1, 2]]))
+    labels = np.array([0, 1, 2, 2])
+
+    class Model:
+        def apply(self, params, *inputs):
+            return jnp.asarray(logits)
+
+    images = np.zeros((4, 2, 32, 32, 3), np.uint8)
+    batch = {"spatial": images, "temporal": images, "label": labels}
+    config.optimizer.label_smoothing = 0.0
+    training = np.array([0, 1, 1, 2, 2, 2, 2, 2])
+    losses = []
+    for config.data.class_weights in ("none", "balanced"):
+        loss_fn = choose_loss_fn(config, training, num_classes=4)  # the fourth has no video
+        losses.append(float(loss_fn(Model(), config, None, batch, None)[0]))
+    terms = -np.log([0.5, 0.8, 0.6, 0.5])
+    weights = np.array([8 / (3 * 1), 8 / (3 * 2), 8 / (3 * 5), 8 / (3 * 5)])
+    assert losses == pytest.approx([terms.mean(), (weights * terms).mean()], rel=1e-5)
+    assert abs(losses[0] - losses[1]) > 0.1
 
 
 def test_weight_decay_is_only_on_kernels(config, tmp_path):
@@ -402,7 +425,7 @@ def test_early_stopping_and_the_best_checkpoint(config, tmp_path, monkeypatch, c
         launch.train_and_evaluate(config, str(tmp_path / "run"), True)
     assert steps == [1, 2, 3, 4, 4, 2]  # at the end the last state, then the best
     output = capsys.readouterr().out
-    assert "top-1 on test has not risen above 0.5000 for 2 evaluations" in output
+    assert "top1 on test has not risen above 0.5000 for 2 evaluations" in output
     results = (tmp_path / "run" / "results.json").read_text()
     assert (json.loads(results)["step"], json.loads(results)["top1"]) == (2, 0.5)
     steps.clear()

@@ -105,7 +105,8 @@ def finetune(arguments: argparse.Namespace, overrides: list[str]) -> None:
     else:
         found = survey.survey_videos(index, videos_dir, arguments.short_side)
         _print_section("found", survey.describe_survey(found))
-    config = make_config(arguments, overrides, len(index.splits["train"]), run)
+    uneven = survey.class_ratio(index) >= small_sets.UNEVEN
+    config = make_config(arguments, overrides, len(index.splits["train"]), run, uneven)
     estimate = _estimate(config, index, found, run)
     _print_section("plan", _describe_plan(config, run, arguments))
     _print_section("estimate", estimate)
@@ -140,7 +141,11 @@ def _check_backbone_option(backbone: str | None) -> None:
 
 
 def make_config(
-    arguments: argparse.Namespace, overrides: list[str], num_clips: int, run: str
+    arguments: argparse.Namespace,
+    overrides: list[str],
+    num_clips: int,
+    run: str,
+    uneven: bool = False,
 ) -> Any:
     """Return the configuration of the training.
 
@@ -151,6 +156,7 @@ def make_config(
       overrides: --config.KEY=VALUE of the command line.
       num_clips: listed training videos.
       run: folder of the run.
+      uneven: some classes have many times more videos than others.
 
     Raises:
       ValueError, OSError: the backbone cannot be read, or an override is wrong.
@@ -174,6 +180,8 @@ def make_config(
         for key in config.backbone:
             if key not in ("name", "checkpoint") and hasattr(backbone, key):
                 config.backbone[key] = getattr(backbone, key)
+    if uneven:
+        small_sets.set_uneven_classes(config)
     if info.normalization:
         config.data.mean, config.data.std = map(tuple, info.normalization)
     if jax.default_backend() == "cpu":  # faster there
@@ -222,6 +230,9 @@ def _describe_plan(config: Any, run: str, arguments: argparse.Namespace) -> list
     length = f"at most {config.num_epochs} epochs"
     if config.num_train_steps is not None:
         length = f"at most {config.num_train_steps} steps"
+    weights = []
+    if data.class_weights != "none":
+        weights = [f"uneven classes: {data.class_weights} weights; {config.eval.criterion} decides"]
     return [
         f"backbone {arguments.backbone} ({config.backbone.name}), {data.num_frames} frames of "
         f"{data.image_size} pixels",
@@ -233,6 +244,7 @@ def _describe_plan(config: Any, run: str, arguments: argparse.Namespace) -> list
         + ("mirrored clips" if data.flip else "no mirrored clips (--config.data.flip=True)"),
         f"validation every {config.eval.every_epochs} epochs; the best checkpoint counts; the end "
         f"after {config.early_stopping_evaluations} validations without a new best",
+        *weights,
         f"all settings will be in {run}/config.json; `{command_line('train')} "
         f"--config={run}/config.json --workdir=NEW` trains with them again",
     ]

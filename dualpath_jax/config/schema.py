@@ -90,7 +90,7 @@ KEYS = (
     Key("num_train_steps", Optional(int),
         "Length of the training in steps, used instead of num_epochs when set.", _NOT_NEGATIVE),
     Key("early_stopping_evaluations", 0,
-        "Evaluations in a row without a new best top-1 after which the training ends; 0: never.",
+        "Evaluations in a row without a new best score after which the training ends; 0: never.",
         _NOT_NEGATIVE),
     Key("log_every_steps", 50,
         "Steps between two progress lines and entries in metrics.jsonl, and the steps over which "
@@ -144,6 +144,10 @@ KEYS = (
     Key("data.randaugment_magnitude", 7.0, "M, RandAugment's magnitude; ours.", Range(0, 10)),
     Key("data.erasing_probability", 0.0,
         "Probability of erasing a box in all frames of a clip.", _FRACTION),
+    Key("data.class_weights", "none",
+        "Weights of the classes in the training loss: none, or balanced, in inverse proportion to "
+        "their numbers of training videos; ours.",
+        ("none", "balanced")),
     Key("data.mean", (0.48145466, 0.4578275, 0.40821073),
         "Mean of red, green and blue that the backbone expects; CLIP's.", _FRACTION),
     Key("data.std", (0.26862954, 0.26130258, 0.27577711),
@@ -276,8 +280,11 @@ KEYS = (
         "end.", _NOT_NEGATIVE),
     Key("eval.checkpoint", "latest",
         "Checkpoint that --mode=eval and the end of a training evaluate: the latest, or the best "
-        "by top-1 during training.",
+        "during training by eval.criterion.",
         ("latest", "best")),
+    Key("eval.criterion", "top1",
+        "Score that decides which checkpoint is the best, and when early stopping ends a training.",
+        ("top1", "mean_class_accuracy")),
     # checkpoint
     Key("checkpoint.every_steps", 1000,
         "Steps between checkpoints; evaluations and the end are saved as well.", _COUNT),
@@ -285,7 +292,7 @@ KEYS = (
         "Minutes after which a checkpoint is saved in any case, checked when progress is logged.",
         _POSITIVE),
     Key("checkpoint.keep", 3,
-        "Newest checkpoints that are kept, in addition to the best by top-1.", _COUNT),
+        "Newest checkpoints that are kept, in addition to the best.", _COUNT),
     # profile
     Key("profile.first_step", 10,
         "First step that is traced, counted from the start of the process.", _NOT_NEGATIVE),

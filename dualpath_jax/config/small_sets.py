@@ -14,6 +14,7 @@ from dualpath_jax.config import recipes, schema
 NUM_EVALUATIONS = 20  # of a training
 PATIENCE = 7  # evaluations without a new best top-1 after which it stops
 WARMUP = 0.1  # of the epochs
+UNEVEN = 3.0  # largest class / smallest class from which on the classes are weighted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,12 @@ def make_config(num_clips: int, backbone: Any, method: str | None = None) -> Con
     config.checkpoint.every_minutes = 5.0
     config.checkpoint.keep = 1
     return config
+
+
+def set_uneven_classes(config: ConfigDict) -> None:
+    """Set weights of classes, and the mean class accuracy as the score that decides."""
+    config.data.class_weights = "balanced"
+    config.eval.criterion = "mean_class_accuracy"
 
 
 def _unset_dualpath_keys(config: ConfigDict) -> None:

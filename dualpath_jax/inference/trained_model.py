@@ -214,7 +214,7 @@ def read_trained_params(
 
     Args:
       path: workdir of a run, or an adapter file; local or gs://.
-      which: checkpoint of a run: "latest", or "best" by top-1 during training.
+      which: checkpoint of a run: "latest", or "best" during training by `eval.criterion`.
 
     Returns:
       (trainable parameters by path, float32; metadata with "step").
@@ -255,7 +255,7 @@ def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> 
     Args:
       path: workdir of a run, or an adapter file; local or gs://.
       backbone: file of the converted backbone; None: the file that the run used.
-      checkpoint: of a run: "latest", or "best" by top-1 during training.
+      checkpoint: of a run: "latest", or "best" during training by `eval.criterion`.
 
     Raises:
       OSError: a file is missing.

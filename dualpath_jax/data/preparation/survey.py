@@ -164,16 +164,16 @@ def describe_classes(index: DatasetIndex) -> list[str]:
         lines.append(f"  {terminal.escape_name(index.class_names[label]):<{width}}  {numbers}")
     if len(by_size) > _NUM_SHOWN:
         lines.insert(11, f"  ... {len(by_size) - 20} more classes")
-    largest, smallest = (counts["train"][by_size[i]] for i in (0, -1))
-    if largest >= 3 * smallest:
-        lines.append(
-            f"the classes are uneven, {largest} against {smallest} training videos: look at the "
-            "mean class accuracy too"
-        )
     unseen = [index.class_names[label] for label in by_size if not counts["validation"].get(label)]
     if unseen:
         lines.append(f"without a validation video: {', '.join(map(truncated_repr, unseen[:5]))}")
     return lines
+
+
+def class_ratio(index: DatasetIndex) -> float:
+    """Return the training videos of the largest class per one of the smallest."""
+    counts = collections.Counter(video.label for video in index.splits["train"]).values()
+    return max(counts) / min(counts)
 
 
 def describe_survey(survey: Survey) -> list[str]:
