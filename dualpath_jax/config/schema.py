@@ -80,7 +80,10 @@ _BACKBONES = (
     *("Swin-T", "Swin-S", "Swin-B", "custom", "custom-swin"),
 )
 GENERATED_SOURCES = ("demo", "paths", "paths_large")  # rendered by dualpath_jax/demo
-_SOURCES = ("k400", "ssv2", "hmdb51", "diving48", "folder", "csv", *GENERATED_SOURCES)
+_SOURCES = (
+    *("k400", "ssv2", "hmdb51", "ucf101", "diving48", "folder", "csv"),
+    *GENERATED_SOURCES,
+)
 
 # fmt: off
 KEYS = (
@@ -107,7 +110,7 @@ KEYS = (
         _SOURCES),
     Key("data.train_split", "train", "Split that is trained on."),
     Key("data.split", Optional(str),
-        "HMDB51: split 1, 2, 3 or all, instead of the 1 in the names of the splits.",
+        "HMDB51, UCF101: split 1, 2, 3 or all, instead of the 1 in the names of the splits.",
         ("1", "2", "3", "all")),
     Key("data.batch_size", 64, "Clips per step, over all devices and hosts.", _COUNT),
     Key("data.image_size", 224, "Height and width of a spatial frame, pixels.", _SIZE),

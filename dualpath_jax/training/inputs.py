@@ -47,8 +47,8 @@ def expand_splits(config: Any, workdir: str) -> list[tuple[Any, str]]:
     """Return the config and the workdir of each run that `config.data.split` asks for.
 
     A data set with several divisions has the splits train1, test1, train2, ... The value "2"
-    selects train2 and test2. "all" selects the three divisions of HMDB51; each has a run of its
-    own, in workdir/split1, workdir/split2 and workdir/split3.
+    selects train2 and test2. "all" selects the three divisions of HMDB51 or UCF101; each has a run
+    of its own, in workdir/split1, workdir/split2 and workdir/split3.
 
     Raises:
       ValueError: a value of `config` is not allowed.

@@ -165,7 +165,10 @@ NOT_RUN = {
         *("scripts/tpu_pod.sh setup *", "scripts/tpu_pod.sh run *"),
     ],
     FOREIGN: [
-        *(f"python scripts/prepare_dataset.py --dataset={name} *" for name in ("k400", "hmdb51")),
+        *(
+            f"python scripts/prepare_dataset.py --dataset={n} *"
+            for n in ("k400", "hmdb51", "ucf101")
+        ),
         "python scripts/prepare_dataset.py --dataset=diving48 *",
         *(f"python -m dualpath_jax.main --config=configs/{n}_vitb.py" for n in ("k400", "ssv2")),
         "python -m dualpath_jax.main --config=configs/ssv2_vitb.py --config.data.source=folder *",
