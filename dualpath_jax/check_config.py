@@ -22,7 +22,7 @@ from dualpath_jax.training.step import choose_loss_fn, make_train_step
 # Keys that are read only in a run with parameters and data.
 _READ_BY_RUNS = {
     *("init_from", "resume_changed", "eval.checkpoint", "eval.criterion"),
-    "data.keep_normalization",
+    *("data.keep_normalization", "data.shots"),
 }
 
 

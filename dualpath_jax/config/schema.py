@@ -112,6 +112,8 @@ KEYS = (
     Key("data.split", Optional(str),
         "HMDB51, UCF101: split 1, 2, 3 or all, instead of the 1 in the names of the splits.",
         ("1", "2", "3", "all")),
+    Key("data.shots", Optional(int),
+        "Training videos of each class, always the same ones; None: all; ours.", _COUNT),
     Key("data.batch_size", 64, "Clips per step, over all devices and hosts.", _COUNT),
     Key("data.image_size", 224, "Height and width of a spatial frame, pixels.", _SIZE),
     Key("data.num_frames", 32,

@@ -9,6 +9,7 @@ from etils import epath
 from dualpath_jax.config import schema
 from dualpath_jax.data import pipeline, synthetic
 from dualpath_jax.data.datasets import hmdb51
+from dualpath_jax.data.few_shots import FewShots
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.data.video_source import VideoSource
 from dualpath_jax.runtime import files, gcs
@@ -126,7 +127,10 @@ def open_datasets(config: Any) -> tuple[VideoSource, VideoSource]:
         sizes = (_NUM_SYNTHETIC_VIDEOS, config.eval.batch_size)
         return tuple(synthetic.make_synthetic_split(config.data, size) for size in sizes)
     splits = (config.data.train_split, config.eval.split)
-    return tuple(VideoDataset(config.data.dir, split) for split in splits)
+    training, evaluation = (VideoDataset(config.data.dir, split) for split in splits)
+    if config.data.shots is not None:
+        training = FewShots(training, config.data.shots)
+    return training, evaluation
 
 
 def report_untrained_classes(dataset: VideoSource) -> None:
