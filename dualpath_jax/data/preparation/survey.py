@@ -24,6 +24,7 @@ from dualpath_jax.data.preparation.dry_run import decode_videos
 from dualpath_jax.runtime import terminal
 from dualpath_jax.runtime.safe_read import truncated_repr
 
+_SPLITS = ("train", "validation", "test")
 _VALIDATION_FRACTION = 0.2
 _NUM_SHOWN = 20  # classes, and a quarter of it problems
 
@@ -78,9 +79,11 @@ def list_own_videos(
             f"there are no training videos in {annotations or videos}, only "
             f"{', '.join(index.splits)}: add them, or name a folder of class folders"
         )
-    if "validation" not in index.splits:
-        splits, lines = _make_validation_split(index.splits["train"])
-        index = dataclasses.replace(index, splits=splits | index.splits | splits)
+    splits = {name: index.splits[name] for name in _SPLITS if name in index.splits}
+    if "validation" not in splits:
+        made, lines = _make_validation_split(splits["train"])
+        splits = made | {name: splits[name] for name in splits if name != "train"}
+    index = dataclasses.replace(index, splits=splits)
     _check_classes(index)
     return index, videos, lines
 
