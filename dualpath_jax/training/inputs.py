@@ -118,6 +118,12 @@ def _exists(path: str) -> bool:
         return epath.Path(path).exists()
 
 
+def open_training_split(config: Any) -> VideoSource:
+    """Open the prepared videos to train on: all, or `data.shots` of each class."""
+    dataset = VideoDataset(config.data.dir, config.data.train_split)
+    return dataset if config.data.shots is None else FewShots(dataset, config.data.shots)
+
+
 def open_datasets(config: Any) -> tuple[VideoSource, VideoSource]:
     """Open the splits to train on and to evaluate; synthetic ones for `data.synthetic`.
 
@@ -126,11 +132,7 @@ def open_datasets(config: Any) -> tuple[VideoSource, VideoSource]:
     if config.data.synthetic:
         sizes = (_NUM_SYNTHETIC_VIDEOS, config.eval.batch_size)
         return tuple(synthetic.make_synthetic_split(config.data, size) for size in sizes)
-    splits = (config.data.train_split, config.eval.split)
-    training, evaluation = (VideoDataset(config.data.dir, split) for split in splits)
-    if config.data.shots is not None:
-        training = FewShots(training, config.data.shots)
-    return training, evaluation
+    return open_training_split(config), VideoDataset(config.data.dir, config.eval.split)
 
 
 def report_untrained_classes(dataset: VideoSource) -> None:
