@@ -206,9 +206,9 @@ def export_model(
         raise ValueError(problem)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"--batch_size={batch_size} must be at least 1")
-    shape = shape or default_shape(model)
     folder = pathlib.Path(out)
     files.check_no_links(folder, _OUTPUTS)
+    shape = shape or default_shape(model)
     folder.mkdir(parents=True, exist_ok=True)
     for name in formats:
         FORMATS[name][0](model, folder, shape, batch_size)
