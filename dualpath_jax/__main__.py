@@ -10,6 +10,7 @@ from dualpath_jax.runtime import console, preemption
 _MAIN = "dualpath_jax.main"
 COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "demo": (_MAIN, ("--config=demo",), "train and evaluate the embedded demo in runs/demo"),
+    "finetune": ("dualpath_jax.commands.finetune", (), "train a model on your own videos"),
     "train": (_MAIN, (), "train the model of a config file, then evaluate it"),
     "eval": (_MAIN, ("--mode=eval",), "evaluate the checkpoint of a workdir"),
     "check": (_MAIN, ("--mode=check",), "check a configuration without weights, data or training"),
@@ -64,7 +65,9 @@ def _run_command(arguments: Sequence[str] | None) -> None:
         print(f"error: unknown command {name!r}: known are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     module, added, _ = COMMANDS[name]
-    if module == _MAIN:  # SIGTERM ends it with its status also while it imports
+    if (
+        module == _MAIN or name == "finetune"
+    ):  # SIGTERM ends it with its status also while it imports
         preemption.install_sigterm_handler()
     sys.argv = [f"dualpath {name}", *added, *rest]
     sys.exit(importlib.import_module(module).main())

@@ -17,11 +17,14 @@ from dualpath_jax.models import registry as method_registry
 from dualpath_jax.training import sharding
 from dualpath_jax.training.experiment import build_abstract
 from dualpath_jax.training.inputs import choose_train_batches
-from dualpath_jax.training.step import make_train_step
+from dualpath_jax.training.step import choose_loss_fn, make_train_step
 from dualpath_jax.weights.backbone_keys import fill_backbone_keys
 
 # Keys that are read only in a run with parameters and data.
-_READ_BY_RUNS = {"init_from", "resume_changed", "eval.checkpoint", "data.keep_normalization"}
+_READ_BY_RUNS = {
+    *("init_from", "resume_changed", "eval.checkpoint", "eval.criterion"),
+    *("data.keep_normalization", "data.shots"),
+}
 
 
 def check_config(config: ConfigDict, overrides: Collection[str] = ()) -> None:
@@ -62,7 +65,8 @@ def check_config(config: ConfigDict, overrides: Collection[str] = ()) -> None:
     batch = next(train_batches(videos, log.data, log.seed, 0, num_steps, inputs=inputs))
     _print_batch("training", batch)
     module = abstract.model.module
-    train_step = make_train_step(module, log, abstract.optimizer)
+    loss_fn = choose_loss_fn(log, videos.labels, len(videos.class_names))
+    train_step = make_train_step(module, log, abstract.optimizer, loss_fn=loss_fn)
     del batch["example_id"]
     state, _ = jax.eval_shape(train_step, abstract.state, abstract.frozen, batch)
     views = Views(log.eval.temporal_views, log.eval.spatial_crops)

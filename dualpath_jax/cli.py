@@ -6,6 +6,7 @@ JAX and TensorFlow are imported only where they are used, so that --help is quic
 import argparse
 import ast
 import contextlib
+import functools
 import os
 import sys
 import traceback
@@ -75,7 +76,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         choices=["latest", "best"],
         default="latest",
-        help="checkpoint of the run: the newest, or the best by top-1 in training (latest)",
+        help="checkpoint of the run: the newest, or the best by eval.criterion (latest)",
     )
 
 
@@ -110,12 +111,17 @@ def parse_with_overrides(
     return options, rest
 
 
-def run_app(main: Callable[[list[str]], None], doc: str) -> None:
+def run_app(
+    main: Callable[[list[str]], None],
+    doc: str,
+    complete: Callable[[list[str]], list[str]] = list,
+) -> None:
     """Run `main` with absl's flags; end with status 2 if a flag or the config file is wrong.
 
     Args:
       main: called with the arguments that are not flags.
       doc: printed by --help, before the flags of the module of `main`.
+      complete: adds arguments that follow from the others; may raise `flags.Error`.
     """
     arguments = sys.argv[1:]
     if "--help_config" in arguments:
@@ -128,18 +134,19 @@ def run_app(main: Callable[[list[str]], None], doc: str) -> None:
         sys.exit(0)
     asked_for_help = any(argument.lstrip("-").startswith("help") for argument in arguments)
     try:
-        app.run(main, flags_parser=_parse_flags)
+        app.run(main, flags_parser=functools.partial(_parse_flags, complete=complete))
     except SystemExit as end:
         environment.exit_process(0 if asked_for_help and end.code == 1 else end.code)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str], complete: Callable[[list[str]], list[str]] = list) -> list[str]:
     """Parse absl's flags and the config file; return the other arguments.
 
     A wrong flag or config file ends the program with one line and status 2.
     """
     try:
-        arguments = loading.rename_overrides(_find_config_files(expand_home(argv[1:])))
+        arguments = complete(expand_home(argv[1:]))
+        arguments = loading.rename_overrides(_find_config_files(arguments))
         sys.argv[1:] = arguments  # the config flag reads its overrides there
         rest = flags.FLAGS([argv[0], *arguments])
         if "config" in flags.FLAGS and flags.FLAGS["config"].present:

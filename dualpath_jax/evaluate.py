@@ -236,7 +236,7 @@ def _write_results(experiment: Experiment, step: int, scores: Scores) -> dict[st
     config = experiment.config
     results = {
         **dataclasses.asdict(scores),
-        "top1_interval": confidence_interval(scores.top1, scores.num_videos),
+        "top1_interval": list(confidence_interval(scores.top1, scores.num_videos)),
         "views": format_views(config),
         "total_params": experiment.total_params,
         "trainable_params": experiment.trainable_params,
@@ -259,7 +259,7 @@ def write_mean_results(workdir: str, results: list[dict[str, Any]]) -> dict[str,
     scores = ("top1", "top5", "mean_class_accuracy")
     mean = {name: sum(result[name] for result in results) / len(results) for name in scores}
     videos = min(result["num_videos"] for result in results)
-    interval = {"top1_interval": confidence_interval(mean["top1"], videos)}
+    interval = {"top1_interval": list(confidence_interval(mean["top1"], videos))}
     by_split = {"splits": {result["split"]: result for result in results}}
     _write_json(workdir, mean | interval | by_split)
     top1 = format_accuracy(mean["top1"], videos)

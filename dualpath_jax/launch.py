@@ -20,6 +20,7 @@ from dualpath_jax.training.inputs import (
     open_datasets,
     report_untrained_classes,
 )
+from dualpath_jax.training.state import TrainState
 from dualpath_jax.weights.backbone_keys import fill_backbone_keys
 
 # Settings that may differ between hosts: paths on their own disks, and the number of prefetched
@@ -83,12 +84,24 @@ def _run_split(config: Any, workdir: str, training: bool, start_over: bool) -> d
         if start_over:
             restore.start_over(config, workdir)
         state = train.train(experiment, state, dataset, evaluator)
-    else:
-        state = restore.restore_for_evaluation(experiment, state)
+        return _evaluate_trained(evaluator, state)
+    state = restore.restore_for_evaluation(experiment, state)
+    return evaluate.evaluate_and_write(evaluator, state)
+
+
+def _evaluate_trained(evaluator: evaluate.Evaluator, state: TrainState) -> dict[str, Any]:
+    """Evaluate the last state of a training, then the best if that is asked for.
+
+    Returns:
+      The content of results.json.
+    """
+    experiment = evaluator.experiment
     results = evaluate.evaluate_and_write(evaluator, state)
-    if training:
-        train.record_final_scores(experiment, results)
-    return results
+    train.record_final_scores(experiment, results)
+    if experiment.config.eval.checkpoint != "best":
+        return results
+    best = restore.restore_for_evaluation(experiment, state)
+    return results if best.step == state.step else evaluate.evaluate_and_write(evaluator, best)
 
 
 def shared_settings(config: Any) -> dict[str, Any]:

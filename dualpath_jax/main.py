@@ -2,10 +2,13 @@
 
     python -m dualpath_jax.main --config=configs/demo.py --workdir=runs/demo
     python -m dualpath_jax.main --config=configs/finetune.py --config.data.dir=data/mine
+    python -m dualpath_jax.main --mode=eval --workdir=runs/demo
 
---config takes a path, or the name of a file in ./configs or in the package. --config.KEY=VALUE sets
-any key of the configuration, such as --config.data.batch_size=32; --help_config lists all keys with
-their defaults. -v=1 shows what is logged, and the traceback of an error.
+--config takes a path, or the name of a file in ./configs or in the package. A file NAME.json is a
+saved configuration; each run writes its own, config.json, into its workdir, and --mode=eval takes
+it from there. --config.KEY=VALUE sets any key of the configuration, such as
+--config.data.batch_size=32; --help_config lists all keys with their defaults. -v=1 shows what is
+logged, and the traceback of an error.
 
 `dualpath train`, `dualpath eval` and `dualpath check` are this command with its modes.
 
@@ -19,14 +22,16 @@ if __name__ == "__main__":  # SIGTERM ends the program with its status also whil
     preemption.install_sigterm_handler()
 
 import os
-import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import config_flags
 
 from dualpath_jax import cli
-from dualpath_jax.config import loading
+from dualpath_jax.config import loading, saved_config
+from dualpath_jax.config.values import flatten_config
 from dualpath_jax.runtime import console, environment, preemption, progress_bar
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -75,15 +80,48 @@ QUIET = flags.DEFINE_bool(
 
 
 def _default_workdir(config: Any) -> str:
-    """Return runs/NAME, the name of the config file; "_synthetic" follows for synthetic data."""
+    """Return the folder of `loading.default_workdir`; "_synthetic" follows for synthetic data."""
     path = config_flags.get_config_filename(flags.FLAGS["config"])
-    return f"runs/{pathlib.Path(path.split(':')[0]).stem}{'_synthetic' * config.data.synthetic}"
+    return loading.default_workdir(path) + "_synthetic" * config.data.synthetic
+
+
+def _find_config(arguments: list[str]) -> list[str]:
+    """Return the arguments with a --config; an evaluation takes that of its workdir.
+
+    Raises:
+      flags.Error: neither is named.
+    """
+    if any(argument.lstrip("-").split("=")[0] == "config" for argument in arguments):
+        return arguments
+    rest = flags.FLAGS(["", *arguments], known_only=True)[1:]
+    words = [argument for argument in rest if not argument.startswith("-")]
+    if MODE.value != "eval":
+        raise flags.Error("--config is missing: name a config file, such as --config=finetune")
+    if not (workdir := WORKDIR.value or (words[0] if words else None)):
+        raise flags.Error("name the run to evaluate by its folder, or a config file by --config")
+    for folder, added in ((workdir, ()), (f"{workdir}/split1", ("--config.data.split=all",))):
+        if epath.Path(folder, "config.json").exists():
+            return [*arguments, f"--config={folder}/config.json", *added]
+    raise flags.Error(
+        f"{workdir} has no config.json: it is not the folder of a training run; name that folder, "
+        "or a config file by --config"
+    )
+
+
+def _describe_overrides(overrides: Mapping[str, Any]) -> str:
+    """Return a line with the saved configuration that is used, and what the user sets in it."""
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[2]
+    saved = flatten_config(saved_config.get_config(path))
+    changed = [f"{key}={new!r} instead of {saved[key]!r}" for key, new in overrides.items()]
+    return f"configuration: {path}" + (f", with {', '.join(changed)}" if changed else "")
 
 
 def run(argv: list[str]) -> None:
     """Run the mode that the flags name; absl calls it with the parsed command line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    words = argv[1:]
+    workdir = WORKDIR.value or (words.pop(0) if words and MODE.value == "eval" else None)
+    if words:
+        raise app.UsageError(f"unexpected arguments: {' '.join(words)}")
     if MODE.value != "check":
         console.protect_streams(is_log=True)  # results are in the workdir
     if not flags.FLAGS["verbosity"].present:
@@ -92,7 +130,9 @@ def run(argv: list[str]) -> None:
     config = CONFIG.value
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     loading.prefer_num_epochs(config, overrides)
-    workdir = WORKDIR.value or _default_workdir(config)
+    workdir = workdir or _default_workdir(config)
+    if config_flags.get_config_filename(flags.FLAGS["config"]).endswith(".json"):
+        print(_describe_overrides(overrides), flush=True)
 
     # Imported here, so that --help is quick and decoding workers do not load JAX and TensorFlow.
     with cli.user_errors():
@@ -116,8 +156,7 @@ def main() -> None:
     """Parse the command line and run it; the module's docstring lists the exit statuses."""
     preemption.install_sigterm_handler()  # the loop has its own handler
     environment.configure_environment()
-    flags.mark_flag_as_required("config")
-    cli.run_app(run, __doc__)
+    cli.run_app(run, __doc__, _find_config)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from dualpath_jax.data.unreadable_videos import UnreadableVideos
 from dualpath_jax.data.video_source import VideoSource
 from dualpath_jax.evaluate import Evaluator, Scores
 from dualpath_jax.models import registry as method_registry
-from dualpath_jax.runtime import environment, files
+from dualpath_jax.runtime import environment, files, progress_bar
 from dualpath_jax.runtime.preemption import PreemptionGuard
-from dualpath_jax.training import adapter_file, restore, sharding
+from dualpath_jax.training import adapter_file, early_stopping, restore, sharding
 from dualpath_jax.training.advice import TrainingAdvice
 from dualpath_jax.training.checkpoint import Checkpoints
 from dualpath_jax.training.experiment import Experiment
@@ -33,7 +33,7 @@ from dualpath_jax.training.metrics_logger import (
 )
 from dualpath_jax.training.sharding import shard_batch
 from dualpath_jax.training.state import TrainState
-from dualpath_jax.training.step import jit_train_step
+from dualpath_jax.training.step import choose_loss_fn, jit_train_step
 
 _NUM_EVALUATIONS = 10  # of a training, the last one included, where eval.every_epochs is None
 _DRAWN_CLIPS = 8  # of the first batch
@@ -80,13 +80,22 @@ class LoopSchedule:
 
 
 def make_loop_schedule(config: Any, num_train_steps: int, steps_per_epoch: float) -> LoopSchedule:
-    """Return the schedule of the loop that `config` asks for."""
+    """Return the schedule of the loop that `config` asks for.
+
+    Raises:
+      ValueError: early stopping is on, and evaluations are off.
+    """
     if config.data.synthetic:
         eval_every = 0  # its scores mean nothing
     elif config.eval.every_epochs is None:
         eval_every = num_train_steps / _NUM_EVALUATIONS
     else:
         eval_every = config.eval.every_epochs * steps_per_epoch
+    if config.early_stopping_evaluations and not eval_every:
+        raise ValueError(
+            f"early_stopping_evaluations={config.early_stopping_evaluations} needs evaluations "
+            "during training, and eval.every_epochs=0 has none: leave one of them out"
+        )
     return LoopSchedule(
         num_steps=num_train_steps,
         log_every=config.log_every_steps,
@@ -155,15 +164,12 @@ def train(
 
     # The run begins at the newest checkpoint, at an adapter file, or at fresh parameters.
     checkpoints = Checkpoints(experiment.workdir, loop.keep)
-    first_step, state = restore.restore_for_training(experiment, state, checkpoints)
-    if not first_step and config.init_from:
-        state, _ = adapter_file.init_from_adapter(experiment, state, config.init_from)
-    if jax.process_index() == 0:
-        _describe_run(experiment, first_step)
+    first_step, state = _first_state(experiment, state, checkpoints)
 
     # Each step needs the compiled program, a batch, and a record of its results.
+    loss_fn = choose_loss_fn(config, dataset.labels, len(experiment.class_names))
     train_step = jit_train_step(
-        experiment.model, config, experiment.optimizer, experiment.mesh, state
+        experiment.model, config, experiment.optimizer, experiment.mesh, state, loss_fn
     )
     unreadable = UnreadableVideos(dataset.ids, config.data.max_broken_videos)
     batches = _train_batches(experiment, dataset, first_step, unreadable)
@@ -172,9 +178,11 @@ def train(
 
     # Each step is checked, logged, saved and evaluated as the schedule demands. Without `closing`,
     # TensorFlow's threads could outlive an error, and Python would abort.
-    profiled = profile_steps(loop, experiment.workdir)
+    profiled, done = profile_steps(loop, experiment.workdir), first_step
     with contextlib.closing(batches), PreemptionGuard() as guard, profiled as profile:
         for step in range(first_step, loop.num_steps):
+            if recorder.stops_early():
+                break
             profile(step - first_step)
             with recorder.logger.measure_data_wait():
                 batch = next(batches)
@@ -182,14 +190,26 @@ def train(
             if step == first_step:
                 recorder.log_first_batch(step, batch)
             state, metrics = train_step(state, experiment.frozen, sharded)
-            recorder.finish_step(step + 1, state, metrics, guard)
+            recorder.finish_step(done := step + 1, state, metrics, guard)
             if recorder.stopping:
                 break
         checkpoints.close()
         recorder.logger.close()
-        if loop.num_steps > first_step and (recorder.stopping or guard.stop_requested):
-            raise guard.stop_exception(f"stopped; saved {checkpoints.path(step + 1)}")
+        if done > first_step and (recorder.stopping or guard.stop_requested):
+            raise guard.stop_exception(f"stopped; saved {checkpoints.path(done)}")
     return state
+
+
+def _first_state(
+    experiment: Experiment, state: TrainState, checkpoints: Checkpoints
+) -> tuple[int, TrainState]:
+    """Return the step and the state that the run begins with, and describe it in the workdir."""
+    first_step, state = restore.restore_for_training(experiment, state, checkpoints)
+    if not first_step and experiment.config.init_from:
+        state, _ = adapter_file.init_from_adapter(experiment, state, experiment.config.init_from)
+    if jax.process_index() == 0:
+        _describe_run(experiment, first_step)
+    return first_step, state
 
 
 def _describe_run(experiment: Experiment, first_step: int) -> None:
@@ -248,6 +268,7 @@ class _Recorder:
         advice = None if made_up else TrainingAdvice(len(experiment.class_names))
         self.logger = MetricsLogger(experiment.workdir, loop.num_steps, batch_size, advice)
         saved = checkpoints.read_metadata(first_step) if first_step else {}
+        self._scores = self._restore_scores(saved)
         self._means = RunningMeans(saved.get("running_means"))
         self.logger.resume(first_step, checkpoints.has_scores(first_step))
         self.logger.start(first_step)
@@ -309,7 +330,9 @@ class _Recorder:
     def save(self, done: int, state: TrainState) -> None:
         """Save the state after `done` steps in the background."""
         state = sharding.replicate(state, self._experiment.mesh)
+        config = self._experiment.config
         metadata = self._experiment.metadata() | {"running_means": self._means.to_json()}
+        metadata["earlier_scores"] = _score_origin(config) | {"values": self._scores}
         self._checkpoints.save(done, state, metadata, self.logger.flush())
         self._last_save = time.monotonic()
 
@@ -334,9 +357,39 @@ class _Recorder:
         config = self._experiment.config
         scores = self._evaluator.evaluate(state)
         self.logger.log_scores(done, config.eval.split, scores)
-        origin = {"split": config.eval.split, "views": format_views(config)}
-        entry = dataclasses.asdict(scores) | origin
+        self._scores.append(getattr(scores, config.eval.criterion))
+        if self.stops_early() and jax.process_index() == 0:
+            progress_bar.print_above_bar(
+                f"early stopping: {config.eval.criterion} on {config.eval.split} has not risen "
+                f"above {max(self._scores):.4f} for {config.early_stopping_evaluations} evaluations"
+            )
+        entry = dataclasses.asdict(scores) | _score_origin(config)
         self._checkpoints.add_scores(done, entry, self.logger.flush())
+
+    def stops_early(self) -> bool:
+        """Return whether `early_stopping_evaluations` ends the training."""
+        patience = self._experiment.config.early_stopping_evaluations
+        return early_stopping.stops_early(self._scores, patience)
+
+    def _restore_scores(self, saved: dict[str, Any]) -> list[float]:
+        """Return the scores of evaluations up to a checkpoint by the criterion, from its metadata.
+
+        Those of another split, other views or another criterion do not count.
+        """
+        config = self._experiment.config
+        values: list[float] = []
+        earlier, last = saved.get("earlier_scores"), saved.get("scores")
+        if isinstance(earlier, dict) and _score_origin(config).items() <= earlier.items():
+            values += [float(value) for value in earlier["values"]]
+        if isinstance(last, dict) and _score_origin(config).items() <= last.items():
+            values.append(last[config.eval.criterion])
+        return values
+
+
+def _score_origin(config: Any) -> dict[str, str]:
+    """Return what scores depend on besides the state, and the name of the one that decides."""
+    views, criterion = format_views(config), config.eval.criterion
+    return {"split": config.eval.split, "views": views, "criterion": criterion}
 
 
 def record_final_scores(experiment: Experiment, results: dict[str, Any]) -> None:
@@ -355,7 +408,7 @@ def record_final_scores(experiment: Experiment, results: dict[str, Any]) -> None
     if not checkpoints.has_scores(step):
         logger = MetricsLogger(experiment.workdir, experiment.num_train_steps)
         logger.write_scores(step, split, scores)
-        entry = scores | {"split": split, "views": results["views"]}
+        entry = scores | _score_origin(config)
         checkpoints.add_scores(step, entry, logger.flush())
         logger.close()
     checkpoints.close()

@@ -50,10 +50,10 @@ def load_clips(config, count: int):
     """Return (data set, batch) of the first `count` training videos, as evaluation sees them."""
     from dualpath_jax.data import pipeline
     from dualpath_jax.data.clip_spec import Views
-    from dualpath_jax.data.video_dataset import VideoDataset
     from dualpath_jax.models import registry as method_registry
+    from dualpath_jax.training.inputs import open_training_split
 
-    dataset = VideoDataset(config.data.dir, config.data.train_split)
+    dataset = open_training_split(config)
     inputs = method_registry.clip_inputs(config)
     batches = pipeline.eval_batches(dataset, config.data, Views(1, 1), count, inputs=inputs)
     batch = next(batches)

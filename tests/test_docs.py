@@ -214,7 +214,8 @@ def parse_main(arguments):
             flags.DEFINE_flag(copy.deepcopy(flag), values)
     rest = values(argv)
     assert rest == ["main"], f"not a flag: {rest[1:]}"
-    assert values["config"].value.seed is not None  # reads the file
+    if values["config"].present or "--mode=eval" not in arguments:  # it takes that of the run
+        assert values["config"].value.seed is not None  # reads the file
 
 
 def parse_absl(name, arguments):
@@ -245,6 +246,8 @@ def parse_subcommand(name, arguments):
     """Parse `dualpath NAME ARGUMENTS`."""
     module, added, _ = SUBCOMMANDS[name]
     if module == dualpath_jax.main.__name__:
+        if name == "eval":  # the folder of a run needs no flag
+            arguments = [f"--workdir={a}" if not a.startswith("-") else a for a in arguments]
         return parse_main([*added, *arguments])
     return importlib.import_module(module).parser().parse_args(arguments)
 

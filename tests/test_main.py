@@ -85,6 +85,7 @@ def test_train_then_evaluate(demo_data, demo_backbone, tmp_path):
         f"--config.backbone.checkpoint={demo_backbone}",
         "--config.num_train_steps=4",
         "--config.log_every_steps=2",
+        "--config.eval.every_epochs=0",
         "--config.data.image_size=32",
         "--config.data.batch_size=8",
         "--config.eval.batch_size=8",
@@ -98,9 +99,19 @@ def test_train_then_evaluate(demo_data, demo_backbone, tmp_path):
     assert Checkpoints(str(tmp_path), read_only=True).best_step() == 4
     assert first["num_videos"] == 21
     assert json.loads((tmp_path / "config.json").read_text())["num_train_steps"] == 4
-    again = run_main(*args, "--mode=eval")
+    predictions = (tmp_path / "predictions" / "00000-of-00001.jsonl").read_text()
+    # The workdir alone says how to evaluate; what is set in addition is named.
+    again = run_main("--mode=eval", tmp_path)
     assert again.returncode == 0, again.stderr
+    assert f"configuration: {tmp_path}/config.json\n" in again.stdout
     assert json.loads((tmp_path / "results.json").read_text()) == first
+    assert (tmp_path / "predictions" / "00000-of-00001.jsonl").read_text() == predictions
+    other = run_main(
+        *("--mode=eval", f"--workdir={tmp_path}", "--config.eval.split=validation"),
+    )
+    assert other.returncode == 0, other.stderr
+    assert f"{tmp_path}/config.json, with eval.split='validation' instead of 'test'" in other.stdout
+    assert json.loads((tmp_path / "results.json").read_text())["num_videos"] == 8
     over = run_main(*args, "--start_over")
     assert over.returncode == 0, over.stderr
     assert (
@@ -108,6 +119,20 @@ def test_train_then_evaluate(demo_data, demo_backbone, tmp_path):
     )
     assert "step 2/4  loss " in over.stdout
     assert json.loads((tmp_path / "results.json").read_text()) == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "error: --config is missing: name a config file, such as --config=finetune"),
+        (("--mode=eval",), "error: name the run to evaluate by its folder, or a config file"),
+        (("--mode=eval", "docs"), "error: docs has no config.json: it is not the folder of a tr"),
+        (("--config=docs/config.json",), "error: there is no saved configuration 'docs/config.js"),
+    ],
+)
+def test_no_configuration(arguments, message):
+    result = run_main(*arguments)
+    assert (result.returncode, result.stderr[: len(message)]) == (2, message)
 
 
 def test_start_over_belongs_to_training():
@@ -171,6 +196,10 @@ def test_all_splits_of_hmdb51(demo_backbone, tmp_path):
     for score in ("top1", "top5", "mean_class_accuracy"):
         values = [single[score] for single in mean["splits"].values()]
         assert mean[score] == pytest.approx(sum(values) / 3)
+    # The workdir alone says that all splits are evaluated.
+    again = run_main("--mode=eval", tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == mean
     # Twin: a missing split is an error that names the existing ones.
     wrong = run_main(*args, "--config.data.train_split=train4", f"--workdir={tmp_path / 'other'}")
     assert wrong.returncode == 2

@@ -18,11 +18,12 @@ from dualpath_jax.config import schema
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.models import param_tree
-from dualpath_jax.training import sharding
+from dualpath_jax.report import run_reader
+from dualpath_jax.training import early_stopping, sharding
 from dualpath_jax.training.checkpoint import Checkpoints
 from dualpath_jax.training.inputs import check_inputs
 from dualpath_jax.training.optimizer import count_train_steps, make_schedule
-from dualpath_jax.training.step import make_train_step
+from dualpath_jax.training.step import choose_loss_fn, make_train_step
 from tests.helpers.compiling_once import compiling_once
 from tests.helpers.runs import build_run
 
@@ -77,6 +78,29 @@ def test_no_optimizer_slot_for_a_frozen_leaf(config, tmp_path):
     # Twin: an optimizer without the mask has them.
     params = param_tree.merge(run.state.trainable, run.frozen)
     assert [n for n in param_tree.flatten(optax.adamw(1e-3).init(params)) if "backbone" in n]
+
+
+def test_class_weights_by_hand(config):
+    """Check the loss of four clips of three classes with 1, 2 and 5 of 8 videos."""
+    logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6], [1, 1, 2]]))
+    labels = np.array([0, 1, 2, 2])
+
+    class Model:
+        def apply(self, params, *inputs):
+            return jnp.asarray(logits)
+
+    images = np.zeros((4, 2, 32, 32, 3), np.uint8)
+    batch = {"spatial": images, "temporal": images, "label": labels}
+    config.optimizer.label_smoothing = 0.0
+    training = np.array([0, 1, 1, 2, 2, 2, 2, 2])
+    losses = []
+    for config.data.class_weights in ("none", "balanced"):
+        loss_fn = choose_loss_fn(config, training, num_classes=4)  # the fourth has no video
+        losses.append(float(loss_fn(Model(), config, None, batch, None)[0]))
+    terms = -np.log([0.5, 0.8, 0.6, 0.5])
+    weights = np.array([8 / (3 * 1), 8 / (3 * 2), 8 / (3 * 5), 8 / (3 * 5)])
+    assert losses == pytest.approx([terms.mean(), (weights * terms).mean()], rel=1e-5)
+    assert abs(losses[0] - losses[1]) > 0.1
 
 
 def test_weight_decay_is_only_on_kernels(config, tmp_path):
@@ -373,6 +397,75 @@ def test_tensorboard_has_the_first_batch_and_the_scores(config, tmp_path, monkey
     np.testing.assert_array_equal(image, np.asarray(drawn))
 
 
+def score_by_step(monkeypatch, top1s):
+    """Make evaluations return a top-1 by the step of the state; return the evaluated steps."""
+    steps, real = [], evaluate.Evaluator.evaluate
+
+    def evaluate_state(self, state, predictions=None):
+        steps.append(int(state.step))
+        scores = real(self, state, predictions)
+        return dataclasses.replace(scores, top1=top1s.get(steps[-1], 0.0))
+
+    monkeypatch.setattr(evaluate.Evaluator, "evaluate", evaluate_state)
+    return steps
+
+
+def test_early_stopping_and_the_best_checkpoint(config, tmp_path, monkeypatch, capsys):
+    """Check a training whose top-1 rises until step 2: it ends after step 4, also if it resumes."""
+    config.eval.every_epochs = None
+    config.num_train_steps, config.log_every_steps = 10, 2
+    config.eval.checkpoint = "best"
+    config.early_stopping_evaluations = 2
+    steps = score_by_step(monkeypatch, {1: 0.2, 2: 0.5, 3: 0.4, 4: 0.5, 10: 0.9})
+    with compiling_once():
+        with monkeypatch.context() as patch:  # the process dies in step 4
+            patch.setattr(train, "shard_batch", fail_in_step(4))
+            with pytest.raises(FloatingPointError, match="step 4"):
+                launch.train_and_evaluate(config, str(tmp_path / "run"), True)
+        launch.train_and_evaluate(config, str(tmp_path / "run"), True)
+    assert steps == [1, 2, 3, 4, 4, 2]  # at the end the last state, then the best
+    output = capsys.readouterr().out
+    assert "top1 on test has not risen above 0.5000 for 2 evaluations" in output
+    results = (tmp_path / "run" / "results.json").read_text()
+    assert (json.loads(results)["step"], json.loads(results)["top1"]) == (2, 0.5)
+    steps.clear()
+    with compiling_once():  # the same command evaluates again; --mode=eval takes the best
+        launch.train_and_evaluate(config, str(tmp_path / "run"), True)
+        assert steps == [4, 2]
+        launch.train_and_evaluate(config, str(tmp_path / "run"), False)
+    assert steps == [4, 2, 2]
+    assert (tmp_path / "run" / "results.json").read_text() == results
+    [run] = run_reader.read_runs([str(tmp_path / "run")])
+    assert run.missing == []
+
+
+def fail_in_step(number):
+    """Return a `train.shard_batch` that fails in step `number`, counted from 1."""
+    calls, shard = [], train.shard_batch
+
+    def shard_or_fail(batch, mesh):
+        calls.append(1)
+        if len(calls) == number:
+            raise FloatingPointError(f"step {number}")
+        return shard(batch, mesh)
+
+    return shard_or_fail
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "stops"),
+    [
+        ([0.1, 0.2, 0.2, 0.1], 2, True),
+        ([0.1, 0.2, 0.2, 0.1], 3, False),  # the first of them was a new best
+        ([0.1, 0.2, 0.2, 0.1], 0, False),
+        ([0.2, 0.1], 2, False),  # no score before them
+        ([], 1, False),
+    ],
+)
+def test_when_a_training_stops_early(scores, patience, stops):
+    assert early_stopping.stops_early(scores, patience) is stops
+
+
 def test_loop_schedule():
     config = schema.get_config()
     config.log_every_steps, config.checkpoint.every_steps = 4, 5
@@ -393,6 +486,10 @@ def test_loop_schedule():
     loop = train.make_loop_schedule(config, num_train_steps=11, steps_per_epoch=1.6)
     assert not any(loop.should_evaluate(step) for step in steps)
     assert [step for step in steps if loop.should_save(step)] == [5, 10, 11]
+    config.early_stopping_evaluations = 3
+    with pytest.raises(ValueError, match="early_stopping_evaluations=3 needs evaluations"):
+        train.make_loop_schedule(config, num_train_steps=11, steps_per_epoch=1.6)
+    config.early_stopping_evaluations = 0
     assert [loop.should_save(4, seconds) for seconds in (899.0, 900.0)] == [False, True]
     config.checkpoint.every_minutes = 2.0
     loop = train.make_loop_schedule(config, num_train_steps=11, steps_per_epoch=1.6)

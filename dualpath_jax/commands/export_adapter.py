@@ -19,7 +19,7 @@ def export(workdir: str, out: str, which: str) -> str:
     Args:
       workdir: folder of the run, local or gs://.
       out: .safetensors file to write, local or gs://.
-      which: checkpoint, "latest" or "best" (by top-1 during training).
+      which: checkpoint, "latest" or "best" (during training by `eval.criterion`).
     """
     from etils import epath
 
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         "--checkpoint",
         choices=["latest", "best"],
         default="latest",
-        help="the newest, or the best by top-1 during training (latest)",
+        help="the newest, or the best during training by eval.criterion (latest)",
     )
     return arg_parser
 

@@ -1,15 +1,18 @@
 """Exports a trained model for programs that do not have this package, with a model card.
 
     dualpath export --workdir=runs/demo --out=exported
-    dualpath export --workdir=runs/demo --out=exported --batch_size=8
+    dualpath export --workdir=runs/demo --out=exported --frame_size=240x320 --num_frames=64
 
 Writes OUT/model.stablehlo (for jax.export, on CPU, CUDA and TPU), OUT/saved_model (TensorFlow),
-OUT/class_names.json and OUT/model_card.md, which describes the inputs and outputs.
+OUT/class_names.json and OUT/model_card.md, which describes input and output and has a program that
+uses them. The exported programs take frames, uint8 [B, T, H, W, 3], and sample, crop, scale and
+normalize them as evaluation does.
 
 In a checkout, python scripts/export_model.py is the same command.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 
@@ -29,8 +32,12 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--batch_size",
         type=cli.positive(int),
-        help="number of views per call (any number)",
+        help="number of videos per call (any number)",
     )
+    help_ = "height and width of the frames, pixels (the square that the model sees)"
+    add("--frame_size", metavar="HEIGHTxWIDTH", type=_parse_size, help=help_)
+    help_ = "frames of a video, from which clips are sampled (those of one clip)"
+    add("--num_frames", type=cli.positive(int), help=help_)
     add(
         "--formats",
         nargs="+",
@@ -38,6 +45,14 @@ def parser() -> argparse.ArgumentParser:
         help="formats to write (both; with jax 0.12 and later stablehlo)",
     )
     return arg_parser
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """Parse "240x320"."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"{text} is not HEIGHTxWIDTH, such as 240x320")
+    return int(height), int(width)
 
 
 def main() -> None:
@@ -55,5 +70,11 @@ def main() -> None:
             formats = [name for name, problem in problems.items() if problem is None]
             for problem in filter(None, problems.values()):
                 print(f"no saved_model: {problem}", file=sys.stderr)
-        export.export_model(model, arguments.out, formats, arguments.batch_size, results)
+        shape = export.default_shape(model)
+        if arguments.frame_size:
+            height, width = arguments.frame_size
+            shape = dataclasses.replace(shape, height=height, width=width)
+        if arguments.num_frames:
+            shape = dataclasses.replace(shape, num_frames=arguments.num_frames)
+        export.export_model(model, arguments.out, formats, arguments.batch_size, results, shape)
     print(f"wrote {arguments.out}/model_card.md and the files that it describes")

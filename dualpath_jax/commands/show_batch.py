@@ -45,15 +45,16 @@ def main() -> None:
         from dualpath_jax.analysis.batch_figure import draw_batch
         from dualpath_jax.config.schema import check_values
         from dualpath_jax.data import pipeline
-        from dualpath_jax.data.video_dataset import VideoDataset
         from dualpath_jax.models import registry as method_registry
+        from dualpath_jax.training.inputs import open_training_split
 
         config = load_config(args.config, overrides)
         check_values(config)
         data_dir = args.data_dir or config.data.dir
         if data_dir is None:
             raise ValueError("no prepared data: name their folder by --data_dir=FOLDER")
-        dataset = VideoDataset(data_dir, config.data.train_split)
+        config.data.dir = data_dir
+        dataset = open_training_split(config)
         batches = pipeline.train_batches(
             dataset,
             config.data,

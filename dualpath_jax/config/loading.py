@@ -11,6 +11,7 @@ import sys
 from collections.abc import Collection, Sequence
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from dualpath_jax.config import schema
@@ -47,10 +48,16 @@ def find_config_file(name: str) -> str:
     Args:
       name: "configs/demo.py", "demo", "configs/ssv2_vitb.py:32" or "ssv2_vitb:32". A file of
         ./configs that is not there is taken from the package, with a line on standard error.
+        "runs/demo/config.json", or another saved configuration, becomes the argument of
+        `saved_config`.
 
     Raises:
       FileNotFoundError: there is no such file; the message lists the packaged ones.
     """
+    if name.endswith(".json"):
+        if not epath.Path(name).exists():
+            raise FileNotFoundError(f"there is no saved configuration {name!r}")
+        return f"{_PACKAGE / 'config' / 'saved_config.py'}:{name}"
     path, colon, variant = name.partition(":")
     if os.path.isfile(path):
         return name
@@ -72,6 +79,22 @@ def find_config_file(name: str) -> str:
     known = sorted(file.stem for file in packaged_configs().glob("[!_]*.py"))
     known = ", ".join(known_name for known_name in known if known_name != "base")
     raise FileNotFoundError(f"there is no config file {path!r}; packaged are {known}")
+
+
+def default_workdir(config_file: str) -> str:
+    """Return the workdir of a run whose command line names none.
+
+    Args:
+      config_file: a path of `find_config_file`.
+
+    Returns:
+      runs/NAME, the name of the config file. The config.json of a run belongs to its own folder.
+    """
+    path, _, argument = config_file.partition(":")
+    if not argument.endswith(".json"):
+        return f"runs/{pathlib.Path(path).stem}"
+    folder, name = os.path.split(argument)
+    return folder or "." if name == "config.json" else f"runs/{name.removesuffix('.json')}"
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> ConfigDict:

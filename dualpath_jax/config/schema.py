@@ -85,7 +85,10 @@ _BACKBONES = (
     *("Swin-T", "Swin-S", "Swin-B", "custom", "custom-swin"),
 )
 GENERATED_SOURCES = ("demo", "paths", "paths_large")  # rendered by dualpath_jax/demo
-_SOURCES = ("k400", "ssv2", "hmdb51", "diving48", "folder", "csv", *GENERATED_SOURCES)
+_SOURCES = (
+    *("k400", "ssv2", "hmdb51", "ucf101", "diving48", "folder", "csv"),
+    *GENERATED_SOURCES,
+)
 
 # fmt: off
 KEYS = (
@@ -94,6 +97,9 @@ KEYS = (
     Key("num_epochs", 30, "Length of the training in epochs; ours.", _NOT_NEGATIVE),
     Key("num_train_steps", Optional(int),
         "Length of the training in steps, used instead of num_epochs when set.", _NOT_NEGATIVE),
+    Key("early_stopping_evaluations", 0,
+        "Evaluations in a row without a new best score after which the training ends; 0: never.",
+        _NOT_NEGATIVE),
     Key("log_every_steps", 50,
         "Steps between two progress lines and entries in metrics.jsonl, and the steps over which "
         "their loss and accuracy are averaged.", _COUNT),
@@ -109,9 +115,11 @@ KEYS = (
         _SOURCES),
     Key("data.train_split", "train", "Split that is trained on."),
     Key("data.split", Optional(str),
-        "HMDB51: division 1, 2, 3, or all of them in turn; None: that of train_split and "
+        "HMDB51, UCF101: division 1, 2, 3, or all of them in turn; None: that of train_split and "
         "eval.split.",
         ("1", "2", "3", "all")),
+    Key("data.shots", Optional(int),
+        "Training videos of each class, always the same ones; None: all; ours.", _COUNT),
     Key("data.batch_size", 64, "Clips per step, over all devices and hosts.", _COUNT),
     Key("data.image_size", 224, "Height and width of a spatial frame, pixels.", _SIZE),
     Key("data.num_frames", 32,
@@ -149,6 +157,10 @@ KEYS = (
     Key("data.randaugment_magnitude", 7.0, "M, RandAugment's magnitude; ours.", Range(0, 10)),
     Key("data.erasing_probability", 0.0,
         "Probability of erasing a box in all frames of a clip.", _FRACTION),
+    Key("data.class_weights", "none",
+        "Weights of the classes in the training loss: none, or balanced, in inverse proportion to "
+        "their numbers of training videos; ours.",
+        ("none", "balanced")),
     Key("data.mean", Optional(tuple),
         "Mean of red, green and blue that the backbone expects; None: that of its file, or CLIP's "
         "if the file states none.",
@@ -316,8 +328,12 @@ KEYS = (
         "Epochs between evaluations during training; None: a tenth of the training; 0: only at the "
         "end.", _NOT_NEGATIVE),
     Key("eval.checkpoint", "latest",
-        "Checkpoint that --mode=eval takes: the latest, or the best by top-1 during training.",
+        "Checkpoint that --mode=eval and the end of a training evaluate: the latest, or the best "
+        "during training by eval.criterion.",
         ("latest", "best")),
+    Key("eval.criterion", "top1",
+        "Score that decides which checkpoint is the best, and when early stopping ends a training.",
+        ("top1", "mean_class_accuracy")),
     # checkpoint
     Key("checkpoint.every_steps", 1000,
         "Steps between checkpoints; evaluations and the end are saved as well.", _COUNT),
@@ -325,7 +341,7 @@ KEYS = (
         "Minutes after which a checkpoint is saved in any case, checked when progress is logged.",
         _POSITIVE),
     Key("checkpoint.keep", 3,
-        "Newest checkpoints that are kept, in addition to the best by top-1.", _COUNT),
+        "Newest checkpoints that are kept, in addition to the best.", _COUNT),
     # profile
     Key("profile.first_step", 10,
         "First step that is traced, counted from the start of the process.", _NOT_NEGATIVE),

@@ -18,6 +18,7 @@ SAFE_CHANGES = (
     "data.dir",
     "data.max_broken_videos",
     "data.prefetch",
+    "early_stopping_evaluations",
     "eval.",
     "init_from",
     "log_every_steps",

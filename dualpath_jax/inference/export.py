@@ -1,18 +1,16 @@
 """Exports the forward pass of a trained model for programs that do not have this package.
 
-`dualpath export` is the command. The exported function takes one view of each video,
-cropped as in evaluation; normalization and weights are inside:
+`dualpath export` is the command. The exported function takes frames; sampling, crops, scaling,
+framesets, normalization and weights are inside:
 
-    spatial   [B, S, H, W, 3] uint8, RGB, 0..255
-    temporal  [B, G, H', W', 3] uint8: framesets
-    result    [B, classes] float32: logits
-
-It takes only the inputs that the model uses, in this order, see `input_shapes`.
+    frames  [B, T, H, W, 3] uint8, RGB, 0..255; T, H and W are fixed, see `FrameShape`
+    result  [B, classes] float32: logits, whose softmax has the probabilities of `predict`
 
 `jax.export` promises that a later JAX reads a file only for six months. Therefore each file holds
 the versions and the date that it was made with, see `export_info`.
 """
 
+import dataclasses
 import datetime
 import json
 import pathlib
@@ -24,10 +22,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from dualpath_jax.inference import trained_model
+from dualpath_jax.data import frame_sampling
+from dualpath_jax.data.clip_spec import build_clip_format
+from dualpath_jax.inference import frame_inputs, trained_model
 from dualpath_jax.models import param_tree
-from dualpath_jax.models.abstract import clip_shapes
-from dualpath_jax.models.forward import clip_logits
+from dualpath_jax.models import registry as method_registry
 from dualpath_jax.runtime import files
 from dualpath_jax.runtime.safe_read import read_json
 from dualpath_jax.version import __version__
@@ -49,55 +48,82 @@ def export_info() -> dict[str, str]:
     return {"dualpath_jax": __version__, "jax": jax.__version__, "date": today}
 
 
-def build_serving_fn(model: trained_model.TrainedModel) -> Callable[..., jax.Array]:
-    """Return the function (spatial, temporal) -> logits, see the module docstring.
+@dataclasses.dataclass(frozen=True)
+class FrameShape:
+    """Describes the videos that an exported program takes.
+
+    Attributes:
+      num_frames: T, frames of a video; more than a clip has are sampled as in evaluation.
+      height, width: of the frames, pixels.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Return (T, H, W, 3)."""
+        return self.num_frames, self.height, self.width, 3
+
+
+def default_shape(model: trained_model.TrainedModel) -> FrameShape:
+    """Return the frames of one clip, cropped and scaled to what the model sees."""
+    data = model.config.data
+    clip = build_clip_format(data, method_registry.clip_inputs(model.config))
+    num_frames = clip.num_frames
+    if clip.sampling == "dense":
+        interval = clip.sampling_interval or frame_sampling.default_interval(clip.num_frames)
+        num_frames = (clip.num_frames - 1) * interval + 1
+    return FrameShape(num_frames, data.image_size, data.image_size)
+
+
+def build_serving_fn(model: trained_model.TrainedModel) -> Callable[[jax.Array], jax.Array]:
+    """Return the function frames -> logits, see the module docstring.
 
     Its name holds `export_info`; `jax.export.deserialize(...).fun_name` shows it.
     """
-    names = tuple(input_shapes(model))
 
-    def logits(*views: jax.Array) -> jax.Array:
-        clips = dict(zip(names, views, strict=True))
-        return clip_logits(model.module, model.config, model.params, clips)
+    def logits(frames: jax.Array) -> jax.Array:
+        views = frame_inputs.frame_logits(model.module, model.config, model.params, frames)
+        return frame_inputs.mean_logits(views)
 
     info = "_".join(f"{name}_{value}" for name, value in export_info().items())
     logits.__name__ = "logits_" + info.replace(".", "_").replace("-", "_")
     return logits
 
 
-def input_shapes(model: trained_model.TrainedModel) -> dict[str, tuple[int, ...]]:
-    """Return the input shapes of `build_serving_fn` by name, without the batch axis."""
-    named = zip(("spatial", "temporal"), clip_shapes(model.config), strict=True)
-    return {name: shape[1:] for name, shape in named if shape is not None}
-
-
 def _write_stablehlo(
-    model: trained_model.TrainedModel, out: pathlib.Path, batch_size: int | None
+    model: trained_model.TrainedModel,
+    out: pathlib.Path,
+    shape: FrameShape,
+    batch_size: int | None,
 ) -> None:
     """Write OUT/model.stablehlo."""
     batch = "b" if batch_size is None else str(batch_size)
-    shapes = list(input_shapes(model).values())
-    texts = [", ".join([batch, *map(str, shape)]) for shape in shapes]
-    arguments = jax.export.symbolic_args_specs(
-        [jax.ShapeDtypeStruct((1, *shape), np.uint8) for shape in shapes], texts
+    text = ", ".join([batch, *map(str, shape.shape)])
+    argument = jax.export.symbolic_args_specs(
+        jax.ShapeDtypeStruct((1, *shape.shape), np.uint8), text
     )
-    exported = jax.export.export(jax.jit(build_serving_fn(model)), platforms=PLATFORMS)(*arguments)
+    exported = jax.export.export(jax.jit(build_serving_fn(model)), platforms=PLATFORMS)(argument)
     with files.atomic_path(out / "model.stablehlo") as temporary:
         temporary.write_bytes(exported.serialize())
 
 
 def _write_saved_model(
-    model: trained_model.TrainedModel, out: pathlib.Path, batch_size: int | None
+    model: trained_model.TrainedModel,
+    out: pathlib.Path,
+    shape: FrameShape,
+    batch_size: int | None,
 ) -> None:
     """Write OUT/saved_model."""
     import tensorflow as tf
     from jax.experimental import jax2tf
 
-    shapes = input_shapes(model)
     batch = "b" if batch_size is None else str(batch_size)
     function = jax2tf.convert(
         build_serving_fn(model),
-        polymorphic_shapes=[", ".join([batch, *map(str, shape)]) for shape in shapes.values()],
+        polymorphic_shapes=[", ".join([batch, *map(str, shape.shape)])],
         native_serialization_platforms=PLATFORMS,
         with_gradient=False,
     )
@@ -105,12 +131,9 @@ def _write_saved_model(
     info = json.dumps(export_info())
     module.export_info = tf.function(lambda: tf.constant(info), input_signature=[])
     module.logits = tf.function(
-        lambda *views: {"logits": function(*views)},
+        lambda frames: {"logits": function(frames)},
         autograph=False,
-        input_signature=[
-            tf.TensorSpec((batch_size, *shape), tf.uint8, name=name)
-            for name, shape in shapes.items()
-        ],
+        input_signature=[tf.TensorSpec((batch_size, *shape.shape), tf.uint8, name="frames")],
     )
     temporary = out / "saved_model.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -131,12 +154,14 @@ FORMATS = {
     "stablehlo": (
         _write_stablehlo,
         "`model.stablehlo`: a `jax.export` artifact for CPU, CUDA and TPU",
-        'jax.export.deserialize(open("model.stablehlo", "rb").read()).call({inputs})',
+        'import jax\nprogram = jax.export.deserialize(open("model.stablehlo", "rb").read())\n'
+        "logits = program.call(frames)",
     ),
     "saved_model": (
         _write_saved_model,
         "`saved_model/`: a TensorFlow SavedModel",
-        'tf.saved_model.load("saved_model").logits({inputs})["logits"]',
+        "import tensorflow as tf\n"
+        'logits = tf.saved_model.load("saved_model").logits(frames)["logits"].numpy()',
     ),
 }
 
@@ -157,6 +182,7 @@ def export_model(
     formats: list[str],
     batch_size: int | None = None,
     results: dict[str, Any] | None = None,
+    shape: FrameShape | None = None,
 ) -> None:
     """Write `model` in each of `formats`, with class_names.json and model_card.md.
 
@@ -166,6 +192,7 @@ def export_model(
       formats: keys of `FORMATS`.
       batch_size: B of the exported function; None accepts any.
       results: content of the run's results.json for the model card; None if unknown.
+      shape: of the videos; None: `default_shape`.
 
     Raises:
       ValueError: a format is unknown or cannot be written, the batch size is below 1, or a file to
@@ -181,11 +208,12 @@ def export_model(
         raise ValueError(f"--batch_size={batch_size} must be at least 1")
     folder = pathlib.Path(out)
     files.check_no_links(folder, _OUTPUTS)
+    shape = shape or default_shape(model)
     folder.mkdir(parents=True, exist_ok=True)
     for name in formats:
-        FORMATS[name][0](model, folder, batch_size)
+        FORMATS[name][0](model, folder, shape, batch_size)
     files.write_text(folder / "class_names.json", json.dumps(model.class_names, indent=1) + "\n")
-    card = format_model_card(model, formats, batch_size, results)
+    card = format_model_card(model, formats, batch_size, results, shape)
     files.write_text(folder / "model_card.md", card)
 
 
@@ -204,6 +232,7 @@ def format_model_card(
     formats: list[str],
     batch_size: int | None,
     results: dict[str, Any] | None,
+    shape: FrameShape,
 ) -> str:
     """Return a Markdown text that explains how to use the exported model.
 
@@ -212,6 +241,7 @@ def format_model_card(
       formats: keys of `FORMATS` that were written.
       batch_size: B of the exported function; None for any.
       results: content of the run's results.json; None if unknown.
+      shape: of the videos.
     """
     config = model.config
     total = param_tree.count_params(model.params)
@@ -222,11 +252,11 @@ def format_model_card(
         f"Action recognition in video, trained for {model.step} steps with dualpath_jax on "
         f"`{config.data.source}` data.",
         "",
-        *_format_inputs(model, batch_size),
+        *_format_inputs(model, batch_size, shape),
         "",
         "## Files",
         "",
-        *_format_files(model, formats),
+        *_format_files(formats, batch_size, shape),
         "The files were exported on {date} with jax {jax} and dualpath_jax {dualpath_jax}. "
         "`jax.export` promises that later versions of jax read them for six months; export the "
         "model again after that.".format(**export_info()),
@@ -248,34 +278,49 @@ def format_model_card(
     return "\n".join(lines)
 
 
-def _format_inputs(model: trained_model.TrainedModel, batch_size: int | None) -> list[str]:
+def _format_inputs(
+    model: trained_model.TrainedModel, batch_size: int | None, shape: FrameShape
+) -> list[str]:
     """Return the model card's section on input and output."""
     config = model.config
     batch = "B" if batch_size is None else batch_size
-    views = f"{config.eval.temporal_views} clips x {config.eval.spatial_crops} crops"
+    clips = view_frames(config, shape.num_frames)
     return [
         "## Input and output",
         "",
-        *(
-            f"- `{name}`: uint8 [{batch}, {', '.join(map(str, shape))}], RGB, 0..255"
-            for name, shape in input_shapes(model).items()
-        ),
-        f"- result: float32 [{batch}, {len(model.class_names)}], logits; `class_names.json` has "
-        "the names of the classes in this order",
+        f"- `frames`: uint8 [{batch}, {', '.join(map(str, shape.shape))}], RGB, 0..255: "
+        f"{shape.num_frames} frames of each video in their order, {shape.height} pixels high and "
+        f"{shape.width} wide",
+        f"- result: float32 [{batch}, {len(model.class_names)}], logits; their softmax are the "
+        "probabilities; `class_names.json` has the names of the classes in this order",
         "",
-        f"One view of each video: {config.data.num_frames} frames, sampled by "
-        f"`{config.data.sampling}`. Evaluation averages the probabilities (softmax) over {views}. "
-        "The exported function normalizes by mean and standard deviation itself.",
+        f"The program takes {clips} x {config.eval.spatial_crops} views (clips x crops) of "
+        f"{config.data.num_frames} frames from each video, sampled by `{config.data.sampling}`, "
+        "scales and normalizes them, and averages the probabilities. In training the short side of "
+        f"a video had {model.frame_format.short_side} pixels or its own size.",
     ]
 
 
-def _format_files(model: trained_model.TrainedModel, formats: list[str]) -> list[str]:
-    """Return the model card's list of files, each with the code that reads it."""
-    inputs = ", ".join(input_shapes(model))
+def view_frames(config: Any, num_frames: int) -> int:
+    """Return how many clips the program takes from a video of so many frames."""
+    clip = build_clip_format(config.data, method_registry.clip_inputs(config))
+    return len(frame_inputs.view_frames(config, clip, num_frames))
+
+
+def _format_files(formats: list[str], batch_size: int | None, shape: FrameShape) -> list[str]:
+    """Return the model card's list of files, each with a program that uses it."""
     lines = []
     for name in formats:
         _, description, code = FORMATS[name]
-        lines += [f"- {description}", "", f"      {code.format(inputs=inputs)}", ""]
+        program = [
+            "import json",
+            "import numpy as np",
+            f"frames = np.zeros({(batch_size or 1, *shape.shape)}, np.uint8)  # your videos",
+            *code.splitlines(),
+            'names = json.load(open("class_names.json"))',
+            "print([names[label] for label in np.argmax(logits, axis=-1)])",
+        ]
+        lines += [f"- {description}", "", *(f"      {line}" for line in program), ""]
     return lines
 
 

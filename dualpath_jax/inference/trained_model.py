@@ -25,6 +25,7 @@ from dualpath_jax.data.clip_spec import Views
 from dualpath_jax.data.preparation import video_decoder
 from dualpath_jax.data.preparation.shard_writer import encode_frame
 from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool
+from dualpath_jax.inference import frame_inputs
 from dualpath_jax.models import abstract, param_tree, preprocess
 from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.forward import flatten_views, view_logits
@@ -177,13 +178,41 @@ class TrainedModel:
         """Return logits [V, classes] float32 of the views of `clips` or `clips_from_frames`."""
         return np.asarray(self._logits(self.params, model_arrays(clips)))[0]
 
-    def predict(self, video: str | os.PathLike[str], top_k: int = 5) -> Prediction:
-        """Return the `top_k` most probable classes of a video file, over all views of evaluation.
+    @functools.cached_property
+    def _frame_logits(self) -> Any:
+        return jax.jit(functools.partial(frame_inputs.frame_logits, self.module, self.config))
+
+    def logits_of_frames(self, frames: np.ndarray) -> np.ndarray:
+        """Return logits [V, classes] float32 of the views of a video uint8 [T, H, W, 3], RGB.
+
+        Frames are scaled and cropped without JPEG in between, so that the result differs slightly
+        from that of a file. Each new shape is compiled.
+
+        Raises:
+          ValueError: the array is not of this dtype and shape.
+        """
+        frames = frame_inputs.check_frames(frames)
+        return np.asarray(self._frame_logits(self.params, frames[None]))[0]
+
+    def predict(
+        self, video: str | os.PathLike[str] | np.ndarray | Sequence[Any], top_k: int = 5
+    ) -> Prediction | list[Prediction]:
+        """Return the `top_k` most probable classes of a video, over all views of evaluation.
+
+        Args:
+          video: path of a file; or its frames, uint8 [T, H, W, 3], RGB; or a list of such paths and
+            arrays, for which a list is returned.
+          top_k: number of classes.
 
         Raises:
           video_decoder.VideoError: see `clips`.
+          ValueError: an array has another dtype or shape.
         """
-        return Prediction.from_logits(self.logits(self.clips(video)), self.class_names, top_k)
+        if isinstance(video, list | tuple):
+            return [self.predict(one, top_k) for one in video]
+        is_path = isinstance(video, str | os.PathLike)
+        logits = self.logits(self.clips(video)) if is_path else self.logits_of_frames(video)
+        return Prediction.from_logits(logits, self.class_names, top_k)
 
     def features(self, clips: pipeline.Batch) -> dict[str, np.ndarray]:
         """Return "logits" [V, classes] and, for dualpath, "y_SP" and "y_TP" [V, e] (eq. 8, 10).
@@ -214,7 +243,7 @@ def read_trained_params(
 
     Args:
       path: workdir of a run, or an adapter file; local or gs://.
-      which: checkpoint of a run: "latest", or "best" by top-1 during training.
+      which: checkpoint of a run: "latest", or "best" during training by `eval.criterion`.
 
     Returns:
       (trainable parameters by path, float32; metadata with "step").
@@ -255,7 +284,7 @@ def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> 
     Args:
       path: workdir of a run, or an adapter file; local or gs://.
       backbone: file of the converted backbone; None: the file that the run used.
-      checkpoint: of a run: "latest", or "best" by top-1 during training.
+      checkpoint: of a run: "latest", or "best" during training by `eval.criterion`.
 
     Raises:
       OSError: a file is missing.

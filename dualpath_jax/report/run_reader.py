@@ -21,6 +21,7 @@ from dualpath_jax.probing.results import ProbeResults
 from dualpath_jax.probing.results import read_results as read_probe
 from dualpath_jax.runtime.safe_read import parse_json, read_json, read_lines, truncated_repr
 from dualpath_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
+from dualpath_jax.training.early_stopping import stops_early
 from dualpath_jax.training.metrics_logger import is_evaluation
 from dualpath_jax.training.predictions import read_predictions
 
@@ -283,9 +284,18 @@ def _read_metrics(run: RunRecord) -> None:
         )
         return
     last = run.training[-1]["step"]
-    if run.num_train_steps is not None and last < run.num_train_steps:
+    if run.num_train_steps is not None and last < run.num_train_steps and not _ended_early(run):
         what = f"the training is not finished: step {last:,} of {run.num_train_steps:,}"
         run.report_missing(f"{what}; the same command resumes it", run.command())
+
+
+def _ended_early(run: RunRecord) -> bool:
+    """Return whether early stopping has ended the training of a run."""
+    patience = run.config.get("early_stopping_evaluations")
+    scores: dict[str, list[float]] = {}
+    for entry in run.evaluations:
+        scores.setdefault(entry["split"], []).append(entry["top1"])
+    return _is_count(patience) and any(stops_early(top1s, patience) for top1s in scores.values())
 
 
 def _read_results(run: RunRecord) -> None:
@@ -304,7 +314,8 @@ def _read_results(run: RunRecord) -> None:
         run.report_missing(f"{name} is damaged ({values})", run.command("eval"))
         return
     run.results = results
-    if run.training and results["step"] < run.training[-1]["step"]:
+    is_best = run.settings.get("eval.checkpoint") == "best"
+    if run.training and results["step"] < run.training[-1]["step"] and not is_best:
         run.report_missing(
             f"the evaluation is of step {results['step']:,}, but the training has continued",
             run.command("eval"),

@@ -14,11 +14,19 @@ SCRIPTS = {
     "export-adapter": "export_adapter",
     "efficiency": "efficiency",
     "show-batch": "show_batch",
+    "finetune": "finetune",
 }
+_MAIN = "python -m dualpath_jax.main"  # in a checkout, `dualpath train`
 _ROOT = pathlib.Path(__file__).parents[2]
 
 
 def command_line(name: str) -> str:
-    """Return how to run a subcommand here, "dualpath prepare", or its script in a checkout."""
+    """Return how to run a subcommand here, "dualpath prepare", or its script in a checkout.
+
+    Args:
+      name: of `SCRIPTS`, or "train".
+    """
+    if name == "train":
+        return _MAIN if (_ROOT / "scripts").is_dir() else "dualpath train"
     script = f"scripts/{SCRIPTS[name]}.py"
     return f"python {script}" if (_ROOT / script).is_file() else f"dualpath {name}"

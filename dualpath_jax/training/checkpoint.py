@@ -33,7 +33,6 @@ from dualpath_jax.models import param_tree
 from dualpath_jax.runtime import environment, files, safe_read
 
 _MAX_BYTES = 32 * 2**30  # of all arrays of a checkpoint; those of a fully tuned ViT-L take 4 GB
-_BEST_METRIC = "top1"  # the best checkpoint has the highest value of this score
 _MAX_ERRORS = 10  # a failed save raises the errors of its threads one by one
 
 
@@ -90,9 +89,10 @@ _UNREADABLE = (
 class Checkpoints:
     """Manages the checkpoints of a workdir and writes them in the background.
 
-    The newest `keep` ones and the best one by top-1 are kept. A checkpoint holds the leaves of a
-    state by path (float32 parameters, optimizer slots, step), metadata, and the SHA-256 of both.
-    It does not hold the frozen backbone, which is read from its own file and compared by its hash.
+    The newest `keep` ones and the best one by `eval.criterion` are kept. A checkpoint holds the
+    leaves of a state by path (float32 parameters, optimizer slots, step), metadata, and the SHA-256
+    of both. It does not hold the frozen backbone, which is read from its own file and compared by
+    its hash.
     A checkpoint appears under its step when all of it is on disk.
 
     Args:
@@ -140,11 +140,14 @@ class Checkpoints:
         """Return the step of the newest complete checkpoint; None without checkpoints."""
         return self._manager.latest_step()
 
-    def best_step(self) -> int | None:
-        """Return the step of the checkpoint with the highest top-1; None if none was evaluated.
+    def best_step(self, criterion: str | None = None) -> int | None:
+        """Return the step of the checkpoint with the highest score; None if none was evaluated.
 
         Only checkpoints that were evaluated like the newest one are compared: on the same split,
         with the same views.
+
+        Args:
+          criterion: name of the score; None: `eval.criterion` of the newest evaluation.
         """
         if not self._scores:
             return None
@@ -154,7 +157,8 @@ class Checkpoints:
             for step, scores in self._scores.items()
             if all(scores.get(key) == last.get(key) for key in ("split", "views"))
         ]
-        return max(comparable, key=lambda step: self._scores[step][_BEST_METRIC])
+        criterion = criterion or last.get("criterion", "top1")
+        return max(comparable, key=lambda step: self._scores[step][criterion])
 
     def has_scores(self, step: int) -> bool:
         """Return whether the checkpoint of `step` was evaluated."""
@@ -214,7 +218,7 @@ class Checkpoints:
 
         Args:
           step: number of updates of the evaluated state.
-          scores: "top1" and others by name, and "split" and "views", see `best_step`.
+          scores: "top1" and others by name, and "split", "views" and "criterion", see `best_step`.
           metrics_on_disk: see `save`.
         """
         self.wait()
@@ -466,9 +470,10 @@ class Checkpoints:
 
 
 def _read_score_origin(config: dict[str, Any]) -> dict[str, str]:
-    """Read split and views from the config, for scores of older versions that lack them."""
-    config = restore_config(config)
-    return {"split": config.eval.split, "views": format_views(config)}
+    """Read split, views and criterion from the config, for scores of versions that lack them."""
+    eval_config = (config := restore_config(config)).eval
+    origin = {"split": eval_config.split, "views": format_views(config)}
+    return origin | {"criterion": eval_config.criterion}
 
 
 def _unused_path(folder: epath.Path, name: str) -> epath.Path:

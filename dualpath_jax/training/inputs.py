@@ -9,6 +9,7 @@ from etils import epath
 from dualpath_jax.config import schema
 from dualpath_jax.data import pipeline, synthetic
 from dualpath_jax.data.datasets import hmdb51
+from dualpath_jax.data.few_shots import FewShots
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.data.video_source import VideoSource
 from dualpath_jax.models.backbones import registry
@@ -49,8 +50,8 @@ def expand_splits(config: Any, workdir: str) -> list[tuple[Any, str]]:
     """Return the config and the workdir of each run that `config.data.split` asks for.
 
     A data set with several divisions has the splits train1, test1, train2, ... The value "2"
-    selects train2 and test2. "all" selects the three divisions of HMDB51; each has a run of its
-    own, in workdir/split1, workdir/split2 and workdir/split3.
+    selects train2 and test2. "all" selects the three divisions of HMDB51 or UCF101; each has a run
+    of its own, in workdir/split1, workdir/split2 and workdir/split3.
 
     Raises:
       ValueError: a value of `config` is not allowed.
@@ -121,6 +122,12 @@ def _exists(path: str) -> bool:
         return epath.Path(path).exists()
 
 
+def open_training_split(config: Any) -> VideoSource:
+    """Open the prepared videos to train on: all, or `data.shots` of each class."""
+    dataset = VideoDataset(config.data.dir, config.data.train_split)
+    return dataset if config.data.shots is None else FewShots(dataset, config.data.shots)
+
+
 def open_datasets(config: Any) -> tuple[VideoSource, VideoSource]:
     """Open the splits to train on and to evaluate; synthetic ones for `data.synthetic`.
 
@@ -129,8 +136,7 @@ def open_datasets(config: Any) -> tuple[VideoSource, VideoSource]:
     if config.data.synthetic:
         sizes = (_NUM_SYNTHETIC_VIDEOS, config.eval.batch_size)
         return tuple(synthetic.make_synthetic_split(config.data, size) for size in sizes)
-    splits = (config.data.train_split, config.eval.split)
-    return tuple(VideoDataset(config.data.dir, split) for split in splits)
+    return open_training_split(config), VideoDataset(config.data.dir, config.eval.split)
 
 
 def report_untrained_classes(dataset: VideoSource) -> None:

@@ -77,11 +77,12 @@ def restore_for_evaluation(experiment: Experiment, state: TrainState) -> TrainSt
         and `config.resume_changed` is off.
     """
     which, file = experiment.config.eval.checkpoint, experiment.config.init_from
+    criterion = experiment.config.eval.criterion
     checkpoints = None
     if (epath.Path(experiment.workdir) / "checkpoints").exists():
         checkpoints = Checkpoints(experiment.workdir, read_only=True)
     if checkpoints and checkpoints.latest_step() is not None:
-        step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
+        step = checkpoints.best_step(criterion) if which == "best" else checkpoints.latest_step()
         if step is None:
             raise ValueError(
                 f"eval.checkpoint=best: no checkpoint in {experiment.workdir} was evaluated by a "

@@ -3,12 +3,14 @@
 To train with another loss, pass a function with the signature of `loss_fn` to `make_train_step`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dualpath_jax.models import param_tree, preprocess
@@ -25,7 +27,12 @@ _GradientFn = Callable[[Any, Any, Batch, jax.Array], tuple[Metrics, Any]]
 
 
 def loss_fn(
-    model: nn.Module, config: Any, params: Any, batch: Batch, dropout_rng: jax.Array
+    model: nn.Module,
+    config: Any,
+    params: Any,
+    batch: Batch,
+    dropout_rng: jax.Array,
+    class_weights: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Compute softmax cross-entropy with label smoothing, averaged over the batch.
 
@@ -35,6 +42,7 @@ def loss_fn(
       params: all parameters, frozen and trainable.
       batch: uint8 clips and int32 labels, see `data.pipeline`.
       dropout_rng: jax key of this step.
+      class_weights: float32 [classes], factors on the losses of clips by their label; None: 1.
 
     Returns:
       The loss, a float32 scalar, and the metrics "loss" and "accuracy" (top-1, 0..1).
@@ -44,9 +52,30 @@ def loss_fn(
     logits = model.apply({"params": params}, *inputs, dropout_rng)
     target = jax.nn.one_hot(batch["label"], logits.shape[-1])
     target = optax.smooth_labels(target, config.optimizer.label_smoothing)
-    loss = optax.softmax_cross_entropy(logits, target).mean()
+    losses = optax.softmax_cross_entropy(logits, target)
+    if class_weights is not None:
+        losses *= class_weights[batch["label"]]
+    loss = losses.mean()
     accuracy = (logits.argmax(-1) == batch["label"]).mean()
     return loss, {"loss": loss, "accuracy": accuracy}
+
+
+def choose_loss_fn(config: Any, labels: np.ndarray, num_classes: int) -> LossFn:
+    """Return `loss_fn`, with weights of classes if `data.class_weights` asks for them.
+
+    The weight of a class with n of N training videos is N / (classes n), where only classes with
+    videos count: weights average to 1 over the training videos.
+
+    Args:
+      config: the whole configuration.
+      labels: int [N], of the training videos.
+      num_classes: of the data set.
+    """
+    if config.data.class_weights == "none":
+        return loss_fn
+    counts = np.bincount(labels, minlength=num_classes)
+    weights = len(labels) / ((counts > 0).sum() * np.maximum(counts, 1))
+    return functools.partial(loss_fn, class_weights=jnp.asarray(weights, jnp.float32))
 
 
 def _accumulate(compute: _GradientFn, parts: int) -> _GradientFn:

@@ -32,7 +32,9 @@ from dualpath_jax.models.backbones import registry as backbone_registry
 from dualpath_jax.runtime import files, gcs
 from dualpath_jax.runtime.command_line import command_line
 from dualpath_jax.runtime.safe_read import (
+    MAX_JSON_BYTES,
     check_safetensors_header,
+    open_binary,
     parse_json,
     read_bytes,
     truncated_repr,
@@ -363,6 +365,15 @@ def load_backbone(
     source = str(meta["source_sha256"]), str(meta["source"])
     info = BackboneInfo(stored.name, sha256, *source, _parse_normalization(path, meta))
     return traverse_util.unflatten_dict(arrays, sep="/"), config, info
+
+
+def is_converted(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a file that `convert_checkpoint` wrote, by its header."""
+    if not epath.Path(path).is_file():
+        return False
+    with open_binary(path, MAX_BYTES) as file:
+        size = int.from_bytes(file.read(8), "little")
+        return size <= MAX_JSON_BYTES and CONVERTED_KEY.encode() in file.read(size)
 
 
 def read_description(

@@ -100,7 +100,7 @@ RUN = {
     ),
     "scripts/tpu_pod.sh create --spot --dry_run --name=dualpath --zone=us-west4-a "
     "--project=PROJECT --accelerator=v5litepod-16": CommandRun("gcloud .* create dualpath"),
-    _DEMO: CommandRun("step 2/2 .*\ntest  top-1 ", "runs/demo/results.json", options=_SMALL),
+    _DEMO: CommandRun(r"step 2/2 (.|\n)*\ntest  top-1 ", "runs/demo/results.json", options=_SMALL),
     "python scripts/export_adapter.py --workdir=runs/demo --out=demo.safetensors": CommandRun(
         file="demo.safetensors", after=_DEMO
     ),
@@ -171,7 +171,10 @@ NOT_RUN = {
         *("scripts/tpu_pod.sh setup *", "scripts/tpu_pod.sh run *"),
     ],
     FOREIGN: [
-        *(f"python scripts/prepare_dataset.py --dataset={name} *" for name in ("k400", "hmdb51")),
+        *(
+            f"python scripts/prepare_dataset.py --dataset={n} *"
+            for n in ("k400", "hmdb51", "ucf101")
+        ),
         "python scripts/prepare_dataset.py --dataset=diving48 *",
         *(f"python -m dualpath_jax.main --config=configs/{n}_vitb.py" for n in ("k400", "ssv2")),
         "python -m dualpath_jax.main --config=configs/ssv2_vitb.py --config.data.source=folder *",
@@ -220,6 +223,7 @@ SLOW_COMMANDS = {
         "demo/test_paths",
         "setup.ensure_generated",
     ),
+    "python scripts/finetune.py *": ("commands/test_finetune", "finetune.main()"),
     "python scripts/show_comparison.py": ("scripts/test_compare_methods", "show_comparison.main"),
     "scripts/rerun.sh *": ("scripts/test_tpu_pod", "rerun.sh"),
 }

@@ -30,8 +30,8 @@ def ids(listing, split):
 
 
 def test_known_names(videos):
-    assert list(DATASETS) == ["k400", "ssv2", "hmdb51", "diving48", "folder", "csv"]
-    known = "k400, ssv2, hmdb51, diving48, folder, csv"
+    assert list(DATASETS) == ["k400", "ssv2", "hmdb51", "ucf101", "diving48", "folder", "csv"]
+    known = "k400, ssv2, hmdb51, ucf101, diving48, folder, csv"
     with pytest.raises(ValueError, match=f"unknown data set 'ssv3': known are {known}"):
         list_videos("ssv3", str(videos))
 
@@ -41,7 +41,7 @@ def test_bad_arguments(videos, tmp_path):
         list_videos("folder", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="validation_fraction is 1.0"):
         list_videos("folder", str(videos), None, 1.0)
-    for dataset in ("k400", "ssv2", "hmdb51", "diving48", "csv"):
+    for dataset in ("k400", "ssv2", "hmdb51", "ucf101", "diving48", "csv"):
         with pytest.raises(ValueError, match="--annotations is missing; it is"):
             list_videos(dataset, str(videos))
 

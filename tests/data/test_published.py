@@ -205,6 +205,60 @@ def test_hmdb51_errors(videos, annotations, text, match):
         read_hmdb51(videos, annotations)
 
 
+# ----- UCF101
+
+
+def write_ucf101(folder):
+    (folder / "classInd.txt").write_text("1 ApplyEyeMakeup\n2 Archery\n")
+    names = [f"{c}/v_{c}_g{g}_c01.avi" for c in ("ApplyEyeMakeup", "Archery") for g in "123"]
+    for division in (1, 2, 3):
+        lines = {"train": [], "test": []}
+        for name in names:
+            role = "test" if f"_g{division}_" in name else "train"
+            number = f" {1 + name.startswith('Archery')}" if role == "train" else ""
+            lines[role].append(f"{name}{number}\r\n")  # as published
+        for role, texts in lines.items():
+            (folder / f"{role}list0{division}.txt").write_text("".join(texts))
+
+
+def read_ucf101(videos, annotations):
+    return list_videos("ucf101", str(videos), str(annotations))
+
+
+def test_ucf101(videos, annotations):
+    write_ucf101(annotations)
+    listing = read_ucf101(videos, annotations)
+    assert listing.class_names == ["ApplyEyeMakeup", "Archery"]
+    assert list(listing.splits) == ["train1", "test1", "train2", "test2", "train3", "test3"]
+    assert [(video.path, video.label) for video in listing.splits["test2"]] == [
+        ("ApplyEyeMakeup/v_ApplyEyeMakeup_g2_c01.avi", 0),
+        ("Archery/v_Archery_g2_c01.avi", 1),
+    ]
+    assert [video.label for video in listing.splits["train1"]] == [0, 0, 1, 1]
+    assert len(listing.videos_to_store()["all"]) == 6  # each video once
+    assert listing.notices == ["the annotations have 2 classes, but ucf101 as published has 101"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "match"),
+    [
+        ("classInd.txt", "2 Archery\n", "line 1: '2 Archery' is not `1 <class>`"),
+        ("classInd.txt", "1 A\n2 A\n", "line 2: '2 A' is not `2 <class>`"),
+        ("classInd.txt", None, "there is no classInd.txt in"),
+        ("trainlist02.txt", "Archery/a.avi 1\n", "trainlist02.txt, line 1: .* number of another"),
+        ("trainlist02.txt", "Fencing/a.avi 1\n", "is not `<class>/<file>` of a class of classInd"),
+        ("testlist01.txt", "Archery\n", "testlist01.txt, line 1: 'Archery' is not"),
+        ("testlist03.txt", None, "there is trainlist03.txt in .*, but no testlist03.txt"),
+    ],
+)
+def test_ucf101_errors(videos, annotations, file, text, match):
+    write_ucf101(annotations)
+    path = annotations / file
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(ValueError, match=match):
+        read_ucf101(videos, annotations)
+
+
 # ----- Diving48
 
 VOCABULARY = [["Back", "15som", "05Twis", f"FREE{i}"] for i in range(48)]
@@ -283,6 +337,7 @@ WRITERS = {
     "k400": (write_k400, "Kinetics"),
     "ssv2": (write_ssv2, "Something-Something-v2"),
     "hmdb51": (write_hmdb51, "HMDB51"),
+    "ucf101": (write_ucf101, "UCF101"),
     "diving48": (write_diving48, "Diving48"),
     "csv": (write_list, "a list of `path,label`"),
 }

@@ -47,6 +47,12 @@ _SEEDS = {
         for i in (1, 2, 3)
     }
     | {"videos/wave/a_wave.avi": b""},
+    "ucf101": {
+        "annotations/classInd.txt": b"1 Archery\n2 Fencing\n",
+        "annotations/trainlist01.txt": b"Archery/v_a.avi 1\nFencing/v_b.avi 2\n",
+        "annotations/testlist01.txt": b"Archery/v_c.avi\n",
+        "videos/Archery/v_a.avi": b"",
+    },
     "diving48": {
         "annotations/Diving48_V2_train.json": _encode_json(_DIVING),
         "annotations/Diving48_V2_test.json": _encode_json(_DIVING[:2]),

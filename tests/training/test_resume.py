@@ -656,6 +656,12 @@ def test_best_checkpoint(config, tmp_path):
     origin = {"split": "test", "views": format_views(config)}
     train.record_final_scores(run.experiment, final | origin | {"step": 11})
     assert Checkpoints(str(tmp_path), read_only=True).best_step() == 11
+    # Another score may choose another step.
+    checkpoints = Checkpoints(str(tmp_path), keep=5)
+    for step, values in ((10, (0.9, 0.1)), (11, (0.1, 0.9))):
+        names = ("top1", "mean_class_accuracy")
+        checkpoints._scores[step] = dict(zip(names, values, strict=True)) | origin
+    assert [checkpoints.best_step(c) for c in (None, "top1", names[1])] == [10, 10, 11]
     config.eval.checkpoint = "worst"
     with pytest.raises(ValueError, match="'worst': known are latest, best"):
         check_values(config)

@@ -118,7 +118,7 @@ _FILE_NAME_PATTERNS = {
     r"Diving48_(train|test)\.json": "Diving48 V1, which V2 replaces",
     r"something-something-v2-.+|labels\.json": "Something-Something-v2, --dataset=ssv2",
     r"something-something-v1-.+": "Something-Something-v1, which has no reader; list it as CSV",
-    r"classInd\.txt|trainlist0\d\.txt": "UCF101, which has no reader; list it as CSV",
+    r"classInd\.txt|trainlist0\d\.txt": "UCF101, --dataset=ucf101",
 }
 _CONTENT_PATTERNS = {
     r'"vid_name"': "Diving48, --dataset=diving48",

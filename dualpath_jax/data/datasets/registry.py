@@ -21,9 +21,10 @@ from dualpath_jax.data.datasets.csv_list import read_csv
 from dualpath_jax.data.datasets.diving48 import read_diving48
 from dualpath_jax.data.datasets.hmdb51 import read_hmdb51
 from dualpath_jax.data.datasets.ssv2 import read_ssv2
+from dualpath_jax.data.datasets.ucf101 import read_ucf101
 from dualpath_jax.data.datasets.validation_split import (
     GroupBy,
-    find_segments,
+    describe_segments,
     group_videos,
     split_by_hash,
 )
@@ -35,6 +36,7 @@ NUM_CLASSES = {
     "k400": k400.NUM_CLASSES,
     "ssv2": 174,
     "hmdb51": 51,
+    "ucf101": 101,
     "diving48": 48,
     "demo": 8,
     "paths": 10,
@@ -47,6 +49,7 @@ DATASETS: dict[str, Callable[[str, str | None], DatasetIndex]] = {
     "k400": k400.read_k400,
     "ssv2": read_ssv2,
     "hmdb51": read_hmdb51,
+    "ucf101": read_ucf101,
     "diving48": read_diving48,
     "folder": read_folder,
     "csv": read_csv,
@@ -132,7 +135,7 @@ def _split_videos(
     if group_by:
         groups, notices = group_videos(videos, group_by)
     elif validation_fraction:
-        notices = find_segments(videos)
+        notices = describe_segments(videos)
     splits = split_by_hash(videos, validation_fraction, groups)
     return dataclasses.replace(listing, splits=splits, notices=listing.notices + notices)
 

@@ -198,12 +198,15 @@ def _hash(name: str) -> bytes:
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
 
 
-def find_segments(videos: Iterable[Video]) -> list[str]:
-    """Return a notice if names of files suggest segments of one recording, otherwise an empty list.
+def find_segments(videos: Iterable[Video]) -> tuple[str, str, str] | None:
+    """Look for names of files that suggest segments of one recording.
 
     If the names of a class differ only in their numbers, the class counts as numbered, not as one
     recording. Some of its files must therefore share the part before the number, and others must
     have another one.
+
+    Returns:
+      The regular expression that groups them, and two names as an example; None without such names.
     """
     classes = collections.defaultdict(list)
     for video in videos:
@@ -216,13 +219,20 @@ def find_segments(videos: Iterable[Video]) -> list[str]:
                     recordings[match.group(1)].append(os.path.basename(video.path))
             largest = max(recordings.values(), key=len, default=[])
             if len(recordings) > 1 and len(largest) > 1:
-                first, second = sorted(largest)[:2]
-                return [
-                    f"names such as {first!r} and {second!r} suggest segments of one recording; "
-                    "where train and validation share recordings, validation scores mean little. "
-                    f"Keep them together with --group_by='name:{pattern}' (see --help)"
-                ]
-    return []
+                return pattern, *sorted(largest)[:2]
+    return None
+
+
+def describe_segments(videos: Iterable[Video]) -> list[str]:
+    """Return a notice if names of files suggest segments of one recording, otherwise nothing."""
+    if not (found := find_segments(videos)):
+        return []
+    pattern, first, second = found
+    return [
+        f"names such as {first!r} and {second!r} suggest segments of one recording; where train "
+        "and validation share recordings, validation scores mean little. Keep them together with "
+        f"--group_by='name:{pattern}' (see --help)"
+    ]
 
 
 def _stem(video: Video) -> str:

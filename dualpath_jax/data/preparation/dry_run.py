@@ -52,9 +52,40 @@ def check_videos(
       OSError: `bad_videos` cannot be written.
     """
     summary.check_prepare_options(short_side, quality, fps, max_missing)
-    limits = limits or DecodeLimits()
     _note_missing_videos(index, videos_dir, max_missing)
-    # Decode every video; list the bad and truncated ones as they are found.
+    with _open_output(bad_videos) as file:
+        stored, bad = decode_videos(
+            *(index, videos_dir, short_side, quality, fps, num_workers, limits), file, progress
+        )
+    counts = summary.count_splits(index, stored, bad)
+    summary.print_counts(counts)
+    print(f"the frames would take about {summary.format_bytes(counts['total'].num_bytes)}")
+    return counts
+
+
+def decode_videos(
+    index: DatasetIndex,
+    videos_dir: str,
+    short_side: int = 256,
+    quality: int = 90,
+    fps: float | None = None,
+    num_workers: int | None = None,
+    limits: DecodeLimits | None = None,
+    file: TextIO | None = None,
+    progress: bool = True,
+) -> tuple[dict[str, list[dict]], list[dict]]:
+    """Decode every listed video and store nothing.
+
+    Args:
+      index, videos_dir: the listed videos and their folder.
+      short_side, quality, fps, num_workers, limits, progress: see `check_videos`.
+      file: gets a line of JSON for each bad or truncated video as soon as it is found.
+
+    Returns:
+      Storage split -> entries of its good videos (`summary.build_stored_entry`); and the entries of
+      bad videos (`summary.build_bad_entry`).
+    """
+    limits = limits or DecodeLimits()
     videos = [
         (split, video) for split, listed in index.videos_to_store().items() for video in listed
     ]
@@ -63,15 +94,9 @@ def check_videos(
         for _, video in videos
     )
     bar = progress_bar.ProgressBar(len(videos), "check", "videos", shown=progress)
-    pool = WorkerPool(num_workers or num_cores(), limits)
-    with _open_output(bad_videos) as file, bar, pool:
+    with bar, WorkerPool(num_workers or num_cores(), limits) as pool:
         results = zip(videos, pool.map(check_video, arguments), strict=True)
-        stored, bad = _collect_entries(index, results, file, bar)
-    # Print the counts.
-    counts = summary.count_splits(index, stored, bad)
-    summary.print_counts(counts)
-    print(f"the frames would take about {summary.format_bytes(counts['total'].num_bytes)}")
-    return counts
+        return _collect_entries(index, results, file, bar)
 
 
 def _note_missing_videos(index: DatasetIndex, videos_dir: str, max_missing: float) -> None:
@@ -87,24 +112,28 @@ def _note_missing_videos(index: DatasetIndex, videos_dir: str, max_missing: floa
 def _collect_entries(
     index: DatasetIndex,
     results: Iterable[tuple[tuple[str, Video], VideoInfo | Failure]],
-    file: TextIO,
+    file: TextIO | None,
     bar: progress_bar.ProgressBar,
 ) -> tuple[dict[str, list[dict]], list[dict]]:
     """Return the entries of good videos by storage split, and those of bad videos.
 
-    Writes a line to `file` for each bad or truncated video.
+    Writes a line to `file`, if there is one, for each bad or truncated video.
     """
+
+    def write(entry: dict) -> None:
+        if file is not None:
+            tqdm.tqdm.write(summary.format_json_line(entry), file=file, end="")
+
     stored = {split: [] for split in index.videos_to_store()}
     bad = []
     for (split, video), result in results:
         if isinstance(result, Failure):
             bad.append(summary.build_bad_entry(split, video, result))
-            tqdm.tqdm.write(summary.format_json_line(bad[-1]), file=file, end="")
+            write(bad[-1])
         else:
             stored[split].append(summary.build_stored_entry(video, result))
             if result.truncated:
-                entry = summary.build_truncated_entry(split, video.path, stored[split][-1])
-                tqdm.tqdm.write(summary.format_json_line(entry), file=file, end="")
+                write(summary.build_truncated_entry(split, video.path, stored[split][-1]))
         bar.update()
     return stored, bad
 
