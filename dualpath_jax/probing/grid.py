@@ -21,6 +21,7 @@ from dualpath_jax.probing.features import Features
 from dualpath_jax.runtime.progress_bar import ProgressBar
 from dualpath_jax.training import sharding
 from dualpath_jax.training.optimizer import make_optimizer, make_schedule
+from dualpath_jax.training.step import cross_entropy, weigh_classes
 
 # Rows -> tokens [B, V, T', N', D] and labels [B]; the tokens are those of `ProbeHead.compress`.
 Reader = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -72,7 +73,11 @@ def make_cell_optimizer(
 
 
 def make_cell_functions(
-    head: ProbeHead, config: Any, num_steps: int, steps_per_epoch: float
+    head: ProbeHead,
+    config: Any,
+    num_steps: int,
+    steps_per_epoch: float,
+    class_weights: jax.Array | None = None,
 ) -> tuple[Callable, Callable]:
     """Return the functions that start and update the training of one cell.
 
@@ -81,6 +86,7 @@ def make_cell_functions(
       config: the whole configuration.
       num_steps: length of the training.
       steps_per_epoch: training clips / batch size.
+      class_weights: see `step.loss_fn`.
 
     Returns:
       (learning rate, weight decay, tokens [1, T', N', D]) -> state, and (state, learning rate,
@@ -100,9 +106,8 @@ def make_cell_functions(
 
         def loss(params):
             logits = head.apply({"params": params}, tokens)
-            target = jax.nn.one_hot(labels, head.num_classes)
-            target = optax.smooth_labels(target, config.optimizer.label_smoothing)
-            return optax.softmax_cross_entropy(logits, target).mean()
+            smoothing = config.optimizer.label_smoothing
+            return cross_entropy(logits, labels, smoothing, class_weights)
 
         gradients = jax.grad(loss)(params)
         updates, slots = optimizer(learning_rate, weight_decay).update(gradients, slots, params)
@@ -135,7 +140,9 @@ def train_grid(
       The parameters of all cells, leaves [G, ...] float32.
     """
     read = make_reader(head, features)
-    init, step = make_cell_functions(head, config, num_steps, len(features) / batch_size)
+    weights = weigh_classes(config, features.labels, head.num_classes)
+    steps_per_epoch = len(features) / batch_size
+    init, step = make_cell_functions(head, config, num_steps, steps_per_epoch, weights)
     replicated, by_rows = sharding.replicated_sharding(mesh), sharding.batch_sharding(mesh)
     first, _ = read(np.arange(1))
     state = jax.jit(jax.vmap(init, in_axes=(0, 0, None)))(*cells, jnp.asarray(first[:, 0]))

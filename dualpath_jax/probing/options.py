@@ -20,8 +20,9 @@ AUGMENTATION_KEYS = (
 # The other keys, and beginnings of keys, that have an effect on a probe.
 _READ_KEYS = (
     *("seed", "backbone.", "mesh.fsdp", "model.dtype", "model.scan_blocks", "model.probe.width"),
-    *(f"data.{name}" for name in ("dir", "source", "train_split", "split", "prefetch")),
-    *("data.keep_normalization", "optimizer.warmup_epochs", "optimizer.b1", "optimizer.b2"),
+    *(f"data.{name}" for name in ("dir", "source", "train_split", "split", "shots", "prefetch")),
+    *("data.class_weights", "data.keep_normalization"),
+    *("optimizer.warmup_epochs", "optimizer.b1", "optimizer.b2"),
     *("optimizer.clip_norm", "optimizer.label_smoothing", "eval.split", "eval.batch_size"),
     *("eval.temporal_views", "eval.spatial_crops"),
 )

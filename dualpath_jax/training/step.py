@@ -50,18 +50,30 @@ def loss_fn(
     dtype = method_registry.compute_dtype(config)
     inputs = preprocess.model_inputs(batch, config.data, dtype)
     logits = model.apply({"params": params}, *inputs, dropout_rng)
-    target = jax.nn.one_hot(batch["label"], logits.shape[-1])
-    target = optax.smooth_labels(target, config.optimizer.label_smoothing)
-    losses = optax.softmax_cross_entropy(logits, target)
-    if class_weights is not None:
-        losses *= class_weights[batch["label"]]
-    loss = losses.mean()
+    loss = cross_entropy(logits, batch["label"], config.optimizer.label_smoothing, class_weights)
     accuracy = (logits.argmax(-1) == batch["label"]).mean()
     return loss, {"loss": loss, "accuracy": accuracy}
 
 
-def choose_loss_fn(config: Any, labels: np.ndarray, num_classes: int) -> LossFn:
-    """Return `loss_fn`, with weights of classes if `data.class_weights` asks for them.
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, label_smoothing: float, class_weights: jax.Array | None
+) -> jax.Array:
+    """Return the mean softmax cross-entropy of logits [B, classes] and int labels [B].
+
+    Args:
+      logits, labels: see above.
+      label_smoothing: share of the target that all classes get.
+      class_weights: see `loss_fn`.
+    """
+    target = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+    losses = optax.softmax_cross_entropy(logits, target)
+    if class_weights is not None:
+        losses *= class_weights[labels]
+    return losses.mean()
+
+
+def weigh_classes(config: Any, labels: np.ndarray, num_classes: int) -> jax.Array | None:
+    """Return the weights of classes, float32 [classes], that `data.class_weights` asks for.
 
     The weight of a class with n of N training videos is N / (classes n), where only classes with
     videos count: weights average to 1 over the training videos.
@@ -70,12 +82,20 @@ def choose_loss_fn(config: Any, labels: np.ndarray, num_classes: int) -> LossFn:
       config: the whole configuration.
       labels: int [N], of the training videos.
       num_classes: of the data set.
+
+    Returns:
+      The weights, or None if all classes weigh the same.
     """
     if config.data.class_weights == "none":
-        return loss_fn
+        return None
     counts = np.bincount(labels, minlength=num_classes)
     weights = len(labels) / ((counts > 0).sum() * np.maximum(counts, 1))
-    return functools.partial(loss_fn, class_weights=jnp.asarray(weights, jnp.float32))
+    return jnp.asarray(weights, jnp.float32)
+
+
+def choose_loss_fn(config: Any, labels: np.ndarray, num_classes: int) -> LossFn:
+    """Return `loss_fn` with the weights of `weigh_classes`."""
+    return functools.partial(loss_fn, class_weights=weigh_classes(config, labels, num_classes))
 
 
 def _accumulate(compute: _GradientFn, parts: int) -> _GradientFn:
