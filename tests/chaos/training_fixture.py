@@ -7,6 +7,7 @@ Three of its videos are damaged from the beginning.
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -216,14 +217,18 @@ class TrainingProcess:
         """Wait for `condition`; return False if the program ends before it is true.
 
         Raises:
-          ChaosError: neither has happened after `PATIENCE` seconds.
+          ChaosError: neither has happened, and nothing was printed for `PATIENCE` seconds.
         """
-        end = time.monotonic() + PATIENCE
+        printed, end = -1, math.inf
         while not condition():
             if self.process.poll() is not None:
                 return condition()
+            if (size := self._log.stat().st_size) != printed:
+                printed, end = size, time.monotonic() + PATIENCE
             if time.monotonic() > end:
-                raise self.make_error(f"has been hanging for {PATIENCE:.0f} s")
+                error = self.make_error(f"has been hanging for {PATIENCE:.0f} s")
+                self.kill()
+                raise error
             time.sleep(pause)
         return True
 
