@@ -45,6 +45,11 @@ SEEDS = (0, 1, 2)
 # depth 4, for which the papers give no sizes.
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "dualpath": {},
+    # The recipe before framesets held pictures of motion.
+    "dualpath_differences": {
+        "data.frameset_input": "abs_minus_mean",
+        "model.readout_frame_width": 0,
+    },
     "dualpath_paper": {"data.num_frames": 16, "model.pre_attention_adapter": True},
     "st_adapter": {"model.st_adapter.width": 48},
     "st_adapter_16": {"model.st_adapter.width": 48, "data.num_frames": 16},
@@ -57,7 +62,11 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "linear": {},
 }
-METHODS = {"dualpath_paper": "dualpath", "st_adapter_16": "st_adapter"}  # others: their own name
+METHODS = {  # others: their own name
+    "dualpath_differences": "dualpath",
+    "dualpath_paper": "dualpath",
+    "st_adapter_16": "st_adapter",
+}
 ON_OTHER_SETS = ("dualpath", "dualpath_paper", "st_adapter", "adaptformer", "evl", "linear")
 SETS = ("paths", "demo", "paths_large")
 
@@ -93,7 +102,7 @@ def run_config(run: Run) -> Any:
 
     sizes = {"paths": paths.SIZES, "demo": render.SIZES, "paths_large": paths.LARGE_SIZES}
     num_videos = sizes[run.data]["train"]
-    if run.contestant == "dualpath":
+    if run.contestant in ("dualpath", "dualpath_differences"):
         config = recipes.finetune("demo")
     else:
         method = METHODS.get(run.contestant, run.contestant)
@@ -104,7 +113,7 @@ def run_config(run: Run) -> Any:
     config.seed = run.seed
     config.num_train_steps = config.checkpoint.every_steps = run.steps
     config.optimizer.warmup_epochs = 0.1 * run.steps * config.data.batch_size / num_videos
-    config.eval.batch_size = 40
+    config.eval.batch_size, config.eval.every_epochs = 40, 0
     config.eval.every_epochs = 0
     return config
 

@@ -129,8 +129,10 @@ def format_table(results: list[dict[str, Any]], data: str) -> str:
         cells = [
             f"`{row['contestant']}`",
             f"{row['trainable_params']:,}",
-            f"{costs['gmacs']:.3f}",
-            f"{costs['step_time']:.2f}",
+            *(
+                "not measured" if np.isnan(costs[key]) else f"{costs[key]:{digits}}"
+                for key, digits in (("gmacs", ".3f"), ("step_time", ".2f"))
+            ),
             f"{row['learning_rate']:g}",
             f"{row['steps']:,}",
             str(row["runs"]),
