@@ -8,7 +8,8 @@ test folders), or a CSV file with lines path,label. The command looks at the vid
 found and what the training will take, prepares the videos, trains probes on the frozen backbone
 (dualpath probe), chooses settings by the number of videos, trains, keeps the best checkpoint by
 validation, stops when validation does not rise any more, evaluates, and writes a report. Everything
-lies in the folder --out; its config.json has all settings. Interrupted, the same command continues. --config.KEY=VALUE changes a setting.
+lies in the folder --out; its config.json has all settings. Interrupted, the same command continues.
+--config.KEY=VALUE changes a setting.
 
 docs/finetuning.md explains the choices and what to do when the result is bad.
 
