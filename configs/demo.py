@@ -4,10 +4,11 @@
     python -m dualpath_jax.main --config=configs/demo.py:paper --workdir=runs/demo_paper
 
 The eight actions come in pairs that differ only in the order of their frames: top-1 is 0.125 by
-chance, and at most 0.5 without order. The model has the form of configs/finetune.py with three
-differences, chosen on validation videos (docs/notes/small_data.md): the signs of differences are
-kept, frames in framesets are as small as in the paper, and no clip is trained without its spatial
-features. The variant `paper` has the paper's form.
+chance, and at most 0.5 without order. The model has the form of configs/finetune.py with four
+differences, chosen on validation videos (docs/notes/small_data.md): framesets hold differences from
+the mean frame, frames in them are as small as in the paper, the classifier has weights of its own
+for each patch, and no clip is trained without its spatial features. The variant `paper` has the
+paper's form.
 Duration: see README.md (measured).
 Top-1 at 16x1x1 views, 400 test videos: see docs/demo.md (measured).
 Trainable parameters: 338,232 of 816,888; `paper`: 264,168 of 742,824 (measured).
@@ -41,6 +42,7 @@ def get_config(form: str = "finetune"):
         recipes.set_small_data_form(config)
         config.data.frameset_input = "minus_mean"
         config.data.frame_scale = 4
+        config.model.readout_frame_width = 0
         config.model.spatial_dropout = 0.0
     else:
         config.num_train_steps = 1500

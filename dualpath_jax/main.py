@@ -101,7 +101,8 @@ def _find_config(arguments: list[str]) -> list[str]:
         raise flags.Error("name the run to evaluate by its folder, or a config file by --config")
     for folder, added in ((workdir, ()), (f"{workdir}/split1", ("--config.data.split=all",))):
         if epath.Path(folder, "config.json").exists():
-            return [*arguments, f"--config={folder}/config.json", *added]
+            # Overrides of keys must follow the config.
+            return [f"--config={folder}/config.json", *arguments, *added]
     raise flags.Error(
         f"{workdir} has no config.json: it is not the folder of a training run; name that folder, "
         "or a config file by --config"

@@ -68,14 +68,16 @@ def test_old_run_is_evaluated_and_resumed(files):
     expected = dualpath_jax.load("run")
     config = read_config()
     launch.train_and_evaluate(config, "run", False)
-    assert json.loads(Path("run/results.json").read_text()) == old
+    found = json.loads(Path("run/results.json").read_text())
+    assert {key: found[key] for key in old} == old
+    assert set(found) - set(old) == {"top1_interval"}
 
     shutil.rmtree("run/checkpoints/4")
     launch.train_and_evaluate(config, "run", True)
     steps = [
         json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()
     ]
-    assert steps == [1, 2, 3, 4]
+    assert steps == [1, 2, 3, 4, 4]  # the last entry is the final score
     resumed = dualpath_jax.load("run")
     assert resumed.step == 4
     assert max_difference(resumed.params, expected.params) <= TOLERANCE

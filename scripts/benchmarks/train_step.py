@@ -37,6 +37,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dualpath_jax.analysis import efficiency
 from dualpath_jax.data import synthetic
+from dualpath_jax.data.clip_spec import normalization
 from dualpath_jax.models import param_tree
 from dualpath_jax.models.abstract import abstract_inputs, abstract_model, clip_shapes
 from dualpath_jax.models.backbones import layers
@@ -243,7 +244,7 @@ def make_torch_runner(
     placed = {k: torch.tensor(v, device=device) for k, v in batch.items()}
     label = placed["label"].long()
     mean, std = (
-        torch.tensor(config.data[k], device=device)[:, None, None] for k in ("mean", "std")
+        torch.tensor(color, device=device)[:, None, None] for color in normalization(config.data)
     )
 
     def run_model(model: TorchDualPath) -> torch.Tensor:

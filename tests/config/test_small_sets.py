@@ -47,7 +47,7 @@ def test_backbones_and_methods():
     config = small_sets.make_config(180, DEMO)
     assert (config.model.st_adapter.width, config.optimizer.learning_rate) == (48, 1e-2)
     config = small_sets.make_config(180, DEMO, "dualpath")
-    assert (config.data.frameset_input, config.data.num_frames) == ("abs_minus_mean", 16)
+    assert (config.data.frameset_input, config.data.num_frames) == ("motion", 16)
     assert config.optimizer.learning_rate == 1e-3
     config = small_sets.make_config(180, DEMO, "evl")
     assert config.optimizer.learning_rate == 3e-3

@@ -268,7 +268,7 @@ def test_when_it_is_used(dtype, num_tokens, cls_token_only, expected, kernels, m
 
     monkeypatch.setattr(attention_lib, "has_flash_attention", lambda: True)
     monkeypatch.setattr(attention_lib, "flash_attention", recorder)
-    attention = vit.Attention(WIDTH, HEADS, kernels, dtype=dtype)
+    attention = vit.Attention(WIDTH, HEADS, kernels=kernels, dtype=dtype)
     x = jnp.ones((1, num_tokens, WIDTH), dtype)
     params = attention.init(jax.random.key(0), x)
     used.clear()

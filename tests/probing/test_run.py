@@ -202,7 +202,7 @@ def test_the_disk_is_too_small(command, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     status, _, errors = command(tmp_path, "--heads", "linear")
     assert status == 2
-    assert errors.startswith("error: the features of 40 train, 8 validation, 21 test clips need ")
+    assert "error: the features of 40 train, 8 validation, 21 test clips need " in errors
     assert f"and {tmp_path} has 10 kB free: choose a --workdir on a larger disk" in errors
     assert not (tmp_path / FOLDER).exists()
 

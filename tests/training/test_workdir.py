@@ -56,7 +56,8 @@ def test_each_split_is_claimed(config, tmp_path, monkeypatch):
 
     def run_split(config, folder, *_):
         folders.append(folder)
-        return dict.fromkeys(("top1", "top5", "mean_class_accuracy"), 0.5) | {"split": folder}
+        scores = dict.fromkeys(("top1", "top5", "mean_class_accuracy"), 0.5)
+        return scores | {"split": folder, "num_videos": 4}
 
     monkeypatch.setattr(launch, "_run_split", run_split)
     config.data.split = "all"
