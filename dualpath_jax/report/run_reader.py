@@ -292,10 +292,14 @@ def _read_metrics(run: RunRecord) -> None:
 def _ended_early(run: RunRecord) -> bool:
     """Return whether early stopping has ended the training of a run."""
     patience = run.config.get("early_stopping_evaluations")
-    scores: dict[str, list[float]] = {}
+    criterion = run.settings.get("eval.criterion")
+    by_split: dict[str, list[float]] = {}
     for entry in run.evaluations:
-        scores.setdefault(entry["split"], []).append(entry["top1"])
-    return _is_count(patience) and any(stops_early(top1s, patience) for top1s in scores.values())
+        score = entry["top1"]
+        if criterion == "mean_class_accuracy":
+            score = entry.get(criterion, score)
+        by_split.setdefault(entry["split"], []).append(score)
+    return _is_count(patience) and any(stops_early(s, patience) for s in by_split.values())
 
 
 def _read_results(run: RunRecord) -> None:

@@ -665,3 +665,22 @@ def test_contrast(scheme, pages, visit):
     assert contrast(tab, "line", "ground") < 4.5  # twin: the ratio can be low
     ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]
+
+
+def test_early_stopping_is_recognized_by_its_criterion(tmp_path):
+    """Check a run whose mean class accuracy no longer rises, while its top-1 still does."""
+    run = write_run(tmp_path / "run", steps=1500)
+    config = json.loads((run / "config.json").read_text())
+    config |= {"early_stopping_evaluations": 2, "num_train_steps": 2000}
+    entries = [
+        {"step": 500 * i, "split": "test", "top1": 0.5 + i / 10, "mean_class_accuracy": 0.5}
+        for i in (1, 2, 3)
+    ]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)
+    for criterion, is_finished in (("mean_class_accuracy", True), ("top1", False)):
+        config["eval"]["criterion"] = criterion
+        (run / "config.json").write_text(json.dumps(config))
+        (record,) = run_reader.read_runs([str(run)])
+        missing = [item.what for item in record.missing]
+        assert any("not finished" in what for what in missing) == (not is_finished)
