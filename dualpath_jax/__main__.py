@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "efficiency": ("dualpath_jax.commands.efficiency", (), "count parameters and operations"),
     "show-batch": ("dualpath_jax.commands.show_batch", (), "draw a training batch"),
 }
+_SAVES_ON_SIGTERM = ("demo", "finetune", "train", "eval", "check")
 
 
 def format_help() -> str:
@@ -65,9 +66,7 @@ def _run_command(arguments: Sequence[str] | None) -> None:
         print(f"error: unknown command {name!r}: known are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     module, added, _ = COMMANDS[name]
-    if (
-        module == _MAIN or name == "finetune"
-    ):  # SIGTERM ends it with its status also while it imports
+    if name in _SAVES_ON_SIGTERM:  # SIGTERM ends it with its status also while it imports
         preemption.install_sigterm_handler()
     sys.argv = [f"dualpath {name}", *added, *rest]
     sys.exit(importlib.import_module(module).main())

@@ -29,6 +29,7 @@ from dualpath_jax.training.predictions import PredictionWriter, gather_local_row
 from dualpath_jax.training.sharding import (
     batch_sharding,
     replicated_sharding,
+    round_up,
     shard_batch,
     with_mesh,
 )
@@ -193,7 +194,7 @@ class Evaluator:
             self.dataset,
             config.data,
             Views(config.eval.temporal_views, config.eval.spatial_crops),
-            min(config.eval.batch_size, -(-len(self.dataset) // devices) * devices),
+            min(config.eval.batch_size, round_up(len(self.dataset), devices)),
             jax.process_index(),
             jax.process_count(),
             inputs=method_registry.clip_inputs(config),

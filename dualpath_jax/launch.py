@@ -9,14 +9,14 @@ from dualpath_jax.config.loading import upgrade_config
 from dualpath_jax.config.values import flatten_config
 from dualpath_jax.demo import setup
 from dualpath_jax.probing.results import describe_probe
-from dualpath_jax.runtime import distributed, environment, file_lock, files
+from dualpath_jax.runtime import distributed, environment
 from dualpath_jax.training import restore
 from dualpath_jax.training.experiment import build_experiment
 from dualpath_jax.training.inputs import (
     check_inputs,
-    check_workdir,
     dataset_fingerprint,
     expand_splits,
+    lock_workdir,
     open_datasets,
     report_untrained_classes,
 )
@@ -58,7 +58,7 @@ def train_and_evaluate(config: Any, workdir: str, training: bool, start_over: bo
         results = []
         for split_config, folder in runs:
             # Another program may have been started with the folder of one split.
-            with contextlib.nullcontext() if folder == workdir else _lock_workdir(folder):
+            with contextlib.nullcontext() if folder == workdir else lock_workdir(folder):
                 results.append(_run_split(split_config, folder, training, start_over))
             if distributed.is_main_process() and (probe := describe_probe(folder)):
                 print(probe, flush=True)
@@ -113,19 +113,7 @@ def shared_settings(config: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def _claim_workdir(workdir: str) -> Iterator[None]:
     """Make the workdir and lock it in process 0, for which the other processes wait."""
-    with _lock_workdir(workdir):
+    with lock_workdir(workdir):
         distributed.check_shared_workdir(workdir)
         distributed.share_compiled_programs(workdir)
-        yield
-
-
-@contextlib.contextmanager
-def _lock_workdir(workdir: str) -> Iterator[None]:
-    """Make a folder for a run and lock it, in process 0."""
-    if not distributed.is_main_process():
-        yield
-        return
-    check_workdir(workdir)
-    with file_lock.exclusive_lock(workdir, "--workdir"):
-        files.remove_incomplete(workdir)
         yield

@@ -14,7 +14,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from dualpath_jax.analysis import batch_figure
-from dualpath_jax.config.values import format_views
+from dualpath_jax.config.values import score_origin
 from dualpath_jax.data.unreadable_videos import UnreadableVideos
 from dualpath_jax.data.video_source import VideoSource
 from dualpath_jax.evaluate import Evaluator, Scores
@@ -212,11 +212,16 @@ def _first_state(
     return first_step, state
 
 
+def write_config(config: Any, workdir: epath.PathLike) -> None:
+    """Write config.json into a workdir."""
+    text = config.to_json_best_effort(indent=2) + "\n"
+    files.write_text(epath.Path(workdir) / "config.json", text)
+
+
 def _describe_run(experiment: Experiment, first_step: int) -> None:
     """Write config.json and environment.json into the workdir."""
     workdir = epath.Path(experiment.workdir)
-    config = experiment.config.to_json_best_effort(indent=2)
-    files.write_text(workdir / "config.json", config + "\n")
+    write_config(experiment.config, workdir)
     start = {"first_step": first_step, "num_train_steps": experiment.num_train_steps}
     description = json.dumps(environment.describe_environment() | start, indent=2)
     files.write_text(workdir / "environment.json", description + "\n")
@@ -332,7 +337,7 @@ class _Recorder:
         state = sharding.replicate(state, self._experiment.mesh)
         config = self._experiment.config
         metadata = self._experiment.metadata() | {"running_means": self._means.to_json()}
-        metadata["earlier_scores"] = _score_origin(config) | {"values": self._scores}
+        metadata["earlier_scores"] = score_origin(config) | {"values": self._scores}
         self._checkpoints.save(done, state, metadata, self.logger.flush())
         self._last_save = time.monotonic()
 
@@ -363,7 +368,7 @@ class _Recorder:
                 f"early stopping: {config.eval.criterion} on {config.eval.split} has not risen "
                 f"above {max(self._scores):.4f} for {config.early_stopping_evaluations} evaluations"
             )
-        entry = dataclasses.asdict(scores) | _score_origin(config)
+        entry = dataclasses.asdict(scores) | score_origin(config)
         self._checkpoints.add_scores(done, entry, self.logger.flush())
 
     def stops_early(self) -> bool:
@@ -379,17 +384,11 @@ class _Recorder:
         config = self._experiment.config
         values: list[float] = []
         earlier, last = saved.get("earlier_scores"), saved.get("scores")
-        if isinstance(earlier, dict) and _score_origin(config).items() <= earlier.items():
+        if isinstance(earlier, dict) and score_origin(config).items() <= earlier.items():
             values += [float(value) for value in earlier["values"]]
-        if isinstance(last, dict) and _score_origin(config).items() <= last.items():
+        if isinstance(last, dict) and score_origin(config).items() <= last.items():
             values.append(last[config.eval.criterion])
         return values
-
-
-def _score_origin(config: Any) -> dict[str, str]:
-    """Return what scores depend on besides the state, and the name of the one that decides."""
-    views, criterion = format_views(config), config.eval.criterion
-    return {"split": config.eval.split, "views": views, "criterion": criterion}
 
 
 def record_final_scores(experiment: Experiment, results: dict[str, Any]) -> None:
@@ -408,7 +407,7 @@ def record_final_scores(experiment: Experiment, results: dict[str, Any]) -> None
     if not checkpoints.has_scores(step):
         logger = MetricsLogger(experiment.workdir, experiment.num_train_steps)
         logger.write_scores(step, split, scores)
-        entry = scores | _score_origin(config)
+        entry = scores | score_origin(config)
         checkpoints.add_scores(step, entry, logger.flush())
         logger.close()
     checkpoints.close()

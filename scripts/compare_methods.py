@@ -114,7 +114,6 @@ def run_config(run: Run) -> Any:
     config.num_train_steps = config.checkpoint.every_steps = run.steps
     config.optimizer.warmup_epochs = 0.1 * run.steps * config.data.batch_size / num_videos
     config.eval.batch_size, config.eval.every_epochs = 40, 0
-    config.eval.every_epochs = 0
     return config
 
 

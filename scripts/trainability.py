@@ -142,6 +142,7 @@ def main() -> None:
     from dualpath_jax.config import loading, schema
     from dualpath_jax.demo import setup
     from dualpath_jax.training.inputs import check_inputs
+    from dualpath_jax.weights.backbone_keys import fill_backbone_keys
 
     with user_errors():
         config = loading.load_config(args.config, overrides)
@@ -149,6 +150,7 @@ def main() -> None:
         setup.ensure_generated(config)
         if args.backbone == "file":
             check_inputs(config)
+            fill_backbone_keys(config)
         dataset, clips = load_clips(config, args.clips)
     config.data.synthetic = args.backbone == "random"  # it has random weights
     config.num_train_steps = args.steps

@@ -14,6 +14,6 @@ def confidence_interval(fraction: float, number: int) -> tuple[float, float]:
 
 
 def format_accuracy(fraction: float, number: int) -> str:
-    """Format an accuracy on `number` videos with its 95% interval: "0.8000 (0.4902 to 0.9433)"."""
+    """Format an accuracy on `number` videos: "0.8000 (95%: 0.490 to 0.943)", with its interval."""
     low, high = confidence_interval(fraction, number)
     return f"{fraction:.4f} (95%: {low:.3f} to {high:.3f})"

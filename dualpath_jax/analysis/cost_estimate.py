@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dualpath_jax.analysis.efficiency import count_macs
+from dualpath_jax.analysis.efficiency import count_forward_macs
 from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
-from dualpath_jax.models.abstract import abstract_inputs, abstract_model, build_backbone_config
+from dualpath_jax.models.abstract import abstract_inputs, build_backbone_config
 from dualpath_jax.models.backbones.registry import BackboneConfig
 
 _STEP_PASSES = 2.1  # multiply-accumulates of a step, in forward passes (docs/training.md)
@@ -42,15 +42,13 @@ class Cost:
 def estimate_cost(config: Any, num_classes: int) -> Cost:
     """Estimate the cost of training `config` on this machine's devices; good to a factor of two."""
     backbone = build_backbone_config(config)
-    model = abstract_model(config, num_classes, backbone)
-    inputs = abstract_inputs(config)
-    macs = count_macs(lambda p, *x: model.module.apply({"params": p}, *x), model.params, *inputs)
+    macs, model = count_forward_macs(config, num_classes)
     dtype = method_registry.compute_dtype(config)
     forward = 2 * macs / (_SHARE_OF_PEAK * _measure_flops(dtype) * jax.device_count())
     total = param_tree.count_params(model.params)
     trainable = param_tree.count_params(param_tree.split(model.params, model.mask)[0])
     size = jnp.dtype(dtype).itemsize
-    pixels = sum(x.size / 3 for x in inputs if x is not None)
+    pixels = sum(x.size / 3 for x in abstract_inputs(config) if x is not None)
     tokens, depth = _tokens_and_depth(backbone, pixels)
     views = config.eval.temporal_views * config.eval.spatial_crops
     return Cost(

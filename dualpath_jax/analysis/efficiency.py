@@ -90,6 +90,18 @@ def _build_forward_fn(model: AbstractModel) -> Callable:
     return lambda params, *inputs: model.module.apply({"params": params}, *inputs)
 
 
+def count_forward_macs(config: Any, num_classes: int) -> tuple[int, AbstractModel]:
+    """Count the multiply-accumulates of a forward pass of one view; return them and the model.
+
+    On a GPU, attention in half precision is a cuDNN call (`attention.can_use_flash_attention`),
+    whose products cannot be counted; therefore the model is one in float32.
+    """
+    config = copy.deepcopy(config)
+    config.model.dtype = "float32"
+    model = abstract_model(config, num_classes)
+    return count_macs(_build_forward_fn(model), model.params, *abstract_inputs(config)), model
+
+
 def measure_efficiency(config: Any) -> Efficiency:
     """Count parameters and multiply-accumulates of a configuration.
 
@@ -106,13 +118,10 @@ def measure_efficiency(config: Any) -> Efficiency:
     check_values(config)
     config, macs = copy.deepcopy(config), []
     fill_backbone_keys(config)
-    # On a GPU, attention in half precision is a cuDNN call (`attention.can_use_flash_attention`),
-    # whose products cannot be counted; float32 avoids it.
-    config.model.dtype = "float32"
     for cls_token_only in (False, True):
         config.model.cls_token_only = cls_token_only
-        model = abstract_model(config, num_classes)
-        macs.append(count_macs(_build_forward_fn(model), model.params, *abstract_inputs(config)))
+        count, model = count_forward_macs(config, num_classes)
+        macs.append(count)
     views = config.eval.temporal_views * config.eval.spatial_crops
     trainable, _ = param_tree.split(model.params, model.mask)
     return Efficiency(

@@ -64,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
         "publisher's config next to it states them; half is 0.5 and 0.5",
     )
     arg_parser.add_argument(
-        "--heads", type=int, help="attention heads of a ViT; default: width / 64"
+        "--heads",
+        type=int,
+        help="attention heads of a ViT (those of the named model of its shape, else width / 64)",
     )
     published = arg_parser.add_argument_group(
         "adapters that authors published", "write an adapter file instead of a backbone file"
@@ -95,39 +97,30 @@ def _check_options(
             arg_parser.error(f"--{key} has no effect with --method: --backbone states it")
 
 
-def _convert_published(
-    args: argparse.Namespace, published: dict[str, str], overrides: list[str]
-) -> None:
+def _convert_published(args: argparse.Namespace, overrides: list[str]) -> None:
     """Write an adapter file of a published checkpoint and print a summary."""
     from dualpath_jax.config.loading import load_config
     from dualpath_jax.training import published_adapter
 
-    config = load_config(published["config"], overrides)
-    names = [line.strip() for line in read_lines(published["classes"]) if line.strip()]
-    info = published_adapter.convert_aim(
-        args.checkpoint, args.out, published["backbone"], config, names
-    )
+    config = load_config(args.config, overrides)
+    names = [line.strip() for line in read_lines(args.classes) if line.strip()]
+    info = published_adapter.convert_aim(args.checkpoint, args.out, args.backbone, config, names)
     print(f"adapter     {info['parameters']:,} parameters of aim on {info['backbone']}")
     print(f"model       {info['frames']} frames, {info['classes']} classes")
     print(f"written     {info['out']}")
 
 
-def main() -> int:
-    """Convert the checkpoint, print a summary and return the exit status."""
-    environment.configure_environment()
-    arg_parser = parser()
-    args, overrides = parse_with_overrides(arg_parser)
-    options = vars(args)
-    progress_bar.set_quiet(options.pop("quiet"))
-    _check_options(arg_parser, args, overrides)
-    published = {key: options.pop(key) for key in ("method", *_PUBLISHED)}
-    with user_errors():
-        if published["method"] is not None:
-            _convert_published(args, published, overrides)
-            return 0
-        from dualpath_jax.weights import convert  # imports JAX
+def _convert_backbone(args: argparse.Namespace) -> None:
+    """Write a backbone file and print a summary."""
+    from dualpath_jax.weights import convert  # imports JAX
 
-        info = convert.convert_checkpoint(**options)
+    info = convert.convert_checkpoint(
+        args.checkpoint,
+        args.out,
+        activation=args.activation,
+        heads=args.heads,
+        normalization=args.normalization,
+    )
     config, published = info["config"], info["published"]
     shape = config.architecture
     shape |= {key: getattr(config, key) for key in ("heads", "image_size", "activation", "eps")}
@@ -140,4 +133,18 @@ def main() -> int:
     print(f"SHA-256     {info['source_sha256']}")
     print(f"published   {f'yes, OpenAI {published}' if published else 'not among OpenAI releases'}")
     print(f"written     {info['out']} (SHA-256 {info['sha256']})")
+
+
+def main() -> int:
+    """Convert the checkpoint and return the exit status."""
+    environment.configure_environment()
+    arg_parser = parser()
+    args, overrides = parse_with_overrides(arg_parser)
+    progress_bar.set_quiet(args.quiet)
+    _check_options(arg_parser, args, overrides)
+    with user_errors():
+        if args.method is not None:
+            _convert_published(args, overrides)
+        else:
+            _convert_backbone(args)
     return 0

@@ -17,8 +17,6 @@ In a checkout, python scripts/finetune.py is the same command.
 """
 
 import argparse
-import json
-import math
 import os
 import pathlib
 import shlex
@@ -29,7 +27,7 @@ from typing import Any
 
 from dualpath_jax import cli
 from dualpath_jax.config import loading, schema, small_sets
-from dualpath_jax.runtime import console, environment, file_lock, files, preemption, progress_bar
+from dualpath_jax.runtime import console, environment, files, preemption, progress_bar
 from dualpath_jax.runtime.command_line import command_line
 
 _MEMORY_SHARE = 0.6  # of the free memory that a training may take
@@ -88,9 +86,9 @@ def finetune(arguments: argparse.Namespace, overrides: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     environment.disable_async_dispatch()
     _check_backbone_option(arguments.backbone)
-    if arguments.method not in (None, *schema.choices("model.method")):
-        known = ", ".join(schema.choices("model.method"))
-        raise ValueError(f"unknown --method={arguments.method}: known are {known}")
+    methods = schema.choices("model.method")
+    if arguments.method not in (None, *methods):
+        raise ValueError(f"unknown --method={arguments.method}: known are {', '.join(methods)}")
 
     # What is there, and what will be done.
     index, videos_dir, lines = survey.list_own_videos(arguments.videos, arguments.annotations)
@@ -162,6 +160,7 @@ def make_config(
     """
     import jax
 
+    from dualpath_jax.training.sharding import round_up
     from dualpath_jax.weights import convert
     from dualpath_jax.weights.backbone_keys import fill_backbone_keys
 
@@ -181,7 +180,7 @@ def make_config(
         config.model.dtype, config.model.scan_blocks = "float32", False
     devices = jax.device_count()
     for section in (config.data, config.eval):
-        section.batch_size = math.ceil(section.batch_size / devices) * devices
+        section.batch_size = round_up(section.batch_size, devices)
     steps = config.num_epochs * num_clips / config.data.batch_size
     config.log_every_steps = max(1, round(steps / 100))
     config = _apply_overrides(config, overrides)
@@ -246,7 +245,7 @@ def _describe_plan(config: Any, run: str, arguments: argparse.Namespace) -> list
 
 
 def _estimate(config: Any, index: Any, found: Any, run: str) -> list[str]:
-    """Return lines with time, memory and disk; set accumulation steps that fit the memory.
+    """Return lines with time, memory and disk; set `optimizer.accumulation_steps`.
 
     Raises:
       OSError: the disk is too small.
@@ -257,13 +256,7 @@ def _estimate(config: Any, index: Any, found: Any, run: str) -> list[str]:
 
     cost = cost_estimate.estimate_cost(config, len(index.class_names))
     clips, memory = config.data.batch_size, cost_estimate.available_memory()
-    accumulation = config.optimizer.accumulation_steps
-    while (
-        cost_estimate.training_bytes(cost, clips // accumulation) > _MEMORY_SHARE * memory
-        and clips % (2 * accumulation) == 0
-    ):
-        accumulation *= 2
-    config.optimizer.accumulation_steps = accumulation
+    accumulation = _fit_accumulation(config, cost, memory)
     needed = cost_estimate.training_bytes(cost, clips // accumulation)
     steps = count_train_steps(config, len(index.splits["train"]) / clips)
     evaluations = small_sets.NUM_EVALUATIONS * len(index.splits["validation"])
@@ -296,12 +289,29 @@ def _estimate(config: Any, index: Any, found: Any, run: str) -> list[str]:
     return lines
 
 
-def _existing_folder(path: str) -> str:
+def _fit_accumulation(config: Any, cost: Any, memory: float) -> int:
+    """Set and return accumulation steps with which a part of a batch fits the memory, or nearly.
+
+    Each part has clips for every device, see `sharding.check_batch_sizes`.
+    """
+    import jax
+
+    from dualpath_jax.analysis.cost_estimate import training_bytes
+
+    clips, steps = config.data.batch_size, config.optimizer.accumulation_steps
+    while (
+        training_bytes(cost, clips // steps) > _MEMORY_SHARE * memory
+        and clips % (2 * steps * jax.device_count()) == 0
+    ):
+        steps *= 2
+    config.optimizer.accumulation_steps = steps
+    return steps
+
+
+def _existing_folder(path: str) -> pathlib.Path:
     """Return the nearest folder above a path, or the path itself, that exists."""
-    folder = os.path.abspath(path)
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    return folder
+    absolute = pathlib.Path(path).absolute()
+    return next(folder for folder in (absolute, *absolute.parents) if folder.is_dir())
 
 
 def _format_seconds(seconds: float) -> str:
@@ -314,24 +324,22 @@ def _format_seconds(seconds: float) -> str:
 def _run_probe(config: Any, run: str) -> None:
     """Train probes on the frozen features, unless that is done."""
     from dualpath_jax.probing.run import run_probe
+    from dualpath_jax.training.inputs import lock_workdir
 
     if os.path.exists(os.path.join(run, "probe.json")):
         return
-    with file_lock.exclusive_lock(run, "--out"):
+    with lock_workdir(run, "--out"):
         run_probe(config, run)
 
 
 def _evaluate_test(config: Any, run: str) -> None:
     """Evaluate the best checkpoint on the test videos, also for `dualpath eval` later."""
     from dualpath_jax import launch
+    from dualpath_jax.train import write_config
 
     config.eval.split = "test"
-    files.write_text(os.path.join(run, "config.json"), _format_config(config))
+    write_config(config, run)
     launch.train_and_evaluate(config, run, training=False)
-
-
-def _format_config(config: Any) -> str:
-    return json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
 
 
 def _next_commands(run: str) -> list[str]:

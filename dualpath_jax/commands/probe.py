@@ -44,15 +44,12 @@ def probe(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     )
     # Imported here, because they import JAX and TensorFlow.
     from dualpath_jax.probing.run import run_probe
-    from dualpath_jax.runtime import file_lock, files
-    from dualpath_jax.training.inputs import check_workdir, expand_splits
+    from dualpath_jax.training.inputs import expand_splits, lock_workdir
 
     environment.disable_async_dispatch()
     config = as_probe(config, keys)
     for split_config, workdir in expand_splits(config, args.workdir):
-        check_workdir(workdir)
-        with file_lock.exclusive_lock(workdir, "--workdir"):
-            files.remove_incomplete(workdir)
+        with lock_workdir(workdir):
             run_probe(split_config, workdir, options)
 
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from dualpath_jax.config import recipes, schema
 
 NUM_EVALUATIONS = 20  # of a training
-PATIENCE = 7  # evaluations without a new best top-1 after which it stops
+PATIENCE = 7  # evaluations without a new best score after which it stops
 WARMUP = 0.1  # of the epochs
 UNEVEN = 3.0  # largest class / smallest class from which on the classes are weighted
 
@@ -49,7 +49,7 @@ class MethodRow:
     small: float
 
 
-_METHOD = "st_adapter"  # docs/comparison.md recommends it
+_METHOD = "st_adapter"  # docs/comparison.md recommends it so far
 SIZES = (
     SizeRow(100, _METHOD, 8, 150, 3),
     SizeRow(300, _METHOD, 16, 140, 3),

@@ -50,6 +50,12 @@ def format_views(config: Any) -> str:
     return "x".join(map(str, views))
 
 
+def score_origin(config: Any) -> dict[str, str]:
+    """Return what scores depend on besides the state, and the name of the one that decides."""
+    views, criterion = format_views(config), config.eval.criterion
+    return {"split": config.eval.split, "views": views, "criterion": criterion}
+
+
 def apply_renames(config: MutableMapping[str, Any]) -> list[str]:
     """Replace keys and values of older versions in a nested configuration, in place.
 

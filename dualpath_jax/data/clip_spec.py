@@ -8,14 +8,14 @@ import numpy as np
 
 from dualpath_jax.data import frame_sampling
 
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def normalization(data_config: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of red, green and blue; CLIP's where they are None."""
     mean, std = data_config.mean, data_config.std
-    return _CLIP_MEAN if mean is None else mean, _CLIP_STD if std is None else std
+    return CLIP_MEAN if mean is None else mean, CLIP_STD if std is None else std
 
 
 class ClipInputs(enum.Enum):

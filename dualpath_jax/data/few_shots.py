@@ -1,11 +1,11 @@
 """Restricts a training split to a few videos of each class, for `data.shots`."""
 
 import collections
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
+from dualpath_jax.data.datasets.validation_split import hash_name
 from dualpath_jax.data.video_dataset import VideoDataset
 
 
@@ -17,8 +17,7 @@ def choose_shots(ids: Sequence[str], labels: np.ndarray, shots: int) -> np.ndarr
     """
     counts: collections.Counter = collections.Counter()
     rows = []
-    digests = [hashlib.sha256(id_.encode("utf-8", "surrogateescape")).digest() for id_ in ids]
-    for row in sorted(range(len(ids)), key=lambda row: digests[row]):
+    for row in sorted(range(len(ids)), key=lambda row: hash_name(ids[row])):
         counts[int(labels[row])] += 1
         if counts[int(labels[row])] <= shots:
             rows.append(row)

@@ -10,7 +10,8 @@ class VideoSource(Protocol):
     """Gives random access to the stored frames of n videos.
 
     `video_dataset.VideoDataset` implements it for prepared data. Other implementations hold one
-    decoded video (`inference.trained_model.SingleVideo`), made-up videos
+    decoded video (`inference.trained_model.SingleVideo`), a few videos of each class
+    (`data.few_shots.FewShots`), made-up videos
     (`data.synthetic.SyntheticVideos`) or masks (`demo.object_masks.ObjectMasks`).
 
     Attributes:

@@ -23,7 +23,6 @@ import numpy as np
 from etils import epath
 
 from dualpath_jax.data import frame_sampling
-from dualpath_jax.data.clip_spec import build_clip_format
 from dualpath_jax.inference import frame_inputs, trained_model
 from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
@@ -70,7 +69,7 @@ class FrameShape:
 def default_shape(model: trained_model.TrainedModel) -> FrameShape:
     """Return the frames of one clip, cropped and scaled to what the model sees."""
     data = model.config.data
-    clip = build_clip_format(data, method_registry.clip_inputs(model.config))
+    clip = method_registry.clip_format(model.config)
     num_frames = clip.num_frames
     if clip.sampling == "dense":
         interval = clip.sampling_interval or frame_sampling.default_interval(clip.num_frames)
@@ -284,7 +283,7 @@ def _format_inputs(
     """Return the model card's section on input and output."""
     config = model.config
     batch = "B" if batch_size is None else batch_size
-    clips = view_frames(config, shape.num_frames)
+    clips = len(frame_inputs.view_frames(config, shape.num_frames))
     return [
         "## Input and output",
         "",
@@ -299,12 +298,6 @@ def _format_inputs(
         "scales and normalizes them, and averages the probabilities. In training the short side of "
         f"a video had {model.frame_format.short_side} pixels or its own size.",
     ]
-
-
-def view_frames(config: Any, num_frames: int) -> int:
-    """Return how many clips the program takes from a video of so many frames."""
-    clip = build_clip_format(config.data, method_registry.clip_inputs(config))
-    return len(frame_inputs.view_frames(config, clip, num_frames))
 
 
 def _format_files(formats: list[str], batch_size: int | None, shape: FrameShape) -> list[str]:

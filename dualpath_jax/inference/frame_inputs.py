@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualpath_jax.data import augment, frame_sampling
-from dualpath_jax.data.clip_spec import ClipFormat, build_clip_format
-from dualpath_jax.models import registry as method_registry
+from dualpath_jax.data.clip_spec import ClipFormat
 from dualpath_jax.models.forward import view_logits
+from dualpath_jax.models.registry import clip_format
 
 # As `data.frame_ops`, which imports TensorFlow: up to this reduction sampling is bilinear.
 MAX_BILINEAR_REDUCTION = 1.15
@@ -43,18 +43,17 @@ def check_frames(frames: Any) -> np.ndarray:
     return array
 
 
-def view_frames(config: Any, clip: ClipFormat, num_frames: int) -> np.ndarray:
+def view_frames(config: Any, num_frames: int) -> np.ndarray:
     """Return which of a video's frames each clip of evaluation has.
 
     Args:
       config: of the run.
-      clip: what a clip is.
       num_frames: of the video.
 
     Returns:
       int64 [clips, T]; one clip if all are the same.
     """
-    views = config.eval.temporal_views
+    clip, views = clip_format(config), config.eval.temporal_views
     rows = [
         frame_sampling.sample_frames(
             clip.sampling,
@@ -81,10 +80,10 @@ def clips_from_arrays(config: Any, frames: jax.Array) -> dict[str, jax.Array]:
       "spatial" uint8 [B, V, S, h, h, 3] and "temporal" uint8 [B, V, G, h', w', 3], or the one of
       them that the model takes.
     """
-    clip = build_clip_format(config.data, method_registry.clip_inputs(config))
+    clip = clip_format(config)
     height, width = frames.shape[2:4]
     views: dict[str, list[jax.Array]] = {}
-    for indices in view_frames(config, clip, frames.shape[1]):
+    for indices in view_frames(config, frames.shape[1]):
         chosen = frames[:, indices]
         for k in range(config.eval.spatial_crops):
             crop = augment.eval_crop(height, width, k, config.eval.spatial_crops)

@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dualpath_jax.data import clip_spec
 from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.backbones import registry as backbone_registry
@@ -33,7 +32,7 @@ def clip_shapes(config: Any) -> tuple[tuple[int, ...] | None, tuple[int, ...] | 
 
     The shape of an input that the model does not take is None.
     """
-    clip = clip_spec.build_clip_format(config.data, method_registry.clip_inputs(config))
+    clip = method_registry.clip_format(config)
     spatial = temporal = None
     if clip.num_spatial_frames:
         spatial = (1, clip.num_spatial_frames, clip.image_size, clip.image_size, 3)

@@ -11,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from dualpath_jax.data.clip_spec import ClipInputs
+from dualpath_jax.data.clip_spec import ClipFormat, ClipInputs, build_clip_format
 from dualpath_jax.models.backbones.block_loop import check_remat
 from dualpath_jax.models.backbones.contract import BackboneConfig
 from dualpath_jax.models.backbones.kernels import choose_kernels, prefers_scan
@@ -346,6 +346,11 @@ def clip_inputs(config: Any) -> ClipInputs:
       ValueError: the configuration switches all of its inputs off.
     """
     return METHODS[config.model.method].clip_inputs(config)
+
+
+def clip_format(config: Any) -> ClipFormat:
+    """Return what a clip of the model of a configuration is."""
+    return build_clip_format(config.data, clip_inputs(config))
 
 
 def is_trainable_fn(method: str) -> Callable[[str], bool]:

@@ -37,7 +37,7 @@ class HeadResult:
     """Holds the chosen training of a head.
 
     Attributes:
-      head: a name of `models.methods.probe.HEADS`.
+      head: a name of `options.HEADS`.
       learning_rate: the chosen one of the grid.
       weight_decay: the chosen one of the grid.
       trainable_params: number of parameters of the head.
@@ -60,7 +60,7 @@ class ProbeResults:
     """Holds what `run.run_probe` found out; `to_json` is the content of probe.json.
 
     Attributes:
-      heads: one result for each head, in the order of `models.methods.probe.HEADS`.
+      heads: one result for each head, in the order of `ProbeOptions.heads`.
       views: frames x clips x crops of an evaluated video.
       num_clips: number of training clips whose features the heads were trained on.
       augmented_passes: number of augmented passes over the training videos; 0: one plain pass.

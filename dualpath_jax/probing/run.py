@@ -47,9 +47,10 @@ from dualpath_jax.probing.features import (
 from dualpath_jax.probing.options import AUGMENTATION_KEYS, CLIP_KEYS, ProbeOptions, as_probe
 from dualpath_jax.probing.results import HeadResult, ProbeResults, ProbeScores
 from dualpath_jax.training import adapter_file, sharding
-from dualpath_jax.training.experiment import load_backbone
+from dualpath_jax.training.experiment import describe_trained, load_backbone
 from dualpath_jax.training.inputs import check_inputs, open_datasets
 from dualpath_jax.version import __version__
+from dualpath_jax.weights.backbone_keys import fill_backbone_keys
 from dualpath_jax.weights.convert import BackboneInfo
 
 _MIN_STEPS, _MIN_EPOCHS = 300, 20
@@ -118,6 +119,7 @@ class _Probe:
             raise ValueError("data.split must be expanded before, by inputs.expand_splits")
         setup.ensure_generated(config)
         check_inputs(config)
+        fill_backbone_keys(config)
         mesh = sharding.make_mesh(config.mesh.fsdp)
         names = (config.data.train_split, _find_validation_split(config), config.eval.split)
         if names[0] in names[1:]:
@@ -138,7 +140,7 @@ class _Probe:
     @property
     def batch_size(self) -> int:
         """Return the clips per step, `options.batch_size` rounded up to share among the devices."""
-        return -(-self.options.batch_size // self.mesh.size) * self.mesh.size
+        return sharding.round_up(self.options.batch_size, self.mesh.size)
 
     def views(self, split: str) -> Views:
         """Return the views of each clip of a split: one in training."""
@@ -166,14 +168,14 @@ class _Probe:
             if data.flip:
                 mirrored = augment.mirrored_labels(dataset.class_names, data.label_swap)
                 identity["mirrored classes"] = mirrored.tolist()
-        num_clips, devices = len(dataset) * max(1, passes), self.mesh.size
+        num_clips = len(dataset) * max(1, passes)
         batch_size = max(1, min(self.config.eval.batch_size // views.total, num_clips))
         return FeatureSpec(
             split,
             num_clips,
             (views.total, *token_shape(self.config, self.backbone)),
             json.loads(json.dumps(identity)),
-            -(-batch_size // devices) * devices,
+            sharding.round_up(batch_size, self.mesh.size),
         )
 
     def compute(
@@ -260,7 +262,9 @@ class _Probe:
         leaves = param_tree.flatten(
             {"head": jax.tree.map(lambda leaf: np.asarray(leaf[0]), params)}
         )
-        adapter_file.write_adapter(os.path.join(workdir, file), leaves, self._metadata(config))
+        metadata = describe_trained(config, self.info, dataset.class_names)
+        metadata |= {"frame_format": dataclasses.asdict(dataset.frame_format), "step": num_steps}
+        adapter_file.write_adapter(os.path.join(workdir, file), leaves, metadata)
         return HeadResult(
             head=name,
             learning_rate=rate,
@@ -270,20 +274,6 @@ class _Probe:
             validation=_describe_scores(self.chosen_by, chosen),
             final=_describe_scores(config.eval.split, final),
         )
-
-    def _metadata(self, config: Any) -> dict[str, Any]:
-        """Return the metadata of an adapter file, see `adapter_file.write_adapter`."""
-        dataset = self.datasets[config.data.train_split]
-        return {
-            "method": "probe",
-            "backbone_name": self.info.name,
-            "backbone_sha256": self.info.sha256,
-            "class_names": list(dataset.class_names),
-            "frame_format": dataclasses.asdict(dataset.frame_format),
-            "config": json.loads(config.to_json_best_effort()),
-            "version": __version__,
-            "step": config.num_train_steps,
-        }
 
 
 def token_shape(config: Any, backbone: BackboneConfig) -> tuple[int, int, int]:

@@ -26,8 +26,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from dualpath_jax.config.values import (
     INVALID_CONFIG_ERRORS,
-    format_views,
     restore_config,
+    score_origin,
 )
 from dualpath_jax.models import param_tree
 from dualpath_jax.runtime import environment, files, safe_read
@@ -134,7 +134,9 @@ class Checkpoints:
             with contextlib.suppress(DamagedCheckpoint, UnreadableCheckpoint):
                 saved = self.read_metadata(step)
                 if saved["scores"] is not None:
-                    self._scores[step] = _read_score_origin(saved["config"]) | saved["scores"]
+                    # Scores of older versions lack these entries.
+                    origin = score_origin(restore_config(saved["config"]))
+                    self._scores[step] = origin | saved["scores"]
 
     def latest_step(self) -> int | None:
         """Return the step of the newest complete checkpoint; None without checkpoints."""
@@ -467,13 +469,6 @@ class Checkpoints:
                 f"{self.directory}; make room there and run the same command again, which resumes "
                 f"from {self.path(self.latest_step())}"
             )
-
-
-def _read_score_origin(config: dict[str, Any]) -> dict[str, str]:
-    """Read split, views and criterion from the config, for scores of versions that lack them."""
-    eval_config = (config := restore_config(config)).eval
-    origin = {"split": eval_config.split, "views": format_views(config)}
-    return origin | {"criterion": eval_config.criterion}
 
 
 def _unused_path(folder: epath.Path, name: str) -> epath.Path:

@@ -7,7 +7,7 @@ def stops_early(scores: Sequence[float], patience: int) -> bool:
     """Return whether the last `patience` scores are not above the best one before; 0: never.
 
     Args:
-      scores: top-1 of the evaluations so far, in order.
+      scores: of the evaluations so far in order, by `eval.criterion`.
       patience: `config.early_stopping_evaluations`.
     """
     if not patience or len(scores) <= patience:

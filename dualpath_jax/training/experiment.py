@@ -6,6 +6,7 @@ all begin there; `build_experiment` adds the values.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -96,18 +97,26 @@ class Experiment:
 
     def metadata(self) -> dict[str, Any]:
         """Return what a checkpoint of this run belongs to, for JSON."""
-        return {
-            "method": self.config.model.method,
-            "backbone_name": self.backbone.name,
-            "backbone_sha256": self.backbone.sha256,
-            "class_names": list(self.class_names),
+        return describe_trained(self.config, self.backbone, self.class_names) | {
             "frame_format": dataclasses.asdict(self.frame_format),
             "num_videos": self.num_videos,
             "data_identity": self.data_identity,
-            "config": json.loads(self.config.to_json_best_effort()),
             "machine": environment.describe_machine(),
-            "version": __version__,
         }
+
+
+def describe_trained(
+    config: Any, backbone: convert.BackboneInfo, class_names: Sequence[str]
+) -> dict[str, Any]:
+    """Return what trained parameters belong to, for the metadata of their file."""
+    return {
+        "method": config.model.method,
+        "backbone_name": backbone.name,
+        "backbone_sha256": backbone.sha256,
+        "class_names": list(class_names),
+        "config": json.loads(config.to_json_best_effort()),
+        "version": __version__,
+    }
 
 
 def build_abstract(
@@ -122,7 +131,8 @@ def build_abstract(
       config: the whole configuration.
       num_classes: of the data set.
       steps_per_epoch: training videos / batch size.
-      backbone: shape of the loaded weights; None: the one that `config` names.
+      backbone: shape of the loaded weights; None: the one that `config` names, or
+        `registry.DEFAULT`.
     """
     model = abstract_model(config, num_classes, backbone)
     num_train_steps = count_train_steps(config, steps_per_epoch)

@@ -1,19 +1,20 @@
 """Checks the workdir, data and weights of a run, and opens its data sets."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
 
 from dualpath_jax.config import schema
 from dualpath_jax.data import pipeline, synthetic
-from dualpath_jax.data.datasets import hmdb51
+from dualpath_jax.data.datasets.annotations import DIVISIONS
 from dualpath_jax.data.few_shots import FewShots
 from dualpath_jax.data.video_dataset import VideoDataset
 from dualpath_jax.data.video_source import VideoSource
 from dualpath_jax.models.backbones import registry
-from dualpath_jax.runtime import files, gcs
+from dualpath_jax.runtime import distributed, file_lock, files, gcs
 from dualpath_jax.runtime.command_line import command_line
 from dualpath_jax.runtime.safe_read import truncated_repr
 
@@ -46,6 +47,26 @@ def check_workdir(workdir: str) -> None:
         ) from None
 
 
+@contextlib.contextmanager
+def lock_workdir(workdir: str, option: str = "--workdir") -> Iterator[None]:
+    """Make a folder for a run, lock it, and remove what killed writers left; in process 0.
+
+    Args:
+      workdir: the folder.
+      option: the command-line option that names it, for messages.
+
+    Raises:
+      OSError, ValueError: see `check_workdir`, or another program has the lock.
+    """
+    if not distributed.is_main_process():
+        yield
+        return
+    check_workdir(workdir)
+    with file_lock.exclusive_lock(workdir, option):
+        files.remove_incomplete(workdir)
+        yield
+
+
 def expand_splits(config: Any, workdir: str) -> list[tuple[Any, str]]:
     """Return the config and the workdir of each run that `config.data.split` asks for.
 
@@ -61,7 +82,7 @@ def expand_splits(config: Any, workdir: str) -> list[tuple[Any, str]]:
     if split is None:
         return [(config, workdir)]
     runs = []
-    for number in hmdb51.DIVISIONS if split == "all" else (split,):
+    for number in DIVISIONS if split == "all" else (split,):
         split_config = copy.deepcopy(config)
         split_config.data.split = None
         split_config.data.train_split = config.data.train_split.rstrip("0123456789") + number

@@ -6,8 +6,8 @@ file that the adapter file will belong to, and is left out.
 Axes: L blocks, D width, T frames.
 """
 
-import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +17,7 @@ from dualpath_jax.config.schema import check_values
 from dualpath_jax.models import abstract, param_tree
 from dualpath_jax.models.backbones import registry as backbone_registry
 from dualpath_jax.training.adapter_file import write_adapter
-from dualpath_jax.version import __version__
+from dualpath_jax.training.experiment import describe_trained
 from dualpath_jax.weights import convert
 from dualpath_jax.weights.backbone_keys import fill_backbone_keys
 from dualpath_jax.weights.layouts import AIM, LAYOUTS
@@ -59,7 +59,8 @@ def convert_aim(
     source = find_source(checkpoint)
     _, tensors, _ = open_tensors(source)
     tensors = {name.removeprefix("module."): read for name, read in tensors.items()}
-    leaves = _rename_trained(source.given, tensors)
+    trained = rename_tensors(source.given, tensors, AIM)
+    leaves = {name: array.astype(np.float32) for name, array in trained.items()}
     config.data.num_frames = leaves["temporal_position"].shape[0]
     config.model.aim.bottleneck = leaves["adapters/joint/down/kernel"].shape[-1]
     config.model.aim.num_temporal_adapters = 1 + ("adapters/temporal_in/up/bias" in leaves)
@@ -69,31 +70,13 @@ def convert_aim(
     frozen, shape, info = convert.load_backbone(backbone, abstract.build_backbone_config(config))
     _check_same_backbone(source.given, tensors, frozen, backbone)
     _check_shapes(source.given, leaves, config, class_names, shape)
-    metadata = {
-        "method": "aim",
-        "backbone_name": info.name,
-        "backbone_sha256": info.sha256,
-        "class_names": list(class_names),
-        "version": __version__,
-        "step": 0,
-        "config": json.loads(config.to_json_best_effort()),
-    }
-    write_adapter(out, leaves, metadata)
+    write_adapter(out, leaves, describe_trained(config, info, class_names) | {"step": 0})
     return {
         "out": out,
-        "parameters": sum(leaf.size for leaf in leaves.values()),
+        "parameters": param_tree.count_params(leaves),
         "frames": config.data.num_frames,
         "classes": len(class_names),
         "backbone": info.name,
-    }
-
-
-def _rename_trained(path: str, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return the trained parameters under the paths of our module, float32."""
-    arrays = rename_tensors(path, tensors, AIM)
-    return {
-        name.replace("blocks/", "adapters/"): array.astype(np.float32)
-        for name, array in arrays.items()
     }
 
 
@@ -104,7 +87,7 @@ def _check_same_backbone(
     tower = {
         name.replace("backbone.", "visual.", 1): read
         for name, read in tensors.items()
-        if name.startswith("backbone.") and "dapter" not in name and "temporal" not in name
+        if re.fullmatch(AIM.ignored, name)
     }
     theirs = rename_tensors(path, tower, LAYOUTS["openai"])
     ours = param_tree.flatten(frozen)

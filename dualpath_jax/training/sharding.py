@@ -40,6 +40,11 @@ def make_mesh(fsdp: int = 1, devices: Any = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(-1, fsdp), AXES)
 
 
+def round_up(number: int, devices: int) -> int:
+    """Return `number`, or the next larger one that can be shared among the devices."""
+    return -(-number // devices) * devices
+
+
 def check_batch_sizes(config: Any, num_devices: int) -> None:
     """Check that batches can be divided over the devices and the accumulation steps.
 

@@ -1,4 +1,4 @@
-"""Converts CLIP, ViT and Swin checkpoints to this project's backbone file, and loads that file.
+"""Converts checkpoints of image transformers to this project's backbone file, and loads that file.
 
 A backbone file is a safetensors file. It holds the image tower under the flat names of its module's
 parameter tree ("blocks/attention/qkv/kernel", [L, D, 3D]) and one metadata entry, `CONVERTED_KEY`,
@@ -29,6 +29,7 @@ from flax import traverse_util
 
 from dualpath_jax.data.clip_spec import normalization
 from dualpath_jax.models.backbones import registry as backbone_registry
+from dualpath_jax.models.backbones import vit
 from dualpath_jax.runtime import files, gcs
 from dualpath_jax.runtime.command_line import command_line
 from dualpath_jax.runtime.safe_read import (
@@ -54,10 +55,7 @@ _DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dt
 
 # Fields of a config that version 0.1.0 did not have. Files leave them out at their defaults;
 # weights that were converted then and now therefore have the same bytes.
-_NEWER_FIELDS = (
-    *("class_token", "num_register_tokens", "readout", "layer_scale", "gated_mlp"),
-    "position_resize",
-)
+_NEWER_FIELDS = (*vit.RARE_FIELDS, "position_resize")
 
 # Fields that a loaded backbone has from its file, whatever its name is.
 _OWN_FIELDS = ("activation", "eps", "heads", "position_resize")
@@ -215,11 +213,11 @@ def convert_checkpoint(
     Args:
       checkpoint: local file, index of shards, folder as of Hugging Face, or "hf:org/name".
       out: file to write, local or gs://. It is replaced atomically once it is complete.
-      activation: "quick_gelu" or "gelu". Overrides the value stated by the checkpoint or by the
-        publisher's config next to it.
+      activation: "quick_gelu", "gelu" or "gelu_tanh". Overrides the value stated by the checkpoint
+        or by the publisher's config next to it.
       heads: number of attention heads. Overrides the stated value in the same way. If it is stated
-        nowhere, a ViT has one head per 64 of width, and a Swin has as many as its tables of
-        relative positions.
+        nowhere, a ViT has those of the named model of its shape, else one per 64 of width, and a
+        Swin has as many as its tables of relative positions.
       normalization: a name of `source_configs.NORMALIZATIONS`; overrides the stated mean and
         standard deviation in the same way.
 
@@ -354,8 +352,8 @@ def load_backbone(
             f"{config.name} {config.architecture}: convert that checkpoint, or change the config"
         )
     _check_arrays(path, arrays, stored)
-    own = {f.name: getattr(stored, f.name) for f in dataclasses.fields(stored)}
-    config = dataclasses.replace(config, **{k: own[k] for k in _OWN_FIELDS if k in own})
+    own = {name: getattr(stored, name) for name in _OWN_FIELDS if hasattr(stored, name)}
+    config = dataclasses.replace(config, **own)
     if config.position_size != stored.position_size:
         logging.warning(
             "%s: position table resized from %s to %s",

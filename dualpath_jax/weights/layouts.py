@@ -22,7 +22,6 @@ _transpose_linear = functools.partial(np.transpose, axes=(1, 0))  # [out, in] ->
 _transpose_conv = functools.partial(np.transpose, axes=(2, 3, 1, 0))  # [D, 3, P, P] -> [P, P, 3, D]
 _squeeze_class_token = functools.partial(np.squeeze, axis=(0, 1))  # [1, 1, D] -> [D]
 _squeeze_positions = functools.partial(np.squeeze, axis=0)  # [1, N, D] -> [N, D]
-_squeeze_registers = _squeeze_positions  # [1, R, D] -> [R, D]
 
 # A row is (source name, our name, transform). In the names, "{s}" runs over the stages, "{next}" is
 # the stage after it, and "{i}" runs over the blocks of a stage, which are stacked to [L, ...]. Rows
@@ -155,7 +154,7 @@ _TIMM_DINOV2: _Table = (  # and its authors' names, by aliases
     *_TIMM_VIT,
     ("blocks.{i}.ls1.gamma", "blocks/attention/layer_scale", _identity),
     ("blocks.{i}.ls2.gamma", "blocks/mlp/layer_scale", _identity),
-    ("reg_token", "register_tokens", _squeeze_registers),
+    ("reg_token", "register_tokens", _squeeze_positions),
 )
 _TIMM_SIGLIP: _Table = (
     *(row for row in _TIMM_VIT if row[0] != "cls_token"),
@@ -316,7 +315,7 @@ _HUGGINGFACE_DINOV2: _Table = (
     ),
     ("encoder.layer.{i}.layer_scale1.lambda1", "blocks/attention/layer_scale", _identity),
     ("encoder.layer.{i}.layer_scale2.lambda1", "blocks/mlp/layer_scale", _identity),
-    ("embeddings.register_tokens", "register_tokens", _squeeze_registers),
+    ("embeddings.register_tokens", "register_tokens", _squeeze_positions),
 )
 
 
@@ -440,12 +439,12 @@ class Layout:
     """
 
     title: str
-    family: str
-    marker: str
     table: _Table
     ignored: str
-    get_shape: Callable[[Mapping[str, np.ndarray]], tuple]
-    optional: str = r"(?!)"  # matches nothing
+    marker: str = r"(?!)"  # matches nothing
+    family: str = "vit"
+    get_shape: Callable[[Mapping[str, np.ndarray]], tuple] = _get_vit_shape
+    optional: str = r"(?!)"
     heads_source: str = ""
     channels_last: bool = False
     prefix: str = ""
@@ -471,33 +470,27 @@ def _transformers_5_aliases(attention: str) -> tuple[tuple[str, str], ...]:
     )
 
 
-_VIT = {"title": "an ImageNet ViT", "family": "vit", "get_shape": _get_vit_shape}
-_DINOV2 = {"title": "a DINOv2", "family": "vit", "get_shape": _get_vit_shape}
-_SIGLIP = {"title": "a SigLIP", "family": "vit", "get_shape": _get_vit_shape}
+_GELU = {"activation": "gelu"}
+_SIGLIP = {
+    "title": "a SigLIP",
+    "stated": {"activation": "gelu_tanh", "eps": 1e-6, **source_configs.NORMALIZATIONS["half"]},
+}
 _SWIN = {
     "title": "a Swin",
     "family": "swin",
     "get_shape": _get_swin_shape,
+    "stated": {**_GELU, "eps": 1e-5, **source_configs.NORMALIZATIONS["imagenet"]},
     "postprocess": _widen_windows,
 }
-_GELU = {"activation": "gelu"}
 _DINOV2_STATED = {**_GELU, "eps": 1e-6, **source_configs.NORMALIZATIONS["imagenet"]}
-_SIGLIP_STATED = {
-    "activation": "gelu_tanh",
-    "eps": 1e-6,
-    **source_configs.NORMALIZATIONS["half"],
-}
-_SWIN_STATED = {**_GELU, "eps": 1e-5, **source_configs.NORMALIZATIONS["imagenet"]}
 _SWIN_BUFFERS = r"|.+\.relative_position_index|.+\.attn_mask"  # computed, not weights
 
 LAYOUTS = {
     "openai": Layout(  # also used by open_clip
         title="a CLIP ViT",
-        family="vit",
         marker=r"visual\..+",
         table=_OPENAI,
         ignored=TEXT_TOWER_NAMES,
-        get_shape=_get_vit_shape,
         optional=r"visual\.proj",
         config_file="open_clip_config.json",
         read_config=source_configs.read_open_clip,
@@ -507,7 +500,6 @@ LAYOUTS = {
         marker=r"vision_model\.head\.probe",
         table=_HUGGINGFACE_SIGLIP,
         ignored=rf"{TEXT_TOWER_NAMES}|classifier\..+",
-        stated=_SIGLIP_STATED,
         read_config=source_configs.read_huggingface_siglip,
     ),
     "timm-siglip": Layout(
@@ -515,7 +507,6 @@ LAYOUTS = {
         marker=r"attn_pool\.latent",
         table=_TIMM_SIGLIP,
         ignored=r"head\..+",
-        stated=_SIGLIP_STATED,
         read_config=source_configs.read_timm,
     ),
     "jax-siglip": Layout(
@@ -526,10 +517,9 @@ LAYOUTS = {
         heads_source=f"img/{_JAX_POOL_ATTENTION}/query/kernel",
         channels_last=True,
         prefix="img/",
-        stated=_SIGLIP_STATED,
     ),
     "timm-dinov2": Layout(
-        **_DINOV2,
+        title="a DINOv2",
         marker=r"blocks\.(\d+\.)?\d+\.ls2\.gamma",
         table=_TIMM_DINOV2,
         ignored=r"head\..+|mask_token",
@@ -549,7 +539,7 @@ LAYOUTS = {
         postprocess=_pad_class_position,
     ),
     "huggingface-dinov2": Layout(
-        **_DINOV2,
+        title="a DINOv2",
         marker=r"(.+\.)?layer_scale2\.lambda1",
         table=_HUGGINGFACE_DINOV2,
         ignored=r"embeddings\.mask_token|classifier\..+",
@@ -566,18 +556,14 @@ LAYOUTS = {
     ),
     "huggingface": Layout(
         title="a CLIP ViT",
-        family="vit",
         marker=r"(vision_model|visual_projection)\..+",
         table=_HUGGINGFACE,
         ignored=TEXT_TOWER_NAMES,
-        get_shape=_get_vit_shape,
         optional=r"visual_projection\.weight",
         read_config=source_configs.read_huggingface_clip,
     ),
     "timm-clip": Layout(
         title="a CLIP ViT by timm's names",
-        family="vit",
-        get_shape=_get_vit_shape,
         marker=r"norm_pre\.weight",
         table=_TIMM_CLIP,
         ignored=r"(?!)",
@@ -587,7 +573,7 @@ LAYOUTS = {
         postprocess=_drop_classifier,
     ),
     "timm-vit": Layout(
-        **_VIT,
+        title="an ImageNet ViT",
         marker=r"blocks\.\d+\.attn\.qkv\.weight",
         table=_TIMM_VIT,
         ignored=r"head\..+|pre_logits\..+",
@@ -596,7 +582,7 @@ LAYOUTS = {
         read_config=source_configs.read_timm,
     ),
     "jax-vit": Layout(
-        **_VIT,
+        title="an ImageNet ViT",
         marker=r"Transformer/encoderblock_\d+/MultiHeadDotProductAttention_1/query/kernel",
         table=_JAX_VIT,
         ignored=r"head/.+|pre_logits/.+",
@@ -605,7 +591,7 @@ LAYOUTS = {
         stated={**_GELU, "eps": 1e-6, **source_configs.NORMALIZATIONS["half"]},
     ),
     "huggingface-vit": Layout(
-        **_VIT,
+        title="an ImageNet ViT",
         marker=r"(vit\.)?(encoder\.layer|layers)\.\d+\.layernorm_before\.weight",
         table=_HUGGINGFACE_VIT,
         ignored=r"classifier\..+|pooler\..+",
@@ -619,14 +605,12 @@ LAYOUTS = {
         marker=r"layers\.0\.downsample\..+",
         table=_MICROSOFT_SWIN,
         ignored=r"head\..+" + _SWIN_BUFFERS,
-        stated=_SWIN_STATED,
     ),
     "timm-swin": Layout(
         **_SWIN,
         marker=r"layers\.\d+\.blocks\.\d+\.attn\.qkv\.weight",
         table=_TIMM_SWIN,
         ignored=r"head\..+" + _SWIN_BUFFERS,
-        stated=_SWIN_STATED,
     ),
     "huggingface-swin": Layout(
         **_SWIN,
@@ -635,13 +619,12 @@ LAYOUTS = {
         ignored=r"classifier\..+|pooler\..+" + _SWIN_BUFFERS,
         prefix="swin.",
         aliases=_transformers_5_aliases("self"),
-        stated=_SWIN_STATED,
         read_config=source_configs.read_huggingface_swin,
     ),
 }
 
-# The trained weights in checkpoints of AIM's authors; the names of our blocks are those of its
-# hooks, see `training/published_adapter.py`. The frozen tower has OpenAI's names.
+# The trained weights in checkpoints of AIM's authors, see `training/published_adapter.py`. The
+# frozen tower has OpenAI's names and is ignored here.
 _AIM_BLOCK = "backbone.transformer.resblocks.{i}."
 _AIM_ADAPTERS = {
     "temporal": "T_Adapter",
@@ -651,11 +634,9 @@ _AIM_ADAPTERS = {
 }
 AIM = Layout(
     title="a checkpoint of AIM",
-    family="",
-    marker=_AIM_BLOCK.replace("{i}", r"\d+") + r"MLP_Adapter\..+",
     table=(
         *_build_block_rows(
-            "blocks/",
+            "adapters/",
             _AIM_BLOCK,
             {
                 f"{ours}/{layer}": f"{theirs}.{source}"
@@ -669,6 +650,5 @@ AIM = Layout(
     ),
     ignored=r"backbone\.(conv1|class_embedding|positional_embedding|ln_pre|ln_post)(\..+)?"
     r"|backbone\.transformer\.resblocks\.\d+\.(attn|ln_1|ln_2|mlp)\..+",
-    get_shape=_get_vit_shape,
     optional=r".+\.T_Adapter_in\..+",
 )

@@ -194,10 +194,11 @@ def _count_blocks(table: tuple[Row, ...], names: Collection[str]) -> list[int]:
 
 def _expand_table(
     table: tuple[Row, ...], depths: list[int]
-) -> Iterator[tuple[list[str], str, Callable]]:
+) -> Iterator[tuple[list[str], str, Callable, bool]]:
     """Yield the table's rows for all stages and blocks.
 
-    A row is (the source names of all blocks of a stage, our name, transform).
+    A row is (the source names of all blocks of a stage, our name, transform, whether these blocks
+    are stacked).
     """
     for source, name, transform in table:
         stages = 1
@@ -206,7 +207,7 @@ def _expand_table(
         for s in range(stages):
             blocks = range(depths[s] if "{i}" in source else 1)
             sources = [source.format(s=s, next=s + 1, i=i) for i in blocks]
-            yield sources, name.format(s=s), transform
+            yield sources, name.format(s=s), transform, "{i}" in source
 
 
 def rename_tensors(path: str, tensors: TensorReaders, layout: Layout) -> dict[str, np.ndarray]:
@@ -223,7 +224,7 @@ def rename_tensors(path: str, tensors: TensorReaders, layout: Layout) -> dict[st
     tensors = {_normalize_name(name, layout): tensor for name, tensor in tensors.items()}
     tensors = {n: t for n, t in tensors.items() if not re.fullmatch(layout.ignored, n)}
     rows = list(_expand_table(layout.table, _count_blocks(layout.table, tensors)))
-    known = {source for sources, _, _ in rows for source in sources}
+    known = {source for sources, *_ in rows for source in sources}
     left, missing = set(tensors) - known, known - set(tensors)
     optional = {source for source in missing if re.fullmatch(layout.optional, source)}
     missing -= optional
@@ -234,13 +235,14 @@ def rename_tensors(path: str, tensors: TensorReaders, layout: Layout) -> dict[st
             f"missing: {format_names(missing)}"
         )
     parts: dict[str, np.ndarray] = {}
-    for sources, name, transform in progress_bar.iterate_with_bar(rows, "convert", "tensors"):
+    bar = progress_bar.iterate_with_bar(rows, "convert", "tensors")
+    for sources, name, transform, is_stacked in bar:
         arrays = [tensors[source]() for source in sources]
         if name == "patch_embedding/kernel":
             _check_patches(path, sources[0], layout, arrays[0])
         try:
             arrays = [transform(array) for array in arrays]
-            part = np.stack(arrays) if name.startswith("blocks") else arrays[0]  # [L, ...]
+            part = np.stack(arrays) if is_stacked else arrays[0]  # [L, ...]
             previous = [parts[name]] if name in parts else []
             parts[name] = np.concatenate([*previous, part], axis=-1)
         except (ValueError, TypeError):  # TypeError: the dtypes have no common type

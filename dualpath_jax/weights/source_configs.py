@@ -12,12 +12,11 @@ of transformers' configs.
 from collections.abc import Mapping
 from typing import Any
 
+from dualpath_jax.data.clip_spec import CLIP_MEAN, CLIP_STD
+
 # Mean and standard deviation of red, green and blue in 0..1 that pretraining used.
 NORMALIZATIONS: dict[str, dict[str, tuple[float, ...]]] = {
-    "clip": {
-        "mean": (0.48145466, 0.4578275, 0.40821073),
-        "std": (0.26862954, 0.26130258, 0.27577711),
-    },
+    "clip": {"mean": CLIP_MEAN, "std": CLIP_STD},
     "imagenet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
     "half": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
 }
@@ -26,14 +25,12 @@ NORMALIZATIONS: dict[str, dict[str, tuple[float, ...]]] = {
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
 
-def _read_huggingface(
-    config: Mapping[str, Any], activation: str, heads: int, eps: float
-) -> dict[str, Any]:
+def _read_huggingface(config: Mapping[str, Any], activation: str, eps: float) -> dict[str, Any]:
     """Read what Hugging Face's configs of ViTs have in common; the arguments are the defaults."""
     stated = {
         "shape": (config.get("hidden_size", 768), config.get("num_hidden_layers", 12)),
         "activation": config.get("hidden_act", activation),
-        "heads": config.get("num_attention_heads", heads),
+        "heads": config.get("num_attention_heads", 12),
         "eps": config.get("layer_norm_eps", eps),
     }
     if isinstance(stated["activation"], str):
@@ -63,28 +60,28 @@ def read_huggingface_clip(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if not str(config.get("model_type")).startswith("clip"):
         return None
     vision = config.get("vision_config", config)
-    return {**NORMALIZATIONS["clip"], **_read_huggingface(vision, "quick_gelu", 12, 1e-5)}
+    return {**NORMALIZATIONS["clip"], **_read_huggingface(vision, "quick_gelu", 1e-5)}
 
 
 def read_huggingface_siglip(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Read the `config.json` of a Hugging Face SigLIP, with or without its text tower."""
     if not str(config.get("model_type")).startswith("siglip"):
         return None
-    return _read_huggingface(config.get("vision_config", config), "gelu_tanh", 12, 1e-6)
+    return _read_huggingface(config.get("vision_config", config), "gelu_tanh", 1e-6)
 
 
 def read_huggingface_dinov2(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Read the `config.json` of a Hugging Face DINOv2, with or without registers."""
     if not str(config.get("model_type")).startswith("dinov2"):
         return None
-    return _read_huggingface(config, "gelu", 12, 1e-6)
+    return _read_huggingface(config, "gelu", 1e-6)
 
 
 def read_huggingface_vit(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Read the `config.json` of a Hugging Face ViT."""
     if config.get("model_type") != "vit":
         return None
-    return _read_huggingface(config, "gelu", 12, 1e-12)
+    return _read_huggingface(config, "gelu", 1e-12)
 
 
 def read_huggingface_swin(config: Mapping[str, Any]) -> dict[str, Any] | None:

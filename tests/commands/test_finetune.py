@@ -7,10 +7,13 @@ import shutil
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
+from dualpath_jax.analysis import cost_estimate
 from dualpath_jax.commands import finetune
+from dualpath_jax.config import schema
 from dualpath_jax.data.preparation import prepare
 from dualpath_jax.report import run_reader
 from dualpath_jax.training.checkpoint import Checkpoints
@@ -131,3 +134,14 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
     assert status == 2
     assert f"error: the disk of {tmp_path}/run is too small: frames and checkpoints" in errors
     assert not (tmp_path / "run" / "data").exists()
+
+
+@pytest.mark.parametrize(("devices", "steps"), [(1, 8), (2, 4), (8, 1)])
+def test_parts_of_a_batch_have_clips_for_every_device(devices, steps, monkeypatch):
+    config = schema.get_config()
+    config.data.batch_size = 8
+    cost = cost_estimate.Cost(0.0, 0.0, 0.0, 1e12, 0.0)  # no part fits
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    assert finetune._fit_accumulation(config, cost, 1e9) == steps
+    assert config.optimizer.accumulation_steps == steps
+    assert 8 % (devices * steps) == 0

@@ -19,66 +19,24 @@ from dualpath_jax.weights import convert, layouts
 from tests.fuzz.mutate import mutate_bytes, mutate_json
 from tests.fuzz.sandbox import Case, Target
 
+_TINY = {"patch_size": 4, "width": 8, "heads": 1, "mlp_dim": 16}
+_TINY_VIT = {**_TINY, "image_size": 8, "depth": 2}
+_WITHOUT_CLIP = {**_TINY_VIT, "pre_norm": False, "patch_bias": True}
 BACKBONES = {
-    "vit": backbone_registry.backbone_config(
-        "custom",
-        image_size=8,
-        patch_size=4,
-        width=8,
-        depth=2,
-        heads=1,
-        mlp_dim=16,
-        projection_dim=4,
-    ),
-    "vit-in21k": backbone_registry.backbone_config(
-        "custom",
-        image_size=8,
-        patch_size=4,
-        width=8,
-        depth=2,
-        heads=1,
-        mlp_dim=16,
-        activation="gelu",
-        pre_norm=False,
-        patch_bias=True,
-    ),
+    "vit": backbone_registry.backbone_config("custom", **_TINY_VIT, projection_dim=4),
+    "vit-in21k": backbone_registry.backbone_config("custom", **_WITHOUT_CLIP, activation="gelu"),
     "vit-dinov2": backbone_registry.backbone_config(
-        "custom",
-        image_size=8,
-        patch_size=4,
-        width=8,
-        depth=2,
-        heads=1,
-        mlp_dim=16,
-        activation="gelu",
-        pre_norm=False,
-        patch_bias=True,
-        num_register_tokens=2,
-        layer_scale=True,
+        "custom", **_WITHOUT_CLIP, activation="gelu", num_register_tokens=2, layer_scale=True
     ),
     "vit-siglip": backbone_registry.backbone_config(
         "custom",
-        image_size=8,
-        patch_size=4,
-        width=8,
-        depth=2,
-        heads=1,
-        mlp_dim=16,
+        **_WITHOUT_CLIP,
         activation="gelu_tanh",
-        pre_norm=False,
-        patch_bias=True,
         class_token=False,
         readout="attention",
     ),
     "swin": backbone_registry.backbone_config(
-        "custom-swin",
-        image_size=16,
-        patch_size=4,
-        width=8,
-        depths=(2, 2),
-        heads=1,
-        mlp_dim=16,
-        window_size=2,
+        "custom-swin", **_TINY, image_size=16, depths=(2, 2), window_size=2
     ),
 }
 # By layout: the name in `BACKBONES`, and the publisher's config file next to the checkpoint.

@@ -6,9 +6,11 @@ A model is built from our own config, which defines its shape.
 import torch
 
 from dualpath_jax.models.backbones.vit import ViTConfig
-from tests.helpers.torch_reference import import_torchvision, randomize_parameters
-
-ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "silu": "gelu"}
+from tests.helpers.torch_reference import (
+    import_torchvision,
+    randomize_parameters,
+    record_outputs,
+)
 
 
 def timm_model(config: ViTConfig) -> torch.nn.Module:
@@ -94,17 +96,5 @@ def stages(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tens
         blocks = next(getattr(encoder, n) for n in ("layer", "layers") if hasattr(encoder, n))
         embed = model.embeddings
     modules = {"embed": embed} | {f"block_0_{i}": block for i, block in enumerate(blocks)}
-    outputs = {}
-
-    def hook(name):
-        def record(module, inputs, output):
-            outputs[name] = output[0] if isinstance(output, tuple) else output
-
-        return record
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    with torch.no_grad():
-        features = model(images)
-    for handle in handles:
-        handle.remove()
+    outputs, features = record_outputs(modules, lambda: model(images))
     return {**outputs, "features": getattr(features, "pooler_output", features)}

@@ -7,7 +7,11 @@ import torch
 
 from dualpath_jax.models.backbones.swin import SwinConfig
 from dualpath_jax.models.backbones.vit import ViTConfig
-from tests.helpers.torch_reference import import_torchvision, randomize_parameters
+from tests.helpers.torch_reference import (
+    import_torchvision,
+    randomize_parameters,
+    record_outputs,
+)
 
 
 def timm_vit(config: ViTConfig) -> torch.nn.Module:
@@ -110,21 +114,9 @@ def stages(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tens
       Outputs [M, N, D] by the names of `_stage_modules` (but "norm"), and "features" [M, D].
     """
     model = getattr(model, "vit", getattr(model, "swin", model))
-    outputs = {}
-
-    def hook(name):
-        def record(module, inputs, output):
-            output = output[0] if isinstance(output, tuple) else output
-            outputs[name] = output.flatten(1, -2)
-
-        return record
-
     modules = _stage_modules(model)
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    with torch.no_grad():
-        model(images)
-    for handle in handles:
-        handle.remove()
+    outputs, _ = record_outputs(modules, lambda: model(images))
+    outputs = {name: output.flatten(1, -2) for name, output in outputs.items()}
     norm = outputs.pop("norm")
     outputs["features"] = norm.mean(1) if "merge_0" in modules else norm[:, 0]
     return outputs

@@ -2,6 +2,8 @@
 
 import re
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -125,8 +127,10 @@ def huggingface_model(shape: dict, hidden_act: str, vision_only: bool = False) -
     return randomize_parameters(transformers.CLIPModel(config))
 
 
-def _record(modules: dict[str, torch.nn.Module], run) -> dict[str, torch.Tensor]:
-    """Record the outputs of `modules` during run(), and its result as "projection"."""
+def record_outputs(
+    modules: dict[str, torch.nn.Module], run: Callable[[], Any]
+) -> tuple[dict[str, torch.Tensor], Any]:
+    """Return the outputs of `modules` during run(), by name, and its result."""
     outputs = {}
 
     def hook(name):
@@ -137,9 +141,15 @@ def _record(modules: dict[str, torch.nn.Module], run) -> dict[str, torch.Tensor]
 
     handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     with torch.no_grad():
-        outputs["projection"] = run()
+        result = run()
     for handle in handles:
         handle.remove()
+    return outputs, result
+
+
+def _record_clip(modules: dict[str, torch.nn.Module], run) -> dict[str, torch.Tensor]:
+    """Record the outputs of `modules` during run(), and its result as "projection"."""
+    outputs, outputs["projection"] = record_outputs(modules, run)
     if outputs["ln_post"].ndim == 3:  # open_clip normalizes all tokens, then takes the class token
         outputs["ln_post"] = outputs["ln_post"][:, 0]
     return outputs
@@ -154,7 +164,7 @@ def open_clip_stages(model: torch.nn.Module, images: torch.Tensor) -> dict[str, 
     visual = model.visual
     blocks = {f"block_{i}": block for i, block in enumerate(visual.transformer.resblocks)}
     modules = {"embed": visual.ln_pre, **blocks, "ln_post": visual.ln_post}
-    return _record(modules, lambda: visual(images))
+    return _record_clip(modules, lambda: visual(images))
 
 
 def huggingface_stages(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -166,7 +176,7 @@ def huggingface_stages(model: torch.nn.Module, images: torch.Tensor) -> dict[str
     def run():
         return model.visual_projection(vision(pixel_values=images).pooler_output)
 
-    return _record(modules, run)
+    return _record_clip(modules, run)
 
 
 def torch_to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -300,3 +300,17 @@ def test_runs_print_the_probes_of_their_workdir(config, tmp_path, capsys, monkey
     assert f"the score\n{line}" in capsys.readouterr().out
     (tmp_path / "probe.json").write_text("{")
     assert results.describe_probe(str(tmp_path)) == ""
+
+
+def test_the_file_of_the_backbone_says_which_it_is(overrides):
+    """Check that a config without a name or normalization takes those of the file."""
+    config = loading.load_config("demo", overrides)
+    for key in config.backbone:
+        if key != "checkpoint":
+            config.backbone[key] = None
+    config.data.mean = config.data.std = None
+    built = run._Probe.build(options.as_probe(config), run.ProbeOptions())
+    named = build_probe(overrides)
+    assert built.config.backbone.name == "custom"
+    assert (built.config.backbone.width, built.backbone) == (96, named.backbone)
+    assert built.config.data.mean == named.config.data.mean

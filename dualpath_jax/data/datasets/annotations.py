@@ -10,6 +10,8 @@ from dualpath_jax.runtime.safe_read import open_text, truncated_repr
 
 # Name under which frames are stored if the data set's splits share videos.
 SHARED_SPLIT = "all"
+# Divisions of HMDB51 and UCF101, which call them splits; each has a training and a test split here.
+DIVISIONS = ("1", "2", "3")
 # Spelling of a split in files and folders, in lower case -> name of the split.
 SPLIT_NAMES = {
     "train": "train",

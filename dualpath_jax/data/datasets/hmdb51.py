@@ -11,8 +11,6 @@ from dualpath_jax.data.datasets.annotations import (
 )
 from dualpath_jax.runtime.safe_read import open_text, truncated_repr
 
-# HMDB51 calls these splits; a division has a training and a test split here.
-DIVISIONS = ("1", "2", "3")
 _FILE_PATTERN = re.compile(r"(.+)_test_split([123])\.txt")
 _ROLE_BY_DIGIT = {"0": None, "1": "train", "2": "test"}
 

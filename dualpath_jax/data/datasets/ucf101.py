@@ -3,14 +3,13 @@
 import os
 
 from dualpath_jax.data.datasets.annotations import (
+    DIVISIONS,
     DatasetIndex,
     Video,
     format_dataset_hint,
     require_file,
 )
 from dualpath_jax.runtime.safe_read import open_text, truncated_repr
-
-DIVISIONS = ("1", "2", "3")
 
 
 def read_ucf101(videos_dir: str, annotations: str | None) -> DatasetIndex:

@@ -159,7 +159,7 @@ def _choose_groups(sizes: dict[str, int], fraction: float, chosen: dict[str, boo
     total = sum(sizes.values())
     fixed = sum(size for group, size in sizes.items() if chosen.get(group))
     by_size = collections.defaultdict(list)
-    for group in sorted(sizes.keys() - chosen.keys(), key=_hash):
+    for group in sorted(sizes.keys() - chosen.keys(), key=hash_name):
         by_size[sizes[group]].append(group)
     order = sorted(by_size, reverse=True)
     # Bit n of reachable[i] is set if groups of the sizes order[i:] can have n videos together.
@@ -193,8 +193,8 @@ def _add_multiples(sums: int, size: int, count: int) -> int:
     return sums
 
 
-def _hash(name: str) -> bytes:
-    """Return a digest that orders groups at random, alike on every machine."""
+def hash_name(name: str) -> bytes:
+    """Return a digest that orders names at random, alike on every machine."""
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
 
 

@@ -54,9 +54,8 @@ def check_videos(
     summary.check_prepare_options(short_side, quality, fps, max_missing)
     _note_missing_videos(index, videos_dir, max_missing)
     with _open_output(bad_videos) as file:
-        stored, bad = decode_videos(
-            *(index, videos_dir, short_side, quality, fps, num_workers, limits), file, progress
-        )
+        settings = (short_side, quality, limits or DecodeLimits(), fps)
+        stored, bad = decode_videos(index, videos_dir, settings, num_workers, file, progress)
     counts = summary.count_splits(index, stored, bad)
     summary.print_counts(counts)
     print(f"the frames would take about {summary.format_bytes(counts['total'].num_bytes)}")
@@ -66,11 +65,8 @@ def check_videos(
 def decode_videos(
     index: DatasetIndex,
     videos_dir: str,
-    short_side: int = 256,
-    quality: int = 90,
-    fps: float | None = None,
+    settings: tuple[int, int, DecodeLimits, float | None],
     num_workers: int | None = None,
-    limits: DecodeLimits | None = None,
     file: TextIO | None = None,
     progress: bool = True,
 ) -> tuple[dict[str, list[dict]], list[dict]]:
@@ -78,22 +74,20 @@ def decode_videos(
 
     Args:
       index, videos_dir: the listed videos and their folder.
-      short_side, quality, fps, num_workers, limits, progress: see `check_videos`.
+      settings: short_side, quality, limits and fps, see `check_videos`.
+      num_workers, progress: see `check_videos`.
       file: gets a line of JSON for each bad or truncated video as soon as it is found.
 
     Returns:
       Storage split -> entries of its good videos (`summary.build_stored_entry`); and the entries of
       bad videos (`summary.build_bad_entry`).
     """
-    limits = limits or DecodeLimits()
     videos = [
         (split, video) for split, listed in index.videos_to_store().items() for video in listed
     ]
-    arguments = (
-        (os.path.join(videos_dir, video.path), short_side, quality, limits, fps)
-        for _, video in videos
-    )
+    arguments = ((os.path.join(videos_dir, video.path), *settings) for _, video in videos)
     bar = progress_bar.ProgressBar(len(videos), "check", "videos", shown=progress)
+    _, _, limits, _ = settings
     with bar, WorkerPool(num_workers or num_cores(), limits) as pool:
         results = zip(videos, pool.map(check_video, arguments), strict=True)
         return _collect_entries(index, results, file, bar)

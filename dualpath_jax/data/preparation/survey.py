@@ -20,6 +20,7 @@ from dualpath_jax.data.datasets.validation_split import (
     group_videos,
     split_by_hash,
 )
+from dualpath_jax.data.preparation import prepare
 from dualpath_jax.data.preparation.dry_run import decode_videos
 from dualpath_jax.runtime import terminal
 from dualpath_jax.runtime.safe_read import truncated_repr
@@ -36,14 +37,17 @@ class Survey:
     Attributes:
       entries: of all good videos, see `summary.build_stored_entry`.
       bad: entries of all bad videos, see `summary.build_bad_entry`.
-      num_bytes: that all frames would take.
       seconds: that decoding took.
     """
 
     entries: list[dict]
     bad: list[dict]
-    num_bytes: int
     seconds: float
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes that all frames would take."""
+        return sum(entry["num_bytes"] for entry in self.entries)
 
 
 def list_own_videos(
@@ -138,10 +142,11 @@ def survey_videos(
       ValueError: all training videos of a class are bad; the message names one and why.
     """
     start = time.monotonic()
-    stored, bad = decode_videos(index, videos_dir, short_side, progress=progress)
+    options = prepare.PrepareOptions(short_side=short_side)
+    settings = (options.short_side, options.quality, options.limits, options.fps)
+    stored, bad = decode_videos(index, videos_dir, settings, progress=progress)
     entries = [entry for split in stored.values() for entry in split]
-    good = {(entry["id"], entry["label"]) for entry in stored["train"]}
-    trained = {label for _, label in good}
+    trained = {entry["label"] for entry in stored["train"]}
     for label, name in enumerate(index.class_names):
         listed = [video.id for video in index.splits["train"] if video.label == label]
         if listed and label not in trained:
@@ -150,8 +155,7 @@ def survey_videos(
                 f"none of the {len(listed)} training videos of class {name!r} can be read, such as "
                 f"{truncated_repr(listed[0])} ({reason}): replace them, or remove the class"
             )
-    num_bytes = sum(entry["num_bytes"] for entry in entries)
-    return Survey(entries, bad, num_bytes, time.monotonic() - start)
+    return Survey(entries, bad, time.monotonic() - start)
 
 
 def describe_classes(index: DatasetIndex) -> list[str]:
@@ -162,11 +166,12 @@ def describe_classes(index: DatasetIndex) -> list[str]:
     lines = [f"{len(index.class_names)} classes; videos: {totals}"]
     by_size = sorted(range(len(index.class_names)), key=lambda label: -counts["train"][label])
     width = max(len(terminal.escape_name(name)) for name in index.class_names)
-    for label in by_size if len(by_size) <= _NUM_SHOWN else by_size[:10] + by_size[-10:]:
+    half = _NUM_SHOWN // 2
+    for label in by_size if len(by_size) <= _NUM_SHOWN else by_size[:half] + by_size[-half:]:
         numbers = "  ".join(f"{counts[split][label]:>5,} {split}" for split in splits)
         lines.append(f"  {terminal.escape_name(index.class_names[label]):<{width}}  {numbers}")
     if len(by_size) > _NUM_SHOWN:
-        lines.insert(11, f"  ... {len(by_size) - 20} more classes")
+        lines.insert(1 + half, f"  ... {len(by_size) - _NUM_SHOWN} more classes")
     unseen = [index.class_names[label] for label in by_size if not counts["validation"].get(label)]
     if unseen:
         lines.append(f"without a validation video: {', '.join(map(truncated_repr, unseen[:5]))}")

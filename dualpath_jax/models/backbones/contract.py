@@ -140,6 +140,9 @@ class Backbone(Protocol):
     def pool(self, h: jax.Array, project: bool = True) -> jax.Array:
         """Read features [M, feature_dim] out of tokens, or those before a projection."""
 
+    def token_features(self, h: jax.Array) -> jax.Array:
+        """Apply the last LayerNorm to all tokens, and return them as [M, N, D]."""
+
     def init_hooks(
         self, rng: jax.Array, hooks: BlockHooks, num_images: int, num_tokens: int
     ) -> Any:

@@ -26,6 +26,10 @@ from dualpath_jax.models.backbones.layers import BlockHooks, Mlp
 READOUTS = ("class", "mean", "attention")
 
 
+# Fields of a `ViTConfig` in which CLIP's towers do not differ.
+RARE_FIELDS = ("class_token", "num_register_tokens", "readout", "layer_scale", "gated_mlp")
+
+
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
     """Describes the shape of a vision transformer; the defaults are CLIP's.
@@ -167,9 +171,8 @@ class ViTConfig:
         """
         fields = ("width", "depth", "patch_size", "mlp_dim", "projection_dim")
         always = {field: getattr(self, field) for field in (*fields, "pre_norm", "patch_bias")}
-        rare = ("class_token", "num_register_tokens", "readout", "layer_scale", "gated_mlp")
         return always | {
-            f: getattr(self, f) for f in rare if getattr(self, f) != getattr(ViTConfig, f)
+            f: getattr(self, f) for f in RARE_FIELDS if getattr(self, f) != getattr(ViTConfig, f)
         }
 
     @property

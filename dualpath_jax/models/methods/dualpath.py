@@ -129,7 +129,7 @@ class DualPath(nn.Module):
         the window blocks (App. B.1).
       dtype: compute dtype of the transformer; features and classifier are float32.
       scan_blocks, remat: see `ViT`.
-      cls_token_only: if the backbone has a class token, its last block computes only that token.
+      cls_token_only: if the backbone reads out its class token, its last block computes only that.
     """
 
     config: BackboneConfig
@@ -219,8 +219,7 @@ class DualPath(nn.Module):
         if self.train_tokens and self.config.has_class_token:
             params["class_token"] = self.backbone.class_embedding
         if self.temporal_position == "learned":
-            table = self._resize_positions(self.backbone.position_embedding)
-            params["position"] = jnp.tile(table, (self.num_framesets, 1, 1))
+            params["position"] = self._frameset_positions(self.backbone.position_embedding)
         return params
 
     @property
@@ -235,9 +234,10 @@ class DualPath(nn.Module):
         patch = self.config.patch_size
         return down * self.frame_size // patch, across * self.frame_size // patch
 
-    def _resize_positions(self, table: jax.Array) -> jax.Array:
-        """Return the backbone's position table for the patches of a frameset."""
-        return self.config.resize_positions(table, self._frameset_patches())
+    def _frameset_positions(self, table: jax.Array) -> jax.Array:
+        """Return the backbone's position table for the patches of all framesets: [G, N, D]."""
+        table = self.config.resize_positions(table, self._frameset_patches())
+        return jnp.tile(table, (self.num_framesets, 1, 1))
 
     def _check_own_temporal_path(self) -> None:
         """Raise ValueError if the keys that the paper does not have do not fit the framesets."""
@@ -284,7 +284,7 @@ class DualPath(nn.Module):
             if "position" in params.get(path, {}):
                 table = jnp.array(backbone["position_embedding"], jnp.float32)
                 if path == "temporal":
-                    table = jnp.tile(self._resize_positions(table), (self.num_framesets, 1, 1))
+                    table = self._frameset_positions(table)
                 params[path]["position"] = table
         return params
 
@@ -305,8 +305,7 @@ class DualPath(nn.Module):
         first = int(self.config.has_class_token)
         if not self.config.has_position_table:
             return jnp.pad(fixed, ((0, 0), (first, 0), (0, 0)))
-        frozen = self._resize_positions(self.backbone.position_embedding)
-        frozen = jnp.tile(frozen, (self.num_framesets, 1, 1))
+        frozen = self._frameset_positions(self.backbone.position_embedding)
         if self.temporal_position == "clip":
             return frozen
         patches = frozen[:, first:] if self.temporal_position == "sincos3d+clip" else 0.0

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dualpath_jax.models.backbones import layers
+from dualpath_jax.models.backbones import attention, layers
 from dualpath_jax.models.backbones.contract import BackboneConfig
 from dualpath_jax.models.frame_model import FrameModel
 from dualpath_jax.models.methods.adapters import OrderedReadout
@@ -86,9 +86,9 @@ class AttentiveProbe(ProbeHead):
     itself. The tokens of a clip are a set: the head knows places as far as the backbone encodes
     them, but nothing of time.
 
-    With a single query, keys and values of tokens need not be computed. The query is multiplied by
-    the kernel of the keys, and the kernel of the values by the average of the tokens. The head
-    therefore takes 2 M K D multiply-accumulates a clip for attention instead of 2 M D^2.
+    With a single query, keys and values of tokens need not be computed, see
+    `attention.single_query_attention`. The head therefore takes 2 M K D multiply-accumulates a clip
+    for attention instead of 2 M D^2.
     """
 
     @nn.compact
@@ -102,12 +102,14 @@ class AttentiveProbe(ProbeHead):
         key_kernel, _ = HeadProjection(width, block.heads, use_bias=False, name="key")()
         value_kernel, value_bias = HeadProjection(width, block.heads, name="value")()
         with layers.full_precision():
-            scaled = query.reshape(block.heads, -1) * (width // block.heads) ** -0.5
-            logits = jnp.einsum("bmd,dk->bmk", x, jnp.einsum("dke,ke->dk", key_kernel, scaled))
-            mean = jnp.einsum("bmk,bmd->bkd", jax.nn.softmax(logits, axis=1), x)
-            y = jnp.einsum("bkd,dke->bke", mean, value_kernel)
-            y = einops.rearrange(y, "b k e -> b (k e)") + value_bias
-            z = query + nn.Dense(width, name="out")(y)
+            y = attention.single_query_attention(
+                query.reshape(1, block.heads, -1),
+                x,
+                key_kernel,
+                value_kernel,
+                value_bias.reshape(block.heads, -1),
+            )
+            z = query + nn.Dense(width, name="out")(einops.rearrange(y, "b k e -> b (k e)"))
             y = nn.LayerNorm(epsilon=block.eps, name="ln")(z)
             z = z + layers.Mlp(4 * width, block.activation, name="mlp")(y)
             return nn.Dense(self.num_classes, name="output")(z)
