@@ -249,9 +249,26 @@ def make_main_command(config, workdir, number):
         "--config.model.temporal_path=False",
         "--config.num_train_steps=4000",
         "--config.checkpoint.every_steps=5",
+        "--config.log_every_steps=1",
         f"--num_processes={number}",
     ]
     return lambda address, i: [*command, f"--coordinator_address={address}", f"--process_id={i}"]
+
+
+def read_learning(workdir):
+    """Return the (loss, gradient norm) of each step in metrics.jsonl."""
+    return dict(
+        zip(
+            read_metric(workdir, "step"),
+            zip(read_metric(workdir, "loss"), read_metric(workdir, "gradient_norm"), strict=True),
+            strict=True,
+        )
+    )
+
+
+def unfinished_checkpoints(workdir):
+    """Return the checkpoints that are being written, or were when the program died."""
+    return list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
 
 
 def saved_steps(workdir):
@@ -260,26 +277,36 @@ def saved_steps(workdir):
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
 
-def wait_for(is_reached, job):
-    """Wait until `is_reached()`; fail if a process ends before."""
+def wait_for(is_reached, job, pause=0.1):
+    """Wait until `is_reached()`, asked every `pause` seconds; fail if a process ends before."""
     end = time.monotonic() + 300
     while not is_reached():
         assert time.monotonic() < end
         for i, process in enumerate(job.processes):
             assert process.poll() is None, job.stderr(i)
-        time.sleep(0.1)
+        time.sleep(pause)
 
 
 def test_one_of_two_is_killed_then_stopped(settings, tmp_path):
     workdir = tmp_path / "run"
     command = make_main_command(settings, workdir, 2)
-    with start_job(2, tmp_path / "killed", command) as job:
-        wait_for(lambda: len(saved_steps(workdir)) >= 2, job)
-        job.processes[1].kill()
-        assert job.wait(60) == [-signal.SIGABRT, -signal.SIGKILL]
-        errors = job.stderr(0)
-        assert "process 0 of 2: another process is gone" in errors
-        assert "tasks are unhealthy (stopped sending heartbeats):\n1\n" in errors
+    first = {}
+    for killed in (1, 0):  # process 0 writes most of a checkpoint
+        before = max(saved_steps(workdir), default=0)
+        with start_job(2, tmp_path / f"killed{killed}", command) as job:
+            wait_for(lambda before=before: max(saved_steps(workdir), default=0) > before, job)
+            wait_for(lambda: unfinished_checkpoints(workdir), job, pause=0.001)
+            job.processes[killed].kill()
+            codes = [-signal.SIGABRT, -signal.SIGABRT]
+            codes[killed] = -signal.SIGKILL
+            assert job.wait(60) == codes
+            errors = job.stderr(1 - killed)
+            assert f"process {1 - killed} of 2: another process is gone" in errors
+            if killed == 1:
+                assert "tasks are unhealthy (stopped sending heartbeats):\n1\n" in errors
+        first |= {step: x for step, x in read_learning(workdir).items() if step not in first}
+    assert unfinished_checkpoints(workdir)
+    assert max(first) > max(saved_steps(workdir))
     for stopped in ((1,), (0, 1)):  # one of them; both at once, as a scheduler does
         before = max(saved_steps(workdir))
         with start_job(2, tmp_path / f"stopped{len(stopped)}", command) as job:
@@ -291,6 +318,10 @@ def test_one_of_two_is_killed_then_stopped(settings, tmp_path):
             for i in (0, 1):
                 message = f"process {i} of 2: stopped; saved {workdir}/checkpoints/"
                 assert f"{message}{saved_steps(workdir)[-1]};" in job.stderr(i)
+    again = read_learning(workdir)  # steps after the checkpoint were done again
+    assert {step: again[step] for step in first} == first
+    assert not unfinished_checkpoints(workdir)
+    assert not (workdir / "damaged_checkpoints").exists()
 
 
 def test_one_of_two_cannot_start(settings, tmp_path):
