@@ -13,6 +13,7 @@ huggingface_hub downloads.
         --config=ssv2_vitb_aim --classes=classes.txt --out=aim.safetensors
 
 converts a model that AIM's authors published to an adapter file, for dualpath predict --adapter.
+--method=st_adapter does so for the models of ST-Adapter's authors.
 
 In a checkout, python scripts/convert_clip.py is the same command.
 """
@@ -72,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
         "adapters that authors published", "write an adapter file instead of a backbone file"
     )
     published.add_argument(
-        "--method", choices=("aim",), help="the method whose authors published the checkpoint"
+        "--method",
+        choices=("aim", "st_adapter"),
+        help="the method whose authors published the checkpoint",
     )
     published.add_argument("--backbone", help="converted file of the CLIP that they started from")
     published.add_argument("--config", help="config of the method, such as ssv2_vitb_aim")
@@ -104,8 +107,10 @@ def _convert_published(args: argparse.Namespace, overrides: list[str]) -> None:
 
     config = load_config(args.config, overrides)
     names = [line.strip() for line in read_lines(args.classes) if line.strip()]
-    info = published_adapter.convert_aim(args.checkpoint, args.out, args.backbone, config, names)
-    print(f"adapter     {info['parameters']:,} parameters of aim on {info['backbone']}")
+    info = published_adapter.convert_published(
+        args.method, args.checkpoint, args.out, args.backbone, config, names
+    )
+    print(f"adapter     {info['parameters']:,} parameters of {args.method} on {info['backbone']}")
     print(f"model       {info['frames']} frames, {info['classes']} classes")
     print(f"written     {info['out']}")
 

@@ -98,14 +98,19 @@ class FrameModel(nn.Module):
         """Map the tokens that leave the last block, [M, N, D], to frame features [M, D]."""
         return self.backbone.pool(h, project=False)
 
+    def encode(self, frames: jax.Array, dropout_rng: jax.Array | None = None) -> jax.Array:
+        """Map frames [B, T, H, W, 3] to the tokens that leave the last block, [(B T), N, D]."""
+        h = self.embed(einops.rearrange(frames, "b t h w c -> (b t) h w c"))
+        return self.backbone.encode(
+            h, self.hooks, self.hook_params, dropout_rng, self.cls_token_only
+        )
+
     def features(self, frames: jax.Array, dropout_rng: jax.Array | None = None) -> Any:
         """Return the head's input: pooled features [B, T, D] float32 of frames [B, T, H, W, 3].
 
         The feature of a frame is the backbone's readout before a projection to a joint space.
         """
-        h = self.embed(einops.rearrange(frames, "b t h w c -> (b t) h w c"))
-        h = self.backbone.encode(h, self.hooks, self.hook_params, dropout_rng, self.cls_token_only)
-        x = self.pool(h).astype(jnp.float32)
+        x = self.pool(self.encode(frames, dropout_rng)).astype(jnp.float32)
         return einops.rearrange(x, "(b t) d -> b t d", t=self.num_frames)
 
     def __call__(

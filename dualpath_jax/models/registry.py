@@ -24,7 +24,12 @@ from dualpath_jax.models.methods.dualpath import DualPath
 from dualpath_jax.models.methods.evl import EVLDecoder, EVLModel
 from dualpath_jax.models.methods.probe import ProbeModel, build_head
 from dualpath_jax.models.methods.protuning import ProTuningHooks
-from dualpath_jax.models.methods.st_adapter import STAdapterHooks
+from dualpath_jax.models.methods.st_adapter import (
+    ReleasedSTAdapter,
+    ReleasedSTAdapterHooks,
+    ReleasedSTAdapterModel,
+    STAdapterHooks,
+)
 from dualpath_jax.models.methods.vpt import DeepPromptHooks, ShallowPromptModel
 from dualpath_jax.models.temporal_head import TemporalClassifier
 
@@ -202,17 +207,21 @@ def _build_st_adapter(config: Any, backbone: BackboneConfig, num_classes: int) -
             f"model.st_adapter.kernel_size={kernel_size} must be three odd numbers: frames, rows, "
             "columns"
         )
-    hooks = STAdapterHooks(
-        num_frames=config.data.num_frames,
-        width=options.width,
-        kernel_size=kernel_size,
-        scale=options.scale,
-        released=options.form == "released",
-        leading_tokens=backbone.num_leading_tokens,
-        dtype=compute_dtype(config),
-        parent=None,
-    )
-    return _build_frame_model(config, backbone, AverageClassifier(num_classes, parent=None), hooks)
+    fields = {
+        "num_frames": config.data.num_frames,
+        "width": options.width,
+        "kernel_size": kernel_size,
+        "scale": options.scale,
+        "leading_tokens": backbone.num_leading_tokens,
+        "dtype": compute_dtype(config),
+        "parent": None,
+    }
+    head = AverageClassifier(num_classes, parent=None)
+    if options.form == "paper":
+        return _build_frame_model(config, backbone, head, STAdapterHooks(**fields))
+    places = ("attention", "mlp") if options.places == "both" else (options.places,)
+    hooks = ReleasedSTAdapterHooks(ReleasedSTAdapter(**fields), places, parent=None)
+    return _build_frame_model(config, backbone, head, hooks, kind=ReleasedSTAdapterModel)
 
 
 def _build_videoprompt(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:

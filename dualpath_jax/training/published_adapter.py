@@ -1,15 +1,15 @@
 """Converts adapters that the authors of a method published to adapter files.
 
-The published checkpoints hold the whole model. Its frozen backbone is compared with the backbone
-file that the adapter file will belong to, and is left out.
+AIM's checkpoints hold the whole model. Its frozen backbone is compared with the backbone file that
+the adapter file will belong to, and is left out. ST-Adapter's hold only the trained weights.
 
 Axes: L blocks, D width, T frames.
 """
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,32 +18,67 @@ from dualpath_jax.models import abstract, param_tree
 from dualpath_jax.models.backbones import registry as backbone_registry
 from dualpath_jax.training.adapter_file import write_adapter
 from dualpath_jax.training.experiment import describe_trained
-from dualpath_jax.weights import convert
+from dualpath_jax.weights import convert, layouts
 from dualpath_jax.weights.backbone_keys import fill_backbone_keys
-from dualpath_jax.weights.layouts import AIM, LAYOUTS
+from dualpath_jax.weights.layouts import Layout
 from dualpath_jax.weights.source_checkpoint import rename_tensors
 from dualpath_jax.weights.source_files import find_source, format_names, open_tensors
 
 _TOLERANCE = 2e-3  # of backbone weights, relative to a tensor's largest; float16 rounds by 5e-4
 
 
-def convert_aim(
+def _set_aim(config: Any, leaves: Mapping[str, np.ndarray]) -> None:
+    config.data.num_frames = leaves["temporal_position"].shape[0]
+    config.model.aim.bottleneck = leaves["adapters/joint/down/kernel"].shape[-1]
+    config.model.aim.num_temporal_adapters = 1 + ("adapters/temporal_in/up/bias" in leaves)
+
+
+def _set_st_adapter(config: Any, leaves: Mapping[str, np.ndarray]) -> None:
+    options = config.model.st_adapter
+    kernel = leaves["adapters/mlp_adapter/conv/kernel"]  # [L, T, H, W, 1, R]
+    options.form, options.scale = "released", 1.0
+    options.places = "both" if "adapters/attention_adapter/up/bias" in leaves else "mlp"
+    options.width, options.kernel_size = kernel.shape[-1], kernel.shape[1:4]
+
+
+class Published(NamedTuple):
+    """Describes the checkpoints that a method's authors published.
+
+    Attributes:
+      layout: names of the trained weights.
+      tower: prefix of the names of the frozen weights, which else are OpenAI's.
+      set_keys: sets the keys of a configuration that the weights state.
+    """
+
+    layout: Layout
+    tower: str
+    set_keys: Callable[[Any, Mapping[str, np.ndarray]], None]
+
+
+METHODS = {
+    "aim": Published(layouts.AIM, "backbone.", _set_aim),
+    "st_adapter": Published(layouts.ST_ADAPTER, "", _set_st_adapter),
+}
+
+
+def convert_published(
+    method: str,
     checkpoint: str | os.PathLike[str],
     out: str,
     backbone: str,
     config: Any,
     class_names: Sequence[str],
 ) -> dict[str, Any]:
-    """Write an adapter file of a checkpoint of AIM's authors.
+    """Write an adapter file of a checkpoint that a method's authors published.
 
     Args:
-      checkpoint: their file, whose weights are named "backbone.transformer.resblocks.0..." and
-        "cls_head.fc_cls...".
+      method: a key of `METHODS`.
+      checkpoint: the authors' file.
       out: the adapter file, local or gs://.
       backbone: converted file of the CLIP that they started from.
-      config: of method "aim"; `data.num_frames`, `model.aim.bottleneck` and
-        `model.aim.num_temporal_adapters` are set to those of the checkpoint, in place.
-        `model.aim.scale` is not in the checkpoint and stays.
+      config: of the same method. Keys that the weights state are set in place: widths and places of
+        adapters; of AIM also `data.num_frames`. `model.aim.scale` and ST-Adapter's number of frames
+        are not in a checkpoint and stay.
       class_names: in the order of the classifier's outputs.
 
     Returns:
@@ -54,21 +89,22 @@ def convert_aim(
         the number of classes does not fit.
       OSError: a file cannot be read or written.
     """
-    if config.model.method != "aim":
-        raise ValueError(f"config.model.method is {config.model.method!r}: use a config of 'aim'")
+    if config.model.method != method:
+        raise ValueError(
+            f"config.model.method is {config.model.method!r}: use a config of {method!r}"
+        )
+    published = METHODS[method]
     source = find_source(checkpoint)
     _, tensors, _ = open_tensors(source)
     tensors = {name.removeprefix("module."): read for name, read in tensors.items()}
-    trained = rename_tensors(source.given, tensors, AIM)
+    trained = rename_tensors(source.given, tensors, published.layout)
     leaves = {name: array.astype(np.float32) for name, array in trained.items()}
-    config.data.num_frames = leaves["temporal_position"].shape[0]
-    config.model.aim.bottleneck = leaves["adapters/joint/down/kernel"].shape[-1]
-    config.model.aim.num_temporal_adapters = 1 + ("adapters/temporal_in/up/bias" in leaves)
+    published.set_keys(config, leaves)
     config.backbone.checkpoint, config.data.synthetic = str(backbone), False
     fill_backbone_keys(config)
     check_values(config)
     frozen, shape, info = convert.load_backbone(backbone, abstract.build_backbone_config(config))
-    _check_same_backbone(source.given, tensors, frozen, backbone)
+    _check_same_backbone(source.given, tensors, published, frozen, backbone)
     _check_shapes(source.given, leaves, config, class_names, shape)
     write_adapter(out, leaves, describe_trained(config, info, class_names) | {"step": 0})
     return {
@@ -81,15 +117,21 @@ def convert_aim(
 
 
 def _check_same_backbone(
-    path: str, tensors: Mapping[str, Any], frozen: Mapping[str, Any], backbone: str
+    path: str,
+    tensors: Mapping[str, Any],
+    published: Published,
+    frozen: Mapping[str, Any],
+    backbone: str,
 ) -> None:
-    """Raise ValueError unless a checkpoint's frozen weights are those of the backbone file."""
+    """Raise ValueError unless a checkpoint's frozen weights, if any, are those of the backbone."""
     tower = {
-        name.replace("backbone.", "visual.", 1): read
+        f"visual.{name.removeprefix(published.tower)}": read
         for name, read in tensors.items()
-        if re.fullmatch(AIM.ignored, name)
+        if re.fullmatch(published.layout.ignored, name)
     }
-    theirs = rename_tensors(path, tower, LAYOUTS["openai"])
+    if not tower:
+        return
+    theirs = rename_tensors(path, tower, layouts.LAYOUTS["openai"])
     ours = param_tree.flatten(frozen)
     wrong = []
     for name, array in theirs.items():

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from dualpath_jax.weights import source_configs
 _identity = np.asarray
 _transpose_linear = functools.partial(np.transpose, axes=(1, 0))  # [out, in] -> [in, out]
 _transpose_conv = functools.partial(np.transpose, axes=(2, 3, 1, 0))  # [D, 3, P, P] -> [P, P, 3, D]
+_transpose_depthwise = functools.partial(np.transpose, axes=(2, 3, 4, 1, 0))  # [R, 1, ...]
 _squeeze_class_token = functools.partial(np.squeeze, axis=(0, 1))  # [1, 1, D] -> [D]
 _squeeze_positions = functools.partial(np.squeeze, axis=0)  # [1, N, D] -> [N, D]
 
@@ -623,9 +625,18 @@ LAYOUTS = {
     ),
 }
 
-# The trained weights in checkpoints of AIM's authors, see `training/published_adapter.py`. The
-# frozen tower has OpenAI's names and is ignored here.
-_AIM_BLOCK = "backbone.transformer.resblocks.{i}."
+# The trained weights in checkpoints of the methods' authors, see `training/published_adapter.py`.
+
+
+def _published_tower(prefix: str) -> str:
+    """Return a regular expression of the frozen tower's names, which are OpenAI's."""
+    prefix = re.escape(prefix)
+    return (
+        rf"{prefix}(conv1|class_embedding|positional_embedding|ln_pre|ln_post)(\..+)?"
+        rf"|{prefix}transformer\.resblocks\.\d+\.(attn|ln_1|ln_2|mlp)\..+"
+    )
+
+
 _AIM_ADAPTERS = {
     "temporal": "T_Adapter",
     "temporal_in": "T_Adapter_in",
@@ -637,7 +648,7 @@ AIM = Layout(
     table=(
         *_build_block_rows(
             "adapters/",
-            _AIM_BLOCK,
+            "backbone.transformer.resblocks.{i}.",
             {
                 f"{ours}/{layer}": f"{theirs}.{source}"
                 for ours, theirs in _AIM_ADAPTERS.items()
@@ -648,7 +659,36 @@ AIM = Layout(
         ("cls_head.fc_cls.weight", "head/output/kernel", _transpose_linear),
         ("cls_head.fc_cls.bias", "head/output/bias", _identity),
     ),
-    ignored=r"backbone\.(conv1|class_embedding|positional_embedding|ln_pre|ln_post)(\..+)?"
-    r"|backbone\.transformer\.resblocks\.\d+\.(attn|ln_1|ln_2|mlp)\..+",
+    ignored=_published_tower("backbone."),
     optional=r".+\.T_Adapter_in\..+",
+)
+
+# Blocks are counted by the first row, which no checkpoint may lack.
+_ST_ADAPTERS = {"mlp_adapter": "adapter_pre_mlp", "attention_adapter": "adapter_pre_attn"}
+_ST_BLOCK = "transformer.resblocks.{i}."
+ST_ADAPTER = Layout(
+    title="a checkpoint of ST-Adapter",
+    table=(
+        *_build_block_rows(
+            "adapters/",
+            _ST_BLOCK,
+            {
+                f"{ours}/{layer}": f"{theirs}.{source}"
+                for ours, theirs in _ST_ADAPTERS.items()
+                for layer, source in (("down", "fc1"), ("up", "fc2"))
+            },
+        ),
+        *(
+            (f"{_ST_BLOCK}{theirs}.conv.{source}", f"adapters/{ours}/conv/{leaf}", transform)
+            for ours, theirs in _ST_ADAPTERS.items()
+            for source, leaf, transform in (
+                ("weight", "kernel", _transpose_depthwise),
+                ("bias", "bias", _identity),
+            )
+        ),
+        ("fc.weight", "head/output/kernel", _transpose_linear),
+        ("fc.bias", "head/output/bias", _identity),
+    ),
+    ignored=_published_tower(""),
+    optional=r".+\.adapter_pre_attn\..+",
 )

@@ -36,6 +36,10 @@ CASES = {
         "st_adapter",
         {"st_adapter.width": 8, "st_adapter.form": "released"},
     ),
+    "st_adapter_both": (
+        "st_adapter",
+        {"st_adapter.width": 8, "st_adapter.form": "released", "st_adapter.places": "both"},
+    ),
     "videoprompt": ("videoprompt", {"videoprompt.num_prompts": 3}),
     "aim": ("aim", {}),
     "aim_two": ("aim", {"aim.num_temporal_adapters": 2, "aim.scale": 1.0, "aim.bottleneck": 8}),

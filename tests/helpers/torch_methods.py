@@ -90,11 +90,18 @@ def st_adapter(h, p, a, wrong):
 
 
 def st_adapter_released(h, p, a, wrong):
-    x = convolve(linear(h[:, :, 1:], a["down"]), a["conv"], round((h.shape[2] - 1) ** 0.5))
-    x = functional.gelu(x) if wrong == "activation" else x
-    x = (2.0 if wrong == "scale" else 1.0) * linear(x, a["up"])
-    z, y = run_frozen_block(h + functional.pad(x, (0, 0, 1, 0)), p)
-    return z + y
+    def adapt(h, a):
+        x = convolve(linear(h[:, :, 1:], a["down"]), a["conv"], round((h.shape[2] - 1) ** 0.5))
+        x = functional.gelu(x) if wrong == "activation" else x
+        x = (2.0 if wrong == "scale" else 1.0) * linear(x, a["up"])
+        return h + functional.pad(x, (0, 0, 1, 0))
+
+    h = adapt(h, a["attention_adapter"]) if "attention_adapter" in a else h
+    z = h + attend(norm(h, p["ln_1"]), p["attention"])
+    if "mlp_adapter" in a and wrong != "after the MLP":
+        z = adapt(z, a["mlp_adapter"])
+    h = z + mlp(norm(z, p["ln_2"]), p["mlp"])
+    return adapt(h, a["mlp_adapter"]) if wrong == "after the MLP" else h
 
 
 def aim(h, p, a, wrong, scale=0.5):
@@ -122,6 +129,7 @@ METHODS = {
     "protuning": (protuning, ("no activation",)),
     "st_adapter": (st_adapter, ("no time", "no activation")),
     "st_adapter_released": (st_adapter_released, ("activation", "scale")),
+    "st_adapter_both": (st_adapter_released, ("activation", "scale", "after the MLP")),
     "aim": (aim, ("no temporal attention", "no skip", "scale")),
     "aim_two": (aim_two, ("no temporal attention", "scale")),
 }

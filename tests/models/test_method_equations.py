@@ -78,6 +78,22 @@ def test_aim_adds_temporal_positions_and_averages_the_frames():
     assert distance(apply(model, params, frames), expected) < 1e-5
 
 
+def test_released_st_adapter_averages_tokens_before_the_last_norm():
+    config = tiny_config("st_adapter_both")
+    model, params = build_randomized(config)
+    frames, _ = clips(config)
+    h = apply(model, params, frames, method=type(model).encode)
+    mean = h.reshape(2, FRAMES, *h.shape[1:]).mean(axis=1)
+    expected = apply(vit.ViT(TINY), backbone(), mean, method=pool)
+    features = apply(model, params, frames, method=type(model).features)
+    assert distance(features, expected[:, None]) < 1e-5
+    normed_first = apply(vit.ViT(TINY), backbone(), h, method=pool).reshape(2, FRAMES, -1)
+    assert distance(features, normed_first.mean(axis=1, keepdims=True)) > 1e-3
+    fc = params["head"]["output"]
+    expected = features[:, 0] @ fc["kernel"] + fc["bias"]
+    assert distance(apply(model, params, frames), expected) < 1e-5
+
+
 @pytest.mark.parametrize("case", ["vpt", "vpt_shallow"])
 def test_prompts(case):
     """Check [e; h] with new prompts at every block, or with prompts only at the first."""

@@ -82,7 +82,10 @@ TRAINABLE = {
     "adaptformer_serial": TEMPORAL | adapters("mlp"),
     "protuning": TEMPORAL | CONVOLUTION,
     "st_adapter": FC | CONVOLUTION,
-    "st_adapter_released": FC | CONVOLUTION,
+    "st_adapter_released": FC | layers("adapters/attention_adapter", "down", "conv", "up"),
+    "st_adapter_both": FC
+    | layers("adapters/attention_adapter", "down", "conv", "up")
+    | layers("adapters/mlp_adapter", "down", "conv", "up"),
     "videoprompt": TEMPORAL | {"head/prompts"},
     "aim": FC | adapters("spatial", "temporal", "joint") | {"temporal_position"},
     "aim_two": FC | adapters("spatial", "temporal", "temporal_in", "joint") | {"temporal_position"},
@@ -198,7 +201,8 @@ ZERO_FORMS = {
     "adaptformer_serial": ("mlp", "up"),
     "protuning": ("up",),
     "st_adapter": ("up",),
-    "st_adapter_released": ("conv",),
+    "st_adapter_released": ("attention_adapter", "conv"),
+    "st_adapter_both": ("mlp_adapter", "conv"),
     "aim": ("temporal", "up"),
     "aim_two": ("joint", "up"),
 }
@@ -210,12 +214,11 @@ def test_starts_as_the_frozen_backbone(case):
     _, params = build_initialized(config)
     frames, _ = clips(config)
 
-    def frozen_features(model, frames):
+    def frozen_tokens(model, frames):
         backbone = model.backbone
         frames = frames.reshape(-1, 32, 32, 3)
         h = backbone.embed(frames, backbone.class_embedding, backbone.position_embedding)
-        h = backbone.encode(h, cls_token_only=model.hooks.pointwise)  # as the method does
-        return backbone.pool(h, project=False).reshape(2, FRAMES, -1)
+        return backbone.encode(h, cls_token_only=model.hooks.pointwise)  # as the method does
 
     leaf = params["adapters"]
     for name in ZERO_FORMS[case]:
@@ -230,11 +233,11 @@ def test_starts_as_the_frozen_backbone(case):
             return model.apply({"params": params}, frames, method=method)
 
         leaf["kernel"] = zeros
-        frozen = run(params, frozen_features)
-        assert frozen.shape == (2, FRAMES, 48)
-        assert np.array_equal(frozen, run(params, type(model).features))
+        frozen = run(params, frozen_tokens)
+        assert frozen.shape == (2 * FRAMES, 1 if model.hooks.pointwise else 17, 48)
+        assert np.array_equal(frozen, run(params, type(model).encode))
         leaf["kernel"] = zeros.at[1, 0].set(0.1)
-        assert not np.array_equal(frozen, run(params, type(model).features))
+        assert not np.array_equal(frozen, run(params, type(model).encode))
 
 
 def test_temporal_path_of_dualpath_at_the_start():
@@ -288,6 +291,14 @@ COUNTS = [
     ("videoprompt", "ViT-B/16", 51, {}, 7_157_811, 6),
     ("st_adapter", "ViT-B/16", 51, {}, 7_149_363, 7),
     ("st_adapter", "ViT-B/16", 400, {"st_adapter.form": "released"}, 7_417_744, 7),
+    (
+        "st_adapter",
+        "ViT-B/16",
+        174,
+        {"st_adapter.form": "released", "st_adapter.places": "both"},
+        14_354_094,
+        None,
+    ),
     # The paper's 11 does not follow from eq. 6 with any kernel; the authors' SSv2 model has two
     # adapters in a block, 14M.
     ("st_adapter", "ViT-B/16", 174, {"st_adapter.kernel_size": (3, 3, 3)}, 7_354_542, 11),

@@ -1,4 +1,6 @@
-"""Converts a checkpoint named like those of AIM's authors and compares logits with torch."""
+"""Converts checkpoints named like those of AIM's and ST-Adapter's authors; compares with torch."""
+
+import re
 
 import numpy as np
 import pytest
@@ -15,12 +17,18 @@ functional = torch.nn.functional
 
 WIDTH, DEPTH, HEADS, PATCH, SIDE, FRAMES, CLASSES = 64, 2, 1, 8, 2, 4, 5
 BOTTLENECK = 16
-BLOCK = "backbone.transformer.resblocks."
+BLOCK = "transformer.resblocks."
 NAMES = [f"class {i}" for i in range(CLASSES)]
 
 
-def _random_state(temporal_in):
-    """Return random weights under the names of AIM's checkpoints, float32."""
+def _random_state(prefix, adapters, others):
+    """Return random weights of a CLIP with `prefix` and of a method, float32, by their names.
+
+    Args:
+      prefix: of the names of the frozen tower.
+      adapters: {name of a layer of each block: the weight's shape}, with a bias of its length.
+      others: {name: shape} of the weights outside the blocks.
+    """
     generator = torch.Generator().manual_seed(0)
     state = {}
 
@@ -28,23 +36,21 @@ def _random_state(temporal_in):
         scale = shape[-1] ** -0.5 if scale is None else scale
         state[name] = mean + scale * torch.randn(shape, generator=generator)
 
-    def add_layer(name, out, width):
-        add(f"{name}.weight", out, width)
-        add(f"{name}.bias", out, scale=0.1)
+    def add_layer(name, *shape):
+        add(f"{name}.weight", *shape)
+        add(f"{name}.bias", shape[0], scale=0.1)
 
     def add_norm(name):
         add(f"{name}.weight", WIDTH, scale=0.1, mean=1.0)
         add(f"{name}.bias", WIDTH, scale=0.1)
 
-    add("backbone.conv1.weight", WIDTH, 3, PATCH, PATCH, scale=0.1)
-    add("backbone.class_embedding", WIDTH)
-    add("backbone.positional_embedding", SIDE**2 + 1, WIDTH)
-    add("backbone.temporal_embedding", 1, FRAMES, WIDTH)
-    add_norm("backbone.ln_pre")
-    add_norm("backbone.ln_post")
-    adapters = ["MLP_Adapter", "S_Adapter", "T_Adapter"] + ["T_Adapter_in"] * temporal_in
+    add(f"{prefix}conv1.weight", WIDTH, 3, PATCH, PATCH, scale=0.1)
+    add(f"{prefix}class_embedding", WIDTH)
+    add(f"{prefix}positional_embedding", SIDE**2 + 1, WIDTH)
+    add_norm(f"{prefix}ln_pre")
+    add_norm(f"{prefix}ln_post")
     for i in range(DEPTH):
-        block = f"{BLOCK}{i}."
+        block = f"{prefix}{BLOCK}{i}."
         add(f"{block}attn.in_proj_weight", 3 * WIDTH, WIDTH)
         add(f"{block}attn.in_proj_bias", 3 * WIDTH, scale=0.1)
         add_layer(f"{block}attn.out_proj", WIDTH, WIDTH)
@@ -52,76 +58,144 @@ def _random_state(temporal_in):
         add_layer(f"{block}mlp.c_proj", WIDTH, 4 * WIDTH)
         add_norm(f"{block}ln_1")
         add_norm(f"{block}ln_2")
-        for name in adapters:
-            add_layer(f"{block}{name}.D_fc1", BOTTLENECK, WIDTH)
-            add_layer(f"{block}{name}.D_fc2", WIDTH, BOTTLENECK)
-    add_layer("cls_head.fc_cls", CLASSES, WIDTH)
+        for name, shape in adapters.items():
+            add_layer(f"{block}{name}", *shape)
+    for name, shape in others.items():
+        add(name, *shape)
     return state
 
 
-def _torch_logits(state, clips, scale):
+def _random_aim(temporal_in):
+    """Return weights under the names of AIM's checkpoints."""
+    adapters = {}
+    for name in ["MLP_Adapter", "S_Adapter", "T_Adapter"] + ["T_Adapter_in"] * temporal_in:
+        adapters[f"{name}.D_fc1"] = (BOTTLENECK, WIDTH)
+        adapters[f"{name}.D_fc2"] = (WIDTH, BOTTLENECK)
+    others = {
+        "backbone.temporal_embedding": (1, FRAMES, WIDTH),
+        "cls_head.fc_cls.weight": (CLASSES, WIDTH),
+        "cls_head.fc_cls.bias": (CLASSES,),
+    }
+    return _random_state("backbone.", adapters, others)
+
+
+def _random_st_adapter(places):
+    """Return weights under the names of ST-Adapter's checkpoints."""
+    adapters = {}
+    for place in places:
+        adapters[f"adapter_pre_{place}.fc1"] = (BOTTLENECK, WIDTH)
+        adapters[f"adapter_pre_{place}.conv"] = (BOTTLENECK, 1, 3, 1, 1)
+        adapters[f"adapter_pre_{place}.fc2"] = (WIDTH, BOTTLENECK)
+    return _random_state("", adapters, {"fc.weight": (CLASSES, WIDTH), "fc.bias": (CLASSES,)})
+
+
+class _Torch:
+    """Computes the parts of a CLIP and of adapters in torch, by the names in `state`."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def linear(self, x, name):
+        return functional.linear(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
+
+    def norm(self, x, name):
+        weight, bias = self.state[f"{name}.weight"], self.state[f"{name}.bias"]
+        return functional.layer_norm(x, x.shape[-1:], weight, bias)
+
+    def attend(self, x, name):
+        weight, bias = self.state[f"{name}.in_proj_weight"], self.state[f"{name}.in_proj_bias"]
+        q, k, v = functional.linear(x, weight, bias).chunk(3, dim=-1)  # one head
+        return self.linear(functional.scaled_dot_product_attention(q, k, v), f"{name}.out_proj")
+
+    def mlp(self, x, block):
+        hidden = self.linear(x, f"{block}mlp.c_fc")
+        return self.linear(hidden * torch.sigmoid(1.702 * hidden), f"{block}mlp.c_proj")
+
+    def tokens(self, clips, prefix, temporal):
+        """Embed clips [B, T, H, W, 3] as tokens [B, T, N, D]; `temporal` is added to them."""
+        images = torch.from_numpy(clips).flatten(0, 1).permute(0, 3, 1, 2)
+        patches = functional.conv2d(images, self.state[f"{prefix}conv1.weight"], stride=PATCH)
+        patches = patches.flatten(2).transpose(1, 2)
+        token = self.state[f"{prefix}class_embedding"].expand(len(images), 1, -1)
+        x = torch.cat([token, patches], dim=1) + self.state[f"{prefix}positional_embedding"]
+        x = x.unflatten(0, clips.shape[:2]) + temporal
+        return self.norm(x, f"{prefix}ln_pre")
+
+
+def _aim_logits(state, clips, scale):
     """Compute AIM from the equations of its paper: clips [B, T, H, W, 3] -> logits [B, classes]."""
-
-    def linear(x, name):
-        return functional.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
-
-    def norm(x, name):
-        return functional.layer_norm(
-            x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"]
-        )
+    net = _Torch(state)
 
     def adapter(x, name):
-        return linear(functional.gelu(linear(x, f"{name}.D_fc1")), f"{name}.D_fc2")
+        return net.linear(functional.gelu(net.linear(x, f"{name}.D_fc1")), f"{name}.D_fc2")
 
-    def attend(x, name):
-        weight, bias = state[f"{name}.in_proj_weight"], state[f"{name}.in_proj_bias"]
-        q, k, v = functional.linear(x, weight, bias).chunk(3, dim=-1)  # one head
-        return linear(functional.scaled_dot_product_attention(q, k, v), f"{name}.out_proj")
-
-    batch = len(clips)
-    images = torch.from_numpy(clips).flatten(0, 1).permute(0, 3, 1, 2)
-    patches = functional.conv2d(images, state["backbone.conv1.weight"], stride=PATCH)
-    patches = patches.flatten(2).transpose(1, 2)
-    token = state["backbone.class_embedding"].expand(len(images), 1, -1)
-    x = torch.cat([token, patches], dim=1) + state["backbone.positional_embedding"]
-    x = x.unflatten(0, (batch, FRAMES)) + state["backbone.temporal_embedding"][0][:, None]
-    x = norm(x, "backbone.ln_pre")  # [B, T, N, D]
+    x = net.tokens(clips, "backbone.", state["backbone.temporal_embedding"][0][:, None])
     for i in range(DEPTH):
-        block = f"{BLOCK}{i}."
-        y = norm(x, f"{block}ln_1").transpose(1, 2)
+        block = f"backbone.{BLOCK}{i}."
+        y = net.norm(x, f"{block}ln_1").transpose(1, 2)
         if f"{block}T_Adapter_in.D_fc1.weight" in state:
             y = y + adapter(y, f"{block}T_Adapter_in")
-        x = x + adapter(attend(y, f"{block}attn"), f"{block}T_Adapter").transpose(1, 2)
-        y = attend(norm(x, f"{block}ln_1"), f"{block}attn")
+        x = x + adapter(net.attend(y, f"{block}attn"), f"{block}T_Adapter").transpose(1, 2)
+        y = net.attend(net.norm(x, f"{block}ln_1"), f"{block}attn")
         x = x + y + adapter(y, f"{block}S_Adapter")
-        y = norm(x, f"{block}ln_2")
-        hidden = linear(y, f"{block}mlp.c_fc")
-        mlp = linear(hidden * torch.sigmoid(1.702 * hidden), f"{block}mlp.c_proj")
-        x = x + mlp + scale * adapter(y, f"{block}MLP_Adapter")
-    features = norm(x[:, :, 0], "backbone.ln_post").mean(dim=1)
-    return linear(features, "cls_head.fc_cls").numpy()
+        y = net.norm(x, f"{block}ln_2")
+        x = x + net.mlp(y, block) + scale * adapter(y, f"{block}MLP_Adapter")
+    features = net.norm(x[:, :, 0], "backbone.ln_post").mean(dim=1)
+    return net.linear(features, "cls_head.fc_cls").numpy()
 
 
-def _write_files(folder, temporal_in):
-    """Write the checkpoint, and the backbone file of its CLIP; return the weights."""
-    state = _random_state(temporal_in)
+def _st_adapter_logits(state, clips, order=("mean", "norm")):
+    """Compute ST-Adapter as its authors released it: clips [B, T, H, W, 3] -> [B, classes]."""
+    net = _Torch(state)
+
+    def adapt(x, name):
+        if f"{name}.fc1.weight" not in state:
+            return x
+        y = net.linear(x[:, :, 1:], f"{name}.fc1").unflatten(2, (SIDE, SIDE))
+        weight, bias = state[f"{name}.conv.weight"], state[f"{name}.conv.bias"]
+        padding = [size // 2 for size in weight.shape[2:]]
+        y = functional.conv3d(y.movedim(-1, 1), weight, bias, padding=padding, groups=len(weight))
+        y = net.linear(y.movedim(1, -1).flatten(2, 3), f"{name}.fc2")
+        return x + functional.pad(y, (0, 0, 1, 0))
+
+    x = net.tokens(clips, "", 0.0)
+    for i in range(DEPTH):
+        block = f"{BLOCK}{i}."
+        x = adapt(x, f"{block}adapter_pre_attn")
+        x = x + net.attend(net.norm(x, f"{block}ln_1"), f"{block}attn")
+        x = adapt(x, f"{block}adapter_pre_mlp")
+        x = x + net.mlp(net.norm(x, f"{block}ln_2"), block)
+    x = x[:, :, 0]
+    for step in order:
+        x = x.mean(dim=1) if step == "mean" else net.norm(x, "ln_post")
+    return net.linear(x, "fc").numpy()
+
+
+def _write_backbone(state, prefix, folder):
+    """Write the backbone file of the CLIP in a method's weights."""
     tower = {
-        name.replace("backbone.", "visual."): tensor.numpy()
+        f"visual.{name.removeprefix(prefix)}": tensor.numpy()
         for name, tensor in state.items()
-        if name.startswith("backbone.") and "dapter" not in name and "temporal" not in name
+        if name.startswith(prefix) and not re.search("dapter|temporal|^fc", name)
     }
     safetensors.numpy.save_file(tower, folder / "clip.safetensors")
     options = {"activation": "quick_gelu", "heads": HEADS, "normalization": "clip"}
     convert.convert_checkpoint(folder / "clip.safetensors", folder / "backbone", **options)
+
+
+def _write_aim(folder, temporal_in):
+    """Write a checkpoint of AIM and the backbone file of its CLIP; return the weights."""
+    state = _random_aim(temporal_in)
+    _write_backbone(state, "backbone.", folder)
     torch.save({"meta": {"epoch": 3}, "state_dict": state}, folder / "aim.pth")
     return state
 
 
-def _config(**keys):
+def _config(method="aim", **keys):
     config = schema.get_config()
     config.data.image_size = SIDE * PATCH
     config.data.sampling = "segments"
-    config.model.method, config.model.dtype = "aim", "float32"
+    config.model.method, config.model.dtype = method, "float32"
     config.model.update_from_flattened_dict(keys)
     return config
 
@@ -129,10 +203,12 @@ def _config(**keys):
 @pytest.mark.parametrize(("temporal_in", "scale"), [(False, 0.5), (True, 1.0)])
 def test_aim_logits(temporal_in, scale, tmp_path):
     """Compare the loaded adapter file with torch; twin: another scale."""
-    state = _write_files(tmp_path, temporal_in)
+    state = _write_aim(tmp_path, temporal_in)
     out, backbone = str(tmp_path / "aim.safetensors"), str(tmp_path / "backbone")
     config = _config(**{"aim.scale": scale})
-    info = published_adapter.convert_aim(tmp_path / "aim.pth", out, backbone, config, NAMES)
+    info = published_adapter.convert_published(
+        "aim", tmp_path / "aim.pth", out, backbone, config, NAMES
+    )
     assert (info["frames"], info["classes"], info["backbone"]) == (FRAMES, CLASSES, "custom")
     trained = sum(
         tensor.numel() for name, tensor in state.items()
@@ -146,19 +222,47 @@ def test_aim_logits(temporal_in, scale, tmp_path):
     )
     clips = np.random.default_rng(0).normal(size=(2, FRAMES, 16, 16, 3)).astype(np.float32)
     logits = model.module.apply({"params": model.params}, clips)
-    expected = _torch_logits(state, clips, scale)
+    expected = _aim_logits(state, clips, scale)
     assert 0.1 < expected.std() < 10
     assert np.abs(logits - expected).max() <= 1e-4
-    assert np.abs(logits - _torch_logits(state, clips, 0.7)).max() > 1e-2
+    assert np.abs(logits - _aim_logits(state, clips, 0.7)).max() > 1e-2
+
+
+@pytest.mark.parametrize("places", [("mlp",), ("attn", "mlp")])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_st_adapter_logits(places, frozen, tmp_path):
+    """Compare the loaded adapter file with torch; twin: the norm before the average."""
+    state = _random_st_adapter(places)
+    _write_backbone(state, "", tmp_path)
+    trained = {name: x for name, x in state.items() if re.search("adapter|^fc", name)}
+    held = state if frozen else trained  # the authors' files hold only the trained weights
+    torch.save({"model": held, "optimizer": {"state": {}}, "next_epoch": 12}, tmp_path / "st.pth")
+    out, backbone = str(tmp_path / "st.safetensors"), str(tmp_path / "backbone")
+    config = _config("st_adapter")
+    config.data.num_frames = FRAMES
+    info = published_adapter.convert_published(
+        "st_adapter", tmp_path / "st.pth", out, backbone, config, NAMES
+    )
+    assert info["parameters"] == sum(tensor.numel() for tensor in trained.values())
+    model = trained_model.load(out)
+    options = model.config.model.st_adapter
+    assert (options.form, options.places) == ("released", "both" if len(places) == 2 else "mlp")
+    assert (options.width, tuple(options.kernel_size)) == (BOTTLENECK, (3, 1, 1))
+    clips = np.random.default_rng(0).normal(size=(2, FRAMES, 16, 16, 3)).astype(np.float32)
+    logits = model.module.apply({"params": model.params}, clips)
+    expected = _st_adapter_logits(state, clips)
+    assert 0.1 < expected.std() < 10
+    assert np.abs(logits - expected).max() <= 1e-4
+    assert np.abs(logits - _st_adapter_logits(state, clips, ("norm", "mean"))).max() > 1e-2
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
-    state = _write_files(tmp_path, False)
+    state = _write_aim(tmp_path, False)
     checkpoint, out = tmp_path / "aim.pth", str(tmp_path / "aim.safetensors")
 
     def run(names=NAMES, backbone="backbone", **keys):
-        published_adapter.convert_aim(
-            checkpoint, out, str(tmp_path / backbone), _config(**keys), names
+        published_adapter.convert_published(
+            "aim", checkpoint, out, str(tmp_path / backbone), _config(**keys), names
         )
 
     with pytest.raises(ValueError, match="has 5 classes, but 4 names are given"):
@@ -198,7 +302,7 @@ def test_options_of_the_command(options, message, monkeypatch, capsys):
 
 
 def test_command(tmp_path, monkeypatch, capsys):
-    _write_files(tmp_path, True)
+    _write_aim(tmp_path, True)
     (tmp_path / "classes.txt").write_text("\n".join(NAMES) + "\n")
     options = {
         "--method": "aim",

@@ -95,6 +95,10 @@ class BlockHooks(nn.Module):
         """Map attention's output y before it is added to the residual stream."""
         return y
 
+    def on_middle(self, z: jax.Array) -> jax.Array:
+        """Map the tokens z between attention and the MLP."""
+        return z
+
     def parallel_to_mlp(self, x: jax.Array) -> jax.Array | float:
         """Return a term computed from x = LN(z) that is added to the MLP's output."""
         del x
@@ -209,6 +213,7 @@ class Block(nn.Module):
         z = checkpoint_activation(
             h + (hooks.after_attention(y) + hooks.parallel_to_attention(x)), "middle"
         )
+        z = hooks.on_middle(z)
         x = self.ln_2(z)
         h = z + (hooks.after_mlp(self.mlp(x)) + hooks.parallel_to_mlp(x))
         return hooks.on_output(h)

@@ -8,24 +8,31 @@ import jax
 import jax.numpy as jnp
 
 from dualpath_jax.models.backbones.layers import BlockHooks, gelu
-from dualpath_jax.models.frame_model import patch_grid_side
+from dualpath_jax.models.frame_model import FrameModel, patch_grid_side
 from dualpath_jax.models.methods.adapters import DepthwiseConv
+
+_ZEROS, _DEFAULT = nn.initializers.zeros, nn.initializers.lecun_normal()
+_KAIMING = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+def _convolve(conv: DepthwiseConv, patches: jax.Array, num_frames: int) -> jax.Array:
+    """Convolve patches [(B T), side^2, R] over time, rows and columns; the shape stays."""
+    side = patch_grid_side(patches.shape[1])
+    y = einops.rearrange(patches, "(b t) (h w) r -> b t h w r", t=num_frames, h=side, w=side)
+    return einops.rearrange(conv(y), "b t h w r -> (b t) (h w) r")
 
 
 class STAdapterHooks(BlockHooks):
-    """Adds an adapter with a 3D convolution to each block, as in eq. 6 or as its authors released.
+    """Adds s GELU(conv(LN(z) W_down)) W_up parallel to the MLP of each block (eq. 6).
 
-    Eq. 6 adds s GELU(conv(LN(z) W_down)) W_up parallel to the MLP; W_up starts at zero. Class
-    token and registers pass through the same convolution, each as frames of one patch.
-    The released code adds s conv(h W_down) W_up to the patches h that enter the block, without
-    activation; the convolution starts at zero.
+    W_up starts at zero. Class token and registers pass through the same convolution, each as
+    frames of one patch.
 
     Attributes:
       num_frames: T.
       width: R, the inner width.
       kernel_size: (time, rows, columns) of the convolution, odd numbers.
       scale: s.
-      released: use the form of the released code instead of eq. 6.
       leading_tokens: number of tokens before the patches: class token and registers.
       dtype: compute dtype.
     """
@@ -34,36 +41,17 @@ class STAdapterHooks(BlockHooks):
     width: int = 384
     kernel_size: tuple[int, int, int] = (3, 1, 1)
     scale: float = 1.0
-    released: bool = False
     leading_tokens: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
-    def _adapt(self, x: jax.Array) -> jax.Array:
-        """Map tokens x [M, N, D] to the adapter's term [M, N, D]."""
-        zeros, default = nn.initializers.zeros, nn.initializers.lecun_normal()
-        kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-        down = nn.Dense(self.width, kernel_init=kaiming, dtype=self.dtype, name="down")
-        init = zeros if self.released else default
-        conv = DepthwiseConv(self.kernel_size, init, dtype=self.dtype, name="conv")
-        init = default if self.released else zeros
-        up = nn.Dense(x.shape[-1], kernel_init=init, dtype=self.dtype, name="up")
+    def parallel_to_mlp(self, x: jax.Array) -> jax.Array:
+        conv = DepthwiseConv(self.kernel_size, _DEFAULT, dtype=self.dtype, name="conv")
+        up = nn.Dense(x.shape[-1], kernel_init=_ZEROS, dtype=self.dtype, name="up")
+        y = nn.Dense(self.width, kernel_init=_KAIMING, dtype=self.dtype, name="down")(x)
 
         first = self.leading_tokens
-        side = patch_grid_side(x.shape[1] - first)
-
-        def convolve(patches):
-            """Convolve patches [M, side^2, R] over time, rows and columns; the shape stays."""
-            y = einops.rearrange(
-                patches, "(b t) (h w) r -> b t h w r", t=self.num_frames, h=side, w=side
-            )
-            return einops.rearrange(conv(y), "b t h w r -> (b t) (h w) r")
-
-        if self.released:
-            y = up(convolve(down(x[:, first:])))
-            return self.scale * jnp.pad(y, ((0, 0), (first, 0), (0, 0)))
-        y = down(x)
-        patches = convolve(y[:, first:])
+        patches = _convolve(conv, y[:, first:], self.num_frames)
         if first:
             sizes = {"t": self.num_frames, "n": first}
             leading = einops.rearrange(y[:, :first], "(b t) n r -> (b n) t 1 1 r", **sizes)
@@ -71,9 +59,63 @@ class STAdapterHooks(BlockHooks):
             patches = jnp.concatenate([leading, patches], axis=1)
         return self.scale * up(gelu(patches))
 
+
+class ReleasedSTAdapter(nn.Module):
+    """Adds s conv(h W_down) W_up to the patches h, without an activation.
+
+    The convolution starts at zero. The attributes are those of `STAdapterHooks`.
+    """
+
+    num_frames: int
+    width: int = 384
+    kernel_size: tuple[int, int, int] = (3, 1, 1)
+    scale: float = 1.0
+    leading_tokens: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """Map tokens h [(B T), N, D] to tokens of the same shape."""
+        conv = DepthwiseConv(self.kernel_size, _ZEROS, dtype=self.dtype, name="conv")
+        up = nn.Dense(h.shape[-1], kernel_init=_DEFAULT, dtype=self.dtype, name="up")
+        first = self.leading_tokens
+        y = nn.Dense(self.width, kernel_init=_KAIMING, dtype=self.dtype, name="down")(h[:, first:])
+        y = up(_convolve(conv, y, self.num_frames))
+        return h + self.scale * jnp.pad(y, ((0, 0), (first, 0), (0, 0)))
+
+
+class ReleasedSTAdapterHooks(BlockHooks):
+    """Adapts the tokens before attention, before the MLP or before both.
+
+    This is the form of the code that ST-Adapter's authors released.
+
+    Attributes:
+      adapter: describes each adapter.
+      places: "attention", "mlp" or both.
+    """
+
+    adapter: ReleasedSTAdapter
+    places: tuple[str, ...]
+
+    def setup(self):
+        if "attention" in self.places:
+            self.attention_adapter = self.adapter.clone()
+        if "mlp" in self.places:
+            self.mlp_adapter = self.adapter.clone()
+
     def on_input(self, h: jax.Array, block: Any) -> jax.Array:
         del block
-        return h + self._adapt(h) if self.released else h
+        return self.attention_adapter(h) if "attention" in self.places else h
 
-    def parallel_to_mlp(self, x: jax.Array) -> jax.Array | float:
-        return 0.0 if self.released else self._adapt(x)
+    def on_middle(self, z: jax.Array) -> jax.Array:
+        return self.mlp_adapter(z) if "mlp" in self.places else z
+
+
+class ReleasedSTAdapterModel(FrameModel):
+    """Averages the tokens over the frames before the last LayerNorm, as the released code does."""
+
+    def features(self, frames: jax.Array, dropout_rng: jax.Array | None = None) -> jax.Array:
+        """Map frames [B, T, H, W, 3] to the readout of the average frame, [B, 1, D] float32."""
+        h = self.encode(frames, dropout_rng)
+        h = einops.reduce(h, "(b t) n d -> b n d", "mean", t=self.num_frames)
+        return self.pool(h).astype(jnp.float32)[:, None]
