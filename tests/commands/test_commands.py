@@ -181,8 +181,9 @@ NOT_RUN = {
         "python -m dualpath_jax.main --config=configs/diving48_vitb.py",
         "python -m dualpath_jax.main --config=configs/hmdb51_vitb.py --config.data.split=all",
         "python -m dualpath_jax.main --config=configs/finetune.py *dinov2_s14.safetensors",
-        "python scripts/convert_clip.py --method=aim *",
+        "python scripts/convert_clip.py --method=*",
         "python -m dualpath_jax.main --config=configs/k400_vitb_aim.py:32 *",
+        "python -m dualpath_jax.main --config=configs/k400_vitb_st_adapter.py:released *",
     ],
     PACKAGES: [
         *(f'pip install ".[[]{extra}]"' for extra in ("bench", "gpu", "tpu")),
