@@ -12,6 +12,7 @@ quantizes the other factor of their products. Only for ViT and a method that lea
 frozen.
 """
 
+import argparse
 import json
 import pathlib
 import runpy
@@ -23,7 +24,15 @@ from dualpath_jax.cli import build_parser, parse_with_overrides
 from dualpath_jax.config.loading import load_config
 from dualpath_jax.runtime import console, environment
 
-_RUN_MODES = ("weights", "activations")
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    result = build_parser(__doc__)
+    commands = ("errors", "weights", "activations")
+    result.add_argument("command", choices=commands, help="what to do")
+    help_ = "options of errors, or a program and its arguments"
+    result.add_argument("arguments", nargs=argparse.REMAINDER, help=help_)
+    return result
 
 
 def run_program(mode: str, program: str, *arguments: str) -> None:
@@ -35,25 +44,28 @@ def run_program(mode: str, program: str, *arguments: str) -> None:
     runpy.run_path(program, run_name="__main__")
 
 
-def print_errors() -> None:
+def print_errors(arguments: list[str]) -> None:
     """Print what `int8.measure_errors` returns."""
-    parser = build_parser(__doc__)
-    parser.add_argument("command", choices=("errors", *_RUN_MODES), help="what to do")
-    parser.add_argument("--config", default="ssv2_vitb", help="name of a config (ssv2_vitb)")
-    parser.add_argument("--videos", nargs="+", required=True, help="video files")
-    arguments, overrides = parse_with_overrides(parser)
+    options = build_parser(__doc__)
+    options.add_argument("--config", default="ssv2_vitb", help="name of a config (ssv2_vitb)")
+    options.add_argument("--videos", nargs="+", required=True, help="video files")
+    sys.argv = [sys.argv[0], *arguments]
+    parsed, overrides = parse_with_overrides(options)
     from scripts.benchmarks import int8
 
     int8.FLOAT_PRODUCTS = True
-    config = load_config(arguments.config, overrides)
-    print(json.dumps(int8.measure_errors(config, arguments.videos), indent=1))
+    config = load_config(parsed.config, overrides)
+    print(json.dumps(int8.measure_errors(config, parsed.videos), indent=1))
 
 
 def main() -> None:
-    if sys.argv[1:2] and sys.argv[1] in _RUN_MODES and len(sys.argv) > 2:
-        run_program(*sys.argv[1:])
+    parsed = parser().parse_args()
+    if parsed.command == "errors":
+        print_errors(parsed.arguments)
+    elif parsed.arguments:
+        run_program(parsed.command, *parsed.arguments)
     else:
-        print_errors()
+        sys.exit(f"error: name the program to run after {parsed.command!r}")
 
 
 if __name__ == "__main__":
