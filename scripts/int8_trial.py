@@ -20,14 +20,14 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
 
-from dualpath_jax.cli import build_parser, parse_with_overrides
+from dualpath_jax import cli
 from dualpath_jax.config.loading import load_config
 from dualpath_jax.runtime import console, environment
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    result = build_parser(__doc__)
+    result = cli.build_parser(__doc__)
     commands = ("errors", "weights", "activations")
     result.add_argument("command", choices=commands, help="what to do")
     help_ = "options of errors, or a program and its arguments"
@@ -46,15 +46,18 @@ def run_program(mode: str, program: str, *arguments: str) -> None:
 
 def print_errors(arguments: list[str]) -> None:
     """Print what `int8.measure_errors` returns."""
-    options = build_parser(__doc__)
+    options = cli.build_parser(__doc__)
     options.add_argument("--config", default="ssv2_vitb", help="name of a config (ssv2_vitb)")
     options.add_argument("--videos", nargs="+", required=True, help="video files")
     sys.argv = [sys.argv[0], *arguments]
-    parsed, overrides = parse_with_overrides(options)
+    parsed, overrides = cli.parse_with_overrides(options)
+    try:
+        config = load_config(parsed.config, overrides)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     from scripts.benchmarks import int8
 
     int8.FLOAT_PRODUCTS = True
-    config = load_config(parsed.config, overrides)
     print(json.dumps(int8.measure_errors(config, parsed.videos), indent=1))
 
 
