@@ -8,8 +8,9 @@ The same model with the same weights in PyTorch (scripts/benchmarks/torch_dualpa
 same logits, and is then timed in turns with ours: forward pass and training step, in float32 and
 bfloat16, and the memory that a step needs. Data and weights are not needed. The limit is a product
 of two square matrices in the faster framework. On a GPU use more clips, such as --batch_size=32;
-both compute float32 there in TF32, JAX's default. --torch_compile also measures PyTorch's model
-compiled by torch.compile.
+both compute float32 there in TF32, JAX's default. --torch_compile compares with PyTorch's model
+compiled by torch.compile, in its default mode. Compile time is apart: seconds of the first step and
+of the first forward pass, without the caches of earlier runs. TensorFlow and PyAV are not needed.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 
 # Processes that measure memory import this file again, therefore `main` is guarded.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs without installation
@@ -38,7 +40,11 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive(int), default=5, help="measurements of each framework (5)")
     help_ = "forward passes or steps in a row in one measurement (10 on a GPU, else 1)"
     add("--calls", type=positive(int), help=help_)
-    add("--torch_compile", action="store_true", help="also measure PyTorch with torch.compile")
+    help_ = "compare with torch.compile instead of eager PyTorch"
+    add("--torch_compile", action="store_true", help=help_)
+    help_ = "leave out a framework that takes longer to start and to compile (no limit)"
+    add("--start_limit", type=positive(float), metavar="SECONDS", help=help_)
+    add("--no_memory", action="store_true", help="do not measure memory, which compiles again")
     dtypes = ["float32", "bfloat16"]
     help_ = "compute dtypes to measure (float32 bfloat16)"
     add("--dtypes", nargs="+", default=dtypes, choices=dtypes, help=help_)
@@ -49,18 +55,26 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def measure_settings(settings: list, rounds: int, frameworks: list[str]) -> dict:
+def measure_settings(
+    settings: list,
+    rounds: int,
+    frameworks: list[str],
+    start_limit: float | None = None,
+    memory: bool = True,
+) -> dict:
     """Measure speed, memory, compile time and the matrix product rate for each setting.
 
     Args:
       settings: a `train_step.Setting` for each dtype.
       rounds: number of measurements of each framework.
       frameworks: names in `train_step.RUNNERS`, "jax" first.
+      start_limit: see `train_step.compare_frameworks`.
+      memory: measure memory too.
 
     Returns:
       {"forward", "train_step": ratios of each dtype to the other frameworks and to the limit;
       "matmul_limit_gflops": by dtype; "dtypes": by dtype, the result of `compare_frameworks` with
-      "step_mib" and "compile_seconds"}.
+      "step_mib"}.
     """
     from scripts.benchmarks import train_step
 
@@ -71,20 +85,18 @@ def measure_settings(settings: list, rounds: int, frameworks: list[str]) -> dict
         def log(line: str, dtype: str = dtype) -> None:
             print(f"{dtype}: {line}", file=sys.stderr, flush=True)
 
-        log("compiling")
-        seconds = train_step.measure_compile_seconds(setting)
         log("matrix product")
         limit = train_step.measure_matmul_gflops(dtype)
-        compared = train_step.compare_frameworks(setting, rounds, frameworks, log)
-        log("memory")
-        compared["step_mib"] = {
-            name: train_step.measure_peak_memory(setting, name) for name in frameworks
-        }
-        compared["compile_seconds"] = seconds
+        compared = train_step.compare_frameworks(setting, rounds, frameworks, log, start_limit)
+        measured = [name for name in frameworks if name not in compared["too_slow"]]
+        compared["step_mib"] = {}
+        for name in measured if memory else ():
+            log(f"memory of {name}")
+            compared["step_mib"][name] = train_step.measure_peak_memory(setting, name)
         result["matmul_limit_gflops"][dtype] = limit
         result["dtypes"][dtype] = compared
         for part in ("forward", "train_step"):
-            for framework in frameworks[1:]:
+            for framework in measured[1:]:
                 name = f"ratio_vs_{framework}"
                 result[part][f"{name}_{dtype}"] = compared[part][name]
             fraction = compared[part]["gflops"] / limit
@@ -95,29 +107,36 @@ def measure_settings(settings: list, rounds: int, frameworks: list[str]) -> dict
 def format_markdown(result: dict) -> str:
     """Format the result of `measure_settings` as Markdown tables."""
     lines = [
-        "| | ours, s | PyTorch, s | PyTorch / ours | of the matrix product rate |",
-        "|---|---|---|---|---|",
+        "| | ours, s | PyTorch, s | PyTorch / ours | of the matrix product rate | our first "
+        "call, s | PyTorch's first call, s |",
+        "|" + "---|" * 7,
     ]
     for dtype, compared in result["dtypes"].items():
         for part in ("forward", "train_step"):
             row, fraction = compared[part], result[part]["fraction_of_matmul_limit"][dtype]
+            first = compared["first_call"][part]
             name = f"{part.replace('_', ' ')}, {dtype}".replace("train step", "training step")
             for framework, suffix in _ROW_SUFFIXES.items():
                 if framework in row:
                     lines.append(
                         f"| {name}{suffix} | {row['jax']:#.3g} | {row[framework]:#.3g} "
-                        f"| {row[f'ratio_vs_{framework}']:.2f} | {fraction:.2f} |"
+                        f"| {row[f'ratio_vs_{framework}']:.2f} | {fraction:.2f} "
+                        f"| {first['jax']:.1f} | {first[framework]:.1f} |"
                     )
-    lines += ["", "| memory of a training step, MiB | ours | PyTorch |", "|---|---|---|"]
-    for dtype, compared in result["dtypes"].items():
-        memory = compared["step_mib"]
+                elif framework in compared["too_slow"]:
+                    lines.append(
+                        f"| {name}{suffix} | {row['jax']:#.3g} | too slow to compile | "
+                        f"| {fraction:.2f} | {first['jax']:.1f} | |"
+                    )
+    memory = {dtype: compared["step_mib"] for dtype, compared in result["dtypes"].items()}
+    if any(memory.values()):
+        lines += ["", "| memory of a training step, MiB | ours | PyTorch |", "|---|---|---|"]
+    for dtype, mib in memory.items():
         for framework, suffix in _ROW_SUFFIXES.items():
-            if framework in memory:
-                lines.append(f"| {dtype}{suffix} | {memory['jax']:.0f} | {memory[framework]:.0f} |")
+            if framework in mib:
+                lines.append(f"| {dtype}{suffix} | {mib['jax']:.0f} | {mib[framework]:.0f} |")
     limits = (f"{d} {g:.0f} GFLOP/s" for d, g in result["matmul_limit_gflops"].items())
-    compiled = (f"{d} {c['compile_seconds']:.1f} s" for d, c in result["dtypes"].items())
-    lines += ["", f"Our training step is compiled in: {', '.join(compiled)}."]
-    return "\n".join([*lines, f"Matrix product: {', '.join(limits)}."])
+    return "\n".join([*lines, "", f"Matrix product: {', '.join(limits)}."])
 
 
 def main() -> None:
@@ -136,13 +155,23 @@ def main() -> None:
     settings = [
         train_step.Setting(config, dtype, arguments.batch_size, calls) for dtype in arguments.dtypes
     ]
-    frameworks = [*train_step.DEFAULT_RUNNERS, *["torch_compiled"] * arguments.torch_compile]
-    result = measure_settings(settings, arguments.rounds, frameworks)
+    frameworks = ["jax", "torch_compiled" if arguments.torch_compile else "torch"]
+    result = measure_settings(
+        settings, arguments.rounds, frameworks, arguments.start_limit, not arguments.no_memory
+    )
     print(json.dumps(result, indent=1) if arguments.json else format_markdown(result))
+
+
+def use_empty_caches(folder: str) -> None:
+    """Make this process and those that it starts compile anew, with caches in a new `folder`."""
+    for name in ("JAX_COMPILATION_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        os.environ[name] = os.path.join(folder, name.lower())
 
 
 if __name__ == "__main__":
     # By default JAX reserves three quarters of a GPU's memory, which PyTorch could not use.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    environment.configure_environment()
-    console.run(main)
+    with tempfile.TemporaryDirectory() as folder:
+        use_empty_caches(folder)
+        environment.configure_environment()
+        console.run(main)

@@ -17,7 +17,8 @@ import tensorflow as tf
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
-from dualpath_jax.data.preparation.video_decoder import MAX_SIDE, FrameFormat
+from dualpath_jax.data.preparation.video_decoder import MAX_SIDE
+from dualpath_jax.data.video_source import FrameFormat
 from dualpath_jax.runtime.command_line import command_line
 from dualpath_jax.runtime.safe_read import check_regular, read_json, truncated_repr
 

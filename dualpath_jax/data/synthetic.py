@@ -10,7 +10,7 @@ from PIL import Image
 from dualpath_jax.data import augment, pipeline
 from dualpath_jax.data.datasets.registry import NUM_CLASSES, PLACEHOLDER_NUM_CLASSES
 from dualpath_jax.data.preparation.shard_writer import encode_frame
-from dualpath_jax.data.preparation.video_decoder import FrameFormat
+from dualpath_jax.data.video_source import FrameFormat
 
 
 class SyntheticVideos:

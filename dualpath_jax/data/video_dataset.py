@@ -2,7 +2,7 @@
 
     OUT/                    TFDS data set "videos": a `shard_writer.VideoRow` per video
     OUT/class_names.json    the class names, exactly
-    OUT/frame_format.json   the fields of `video_decoder.FrameFormat`
+    OUT/frame_format.json   the fields of `video_source.FrameFormat`
     OUT/identity.json       digests and sizes of the files, see `dataset_metadata.Identity`
     OUT/frames/             TFDS data set "frames": one JPEG per record, split names as in OUT, or
                             one split "all" if the splits of OUT share videos

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from dualpath_jax.data.preparation import video_decoder
+from dualpath_jax.data.video_source import FrameFormat
 
 _ROUNDING = 1e-6  # seconds by which times may differ from what they should be
 _NO_FRAME_LIMIT = video_decoder.DecodeLimits(max_frames=2**62)
@@ -51,7 +52,7 @@ def _cut_window(
 
 
 def decode_windows(
-    path: str, seconds: float, stride: float, frame_format: video_decoder.FrameFormat
+    path: str, seconds: float, stride: float, frame_format: FrameFormat
 ) -> Iterator[Window]:
     """Yield the windows of a video and decode frames as they are needed.
 

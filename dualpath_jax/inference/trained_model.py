@@ -25,6 +25,7 @@ from dualpath_jax.data.clip_spec import Views
 from dualpath_jax.data.preparation import video_decoder
 from dualpath_jax.data.preparation.shard_writer import encode_frame
 from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool
+from dualpath_jax.data.video_source import FrameFormat
 from dualpath_jax.inference import frame_inputs
 from dualpath_jax.models import abstract, param_tree, preprocess
 from dualpath_jax.models import registry as method_registry
@@ -110,7 +111,7 @@ class TrainedModel:
     params: Any = dataclasses.field(repr=False)
     class_names: list[str]
     step: int
-    frame_format: video_decoder.FrameFormat = video_decoder.FrameFormat()
+    frame_format: FrameFormat = FrameFormat()
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False)
 
     def clips(self, video: str | os.PathLike[str]) -> pipeline.Batch:
@@ -319,7 +320,7 @@ def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> 
     params |= {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
     params = traverse_util.unflatten_dict(params, sep="/")
     class_names, step = list(saved["class_names"]), saved["step"]
-    frame_format = video_decoder.FrameFormat()
+    frame_format = FrameFormat()
     if saved.get("frame_format") is not None:  # older versions did not save it
         frame_format = dataset_metadata.parse_frame_format(saved["frame_format"], path)
     return TrainedModel(config, module, jax.device_put(params), class_names, step, frame_format)

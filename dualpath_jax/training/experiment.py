@@ -16,8 +16,7 @@ import optax
 
 from dualpath_jax.config.schema import check_values
 from dualpath_jax.config.unread_keys import RecordedReads, describe_unread_model_keys
-from dualpath_jax.data.preparation.video_decoder import FrameFormat
-from dualpath_jax.data.video_source import VideoSource
+from dualpath_jax.data.video_source import FrameFormat, VideoSource
 from dualpath_jax.models import param_tree
 from dualpath_jax.models import registry as method_registry
 from dualpath_jax.models.abstract import (

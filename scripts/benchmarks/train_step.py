@@ -3,7 +3,8 @@
 Both frameworks get the same weights and the same clips, and their logits are compared before
 anything is timed. They are timed in turns, each in its own process: within one process PyTorch
 would reuse the memory that JAX keeps between steps, and the threads of both would disturb each
-other. A ratio is the median over rounds of the ratios within a round. On a GPU a measurement
+other. A ratio is the median over rounds of the ratios within a round. TensorFlow and PyAV are not
+needed. On a GPU a measurement
 contains several calls in a row, as in training, and both frameworks compute float32 products in
 TF32, JAX's default there; only the logits are compared in full float32.
 
@@ -18,7 +19,9 @@ import functools
 import gc
 import io
 import multiprocessing
+import os
 import pathlib
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,11 +36,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jax.experimental.compilation_cache import compilation_cache
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dualpath_jax.analysis import efficiency
-from dualpath_jax.data import synthetic
 from dualpath_jax.data.clip_spec import normalization
+from dualpath_jax.data.video_source import FrameFormat
 from dualpath_jax.models import param_tree
 from dualpath_jax.models.abstract import abstract_inputs, abstract_model, clip_shapes
 from dualpath_jax.models.backbones import layers
@@ -71,6 +74,18 @@ class Setting:
     dtype: str
     batch_size: int
     calls: int = 1
+
+
+class _NoVideos:
+    """Stands in for a split of which no frame is read, as real ones need TensorFlow."""
+
+    def __init__(self, num_classes: int, num_videos: int):
+        self.class_names = [str(i) for i in range(num_classes)]
+        self.frame_format, self.identity = FrameFormat(), {}
+        self._num_videos = num_videos
+
+    def __len__(self) -> int:
+        return self._num_videos
 
 
 @dataclasses.dataclass
@@ -110,8 +125,7 @@ def build_random_experiment(
     config.eval.batch_size = setting.batch_size
     config.data.synthetic, config.data.randaugment_layers = True, 0
     config.data.erasing_probability, config.num_train_steps = 0.0, 1000
-    videos = synthetic.make_synthetic_split(config.data, setting.batch_size)
-    videos.class_names = [str(i) for i in range(NUM_CLASSES)]
+    videos = _NoVideos(NUM_CLASSES, setting.batch_size)
     environment.disable_async_dispatch()  # as a run does
     with contextlib.redirect_stdout(io.StringIO()):  # the table of parameters
         experiment, state = build_experiment(config, "", videos)
@@ -224,7 +238,9 @@ def _set_tf32(use: bool) -> None:
 def make_torch_runner(
     experiment: Experiment, state: TrainState, batch: dict[str, np.ndarray], compiled: bool = False
 ) -> Runner:
-    """Make the runner of PyTorch: AdamW on the trainable parameters, autocast for bfloat16.
+    """Make the runner of PyTorch: AdamW on the trainable parameters.
+
+    With bfloat16 it uses autocast and flash attention.
 
     Args:
       experiment: gives configuration and weights.
@@ -250,7 +266,10 @@ def make_torch_runner(
     def run_model(model: TorchDualPath) -> torch.Tensor:
         images = [placed[k].permute(0, 1, 4, 2, 3) for k in ("spatial", "temporal")]
         images = [((x.float() / 255 - mean) / std).to(dtype) for x in images]
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        if dtype == torch.float32:
+            return model(*images).float()
+        flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION)  # GPUs have it in half precision only
+        with torch.autocast(device, dtype), flash:
             return model(*images).float()
 
     def forward() -> torch.Tensor:
@@ -280,11 +299,15 @@ RUNNERS: dict[str, Callable[[Experiment, TrainState, dict[str, np.ndarray]], Run
 DEFAULT_RUNNERS = ("jax", "torch")
 
 
+PARTS = ("train_step", "forward")  # in the order in which they are compiled
+
+
 def compare_frameworks(
     setting: Setting,
     rounds: int,
     frameworks: Sequence[str] = DEFAULT_RUNNERS,
     log: Callable[[str], None] = lambda line: None,
+    start_limit: float | None = None,
 ) -> dict[str, Any]:
     """Check that the frameworks compute the same logits, then time them in turns.
 
@@ -293,47 +316,99 @@ def compare_frameworks(
       rounds: number of measurements of each framework.
       frameworks: names in `RUNNERS`, "jax" among them.
       log: receives a line about each step.
+      start_limit: seconds that a framework may take to start and to compile; None for no limit.
 
     Returns:
-      {"largest_difference": of the logits; "forward" and "train_step": {name of each framework:
-      median seconds of a call; for each but "jax", "ratio_vs_torch" or "ratio_vs_torch_compiled":
-      ratio of its seconds to ours, the median over rounds; "gflops": 10^9 operations of a plain
-      forward pass, or of that and its backward pass, two for each multiply-accumulate, divided by
-      our seconds}}.
+      {"largest_difference": of the logits; "first_call": {each of `PARTS`: {name of each framework:
+      seconds of its first call, which compiles}}; "too_slow": names of the frameworks that reached
+      `start_limit` and are missing from the rest; "forward" and "train_step": {name of each
+      framework: median seconds of a call; for each but "jax", "ratio_vs_torch" or
+      "ratio_vs_torch_compiled": ratio of its seconds to ours, the median over rounds; "gflops":
+      10^9 operations of a plain forward pass, or of that and its backward pass, two for each
+      multiply-accumulate, divided by our seconds}}.
 
     Raises:
-      RuntimeError: the logits differ by more than `TOLERANCE` in float32.
+      RuntimeError: the logits differ by more than `TOLERANCE` in float32, or "jax" reached
+        `start_limit`.
     """
+    result: dict[str, Any] = {"first_call": {part: {} for part in PARTS}, "too_slow": []}
     with contextlib.ExitStack() as stack:
-        processes = {
-            name: stack.enter_context(_spawn_process(_init_worker, setting, name))
-            for name in frameworks
-        }
-        logits = {}
-        for name, process in processes.items():
+        processes, logits = {}, {}
+        for name in frameworks:
             log(f"{name}: compiling")
+            process = stack.enter_context(_spawn_process())
+            try:
+                seconds = _start_runner(process, setting, name, start_limit)
+            except TimeoutError:
+                if name == "jax":
+                    message = f"this package did not start and compile within {start_limit:g} s"
+                    raise RuntimeError(message) from None
+                result["too_slow"].append(name)
+                continue
+            processes[name] = process
             logits[name] = process.submit(_compute_logits, setting.dtype).result()
+            for part, value in seconds.items():
+                log(f"{name}: first {part} in {value:.1f} s")
+                result["first_call"][part][name] = value
         ours, others = logits.pop("jax"), logits
         differences = (check_logits_agree(setting.dtype, ours, x) for x in others.values())
-        result: dict[str, Any] = {"largest_difference": max(differences, default=0.0)}
-        for part, operations in zip(
-            ("forward", "train_step"), _count_operations(setting), strict=True
-        ):
-            runs = {
-                name: lambda calls, process=process, part=part: process.submit(
-                    _run_calls, part, calls
-                ).result()
-                for name, process in processes.items()
-            }
-            seconds = _measure_seconds_per_call(
-                runs, setting.calls, rounds, lambda line, part=part: log(f"{part}: {line}")
-            )
+        result["largest_difference"] = max(differences, default=0.0)
+        operations = _count_operations(setting)
+        for part in PARTS:
+            seconds = _time_part(part, processes, setting.calls, rounds, log)
             result[part] = {name: statistics.median(values) for name, values in seconds.items()}
             for name in others:
                 pairs = zip(seconds[name], seconds["jax"], strict=True)
                 result[part][f"ratio_vs_{name}"] = statistics.median(a / b for a, b in pairs)
-            result[part]["gflops"] = operations / 1e9 / result[part]["jax"]
+            result[part]["gflops"] = operations[part] / 1e9 / result[part]["jax"]
     return result
+
+
+def _start_runner(
+    process: concurrent.futures.Executor, setting: Setting, name: str, limit: float | None
+) -> dict[str, float]:
+    """Make a framework's runner in a process and call it, which compiles its programs.
+
+    Args:
+      process: with one worker, which is killed when `limit` is reached.
+      setting: what to measure.
+      name: of the framework.
+      limit: seconds for all of this; None for no limit.
+
+    Returns:
+      Seconds of the first call of each of `PARTS`.
+
+    Raises:
+      TimeoutError: the limit was reached.
+    """
+    end = None if limit is None else time.monotonic() + limit
+    pid = process.submit(os.getpid).result()
+
+    def run(function: Callable, *arguments: Any) -> Any:
+        left = None if end is None else max(0.0, end - time.monotonic())
+        return process.submit(function, *arguments).result(left)
+
+    try:
+        run(_make_runner, setting, name)
+        return {part: run(_time_first_call, part) for part in PARTS}
+    except TimeoutError:
+        os.kill(pid, signal.SIGKILL)
+        raise
+
+
+def _time_part(
+    part: str,
+    processes: dict[str, concurrent.futures.Executor],
+    calls: int,
+    rounds: int,
+    log: Callable[[str], None],
+) -> dict[str, list[float]]:
+    """Time one of `PARTS` of all frameworks in turns: seconds per call of each round, by name."""
+    runs = {
+        name: lambda calls, process=process: process.submit(_run_calls, part, calls).result()
+        for name, process in processes.items()
+    }
+    return _measure_seconds_per_call(runs, calls, rounds, lambda line: log(f"{part}: {line}"))
 
 
 def _measure_seconds_per_call(
@@ -360,22 +435,29 @@ def check_logits_agree(dtype: str, ours: np.ndarray, theirs: np.ndarray) -> floa
     return difference
 
 
-def _spawn_process(start: Callable | None = None, *arguments: Any) -> concurrent.futures.Executor:
-    """Return an executor with one new process, which first calls `start(*arguments)`."""
+def _spawn_process() -> concurrent.futures.Executor:
+    """Return an executor with one new process."""
     context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(1, context, start, arguments)
+    return concurrent.futures.ProcessPoolExecutor(1, context)
 
 
-# The next three functions run in a process of `compare_frameworks`, which has one framework.
+# The next four functions run in a process of `compare_frameworks`, which has one framework.
 
 
-def _init_worker(setting: Setting, name: str) -> None:
-    """Make the process's runner and do its first step, which compiles, as a run does."""
-    global _runner
-    _runner = RUNNERS[name](*build_random_experiment(setting))
-    _runner.train_step()
-    if name == "jax":
-        environment.keep_freed_memory()
+def _make_runner(setting: Setting, name: str) -> None:
+    """Make the process's runner."""
+    global _runner, _framework
+    _runner, _framework = RUNNERS[name](*build_random_experiment(setting)), name
+
+
+def _time_first_call(part: str) -> float:
+    """Return the seconds of the first call of one of `PARTS`."""
+    start = time.perf_counter()
+    getattr(_runner, part)()
+    seconds = time.perf_counter() - start
+    if _framework == "jax":
+        environment.keep_freed_memory()  # as a run does after its first step
+    return seconds
 
 
 def _compute_logits(dtype: str) -> np.ndarray:
@@ -389,11 +471,11 @@ def _run_calls(part: str, calls: int) -> None:
     getattr(_runner, part)(calls)
 
 
-def _count_operations(setting: Setting) -> tuple[int, int]:
+def _count_operations(setting: Setting) -> dict[str, int]:
     """Count operations of the plain model on a batch, two for each multiply-accumulate.
 
     Returns:
-      (operations of a forward pass, of a forward and backward pass).
+      {"forward": of a forward pass; "train_step": of that and its backward pass}.
     """
     config = setting.config.copy_and_resolve_references()
     config.model.cls_token_only, config.model.remat = False, "none"
@@ -406,8 +488,11 @@ def _count_operations(setting: Setting) -> tuple[int, int]:
         return model.module.apply({"params": params}, *inputs).sum()
 
     arguments = trainable, frozen, *abstract_inputs(config)
-    counts = (efficiency.count_macs(f, *arguments) for f in (loss, jax.grad(loss)))
-    return tuple(2 * setting.batch_size * count for count in counts)
+    functions = {"forward": loss, "train_step": jax.grad(loss)}
+    return {
+        part: 2 * setting.batch_size * efficiency.count_macs(function, *arguments)
+        for part, function in functions.items()
+    }
 
 
 def measure_matmul_gflops(dtype: str, size: int | None = None, rounds: int = 5) -> float:
@@ -434,21 +519,6 @@ def measure_matmul_gflops(dtype: str, size: int | None = None, rounds: int = 5) 
     }
     seconds = _measure_seconds_per_call(runs, calls, rounds)
     return 2 * size**3 / 1e9 / min(statistics.median(values) for values in seconds.values())
-
-
-def measure_compile_seconds(setting: Setting) -> float:
-    """Measure the seconds to compile our lowered training step without the compilation cache."""
-    lowered = _lower_step(setting)
-    cache_enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    try:
-        start = time.perf_counter()
-        lowered.compile()
-        return time.perf_counter() - start
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cache_enabled)
-        compilation_cache.reset_cache()
 
 
 def measure_peak_memory(setting: Setting, framework: str) -> float:

@@ -12,9 +12,10 @@ from PIL import Image
 
 from dualpath_jax.data import video_dataset
 from dualpath_jax.data.dataset_metadata import Shard, digest_records
-from dualpath_jax.data.preparation import shard_writer, video_decoder
+from dualpath_jax.data.preparation import shard_writer
 from dualpath_jax.data.preparation.shard_writer import VideoRow
 from dualpath_jax.data.video_dataset import FRAME_FEATURES, VideoDataset
+from dualpath_jax.data.video_source import FrameFormat
 
 NUM_FRAMES = [3, 1, 5, 2]  # per video; the shards hold videos 0 and 1, no video, videos 2 and 3
 NAMES = ["Holding [something]", "pull-ups, 'fast'", "跳", "a"]
@@ -54,9 +55,7 @@ def write_data(out, class_names=NAMES, table=None):
     empty = Shard(0, 0, digest_records([]), digest_records([]))
     table = {"train": make_rows() if table is None else table, "test": []}
     frames = {"train": [frames[0], empty, frames[1]], "test": [empty]}
-    shard_writer.write_tables(
-        str(out), class_names, table, frames, video_decoder.FrameFormat(fps=10.0)
-    )
+    shard_writer.write_tables(str(out), class_names, table, frames, FrameFormat(fps=10.0))
     return str(out)
 
 
@@ -70,7 +69,7 @@ def test_table(out):
     assert len(dataset) == 4
     assert dataset.ids == IDS
     assert dataset.class_names == NAMES
-    assert dataset.frame_format == video_decoder.FrameFormat(256, 90, 10.0)
+    assert dataset.frame_format == FrameFormat(256, 90, 10.0)
     for array, dtype, expected in [
         (dataset.labels, np.int32, [3, 2, 1, 0]),
         (dataset.first_frame, np.int64, [0, 3, 4, 9]),
@@ -101,7 +100,7 @@ def test_impossible_frame_formats_are_refused(out, stored, message):
 
 def test_data_of_an_older_version_has_the_default_frame_format(out):
     os.remove(os.path.join(out, "frame_format.json"))
-    assert VideoDataset(out, "train").frame_format == video_decoder.FrameFormat(256, 90, None)
+    assert VideoDataset(out, "train").frame_format == FrameFormat(256, 90, None)
 
 
 def test_read_frames(out):

@@ -14,9 +14,10 @@ from PIL import Image
 from dualpath_jax.config import schema
 from dualpath_jax.data import augment, clip_assembly, clip_spec, frame_sampling, video_dataset
 from dualpath_jax.data.dataset_metadata import DECODE_ERRORS
-from dualpath_jax.data.preparation import shard_writer, video_decoder
+from dualpath_jax.data.preparation import shard_writer
 from dualpath_jax.data.preparation.shard_writer import VideoRow
 from dualpath_jax.data.video_dataset import VideoDataset
+from dualpath_jax.data.video_source import FrameFormat
 from tests.fuzz.mutate import mutate_bytes, mutate_json
 from tests.fuzz.sandbox import Case, Target
 
@@ -158,7 +159,7 @@ def _write_prepared_data(out: pathlib.Path) -> None:
                     writer.write(shard_writer.encode_frame(jpeg))
         frames.append(writer.describe())
     shard_writer.write_tables(
-        str(out), ["a", "b"], {"train": rows}, {"train": frames}, video_decoder.FrameFormat()
+        str(out), ["a", "b"], {"train": rows}, {"train": frames}, FrameFormat()
     )
     (out / "identity.json").unlink()  # with it, a file of another size is not read at all
 

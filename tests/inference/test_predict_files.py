@@ -25,6 +25,7 @@ from dualpath_jax.data import pipeline
 from dualpath_jax.data.clip_spec import Views
 from dualpath_jax.data.preparation import video_decoder
 from dualpath_jax.data.video_dataset import VideoDataset
+from dualpath_jax.data.video_source import FrameFormat
 from dualpath_jax.inference import predict_files, sliding_windows, trained_model
 from dualpath_jax.models import param_tree
 from dualpath_jax.models.forward import view_logits
@@ -35,7 +36,7 @@ from tests.helpers.runs import build_run
 from tests.helpers.video_files import decode_windows_then_fail, noise_frames, write_video
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "predict.py"
-FORMAT = video_decoder.FrameFormat()
+FORMAT = FrameFormat()
 
 
 @pytest.fixture
@@ -232,7 +233,7 @@ def test_frames_have_the_format_of_the_training_data(run, config, tmp_path):
     """Check a model of data prepared with `--fps` and `--short_side`, and its adapter file."""
     path = str(tmp_path / "fast.mp4")
     write_video(path, [np.full((64, 96, 3), 3 * i, np.uint8) for i in range(60)], rate=30)
-    frame_format = video_decoder.FrameFormat(48, 70, 10.0)
+    frame_format = FrameFormat(48, 70, 10.0)
     run.experiment = dataclasses.replace(run.experiment, frame_format=frame_format)
     assert run.metadata()["frame_format"] == {"short_side": 48, "quality": 70, "fps": 10.0}
     checkpoints = Checkpoints(run.workdir)

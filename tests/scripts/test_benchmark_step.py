@@ -1,12 +1,17 @@
 """Tests the benchmark of the training step: PyTorch's model is the same; timing and counts."""
 
+import concurrent.futures
+import functools
 import importlib
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from tests.helpers.processes import make_xla_flags
+from tests.helpers.processes import ROOT, make_environment, make_xla_flags
 from tests.helpers.small_config import TINY_VIT
 
 torch = pytest.importorskip("torch")
@@ -65,8 +70,7 @@ def test_another_model_is_noticed(config, monkeypatch):
         train_step.check_logits_agree("float32", ours, wrong)
 
 
-def test_compiled_pytorch_is_measured_too(config, monkeypatch):
-    """Check that both models are compiled, also the trained one, and have rows in the tables."""
+def test_both_models_are_compiled(config, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     experiment, state, batch = train_step.build_random_experiment(Setting(config, "float32", 2))
@@ -75,17 +79,119 @@ def test_compiled_pytorch_is_measured_too(config, monkeypatch):
     runner = train_step.RUNNERS["torch_compiled"](experiment, state, batch)
     assert [type(model).__name__ for model in compiled] == ["TorchDualPath"] * 2
     assert np.isfinite(runner.train_step())
-    row = {"jax": 1.0, "torch": 2.0, "ratio_vs_torch": 2.0}
-    row |= {"torch_compiled": 1.5, "ratio_vs_torch_compiled": 1.5}
-    compared = {"forward": row, "train_step": row, "compile_seconds": 3.0}
-    compared["step_mib"] = {"jax": 1.0, "torch": 2.0, "torch_compiled": 3.0}
+
+
+def test_table_of_torch_compile():
+    row = {"jax": 1.0, "torch_compiled": 1.5, "ratio_vs_torch_compiled": 1.5}
+    first = {"jax": 9.0, "torch_compiled": 20.0}
+    compared = {"forward": row, "train_step": row, "too_slow": []}
+    compared["first_call"] = {"forward": first, "train_step": first}
+    compared["step_mib"] = {"jax": 1.0, "torch_compiled": 3.0}
     fraction = {"fraction_of_matmul_limit": {"float32": 0.5}}
     result = {"forward": fraction, "train_step": fraction, "dtypes": {"float32": compared}}
+    result["matmul_limit_gflops"] = {"float32": 100.0}
     script = importlib.import_module("scripts.benchmark_step")
-    table = script.format_markdown({**result, "matmul_limit_gflops": {"float32": 100.0}})
-    assert "| training step, float32 | 1.00 | 2.00 | 2.00 | 0.50 |" in table
-    assert "| training step, float32, torch.compile | 1.00 | 1.50 | 1.50 | 0.50 |" in table
+    table = script.format_markdown(result)
+    assert (
+        "| training step, float32, torch.compile | 1.00 | 1.50 | 1.50 | 0.50 | 9.0 | 20.0 |"
+        in table
+    )
     assert "| float32, torch.compile | 1 | 3 |" in table
+    # A framework that is left out has no figures, and without memory there is no such table.
+    compared |= {"forward": {"jax": 1.0}, "train_step": {"jax": 1.0}, "step_mib": {}}
+    compared |= {"too_slow": ["torch_compiled"]}
+    table = script.format_markdown(result)
+    assert (
+        "| forward, float32, torch.compile | 1.00 | too slow to compile | | 0.50 | 9.0 | |" in table
+    )
+    assert "memory" not in table
+
+
+def test_half_precision_uses_flash_attention(config, monkeypatch):
+    """Check that flash attention is the only kernel allowed, and only in half precision."""
+    chosen = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def record(*arguments):
+        backends = torch.backends.cuda  # the switches that `sdpa_kernel` sets for every device
+        chosen.append((backends.flash_sdp_enabled(), backends.math_sdp_enabled()))
+        return original(*arguments)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    for dtype, expected in (("bfloat16", (True, False)), ("float32", (True, True))):
+        chosen.clear()
+        runner = train_step.make_torch_runner(
+            *train_step.build_random_experiment(Setting(config, dtype, 1))
+        )
+        assert np.isfinite(runner.forward()).all()
+        assert set(chosen) == {expected}
+
+
+def test_a_framework_that_compiles_too_long_is_left_out(config, monkeypatch):
+    def start(process, setting, name, limit):
+        if name in slow:
+            raise TimeoutError
+        return original(process, setting, name, None)
+
+    def in_this_process():
+        return concurrent.futures.ThreadPoolExecutor(1)
+
+    def make_runner():
+        return train_step.Runner(lambda calls=1: np.zeros((1, 2)), lambda calls=1: 1.0)
+
+    slow, original = ["torch_compiled"], train_step._start_runner
+    monkeypatch.setattr(train_step, "build_random_experiment", lambda setting: ())
+    monkeypatch.setattr(train_step, "RUNNERS", {"jax": make_runner})
+    monkeypatch.setattr(train_step, "_start_runner", start)
+    monkeypatch.setattr(train_step, "_spawn_process", in_this_process)
+    monkeypatch.setattr(train_step.environment, "keep_freed_memory", lambda: None)
+    compare = functools.partial(
+        train_step.compare_frameworks,
+        Setting(config, "float32", 1),
+        1,
+        ["jax", "torch_compiled"],
+        start_limit=170.0,
+    )
+    result = compare()
+    assert result["too_slow"] == ["torch_compiled"]
+    assert result["train_step"].keys() == {"jax", "gflops"}
+    assert all(result["first_call"][part].keys() == {"jax"} for part in train_step.PARTS)
+    slow.append("jax")
+    with pytest.raises(RuntimeError, match="did not start and compile within 170 s"):
+        compare()
+
+
+def test_the_limit_ends_the_process():
+    with train_step._spawn_process() as process:
+        pid = process.submit(os.getpid).result()
+        os.kill(pid, 0)  # it runs
+        with pytest.raises(TimeoutError):
+            train_step._start_runner(process, None, "torch", 0.0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_tensorflow_and_pyav_are_not_needed(tmp_path):
+    """Check in a process that lacks them; as a twin, the pipeline needs them."""
+    for name in ("tensorflow", "tensorflow_datasets", "array_record", "av", "clu"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('blocked')")
+    code = f"""
+from configs import ssv2_vitb
+from scripts.benchmarks import train_step
+config = ssv2_vitb.get_config()
+config.backbone.name = "custom"
+config.backbone.update({TINY_VIT})
+config.data.image_size = 64
+_, _, batch = train_step.build_random_experiment(train_step.Setting(config, "bfloat16", 1))
+print(batch["spatial"].shape)
+import dualpath_jax.data.pipeline
+"""
+    environment = make_environment()
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert result.stdout.strip() == "(1, 8, 64, 64, 3)", result.stderr
+    assert result.stderr.endswith("ImportError: blocked\n")
 
 
 def test_several_calls_give_the_last_result(config):
@@ -105,11 +211,12 @@ def test_turns_alternate():
 
 def test_operations_are_those_of_the_plain_model(config):
     """Check that operations grow with the batch and that the backward pass doubles them."""
-    forward, both = train_step._count_operations(Setting(config, "float32", 1))
-    assert train_step._count_operations(Setting(config, "float32", 3)) == (3 * forward, 3 * both)
-    assert 1.9 < both / forward < 2.4
+    counts = train_step._count_operations(Setting(config, "float32", 1))
+    tripled = {part: 3 * count for part, count in counts.items()}
+    assert train_step._count_operations(Setting(config, "float32", 3)) == tripled
+    assert 1.9 < counts["train_step"] / counts["forward"] < 2.4
     config.model.remat = "full"
-    assert train_step._count_operations(Setting(config, "float32", 1)) == (forward, both)
+    assert train_step._count_operations(Setting(config, "float32", 1)) == counts
 
 
 def test_limit_is_measured():
@@ -130,12 +237,12 @@ def test_script(config, monkeypatch):
     assert "| forward, float32 | " in table
     assert "| training step, float32 | " in table
     assert "| float32 | 12 | 12 |" in table
-    assert "Our training step is compiled in: float32 " in table
 
 
-def test_compiling_leaves_the_cache_in_use(config):
-    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
-    before = [getattr(jax.config, name) for name in names]
-    assert train_step.measure_compile_seconds(Setting(config, "float32", 1)) > 0
-    assert [getattr(jax.config, name) for name in names] == before
-    assert before[1]
+def test_caches_are_empty(monkeypatch, tmp_path):
+    script = importlib.import_module("scripts.benchmark_step")
+    monkeypatch.setattr(os, "environ", {"JAX_COMPILATION_CACHE_DIR": "/of/the/user"})
+    script.use_empty_caches(str(tmp_path))
+    assert len(os.environ) == 3
+    assert all(folder.startswith(str(tmp_path)) for folder in os.environ.values())
+    assert not any(tmp_path.iterdir())

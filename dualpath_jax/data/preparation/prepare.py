@@ -25,8 +25,9 @@ from dualpath_jax.data import dataset_metadata, video_dataset
 from dualpath_jax.data.datasets.annotations import DatasetIndex, Video
 from dualpath_jax.data.preparation import shard_writer, summary
 from dualpath_jax.data.preparation.summary import SplitCounts
-from dualpath_jax.data.preparation.video_decoder import DecodeLimits, FrameFormat, video_to_jpegs
+from dualpath_jax.data.preparation.video_decoder import DecodeLimits, video_to_jpegs
 from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool
+from dualpath_jax.data.video_source import FrameFormat
 from dualpath_jax.runtime import file_lock, files
 from dualpath_jax.runtime.cpu_count import num_cores
 from dualpath_jax.runtime.progress_bar import ProgressBar

@@ -16,8 +16,8 @@ import tensorflow as tf
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from dualpath_jax.data import dataset_metadata
-from dualpath_jax.data.preparation.video_decoder import FrameFormat
 from dualpath_jax.data.video_dataset import shard_path
+from dualpath_jax.data.video_source import FrameFormat
 from dualpath_jax.runtime import files
 
 _WRITER_OPTIONS = "group_size:1,uncompressed"  # one record per read; JPEG does not compress

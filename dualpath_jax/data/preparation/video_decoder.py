@@ -68,22 +68,6 @@ class DecodeLimits:
 
 
 @dataclasses.dataclass(frozen=True)
-class FrameFormat:
-    """Describes how frames are stored, which is also how the input of a trained model is made.
-
-    Attributes:
-      short_side: pixels of the shorter side, 1..65,500; None keeps the size of the video. Smaller
-        videos keep theirs.
-      quality: JPEG quality of the frames, 1..95.
-      fps: frames per second that are kept of videos that have more, above 0; None keeps all.
-    """
-
-    short_side: int | None = 256
-    quality: int = 90
-    fps: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class VideoInfo:
     """Describes a decoded video.
 
