@@ -4,8 +4,9 @@
     dualpath finetune VIDEOS --backbone=demo --out=runs/mine --tune
 
 VIDEOS is a folder of class folders, VIDEOS/<class>/<file> (or the same inside train, validation and
-test folders), or a CSV file with lines path,label. The command looks at the videos, prints what it
-found and what the training will take, prepares the videos, trains probes on the frozen backbone
+test folders), or a CSV file with lines path,label. A video is a file, or a folder of images. The
+command looks at the videos, prints what it found and what the training will take, prepares the
+videos, trains probes on the frozen backbone
 (dualpath probe), chooses settings by the number of videos, trains, keeps the best checkpoint by
 validation, stops when validation does not rise any more, evaluates, and writes a report. With
 --tune it first tries three or four learning rates in short trainings, which validation videos
@@ -28,6 +29,8 @@ from typing import Any
 
 from dualpath_jax import cli
 from dualpath_jax.config import loading, schema, small_sets
+from dualpath_jax.data.datasets.class_folders import CLASS_LEVEL_HELP
+from dualpath_jax.data.preparation.image_folder import FRAME_RATE_HELP, check_frame_rate
 from dualpath_jax.runtime import console, environment, files, preemption, progress_bar
 from dualpath_jax.runtime.command_line import command_line
 
@@ -53,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     add("--short_side", type=cli.positive(int), default=256, help=help_)
     help_ = "choose the learning rate on validation videos, by short trainings before the long one"
     add("--tune", action="store_true", help=help_)
+    add("--frame_rate", type=cli.positive(float), help=FRAME_RATE_HELP)
+    add("--class_level", type=cli.positive(int), default=1, help=CLASS_LEVEL_HELP)
     add("--plan", action="store_true", help="look at the videos, print the plan, and stop")
     progress_bar.add_quiet_option(arg_parser)
     return arg_parser
@@ -94,7 +99,13 @@ def finetune(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError(f"unknown --method={arguments.method}: known are {', '.join(methods)}")
 
     # What is there, and what will be done.
-    index, videos_dir, lines = survey.list_own_videos(arguments.videos, arguments.annotations)
+    index, videos_dir, lines = survey.list_own_videos(
+        arguments.videos, arguments.annotations, arguments.class_level
+    )
+    check_frame_rate(arguments.frame_rate, index.file_paths(videos_dir))
+    options = prepare.PrepareOptions(
+        short_side=arguments.short_side, frame_rate=arguments.frame_rate
+    )
     name = pathlib.Path(arguments.videos).resolve().name.removesuffix(".csv")
     run = arguments.out or f"runs/{name}"
     _print_section("videos", [*survey.describe_classes(index), *lines, *index.notices])
@@ -103,7 +114,7 @@ def finetune(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if begun:
         _print_section("found", [f"their preparation in {run}/data has begun: it is not repeated"])
     else:
-        found = survey.survey_videos(index, videos_dir, arguments.short_side)
+        found = survey.survey_videos(index, videos_dir, options)
         _print_section("found", survey.describe_survey(found))
     uneven = survey.class_ratio(index) >= small_sets.UNEVEN
     config = make_config(arguments, overrides, len(index.splits["train"]), run, uneven)
@@ -114,7 +125,6 @@ def finetune(arguments: argparse.Namespace, overrides: list[str]) -> None:
         return
 
     # Frames, the probe, the training, the report.
-    options = prepare.PrepareOptions(short_side=arguments.short_side)
     prepare.prepare_dataset(index, videos_dir, config.data.dir, options)
     _run_probe(config, run)
     if arguments.tune:
