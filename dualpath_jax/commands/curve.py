@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from dualpath_jax import cli
-from dualpath_jax.config import loading, schema
+from dualpath_jax.config import loading, schema, small_sets
 from dualpath_jax.runtime import console, environment, files, preemption, progress_bar
 from dualpath_jax.runtime.safe_read import parse_json, read_json, read_lines, truncated_repr
 
@@ -58,12 +58,14 @@ class Point:
       shots: videos of each class; None: all.
       seed: of parameters and batches.
       num_clips: number of training videos.
+      uneven: some classes have many times more videos than others, see `small_sets.UNEVEN`.
     """
 
     method: str
     shots: int | None
     seed: int
     num_clips: int
+    uneven: bool = False
 
     def key(self) -> dict[str, Any]:
         """Return the entries of a result that name it."""
@@ -200,9 +202,11 @@ def make_points(
         print(f"note: --shots {' '.join(left_out)} are left out: {reason}", flush=True)
     for number in usable:
         rows = choose_shots(dataset.ids, dataset.labels, largest if number is None else number)
+        counts = np.unique(dataset.labels[rows], return_counts=True)[1]
+        uneven = bool(counts.max() >= small_sets.UNEVEN * counts.min())
         for seed in range(num_seeds):
             for method in methods:
-                yield Point(method, number, seed, len(rows))
+                yield Point(method, number, seed, len(rows), uneven)
 
 
 def make_config(point: Point, arguments: argparse.Namespace, overrides: Sequence[str]) -> Any:
@@ -218,7 +222,9 @@ def make_config(point: Point, arguments: argparse.Namespace, overrides: Sequence
     from dualpath_jax.training.optimizer import count_train_steps
 
     options = argparse.Namespace(backbone=arguments.backbone, method=point.method)
-    config = finetune.make_config(options, list(overrides), point.num_clips, arguments.out)
+    config = finetune.make_config(
+        options, list(overrides), point.num_clips, arguments.out, point.uneven
+    )
     is_generated = arguments.data in _GENERATED
     config.data.source = arguments.data if is_generated else "folder"
     config.data.dir = os.path.abspath(f"data/{arguments.data}" if is_generated else arguments.data)

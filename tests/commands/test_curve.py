@@ -77,7 +77,7 @@ def command(prepared, tmp_path, monkeypatch, capsys):
     return call, begun
 
 
-def test_points_follow_the_videos(prepared, capsys):
+def test_points_follow_the_videos(prepared, capsys, monkeypatch):
     dataset = VideoDataset(str(prepared), "train")
     points = list(curve.make_points(dataset, ["probe", "linear"], [2, 4, 8, None], 1))
     assert [(point.method, point.shots, point.num_clips) for point in points] == [
@@ -85,6 +85,10 @@ def test_points_follow_the_videos(prepared, capsys):
         *(("probe", 4, 7), ("linear", 4, 7)),  # all three of the small class
         *(("probe", None, 8), ("linear", None, 8)),
     ]
+    assert not any(point.uneven for point in points)  # five and three videos
+    monkeypatch.setattr(curve.small_sets, "UNEVEN", 1.6)
+    uneven = [point.uneven for point in curve.make_points(dataset, ["linear"], [2, 4, None], 1)]
+    assert uneven == [False, False, True]
     assert points[0].folder == "probe/shots_2_seed0"
     assert points[-1].folder == "linear/shots_all_seed0"
     note = "note: --shots 8 are left out: the largest class has 5 training videos\n"

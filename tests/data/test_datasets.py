@@ -251,7 +251,8 @@ def test_images_in_a_class_folder(videos):
     for name in ("img_1.jpg", "img_2.jpg"):
         (videos / "b" / name).unlink()
     touch(videos, "b/7/img_1.jpg")
-    assert ids(list_videos("folder", str(videos), None, 0.0), "train") == ["a/1", "b/7"]
+    (videos / "b" / "8").mkdir()  # will be in the list of bad videos: a folder without images
+    assert ids(list_videos("folder", str(videos), None, 0.0), "train") == ["a/1", "b/7", "b/8"]
 
 
 def test_a_folder_that_contains_itself(videos):

@@ -92,6 +92,8 @@ def _list_videos(root: str, folder: str, depth: int = 0) -> tuple[list[str], lis
     folders = [name for name in folders if name not in ignored]
     if not depth:
         _check_class_folder(root, folder, folders)
+    elif not files and not folders and not ignored:
+        return [folder], []  # images are missing: the ledger of bad videos names it
     notices = []
     if ignored:
         notices = [f"folders in {folder!r} whose names begin with @ are ignored: {ignored[0]!r}"]
