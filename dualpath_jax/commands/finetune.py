@@ -6,12 +6,11 @@
 VIDEOS is a folder of class folders, VIDEOS/<class>/<file> (or the same inside train, validation and
 test folders), or a CSV file with lines path,label. A video is a file, or a folder of images. The
 command looks at the videos, prints what it found and what the training will take, prepares the
-videos, trains probes on the frozen backbone
-(dualpath probe), chooses settings by the number of videos, trains, keeps the best checkpoint by
-validation, stops when validation does not rise any more, evaluates, and writes a report. With
---tune it first tries three or four learning rates in short trainings, which validation videos
-judge. Everything lies in the folder --out; its config.json has all settings. Interrupted, the same
-command continues. --config.KEY=VALUE changes a setting.
+videos, trains probes on the frozen backbone (dualpath probe), chooses settings by the number of
+videos, trains, keeps the best checkpoint by validation, stops when validation does not rise any
+more, evaluates, and writes a report. With --tune it first tries three or four learning rates in
+short trainings, which validation videos judge. Everything lies in the folder --out; its config.json
+has all settings. Interrupted, the same command continues. --config.KEY=VALUE changes a setting.
 
 docs/finetuning.md explains the choices and what to do when the result is bad.
 
