@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "convert": ("dualpath_jax.commands.convert", (), "convert a checkpoint to a backbone file"),
     "predict": ("dualpath_jax.commands.predict", (), "predict the classes of video files"),
     "probe": ("dualpath_jax.commands.probe", (), "train heads on features of the frozen backbone"),
+    "curve": ("dualpath_jax.commands.curve", (), "draw accuracy against videos of each class"),
     "report": ("dualpath_jax.commands.report", (), "write runs as one HTML page"),
     "attention": ("dualpath_jax.commands.attention", (), "draw what a model attends to"),
     "export": ("dualpath_jax.commands.export_model", (), "export a model as StableHLO"),
@@ -25,7 +26,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "efficiency": ("dualpath_jax.commands.efficiency", (), "count parameters and operations"),
     "show-batch": ("dualpath_jax.commands.show_batch", (), "draw a training batch"),
 }
-_SAVES_ON_SIGTERM = ("demo", "finetune", "train", "eval", "check")
+_SAVES_ON_SIGTERM = ("demo", "finetune", "curve", "train", "eval", "check")
 
 
 def format_help() -> str:

@@ -1,15 +1,16 @@
 """Trains a model on your own videos: from a folder to a report, in one command.
 
     dualpath finetune VIDEOS --backbone=ViT-B-16.pt
-    dualpath finetune VIDEOS --backbone=demo --out=runs/mine
+    dualpath finetune VIDEOS --backbone=demo --out=runs/mine --tune
 
 VIDEOS is a folder of class folders, VIDEOS/<class>/<file> (or the same inside train, validation and
-test folders), or a CSV file with lines path,label. The command looks at the videos, prints what it
-found and what the training will take, prepares the videos, trains probes on the frozen backbone
-(dualpath probe), chooses settings by the number of videos, trains, keeps the best checkpoint by
-validation, stops when validation does not rise any more, evaluates, and writes a report. Everything
-lies in the folder --out; its config.json has all settings. Interrupted, the same command continues.
---config.KEY=VALUE changes a setting.
+test folders), or a CSV file with lines path,label. A video is a file, or a folder of images. The
+command looks at the videos, prints what it found and what the training will take, prepares the
+videos, trains probes on the frozen backbone (dualpath probe), chooses settings by the number of
+videos, trains, keeps the best checkpoint by validation, stops when validation does not rise any
+more, evaluates, and writes a report. With --tune it first tries three or four learning rates in
+short trainings, which validation videos judge. Everything lies in the folder --out; its config.json
+has all settings. Interrupted, the same command continues. --config.KEY=VALUE changes a setting.
 
 docs/finetuning.md explains the choices and what to do when the result is bad.
 
@@ -27,6 +28,8 @@ from typing import Any
 
 from dualpath_jax import cli
 from dualpath_jax.config import loading, schema, small_sets
+from dualpath_jax.data.datasets.class_folders import CLASS_LEVEL_HELP
+from dualpath_jax.data.preparation.image_folder import FRAME_RATE_HELP, check_frame_rate
 from dualpath_jax.runtime import console, environment, files, preemption, progress_bar
 from dualpath_jax.runtime.command_line import command_line
 
@@ -50,6 +53,10 @@ def parser() -> argparse.ArgumentParser:
     add("--method", metavar="METHOD", help=f"method instead of the recommended one: {methods}")
     help_ = "pixels of the shorter side of stored frames (256)"
     add("--short_side", type=cli.positive(int), default=256, help=help_)
+    help_ = "choose the learning rate on validation videos, by short trainings before the long one"
+    add("--tune", action="store_true", help=help_)
+    add("--frame_rate", type=cli.positive(float), help=FRAME_RATE_HELP)
+    add("--class_level", type=cli.positive(int), default=1, help=CLASS_LEVEL_HELP)
     add("--plan", action="store_true", help="look at the videos, print the plan, and stop")
     progress_bar.add_quiet_option(arg_parser)
     return arg_parser
@@ -80,7 +87,7 @@ def finetune(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from absl import logging
 
     from dualpath_jax import launch
-    from dualpath_jax.commands import report
+    from dualpath_jax.commands import report, tuning
     from dualpath_jax.data.preparation import prepare, survey
 
     logging.set_verbosity(logging.ERROR)
@@ -91,7 +98,13 @@ def finetune(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError(f"unknown --method={arguments.method}: known are {', '.join(methods)}")
 
     # What is there, and what will be done.
-    index, videos_dir, lines = survey.list_own_videos(arguments.videos, arguments.annotations)
+    index, videos_dir, lines = survey.list_own_videos(
+        arguments.videos, arguments.annotations, arguments.class_level
+    )
+    check_frame_rate(arguments.frame_rate, index.file_paths(videos_dir))
+    options = prepare.PrepareOptions(
+        short_side=arguments.short_side, frame_rate=arguments.frame_rate
+    )
     name = pathlib.Path(arguments.videos).resolve().name.removesuffix(".csv")
     run = arguments.out or f"runs/{name}"
     _print_section("videos", [*survey.describe_classes(index), *lines, *index.notices])
@@ -100,20 +113,21 @@ def finetune(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if begun:
         _print_section("found", [f"their preparation in {run}/data has begun: it is not repeated"])
     else:
-        found = survey.survey_videos(index, videos_dir, arguments.short_side)
+        found = survey.survey_videos(index, videos_dir, options)
         _print_section("found", survey.describe_survey(found))
     uneven = survey.class_ratio(index) >= small_sets.UNEVEN
     config = make_config(arguments, overrides, len(index.splits["train"]), run, uneven)
-    estimate = _estimate(config, index, found, run)
-    _print_section("plan", _describe_plan(config, run, arguments))
+    estimate = _estimate(config, index, found, run, arguments.tune)
+    _print_section("plan", _describe_plan(config, run, arguments, index))
     _print_section("estimate", estimate)
     if arguments.plan:
         return
 
     # Frames, the probe, the training, the report.
-    options = prepare.PrepareOptions(short_side=arguments.short_side)
     prepare.prepare_dataset(index, videos_dir, config.data.dir, options)
     _run_probe(config, run)
+    if arguments.tune:
+        tuning.choose_learning_rate(config, run, len(index.splits["train"]))
     launch.train_and_evaluate(config, run, training=True)
     if "test" in index.splits:
         _evaluate_test(config, run)
@@ -217,8 +231,10 @@ def _apply_overrides(config: Any, overrides: list[str]) -> Any:
         return loading.load_config(path, overrides)
 
 
-def _describe_plan(config: Any, run: str, arguments: argparse.Namespace) -> list[str]:
+def _describe_plan(config: Any, run: str, arguments: argparse.Namespace, index: Any) -> list[str]:
     """Return lines with the chosen settings and the reasons for them."""
+    from dualpath_jax.commands import tuning
+
     optimizer, data = config.optimizer, config.data
     chosen = "by --method" if arguments.method else "recommended by docs/comparison.md"
     length = f"at most {config.num_epochs} epochs"
@@ -227,6 +243,7 @@ def _describe_plan(config: Any, run: str, arguments: argparse.Namespace) -> list
     weights = []
     if data.class_weights != "none":
         weights = [f"uneven classes: {data.class_weights} weights; {config.eval.criterion} decides"]
+    tries = [tuning.describe_plan(config, len(index.splits["train"]))] if arguments.tune else []
     return [
         f"backbone {arguments.backbone} ({config.backbone.name}), {data.num_frames} frames of "
         f"{data.image_size} pixels",
@@ -239,18 +256,20 @@ def _describe_plan(config: Any, run: str, arguments: argparse.Namespace) -> list
         f"validation every {config.eval.every_epochs} epochs; the best checkpoint counts; the end "
         f"after {config.early_stopping_evaluations} validations without a new best",
         *weights,
+        *tries,
         f"all settings will be in {run}/config.json; `{command_line('train')} "
         f"--config={run}/config.json --workdir=NEW` trains with them again",
     ]
 
 
-def _estimate(config: Any, index: Any, found: Any, run: str) -> list[str]:
+def _estimate(config: Any, index: Any, found: Any, run: str, tune: bool) -> list[str]:
     """Return lines with time, memory and disk; set `optimizer.accumulation_steps`.
 
     Raises:
       OSError: the disk is too small.
     """
     from dualpath_jax.analysis import cost_estimate
+    from dualpath_jax.commands import tuning
     from dualpath_jax.data.preparation.summary import format_bytes
     from dualpath_jax.training.optimizer import count_train_steps
 
@@ -258,28 +277,31 @@ def _estimate(config: Any, index: Any, found: Any, run: str) -> list[str]:
     clips, memory = config.data.batch_size, cost_estimate.available_memory()
     accumulation = _fit_accumulation(config, cost, memory)
     needed = cost_estimate.training_bytes(cost, clips // accumulation)
-    steps = count_train_steps(config, len(index.splits["train"]) / clips)
-    evaluations = small_sets.NUM_EVALUATIONS * len(index.splits["validation"])
-    seconds = steps * clips * cost.clip_seconds + evaluations * cost.eval_seconds
+    num_clips, num_validation = (len(index.splits[split]) for split in ("train", "validation"))
+
+    def training_seconds(steps: int, evaluations: int) -> float:
+        return steps * clips * cost.clip_seconds + evaluations * num_validation * cost.eval_seconds
+
+    steps = count_train_steps(config, num_clips / clips)
+    seconds = training_seconds(steps, small_sets.NUM_EVALUATIONS)
     lines = []
-    frame_bytes = found.num_bytes if found else 0
     if found:
-        lines.append(f"preparing: {_format_seconds(found.seconds)}, {format_bytes(frame_bytes)}")
+        frames = format_bytes(found.num_bytes)
+        lines.append(f"preparing: {_format_seconds(found.seconds)}, {frames}")
+    if tune:
+        tried = tuning.MAX_TRIES * training_seconds(tuning.count_try_steps(config, num_clips), 1)
+        lines.append(f"tuning: at most {tuning.MAX_TRIES} tries, {_format_seconds(tried)} together")
+        seconds += tried
+    total = f"; together {_format_seconds(seconds)}" if tune else ""
     lines.append(
         f"training: {steps:,} steps at most, about {_format_seconds(cost.clip_seconds)} a clip: "
-        f"{_format_seconds(seconds)} at most; often it stops earlier"
+        f"{_format_seconds(training_seconds(steps, small_sets.NUM_EVALUATIONS))} at most{total}; "
+        "often it stops earlier"
     )
     parts = f", in {accumulation} parts of a batch" if accumulation > 1 else ""
     lines.append(f"memory: about {format_bytes(needed)} of {format_bytes(memory)}{parts}")
-    disk = 1.1 * frame_bytes + 4 * cost.checkpoint_bytes
-    free = shutil.disk_usage(_existing_folder(run)).free
-    lines.append(f"disk: about {format_bytes(disk)} of {format_bytes(free)} in {run}")
-    if disk > free:
-        raise OSError(
-            f"the disk of {run} is too small: frames and checkpoints take about "
-            f"{format_bytes(disk)}, and {format_bytes(free)} are free; make room, choose another "
-            "--out, or a smaller --short_side"
-        )
+    checkpoints = (4 + tune * 2 * tuning.MAX_TRIES) * cost.checkpoint_bytes
+    lines.append(_check_disk(config, index, found.num_bytes if found else 0, checkpoints, run))
     if needed > memory:
         lines.append(
             "this may not fit: choose a smaller backbone or fewer --config.data.num_frames"
@@ -287,6 +309,40 @@ def _estimate(config: Any, index: Any, found: Any, run: str) -> list[str]:
     if seconds > _LONG_SECONDS:
         lines.append("that is long: a GPU is many times faster; --method=linear trains less")
     return lines
+
+
+def _check_disk(
+    config: Any, index: Any, frame_bytes: float, checkpoint_bytes: float, run: str
+) -> str:
+    """Return a line with the disk that a run needs.
+
+    Args:
+      config: of the training.
+      index: the listed videos.
+      frame_bytes: of the frames that are still to be stored.
+      checkpoint_bytes: of all checkpoints.
+      run: folder of the run.
+
+    Raises:
+      OSError: the disk is too small.
+    """
+    from dualpath_jax.data.preparation.summary import format_bytes
+    from dualpath_jax.probing.run import estimate_bytes
+
+    features = 0
+    begun = (os.path.join(run, name) for name in ("probe.json", "probe_features"))
+    if not any(map(os.path.exists, begun)):
+        features = estimate_bytes(config, *(len(index.splits[s]) for s in ("train", "validation")))
+    disk = 1.1 * frame_bytes + features + checkpoint_bytes
+    free = shutil.disk_usage(_existing_folder(run)).free
+    if disk > free:
+        raise OSError(
+            f"the disk of {run} is too small: frames ({format_bytes(frame_bytes)}), features of "
+            f"the probes ({format_bytes(features)}) and checkpoints take about "
+            f"{format_bytes(disk)}, and {format_bytes(free)} are free; make room, choose another "
+            "--out, or a smaller --short_side"
+        )
+    return f"disk: about {format_bytes(disk)} of {format_bytes(free)} in {run}"
 
 
 def _fit_accumulation(config: Any, cost: Any, memory: float) -> int:

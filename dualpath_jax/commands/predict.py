@@ -18,6 +18,7 @@ import json
 import sys
 
 from dualpath_jax import cli
+from dualpath_jax.data.preparation.image_folder import FRAME_RATE_HELP, check_frame_rate
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits
 from dualpath_jax.runtime import console, environment
 
@@ -27,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     arg_parser = cli.build_parser(__doc__)
     add = arg_parser.add_argument
     cli.add_model_options(arg_parser)
-    add("videos", nargs="+", help="video files, or folders of them")
+    add("videos", nargs="+", help="video files, folders of images, or folders of such videos")
     add("--top_k", type=int, default=5, help="number of classes to print (5)")
     add("--window", type=float, help="length of a window of a long video, seconds (no windows)")
     add("--stride", type=float, help="seconds from one window to the next (half a window)")
@@ -35,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--features", help=help_)
     add("--pictures", metavar="DIR", help="folder for an image of each video, VIDEO.png")
     limits, positive = DecodeLimits(), cli.positive
+    add("--frame_rate", type=positive(float), help=FRAME_RATE_HELP)
     for name, default, description in (
         ("seconds", limits.seconds, "seconds for decoding a video, or a window of one"),
         ("frames", limits.max_frames, "frames of a whole video"),
@@ -62,6 +64,7 @@ def main() -> None:
                 print(predict_files.format_result(result), flush=True)
 
         videos = predict_files.find_videos(arguments.videos)
+        check_frame_rate(arguments.frame_rate, videos)
         num_unreadable = predict_files.predict_videos(
             cli.load_model(arguments),
             videos,
@@ -72,6 +75,7 @@ def main() -> None:
             features=arguments.features,
             pictures=arguments.pictures,
             limits=DecodeLimits(seconds=arguments.max_seconds, max_frames=arguments.max_frames),
+            frame_rate=arguments.frame_rate,
             progress=sys.stderr.isatty() and not arguments.quiet,
         )
     console.check_output()

@@ -19,9 +19,11 @@ import argparse
 import sys
 
 from dualpath_jax.cli import build_parser, positive
+from dualpath_jax.data.datasets.class_folders import CLASS_LEVEL_HELP
 from dualpath_jax.data.datasets.registry import DATASETS, list_videos
 from dualpath_jax.data.datasets.validation_split import GroupBy
 from dualpath_jax.data.preparation.dry_run import check_videos
+from dualpath_jax.data.preparation.image_folder import FRAME_RATE_HELP, check_frame_rate
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits
 from dualpath_jax.runtime import environment, progress_bar
 
@@ -44,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     add("--short_side", type=positive(int), default=256, help="pixels of the shorter side (256)")
     add("--quality", type=positive(int), default=90, help="JPEG quality, 1 to 95 (90)")
     add("--fps", type=positive(float), help="store at most so many frames per second (all)")
+    add("--frame_rate", type=positive(float), help=FRAME_RATE_HELP)
+    add("--class_level", type=positive(int), default=1, help=CLASS_LEVEL_HELP)
     add("--num_workers", type=positive(int), help="number of decoding processes (one per core)")
     help_ = "decode the bad videos of an earlier run again; limits may differ from that run"
     add("--retry_bad", action="store_true", help=help_)
@@ -99,13 +103,16 @@ def main() -> None:
             arguments.annotations,
             arguments.validation_fraction,
             arguments.group_by and GroupBy.parse(arguments.group_by),
+            arguments.class_level,
         )
+        check_frame_rate(arguments.frame_rate, index.file_paths(arguments.videos))
         for notice in index.notices:
             print(f"note: {notice}", file=sys.stderr)
         options = {
             "short_side": arguments.short_side,
             "quality": arguments.quality,
             "fps": arguments.fps,
+            "frame_rate": arguments.frame_rate,
             "num_workers": arguments.num_workers,
             "limits": DecodeLimits(
                 seconds=arguments.max_seconds,

@@ -13,19 +13,14 @@ import tqdm
 from dualpath_jax.analysis import prediction_figures
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.preparation import video_decoder
+from dualpath_jax.data.preparation.image_folder import is_image_folder
+from dualpath_jax.data.preparation.video_decoder import VIDEO_SUFFIXES
 from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool, pull_streams
 from dualpath_jax.inference import sliding_windows, trained_model
 from dualpath_jax.runtime import files, terminal
 from dualpath_jax.runtime.cpu_count import num_cores
 from dualpath_jax.runtime.progress_bar import ProgressBar
 
-# In a folder, files with these suffixes count as videos.
-VIDEO_SUFFIXES = frozenset(
-    (
-        *(".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts"),
-        *(".webm", ".wmv"),
-    )
-)
 _MAX_NAMED = 10  # skipped files that are named
 
 
@@ -34,7 +29,7 @@ class VideoResult:
     """Holds the prediction for a video, or for a window of one.
 
     Attributes:
-      video: path of the file.
+      video: path of the file, or of the folder of images.
       class_names: the most probable classes, most probable first; empty for an unreadable video.
       probabilities: probabilities of these classes, in 0..1.
       start, end: seconds from the beginning of the video for a window; otherwise None.
@@ -52,8 +47,8 @@ class VideoResult:
 def find_videos(paths: Sequence[str]) -> list[str]:
     """Return the files among `paths`, and the videos in the folders among them.
 
-    Folders are searched recursively for `VIDEO_SUFFIXES`; the videos of a folder are sorted. Other
-    files that are not hidden are named on standard error.
+    Folders are searched recursively for `VIDEO_SUFFIXES` and for folders of images; the videos of a
+    folder are sorted. Other files that are not hidden are named on standard error.
 
     Raises:
       FileNotFoundError: a path does not exist, or a folder has no video.
@@ -62,17 +57,20 @@ def find_videos(paths: Sequence[str]) -> list[str]:
     for path in paths:
         if not os.path.exists(path):
             raise FileNotFoundError(f"there is no video or folder {path!r}")
-        if not os.path.isdir(path):
+        if not os.path.isdir(path) or is_image_folder(path):
             videos.append(path)
             continue
-        entries = sorted(
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(path)
-            for name in names
-            if not name.startswith(".")
-        )
-        inside = [p for p in entries if os.path.splitext(p)[1].lower() in VIDEO_SUFFIXES]
-        _report_skipped(path, sorted(set(entries) - set(inside)))
+        inside, skipped = [], []
+        for folder, _, names in os.walk(path):
+            if is_image_folder(folder):
+                inside.append(folder)
+                continue
+            for name in names:
+                is_video = os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
+                if not name.startswith("."):
+                    (inside if is_video else skipped).append(os.path.join(folder, name))
+        inside.sort()
+        _report_skipped(path, sorted(skipped))
         if not inside:
             raise FileNotFoundError(
                 f"no videos in {path!r}: known suffixes are {' '.join(sorted(VIDEO_SUFFIXES))}"
@@ -104,15 +102,16 @@ def predict_videos(
     pictures: str | None = None,
     progress: bool = False,
     limits: video_decoder.DecodeLimits | None = None,
+    frame_rate: float | None = None,
 ) -> int:
     """Predict videos or their windows, call `show` with each result, and count bad videos.
 
-    Videos are decoded in processes that can be killed: whole videos several at a time, windows one
-    after the other. If a video turns out to be bad, its earlier windows have already been shown.
+    Videos are decoded in processes that can be killed, windows one after the other. If a video
+    turns out to be bad, its earlier windows have already been shown.
 
     Args:
       model: the model.
-      videos: paths of video files.
+      videos: paths of video files and of folders of images.
       show: called with each result in order.
       top_k: number of classes per result.
       window: length of a window, seconds; None predicts whole videos.
@@ -121,17 +120,16 @@ def predict_videos(
         `TrainedModel.features`, all with one row per result.
       pictures: folder for an image of each video, see `prediction_figures`.
       progress: True shows a progress bar, see `ProgressBar`.
-      limits: limits of decoding, whose `seconds` apply to each video or window; None for the
-        defaults.
+      limits: of decoding; `seconds` apply to each video or window. None: the defaults.
+      frame_rate: frames per second of folders of images; None: unknown.
 
     Raises:
       ValueError: an option is out of range or needs another one.
     """
     _check_options(top_k, window, stride, features)
-    parts = _decode_parts(model, videos, window, stride, limits or video_decoder.DecodeLimits())
-    figures = None
-    if pictures:
-        figures = prediction_figures.PredictionFigures(pictures, model.class_names, top_k)
+    limits = limits or video_decoder.DecodeLimits()
+    parts = _decode_parts(model, videos, window, stride, limits, frame_rate)
+    figures = pictures and prediction_figures.PredictionFigures(pictures, model.class_names, top_k)
     bad, feature_rows = set(), []
     with ProgressBar(len(videos), "predict", "videos", shown=progress) as bar:
         for part, clips in _make_clips_ahead(model, parts):
@@ -208,22 +206,26 @@ def _decode_parts(
     window: float | None,
     stride: float | None,
     limits: video_decoder.DecodeLimits,
+    frame_rate: float | None,
 ) -> Iterator[_VideoPart]:
     """Check the windows and return an iterator over the decoded videos or windows."""
     if window is None:
-        return _decode_whole_videos(model, videos, limits)
+        return _decode_whole_videos(model, videos, limits, frame_rate)
     stride = window / 2 if stride is None else stride
     sliding_windows.check_windows(window, stride)
-    return _decode_windows(model, videos, window, stride, limits)
+    return _decode_windows(model, videos, window, stride, limits, frame_rate)
 
 
 def _decode_whole_videos(
-    model: trained_model.TrainedModel, videos: Sequence[str], limits: video_decoder.DecodeLimits
+    model: trained_model.TrainedModel,
+    videos: Sequence[str],
+    limits: video_decoder.DecodeLimits,
+    frame_rate: float | None,
 ) -> Iterator[_VideoPart]:
     """Yield whole videos, decoded in several processes."""
     stored = model.frame_format
     sizes = (stored.short_side, stored.quality)
-    arguments = [(video, *sizes, limits, stored.fps) for video in videos]
+    arguments = [(video, *sizes, limits, stored.fps, frame_rate) for video in videos]
     workers = min(len(videos), num_cores())
     with WorkerPool(workers, limits) as pool:
         results = pool.map(video_decoder.video_to_jpegs, arguments)
@@ -244,9 +246,10 @@ def _decode_windows(
     seconds: float,
     stride: float,
     limits: video_decoder.DecodeLimits,
+    frame_rate: float | None,
 ) -> Iterator[_VideoPart]:
     """Yield the windows of all videos, decoded one after the other."""
-    arguments = [(video, seconds, stride, model.frame_format) for video in videos]
+    arguments = [(video, seconds, stride, model.frame_format, frame_rate) for video in videos]
     for number, item in pull_streams(sliding_windows.decode_windows, arguments, limits):
         video = videos[number]
         if isinstance(item, Failure):

@@ -9,6 +9,9 @@ from dualpath_jax.data.preparation import video_decoder
 from dualpath_jax.data.video_source import FrameFormat
 
 _ROUNDING = 1e-6  # seconds by which times may differ from what they should be
+_NO_FRAME_RATE = (
+    "it has no frame rate, which windows need; for a folder of images pass --frame_rate"
+)
 _NO_FRAME_LIMIT = video_decoder.DecodeLimits(max_frames=2**62)
 
 
@@ -52,38 +55,39 @@ def _cut_window(
 
 
 def decode_windows(
-    path: str, seconds: float, stride: float, frame_format: FrameFormat
+    path: str,
+    seconds: float,
+    stride: float,
+    frame_format: FrameFormat,
+    frame_rate: float | None = None,
 ) -> Iterator[Window]:
     """Yield the windows of a video and decode frames as they are needed.
 
     Windows begin at 0, `stride`, 2 `stride`, ... The last one may be shorter; if less than half of
     it is left, it begins earlier and has its full length. A window in which no frame is shown is
-    left out. Frames count by their time stamps, as a video's rate may change; see
-    `video_decoder.FrameClock`.
+    left out. Frames count by their time stamps, see `video_decoder.FrameClock`.
 
     Args:
-      path: a video file.
-      seconds: length of a window.
-      stride: seconds from the start of a window to the start of the next.
+      path: a video file, or a folder of images.
+      seconds, stride: length of a window, and time from the start of one to that of the next.
       frame_format: format of the frames in the windows.
+      frame_rate: frames per second of a folder of images.
 
     Raises:
       ValueError: see `check_windows`.
       video_decoder.VideoError: the file cannot be decoded, or it has no frame rate.
     """
     check_windows(seconds, stride)
-    reader = video_decoder.decode_frames(
-        path, _NO_FRAME_LIMIT, frame_format.short_side, frame_format.fps
-    )
+    options = (frame_format.short_side, frame_format.fps, frame_rate)
+    reader = video_decoder.decode_frames(path, _NO_FRAME_LIMIT, *options)
     number = 0  # of the window that is being filled
     frames: collections.deque[tuple[float, bytes]] = collections.deque()  # times, JPEG files
     last: Window | None = None  # the last window, until another one follows
     newest = covered = -1.0  # times of the last frame, and of the last one in a window
     shape = (0, 0)
-
     for frame in reader:
         if reader.time is None:
-            raise video_decoder.VideoError("the file has no frame rate, which windows need")
+            raise video_decoder.VideoError(_NO_FRAME_RATE)
         newest = max(newest, reader.time)
         while newest + _ROUNDING >= number * stride + seconds:  # the window is complete
             window = _cut_window(frames, number * stride, seconds, shape)

@@ -15,6 +15,7 @@ SCRIPTS = {
     "efficiency": "efficiency",
     "show-batch": "show_batch",
     "finetune": "finetune",
+    "curve": "learning_curve",
 }
 _MAIN = "python -m dualpath_jax.main"  # in a checkout, `dualpath train`
 _ROOT = pathlib.Path(__file__).parents[2]

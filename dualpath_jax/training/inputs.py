@@ -22,7 +22,7 @@ from dualpath_jax.runtime.safe_read import truncated_repr
 WORKDIR_ENTRIES = (
     *(".lock", ".setup.lock", ".shared", "config.json", "environment.json", "results*.json"),
     *("metrics.jsonl", "events.out.tfevents.*", "predictions", "checkpoints"),
-    *("probe.json", "probe_features", "probe_*.safetensors"),
+    *("probe.json", "probe_features", "probe_*.safetensors", "tune.json", "tune"),
     *("old_checkpoints", "damaged_checkpoints", "compiled_programs", "split[1-9]"),
 )
 _NUM_SYNTHETIC_VIDEOS = 1000

@@ -132,7 +132,8 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune.shutil, "disk_usage", lambda path: small)
     status, _, errors = run(monkeypatch, *arguments)
     assert status == 2
-    assert f"error: the disk of {tmp_path}/run is too small: frames and checkpoints" in errors
+    assert f"error: the disk of {tmp_path}/run is too small: frames (" in errors
+    assert "features of the probes (" in errors
     assert not (tmp_path / "run" / "data").exists()
 
 

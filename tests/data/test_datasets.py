@@ -171,14 +171,14 @@ def test_folder_without_splits(videos):
         split: [sum(video.label == k for video in found) for k in range(3)]
         for split, found in listing.splits.items()
     }
-    assert per_class == {"train": [8, 2, 1], "validation": [2, 1, 0]}
+    assert per_class == {"train": [9, 2, 1], "validation": [2, 1, 0]}
     assert "c/only.mp4" in ids(listing, "train")
     both = ids(listing, "train") + ids(listing, "validation")
-    assert len(both) == len(set(both)) == 14
+    assert len(both) == len(set(both)) == 15
     assert "b/notes.txt" in both
-    assert len(listing.notices) == 2
-    assert "'stray.txt'" in listing.notices[0]
-    assert "'deep'" in listing.notices[1]
+    assert "a/deep/z.mp4" in both
+    [notice] = listing.notices
+    assert "'stray.txt'" in notice
     assert list_videos("folder", str(videos)) == listing
 
 
@@ -202,9 +202,63 @@ def test_other_folders_beside_splits_are_described(videos):
     assert list_videos("folder", str(videos / "twin")).class_names == ["car", "train"]
 
 
-def test_nested_class_folders_are_described(videos):
-    touch(videos, "a/anna/1.mp4", "a/bob/1.mp4", "b/1.mp4")
-    with pytest.raises(ValueError, match="class folder 'a' .* no file, but 2 folders such as 'an"):
+def test_folders_inside_of_class_folders(videos):
+    """Check that all videos below a class folder are of its class, and what is said of it."""
+    touch(videos, "a/anna/1.mp4", "a/bob/x/1.mp4", "b/1.mp4", "b/@eaDir/1.jpg", "b/carl/2.mp4")
+    listing = list_videos("folder", str(videos), None, 0.0)
+    assert listing.class_names == ["a", "b"]
+    assert ids(listing, "train") == ["a/anna/1.mp4", "a/bob/x/1.mp4", "b/1.mp4", "b/carl/2.mp4"]
+    assert listing.notices == [
+        "folders in 'b' whose names begin with @ are ignored: '@eaDir'",
+        "the 2 videos in the folders of 'a', such as 'anna', all count as one class; if these "
+        "folders are the classes, pass --class_level=2",
+    ]
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_groups_of_class_folders(videos, splits):
+    names = ["day1/walk/1.mp4", "day2/run/3.mp4", "day2/walk/2.mp4", "day1/note.txt"]
+    prefixes = ("train/", "val/") if splits else ("",)
+    touch(videos, *(prefix + name for prefix in prefixes for name in names))
+    listing = list_videos("folder", str(videos), None, 0.0, class_level=2)
+    assert listing.class_names == ["run", "walk"]  # of both days
+    assert ids(listing, "train") == [prefixes[0] + name for name in names[:3]]
+    assert [video.label for video in listing.splits["train"]] == [1, 0, 1]
+    assert list(listing.splits) == ["train", "validation"][: len(prefixes)]
+    assert "1 files outside class folders in " in listing.notices[0]
+    # Twin: at the first level, days are classes.
+    assert list_videos("folder", str(videos), None, 0.0).class_names == ["day1", "day2"]
+    with pytest.raises(ValueError, match=r"--class_level=3: .* has no folders at level 3, such as"):
+        list_videos("folder", str(videos), None, 0.0, class_level=3)
+
+
+def test_a_level_of_classes_without_effect_is_refused(videos):
+    with pytest.raises(ValueError, match="--class_level=2 has no effect on 'csv', whose classes"):
+        list_videos("csv", str(videos), str(videos), class_level=2)
+
+
+def test_split_folders_inside_of_class_folders(videos):
+    touch(videos, "a/train/1.mp4", "a/test/2.mp4", "b/train/3.mp4")
+    message = "class folder 'a' .* holds 2 folders such as 'test', the name of a split: split fold"
+    with pytest.raises(ValueError, match=message):
+        list_videos("folder", str(videos))
+
+
+def test_images_in_a_class_folder(videos):
+    touch(videos, "a/1/img_1.jpg", "a/1/img_2.jpg", "b/img_1.jpg", "b/img_2.jpg")
+    with pytest.raises(ValueError, match="class folder 'b' .* holds images: put the images of"):
+        list_videos("folder", str(videos))
+    for name in ("img_1.jpg", "img_2.jpg"):
+        (videos / "b" / name).unlink()
+    touch(videos, "b/7/img_1.jpg")
+    (videos / "b" / "8").mkdir()  # will be in the list of bad videos: a folder without images
+    assert ids(list_videos("folder", str(videos), None, 0.0), "train") == ["a/1", "b/7", "b/8"]
+
+
+def test_a_folder_that_contains_itself(videos):
+    touch(videos, "a/1.mp4", "b/2.mp4")
+    (videos / "a" / "loop").symlink_to(videos / "a")
+    with pytest.raises(ValueError, match="nested more than 10 folders deep; is one of them a link"):
         list_videos("folder", str(videos))
 
 
@@ -238,7 +292,7 @@ def test_folder_fraction_zero_and_empty(videos):
         list_videos("folder", str(videos))
     (videos / "empty class").mkdir()
     touch(videos, "a/1.mp4", "a/2.mp4")
-    with pytest.raises(ValueError, match="class folder 'empty class' in .* holds no file; "):
+    with pytest.raises(ValueError, match="class folder 'empty class' in .* holds no video; "):
         list_videos("folder", str(videos))
     (videos / "empty class").rmdir()
     listing = list_videos("folder", str(videos), None, 0.0)

@@ -3,8 +3,10 @@
 import pytest
 
 from dualpath_jax.data.datasets.annotations import DatasetIndex, Video
-from dualpath_jax.data.preparation import survey
+from dualpath_jax.data.preparation import prepare, survey
 from tests.helpers.video_files import write_video
+
+QUIET = prepare.PrepareOptions(progress=False)
 
 
 def touch(root, *names):
@@ -85,7 +87,7 @@ def test_survey(tmp_path):
         write_video(tmp_path / f"{name}.avi", frames)
     touch(tmp_path, "b/w.avi")
     index, folder, _ = survey.list_own_videos(str(tmp_path))
-    found = survey.survey_videos(index, folder, 256, progress=False)
+    found = survey.survey_videos(index, folder, QUIET)
     lines = survey.describe_survey(found)
     assert lines[0] == "lengths: 0.4 to 2 s (median 0.9), 4 to 20 frames (median 9)"
     assert lines[1] == "stored frames, width x height: 64x48 (5)"
@@ -98,7 +100,7 @@ def test_survey(tmp_path):
         if video.label == 1:
             (tmp_path / video.path).write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of the 2 training videos of class 'b' can be read"):
-        survey.survey_videos(index, folder, 256, progress=False)
+        survey.survey_videos(index, folder, QUIET)
 
 
 def test_many_uneven_classes():

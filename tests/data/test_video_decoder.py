@@ -592,7 +592,7 @@ def test_not_a_video(tmp_path):
     assert reasons["b.mp4"].startswith("cannot be opened as a video (InvalidDataError")
     assert "not a video (format tty)" in reasons["c.mp4"] or "cannot be" in reasons["c.mp4"]
     assert reasons["d.png"] == "not a video (format png_pipe)"
-    assert reasons["f"] == "not a regular file, but a folder"
+    assert reasons["f"] == "a folder without images"
     assert reasons["missing.mp4"] == "file not found"
 
 

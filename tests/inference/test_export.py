@@ -24,6 +24,7 @@ NO_SAVED_MODEL = jax.__version_info__ >= (0, 12)
 READER_PROGRAM = """
 import os
 import sys
+sys.modules["dualpath_jax"] = None  # an import of it fails, also where it is installed
 import numpy as np
 import jax.export
 import tensorflow as tf
@@ -37,7 +38,7 @@ if os.path.exists(folder + "/saved_model"):
     loaded = tf.saved_model.load(folder + "/saved_model")
     assert jax.__version__ in loaded.export_info().numpy().decode()
     logits["saved_model"] = loaded.logits(frames)["logits"].numpy()
-assert "dualpath_jax" not in sys.modules
+assert not any(name.startswith("dualpath_jax.") for name in sys.modules)
 np.savez(out, **{k: np.asarray(v) for k, v in logits.items()})
 """
 
@@ -78,6 +79,11 @@ def test_exports_load_without_this_package(model, tmp_path):
         for name in formats:
             assert np.abs(logits[name] - want).max() <= TOLERANCE, name
             assert np.abs(logits[name][::-1] - want).max() > TOLERANCE  # other clips differ
+            # The probabilities are those of `predict`.
+            probabilities = np.asarray(jax.nn.softmax(logits[name]))
+            for row, prediction in zip(probabilities, model.predict(list(frames)), strict=True):
+                classes = [model.class_names.index(name) for name in prediction.class_names]
+                assert np.abs(row[classes] - prediction.probabilities).max() <= TOLERANCE
     names = json.loads((out / "class_names.json").read_text())
     assert names == model.class_names
     assert not list(out.glob("*.tmp"))

@@ -52,6 +52,8 @@ def test_views_and_framesets():
     ("shape", "dtype", "message"),
     [
         ((8, 32, 32, 3), np.float32, "frames of dtype float32 are not uint8: pass RGB values in"),
+        ((8, 32, 32, 3), np.int64, "frames of dtype int64 are not uint8: pass RGB values in 0"),
+        ((8, 32, 32, 3), np.uint16, "frames of dtype uint16 are not uint8: pass RGB values in 0"),
         ((32, 32, 3), np.uint8, r"frames of shape \(32, 32, 3\) are not a video: pass \[T, H, W"),
         ((8, 3, 32, 32), np.uint8, r"frames of shape \(8, 3, 32, 32\) are not a video"),
         ((0, 32, 32, 3), np.uint8, "at least one frame"),

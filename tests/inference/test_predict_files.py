@@ -103,6 +103,12 @@ def test_predictions_match_evaluation(run, config, video, tmp_path):
     with pytest.raises(video_decoder.VideoError, match="bad.mp4: cannot be opened as a video"):
         model.predict(tmp_path / "bad.mp4")
     assert model.predict(video) == prediction  # a bad file changes nothing
+    # A folder with the frames of the video is the same video.
+    frames = video_decoder.decode_frames(str(video), video_decoder.DecodeLimits())
+    (tmp_path / "frames").mkdir()
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / "frames" / f"img_{number}.png")
+    assert model.predict(tmp_path / "frames") == prediction
     with pytest.raises(ValueError, match="no checkpoint evaluated during training"):
         dp.load(run.workdir, checkpoint="best")
     with pytest.raises(ValueError, match="no checkpoints in nowhere"):

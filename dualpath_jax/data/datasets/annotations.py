@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dualpath_jax.runtime.safe_read import open_text, truncated_repr
@@ -31,7 +31,7 @@ class Video:
 
     Attributes:
       id: name of the video in the data set, unique in a split.
-      path: path of the video file, absolute or relative to the videos folder.
+      path: path of the video file or folder of images, absolute or relative to the videos folder.
       label: class index, from 0.
       group: name of its recording, from a column of the annotations; "" without such a column.
     """
@@ -72,6 +72,12 @@ class DatasetIndex:
             return self.splits
         videos = {video.id: video for split in self.splits.values() for video in split}
         return {SHARED_SPLIT: list(videos.values())}
+
+    def file_paths(self, videos_dir: str) -> Iterator[str]:
+        """Yield the path of each video to store, from the folder of videos on."""
+        for videos in self.videos_to_store().values():
+            for video in videos:
+                yield os.path.join(videos_dir, video.path)
 
 
 def require_file(annotations: str | None, exists: Callable[[str], bool], expected: str) -> str:

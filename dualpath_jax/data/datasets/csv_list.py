@@ -11,6 +11,7 @@ from dualpath_jax.data.datasets.annotations import (
     format_dataset_hint,
     require_file,
 )
+from dualpath_jax.data.preparation.image_folder import is_image_folder
 from dualpath_jax.runtime.safe_read import open_text, truncated_repr
 
 _MAX_CLASSES = 100_000  # each class takes a name in memory and a part of the classifier
@@ -144,7 +145,8 @@ def _drop_heading(
     """
 
     def exists(name: str) -> bool:
-        return os.path.isfile(os.path.join(videos_dir, name))
+        path = os.path.join(videos_dir, name)
+        return os.path.isfile(path) or is_image_folder(path)
 
     first = rows[:20]
     swapped = [exists(label) and not exists(video) for video, label in first]
@@ -157,6 +159,8 @@ def _drop_heading(
         return rows
     (name, label), (second, _) = rows[:2]
     unlike = os.path.splitext(name)[1] != os.path.splitext(second)[1]
+    if os.path.isdir(os.path.join(videos_dir, second)):  # folders of images have no suffix
+        unlike = name.count("/") != second.count("/")
     unlike = unlike and label not in (other for _, other in rows[1:])
     if unlike and exists(second) and not exists(name):
         notices.append(f"the first line of {path}, {','.join(rows[0])!r}, is taken for a heading")

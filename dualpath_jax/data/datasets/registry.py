@@ -62,6 +62,7 @@ def list_videos(
     annotations: str | None = None,
     validation_fraction: float = 0.2,
     group_by: GroupBy | None = None,
+    class_level: int = 1,
 ) -> DatasetIndex:
     """Read and check a data set's annotations.
 
@@ -73,6 +74,7 @@ def list_videos(
         split if the data set does not have splits of its own.
       group_by: which videos are of one recording and go into the same split; None: each video by
         itself.
+      class_level: see `class_folders.read_folder`; only "folder" has other levels than 1.
 
     Returns:
       The classes and videos. Each split has at least one video.
@@ -88,11 +90,7 @@ def list_videos(
         raise ValueError(f"there is no folder of videos {videos_dir!r}; check --videos")
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction is {validation_fraction}; it must be in [0, 1)")
-    reader = DATASETS[dataset]
-    if group_by and group_by.kind == "column":
-        if dataset != "csv":
-            raise ValueError(f"{group_by} needs --dataset=csv: {dataset!r} has no columns")
-        reader = functools.partial(read_csv, group_column=group_by.value)
+    reader = _choose_reader(dataset, group_by, class_level)
     listing = _split_videos(reader(videos_dir, annotations), validation_fraction, group_by)
     splits = {split: videos for split, videos in listing.splits.items() if videos}
     if not splits:
@@ -111,6 +109,29 @@ def list_videos(
     if not listing.share_videos:
         notices += _find_shared_videos(splits)
     return dataclasses.replace(listing, splits=splits, notices=notices)
+
+
+def _choose_reader(
+    dataset: str, group_by: GroupBy | None, class_level: int
+) -> Callable[[str, str | None], DatasetIndex]:
+    """Return the reader of a data set with the options of `list_videos`.
+
+    Raises:
+      ValueError: an option has no effect on the data set.
+    """
+    reader = DATASETS[dataset]
+    if class_level != 1:
+        if dataset != "folder":
+            raise ValueError(
+                f"--class_level={class_level} has no effect on {dataset!r}, whose classes are not "
+                "folders: leave it out"
+            )
+        reader = functools.partial(read_folder, class_level=class_level)
+    if group_by and group_by.kind == "column":
+        if dataset != "csv":
+            raise ValueError(f"{group_by} needs --dataset=csv: {dataset!r} has no columns")
+        reader = functools.partial(read_csv, group_column=group_by.value)
+    return reader
 
 
 def _split_videos(

@@ -24,6 +24,7 @@ def check_videos(
     short_side: int = 256,
     quality: int = 90,
     fps: float | None = None,
+    frame_rate: float | None = None,
     num_workers: int | None = None,
     limits: DecodeLimits | None = None,
     max_missing: float = 0.1,
@@ -54,7 +55,7 @@ def check_videos(
     summary.check_prepare_options(short_side, quality, fps, max_missing)
     _note_missing_videos(index, videos_dir, max_missing)
     with _open_output(bad_videos) as file:
-        settings = (short_side, quality, limits or DecodeLimits(), fps)
+        settings = (short_side, quality, limits or DecodeLimits(), fps, frame_rate)
         stored, bad = decode_videos(index, videos_dir, settings, num_workers, file, progress)
     counts = summary.count_splits(index, stored, bad)
     summary.print_counts(counts)
@@ -65,7 +66,7 @@ def check_videos(
 def decode_videos(
     index: DatasetIndex,
     videos_dir: str,
-    settings: tuple[int, int, DecodeLimits, float | None],
+    settings: tuple[int, int, DecodeLimits, float | None, float | None],
     num_workers: int | None = None,
     file: TextIO | None = None,
     progress: bool = True,
@@ -74,7 +75,7 @@ def decode_videos(
 
     Args:
       index, videos_dir: the listed videos and their folder.
-      settings: short_side, quality, limits and fps, see `check_videos`.
+      settings: short_side, quality, limits, fps and frame_rate, see `check_videos`.
       num_workers, progress: see `check_videos`.
       file: gets a line of JSON for each bad or truncated video as soon as it is found.
 
@@ -87,8 +88,7 @@ def decode_videos(
     ]
     arguments = ((os.path.join(videos_dir, video.path), *settings) for _, video in videos)
     bar = progress_bar.ProgressBar(len(videos), "check", "videos", shown=progress)
-    _, _, limits, _ = settings
-    with bar, WorkerPool(num_workers or num_cores(), limits) as pool:
+    with bar, WorkerPool(num_workers or num_cores(), settings[2]) as pool:
         results = zip(videos, pool.map(check_video, arguments), strict=True)
         return _collect_entries(index, results, file, bar)
 

@@ -53,6 +53,7 @@ class PrepareOptions:
         size.
       quality: JPEG quality of the stored frames, 1..95.
       fps: frames per second to store of videos that have more, above 0; None stores all frames.
+      frame_rate: frames per second of folders of images, above 0; None: unknown.
       videos_per_shard: videos in each shard, at least 1. 512 Kinetics clips make a shard of a few
         gigabytes.
       num_workers: number of decoding processes, at least 1; None starts one per core.
@@ -66,6 +67,7 @@ class PrepareOptions:
     short_side: int = 256
     quality: int = 90
     fps: float | None = None
+    frame_rate: float | None = None
     videos_per_shard: int = 512
     num_workers: int | None = None
     limits: DecodeLimits = DecodeLimits()
@@ -158,6 +160,7 @@ def _build_settings(index: DatasetIndex, options: PrepareOptions) -> dict:
         "short_side": options.short_side,
         "quality": options.quality,
         "fps": options.fps and float(options.fps),
+        "frame_rate": options.frame_rate and float(options.frame_rate),
         "videos_per_shard": options.videos_per_shard,
         "classes": _digest(index.class_names),
     }
@@ -293,6 +296,7 @@ def _store_shards(
             options.quality,
             options.limits,
             options.fps,
+            options.frame_rate,
         )
         for _, videos in todo
         for video in videos

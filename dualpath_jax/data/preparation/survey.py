@@ -51,7 +51,7 @@ class Survey:
 
 
 def list_own_videos(
-    videos: str, annotations: str | None = None
+    videos: str, annotations: str | None = None, class_level: int = 1
 ) -> tuple[DatasetIndex, str, list[str]]:
     """List a folder of class folders or a CSV list; make a validation split if there is none.
 
@@ -61,6 +61,7 @@ def list_own_videos(
     Args:
       videos: folder of the videos, or a CSV file, whose paths are relative to its own folder.
       annotations: CSV file, or folder with train.csv; None: class folders, or `videos` is the list.
+      class_level: see `class_folders.read_folder`.
 
     Returns:
       The splits, the folder that paths start from, and lines that say how the split was made.
@@ -75,7 +76,11 @@ def list_own_videos(
             )
         videos, annotations = os.path.dirname(videos) or ".", videos
     index = registry.list_videos(
-        "csv" if annotations else "folder", videos, annotations, validation_fraction=0
+        "csv" if annotations else "folder",
+        videos,
+        annotations,
+        validation_fraction=0,
+        class_level=class_level,
     )
     lines = []
     if "train" not in index.splits:
@@ -133,18 +138,20 @@ def _check_classes(index: DatasetIndex) -> None:
             )
 
 
-def survey_videos(
-    index: DatasetIndex, videos_dir: str, short_side: int, progress: bool = True
-) -> Survey:
+def survey_videos(index: DatasetIndex, videos_dir: str, options: prepare.PrepareOptions) -> Survey:
     """Decode all videos once, store nothing, and check that each class can be trained.
+
+    Args:
+      index, videos_dir: of `list_own_videos`.
+      options: with which the videos will be prepared.
 
     Raises:
       ValueError: all training videos of a class are bad; the message names one and why.
     """
     start = time.monotonic()
-    options = prepare.PrepareOptions(short_side=short_side)
     settings = (options.short_side, options.quality, options.limits, options.fps)
-    stored, bad = decode_videos(index, videos_dir, settings, progress=progress)
+    settings = (*settings, options.frame_rate)
+    stored, bad = decode_videos(index, videos_dir, settings, progress=options.progress)
     entries = [entry for split in stored.values() for entry in split]
     trained = {entry["label"] for entry in stored["train"]}
     for label, name in enumerate(index.class_names):

@@ -8,8 +8,10 @@ which therefore imports nothing heavy.
 import dataclasses
 import io
 import math
+import os
 import struct
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import av
 import av.logging
@@ -20,7 +22,17 @@ from PIL import Image
 
 from dualpath_jax.runtime.safe_read import check_regular
 
+if TYPE_CHECKING:
+    from dualpath_jax.data.preparation.image_folder import ImageFolderReader
+
 NOT_FOUND = "file not found"
+# Suffixes of video files, where a folder may hold other files too.
+VIDEO_SUFFIXES = frozenset(
+    (
+        *(".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts"),
+        *(".webm", ".wmv"),
+    )
+)
 MAX_SIDE = 65_500  # pixels, the limit of JPEG
 
 # Demuxers that make "videos" of text, playlists and still images. ("png_pipe" and other names that
@@ -227,10 +239,7 @@ class FrameReader:
 
     def _target_size(self, frame: av.VideoFrame, orientation: "Orientation") -> tuple[int, int]:
         """Return (height, width) of the yielded frames: those of the first frame, scaled."""
-        height, width = frame.height, frame.width
-        if self._short_side and min(height, width) > self._short_side:
-            scale = self._short_side / min(height, width)
-            height, width = round(height * scale), round(width * scale)
+        height, width = scaled_size(frame.height, frame.width, self._short_side)
         return (width, height) if orientation.transposed else (height, width)
 
     def _describe_early_end(self, end: float | None) -> str:
@@ -254,6 +263,14 @@ class FrameReader:
         if claimed - seen > max(0.5, 0.1 * claimed):
             return f"ends after {seen:.1f} s of the {claimed:.1f} s its header claims"
         return ""
+
+
+def scaled_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
+    """Return (height, width) with the shorter side reduced to `short_side`, if that is smaller."""
+    if not short_side or min(height, width) <= short_side:
+        return height, width
+    scale = short_side / min(height, width)
+    return round(height * scale), round(width * scale)
 
 
 class FrameClock:
@@ -322,9 +339,13 @@ class FrameRateFilter:
 
 
 def decode_frames(
-    path: str, limits: DecodeLimits, short_side: int | None = None, fps: float | None = None
-) -> FrameReader:
-    """Open a video for one pass over its frames.
+    path: str,
+    limits: DecodeLimits,
+    short_side: int | None = None,
+    fps: float | None = None,
+    frame_rate: float | None = None,
+) -> "FrameReader | ImageFolderReader":
+    """Open a video, a file or a folder of images, for one pass over its frames.
 
     Frames come in decode order, because time stamps may be wrong. They are upright (the display
     matrix is applied) and have the size of the first frame even if the stream changes size.
@@ -335,35 +356,42 @@ def decode_frames(
     `truncated` then gives the reason.
 
     Args:
-      path: a video file.
+      path: a video file, or a folder of images, see `image_folder`.
       limits: `max_pixels` and `max_frames` are checked here; `seconds` and `memory_mb` only in a
         `WorkerPool`.
       short_side: pixels of the shorter side after scaling, aspect kept. If it is None or the video
         is smaller, frames keep their size.
       fps: frames per second of presentation time to keep, above 0. If it is None or the video has
         fewer, all frames are kept.
+      frame_rate: frames per second of a folder of images; None: unknown.
 
     Returns:
-      A `FrameReader`, which yields uint8 [H, W, 3] RGB frames, 0..255.
+      A `FrameReader` or `ImageFolderReader`, which yields uint8 [H, W, 3] RGB frames, 0..255.
 
     Raises:
       VideoError: the file is missing or unreadable, has no video stream, or is too large (on this
         call); it has no frame or too many (on iteration).
     """
+    if os.path.isdir(path):
+        from dualpath_jax.data.preparation.image_folder import ImageFolderReader  # imports this one
+
+        return ImageFolderReader(path, limits, short_side, fps, frame_rate)
     return FrameReader(path, limits, short_side, fps)
 
 
 def video_to_jpegs(
-    path: str, short_side: int | None, quality: int, limits: DecodeLimits, fps: float | None = None
+    path: str,
+    short_side: int | None,
+    quality: int,
+    limits: DecodeLimits,
+    fps: float | None = None,
+    frame_rate: float | None = None,
 ) -> tuple[list[bytes], VideoInfo]:
     """Decode a whole video and compress each frame as JPEG with 4:2:0 subsampling.
 
     Args:
-      path: a video file.
-      short_side: as for `decode_frames`.
+      path, short_side, limits, fps, frame_rate: as for `decode_frames`.
       quality: JPEG quality, 1..95.
-      limits: as for `decode_frames`.
-      fps: as for `decode_frames`.
 
     Returns:
       One JPEG file per frame, in decode order, and the description of the video.
@@ -371,7 +399,7 @@ def video_to_jpegs(
     Raises:
       VideoError: as from `decode_frames` and on iteration.
     """
-    reader = decode_frames(path, limits, short_side, fps)
+    reader = decode_frames(path, limits, short_side, fps, frame_rate)
     jpegs, shape = [], ()
     for frame in reader:
         jpegs.append(to_jpeg(frame, quality))
@@ -380,7 +408,12 @@ def video_to_jpegs(
 
 
 def check_video(
-    path: str, short_side: int | None, quality: int, limits: DecodeLimits, fps: float | None = None
+    path: str,
+    short_side: int | None,
+    quality: int,
+    limits: DecodeLimits,
+    fps: float | None = None,
+    frame_rate: float | None = None,
 ) -> VideoInfo:
     """Decode a whole video as `video_to_jpegs` does, but compress only one frame in 16.
 
@@ -390,7 +423,7 @@ def check_video(
     Raises:
       VideoError: as from `video_to_jpegs`.
     """
-    reader = decode_frames(path, limits, short_side, fps)
+    reader = decode_frames(path, limits, short_side, fps, frame_rate)
     jpegs, count, shape = [], 0, ()
     for frame in reader:
         if count % _CHECK_INTERVAL == 0:
