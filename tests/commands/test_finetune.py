@@ -70,7 +70,7 @@ def test_from_a_folder_to_a_report(tmp_path, monkeypatch):
         status, output, errors = run(monkeypatch, *arguments)
     assert (status, errors) == (130, "stopped; run the same command again to continue\n")
     assert "  2 classes; videos: 10 train, 2 validation, 4 test\n" in output
-    assert "  method st_adapter, recommended by docs/comparison.md\n" in output
+    assert "  method dualpath, recommended by docs/comparison.md\n" in output
     assert "estimate\n  preparing: " in output
     status, output, errors = run(monkeypatch, *arguments)
     assert status == 0, errors
@@ -84,7 +84,7 @@ def test_from_a_folder_to_a_report(tmp_path, monkeypatch):
     # All settings are in config.json; the best checkpoint by validation was tested.
     config = json.loads((out / "config.json").read_text())
     assert (config["num_epochs"], config["data"]["image_size"]) == (4, 32)
-    assert (config["optimizer"]["learning_rate"], config["backbone"]["width"]) == (0.01, 96)
+    assert (config["optimizer"]["learning_rate"], config["backbone"]["width"]) == (0.001, 96)
     assert config["data"]["dir"] == f"{out}/data"
     results = json.loads((out / "results.json").read_text())
     assert (results["split"], results["num_videos"]) == ("test", 4)

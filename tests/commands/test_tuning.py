@@ -19,7 +19,7 @@ def make_try(rate, top1, mean=0.5):
 
 @pytest.fixture
 def config():
-    return small_sets.make_config(CLIPS, DEMO)  # rate 1e-2, 140 epochs
+    return small_sets.make_config(CLIPS, DEMO, "st_adapter")  # rate 1e-2, 140 epochs
 
 
 @pytest.fixture

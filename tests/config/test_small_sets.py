@@ -28,7 +28,7 @@ def test_the_method_is_that_of_the_comparison():
 
 @pytest.mark.parametrize(
     ("clips", "batch_size", "epochs"),
-    [(1, 8, 150), (100, 8, 150), (101, 16, 140), (1_000, 16, 60), (1_001, 32, 30), (10**6, 64, 20)],
+    [(1, 8, 120), (100, 8, 120), (101, 16, 70), (1_000, 16, 40), (1_001, 32, 16), (10**6, 64, 10)],
 )
 def test_rows(clips, batch_size, epochs):
     config = small_sets.make_config(clips, vit.MODELS["ViT-B/16"])
@@ -41,17 +41,18 @@ def test_rows(clips, batch_size, epochs):
 
 def test_backbones_and_methods():
     base = vit.MODELS["ViT-B/16"]
-    config = small_sets.make_config(180, base)
-    assert (config.model.method, config.optimizer.learning_rate) == ("st_adapter", 5e-4)
+    config = small_sets.make_config(180, base, "st_adapter")
+    assert (config.num_epochs, config.optimizer.learning_rate) == (140, 5e-4)
     assert (config.model.st_adapter.width, config.data.num_frames) == (384, 8)
-    config = small_sets.make_config(180, DEMO)
+    config = small_sets.make_config(180, DEMO, "st_adapter")
     assert (config.model.st_adapter.width, config.optimizer.learning_rate) == (48, 1e-2)
-    config = small_sets.make_config(180, DEMO, "dualpath")
+    config = small_sets.make_config(180, DEMO)
+    assert (config.model.method, config.num_epochs) == ("dualpath", 70)
     assert (config.data.frameset_input, config.data.num_frames) == ("motion", 16)
     assert config.optimizer.learning_rate == 1e-3
     config = small_sets.make_config(180, DEMO, "evl")
     assert config.optimizer.learning_rate == 3e-3
-    config = small_sets.make_config(180, swin.MODELS["Swin-B"])
+    config = small_sets.make_config(180, swin.MODELS["Swin-B"], "st_adapter")
     assert config.model.st_adapter.width == 384  # its own default
 
 
