@@ -183,6 +183,8 @@ PAPER_ROWS = {
     "ssv2_swinb_st_adapter": PaperRow(_SSV2, "ST-Adapter Swin-B", 95, 7, 385, 65.1),
     "ssv2_vitl_evl": PaperRow(_SSV2, "EVL L/14", 484, 175, 9641, 66.7),
     "ssv2_vitb_aim": PaperRow(_SSV2, "AIM B/16", None, None, None, None),
+    "k400_vitb_zeroi2v": PaperRow(_K400, "ZeroI2V B/16", None, None, None, None),
+    "ssv2_vitb_zeroi2v": PaperRow(_SSV2, "ZeroI2V B/16", None, None, None, None),
     "ssv2_vitb:without_ta": PaperRow(_SSV2, "DualPath without TA", None, 5, 1016, 53.7),
     "ssv2_vitb:without_sa": PaperRow(_SSV2, "DualPath without SA", None, 8, 134, 55.1),
     "ssv2_vitb:s8": PaperRow(_SSV2, "DualPath, S = 8", None, 13, 642, 69.3),

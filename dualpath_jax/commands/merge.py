@@ -28,8 +28,8 @@ def merge(run: str, out: str, backbone: str | None, which: str) -> str:
 
     merged = merged_model.merge_model(run, out, backbone, which)
     return (
-        f"wrote {merged.backbone}: backbone of {merged.parameters:,} parameters with {merged.method} "
-        f"merged, at step {merged.step}\n"
+        f"wrote {merged.backbone}: {merged.parameters:,} parameters of the backbone with "
+        f"{merged.method} of step {merged.step} merged\n"
         f"wrote {merged.adapter}: {merged.remaining:,} other parameters"
     )
 

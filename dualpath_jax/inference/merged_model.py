@@ -69,8 +69,8 @@ def merge_model(
         "backbone_sha256": saved["backbone_sha256"],
     }
     arrays = _merge_arrays(config, shape, frozen, leaves)
-    source, default = config.backbone.checkpoint, normalization(config.data)
-    info = convert.write_merged(out, arrays, shape, source, merged, default)
+    source = os.path.expanduser(backbone or config.backbone.checkpoint)
+    info = convert.write_merged(out, arrays, shape, source, merged, normalization(config.data))
 
     config.update_from_flattened_dict(method_registry.METHODS[config.model.method].merged)
     config.backbone.checkpoint = out
@@ -107,11 +107,11 @@ def _merge_arrays(
     arrays |= {name: leaf for name, leaf in leaves.items() if name in arrays}
     hooks = getattr(method_registry.build_model(config, shape, 1), "hooks", None)
     params = traverse_util.unflatten_dict({**arrays, **leaves}, sep="/")
-    before = params["backbone"]
+    weights = params["backbone"]
     if hooks is not None:
-        changed = merge.merge_backbone(hooks, params["adapters"], before)
-        before = jax.tree.map(_keep_unchanged, before, changed)
-    return {name: np.asarray(leaf) for name, leaf in param_tree.flatten(before).items()}
+        changed = merge.merge_backbone(hooks, params["adapters"], weights)
+        weights = jax.tree.map(_keep_unchanged, weights, changed)
+    return {name: np.asarray(leaf) for name, leaf in param_tree.flatten(weights).items()}
 
 
 def _keep_unchanged(before: Any, after: Any) -> np.ndarray:

@@ -317,7 +317,7 @@ def load_backbone_of(
 
     Args:
       path: workdir or adapter file, for messages.
-      config: of the model; `backbone.checkpoint` is set to the file that was read, in place.
+      config: of the model.
       saved: metadata of the model.
       backbone: file of the converted backbone; None: the file that the run used.
 
@@ -345,7 +345,6 @@ def load_backbone_of(
             f"{file} is not the backbone that {path} was trained with (SHA-256 {info.sha256}, "
             f"not {saved['backbone_sha256']}): pass --backbone=FILE"
         )
-    config.backbone.checkpoint = file
     return frozen, shape, info
 
 

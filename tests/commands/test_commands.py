@@ -127,7 +127,7 @@ RUN = {
     "python -m dualpath_jax.config.schema": CommandRun(r"\| `data.batch_size` \| `64` \|"),
     _MINE: CommandRun(
         "step 2/2 .*\nvalidation  top-1 ",
-        options=f"{_SMALL} {_DEMO_BACKBONE} --config.model.method=linear",
+        options=f"{_SMALL} {_DEMO_BACKBONE} --config.model.method=lora",
         after=_PREPARE,
     ),
     _MINE_ST_ADAPTER: CommandRun(
@@ -143,6 +143,11 @@ RUN = {
     ),
     "python scripts/report.py --workdir=runs/finetune --out=report.html": CommandRun(
         file="report.html", after=_MINE
+    ),
+    "python scripts/merge.py runs/lora --out=merged.safetensors": CommandRun(
+        *("with lora of step 2 merged", "merged.adapter.safetensors"),
+        replaced={"runs/lora": "runs/finetune"},
+        after=_MINE,
     ),
     "python scripts/predict.py --workdir=runs/finetune VIDEOS": CommandRun(
         r"\.mp4  0\.\d+ (walks|runs)", after=_MINE
