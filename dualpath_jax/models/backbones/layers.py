@@ -261,7 +261,7 @@ class Block(nn.Module):
         h = z + (hooks.after_mlp(y) + hooks.parallel_to_mlp(x))
         return hooks.on_output(h)
 
-    def attend(self, x: jax.Array, hooks: BlockHooks) -> jax.Array:
+    def attend(self, x: jax.Array, hooks: BlockHooks | None = None) -> jax.Array:
         """Compute attention over the tokens of the block: x [M, N, D] -> [M, N, D]."""
         return self.attention(x, hooks)
 

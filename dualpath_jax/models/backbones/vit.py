@@ -388,7 +388,7 @@ class Block(layers.Block):
             dtype=self.dtype,
         )
 
-    def attend(self, x: jax.Array, hooks: BlockHooks) -> jax.Array:
+    def attend(self, x: jax.Array, hooks: BlockHooks | None = None) -> jax.Array:
         """Compute attention over the block's tokens, of which the last may be padding."""
         return self.attention(x, hooks, num_padding=self.kernels.num_padding)
 
