@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "attention": ("dualpath_jax.commands.attention", (), "draw what a model attends to"),
     "export": ("dualpath_jax.commands.export_model", (), "export a model as StableHLO"),
     "export-adapter": ("dualpath_jax.commands.export_adapter", (), "write an adapter file"),
+    "merge": ("dualpath_jax.commands.merge", (), "compute a model's training into its backbone"),
     "efficiency": ("dualpath_jax.commands.efficiency", (), "count parameters and operations"),
     "show-batch": ("dualpath_jax.commands.show_batch", (), "draw a training batch"),
 }

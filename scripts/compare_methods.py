@@ -59,6 +59,8 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "protuning": {"model.protuning.width": 32},
     "vpt": {},
     "videoprompt": {"model.videoprompt.num_prompts": 8},
+    "lora": {},
+    "zeroi2v": {"model.zeroi2v.offsets": (-1,)},  # the backbone has two heads
     "full": {},
     "linear": {},
 }

@@ -429,8 +429,8 @@ def test_extending_a_method():
     decays = flatten(names["param_tree"].decay_mask(names["params"]))
     assert decays["adapters/lora_a"]
     assert not decays["head/output/bias"]
-    with pytest.raises(ValueError, match="no rule of method 'lora' matches parameter"):
-        registry.is_trainable_fn("lora")("gate/kernel")
+    with pytest.raises(ValueError, match="no rule of method 'low_rank_input' matches parameter"):
+        registry.is_trainable_fn("low_rank_input")("gate/kernel")
 
     # The hook has the effect of the weights (I + A B) W of queries, keys and values.
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf) + 0.0, names["params"])
@@ -457,12 +457,12 @@ def test_a_config_file_can_import_a_method(tmp_path, monkeypatch):
         "import my_method\nfrom dualpath_jax.config import schema\n\n\n"
         "def get_config():\n"
         "    config = schema.get_config()\n"
-        "    config.model.method = 'lora'\n"
+        "    config.model.method = 'low_rank_input'\n"
         "    return config\n"
     )
     config = loading.load_config("mine.py", ["--config.seed=1"])
     schema.check_values(config)
-    assert (config.model.method, config.seed) == ("lora", 1)
+    assert (config.model.method, config.seed) == ("low_rank_input", 1)
 
 
 def make_mixer_checkpoint(width, patch, tokens, token_mlp, channel_mlp, depth):

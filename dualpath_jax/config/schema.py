@@ -55,7 +55,8 @@ class Key:
       name: dotted, "data.batch_size".
       default: its value unless a config file or the command line changes it.
       description: what it sets, one sentence.
-      allowed: a `Range` of each number, a tuple of choices, or None for any value of its type.
+      allowed: a `Range` of each number, a tuple of choices, for a tuple those of each item, or
+        None for any value of its type.
         None as a value is always allowed where the default is `Optional`.
     """
 
@@ -73,7 +74,7 @@ _SIZE_OR_NONE = Range(0, 4096)
 # Literal, as this module may not import the registries; a test compares them.
 _METHODS = (
     *("dualpath", "full", "linear", "vpt", "adaptformer", "protuning", "st_adapter"),
-    *("videoprompt", "aim", "evl", "probe"),
+    *("videoprompt", "aim", "evl", "lora", "zeroi2v", "probe"),
 )
 _BACKBONES = (
     *("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336", "ViT-H/14", "ViT-g/14", "ViT-bigG/14"),
@@ -297,6 +298,28 @@ KEYS = (
         "evl: dropout rate in the decoder's MLP; its authors' value.", _RATE),
     Key("model.evl.dropout", 0.5,
         "evl: dropout rate before the classifier; its authors' value.", _RATE),
+    Key("model.lora.rank", 8, "lora: r, rank of an update; that of RoBERTa in its paper.", _WIDTH),
+    Key("model.lora.alpha", Optional(float),
+        "lora: updates are multiplied by alpha / r; None: r, which gives 1.", _POSITIVE),
+    Key("model.lora.targets", ("query", "value"),
+        "lora: matrices that are updated; mlp is both of the MLP; its paper's choice.",
+        ("query", "key", "value", "output", "mlp")),
+    Key("model.zeroi2v.offsets", (-1, 1),
+        "zeroi2v: for each, some heads take keys and values from the frame so many frames later; "
+        "its authors' value; on SSv2 theirs is (-1, 1, -2, 2).", Range(-64, 64)),
+    Key("model.zeroi2v.heads_per_offset", 1,
+        "zeroi2v: number of heads of each offset; its authors' value on ViT-B.", _WIDTH),
+    Key("model.zeroi2v.bottleneck", Optional(int),
+        "zeroi2v: R, width of an adapter; None: D/4, its authors' value.", _WIDTH),
+    Key("model.zeroi2v.scale", 0.5,
+        "zeroi2v: s, factor of an adapter; its authors' value; on SSv2 theirs is 1.0."),
+    Key("model.zeroi2v.adapter_dropout", 0.1,
+        "zeroi2v: dropout rate in an adapter; its authors' value; on SSv2 theirs is 0.", _RATE),
+    Key("model.zeroi2v.dropout", 0.5,
+        "zeroi2v: dropout rate before the classifier; its authors' value.", _RATE),
+    Key("model.merged", False,
+        "lora, zeroi2v: the backbone is a file of scripts/merge.py, which contains what was "
+        "trained in its blocks; only the other parameters train."),
     Key("model.probe.head", "attentive",
         "probe: linear reads the mean tokens of a clip, attentive pools tokens by a learned query, "
         "ordered reads patches in the order of frames; ours.",
@@ -407,7 +430,8 @@ def check_values(config: Mapping[str, Any]) -> None:
             continue
         if isinstance(key.allowed, tuple):
             known = choices(key.name)
-            if value not in known:
+            values = value if isinstance(key.default, tuple) else (value,)
+            if not all(one in known for one in values):
                 listed = ", ".join(map(str, known))
                 raise ValueError(f"unknown {key.name}={value!r}: known are {listed}")
             continue

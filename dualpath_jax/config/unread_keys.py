@@ -9,7 +9,7 @@ from dualpath_jax.config import schema
 from dualpath_jax.config.values import flatten_config
 
 # Keys that decide which other keys have an effect.
-_SWITCHES = ("model.method", "model.spatial_path", "model.temporal_path")
+_SWITCHES = ("model.method", "model.spatial_path", "model.temporal_path", "model.merged")
 # Keys that describe a clip and are read when its format is built.
 _CLIP_KEYS = (
     *("data.num_spatial_frames", "data.grid", "data.frame_scale", "data.frameset_input"),

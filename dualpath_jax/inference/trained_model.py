@@ -29,6 +29,7 @@ from dualpath_jax.data.video_source import FrameFormat
 from dualpath_jax.inference import frame_inputs
 from dualpath_jax.models import abstract, param_tree, preprocess
 from dualpath_jax.models import registry as method_registry
+from dualpath_jax.models.backbones.contract import BackboneConfig
 from dualpath_jax.models.forward import flatten_views, view_logits
 from dualpath_jax.runtime.command_line import command_line
 from dualpath_jax.runtime.safe_read import truncated_repr
@@ -294,7 +295,40 @@ def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> 
     """
     path = os.path.expanduser(path)
     leaves, saved = read_trained_params(path, checkpoint)
-    config = _check_trained_params(path, leaves, saved)
+    config = check_trained_params(path, leaves, saved)
+    frozen, shape, _ = load_backbone_of(path, config, saved, backbone)
+    module = method_registry.build_model(config, shape, len(saved["class_names"]))
+    flat = param_tree.flatten({"backbone": frozen})
+    # Frozen weights have the compute dtype, as in `experiment.init_params`.
+    dtype = method_registry.compute_dtype(config)
+    params = {name: jnp.asarray(leaf).astype(dtype) for name, leaf in flat.items()}
+    params |= {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
+    params = traverse_util.unflatten_dict(params, sep="/")
+    class_names, step = list(saved["class_names"]), saved["step"]
+    frame_format = FrameFormat()
+    if saved.get("frame_format") is not None:  # older versions did not save it
+        frame_format = dataset_metadata.parse_frame_format(saved["frame_format"], path)
+    return TrainedModel(config, module, jax.device_put(params), class_names, step, frame_format)
+
+
+def load_backbone_of(
+    path: str, config: Any, saved: dict[str, Any], backbone: str | None = None
+) -> tuple[dict[str, Any], BackboneConfig, convert.BackboneInfo]:
+    """Load the backbone that a model was trained with.
+
+    Args:
+      path: workdir or adapter file, for messages.
+      config: of the model.
+      saved: metadata of the model.
+      backbone: file of the converted backbone; None: the file that the run used.
+
+    Returns:
+      See `convert.load_backbone`.
+
+    Raises:
+      OSError: the file is missing.
+      ValueError: it is damaged, or not the backbone of the run.
+    """
     file = os.path.expanduser(backbone or config.backbone.checkpoint or "")
     if not file:
         raise ValueError(f"{path} does not name the file of its backbone: pass --backbone=FILE")
@@ -312,18 +346,7 @@ def load(path: str, backbone: str | None = None, checkpoint: str = "latest") -> 
             f"{file} is not the backbone that {path} was trained with (SHA-256 {info.sha256}, "
             f"not {saved['backbone_sha256']}): pass --backbone=FILE"
         )
-    module = method_registry.build_model(config, shape, len(saved["class_names"]))
-    flat = param_tree.flatten({"backbone": frozen})
-    # Frozen weights have the compute dtype, as in `experiment.init_params`.
-    dtype = method_registry.compute_dtype(config)
-    params = {name: jnp.asarray(leaf).astype(dtype) for name, leaf in flat.items()}
-    params |= {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
-    params = traverse_util.unflatten_dict(params, sep="/")
-    class_names, step = list(saved["class_names"]), saved["step"]
-    frame_format = FrameFormat()
-    if saved.get("frame_format") is not None:  # older versions did not save it
-        frame_format = dataset_metadata.parse_frame_format(saved["frame_format"], path)
-    return TrainedModel(config, module, jax.device_put(params), class_names, step, frame_format)
+    return frozen, shape, info
 
 
 def parse_saved_config(saved: dict[str, Any]) -> Any:
@@ -345,7 +368,7 @@ def parse_saved_config(saved: dict[str, Any]) -> Any:
     return config
 
 
-def _check_trained_params(path: str, leaves: dict[str, np.ndarray], saved: dict[str, Any]) -> Any:
+def check_trained_params(path: str, leaves: dict[str, np.ndarray], saved: dict[str, Any]) -> Any:
     """Return the config of a trained model, after a check of its parameters.
 
     Args:

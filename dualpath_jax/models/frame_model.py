@@ -78,7 +78,7 @@ class FrameModel(nn.Module):
     def setup(self):
         self.backbone = build_backbone(self.config, self.dtype, self.scan_blocks, self.remat)
         self.hook_params = None
-        if self.hooks is not None:
+        if self.hooks is not None and self.hooks.has_parameters:
             self.hook_params = self.param("adapters", self._init_adapters)
 
     def _init_adapters(self, rng: jax.Array) -> Any:
@@ -145,3 +145,23 @@ class FrameModel(nn.Module):
             )
         rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
         return self.head(self.features(spatial, rngs[0]), rngs[1])
+
+
+class TemporalPositionModel(FrameModel):
+    """Adds learnable temporal positions to all tokens of a frame, as AIM and ZeroI2V do.
+
+    The positions start at zero and are added together with the backbone's, before its `ln_pre`.
+    Parameters: those of `FrameModel` and `temporal_position` [T, D].
+    """
+
+    def setup(self):
+        super().setup()
+        shape = (self.num_frames, self.config.width)
+        self.temporal_position = self.param("temporal_position", nn.initializers.zeros, shape)
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        """Map images [(B T), H, W, 3] to tokens [(B T), N, D]."""
+        backbone = self.backbone
+        position = backbone.position_embedding + self.temporal_position[:, None]  # [T, N, D]
+        position = jnp.tile(position, (images.shape[0] // self.num_frames, 1, 1))
+        return backbone.embed(images, position=position)

@@ -18,7 +18,7 @@ Tree = Any
 # (regular expression of the end of a parameter's path, whether weight decay applies); the first
 # match decides. A parameter that no rule names does not decay, and the parameter table says so.
 DECAY_RULES = [
-    ("kernel", True),
+    (r"(\w+_)?kernel", True),
     (r"(\w+_)?(bias|scale)", False),  # of layers and norms
     (r"(\w+_)?(tokens?|embedding|position)(_\d+)?|prompts|probe", False),
     (r"temporal_attention_\d+/(before|after)", False),  # position tables of EVL

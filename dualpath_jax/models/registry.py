@@ -5,7 +5,7 @@ To add a method, write its module and add it to `METHODS` with a rule for each o
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,12 +16,17 @@ from dualpath_jax.models.backbones.block_loop import check_remat
 from dualpath_jax.models.backbones.contract import BackboneConfig
 from dualpath_jax.models.backbones.kernels import choose_kernels, prefers_scan
 from dualpath_jax.models.backbones.layers import BlockHooks
-from dualpath_jax.models.frame_model import AverageClassifier, FrameModel
+from dualpath_jax.models.frame_model import (
+    AverageClassifier,
+    FrameModel,
+    TemporalPositionModel,
+)
 from dualpath_jax.models.methods.adapters import Adapter
 from dualpath_jax.models.methods.adaptformer import AdaptFormerHooks
-from dualpath_jax.models.methods.aim import AIMHooks, AIMModel
+from dualpath_jax.models.methods.aim import AIMHooks
 from dualpath_jax.models.methods.dualpath import DualPath
 from dualpath_jax.models.methods.evl import EVLDecoder, EVLModel
+from dualpath_jax.models.methods.lora import LoRAHooks, LoRAModel
 from dualpath_jax.models.methods.probe import ProbeModel, build_head
 from dualpath_jax.models.methods.protuning import ProTuningHooks
 from dualpath_jax.models.methods.st_adapter import (
@@ -31,6 +36,7 @@ from dualpath_jax.models.methods.st_adapter import (
     STAdapterHooks,
 )
 from dualpath_jax.models.methods.vpt import DeepPromptHooks, ShallowPromptModel
+from dualpath_jax.models.methods.zeroi2v import FrameShiftHooks, ZeroI2VHooks
 from dualpath_jax.models.temporal_head import TemporalClassifier
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -55,12 +61,15 @@ class Method:
       needs: why it only works with backbones of global attention, such as ViTs, and not with Swin;
         None if it works with all.
       clip_inputs: config -> what the model of the configuration takes.
+      merged: keys and values that turn a configuration of the method into that of the same model
+        on a merged backbone (`merge.merge_backbone`); None if it cannot be merged.
     """
 
     build: Callable[[Any, BackboneConfig, int], nn.Module]
     rules: tuple[tuple[str, bool], ...]
     needs: str | None = None
     clip_inputs: Callable[[Any], ClipInputs] = lambda config: ClipInputs.ALL_FRAMES
+    merged: Mapping[str, Any] | None = None
 
 
 def _dualpath_inputs(config: Any) -> ClipInputs:
@@ -229,7 +238,7 @@ def _build_videoprompt(config: Any, backbone: BackboneConfig, num_classes: int) 
     return _build_frame_model(config, backbone, _temporal_head(backbone, num_classes, prompts))
 
 
-def _build_aim(config: Any, backbone: BackboneConfig, num_classes: int) -> AIMModel:
+def _build_aim(config: Any, backbone: BackboneConfig, num_classes: int) -> TemporalPositionModel:
     options = config.model.aim
     bottleneck = backbone.width // 4 if options.bottleneck is None else options.bottleneck
     hooks = AIMHooks(
@@ -241,7 +250,69 @@ def _build_aim(config: Any, backbone: BackboneConfig, num_classes: int) -> AIMMo
         parent=None,
     )
     head = AverageClassifier(num_classes, options.dropout, parent=None)
-    return _build_frame_model(config, backbone, head, hooks, kind=AIMModel)
+    return _build_frame_model(config, backbone, head, hooks, kind=TemporalPositionModel)
+
+
+def _build_lora(config: Any, backbone: BackboneConfig, num_classes: int) -> FrameModel:
+    head = _temporal_head(backbone, num_classes)
+    if config.model.merged:
+        return _build_frame_model(config, backbone, head)
+    options = config.model.lora
+    targets = tuple(options.targets)
+    if not targets or len(set(targets)) < len(targets):
+        raise ValueError(f"model.lora.targets={targets} must be different names, at least one")
+    alpha = options.rank if options.alpha is None else options.alpha
+    hooks = LoRAHooks(
+        targets, options.rank, alpha / options.rank, dtype=compute_dtype(config), parent=None
+    )
+    return _build_frame_model(config, backbone, head, hooks, kind=LoRAModel)
+
+
+def _check_offsets(config: Any, backbone: BackboneConfig) -> None:
+    """Raise ValueError unless the clips and heads suffice for the offsets of ZeroI2V."""
+    options, num_frames = config.model.zeroi2v, config.data.num_frames
+    offsets, heads = tuple(options.offsets), options.heads_per_offset
+    if not offsets or 0 in offsets or len(set(offsets)) < len(offsets):
+        raise ValueError(
+            f"model.zeroi2v.offsets={offsets} must be different numbers of frames, at least one, "
+            "none of them 0"
+        )
+    if max(map(abs, offsets)) >= num_frames:
+        raise ValueError(
+            f"model.zeroi2v.offsets={offsets} need more than {max(map(abs, offsets))} frames, but "
+            f"data.num_frames={num_frames}: use more frames or smaller offsets"
+        )
+    if len(offsets) * heads > backbone.heads:
+        raise ValueError(
+            f"model.zeroi2v.offsets={offsets} with heads_per_offset={heads} need "
+            f"{len(offsets) * heads} heads, but {backbone.name} has {backbone.heads}: use fewer "
+            "offsets or heads"
+        )
+
+
+def _build_zeroi2v(
+    config: Any, backbone: BackboneConfig, num_classes: int
+) -> TemporalPositionModel:
+    options = config.model.zeroi2v
+    _check_offsets(config, backbone)
+    shift = (config.data.num_frames, tuple(options.offsets), options.heads_per_offset)
+    if config.model.merged:
+        hooks = FrameShiftHooks(*shift, parent=None)
+    else:
+        adapter = Adapter(
+            bottleneck=backbone.width // 4 if options.bottleneck is None else options.bottleneck,
+            scale=options.scale,
+            dropout=options.adapter_dropout,
+            skip=True,
+            kernels=choose_kernels(resolve_scan_blocks(config)),
+            activation=lambda x: x,
+            down_init=nn.initializers.normal(0.02),
+            dtype=compute_dtype(config),
+            parent=None,
+        )
+        hooks = ZeroI2VHooks(*shift, adapter=adapter, parent=None)
+    head = AverageClassifier(num_classes, options.dropout, parent=None)
+    return _build_frame_model(config, backbone, head, hooks, kind=TemporalPositionModel)
 
 
 def _build_evl(config: Any, backbone: BackboneConfig, num_classes: int) -> EVLModel:
@@ -282,7 +353,11 @@ METHODS = {
         clip_inputs=_dualpath_inputs,
     ),
     # The projection to CLIP's joint space is not used.
-    "full": Method(_build_average, (("backbone/projection", False), ("backbone/.*", True), _HEAD)),
+    "full": Method(
+        _build_average,
+        (("backbone/projection", False), ("backbone/.*", True), _HEAD),
+        merged={"model.method": "linear"},
+    ),
     "linear": Method(_build_average, (_FROZEN, _HEAD)),
     "vpt": Method(
         _build_vpt,
@@ -302,6 +377,13 @@ METHODS = {
         _build_evl,
         (_FROZEN, _HEAD),
         needs="queries, keys and outputs of the same patches in several blocks",
+    ),
+    "lora": Method(_build_lora, (_FROZEN, _ADAPTERS, _HEAD), merged={"model.merged": True}),
+    "zeroi2v": Method(
+        _build_zeroi2v,
+        (_FROZEN, _ADAPTERS, ("temporal_position", True), _HEAD),
+        needs="a position table, and attention to the same tokens of other frames",
+        merged={"model.merged": True},
     ),
     "probe": Method(_build_probe, (_FROZEN, _HEAD)),
 }

@@ -12,6 +12,7 @@ SCRIPTS = {
     "attention": "visualize_attention",
     "export": "export_model",
     "export-adapter": "export_adapter",
+    "merge": "merge",
     "efficiency": "efficiency",
     "show-batch": "show_batch",
     "finetune": "finetune",

@@ -386,14 +386,56 @@ def read_description(
     Raises:
       ValueError: the file is not a converted one, or is damaged.
     """
+    meta = _read_metadata(path)
+    return _parse_stored_config(path, meta), _parse_normalization(path, meta)
+
+
+def _read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the metadata of a backbone file; read only its header."""
     with gcs.gcs_errors(path), epath.Path(path).open("rb") as file:
         start = file.read(8)
         check_safetensors_header(path, start)
         header = file.read(int.from_bytes(start, "little"))
     if header[:1] != b"{":
         raise ValueError(_describe_unconverted(path))
-    meta = _parse_metadata(path, header)
-    return _parse_stored_config(path, meta), _parse_normalization(path, meta)
+    return _parse_metadata(path, header)
+
+
+def write_merged(
+    out: str | os.PathLike[str],
+    arrays: Mapping[str, np.ndarray],
+    config: backbone_registry.BackboneConfig,
+    source: str | os.PathLike[str],
+    merged: Mapping[str, Any],
+    default_normalization: Normalization,
+) -> BackboneInfo:
+    """Write a backbone file with weights that were trained on those of another one.
+
+    Args:
+      out: file to write, local or gs://. It is replaced atomically once it is complete.
+      arrays: the weights by flat name.
+      config: their shape.
+      source: the other backbone file, whose origin and normalization are stated in the new one.
+      merged: what was merged, for the new file's metadata.
+      default_normalization: for files of version 0.1.0, which state none.
+
+    Raises:
+      ValueError: the arrays are not those of `config`, or `out` is `source`.
+      OSError: `source` cannot be read or `out` cannot be written.
+    """
+    out = epath.Path(out)
+    if out.exists() and out.resolve() == epath.Path(source).resolve():
+        raise ValueError(f"{out} is the backbone that was trained on: write to another file")
+    meta = _read_metadata(source)
+    mean, std = _parse_normalization(source, meta) or default_normalization
+    meta |= {"mean": list(mean), "std": list(std), "merged": dict(merged)}
+    meta["config"] = _describe_config(config)
+    _check_arrays(out, arrays, config)
+    data = _serialize(arrays, meta)
+    with _writable_output(out) as temporary:
+        temporary.write_bytes(data)
+    origin = str(meta["source_sha256"]), str(meta["source"])
+    return BackboneInfo(config.name, _identity_sha256(data, arrays, meta), *origin, (mean, std))
 
 
 def _parse_normalization(path: Any, meta: Mapping[str, Any]) -> Normalization | None:

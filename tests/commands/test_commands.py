@@ -63,6 +63,7 @@ class CommandRun:
     after: str = ""
 
 
+_MERGE = "python scripts/merge.py runs/lora --out=merged.safetensors"
 _SSV2 = "python scripts/prepare_dataset.py --dataset=ssv2 --videos=VIDEOS"
 _STORED = "total: listed 69, found 69, stored 69, bad 0"
 RUN = {
@@ -127,7 +128,7 @@ RUN = {
     "python -m dualpath_jax.config.schema": CommandRun(r"\| `data.batch_size` \| `64` \|"),
     _MINE: CommandRun(
         "step 2/2 .*\nvalidation  top-1 ",
-        options=f"{_SMALL} {_DEMO_BACKBONE} --config.model.method=linear",
+        options=f"{_SMALL} {_DEMO_BACKBONE} --config.model.method=lora",
         after=_PREPARE,
     ),
     _MINE_ST_ADAPTER: CommandRun(
@@ -143,6 +144,14 @@ RUN = {
     ),
     "python scripts/report.py --workdir=runs/finetune --out=report.html": CommandRun(
         file="report.html", after=_MINE
+    ),
+    _MERGE: CommandRun(
+        *("with lora of step 2 merged", "merged.adapter.safetensors"),
+        replaced={"runs/lora": "runs/finetune"},
+        after=_MINE,
+    ),
+    "python scripts/predict.py --adapter=merged.adapter.safetensors VIDEOS": CommandRun(
+        r"\.mp4  0\.\d+ (walks|runs)", after=_MERGE
     ),
     "python scripts/predict.py --workdir=runs/finetune VIDEOS": CommandRun(
         r"\.mp4  0\.\d+ (walks|runs)", after=_MINE

@@ -84,7 +84,7 @@ def test_edge_of_a_range_is_allowed(key, value):
     ("key", "value", "known"),
     [
         ("eval.spatial_crops", 2, "1, 3"),
-        ("model.method", "lora", "dualpath, full, .*, probe"),
+        ("model.method", "rola", "dualpath, full, .*, probe"),
         ("backbone.name", "ViT-B/8", "ViT-B/32, .*, custom, custom-swin"),
         ("data.source", "jhmdb", "k400, .*, folder, csv, demo, paths, paths_large"),
         ("data.split", "4", "1, 2, 3, all"),

@@ -44,6 +44,16 @@ CASES = {
     "aim": ("aim", {}),
     "aim_two": ("aim", {"aim.num_temporal_adapters": 2, "aim.scale": 1.0, "aim.bottleneck": 8}),
     "evl": ("evl", {"evl.num_blocks": 2}),
+    "lora": ("lora", {"lora.rank": 3, "lora.alpha": 6.0}),
+    "lora_all": (
+        "lora",
+        {"lora.rank": 3, "lora.targets": ("query", "key", "value", "output", "mlp")},
+    ),
+    "zeroi2v": ("zeroi2v", {"zeroi2v.adapter_dropout": 0.3}),
+    "zeroi2v_four": (
+        "zeroi2v",
+        {"zeroi2v.offsets": (-1, 1, -2, 2), "zeroi2v.scale": 1.0, "zeroi2v.bottleneck": 8},
+    ),
     "probe_linear": ("probe", {"probe.head": "linear"}),
     "probe_attentive": ("probe", {"probe.head": "attentive"}),
     "probe_ordered": ("probe", {"probe.head": "ordered", "probe.width": 6}),

@@ -122,6 +122,62 @@ def aim_two(h, p, a, wrong):
     return aim(h, p, a, wrong, scale=1.0)
 
 
+def low_rank(p, a, scale):
+    """Return the layer of p with the kernel W + s A B."""
+    return p | {"kernel": p["kernel"] + scale * a["down_kernel"] @ a["up_kernel"]}
+
+
+def lora(h, p, a, wrong):
+    """Update the matrices of which `a` has factors; W of queries, keys and values are columns."""
+    scale = 1.0 if wrong == "scale" or "key" in a else 2.0
+    columns = torch.split(p["attention"]["qkv"]["kernel"], h.shape[-1], dim=1)
+    names = ("value", "key", "query") if wrong == "order" else ("query", "key", "value")
+    kernels = [
+        low_rank({"kernel": kernel}, a[name], scale)["kernel"] if name in a else kernel
+        for name, kernel in zip(names, columns, strict=True)
+    ]
+    attention = p["attention"] | {"qkv": p["attention"]["qkv"] | {"kernel": torch.cat(kernels, 1)}}
+    feed_forward = p["mlp"]
+    if "output" in a:
+        attention["out"] = low_rank(attention["out"], a["output"], scale)
+        names = ("hidden", "output") if wrong != "no MLP" else ()
+        feed_forward |= {n: low_rank(feed_forward[n], a[f"mlp_{n}"], scale) for n in names}
+    z, y = run_frozen_block(h, p | {"attention": attention, "mlp": feed_forward})
+    return z + y
+
+
+def attend_to_frames(x, p, offsets):
+    """Attend head by head: head i of frame t to frame t + offsets[i], or t if there is none."""
+    qkv = linear(x, p["qkv"]).unflatten(-1, (3, HEADS, -1))
+    q, k, v = (qkv[:, :, :, i].transpose(2, 3) for i in range(3))  # [B, T, K, N, d]
+    frames, y = x.shape[1], torch.empty_like(q)
+    for head in range(HEADS):
+        for t in range(frames):
+            other = t + (offsets[head] if head < len(offsets) else 0)
+            other = other if 0 <= other < frames else t
+            weights = q[:, t, head] @ k[:, other, head].transpose(1, 2) * q.shape[-1] ** -0.5
+            y[:, t, head] = weights.softmax(-1) @ v[:, other, head]
+    return linear(y.transpose(2, 3).flatten(-2), p["out"])
+
+
+def zeroi2v(h, p, a, wrong, scale=0.5, offsets=(-1, 1)):
+    offsets = {"no shift": (), "direction": [-n for n in offsets]}.get(wrong, offsets)
+    scale = 0.7 if wrong == "scale" else scale
+
+    def adapt(x, name):
+        y = linear(x, a[name]["down"])
+        y = functional.gelu(y) if wrong == "activation" else y
+        return (0 if wrong == "no skip" else x) + scale * linear(y, a[name]["up"])
+
+    x = adapt(norm(h, p["ln_1"]), "attention_in")
+    z = h + adapt(attend_to_frames(x, p["attention"], offsets), "attention_out")
+    return z + adapt(mlp(adapt(norm(z, p["ln_2"]), "mlp_in"), p["mlp"]), "mlp_out")
+
+
+def zeroi2v_four(h, p, a, wrong):
+    return zeroi2v(h, p, a, wrong, scale=1.0, offsets=(-1, 1, -2, 2))
+
+
 # Case of method_cases.py -> its block, and faults that must show.
 METHODS = {
     "adaptformer": (adaptformer, ("scale", "no norm")),
@@ -132,6 +188,10 @@ METHODS = {
     "st_adapter_both": (st_adapter_released, ("activation", "scale", "after the MLP")),
     "aim": (aim, ("no temporal attention", "no skip", "scale")),
     "aim_two": (aim_two, ("no temporal attention", "scale")),
+    "lora": (lora, ("scale", "order")),
+    "lora_all": (lora, ("order", "no MLP")),
+    "zeroi2v": (zeroi2v, ("no shift", "direction", "scale", "activation", "no skip")),
+    "zeroi2v_four": (zeroi2v_four, ("no shift", "direction", "scale")),
 }
 
 

@@ -33,7 +33,8 @@ FORMS = {
 SWIN = swin.SwinConfig("custom-swin", 32, 4, 16, (2, 2), 1, 32, 4)
 KEY = jax.random.key(0)
 HOOKS = ("on_input", "before_attention", "parallel_to_attention", "after_attention")
-HOOKS += ("parallel_to_mlp", "after_mlp", "on_output")
+HOOKS += ("weight_update", "shift_heads", "before_mlp", "parallel_to_mlp", "after_mlp")
+HOOKS += ("on_output",)
 
 
 def _trace_step(case, form):

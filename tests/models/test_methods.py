@@ -22,6 +22,7 @@ from dualpath_jax.models.backbones import swin
 from dualpath_jax.models.frame_model import AverageClassifier
 from dualpath_jax.models.methods.adapters import Adapter, MlpClassifier
 from dualpath_jax.models.methods.aim import AIMHooks
+from dualpath_jax.models.methods.lora import LoRAHooks
 from dualpath_jax.models.methods.probe import AttentiveProbe, OrderedProbe
 from dualpath_jax.models.temporal_head import TemporalClassifier
 from dualpath_jax.training.optimizer import make_optimizer
@@ -68,6 +69,8 @@ for i in range(2):
     DECODER |= layers(f"head/block_{i}", "query", "key_value", "out", "hidden", "output")
     norms = ("ln_query", "ln_features", "ln_mlp")
     DECODER |= layers(f"head/block_{i}", *norms, leaves=("scale", "bias"))
+FACTORS = ("down_kernel", "up_kernel")
+AROUND = adapters("attention_in", "attention_out", "mlp_in", "mlp_out")
 
 TRAINABLE = {
     "dualpath": adapters("attention", "mlp", prefix="spatial/adapters")
@@ -90,6 +93,12 @@ TRAINABLE = {
     "aim": FC | adapters("spatial", "temporal", "joint") | {"temporal_position"},
     "aim_two": FC | adapters("spatial", "temporal", "temporal_in", "joint") | {"temporal_position"},
     "evl": FC | DECODER,
+    "lora": TEMPORAL | layers("adapters", "query", "value", leaves=FACTORS),
+    "lora_all": TEMPORAL
+    | layers("adapters", "query", "key", "value", "output", leaves=FACTORS)
+    | layers("adapters", "mlp_hidden", "mlp_output", leaves=FACTORS),
+    "zeroi2v": FC | AROUND | {"temporal_position"},
+    "zeroi2v_four": FC | AROUND | {"temporal_position"},
     "probe_linear": FC,
     "probe_attentive": FC
     | {"head/query_token", "head/key/kernel"}
@@ -195,16 +204,18 @@ def test_full_tuning_keeps_the_trained_backbone_in_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(params["backbone"])} == {jnp.dtype("bfloat16")}
 
 
-# Case -> a layer of its adapters that starts at zero; a change makes it differ from the backbone.
+# Case -> a matrix of its adapters that starts at zero; a change makes it differ from the backbone.
 ZERO_FORMS = {
-    "adaptformer": ("mlp", "up"),
-    "adaptformer_serial": ("mlp", "up"),
-    "protuning": ("up",),
-    "st_adapter": ("up",),
-    "st_adapter_released": ("attention_adapter", "conv"),
-    "st_adapter_both": ("mlp_adapter", "conv"),
-    "aim": ("temporal", "up"),
-    "aim_two": ("joint", "up"),
+    "adaptformer": "mlp/up/kernel",
+    "adaptformer_serial": "mlp/up/kernel",
+    "protuning": "up/kernel",
+    "st_adapter": "up/kernel",
+    "st_adapter_released": "attention_adapter/conv/kernel",
+    "st_adapter_both": "mlp_adapter/conv/kernel",
+    "aim": "temporal/up/kernel",
+    "aim_two": "joint/up/kernel",
+    "lora": "query/up_kernel",
+    "lora_all": "mlp_output/up_kernel",
 }
 
 
@@ -221,9 +232,10 @@ def test_starts_as_the_frozen_backbone(case):
         return backbone.encode(h, cls_token_only=model.hooks.pointwise)  # as the method does
 
     leaf = params["adapters"]
-    for name in ZERO_FORMS[case]:
+    *names, last = ZERO_FORMS[case].split("/")
+    for name in names:
         leaf = leaf[name]
-    zeros = leaf["kernel"]
+    zeros = leaf[last]
     assert not np.any(zeros)
     for config.model.scan_blocks in (False, True):
         model = method_registry.build_model(config, TINY, CLASSES)
@@ -232,11 +244,11 @@ def test_starts_as_the_frozen_backbone(case):
         def run(params, method, model=model):
             return model.apply({"params": params}, frames, method=method)
 
-        leaf["kernel"] = zeros
+        leaf[last] = zeros
         frozen = run(params, frozen_tokens)
         assert frozen.shape == (2 * FRAMES, 1 if model.hooks.pointwise else 17, 48)
         assert np.array_equal(frozen, run(params, type(model).encode))
-        leaf["kernel"] = zeros.at[1, 0].set(0.1)
+        leaf[last] = zeros.at[1, 0].set(0.1)
         assert not np.array_equal(frozen, run(params, type(model).encode))
 
 
@@ -309,6 +321,20 @@ COUNTS = [
     ("evl", "ViT-L/14", 400, {}, 58_826_128, 59),
     # M = 12 gives the number in Table 2.
     ("evl", "ViT-L/14", 174, {"evl.num_blocks": 12}, 175_420_590, 175),
+    # The temporal transformer, the classifier, and 2 r D parameters for each square matrix.
+    ("lora", "ViT-B/16", 51, {}, 7_094_016 + 39_219 + 12 * 2 * 2 * 8 * 768, None),
+    (
+        *("lora", "ViT-B/16", 51),
+        {"lora.targets": ("query", "key", "value", "output", "mlp"), "lora.rank": 4},
+        *(7_094_016 + 39_219 + 12 * 4 * (4 * 2 * 768 + 2 * (768 + 3072)), None),
+    ),
+    # Its authors' models: four adapters in each block, a position for each frame, the classifier.
+    ("zeroi2v", "ViT-B/16", 400, {}, 14_515_600, None),
+    (
+        *("zeroi2v", "ViT-B/16", 174),
+        {"zeroi2v.offsets": (-1, 1, -2, 2), "merged": True},
+        *(8 * 768 + 769 * 174, None),
+    ),
     ("dualpath", "ViT-B/16", 51, {}, 10_183_987, 10),
     ("probe", "ViT-B/16", 51, {"probe.head": "linear"}, 78_387, None),
     ("probe", "ViT-B/16", 51, {"probe.head": "attentive"}, 6_534_963, None),
@@ -396,6 +422,7 @@ def test_ablations(keys, spatial, temporal, expected):
         ("dualpath", {"adapter_dropout": 0.0}),
         ("aim", {"aim.drop_path": 0.0, "aim.dropout": 0.0}),
         ("evl", {"evl.mlp_dropout": 0.0, "evl.dropout": 0.0}),
+        ("zeroi2v", {"zeroi2v.adapter_dropout": 0.0, "zeroi2v.dropout": 0.0}),
     ],
 )
 def test_randomness_is_driven_by_its_key(case, off):
@@ -471,7 +498,21 @@ def test_all_methods_see_the_same_clips(config):
         ("videoprompt", "videoprompt.num_prompts", -1, "model.videoprompt.num_prompts=-1"),
         ("adaptformer", "adaptformer.bottleneck", 0, "model.adaptformer.bottleneck=0"),
         ("protuning", "protuning.width", 0, "model.protuning.width=0"),
-        ("linear", "method", "lora", "unknown model.method='lora': known are dualpath, full"),
+        ("linear", "method", "rola", "unknown model.method='rola': known are dualpath, full"),
+        ("lora", "lora.rank", 0, r"model.lora.rank=0 must be in \[1, 65536\]"),
+        ("lora", "lora.alpha", 0.0, "model.lora.alpha=0.0 must be above 0"),
+        (
+            *("lora", "lora.targets", ("query", "bias")),
+            r"unknown model.lora.targets=\('query', 'bias'\): known are query, key, value, output",
+        ),
+        ("lora", "lora.targets", ("key", "key"), r"\('key', 'key'\) must be different names"),
+        ("lora", "lora.targets", (), r"model.lora.targets=\(\) must be .*at least one"),
+        ("zeroi2v", "zeroi2v.offsets", (0, 1), r"offsets=\(0, 1\) must be different numbers"),
+        ("zeroi2v", "zeroi2v.offsets", (-4, 1), "need more than 4 frames, but data.num_frames=4"),
+        (
+            *("zeroi2v", "zeroi2v.heads_per_offset", 3),
+            r"offsets=\(-1, 1\) with heads_per_offset=3 need 6 heads, but tiny has 4",
+        ),
     ],
 )
 def test_bad_values_are_named(case, key, value, match):
@@ -486,6 +527,7 @@ def test_bad_values_are_named(case, key, value, match):
 # A Swin has no class token and position table; the methods that need them reject it.
 SWIN = swin.SwinConfig("custom-swin", 32, 4, 24, (2, 2), 2, 48, 4)
 ON_SWIN = ("full", "linear", "adaptformer", "protuning", "st_adapter", "videoprompt")
+ON_SWIN += ("lora", "lora_all")
 
 
 PROBES = [case for case in CASES if case.startswith("probe")]
@@ -519,6 +561,34 @@ SWIN_COUNTS = [
 @pytest.mark.parametrize(("method", "classes", "keys", "expected", "paper"), SWIN_COUNTS)
 def test_trainable_parameters_of_swin(method, classes, keys, expected, paper):
     test_trainable_parameters(method, "Swin-B", classes, keys, expected, paper)
+
+
+def test_zeroi2v_needs_more_than_one_frame():
+    config = tiny_config("zeroi2v")
+    config.data.num_frames = 1
+    message = r"offsets=\(-1, 1\) need more than 1 frames, but data.num_frames=1: use more frames"
+    with pytest.raises(ValueError, match=message):
+        method_registry.build_model(config, TINY, CLASSES)
+
+
+def test_lora_needs_the_matrices_of_its_targets():
+    """Check blocks without a query matrix; twin: with the MLP alone they have what is needed."""
+
+    class MlpBlocks(LoRAHooks):
+        """Stands for the blocks of a backbone in which only the MLP has known layers."""
+
+        def weight_update(self, layer, *features):
+            return super().weight_update(layer, *features) if layer.startswith("mlp") else None
+
+    def init(targets):
+        config = tiny_config("lora", **{"lora.targets": targets})
+        model = method_registry.build_model(config, TINY, CLASSES)
+        model = model.clone(hooks=MlpBlocks(targets, parent=None))
+        return jax.eval_shape(model.init, jax.random.key(0), *clips(config))["params"]
+
+    assert set(init(("mlp",))["adapters"]) == {"mlp_hidden", "mlp_output"}
+    with pytest.raises(ValueError, match="targets has query, but the blocks of tiny have no such"):
+        init(("mlp", "query"))
 
 
 def test_inputs_that_do_not_fit_the_method():

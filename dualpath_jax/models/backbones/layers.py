@@ -70,11 +70,19 @@ class BlockHooks(nn.Module):
     Attributes:
       pointwise: True if every hook acts on each token independently. The last block may then
         compute only the class token (token 0), and the GPU path may append a padding token.
+      has_parameters: False if the hooks have no parameters.
+      mergeable: True if the hooks only update weights, shift heads, and map each token by an affine
+        function before and after attention and MLP; `merge.merge_hooks` computes such updates and
+        functions into the weights of a block.
+      shifts_heads: True if `shift_heads` does something.
       shifted_windows: in Swin, fill the hooks of the shifted-window blocks too, not only those of
         the window blocks. It has no effect in backbones without windows.
     """
 
     pointwise: ClassVar[bool] = False
+    has_parameters: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = False
+    shifts_heads: ClassVar[bool] = False
     shifted_windows: bool = dataclasses.field(default=True, kw_only=True)
 
     def on_input(self, h: jax.Array, block: "Block") -> jax.Array:
@@ -95,9 +103,30 @@ class BlockHooks(nn.Module):
         """Map attention's output y before it is added to the residual stream."""
         return y
 
+    def weight_update(
+        self, layer: str, in_features: int, out_features: int
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """Return an update of a linear layer's kernel [I, O] as factors [I, r] and [r, O], or None.
+
+        Args:
+          layer: a name of `LINEAR_LAYERS`.
+          in_features: I.
+          out_features: O; for "qkv" the columns of queries, keys and values, in this order.
+        """
+        del layer, in_features, out_features
+        return None
+
+    def shift_heads(self, x: jax.Array) -> jax.Array:
+        """Map the keys or the values of all images, x [M, ..., K, d], before attention."""
+        return x
+
     def on_middle(self, z: jax.Array) -> jax.Array:
         """Map the tokens z between attention and the MLP."""
         return z
+
+    def before_mlp(self, x: jax.Array) -> jax.Array:
+        """Map x = LN(z) before the MLP reads it."""
+        return x
 
     def parallel_to_mlp(self, x: jax.Array) -> jax.Array | float:
         """Return a term computed from x = LN(z) that is added to the MLP's output."""
@@ -111,6 +140,20 @@ class BlockHooks(nn.Module):
     def on_output(self, h: jax.Array) -> jax.Array:
         """Map the block's output h."""
         return h
+
+
+# The linear layers of a block, as `BlockHooks.weight_update` names them.
+LINEAR_LAYERS = ("qkv", "out", "mlp_hidden", "mlp_output")
+
+
+def add_weight_update(hooks: BlockHooks | None, layer: str, x: jax.Array, y: jax.Array) -> Any:
+    """Add a hook's update of a linear layer to its output: x [..., I], y [..., O] -> [..., O]."""
+    features = (x.shape[-1], y.shape[-1])
+    update = None if hooks is None else hooks.weight_update(layer, *features)
+    if update is None:
+        return y
+    down, up = update
+    return y + checkpoint_activation(x @ down, "down") @ up
 
 
 def full_precision() -> Any:
@@ -172,19 +215,23 @@ class Mlp(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, hooks: BlockHooks | None = None) -> jax.Array:
+        """Map x [..., D] to [..., D], with the `weight_update` of `hooks`."""
+
+        def linear(features, name, x):
+            y = self.kernels.dense(features, dtype=self.dtype, name=name)(x)
+            return add_weight_update(hooks, f"mlp_{name}", x, y)
+
         rows = x.reshape(-1, x.shape[-1])
         hidden = self.hidden * (2 if self.gated else 1)
-        y = checkpoint_activation(
-            self.kernels.dense(hidden, dtype=self.dtype, name="hidden")(rows), "hidden"
-        )
+        y = checkpoint_activation(linear(hidden, "hidden", rows), "hidden")
         activation = ACTIVATIONS[self.activation]
         if self.gated:
             gate, y = jnp.split(y, 2, axis=-1)
             y = activation(gate) * y
         else:
             y = activation(y)
-        y = self.kernels.dense(x.shape[-1], dtype=self.dtype, name="output")(y)
+        y = linear(x.shape[-1], "output", y)
         if self.layer_scale:
             y = y * self.param("layer_scale", nn.initializers.ones, y.shape[-1:]).astype(y.dtype)
         return y.reshape(x.shape)
@@ -206,21 +253,22 @@ class Block(nn.Module):
         """
         h, x, attended = self.attention_input(h, hooks)
         if cls_token_only:
-            y = self.attention(attended, cls_token_only=True)
+            y = self.attention(attended, hooks, cls_token_only=True)
             h, x = h[:, :1], x[:, :1]
         else:
-            y = self.attend(attended)
+            y = self.attend(attended, hooks)
         z = checkpoint_activation(
             h + (hooks.after_attention(y) + hooks.parallel_to_attention(x)), "middle"
         )
         z = hooks.on_middle(z)
         x = self.ln_2(z)
-        h = z + (hooks.after_mlp(self.mlp(x)) + hooks.parallel_to_mlp(x))
+        y = self.mlp(hooks.before_mlp(x), hooks)
+        h = z + (hooks.after_mlp(y) + hooks.parallel_to_mlp(x))
         return hooks.on_output(h)
 
-    def attend(self, x: jax.Array) -> jax.Array:
+    def attend(self, x: jax.Array, hooks: BlockHooks | None = None) -> jax.Array:
         """Compute attention over the tokens of the block: x [M, N, D] -> [M, N, D]."""
-        return self.attention(x)
+        return self.attention(x, hooks)
 
     def attention_input(
         self, h: jax.Array, hooks: BlockHooks

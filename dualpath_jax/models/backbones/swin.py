@@ -199,8 +199,8 @@ class WindowAttention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map x [M, R C, D] to [M, R C, D]."""
+    def __call__(self, x: jax.Array, hooks: BlockHooks | None = None) -> jax.Array:
+        """Map x [M, R C, D] to [M, R C, D], with updates of the weights and shifts by `hooks`."""
         (rows, columns), width = self.grid, x.shape[-1]
         window = min(self.window_size, rows, columns)
         shift = window // 2 if self.shifted and self.window_size < min(rows, columns) else 0
@@ -217,18 +217,22 @@ class WindowAttention(nn.Module):
         padded = x.shape[1:3]
         x = jnp.roll(x, (-shift, -shift), axis=(1, 2))
         x = einops.rearrange(x, "m (r a) (c b) d -> m (r c) (a b) d", a=window, b=window)
-        qkv = block_loop.checkpoint_activation(
-            nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x), "qkv"
-        )
+        qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x)
+        qkv = layers.add_weight_update(hooks, "qkv", x, qkv)
         q, k, v = einops.rearrange(
-            qkv, "m u n (three k d) -> three m u n k d", three=3, k=self.heads
+            block_loop.checkpoint_activation(qkv, "qkv"),
+            "m u n (three k d) -> three m u n k d",
+            three=3,
+            k=self.heads,
         )
+        if hooks is not None:
+            k, v = hooks.shift_heads(k), hooks.shift_heads(v)
         mask = jnp.asarray(_same_region(padded, window, shift)) if shift else None
         # All images have the same bias: vmap over them does not repeat it in memory.
         y = jax.vmap(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, bias, mask))(q, k, v)
-        y = nn.Dense(width, dtype=self.dtype, name="out")(
-            einops.rearrange(y, "m u n k d -> m u n (k d)")
-        )
+        x = einops.rearrange(y, "m u n k d -> m u n (k d)")
+        y = nn.Dense(width, dtype=self.dtype, name="out")(x)
+        y = layers.add_weight_update(hooks, "out", x, y)
         y = einops.rearrange(
             y, "m (r c) (a b) d -> m (r a) (c b) d", r=padded[0] // window, a=window
         )

@@ -273,58 +273,89 @@ class Attention(nn.Module):
         if self.layer_scale:
             self.scale = self.param("layer_scale", nn.initializers.ones, (self.width,))
 
-    def project(self, x: jax.Array) -> list[jax.Array]:
+    def project(self, x: jax.Array, hooks: BlockHooks | None = None) -> list[jax.Array]:
         """Project x [M, N, D] to queries, keys and values, each [M, N, K, D/K]."""
         rows = x.reshape(-1, x.shape[-1])
         if self.kernels.separate_qkv and not self.is_initializing():
-            # Three products, as cuDNN reads each from an array of its own.
-            weights = self._qkv_weights()
-            parts = [checkpoint_activation(rows @ kernel + bias, "qkv") for kernel, bias in weights]
+            parts = self._project_separately(rows, hooks)
         else:
-            qkv = self.qkv(rows if self.kernels.as_matrix else x)
+            x_or_rows = rows if self.kernels.as_matrix else x
+            qkv = layers.add_weight_update(hooks, "qkv", x_or_rows, self.qkv(x_or_rows))
             if self.kernels.saves_qkv:
                 qkv = checkpoint_activation(qkv, "qkv")
             # The gradient of a split is one concatenation, which that of slices is not.
             parts = jnp.split(qkv, 3, axis=-1)
-        return [y.reshape(*x.shape[:2], self.heads, -1) for y in parts]
+        q, k, v = (y.reshape(*x.shape[:2], self.heads, -1) for y in parts)
+        return [q, k, v] if hooks is None else [q, hooks.shift_heads(k), hooks.shift_heads(v)]
 
-    def _qkv_weights(self) -> list[tuple[jax.Array, jax.Array]]:
-        """Return kernel [D, D] and bias [D] of queries, keys and values, in the compute dtype."""
+    def _project_separately(self, rows: jax.Array, hooks: BlockHooks | None) -> list[jax.Array]:
+        """Project rows [M N, D] by three products; cuDNN reads each from an array of its own."""
+        parts = [rows @ kernel + bias for kernel, bias in self._qkv_weights()]
+        update = None if hooks is None else hooks.weight_update("qkv", self.width, 3 * self.width)
+        if update is not None:
+            low_rank = checkpoint_activation(rows @ update[0], "down")
+            factors = jnp.split(update[1], 3, axis=-1)
+            parts = [y + low_rank @ up for y, up in zip(parts, factors, strict=True)]
+        return [checkpoint_activation(y, "qkv") for y in parts]
+
+    def _qkv_weights(self, hooks: BlockHooks | None = None) -> list[tuple[jax.Array, jax.Array]]:
+        """Return kernel [D, D] and bias [D] of queries, keys and values, in the compute dtype.
+
+        The kernels include the update of `hooks`.
+        """
         qkv = self.qkv.variables["params"]
         kernel, bias = (qkv[name].astype(self.dtype) for name in ("kernel", "bias"))
+        update = None if hooks is None else hooks.weight_update("qkv", *kernel.shape)
+        if update is not None:
+            kernel = kernel + update[0] @ update[1]
         return list(zip(jnp.split(kernel, 3, axis=-1), jnp.split(bias, 3), strict=True))
 
     def __call__(
-        self, x: jax.Array, cls_token_only: bool = False, num_padding: int = 0
+        self,
+        x: jax.Array,
+        hooks: BlockHooks | None = None,
+        cls_token_only: bool = False,
+        num_padding: int = 0,
     ) -> jax.Array:
         """Map x [M, N, D] to [M, N, D], or to the class token's row [M, 1, D].
 
         Args:
           x: tokens; in a hook they may also be frames.
+          hooks: their `weight_update` and `shift_heads` are applied; None: the frozen layer.
           cls_token_only: compute only the class token's row.
           num_padding: no token attends to the last `num_padding` ones.
         """
         if cls_token_only:
-            return self.attend_query(x[:, 0], x)
-        y = self.kernels.attention(*self.project(x), num_padding)
-        return self._project_out(y)
+            return self.attend_query(x[:, 0], x, hooks)
+        y = self.kernels.attention(*self.project(x, hooks), num_padding)
+        return self._project_out(y, hooks)
 
-    def attend_query(self, query: jax.Array, x: jax.Array) -> jax.Array:
-        """Return attention's output [M, 1, D] for one query [M, D] over the keys of x [M, N, D]."""
+    def attend_query(
+        self, query: jax.Array, x: jax.Array, hooks: BlockHooks | None = None
+    ) -> jax.Array:
+        """Return attention's output [M, 1, D] for one query [M, D] over the keys of x [M, N, D].
+
+        With `hooks` that shift heads, the query must be that of token 0 of x.
+        """
         if self.is_initializing():
             self.qkv(x)  # creates the weights
-        (q_kernel, q_bias), (k_kernel, _), (v_kernel, v_bias) = self._qkv_weights()
+        if hooks is not None and hooks.shifts_heads:
+            q, k, v = self.project(x, hooks)  # keys of other images need a product of their own
+            return self._project_out(attention.dot_product_attention(q[:, :1], k, v), hooks)
+        (q_kernel, q_bias), (k_kernel, _), (v_kernel, v_bias) = self._qkv_weights(hooks)
 
         def split_heads(y):
             return y.reshape(*y.shape[:-1], self.heads, -1)
 
         q = split_heads(query @ q_kernel + q_bias)
         weights = map(split_heads, (k_kernel, v_kernel, v_bias))
-        return self._project_out(attention.single_query_attention(q, x, *weights)[:, None])
+        y = attention.single_query_attention(q, x, *weights)[:, None]
+        return self._project_out(y, hooks)
 
-    def _project_out(self, y: jax.Array) -> jax.Array:
+    def _project_out(self, y: jax.Array, hooks: BlockHooks | None) -> jax.Array:
         """Map the heads' results y [M, N, K, D/K] to [M, N, D]."""
-        y = self.out(einops.rearrange(y, "m n k d -> m n (k d)"))
+        x = einops.rearrange(y, "m n k d -> m n (k d)")
+        y = layers.add_weight_update(hooks, "out", x, self.out(x))
         return y * self.scale.astype(y.dtype) if self.layer_scale else y
 
 
@@ -357,14 +388,14 @@ class Block(layers.Block):
             dtype=self.dtype,
         )
 
-    def attend(self, x: jax.Array) -> jax.Array:
+    def attend(self, x: jax.Array, hooks: BlockHooks | None = None) -> jax.Array:
         """Compute attention over the block's tokens, of which the last may be padding."""
-        return self.attention(x, num_padding=self.kernels.num_padding)
+        return self.attention(x, hooks, num_padding=self.kernels.num_padding)
 
     def queries_and_keys(self, h: jax.Array, hooks: BlockHooks) -> tuple[jax.Array, jax.Array]:
         """Return the queries and keys, each [M, N, K, D/K], of a block that h [M, N, D] enters."""
         _, _, x = self.attention_input(h, hooks)
-        q, k, _ = self.attention.project(x)
+        q, k, _ = self.attention.project(x, hooks)
         return q, k
 
 

@@ -1,6 +1,7 @@
 """Defines the small trainable modules that adapt a frozen transformer."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import einops
@@ -50,10 +51,10 @@ def _start_as_identity(rng: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.
 
 
 class Adapter(nn.Module):
-    """Applies a bottleneck adapter: s W_up GELU(W_down x), with biases; its output starts at zero.
+    """Applies a bottleneck adapter: s W_up f(W_down x), with biases; its output starts at zero.
 
     With `time_kernel_size` K, a depthwise convolution over the K frames around a frame, at the same
-    place in each, comes before GELU (ours, as in ST-Adapter); class token and registers skip it.
+    place in each, comes before f (ours, as in ST-Adapter); class token and registers skip it.
 
     Attributes:
       bottleneck: R, the inner width (paper: 128).
@@ -64,6 +65,9 @@ class Adapter(nn.Module):
       time_kernel_size: K, an odd number, or 0 for no convolution.
       layout: of the framesets whose tokens the adapter maps; only used with `time_kernel_size`.
       kernels: implementations for the hardware; `dense` computes the products.
+      activation: f.
+      down_init: initializer of W_down; Kaiming normal N(0, 2/fan_in) without truncation, unlike
+        `he_normal`.
       dtype: compute dtype.
     """
 
@@ -75,6 +79,8 @@ class Adapter(nn.Module):
     time_kernel_size: int = 0
     layout: FramesetLayout | None = None
     kernels: Kernels = kernels_lib.DEFAULT
+    activation: Callable[[jax.Array], jax.Array] = gelu
+    down_init: Any = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -85,14 +91,13 @@ class Adapter(nn.Module):
             return self.kernels.dense(features, dtype=self.dtype, **options)
 
         y = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="ln")(x) if self.layer_norm else x
-        # Kaiming normal N(0, 2/fan_in) without truncation, unlike `he_normal`.
-        kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
         y = checkpoint_activation(
-            dense(self.bottleneck, kernel_init=kaiming, name="down")(y), "down"
+            dense(self.bottleneck, kernel_init=self.down_init, name="down")(y), "down"
         )
         if self.time_kernel_size:
             y = self._convolve(y)
-        y = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(gelu(y))
+        y = self.activation(y)
+        y = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(y)
         zeros = nn.initializers.zeros
         y = dense(x.shape[-1], kernel_init=zeros, name="up")(y)
         y = y * self.scale

@@ -5,11 +5,9 @@ from typing import ClassVar
 import einops
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from dualpath_jax.models.backbones.layers import BlockHooks
 from dualpath_jax.models.backbones.vit import Block
-from dualpath_jax.models.frame_model import FrameModel
 from dualpath_jax.models.methods.adapters import Adapter
 
 
@@ -66,23 +64,3 @@ class AIMHooks(BlockHooks):
 
     def parallel_to_mlp(self, x: jax.Array) -> jax.Array:
         return self._drop(self.joint(x))
-
-
-class AIMModel(FrameModel):
-    """Adds learnable temporal positions to all tokens of a frame.
-
-    The positions start at zero and are added together with CLIP's, before its `ln_pre`.
-    Parameters: those of `FrameModel` and `temporal_position` [T, D].
-    """
-
-    def setup(self):
-        super().setup()
-        shape = (self.num_frames, self.config.width)
-        self.temporal_position = self.param("temporal_position", nn.initializers.zeros, shape)
-
-    def embed(self, images: jax.Array) -> jax.Array:
-        """Map images [(B T), H, W, 3] to tokens [(B T), N, D]."""
-        backbone = self.backbone
-        position = backbone.position_embedding + self.temporal_position[:, None]  # [T, N, D]
-        position = jnp.tile(position, (images.shape[0] // self.num_frames, 1, 1))
-        return backbone.embed(images, position=position)
