@@ -185,7 +185,7 @@ NOT_RUN = {
         "python -m dualpath_jax.main --config=configs/k400_vitb_aim.py:32 *",
     ],
     PACKAGES: [
-        *(f'pip install ".[[]{extra}]"' for extra in ("bench", "gpu", "tpu")),
+        *(f'pip install ".[[]{extra}]"' for extra in ("beam", "bench", "gpu", "tpu")),
         "python scripts/benchmark_memory.py *",
         "python scripts/compile_tpu.py *",
     ],
