@@ -137,7 +137,6 @@ def run(argv: list[str]) -> None:
 
     # Imported here, so that --help is quick and decoding workers do not load JAX and TensorFlow.
     with cli.user_errors():
-        from dualpath_jax import check_config, launch
         from dualpath_jax.runtime import distributed
         from dualpath_jax.training.inputs import expand_splits
 
@@ -145,10 +144,14 @@ def run(argv: list[str]) -> None:
         if START_OVER.value and MODE.value != "train":
             raise ValueError(f"--start_over belongs to --mode=train, not to --mode={MODE.value}")
         if MODE.value == "check":
+            from dualpath_jax import check_config
+
             loading.upgrade_config(config)
             first_config, _ = expand_splits(config, workdir)[0]  # the others have other split names
             check_config.check_config(first_config, overrides)
             return
+        from dualpath_jax import launch
+
         distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
         launch.train_and_evaluate(config, workdir, MODE.value == "train", START_OVER.value)
 

@@ -7,6 +7,8 @@ used, with the reasons, and OUT/truncated_videos.jsonl those stored in part. The
 report how many videos were listed, found and stored. If missing files have arrived since, or limits
 were too tight, the same command with --retry_bad decodes the bad videos again.
 
+With --runner the shards are stored through Apache Beam, on this machine or on a cluster.
+
 With --check every video is decoded and nothing is stored. Bad and truncated videos are printed, one
 line of JSON each, and the last lines report what would be stored and how much disk it would take.
 
@@ -22,6 +24,7 @@ from dualpath_jax.cli import build_parser, positive
 from dualpath_jax.data.datasets.class_folders import CLASS_LEVEL_HELP
 from dualpath_jax.data.datasets.registry import DATASETS, list_videos
 from dualpath_jax.data.datasets.validation_split import GroupBy
+from dualpath_jax.data.preparation import beam_runner
 from dualpath_jax.data.preparation.dry_run import check_videos
 from dualpath_jax.data.preparation.image_folder import FRAME_RATE_HELP, check_frame_rate
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits
@@ -49,6 +52,13 @@ def parser() -> argparse.ArgumentParser:
     add("--frame_rate", type=positive(float), help=FRAME_RATE_HELP)
     add("--class_level", type=positive(int), default=1, help=CLASS_LEVEL_HELP)
     add("--num_workers", type=positive(int), help="number of decoding processes (one per core)")
+    help_ = (
+        "where shards are decoded and stored: by this program (local), or through Apache Beam, on "
+        "this machine (direct) or a cluster; see docs/preparing.md (local)"
+    )
+    add("--runner", choices=beam_runner.RUNNERS, default=beam_runner.LOCAL, help=help_)
+    help_ = "options of Beam, such as '--project=P --region=R', with a --runner other than local"
+    add("--beam_options", metavar="OPTIONS", default="", help=help_)
     help_ = "decode the bad videos of an earlier run again; limits may differ from that run"
     add("--retry_bad", action="store_true", help=help_)
     help_ = "fraction of the videos of a split that may be missing, 0 to 1 (0.1)"
@@ -86,6 +96,8 @@ def parse_arguments() -> argparse.Namespace:
         arg_parser.error("--bad_videos needs --check; otherwise OUT/bad_videos.jsonl is the list")
     if arguments.retry_bad and arguments.check:
         arg_parser.error("--retry_bad excludes --check, which decodes every video anyway")
+    if arguments.check and (arguments.runner != beam_runner.LOCAL or arguments.beam_options):
+        arg_parser.error("--runner and --beam_options exclude --check, which stores no shards")
     return arguments
 
 
@@ -129,7 +141,12 @@ def main() -> None:
         # Imported here, because it imports TensorFlow.
         from dualpath_jax.data.preparation.prepare import PrepareOptions, prepare_dataset
 
-        prepare_options = PrepareOptions(retry_bad=arguments.retry_bad, **options)
+        prepare_options = PrepareOptions(
+            retry_bad=arguments.retry_bad,
+            runner=arguments.runner,
+            beam_options=arguments.beam_options,
+            **options,
+        )
         prepare_dataset(index, arguments.videos, arguments.out, prepare_options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

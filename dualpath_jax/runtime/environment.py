@@ -45,6 +45,8 @@ _TENSORFLOW_VARIABLES = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TF_ENABLE_ONEDNN_OPTS": "0",
     "TF_CPU_ALLOCATOR_USE_BFC": "true",
+    # TensorFlow then imports neither Keras 3, which nothing here uses, nor matplotlib's pyplot.
+    "TF_USE_LEGACY_KERAS": "1",
 }
 
 _MIN_ADDRESS_SPACE = 4 * 2**30  # bytes; the demo's training reserves 2.5 GB

@@ -156,9 +156,17 @@ def init_params(model: nn.Module, config: Any, backbone: Any) -> Any:
       The parameter tree: trainable parameters in float32, frozen ones in the compute dtype.
     """
     inputs = [None if x is None else jnp.zeros(x.shape) for x in abstract_inputs(config)]
-    params = dict(jax.jit(model.init)(jax.random.key(config.seed), *inputs)["params"])
+
+    @jax.jit
+    def init(key: jax.Array, *inputs: jax.Array | None) -> dict[str, Any]:
+        # Random values that are not returned are not computed either.
+        params = model.init(key, *inputs)["params"]
+        return {k: v for k, v in params.items() if backbone is None or k != "backbone"}
+
+    params = init(jax.random.key(config.seed), *inputs)
     if backbone is not None:
-        params["backbone"] = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), backbone)
+        frozen = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), backbone)
+        params = dict(sorted((params | {"backbone": frozen}).items()))
     params = model.start_from_backbone(params)
     is_trainable = method_registry.is_trainable_fn(config.model.method)
     mask = param_tree.trainable_mask(params, is_trainable)

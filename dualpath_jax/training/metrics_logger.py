@@ -88,7 +88,7 @@ class MetricsLogger:
         self._is_main = jax.process_index() == 0
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._workdir = workdir
-        self._events: Any = None  # clu's SummaryWriter, from the first entry on
+        self._events: Any = None  # a tf.summary.SummaryWriter, from the first entry on
         self._data_seconds = 0.0
         self._unwritten: list[str] = []  # lines of metrics.jsonl
         self._bar: progress_bar.ProgressBar | None = None
@@ -186,8 +186,8 @@ class MetricsLogger:
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Write an image, uint8 [H, W, 3], to the TensorBoard events."""
         if self._is_main:
-            with self._tolerate_lost_events(step):
-                self._open_events().write_images(step, {name: image[None]})
+            with self._tolerate_lost_events(step), self._open_events().as_default():
+                tf.summary.image(name, image[None], step)
 
     def _print_advice(self, line: str | None) -> None:
         if line and self._is_main:
@@ -200,16 +200,14 @@ class MetricsLogger:
         self._unwritten.append(json.dumps({"step": step, "split": split, **values}) + "\n")
         if not self.flush():
             return  # the disk is full, and has no room for events either
-        with self._tolerate_lost_events(step):
-            scalars = {f"{split}/{key}": value for key, value in values.items()}
-            self._open_events().write_scalars(step, scalars)
+        with self._tolerate_lost_events(step), self._open_events().as_default():
+            for key, value in values.items():
+                tf.summary.scalar(f"{split}/{key}", value, step)
 
     def _open_events(self) -> Any:
         """Return the writer of TensorBoard events."""
         if self._events is None:
-            from clu import metric_writers  # slow to import: TensorBoard
-
-            self._events = metric_writers.SummaryWriter(self._workdir)
+            self._events = tf.summary.create_file_writer(self._workdir)
         return self._events
 
     @contextlib.contextmanager

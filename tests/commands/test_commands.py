@@ -196,7 +196,7 @@ NOT_RUN = {
         "python -m dualpath_jax.main --config=configs/k400_vitb_st_adapter.py:released *",
     ],
     PACKAGES: [
-        *(f'pip install ".[[]{extra}]"' for extra in ("bench", "gpu", "tpu")),
+        *(f'pip install ".[[]{extra}]"' for extra in ("beam", "bench", "gpu", "tpu")),
         "python scripts/benchmark_memory.py *",
         "python scripts/compile_tpu.py *",
     ],
@@ -220,6 +220,7 @@ SLOW_COMMANDS = {
     ),
     "python scripts/benchmark_step.py*": ("scripts/test_benchmark_step", "benchmark_step"),
     "python scripts/benchmark_methods.py": ("scripts/test_benchmark_methods", "benchmark_methods"),
+    "python scripts/benchmark_startup.py": ("scripts/test_benchmark_startup", "benchmark_startup"),
     "python scripts/fuzz.py *": ("fuzz/test_fuzz", "scripts/fuzz.py"),
     "python -m dualpath_jax.main *synthetic=True *": (
         "data/test_synthetic",

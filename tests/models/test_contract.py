@@ -90,6 +90,22 @@ def test_dualpath_trains_a_step(form):
         assert norms["mlp"]["up"]["kernel"] > 0
 
 
+def test_parameters_with_a_backbone_are_those_without():
+    """Check that leaving out the frozen parameters' random values changes no other value."""
+    config = tiny_config("dualpath", scan_blocks=True)
+    model = experiment.build_abstract(config, CLASSES, 10, FORMS["class"]).model.module
+    fresh = experiment.init_params(model, config, None)
+    backbone = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), fresh["backbone"])
+    loaded = experiment.init_params(model, config, backbone)
+    assert list(loaded) == list(fresh)
+    jax.tree.map(np.testing.assert_array_equal, loaded, fresh)
+    # Twin: another seed gives other values.
+    config.seed += 1
+    other = experiment.init_params(model, config, backbone)
+    pairs = zip(jax.tree.leaves(other), jax.tree.leaves(loaded), strict=True)
+    assert any(np.any(a != b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("config", [*FORMS.values(), SWIN], ids=[*FORMS, "swin"])
 def test_contract(config):
     """Check what configs and modules say of themselves, and that each hook is called."""

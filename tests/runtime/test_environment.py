@@ -152,3 +152,16 @@ def test_a_stuck_thread_does_not_keep_the_process(kind):
     command = [sys.executable, "-c", EXITING, kind]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (ended.returncode, ended.stdout) == (7, "done\n")
+
+
+def test_tensorflow_comes_without_keras():
+    program = (
+        "import sys; from dualpath_jax.runtime import environment; "
+        "environment.quiet_tensorflow(); import tensorflow; from tensorflow import summary; "
+        "print('keras' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+    )
+    inherited = {k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}
+    variables = {**inherited, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
+    assert done.stdout.split() == ["False", "False"]

@@ -14,7 +14,10 @@ import hashlib
 import itertools
 import json
 import os
+import pickle
+import secrets
 import shutil
+import socket
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
@@ -23,7 +26,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from dualpath_jax.data import dataset_metadata, video_dataset
 from dualpath_jax.data.datasets.annotations import DatasetIndex, Video
-from dualpath_jax.data.preparation import shard_writer, summary
+from dualpath_jax.data.preparation import beam_runner, shard_writer, summary
 from dualpath_jax.data.preparation.summary import SplitCounts
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits, video_to_jpegs
 from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool
@@ -56,12 +59,16 @@ class PrepareOptions:
       frame_rate: frames per second of folders of images, above 0; None: unknown.
       videos_per_shard: videos in each shard, at least 1. 512 Kinetics clips make a shard of a few
         gigabytes.
-      num_workers: number of decoding processes, at least 1; None starts one per core.
+      num_workers: number of decoding processes, at least 1; None starts one per core. With a runner
+        on a cluster, it is the number for each shard, and None starts one.
       limits: limits on the cost of decoding one video.
       max_missing: fraction of the videos of a split, 0..1, whose files may be missing.
       retry_bad: decode the bad videos of an earlier run again; `limits` may then differ from those
         of that run.
       progress: show progress, see `ProgressBar`.
+      runner: where shards are decoded and stored, one of `beam_runner.RUNNERS`. All workers must
+        see the folders of videos and OUT under the same paths.
+      beam_options: options of Beam and of the runner, as on a command line.
     """
 
     short_side: int = 256
@@ -74,6 +81,8 @@ class PrepareOptions:
     max_missing: float = 0.1
     retry_bad: bool = False
     progress: bool = True
+    runner: str = beam_runner.LOCAL
+    beam_options: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +128,17 @@ def prepare_dataset(
       videos, OUT/truncated_videos.jsonl those stored in part.
 
     Raises:
-      ValueError: an option is out of range; OUT cannot be written, was prepared with other
-        settings, or is in use; too many videos are missing (checked before any is decoded;
-        OUT/missing_videos.txt lists them); no video could be stored.
-      OSError: the disk is full; finished shards are kept.
+      ValueError: an option is out of range; the runner is not installed; OUT cannot be written, was
+        prepared with other settings, or is in use; too many videos are missing (checked before any
+        is decoded; OUT/missing_videos.txt lists them); no video could be stored.
+      OSError: the disk is full, or the runner failed; finished shards are kept.
     """
     # Check the options and divide the videos into shards.
     summary.check_prepare_options(
         options.short_side, options.quality, options.fps, options.max_missing
+    )
+    pipeline = beam_runner.new_pipeline(
+        options.runner, options.beam_options, options.num_workers or num_cores()
     )
     settings = _build_settings(index, options)
     shards = _split_into_shards(index, options.videos_per_shard)
@@ -141,8 +153,11 @@ def prepare_dataset(
             if todo:
                 _check_missing_videos(index, videos_dir, out_dir, options.max_missing)
             files.write_text(_settings_path(out_dir), json.dumps(settings, indent=1))
-            # Decode the videos and store their frames, one shard after the other.
-            _store_shards(todo, shards, videos_dir, out_dir, options)
+            # Decode the videos and store their frames.
+            if todo and pipeline:
+                _store_on_beam(pipeline, todo, videos_dir, out_dir, options)
+            else:
+                _store_shards(todo, shards, videos_dir, out_dir, options)
             # Write the video tables and the lists of bad videos; print the counts.
             return _write_results(index, shards, out_dir, options)
 
@@ -316,6 +331,60 @@ def _store_shards(
                 _store_shard(shard, outcomes, out_dir)
             if i == 0:
                 _warn_of_short_disk(out_dir, shards)
+
+
+def _store_on_beam(
+    pipeline: Any, todo: _Todo, videos_dir: str, out_dir: str, options: PrepareOptions
+) -> None:
+    """Decode the videos in `todo` and store their shards on the workers of a runner."""
+    shards = [shard for shard, _ in todo]
+    videos_dir, out_dir = os.path.abspath(videos_dir), os.path.abspath(out_dir)
+    paths = (os.path.join(videos_dir, video.path) for shard in shards for video in shard.videos)
+    known_path = next(filter(os.path.exists, paths), videos_dir)
+    each = 1 if options.runner == "direct" else options.num_workers or 1
+    options = dataclasses.replace(options, num_workers=each, progress=False)
+    # The folder's lock removes this file if a killed run leaves it.
+    path = os.path.join(out_dir, "prepare", f"shards.incomplete-{secrets.token_hex(8)}.pickle")
+    with open(path, "xb") as file:
+        pickle.dump((shards, known_path, videos_dir, out_dir, options), file)
+    print(f"note: --runner={options.runner} stores {len(shards)} shards", file=sys.stderr)
+    try:
+        beam_runner.map_shards(pipeline, store_shard, path, len(shards))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise OSError(
+            f"--runner={options.runner} failed: {error.strerror or error}. The finished shards are "
+            "kept: run the same command again"
+        ) from None
+    if unfinished := [shard for shard in shards if not shard.is_finished(out_dir)]:
+        raise OSError(
+            f"--runner={options.runner} ended before {len(unfinished)} of {len(shards)} shards "
+            "were stored: run the same command again"
+        )
+
+
+def store_shard(work: str, number: int) -> None:
+    """Decode and store a shard, on a worker of a runner; do nothing if it is finished.
+
+    Args:
+      work: the file that `_store_on_beam` wrote.
+      number: position of the shard in it.
+
+    Raises:
+      OSError: this worker does not see the folders of the program that started it.
+    """
+    try:
+        with open(work, "rb") as file:
+            shards, known_path, videos_dir, out_dir, options = pickle.load(file)
+        os.stat(known_path)
+    except OSError as error:
+        raise OSError(
+            f"the worker {socket.gethostname()} cannot read {error.filename} ({error.strerror}): "
+            "--videos and --out must be folders that all workers see under the same paths"
+        ) from None
+    todo = _find_unfinished([shards[number]], out_dir, options.retry_bad)
+    _store_shards(todo, [shards[number]], videos_dir, out_dir, options)
 
 
 def _advance_bar(results: Iterator, bar: ProgressBar) -> Iterator:

@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Sequence
 
@@ -62,8 +63,9 @@ class ShardWriter:
 
     def __init__(self, path: str):
         self._path = path
-        directory, name = os.path.split(path)
-        self._temporary = os.path.join(directory, "incomplete-" + name)
+        # A random name, because two workers of a cluster may write the same shard;
+        # `files.remove_incomplete` knows it.
+        self._temporary = f"{path}.incomplete-{secrets.token_hex(8)}"
         self._count, self._digest = 0, dataset_metadata.ShardDigest()
         try:
             self._writer = ArrayRecordWriter(self._temporary, _WRITER_OPTIONS)
