@@ -14,11 +14,11 @@ from dualpath_jax.data.preparation.dry_run import check_videos
 from dualpath_jax.data.preparation.prepare import PrepareOptions, prepare_dataset
 from dualpath_jax.data.preparation.video_decoder import (
     DecodeLimits,
-    FrameFormat,
     VideoError,
     decode_frames,
 )
 from dualpath_jax.data.video_dataset import VideoDataset
+from dualpath_jax.data.video_source import FrameFormat
 from dualpath_jax.inference import predict_files, sliding_windows
 from tests.helpers.video_files import write_video
 
