@@ -4,6 +4,7 @@
 
 `--config=configs/k400_vitb_st_adapter.py:released` is the model that ST-Adapter's authors released:
 8 frames, 16 apart, and an adapter before the MLP of each block. Their weights: docs/published.md.
+The recipe is the paper's, not that of ST-Adapter's authors.
 Trainable parameters: 7,417,744 of 93,610,384 (measured; paper: 7M).
 Top-1 / top-5 at 32x3x1 views: 82.7 / 96.2 (paper; not reproduced).
 GMACs per video: 1820 (measured).

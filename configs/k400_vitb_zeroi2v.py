@@ -5,8 +5,8 @@
 The argument is the number of frames: `--config=configs/k400_vitb_zeroi2v.py:8`, 16 (default) or 32.
 The recipe is that of its authors' released configuration for 16 frames, 8 apart; frames cover 128
 frames of the video also with another number, which is ours.
-Trainable parameters: 14,521,744 of 100,714,384 (measured; none of them is left after merging, see
-docs/using_models.md, except positions in time and classifier).
+Trainable parameters: 14,521,744 of 100,714,384 (measured). After merging (docs/using_models.md)
+only positions in time and classifier remain next to the backbone.
 Top-1 at 8x3x1 views: 83.0 (ZeroI2V's own page; not reproduced).
 GMACs per video: 977 plain, 916 executed; merged 843 and 790 (measured).
 """

@@ -3,8 +3,8 @@
     python -m dualpath_jax.main --config=configs/ssv2_vitb_zeroi2v.py
 
 The recipe is that of its authors' released configuration for 16 frames.
-Trainable parameters: 14,347,950 of 100,540,590 (measured; none of them is left after merging, see
-docs/using_models.md, except positions in time and classifier).
+Trainable parameters: 14,347,950 of 100,540,590 (measured). After merging (docs/using_models.md)
+only positions in time and classifier remain next to the backbone.
 Top-1 at 8x1x3 views: 67.7 (ZeroI2V's own page; not reproduced).
 GMACs per video: 977 plain, 916 executed; merged 843 and 790 (measured).
 """

@@ -1,10 +1,11 @@
-"""Computes what a model trained in the blocks of its backbone into a plain backbone file.
+"""Merges what was trained in the blocks of a backbone into a plain backbone file.
 
     dualpath merge runs/lora --out=merged.safetensors
 
 The model must be tuned with lora, zeroi2v or full. Its other parameters, such as the classifier, go
 to a second file, here merged.adapter.safetensors, which names the backbone: dualpath predict
---adapter takes it. Both together have the logits of the model, and cost as much as the backbone.
+--adapter takes it. Both together have the logits of the model, and what was trained in the blocks
+costs nothing any more.
 
 In a checkout, python scripts/merge.py is the same command.
 """

@@ -270,7 +270,8 @@ KEYS = (
         "st_adapter: eq. 6 of the paper, or the form that its authors released.",
         ("paper", "released")),
     Key("model.st_adapter.places", "attention",
-        "st_adapter, form=released: adapters before attention, before the MLP or before both.",
+        "st_adapter, form=released: adapters before attention, before the MLP or before both; its "
+        "authors' models have mlp (K400) or both (SSv2).",
         ("attention", "mlp", "both")),
     Key("model.st_adapter.width", 384,
         "st_adapter: R, width of an adapter; its authors' value.", _WIDTH),

@@ -127,7 +127,7 @@ def markdown_tables() -> str:
     ]
     for row in SIZES:
         clips = "more" if row.max_clips == float("inf") else f"up to {row.max_clips:,}"
-        warmup = f"{WARMUP * row.epochs:g} epochs"
+        warmup = f"{WARMUP * row.epochs:g} epoch{'s' if WARMUP * row.epochs != 1 else ''}"
         cells = (clips, row.method, row.batch_size, row.epochs, warmup, row.randaugment_layers)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += [

@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import traverse_util
 
 from dualpath_jax.data.clip_spec import normalization
@@ -62,6 +64,9 @@ def merge_model(
     leaves, saved = trained_model.read_trained_params(path, checkpoint)
     config = trained_model.check_trained_params(path, leaves, saved)
     _check_mergeable(path, config)
+    adapter = f"{out.removesuffix('.safetensors')}.adapter.safetensors"
+    source = os.path.expanduser(backbone or config.backbone.checkpoint)
+    _check_outputs((out, adapter), (path, source))
     frozen, shape, _ = trained_model.load_backbone_of(path, config, saved, backbone)
     merged = {
         "method": config.model.method,
@@ -69,7 +74,6 @@ def merge_model(
         "backbone_sha256": saved["backbone_sha256"],
     }
     arrays = _merge_arrays(config, shape, frozen, leaves)
-    source = os.path.expanduser(backbone or config.backbone.checkpoint)
     info = convert.write_merged(out, arrays, shape, source, merged, normalization(config.data))
 
     config.update_from_flattened_dict(method_registry.METHODS[config.model.method].merged)
@@ -77,11 +81,18 @@ def merge_model(
     model = abstract.abstract_model(config, len(saved["class_names"]), shape)
     trained = param_tree.flatten(param_tree.split(model.params, model.mask)[0])
     rest = {name: leaves[name] for name in trained}
-    adapter = f"{out.removesuffix('.safetensors')}.adapter.safetensors"
     description = describe_trained(config, info, saved["class_names"])
     adapter_file.write_adapter(adapter, rest, saved | description)
     counts = [sum(array.size for array in tree.values()) for tree in (arrays, rest)]
     return MergedFiles(out, adapter, merged["method"], merged["step"], *counts)
+
+
+def _check_outputs(written: Sequence[str], read: Sequence[str]) -> None:
+    """Raise ValueError if a file that is read would be replaced."""
+    for new in map(epath.Path, written):
+        for old in map(epath.Path, read):
+            if new.exists() and new.resolve() == old.resolve():
+                raise ValueError(f"{new} would replace {old}, which is read: choose another --out")
 
 
 def _check_mergeable(path: str, config: Any) -> None:

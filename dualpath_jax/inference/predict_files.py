@@ -106,7 +106,8 @@ def predict_videos(
 ) -> int:
     """Predict videos or their windows, call `show` with each result, and count bad videos.
 
-    Videos are decoded in processes that can be killed, windows one after the other. If a video
+    Videos are decoded in processes that can be killed: whole videos several at a time, windows one
+    after the other. If a video
     turns out to be bad, its earlier windows have already been shown.
 
     Args:

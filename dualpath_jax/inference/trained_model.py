@@ -346,6 +346,7 @@ def load_backbone_of(
             f"{file} is not the backbone that {path} was trained with (SHA-256 {info.sha256}, "
             f"not {saved['backbone_sha256']}): pass --backbone=FILE"
         )
+    convert.check_merged(file, info, config.model)
     return frozen, shape, info
 
 
@@ -386,6 +387,11 @@ def check_trained_params(path: str, leaves: dict[str, np.ndarray], saved: dict[s
         model = abstract.abstract_model(config, len(saved["class_names"]))
     except INVALID_CONFIG_ERRORS as error:
         raise ValueError(f"{path}: its config builds no model ({error}): {remedy}") from None
+    if config.model.st_adapter.form == "released" and "adapters/down/kernel" in leaves:
+        raise ValueError(
+            f"{path} was trained by an older version, in which model.st_adapter.form=released "
+            "normalized class tokens before their average: train it again"
+        )
     is_trainable = param_tree.flatten(model.mask)
     shapes = {n: p.shape for n, p in param_tree.flatten(model.params).items() if is_trainable[n]}
     for name in sorted(shapes.keys() | leaves.keys()):

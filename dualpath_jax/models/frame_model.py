@@ -54,7 +54,8 @@ class AverageClassifier(nn.Module):
 class FrameModel(nn.Module):
     """Runs each frame through the backbone, then a head on the T frame features.
 
-    Parameters: `backbone`, `adapters` (the parameters of `hooks`, stacked [L, ...]), `head`.
+    Parameters: `backbone`, `adapters` (the parameters of `hooks`, stacked [L, ...], if they have
+    any), `head`.
 
     Attributes:
       config: the backbone's shape.

@@ -33,7 +33,8 @@ def merge_backbone(hooks: BlockHooks, hook_params: Any, backbone: Any) -> Any:
 def merge_hooks(hooks: BlockHooks, hook_params: Any, blocks: Any) -> Any:
     """Return the weights of blocks that compute without `hooks` what these compute with them.
 
-    Heads that the hooks shift stay a part of the model.
+    Heads that the hooks shift stay a part of the model. A function before attention must have no
+    offset in a Swin, because zeros that pad a map do not pass through it.
 
     Args:
       hooks: of a method, with `mergeable`, in float32.

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from clu import parameter_overview
 
 Tree = Any
 
@@ -97,7 +98,7 @@ def unstack_blocks(frozen: Tree) -> Tree:
 
 def count_params(tree: Tree) -> int:
     """Count the parameters of a tree."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    return int(parameter_overview.count_parameters(flatten(tree)))
 
 
 def _group_of(path: str) -> str:

@@ -28,8 +28,7 @@ class TrainingAdvice:
 
     def add_step(self, metrics: dict[str, float]) -> str | None:
         """Take the logged values of a training step; return advice or None."""
-        if "accuracy" in metrics:  # a loss function of one's own may not give it
-            self._accuracies.append(metrics["accuracy"])
+        self.add_accuracy(metrics)
         # While the learning rate still rises, a loss that stays says nothing.
         if metrics["learning_rate"] <= self._learning_rate:
             self._losses.append(metrics["loss"])
@@ -46,6 +45,11 @@ class TrainingAdvice:
             "model.adapter_layer_norm=True; scripts/trainability.py of the repository shows "
             "whether a configuration can fit 32 clips",
         )
+
+    def add_accuracy(self, metrics: dict[str, float]) -> None:
+        """Take the accuracy of a training step that was logged before."""
+        if "accuracy" in metrics:  # a loss function of one's own may not give it
+            self._accuracies.append(metrics["accuracy"])
 
     def add_score(self, split: str, top1: float) -> str | None:
         """Take the top-1 of an evaluation; return advice or None."""

@@ -246,6 +246,7 @@ def load_backbone(config: Any) -> tuple[Any, BackboneConfig, convert.BackboneInf
         return None, backbone, convert.BackboneInfo(backbone.name, *["random"] * 3)
     weights, backbone, info = convert.load_backbone(config.backbone.checkpoint, backbone)
     convert.check_normalization(config.backbone.checkpoint, info, config.data)
+    convert.check_merged(config.backbone.checkpoint, info, config.model)
     if config.backbone.heads not in (None, backbone.heads):
         raise ValueError(
             f"backbone.heads={config.backbone.heads}, but {config.backbone.checkpoint} has "

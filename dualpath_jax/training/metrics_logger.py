@@ -299,7 +299,7 @@ def advise_after_training(workdir: str, num_classes: int, split: str, top1: floa
         if is_evaluation(entry):
             advice.add_score(entry["split"], entry["top1"])  # its advice was given then
         else:
-            advice.add_step(entry)
+            advice.add_accuracy(entry)
     if line := advice.add_score(split, top1):
         progress_bar.print_above_bar(line)
 

@@ -77,8 +77,8 @@ def convert_published(
       out: the adapter file, local or gs://.
       backbone: converted file of the CLIP that they started from.
       config: of the same method. Keys that the weights state are set in place: widths and places of
-        adapters; of AIM also `data.num_frames`. `model.aim.scale` and ST-Adapter's number of frames
-        are not in a checkpoint and stay.
+        adapters; of AIM also `data.num_frames`; of ST-Adapter also kernel, `form` and `scale`.
+        `model.aim.scale` and ST-Adapter's number of frames are not in a checkpoint and stay.
       class_names: in the order of the classifier's outputs.
 
     Returns:

@@ -95,6 +95,7 @@ class BackboneInfo:
       source: file name of that checkpoint.
       normalization: mean and standard deviation, each of red, green and blue in 0..1; None for
         files of version 0.1.0.
+      merged: method whose training is merged into the weights, see `write_merged`.
     """
 
     name: str
@@ -102,6 +103,7 @@ class BackboneInfo:
     source_sha256: str
     source: str
     normalization: Normalization | None = None
+    merged: str | None = None
 
 
 @functools.lru_cache(maxsize=16)
@@ -312,8 +314,10 @@ def _parse_stored_config(path: Any, meta: Mapping[str, Any]) -> backbone_registr
     defaults = {field.name: field.default for field in dataclasses.fields(known_family.config)}
 
     def is_valid(name: str, value: Any) -> bool:
-        is_default = type(value) is type(defaults.get(name)) and value == defaults[name]
-        return name in types and (is_default or _FIELD_CHECKS[types[name]](value))
+        if name not in types:
+            return False
+        is_default = type(value) is type(defaults[name]) and value == defaults[name]
+        return is_default or _FIELD_CHECKS[types[name]](value)
 
     wrong = [name for name, value in values.items() if not is_valid(name, value)]
     if wrong:
@@ -361,7 +365,8 @@ def load_backbone(
         )
         arrays = config.resize_position_tables(arrays)
     source = str(meta["source_sha256"]), str(meta["source"])
-    info = BackboneInfo(stored.name, sha256, *source, _parse_normalization(path, meta))
+    merged = _parse_merged(path, meta)
+    info = BackboneInfo(stored.name, sha256, *source, _parse_normalization(path, meta), merged)
     return traverse_util.unflatten_dict(arrays, sep="/"), config, info
 
 
@@ -420,12 +425,10 @@ def write_merged(
       default_normalization: for files of version 0.1.0, which state none.
 
     Raises:
-      ValueError: the arrays are not those of `config`, or `out` is `source`.
+      ValueError: the arrays are not those of `config`.
       OSError: `source` cannot be read or `out` cannot be written.
     """
     out = epath.Path(out)
-    if out.exists() and out.resolve() == epath.Path(source).resolve():
-        raise ValueError(f"{out} is the backbone that was trained on: write to another file")
     meta = _read_metadata(source)
     mean, std = _parse_normalization(source, meta) or default_normalization
     meta |= {"mean": list(mean), "std": list(std), "merged": dict(merged)}
@@ -435,7 +438,34 @@ def write_merged(
     with _writable_output(out) as temporary:
         temporary.write_bytes(data)
     origin = str(meta["source_sha256"]), str(meta["source"])
-    return BackboneInfo(config.name, _identity_sha256(data, arrays, meta), *origin, (mean, std))
+    sha256 = _identity_sha256(data, arrays, meta)
+    return BackboneInfo(config.name, sha256, *origin, (mean, std), _parse_merged(out, meta))
+
+
+def _parse_merged(path: Any, meta: Mapping[str, Any]) -> str | None:
+    """Return the method whose training is merged into the weights of a file, or None."""
+    merged = meta.get("merged")
+    if merged is None:
+        return None
+    if not isinstance(merged, Mapping) or not isinstance(merged.get("method"), str):
+        raise ValueError(f"{path} does not say what is merged into it: it is damaged")
+    return merged["method"]
+
+
+def check_merged(path: Any, info: BackboneInfo, model_config: Any) -> None:
+    """Raise ValueError if `model.merged` needs another backbone file.
+
+    Args:
+      path: the backbone's file, for messages.
+      info: of `load_backbone`.
+      model_config: the group `model` of the configuration.
+    """
+    method = model_config.method
+    if model_config.merged and info.merged != method:
+        raise ValueError(
+            f"model.merged=True, but no training of {method} is merged into {path}: "
+            f"`{command_line('merge')}` writes such files; or set model.merged=False"
+        )
 
 
 def _parse_normalization(path: Any, meta: Mapping[str, Any]) -> Normalization | None:

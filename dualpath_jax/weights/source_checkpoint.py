@@ -227,8 +227,9 @@ def rename_tensors(path: str, tensors: TensorReaders, layout: Layout) -> dict[st
     known = {source for sources, *_ in rows for source in sources}
     left, missing = set(tensors) - known, known - set(tensors)
     optional = {source for source in missing if re.fullmatch(layout.optional, source)}
-    missing -= optional
-    rows = [row for row in rows if not optional.intersection(row[0])]
+    absent = [row for row in rows if optional.issuperset(row[0])]  # not if some blocks have it
+    missing -= {source for row in absent for source in row[0]}
+    rows = [row for row in rows if row not in absent]
     if left or missing:
         raise ValueError(
             f"{path} does not have the names of {layout.title}; left over: {format_names(left)}; "

@@ -4,9 +4,8 @@ Both frameworks get the same weights and the same clips, and their logits are co
 anything is timed. They are timed in turns, each in its own process: within one process PyTorch
 would reuse the memory that JAX keeps between steps, and the threads of both would disturb each
 other. A ratio is the median over rounds of the ratios within a round. TensorFlow and PyAV are not
-needed. On a GPU a measurement
-contains several calls in a row, as in training, and both frameworks compute float32 products in
-TF32, JAX's default there; only the logits are compared in full float32.
+needed. On a GPU a measurement contains several calls in a row, as in training, and both frameworks
+compute float32 products in TF32, JAX's default there; only the logits are compared in full float32.
 
 The command line is scripts/benchmark_step.py.
 """

@@ -165,7 +165,6 @@ FOREIGN = "needs data or weights that others publish"
 PACKAGES = "needs packages that CI does not install"
 SLOW = "takes 45 s at its smallest; test_methods.py trains every method"
 INSTALLATION = "needs an installation; test_docs.py parses it, and scripts are the same commands"
-PATCHES = "patches the package in its own process; scripts/test_int8_trial.py tests its products"
 SAME = "another documented command, which is run, does the same with another configuration"
 NOT_RUN = {
     CI: [
@@ -202,7 +201,6 @@ NOT_RUN = {
     ],
     INSTALLATION: ["pip install .", "dualpath *"],
     SLOW: ["python scripts/compare_methods.py --out=runs/compare"],
-    PATCHES: ["python scripts/int8_trial.py *"],
     SAME: [
         "python -m dualpath_jax.main --config=configs/diving48_vitb.py --mode=check",
         "python -m dualpath_jax.main --config=configs/finetune.py *method=probe *",

@@ -1,6 +1,7 @@
 """Merges trained models into backbone files and compares logits with those of the models."""
 
 import dataclasses
+import pathlib
 import sys
 
 import jax
@@ -113,7 +114,11 @@ def test_files_of_a_merged_model(method, half_backbone, tmp_path):
     adapter_file.write_adapter(
         merged.adapter, leaves, saved | {"backbone_sha256": hash_of(half_backbone)}
     )
-    assert np.abs(logits(merged.adapter, clip, half_backbone) - tuned).max() > 1e-2
+    if method == "full":  # the configuration is that of any linear model
+        assert np.abs(logits(merged.adapter, clip, half_backbone) - tuned).max() > 1e-2
+        return
+    with pytest.raises(ValueError, match=f"no training of {method} is merged into .*half.safe"):
+        logits(merged.adapter, clip, half_backbone)
 
 
 def hash_of(path):
@@ -140,8 +145,15 @@ def test_errors(half_backbone, tmp_path, monkeypatch, capsys):
         assert error.count("\n") == 1
     path = tuned_model("lora", half_backbone, tmp_path)
     error = error_of(path, f"--out={half_backbone}")
-    assert "half.safetensors is the backbone that was trained on: write to another file" in error
+    assert f"{half_backbone} would replace {half_backbone}, which is read: choose anoth" in error
     assert error.count("\n") == 1
+    before = pathlib.Path(path).read_bytes()
+    assert f"{path} would replace {path}, which is read" in error_of(path, f"--out={path}")
+    named = tmp_path / "named.adapter.safetensors"
+    named.write_bytes(before)
+    error = error_of(str(named), f"--out={tmp_path}/named.safetensors")
+    assert f"{named} would replace {named}, which is read" in error
+    assert pathlib.Path(path).read_bytes() == named.read_bytes() == before
     assert "no folder" in error_of(path, f"--out={tmp_path}/none/merged.safetensors")
     assert not (tmp_path / "merged.adapter.safetensors").exists()
     merged = merged_model.merge_model(path, out)
@@ -163,6 +175,8 @@ def test_a_merged_model_trains_on(config, tmp_path):
     assert f"with zeroi2v of step 5 merged\nwrote {tmp_path}/merged.adapter" in message
 
     config.model.merged = True
+    with pytest.raises(ValueError, match="no training of zeroi2v is merged into"):
+        build_run(config, str(tmp_path / "plain"), dataset)
     config.backbone.checkpoint = str(tmp_path / "merged.safetensors")
     config.init_from = str(tmp_path / "merged.adapter.safetensors")
     merged = build_run(config, str(tmp_path / "merged"), dataset)

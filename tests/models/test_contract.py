@@ -33,7 +33,7 @@ FORMS = {
 SWIN = swin.SwinConfig("custom-swin", 32, 4, 16, (2, 2), 1, 32, 4)
 KEY = jax.random.key(0)
 HOOKS = ("on_input", "before_attention", "parallel_to_attention", "after_attention")
-HOOKS += ("weight_update", "shift_heads", "before_mlp", "parallel_to_mlp", "after_mlp")
+HOOKS += ("weight_update", "shift_heads", "on_middle", "before_mlp", "parallel_to_mlp", "after_mlp")
 HOOKS += ("on_output",)
 
 

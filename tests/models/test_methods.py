@@ -527,7 +527,7 @@ def test_bad_values_are_named(case, key, value, match):
 # A Swin has no class token and position table; the methods that need them reject it.
 SWIN = swin.SwinConfig("custom-swin", 32, 4, 24, (2, 2), 2, 48, 4)
 ON_SWIN = ("full", "linear", "adaptformer", "protuning", "st_adapter", "videoprompt")
-ON_SWIN += ("lora", "lora_all")
+ON_SWIN += ("lora", "lora_all", "st_adapter_released", "st_adapter_both")
 
 
 PROBES = [case for case in CASES if case.startswith("probe")]

@@ -177,6 +177,7 @@ def _write_backbone(tmp_path, kind, edit):
         ("vit", "width", "8", "impossible backbone: invalid fields width"),
         ("vit", "surplus", 1, "impossible backbone: invalid fields surplus"),
         ("vit", "eps", 2**64, "impossible backbone: invalid fields eps"),
+        ("vit", "another", None, "impossible backbone: invalid fields another"),
     ],
 )
 def test_impossible_backbone_configs(tmp_path, kind, key, value, message):

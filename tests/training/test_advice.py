@@ -67,7 +67,8 @@ def test_the_end_of_a_training(tmp_path, capsys):
         for i in range(5)
     ]
     score = {"step": 4, "split": "train", "top1": 0.2}  # an evaluation, though of this split
-    text = "".join(json.dumps(entry) + "\n" for entry in [*steps, score])
+    odd = {"step": 3, "split": "train"}  # of a damaged file, or of a logger of one's own
+    text = "".join(json.dumps(entry) + "\n" for entry in [odd, *steps, score])
     (tmp_path / "metrics.jsonl").write_text(text)
     metrics_logger.advise_after_training(str(tmp_path), 10, "test", 0.9)
     assert capsys.readouterr().out == ""

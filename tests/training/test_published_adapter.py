@@ -256,6 +256,16 @@ def test_st_adapter_logits(places, frozen, tmp_path):
     assert np.abs(logits - _st_adapter_logits(state, clips, ("norm", "mean"))).max() > 1e-2
 
 
+def test_an_adapter_that_one_block_lacks_is_an_error(tmp_path):
+    state = _random_st_adapter(("attn", "mlp"))
+    _write_backbone(state, "", tmp_path)
+    state = {n: x for n, x in state.items() if "resblocks.1.adapter_pre_attn" not in n}
+    torch.save({"model": state}, tmp_path / "st.pth")
+    arguments = (str(tmp_path / "out"), str(tmp_path / "backbone"), _config("st_adapter"), NAMES)
+    with pytest.raises(ValueError, match="missing: transformer.resblocks.1.adapter_pre_attn.conv"):
+        published_adapter.convert_published("st_adapter", tmp_path / "st.pth", *arguments)
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     state = _write_aim(tmp_path, False)
     checkpoint, out = tmp_path / "aim.pth", str(tmp_path / "aim.safetensors")

@@ -68,8 +68,8 @@ class BlockHooks(nn.Module):
     tokens are in the order of the map, row by row.
 
     Attributes:
-      pointwise: True if every hook acts on each token independently. The last block may then
-        compute only the class token (token 0), and the GPU path may append a padding token.
+      pointwise: True if no hook mixes the tokens of an image. The last block may then compute only
+        the class token (token 0), and the GPU path may append a padding token.
       has_parameters: False if the hooks have no parameters.
       mergeable: True if the hooks only update weights, shift heads, and map each token by an affine
         function before and after attention and MLP; `merge.merge_hooks` computes such updates and

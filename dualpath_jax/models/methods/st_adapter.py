@@ -117,5 +117,5 @@ class ReleasedSTAdapterModel(FrameModel):
     def features(self, frames: jax.Array, dropout_rng: jax.Array | None = None) -> jax.Array:
         """Map frames [B, T, H, W, 3] to the readout of the average frame, [B, 1, D] float32."""
         h = self.encode(frames, dropout_rng)
-        h = einops.reduce(h, "(b t) n d -> b n d", "mean", t=self.num_frames)
+        h = einops.reduce(h, "(b t) ... -> b ...", "mean", t=self.num_frames)
         return self.pool(h).astype(jnp.float32)[:, None]

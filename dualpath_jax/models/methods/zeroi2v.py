@@ -1,7 +1,8 @@
 """Defines ZeroI2V (Li et al., ECCV 2024): linear adapters, and heads that see other frames.
 
-After training, both cost nothing: `merge.merge_hooks` computes the adapters into the weights, and
-the heads only read keys and values of another frame.
+After training the adapters cost nothing: `merge.merge_hooks` computes them into the weights. The
+heads only read keys and values of another frame; the last block must therefore compute those of all
+tokens.
 """
 
 from typing import ClassVar
