@@ -13,7 +13,7 @@ import tqdm
 from dualpath_jax.analysis import prediction_figures
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.preparation import video_decoder
-from dualpath_jax.data.preparation.image_folder import is_image_folder
+from dualpath_jax.data.preparation.image_folder import IGNORED_FOLDERS, is_image_folder
 from dualpath_jax.data.preparation.video_decoder import VIDEO_SUFFIXES
 from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool, pull_streams
 from dualpath_jax.inference import sliding_windows, trained_model
@@ -48,7 +48,8 @@ def find_videos(paths: Sequence[str]) -> list[str]:
     """Return the files among `paths`, and the videos in the folders among them.
 
     Folders are searched recursively for `VIDEO_SUFFIXES` and for folders of images; the videos of a
-    folder are sorted. Other files that are not hidden are named on standard error.
+    folder are sorted. Hidden folders, and those whose names begin with @, are not searched. Other
+    files that are not hidden are named on standard error.
 
     Raises:
       FileNotFoundError: a path does not exist, or a folder has no video.
@@ -61,7 +62,8 @@ def find_videos(paths: Sequence[str]) -> list[str]:
             videos.append(path)
             continue
         inside, skipped = [], []
-        for folder, _, names in os.walk(path):
+        for folder, folders, names in os.walk(path):
+            folders[:] = [name for name in folders if not name.startswith(IGNORED_FOLDERS)]
             if is_image_folder(folder):
                 inside.append(folder)
                 continue

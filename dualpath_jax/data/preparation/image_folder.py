@@ -23,16 +23,27 @@ from dualpath_jax.data.preparation.video_decoder import (
 from dualpath_jax.runtime.safe_read import check_regular
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
+IGNORED_FOLDERS = (".", "@")  # beginnings of the names of folders that are not searched
 FRAME_RATE_HELP = "frames per second of folders of images; times are unknown without it"
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 _OPTICAL_FLOW = "flow"  # names of images of optical flow, which may lie next to the frames
 _NUMBERED = re.compile(r"(.*?)(\d+)(\D*)", re.ASCII | re.DOTALL)
 
 
+def is_ignored(entry: os.DirEntry) -> bool:
+    """Return whether an entry is hidden, or a folder of a network drive, such as @eaDir."""
+    if entry.name.startswith("."):
+        return True
+    return entry.name.startswith(IGNORED_FOLDERS) and os.path.isdir(entry)
+
+
 def is_image_folder(path: str) -> bool:
-    """Return whether a path is a folder that holds images, and neither folders nor videos."""
+    """Return whether a path is a folder that holds images, and neither folders nor videos.
+
+    Entries that `is_ignored` names do not count.
+    """
     try:
-        entries = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
+        entries = [entry for entry in os.scandir(path) if not is_ignored(entry)]
         suffixes = {os.path.splitext(entry.name)[1].lower() for entry in entries}
         if suffixes.isdisjoint(IMAGE_SUFFIXES) or not suffixes.isdisjoint(VIDEO_SUFFIXES):
             return False
@@ -192,14 +203,18 @@ def _read_image(path: str, limits: DecodeLimits) -> Image.Image:
     """Return an image, upright, in RGB.
 
     Raises:
-      VideoError: it is too large, or has more than 8 bits.
+      VideoError: it is too large, also for Pillow, or has more than 8 bits.
       Exception: it is damaged.
     """
     check_regular(path)
     name = os.path.basename(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below
-        with Image.open(path, formats=_FORMATS) as image:
+        try:
+            opened = Image.open(path, formats=_FORMATS)
+        except Image.DecompressionBombError as problem:  # Pillow has a limit of its own
+            raise VideoError(f"{name!r}: {problem}") from None
+        with opened as image:
             if image.width * image.height > limits.max_pixels:
                 raise VideoError(
                     f"{image.width}x{image.height} pixels ({name!r}), more than the limit of "
