@@ -305,7 +305,7 @@ def test_evaluation_without_a_checkpoint(config, tmp_path):
         ("data.num_spatial_frames", 17, "num_spatial_frames=17"),
         ("backbone.width", 192, "width"),
         ("model.dtype", "float16", "'float16'"),
-        ("model.method", "lora", "'lora'"),
+        ("model.method", "nothing", "'nothing'"),
         ("model.temporal_position", "none", "'none'"),
     ],
 )

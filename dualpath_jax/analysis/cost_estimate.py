@@ -18,6 +18,7 @@ _STEP_PASSES = 2.1  # multiply-accumulates of a step, in forward passes (docs/tr
 _SHARE_OF_PEAK = 0.45  # of a large product's speed that a step reaches
 _SAVED_WIDTHS = 10  # numbers saved per token and block, in widths of the tokens
 _PROGRAM_BYTES = 1.2e9  # Python, JAX and TensorFlow
+_MEMORY_SHARE = 0.6  # of the free memory that a training may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,3 +97,23 @@ def available_memory() -> float:
 def training_bytes(cost: Cost, clips_at_a_time: int) -> float:
     """Return the memory of a training that computes so many clips at a time."""
     return _PROGRAM_BYTES + cost.fixed_bytes + clips_at_a_time * cost.clip_bytes
+
+
+def fit_accumulation(config: Any, cost: Cost, memory: float) -> int:
+    """Set and return accumulation steps with which a part of a batch fits the memory, or nearly.
+
+    Each part has clips for every device, see `sharding.check_batch_sizes`.
+
+    Args:
+      config: of the training; `optimizer.accumulation_steps` is never made smaller.
+      cost: of `config`.
+      memory: free bytes.
+    """
+    clips, steps = config.data.batch_size, config.optimizer.accumulation_steps
+    while (
+        training_bytes(cost, clips // steps) > _MEMORY_SHARE * memory
+        and clips % (2 * steps * jax.device_count()) == 0
+    ):
+        steps *= 2
+    config.optimizer.accumulation_steps = steps
+    return steps

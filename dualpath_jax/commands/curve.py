@@ -38,6 +38,10 @@ SHOTS = ("2", "4", "8", "16", "64", "all")
 SHORT_SHOTS = ("2", "8")
 _SHORT_STEPS = 100  # of a training, at most
 _GENERATED = ("demo", "paths", "paths_large")
+_CHOSEN_BY_VALIDATION = (
+    "there is no test split: all methods are evaluated on the validation videos, by which the "
+    "probe is also chosen; its accuracy is then too high"
+)
 # Keys that the command sets, and the option that does.
 _OWN_KEYS = {
     "data.dir": "--data",
@@ -128,7 +132,8 @@ def draw_curve(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     logging.set_verbosity(logging.ERROR)
     environment.disable_async_dispatch()
-    for key in loading.find_overridden_keys(overrides):
+    overridden = loading.find_overridden_keys(overrides)
+    for key in overridden:
         if key in _OWN_KEYS:
             raise ValueError(f"--config.{key} is set by the command: use {_OWN_KEYS[key]}")
     shots = _parse_shots(arguments.shots or (SHORT_SHOTS if arguments.short else SHOTS))
@@ -141,9 +146,12 @@ def draw_curve(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             "backbone": arguments.backbone,
             "short": arguments.short,
             "overrides": sorted(overrides),
+            "inputs": _input_digests(first),
         }
         results = read_results(arguments.out)
         _check_same_settings(results, settings, arguments.out)
+        if first.eval.split == "validation" and "probe" in arguments.methods:
+            print(f"note: {_CHOSEN_BY_VALIDATION}", flush=True)
         done = sum(bool(find(results, **point.key())) for point in points)
         print(f"{len(points)} trainings, of which {done} are finished", flush=True)
         for number, point in enumerate(points, 1):
@@ -151,6 +159,8 @@ def draw_curve(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
                 continue
             print(f"training {number} of {len(points)}: {point.folder}", flush=True)
             config = make_config(point, arguments, overrides)
+            if "optimizer.accumulation_steps" not in overridden and point.method != "probe":
+                _fit_memory(config, len(dataset.class_names))
             scores = train(point, config, arguments.out, arguments.short)
             results.append(point.key() | {"clips": point.num_clips} | scores | settings)
             text = "".join(json.dumps(row) + "\n" for row in results)
@@ -249,6 +259,24 @@ def make_config(point: Point, arguments: argparse.Namespace, overrides: Sequence
     return config
 
 
+def _input_digests(config: Any) -> dict[str, str]:
+    """Return digests of the backbone and of the splits that trainings and probes read."""
+    from dualpath_jax.data import dataset_metadata
+    from dualpath_jax.training.inputs import input_digests
+
+    used = [config.data.train_split, config.eval.split, "validation"]
+    splits = dataset_metadata.read_splits(config.data.dir)
+    return input_digests(config, [split for split in used if split in splits])
+
+
+def _fit_memory(config: Any, num_classes: int) -> None:
+    """Set `optimizer.accumulation_steps` as dualpath finetune does."""
+    from dualpath_jax.analysis import cost_estimate
+
+    cost = cost_estimate.estimate_cost(config, num_classes)
+    cost_estimate.fit_accumulation(config, cost, cost_estimate.available_memory())
+
+
 def train(point: Point, config: Any, out: str, short: bool) -> dict[str, Any]:
     """Train a point, or continue its training, and return what its result says of it."""
     import jax
@@ -298,7 +326,8 @@ def read_results(out: str) -> list[dict[str, Any]]:
     results = [parse_json(line, dict, path) for line in read_lines(path) if line]
     for row in results:
         numbers = [row.get(key) for key in ("top1", "num_videos", "clips", "seed")]
-        if not all(type(number) in (int, float) for number in numbers) or "shots" not in row:
+        is_result = "shots" in row and isinstance(row.get("inputs", {}), dict)
+        if not all(type(number) in (int, float) for number in numbers) or not is_result:
             raise ValueError(f"{path} has a line that is not a result: {truncated_repr(row)}")
     return results
 
@@ -311,12 +340,20 @@ def find(results: Sequence[dict[str, Any]], **wanted: Any) -> list[dict[str, Any
 def _check_same_settings(
     results: Sequence[dict[str, Any]], settings: dict[str, Any], out: str
 ) -> None:
-    """Raise ValueError if a result was made with other settings."""
+    """Raise ValueError if a result was made with other settings or inputs."""
+    from dualpath_jax.training.inputs import changed_inputs
+
     for row in results:
-        if changes := [key for key, value in settings.items() if row.get(key) != value]:
-            listed = ", ".join(f"{key} {row.get(key)!r}, now {settings[key]!r}" for key in changes)
+        changes = [
+            f"{key} {row.get(key)!r}, now {value!r}"
+            for key, value in settings.items()
+            if key != "inputs" and row.get(key) != value
+        ]
+        if names := changed_inputs(row.get("inputs", {}), settings["inputs"]):
+            changes.append(f"changed: {', '.join(names)}")
+        if changes:
             raise ValueError(
-                f"{out} has results of other settings ({listed}): choose another --out"
+                f"{out} has results of other settings ({', '.join(changes)}): choose another --out"
             )
 
 
@@ -351,7 +388,7 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
         clips = find(results, shots=shots)[0]["clips"]
         lines.append(f"| {shots} | {clips:,} | {' | '.join(cells)} |")
     seeds = len({row["seed"] for row in results})
-    return "\n".join(["", *lines, "", f"top-1 on {splits} videos, {seeds} seed(s)"])
+    return "\n".join(["", *lines, "", f"top-1 on {splits} videos, {seeds} seed{'s' * (seeds > 1)}"])
 
 
 def draw_figure(results: Sequence[dict[str, Any]], num_classes: int, path: str) -> None:

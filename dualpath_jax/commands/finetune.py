@@ -29,11 +29,10 @@ from typing import Any
 from dualpath_jax import cli
 from dualpath_jax.config import loading, schema, small_sets
 from dualpath_jax.data.datasets.class_folders import CLASS_LEVEL_HELP
-from dualpath_jax.data.preparation.image_folder import FRAME_RATE_HELP, check_frame_rate
+from dualpath_jax.data.preparation.video_names import FRAME_RATE_HELP, check_frame_rate
 from dualpath_jax.runtime import console, environment, files, preemption, progress_bar
 from dualpath_jax.runtime.command_line import command_line
 
-_MEMORY_SHARE = 0.6  # of the free memory that a training may take
 _LONG_SECONDS = 2 * 3600  # a training that takes longer gets a hint
 
 
@@ -96,6 +95,10 @@ def finetune(arguments: argparse.Namespace, overrides: list[str]) -> None:
     methods = schema.choices("model.method")
     if arguments.method not in (None, *methods):
         raise ValueError(f"unknown --method={arguments.method}: known are {', '.join(methods)}")
+    name = pathlib.Path(arguments.videos).resolve().name.removesuffix(".csv")
+    run = arguments.out or f"runs/{name}"
+    if arguments.tune:
+        _check_tune(run)
 
     # What is there, and what will be done.
     index, videos_dir, lines = survey.list_own_videos(
@@ -105,8 +108,6 @@ def finetune(arguments: argparse.Namespace, overrides: list[str]) -> None:
     options = prepare.PrepareOptions(
         short_side=arguments.short_side, frame_rate=arguments.frame_rate
     )
-    name = pathlib.Path(arguments.videos).resolve().name.removesuffix(".csv")
-    run = arguments.out or f"runs/{name}"
     _print_section("videos", [*survey.describe_classes(index), *lines, *index.notices])
     begun = os.path.exists(os.path.join(run, "data", "prepare", "settings.json"))
     found = None
@@ -148,6 +149,20 @@ def _check_backbone_option(backbone: str | None) -> None:
             "CLIP ViT-B/16, --backbone=ViT-B-16.pt (docs/converting.md says where to get it; "
             "hf:openai/clip-vit-base-patch16 downloads one), or --backbone=demo, a tiny one that "
             "comes with this package, to try the command out"
+        )
+
+
+def _check_tune(run: str) -> None:
+    """Raise ValueError if the training began without tries: its learning rate cannot change."""
+    from dualpath_jax.commands import tuning
+
+    begun, tried = (
+        os.path.exists(os.path.join(run, name)) for name in ("checkpoints", tuning.FILE)
+    )
+    if begun and not tried:
+        raise ValueError(
+            f"the training in {run} has begun without --tune: choose another --out, or leave "
+            "--tune out"
         )
 
 
@@ -275,7 +290,7 @@ def _estimate(config: Any, index: Any, found: Any, run: str, tune: bool) -> list
 
     cost = cost_estimate.estimate_cost(config, len(index.class_names))
     clips, memory = config.data.batch_size, cost_estimate.available_memory()
-    accumulation = _fit_accumulation(config, cost, memory)
+    accumulation = cost_estimate.fit_accumulation(config, cost, memory)
     needed = cost_estimate.training_bytes(cost, clips // accumulation)
     num_clips, num_validation = (len(index.splits[split]) for split in ("train", "validation"))
 
@@ -283,7 +298,9 @@ def _estimate(config: Any, index: Any, found: Any, run: str, tune: bool) -> list
         return steps * clips * cost.clip_seconds + evaluations * num_validation * cost.eval_seconds
 
     steps = count_train_steps(config, num_clips / clips)
-    seconds = training_seconds(steps, small_sets.NUM_EVALUATIONS)
+    epochs = steps * clips / num_clips
+    evaluations = max(1, round(epochs / (config.eval.every_epochs or epochs)))
+    train_seconds = seconds = training_seconds(steps, evaluations)
     lines = []
     if found:
         frames = format_bytes(found.num_bytes)
@@ -295,7 +312,7 @@ def _estimate(config: Any, index: Any, found: Any, run: str, tune: bool) -> list
     total = f"; together {_format_seconds(seconds)}" if tune else ""
     lines.append(
         f"training: {steps:,} steps at most, about {_format_seconds(cost.clip_seconds)} a clip: "
-        f"{_format_seconds(training_seconds(steps, small_sets.NUM_EVALUATIONS))} at most{total}; "
+        f"{_format_seconds(train_seconds)} at most{total}; "
         "often it stops earlier"
     )
     parts = f", in {accumulation} parts of a batch" if accumulation > 1 else ""
@@ -343,25 +360,6 @@ def _check_disk(
             "--out, or a smaller --short_side"
         )
     return f"disk: about {format_bytes(disk)} of {format_bytes(free)} in {run}"
-
-
-def _fit_accumulation(config: Any, cost: Any, memory: float) -> int:
-    """Set and return accumulation steps with which a part of a batch fits the memory, or nearly.
-
-    Each part has clips for every device, see `sharding.check_batch_sizes`.
-    """
-    import jax
-
-    from dualpath_jax.analysis.cost_estimate import training_bytes
-
-    clips, steps = config.data.batch_size, config.optimizer.accumulation_steps
-    while (
-        training_bytes(cost, clips // steps) > _MEMORY_SHARE * memory
-        and clips % (2 * steps * jax.device_count()) == 0
-    ):
-        steps *= 2
-    config.optimizer.accumulation_steps = steps
-    return steps
 
 
 def _existing_folder(path: str) -> pathlib.Path:

@@ -18,8 +18,8 @@ import json
 import sys
 
 from dualpath_jax import cli
-from dualpath_jax.data.preparation.image_folder import FRAME_RATE_HELP, check_frame_rate
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits
+from dualpath_jax.data.preparation.video_names import FRAME_RATE_HELP, check_frame_rate
 from dualpath_jax.runtime import console, environment
 
 

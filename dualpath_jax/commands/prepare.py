@@ -26,8 +26,8 @@ from dualpath_jax.data.datasets.registry import DATASETS, list_videos
 from dualpath_jax.data.datasets.validation_split import GroupBy
 from dualpath_jax.data.preparation import beam_runner
 from dualpath_jax.data.preparation.dry_run import check_videos
-from dualpath_jax.data.preparation.image_folder import FRAME_RATE_HELP, check_frame_rate
 from dualpath_jax.data.preparation.video_decoder import DecodeLimits
+from dualpath_jax.data.preparation.video_names import FRAME_RATE_HELP, check_frame_rate
 from dualpath_jax.runtime import environment, progress_bar
 
 

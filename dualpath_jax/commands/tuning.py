@@ -3,7 +3,7 @@
 Each try trains for a fifth of the steps, with a schedule of its own, and is evaluated once on the
 validation split; the test split is not opened. The rate of the table in `config.small_sets`, a
 third of it and three times of it are tried, then one more in the direction of the best if that is
-the lowest or the highest.
+the lowest or the highest. A try whose loss or gradient is not finite is never chosen.
 
     RUN/tune.json       the scores of all finished tries, written after each of them
     RUN/tune/lr0.001    the workdir of a try, from which an interrupted one continues
@@ -13,14 +13,15 @@ import copy
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dualpath_jax import launch
 from dualpath_jax.analysis.confidence import format_accuracy
-from dualpath_jax.config.values import config_changes
+from dualpath_jax.config.values import config_changes, score_origin
 from dualpath_jax.runtime import files
 from dualpath_jax.runtime.safe_read import read_json, truncated_repr
+from dualpath_jax.training.inputs import changed_inputs, input_digests
 from dualpath_jax.training.optimizer import count_train_steps
 
 FILE = "tune.json"
@@ -37,16 +38,21 @@ class Try:
     Attributes:
       learning_rate: peak learning rate.
       steps: length of the training.
-      top1: fraction of correct validation videos, 0..1.
-      mean_class_accuracy: of the same videos, 0..1.
-      num_videos: number of validation videos.
+      top1: fraction of correct validation videos, 0..1; None if the training diverged.
+      mean_class_accuracy: of the same videos, 0..1, or None.
+      num_videos: number of validation videos, or None.
     """
 
     learning_rate: float
     steps: int
-    top1: float
-    mean_class_accuracy: float
-    num_videos: int
+    top1: float | None
+    mean_class_accuracy: float | None
+    num_videos: int | None
+
+    @property
+    def diverged(self) -> bool:
+        """Return whether loss or gradient were not finite."""
+        return self.top1 is None
 
 
 def count_try_steps(config: Any, num_clips: int) -> int:
@@ -74,12 +80,16 @@ def choose_learning_rate(config: Any, run: str, num_clips: int) -> None:
       num_clips: training clips.
 
     Raises:
-      ValueError, OSError: a try cannot be trained, or tune.json is of other settings or damaged.
+      ValueError, OSError: a try cannot be trained, all tries diverged, or tune.json is of other
+        settings or inputs, or damaged.
       Preempted: a signal stopped a try; its state is saved.
     """
     base = make_try_config(config, config.optimizer.learning_rate, num_clips)
+    origin = {key: value for key, value in score_origin(base).items() if key != "criterion"}
+    inputs = input_digests(base, (base.data.train_split, base.eval.split))
+    record = {"config": json.loads(base.to_json_best_effort()), "origin": origin, "inputs": inputs}
     path = os.path.join(run, FILE)
-    tries = _read_tries(path, base)
+    tries = _read_tries(path, record)
 
     def score(rate: float) -> Try:
         done = next((entry for entry in tries if entry.learning_rate == rate), None)
@@ -89,7 +99,7 @@ def choose_learning_rate(config: Any, run: str, num_clips: int) -> None:
             content = {
                 "criterion": config.eval.criterion,
                 "tries": list(map(dataclasses.asdict, tries)),
-                "config": json.loads(base.to_json_best_effort()),
+                **record,
             }
             files.write_text(path, json.dumps(content, indent=2) + "\n")
         return done
@@ -122,6 +132,9 @@ def search(score: Callable[[float], Try], rates: Sequence[float], criterion: str
       score: learning rate -> its result.
       rates: three rates; that of the table is in the middle.
       criterion: "top1" or "mean_class_accuracy".
+
+    Raises:
+      ValueError: all of `rates` diverged.
     """
     results = [score(rate) for rate in rates]
     best = choose(results, rates[1], criterion).learning_rate
@@ -133,25 +146,37 @@ def search(score: Callable[[float], Try], rates: Sequence[float], criterion: str
 
 
 def choose(results: Sequence[Try], usual: float, criterion: str) -> Try:
-    """Return the best result; of equal ones, that whose rate is nearest to the `usual` one."""
+    """Return the best result; of equal ones, that whose rate is nearest to the `usual` one.
+
+    Raises:
+      ValueError: all diverged.
+    """
+    finite = [result for result in results if not result.diverged]
+    if not finite:
+        rates = ", ".join(f"{result.learning_rate:g}" for result in results)
+        raise ValueError(
+            f"the trainings with learning rates {rates} all diverged: set a lower "
+            "--config.optimizer.learning_rate"
+        )
 
     def rank(result: Try) -> tuple[float, float]:
         ratio = result.learning_rate / usual
         return getattr(result, criterion), -max(ratio, 1 / ratio)
 
-    return max(results, key=rank)
+    return max(finite, key=rank)
 
 
 def format_table(results: Sequence[Try], chosen: float, criterion: str) -> list[str]:
     """Return the lines of a table of results, and one that names the chosen rate."""
     lines = [f"{'learning rate':<15}{'steps':<8}{'validation top-1':<33}mean class accuracy"]
     for result in results:
+        start = f"{result.learning_rate:<15g}{result.steps:<8}"
+        if result.diverged:
+            lines.append(f"{start}diverged")
+            continue
         top1 = format_accuracy(result.top1, result.num_videos)
         mark = "  chosen" if result.learning_rate == chosen else ""
-        lines.append(
-            f"{result.learning_rate:<15g}{result.steps:<8}{top1:<33}"
-            f"{result.mean_class_accuracy:.4f}{mark}"
-        )
+        lines.append(f"{start}{top1:<33}{result.mean_class_accuracy:.4f}{mark}")
     return [*lines, f"learning rate {chosen:g} has the best {criterion}; the training uses it"]
 
 
@@ -170,35 +195,63 @@ def _train(config: Any, rate: float, run: str, num_clips: int) -> Try:
     print(f"tuning: learning rate {rate:g}", flush=True)
     tried = make_try_config(config, rate, num_clips)
     workdir = os.path.join(run, "tune", f"lr{rate:g}")
-    launch.train_and_evaluate(tried, workdir, training=True)
+    try:
+        launch.train_and_evaluate(tried, workdir, training=True)
+    except FloatingPointError:
+        print(f"tuning: learning rate {rate:g} diverged", flush=True)
+        return Try(rate, tried.num_train_steps, None, None, None)
     results = read_json(os.path.join(workdir, "results.json"), dict)
     scores = {key: results[key] for key in ("top1", "mean_class_accuracy", "num_videos")}
     return Try(rate, tried.num_train_steps, **scores)
 
 
-def _read_tries(path: str, base: Any) -> list[Try]:
+def _read_tries(path: str, record: Mapping[str, Any]) -> list[Try]:
     """Return the finished tries.
 
+    Args:
+      path: of tune.json.
+      record: what it must say of settings, scores and inputs.
+
     Raises:
-      ValueError: they were made with other settings, or the file is damaged.
+      ValueError: they were made with other settings or inputs, or the file is damaged.
     """
     if not os.path.exists(path):
         return []
     content = read_json(path, dict)
     try:
-        tries = [Try(**entry) for entry in content["tries"]]
-        changes = config_changes(content["config"], json.loads(base.to_json_best_effort()))
-        if not all(type(v) in (int, float) for entry in content["tries"] for v in entry.values()):
-            raise ValueError("a value is not a number")
+        tries = [_parse_try(entry) for entry in content["tries"]]
+        changes = config_changes(content["config"], record["config"])
+        for key, value in record["origin"].items():
+            if (old := content.get("origin", {}).get(key, value)) != value:
+                changes[key] = (old, value)
+        inputs = changed_inputs(content.get("inputs", {}), record["inputs"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged ({truncated_repr(str(error))}): delete it, and all rates are tried "
             "again"
         ) from None
-    if changes:
-        listed = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in changes.items())
+    if all(entry.diverged for entry in tries):
+        changes.pop("optimizer.learning_rate", None)  # the remedy: no training has begun with it
+    if changes or inputs:
+        listed = [f"{key} was {old}, is {new}" for key, (old, new) in changes.items()]
+        if inputs:
+            listed.append(f"changed: {', '.join(inputs)}")
         raise ValueError(
-            f"the tries in {path} had other settings: {listed}. Choose another --out, or delete "
-            f"{path} and {os.path.dirname(path)}/tune"
+            f"the tries in {path} had other settings: {', '.join(listed)}. Choose another --out, "
+            f"or delete {path} and {os.path.dirname(path)}/tune"
         )
     return tries
+
+
+def _parse_try(entry: Mapping[str, Any]) -> Try:
+    """Return a try of tune.json.
+
+    Raises:
+      TypeError, ValueError: a value is missing, or not a number.
+    """
+    parsed = Try(**entry)
+    scores = (parsed.top1, parsed.mean_class_accuracy, parsed.num_videos)
+    numbers = (parsed.learning_rate, parsed.steps, *(() if scores == (None,) * 3 else scores))
+    if not all(type(number) in (int, float) for number in numbers):
+        raise ValueError("a value is not a number")
+    return parsed

@@ -13,8 +13,11 @@ import tqdm
 from dualpath_jax.analysis import prediction_figures
 from dualpath_jax.data import pipeline
 from dualpath_jax.data.preparation import video_decoder
-from dualpath_jax.data.preparation.image_folder import is_image_folder
-from dualpath_jax.data.preparation.video_decoder import VIDEO_SUFFIXES
+from dualpath_jax.data.preparation.video_names import (
+    IGNORED_FOLDERS,
+    VIDEO_SUFFIXES,
+    is_image_folder,
+)
 from dualpath_jax.data.preparation.worker_pool import Failure, WorkerPool, pull_streams
 from dualpath_jax.inference import sliding_windows, trained_model
 from dualpath_jax.runtime import files, terminal
@@ -48,7 +51,8 @@ def find_videos(paths: Sequence[str]) -> list[str]:
     """Return the files among `paths`, and the videos in the folders among them.
 
     Folders are searched recursively for `VIDEO_SUFFIXES` and for folders of images; the videos of a
-    folder are sorted. Other files that are not hidden are named on standard error.
+    folder are sorted. Hidden folders, and those whose names begin with @, are not searched. Other
+    files that are not hidden are named on standard error.
 
     Raises:
       FileNotFoundError: a path does not exist, or a folder has no video.
@@ -61,7 +65,8 @@ def find_videos(paths: Sequence[str]) -> list[str]:
             videos.append(path)
             continue
         inside, skipped = [], []
-        for folder, _, names in os.walk(path):
+        for folder, folders, names in os.walk(path):
+            folders[:] = [name for name in folders if not name.startswith(IGNORED_FOLDERS)]
             if is_image_folder(folder):
                 inside.append(folder)
                 continue
@@ -107,8 +112,7 @@ def predict_videos(
     """Predict videos or their windows, call `show` with each result, and count bad videos.
 
     Videos are decoded in processes that can be killed: whole videos several at a time, windows one
-    after the other. If a video
-    turns out to be bad, its earlier windows have already been shown.
+    after the other. If a video turns out to be bad, its earlier windows have already been shown.
 
     Args:
       model: the model.

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -17,6 +17,7 @@ from dualpath_jax.models.backbones import registry
 from dualpath_jax.runtime import distributed, file_lock, files, gcs
 from dualpath_jax.runtime.command_line import command_line
 from dualpath_jax.runtime.safe_read import truncated_repr
+from dualpath_jax.weights import convert
 
 # Files and folders that runs write in their workdirs, as patterns of `fnmatch`.
 WORKDIR_ENTRIES = (
@@ -177,6 +178,29 @@ def dataset_fingerprint(dataset: VideoSource) -> list[Any]:
     """Return, for JSON, what must be the same on all hosts: ids, labels, lengths, frames."""
     numbers = (dataset.labels.tolist(), dataset.num_frames.tolist())
     return [list(dataset.ids), *numbers, list(dataset.class_names), dataset.identity]
+
+
+def input_digests(config: Any, splits: Iterable[str]) -> dict[str, str]:
+    """Return digests of the backbone and of splits, by their names in messages; "" if unknown.
+
+    Raises:
+      ValueError, OSError: the file of the backbone or the data cannot be read.
+    """
+    digests = {"the backbone": convert.read_sha256(config.backbone.checkpoint)}
+    for split in dict.fromkeys(splits):
+        identity = VideoDataset(config.data.dir, split).identity
+        digests[f"the list of {split} videos"] = identity["videos"]
+        digests[f"the frames of {split} videos"] = identity["frames"]
+    return digests
+
+
+def changed_inputs(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
+    """Return the names of `input_digests` that differ, as far as both are known."""
+    return [
+        name
+        for name, digest in current.items()
+        if digest and saved.get(name) not in (None, "", digest)
+    ]
 
 
 def choose_train_batches(data: Any) -> Callable:

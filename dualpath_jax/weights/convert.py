@@ -370,6 +370,16 @@ def load_backbone(
     return traverse_util.unflatten_dict(arrays, sep="/"), config, info
 
 
+def read_sha256(path: str | os.PathLike[str]) -> str:
+    """Return `BackboneInfo.sha256` of a backbone file, which is read as a whole.
+
+    Raises:
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is not a converted one, or is damaged.
+    """
+    return _read_backbone(path)[2]
+
+
 def is_converted(path: str | os.PathLike[str]) -> bool:
     """Return whether a path is a file that `convert_checkpoint` wrote, by its header."""
     if not epath.Path(path).is_file():

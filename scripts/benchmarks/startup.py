@@ -169,15 +169,25 @@ def _time_prediction(clock: _StageClock) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Run as the measured process: kind, then the arguments of its command."""
+    """Run as the measured process: kind, then the arguments of its command.
+
+    Raises:
+      SystemExit: the command failed.
+      RuntimeError: a training has ended before its first step.
+    """
     from dualpath_jax.runtime import environment
 
     environment.configure_environment()  # the command does the same before it imports JAX
     kind = sys.argv.pop(1)
     clock = _StageClock()
     command = {"train": _time_training, "predict": _time_prediction}[kind](clock)
-    with contextlib.suppress(SystemExit):
+    try:
         command()
+    except SystemExit as end:
+        if end.code:
+            raise
+    if kind == "train":  # `_time_training` ends the process in the first step
+        raise RuntimeError("the training has ended before its first step: give it more steps")
     clock.finish()
 
 

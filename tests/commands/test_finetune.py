@@ -104,9 +104,24 @@ def test_a_backbone_is_asked_for(tmp_path, monkeypatch):
         2,
         "error: there is no --backbone=nothing.pt: name a file of weights, or demo\n",
     )
-    status, _, errors = run(monkeypatch, tmp_path, "--backbone=demo", "--method=lora")
+    status, _, errors = run(monkeypatch, tmp_path, "--backbone=demo", "--method=nothing")
     assert status == 2
-    assert errors.startswith("error: unknown --method=lora: known are dualpath, full, linear")
+    assert errors.startswith("error: unknown --method=nothing: known are dualpath, full, linear")
+
+
+def test_tries_come_before_the_training(tmp_path, monkeypatch):
+    """Check that --tune is refused before any work; in the twin tries came before."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    arguments = (tmp_path / "videos", "--backbone=demo", f"--out={tmp_path / 'run'}", "--tune")
+    for more in ((), ("--plan",)):
+        status, output, errors = run(monkeypatch, *arguments, *more)
+        assert (status, output) == (2, "")
+        assert errors == (
+            f"error: the training in {tmp_path}/run has begun without --tune: choose another "
+            "--out, or leave --tune out\n"
+        )
+    (tmp_path / "run" / "tune.json").write_text("{}")
+    assert "there is no folder of videos" in run(monkeypatch, *arguments)[2]
 
 
 def test_uneven_classes_are_weighted(tmp_path, monkeypatch):
@@ -143,6 +158,6 @@ def test_parts_of_a_batch_have_clips_for_every_device(devices, steps, monkeypatc
     config.data.batch_size = 8
     cost = cost_estimate.Cost(0.0, 0.0, 0.0, 1e12, 0.0)  # no part fits
     monkeypatch.setattr(jax, "device_count", lambda: devices)
-    assert finetune._fit_accumulation(config, cost, 1e9) == steps
+    assert cost_estimate.fit_accumulation(config, cost, 1e9) == steps
     assert config.optimizer.accumulation_steps == steps
     assert 8 % (devices * steps) == 0

@@ -10,6 +10,10 @@ from dualpath_jax.config import small_sets
 from dualpath_jax.models.backbones import vit
 
 DEMO = vit.ViTConfig("custom", 64, 8, 96, 4, 2, 384, 64)
+HALF = (  # a try that neither diverged nor has all scores
+    '{"tries": [{"learning_rate": 1.0, "steps": 2, "top1": null, "mean_class_accuracy": 0.5, '
+    '"num_videos": 3}], "config": {}}'
+)
 CLIPS = 144  # 16 a step: 9 steps an epoch
 
 
@@ -32,6 +36,8 @@ def trainings(monkeypatch):
         begun.append((config, workdir))
         if scores[config.optimizer.learning_rate] is None:
             raise KeyboardInterrupt
+        if scores[config.optimizer.learning_rate] == "diverges":
+            raise FloatingPointError("loss is nan, gradient norm nan at step 5")
         folder = pathlib.Path(workdir)
         folder.mkdir(parents=True)
         top1 = scores[config.optimizer.learning_rate]
@@ -40,6 +46,14 @@ def trainings(monkeypatch):
 
     monkeypatch.setattr(tuning.launch, "train_and_evaluate", train)
     return begun, scores
+
+
+@pytest.fixture(autouse=True)
+def digests(monkeypatch):
+    """Replace the digests of backbone and data, and return them."""
+    found = {"the backbone": "b", "the frames of train videos": ""}
+    monkeypatch.setattr(tuning, "input_digests", lambda config, splits: dict(found))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -107,11 +121,77 @@ def test_tries_are_recorded_and_continued(config, trainings, tmp_path, capsys):
     assert (len(begun), config.optimizer.learning_rate) == (5, 0.03)
     config.optimizer.learning_rate = 0.01
     config.data.num_frames = 4
-    with pytest.raises(ValueError, match=r"had other settings: data.num_frames was 8, is 4\. Choo"):
+    message = r"had other settings: data.num_frames was 8, is 4, views was 8x1x1, is 4x1x1\. Choose"
+    with pytest.raises(ValueError, match=message):
         tuning.choose_learning_rate(config, str(tmp_path), CLIPS)
 
 
-@pytest.mark.parametrize("text", ['{"tries": [{}]}', '{"tries": 3}', "[]", '{"tries": [], "c": 1}'])
+def test_a_try_that_diverges_is_not_chosen(config, trainings, tmp_path, capsys):
+    begun, scores = trainings
+    scores |= {0.03: "diverges"}
+    for _ in range(2):  # the second time, nothing is trained
+        config.optimizer.learning_rate = 0.01
+        tuning.choose_learning_rate(config, str(tmp_path), CLIPS)
+        assert (len(begun), config.optimizer.learning_rate) == (3, 0.01)
+    printed = capsys.readouterr().out.splitlines()
+    assert "tuning: learning rate 0.03 diverged" in printed
+    assert printed[-2] == "  0.03           252     diverged"
+    recorded = json.loads((tmp_path / "tune.json").read_text())["tries"][2]
+    assert (recorded["learning_rate"], recorded["top1"]) == (0.03, None)
+
+
+def test_all_tries_diverge(config, trainings, tmp_path):
+    begun, scores = trainings
+    scores |= dict.fromkeys(scores, "diverges") | {0.001: 0.3, 0.000333: 0.2}
+    message = "rates 0.00333, 0.01, 0.03 all diverged: set a lower --config.optimizer.learning_rate"
+    with pytest.raises(ValueError, match=message):
+        tuning.choose_learning_rate(config, str(tmp_path), CLIPS)
+    config.optimizer.learning_rate = 0.001  # the remedy works
+    scores[0.003] = "diverges"
+    tuning.choose_learning_rate(config, str(tmp_path), CLIPS)
+    assert config.optimizer.learning_rate == 0.001
+    # Twin: another middle rate where a rate was chosen.
+    config.optimizer.learning_rate = 0.01
+    with pytest.raises(ValueError, match="other settings: optimizer.learning_rate was 0.001, is"):
+        tuning.choose_learning_rate(config, str(tmp_path), CLIPS)
+
+
+@pytest.mark.parametrize("what", ["backbone", "views", "data", "criterion", "unknown"])
+def test_tries_of_other_inputs(what, config, trainings, digests, tmp_path):
+    """Check that finished tries do not count for another backbone, other views or other videos."""
+    begun, _ = trainings
+    tuning.choose_learning_rate(config, str(tmp_path), CLIPS)
+    config.optimizer.learning_rate = 0.01
+    message = None
+    if what == "backbone":
+        digests["the backbone"] = "c"
+        message = "other settings: changed: the backbone. Choose another --out"
+    elif what == "data":
+        content = json.loads((tmp_path / "tune.json").read_text())
+        content["inputs"]["the frames of train videos"] = "x"
+        (tmp_path / "tune.json").write_text(json.dumps(content))
+        digests["the frames of train videos"] = "y"
+        message = "other settings: changed: the frames of train videos. Choose"
+    elif what == "views":
+        config.eval.temporal_views = 3
+        message = "other settings: views was 8x1x1, is 8x3x1"
+    elif what == "criterion":  # twin: both scores are recorded
+        config.eval.criterion = "mean_class_accuracy"
+    else:  # twin: data that were prepared by an old version
+        digests["the frames of train videos"] = "y"
+    if message:
+        with pytest.raises(ValueError, match=message):
+            tuning.choose_learning_rate(config, str(tmp_path), CLIPS)
+        return
+    trainings[1][0.00111] = 0.9
+    tuning.choose_learning_rate(config, str(tmp_path), CLIPS)
+    # By mean class accuracy, the lowest of the first three rates is the best: one more.
+    assert len(begun) == 4 + (what == "criterion")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"tries": [{}]}', '{"tries": 3}', "[]", '{"tries": [], "c": 1}', HALF]
+)
 def test_a_damaged_record(config, text, tmp_path):
     (tmp_path / "tune.json").write_text(text)
     with pytest.raises(ValueError, match="damaged|instead of"):

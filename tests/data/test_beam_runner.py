@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 
@@ -199,6 +201,43 @@ def test_process_ends_with_its_parent():
     wait_until(lambda: not is_running(child))
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError, None])
+def test_a_job_that_is_interrupted_is_canceled(end, work, monkeypatch):
+    """Check that job and processes end with the command; in the twin the job has ended."""
+    monkeypatch.setitem(sys.modules, "apache_beam", mock.MagicMock())
+    pipeline = mock.MagicMock()
+    result = pipeline.run.return_value
+    result.cancel.side_effect = OSError("has ended")
+    errors = []
+
+    def sleep():
+        try:
+            call_in_process(60, module=shard_calls.__name__, name="sleep", work=work)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    caller = threading.Thread(target=sleep)
+
+    def wait_until_finish():
+        caller.start()
+        wait_until(lambda: beam_runner._running)
+        if end:
+            raise end("stopped")
+
+    result.wait_until_finish = wait_until_finish
+    starts = mock.Mock(wraps=subprocess.Popen)
+    monkeypatch.setattr(beam_runner.subprocess, "Popen", starts)
+    with pytest.raises(OSError if end is RuntimeError else end) if end else nullcontext():
+        map_shards(pipeline, shard_calls.sleep, work, 3)
+    assert not beam_runner._running  # they have been waited for
+    caller.join()
+    assert errors == ["shard 60: the job was stopped"]
+    assert starts.call_count == 1  # a killed process is not started again
+    assert result.cancel.call_count == (end is not None)
+    with pytest.raises(RuntimeError, match="shard 1: the job was stopped"):
+        call(1, work)
+
+
 def wait_until(condition):
     deadline = time.monotonic() + 60
     while not condition():
@@ -261,8 +300,10 @@ def test_full_disk_of_a_worker(work):
         ("--direct_num_workers=x", "argument --direct_num_workers: invalid int value: 'x'"),
         ("--runner=FlinkRunner", "it sets runner=FlinkRunner; --runner=direct has done so"),
         ("--job_name='x", "No closing quotation"),
+        ("--help", "--beam_options='--help': it asks for help instead of naming options"),
     ],
 )
-def test_wrong_beam_options(options, message):
+def test_wrong_beam_options(options, message, capsys):
     with pytest.raises(ValueError, match=message):
         new_pipeline("direct", options, 1)
+    assert capsys.readouterr().out == ""

@@ -209,10 +209,32 @@ def test_folders_inside_of_class_folders(videos):
     assert listing.class_names == ["a", "b"]
     assert ids(listing, "train") == ["a/anna/1.mp4", "a/bob/x/1.mp4", "b/1.mp4", "b/carl/2.mp4"]
     assert listing.notices == [
-        "folders in 'b' whose names begin with @ are ignored: '@eaDir'",
+        "1 folder whose name begins with @ is ignored: 'b/@eaDir'",
         "the 2 videos in the folders of 'a', such as 'anna', all count as one class; if these "
         "folders are the classes, pass --class_level=2",
     ]
+
+
+@pytest.mark.parametrize(
+    ("names", "level", "classes", "ids_", "ignored"),
+    [
+        (["@eaDir/walk/x.jpg", "run/2.mp4", "walk/1.mp4"], 1, ["run", "walk"], None, "@eaDir"),
+        (["@eaDir/x.jpg", "train/a/1.mp4", "val/a/2.mp4"], 1, ["a"], ["train/a/1.mp4"], "@eaDir"),
+        (["train/@eaDir/x.jpg", "train/a/1.mp4"], 1, ["a"], ["train/a/1.mp4"], "train/@eaDir"),
+        (["g/@eaDir/t.jpg", "g/walk/1.mp4"], 2, ["walk"], ["g/walk/1.mp4"], "g/@eaDir"),
+        (
+            ["walk/v1/img_1.jpg", "walk/v1/img_2.jpg", "walk/v1/@eaDir/img_1.jpg/t.jpg"],
+            *(1, ["walk"], ["walk/v1"], "walk/v1/@eaDir"),
+        ),
+    ],
+)
+def test_folders_of_network_drives(videos, names, level, classes, ids_, ignored):
+    """Check that folders such as @eaDir are ignored at all levels, with one notice of all."""
+    touch(videos, *names)
+    listing = list_videos("folder", str(videos), None, 0.0, class_level=level)
+    assert listing.class_names == classes
+    assert ids(listing, "train") == (ids_ or names[1:])
+    assert listing.notices[0] == f"1 folder whose name begins with @ is ignored: {ignored!r}"
 
 
 @pytest.mark.parametrize("splits", [False, True])
@@ -225,11 +247,41 @@ def test_groups_of_class_folders(videos, splits):
     assert ids(listing, "train") == [prefixes[0] + name for name in names[:3]]
     assert [video.label for video in listing.splits["train"]] == [1, 0, 1]
     assert list(listing.splits) == ["train", "validation"][: len(prefixes)]
-    assert "1 files outside class folders in " in listing.notices[0]
+    place = videos / prefixes[0] / "day1"
+    assert listing.notices[0] == (f"1 file outside class folders in {place} is ignored: 'note.txt'")
     # Twin: at the first level, days are classes.
     assert list_videos("folder", str(videos), None, 0.0).class_names == ["day1", "day2"]
     with pytest.raises(ValueError, match=r"--class_level=3: .* has no folders at level 3, such as"):
         list_videos("folder", str(videos), None, 0.0, class_level=3)
+
+
+def test_a_group_without_class_folders_is_noted(videos):
+    touch(videos, "day1/walk/1.mp4", "day2/2.mp4")
+    listing = list_videos("folder", str(videos), None, 0.0, class_level=2)
+    assert listing.class_names == ["walk"]
+    assert listing.notices[:2] == [
+        f"1 file outside class folders in {videos}/day2 is ignored: '2.mp4'",
+        "'day2' holds no folders at level 2 and is ignored",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "bad"),
+    [
+        (["walk/train/1.mp4", "walk/validation/2.mp4"], "'walk' in .* holds 2 folders such as"),
+        (["run/train/1.mp4", "walk/train/2.mp4"], "'run' in .* holds the folder 'train', the "),
+        (["run/a/1.mp4", "walk/Val/2.mp4", "walk/train/2.mp4"], "'walk' in .* such as 'Val', the"),
+        (["rail/train/1.mp4", "road/car/2.mp4"], None),  # twin: a class of this name
+    ],
+)
+def test_split_folders_inside_of_groups(videos, names, bad):
+    touch(videos, *names)
+    if bad:
+        with pytest.raises(ValueError, match=f"class folder {bad}.*split folders are expected"):
+            list_videos("folder", str(videos), None, 0.0, class_level=2)
+        return
+    listing = list_videos("folder", str(videos), None, 0.0, class_level=2)
+    assert listing.class_names == ["car", "train"]
 
 
 def test_a_level_of_classes_without_effect_is_refused(videos):
@@ -253,6 +305,31 @@ def test_images_in_a_class_folder(videos):
     touch(videos, "b/7/img_1.jpg")
     (videos / "b" / "8").mkdir()  # will be in the list of bad videos: a folder without images
     assert ids(list_videos("folder", str(videos), None, 0.0), "train") == ["a/1", "b/7", "b/8"]
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ("clip.mp4", "the video 'clip.mp4'"),
+        ("preview.gif", "the video 'preview.gif'"),
+        ("thumbs/1.jpg", "the folder 'thumbs'"),
+        ("notes.txt", None),  # twin
+    ],
+)
+def test_images_next_to_folders_or_videos(videos, other, what):
+    touch(videos, "walk/v1/img_1.jpg", f"walk/v1/{other}", "walk/2.mp4")
+    index = list_videos("folder", str(videos), None, 0.0)
+    if what and "thumbs" not in other:  # a single image is a preview
+        assert ids(index, "train") == ["walk/2.mp4", f"walk/v1/{other}"]
+        assert index.notices[0] == f"the image 'img_1.jpg' next to {what} in 'walk/v1' is ignored"
+    touch(videos, "walk/v1/img_2.jpg")
+    if what is None:
+        found = list_videos("folder", str(videos), None, 0.0)
+        assert ids(found, "train") == ["walk/2.mp4", "walk/v1"]
+        return
+    message = f"'walk/v1' in .* holds images and also {what}: keep only the images in the folder"
+    with pytest.raises(ValueError, match=message):
+        list_videos("folder", str(videos), None, 0.0)
 
 
 def test_a_folder_that_contains_itself(videos):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dualpath_jax.commands import prepare as prepare_command
 from dualpath_jax.data.datasets.registry import list_videos
-from dualpath_jax.data.preparation import image_folder
+from dualpath_jax.data.preparation import video_names
 from dualpath_jax.data.preparation.dry_run import check_videos
 from dualpath_jax.data.preparation.prepare import PrepareOptions, prepare_dataset
 from dualpath_jax.data.preparation.video_decoder import (
@@ -147,8 +147,12 @@ def test_folders_that_are_no_video(how, tmp_path):
         read(folder)
 
 
-def test_limits(tmp_path):
+def test_limits(tmp_path, monkeypatch):
     write_images(tmp_path, range(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow raises beyond twice as many
+        with pytest.raises(VideoError, match="^'img_00000.png': Image size .3072 pixels. exceeds"):
+            read(tmp_path)
     with pytest.raises(VideoError, match="64x48 pixels .*more than the limit of 3071"):
         read(tmp_path, limits=DecodeLimits(max_pixels=3071))
     with pytest.raises(VideoError, match="more than 2 frames"):
@@ -158,14 +162,17 @@ def test_limits(tmp_path):
 
 def test_which_folders_are_videos(tmp_path):
     video = write_images(tmp_path / "video", range(2))
-    assert image_folder.is_image_folder(str(video))
-    assert not image_folder.is_image_folder(str(tmp_path))
-    assert not image_folder.is_image_folder(str(video / "img_00000.png"))
+    assert video_names.is_image_folder(str(video))
+    assert not video_names.is_image_folder(str(tmp_path))
+    assert not video_names.is_image_folder(str(video / "img_00000.png"))
+    for name in (".thumbs", "@eaDir"):
+        (video / name).mkdir()
+    assert video_names.is_image_folder(str(video))
     (video / "flow").mkdir()
-    assert not image_folder.is_image_folder(str(video))
+    assert not video_names.is_image_folder(str(video))
     (video / "flow").rmdir()
     (video / "clip.mp4").write_text("")  # with a picture of each video next to it
-    assert not image_folder.is_image_folder(str(video))
+    assert not video_names.is_image_folder(str(video))
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_a_csv_file(tmp_path):
         (["a/x.mp4", "b/y.mp4"], "each class has one video: add videos, at least two of each"),
         (
             ["train/a/x.mp4", "train/b/y.mp4", "validation/c/z.mp4", "validation/a/w.mp4"],
-            "class 'c' has videos in validation only and cannot be learnt: add training videos",
+            "class 'c' has videos in validation only and cannot be learned: add training videos",
         ),
         (["test/a/x.mp4", "test/b/x.mp4"], "there are no training videos in .*, only test: add"),
     ],

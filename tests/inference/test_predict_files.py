@@ -426,8 +426,9 @@ def test_pictures(tmp_path):
 
 
 def test_find_videos(tmp_path):
-    (tmp_path / "sub").mkdir()
-    for name in ("b.MP4", "a.avi", "sub/c.webm", "x.jpg"):
+    names = ("b.MP4", "a.avi", "sub/c.webm", "x.jpg", ".thumbs/1.jpg", "@eaDir/d.mp4/1.jpg")
+    for name in (*names, "sub/@eaDir/e.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     names = [pathlib.Path(p).name for p in predict_files.find_videos([str(tmp_path)])]
     assert sorted(names) == ["a.avi", "b.MP4", "c.webm"]

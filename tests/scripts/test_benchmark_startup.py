@@ -5,6 +5,7 @@ import types
 import pytest
 
 from dualpath_jax.models.backbones import registry
+from dualpath_jax.runtime import environment
 from dualpath_jax.weights import convert
 from scripts import benchmark_startup
 from scripts.benchmarks import startup
@@ -46,6 +47,41 @@ def test_command_that_fails(tmp_path):
         RuntimeError, match="(?s)startup.py unknown --workdir=nowhere clip.mp4.*KeyErr"
     ):
         startup.measure_start("unknown", arguments, tmp_path, str(benchmark_startup.ROOT))
+
+
+@pytest.mark.slow
+def test_prediction_that_ends_with_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match="error: there is no video or folder 'clip.mp4'"):
+        startup.measure_start(
+            "predict", ["--workdir=nowhere", "clip.mp4"], tmp_path, str(benchmark_startup.ROOT)
+        )
+
+
+@pytest.mark.parametrize("kind", ["train", "predict"])
+@pytest.mark.parametrize("status", [None, 0, 2])
+def test_end_of_the_command(kind, status, monkeypatch):
+    """Check that only a prediction with status 0 counts; a training ends in its first step."""
+    ends = []
+
+    def command():
+        if status is not None:
+            raise SystemExit(status)
+
+    clock = types.SimpleNamespace(finish=lambda: ends.append("finished"))
+    monkeypatch.setattr(startup, "_StageClock", lambda: clock)
+    monkeypatch.setattr(startup, "_time_training", lambda clock: command)
+    monkeypatch.setattr(startup, "_time_prediction", lambda clock: command)
+    monkeypatch.setattr(environment, "configure_environment", lambda: None)
+    monkeypatch.setattr(startup.sys, "argv", ["startup.py", kind])
+    if status == 2:
+        with pytest.raises(SystemExit):
+            startup.main()
+    elif kind == "train":
+        with pytest.raises(RuntimeError, match="has ended before its first step"):
+            startup.main()
+    else:
+        startup.main()
+    assert ends == (["finished"] if kind == "predict" and status != 2 else [])
 
 
 def test_random_backbone_can_be_loaded(tmp_path, monkeypatch):

@@ -173,7 +173,7 @@ def test_the_limit_ends_the_process():
 
 def test_tensorflow_and_pyav_are_not_needed(tmp_path):
     """Check in a process that lacks them; as a twin, the pipeline needs them."""
-    for name in ("tensorflow", "tensorflow_datasets", "array_record", "av", "clu"):
+    for name in ("tensorflow", "tensorflow_datasets", "array_record", "av"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('blocked')")
     code = f"""
 from configs import ssv2_vitb

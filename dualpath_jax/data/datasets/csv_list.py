@@ -11,7 +11,7 @@ from dualpath_jax.data.datasets.annotations import (
     format_dataset_hint,
     require_file,
 )
-from dualpath_jax.data.preparation.image_folder import is_image_folder
+from dualpath_jax.data.preparation.video_names import is_image_folder
 from dualpath_jax.runtime.safe_read import open_text, truncated_repr
 
 _MAX_CLASSES = 100_000  # each class takes a name in memory and a part of the classifier

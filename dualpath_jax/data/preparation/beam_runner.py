@@ -35,6 +35,7 @@ _BEAM_NAMES = {
 RUNNERS = (LOCAL, *_BEAM_NAMES)
 _ATTEMPTS = 3  # of a shard whose process is killed
 _running: set[subprocess.Popen] = set()
+_stopped: set[str] = set()  # `work` of jobs that have ended here, of which nothing starts any more
 
 
 def new_pipeline(runner: str, beam_options: str, num_workers: int) -> "apache_beam.Pipeline | None":
@@ -67,7 +68,7 @@ def new_pipeline(runner: str, beam_options: str, num_workers: int) -> "apache_be
     printed = io.StringIO()
     try:
         flags += shlex.split(beam_options)  # the last of several values counts
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
             options = PipelineOptions(flags)
             known = options.get_all_options()
             unknown = options.get_all_options(retain_unknown_options=True).keys() - known
@@ -77,7 +78,8 @@ def new_pipeline(runner: str, beam_options: str, num_workers: int) -> "apache_be
             raise ValueError(f"Beam has no option {', '.join(sorted(unknown))}")
         return apache_beam.Pipeline(_BEAM_NAMES[runner], options)
     except SystemExit:
-        problem = printed.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+        problem = printed.getvalue().strip().rpartition("error: ")[2]
+        problem = problem or "it asks for help instead of naming options"
     except Exception as error:  # Beam asks the cloud of Dataflow about some options
         problem = " ".join(str(error).split())
     raise ValueError(f"--runner={runner} --beam_options={beam_options!r}: {problem}") from None
@@ -89,12 +91,14 @@ def map_shards(
     """Call `function(work, number)` for each number below `count`, each in its own process.
 
     A process that is killed is started again. If the function raises, the runner may call it again,
-    perhaps while another call still runs; the function must allow this.
+    perhaps while another call still runs; the function must allow this. Interrupted, it cancels the
+    job and ends its processes on this machine.
 
     Args:
       pipeline: an empty pipeline, from `new_pipeline`.
       function: importable from a module other than the main one, also on the workers.
-      work: path of a file that the function reads and all workers see; it is deleted at the end.
+      work: path of a file that the function reads and all workers see, another one for each job; it
+        is deleted at the end.
       count: number of shards.
 
     Raises:
@@ -108,30 +112,45 @@ def map_shards(
     shards = pipeline | "list shards" >> beam.Create(list(range(count)), reshuffle=True)
     _ = shards | "store shard" >> beam.Map(call)
     try:
-        pipeline.run().wait_until_finish()
+        result = pipeline.run()
+        try:
+            result.wait_until_finish()
+        except BaseException:
+            with contextlib.suppress(Exception):  # the job has ended, or cannot be reached
+                result.cancel()
+            raise
     except Exception as error:  # each runner has its own
         lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
         message = lines[-1].partition(" [while running")[0].removeprefix("RuntimeError: ")
         is_full = files.is_disk_error(error) and not isinstance(error, OSError)
         raise OSError(errno.ENOSPC if is_full else errno.EIO, message) from None
     finally:
-        # Without its file, a call that has not begun yet ends at once.
+        _stopped.add(work)
+        # On another machine, a call that has not begun yet ends at once without its file.
         with contextlib.suppress(FileNotFoundError):
             os.remove(work)
-        for process in list(_running):
+        killed = list(_running)
+        for process in killed:
             process.kill()
+        for process in killed:
+            process.wait()
+            _running.discard(process)
 
 
 def call_in_process(number: int, module: str, name: str, work: str) -> None:
     """Call the function `name` of a module with (work, number) in a new process.
 
     Raises:
-      RuntimeError: the call raised, or its process was killed in each of three attempts.
+      RuntimeError: the call raised, its process was killed in each of three attempts, or the job
+        has been stopped.
     """
     program = "import sys; sys.path[:] = sys.argv[5:]; "
     program += f"from {__name__} import _serve_call; _serve_call(*sys.argv[1:5])"
     arguments = [module, name, work, str(number), *map(os.path.abspath, sys.path)]
     for _ in range(_ATTEMPTS):
+        if work in _stopped:
+            lines = ["the job was stopped"]
+            break
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
                 [sys.executable, "-c", program, *arguments],
@@ -140,6 +159,8 @@ def call_in_process(number: int, module: str, name: str, work: str) -> None:
                 stderr=output,
             )
             _running.add(process)
+            if work in _stopped:  # since the process was started
+                process.kill()
             with process:
                 code = process.wait()
             _running.discard(process)

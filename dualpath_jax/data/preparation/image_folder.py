@@ -7,47 +7,24 @@ import collections
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from dualpath_jax.data.preparation.video_decoder import (
-    VIDEO_SUFFIXES,
     DecodeLimits,
     FrameRateFilter,
     VideoError,
     describe_error,
     scaled_size,
 )
+from dualpath_jax.data.preparation.video_names import IMAGE_SUFFIXES
 from dualpath_jax.runtime.safe_read import check_regular
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
-FRAME_RATE_HELP = "frames per second of folders of images; times are unknown without it"
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 _OPTICAL_FLOW = "flow"  # names of images of optical flow, which may lie next to the frames
 _NUMBERED = re.compile(r"(.*?)(\d+)(\D*)", re.ASCII | re.DOTALL)
-
-
-def is_image_folder(path: str) -> bool:
-    """Return whether a path is a folder that holds images, and neither folders nor videos."""
-    try:
-        entries = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
-        suffixes = {os.path.splitext(entry.name)[1].lower() for entry in entries}
-        if suffixes.isdisjoint(IMAGE_SUFFIXES) or not suffixes.isdisjoint(VIDEO_SUFFIXES):
-            return False
-        return not any(entry.is_dir() for entry in entries)
-    except OSError:  # no folder, or links that lead to themselves
-        return False
-
-
-def check_frame_rate(frame_rate: float | None, paths: Iterable[str]) -> None:
-    """Raise ValueError if a frame rate is given, and none of the videos is a folder."""
-    if frame_rate and not any(map(os.path.isdir, paths)):
-        raise ValueError(
-            f"--frame_rate={frame_rate:g} has no effect: none of the videos is a folder of images; "
-            "leave it out"
-        )
 
 
 class ImageFolderReader:
@@ -192,14 +169,18 @@ def _read_image(path: str, limits: DecodeLimits) -> Image.Image:
     """Return an image, upright, in RGB.
 
     Raises:
-      VideoError: it is too large, or has more than 8 bits.
+      VideoError: it is too large, also for Pillow, or has more than 8 bits.
       Exception: it is damaged.
     """
     check_regular(path)
     name = os.path.basename(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below
-        with Image.open(path, formats=_FORMATS) as image:
+        try:
+            opened = Image.open(path, formats=_FORMATS)
+        except Image.DecompressionBombError as problem:  # Pillow has a limit of its own
+            raise VideoError(f"{name!r}: {problem}") from None
+        with opened as image:
             if image.width * image.height > limits.max_pixels:
                 raise VideoError(
                     f"{image.width}x{image.height} pixels ({name!r}), more than the limit of "

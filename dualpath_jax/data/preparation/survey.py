@@ -133,7 +133,7 @@ def _check_classes(index: DatasetIndex) -> None:
         if untrained := sorted({video.label for video in videos} - trained):
             name = index.class_names[untrained[0]]
             raise ValueError(
-                f"class {name!r} has videos in {split} only and cannot be learnt: add training "
+                f"class {name!r} has videos in {split} only and cannot be learned: add training "
                 "videos of it, or remove it"
             )
 

@@ -26,13 +26,6 @@ if TYPE_CHECKING:
     from dualpath_jax.data.preparation.image_folder import ImageFolderReader
 
 NOT_FOUND = "file not found"
-# Suffixes of video files, where a folder may hold other files too.
-VIDEO_SUFFIXES = frozenset(
-    (
-        *(".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts"),
-        *(".webm", ".wmv"),
-    )
-)
 MAX_SIDE = 65_500  # pixels, the limit of JPEG
 
 # Demuxers that make "videos" of text, playlists and still images. ("png_pipe" and other names that
