@@ -14,7 +14,7 @@ from matplotlib import ticker
 from dualpath_jax.report.statistics import CalibrationBins
 
 WIDTH, HEIGHT = 400, 220
-LEFT, RIGHT, TOP, BOTTOM = 50, 374, 10, 186  # edges of the plot area
+LEFT, RIGHT, TOP, BOTTOM = 60, 374, 10, 186  # edges of the plot area
 MAX_POINTS = 1000  # per line; a longer one is thinned out
 
 
