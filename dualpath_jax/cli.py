@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import app, flags, logging
 
 from dualpath_jax.config import loading, schema
-from dualpath_jax.runtime import environment
+from dualpath_jax.runtime import console, environment, preemption, progress_bar
 from dualpath_jax.runtime.command_line import command_line
 
 
@@ -64,14 +64,46 @@ def positive(kind: type) -> Callable[[str], float]:
     return number
 
 
+def run_resumable(
+    parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace, list[str]], None]
+) -> None:
+    """Run a command that trains, and that the same command line continues.
+
+    Args:
+      parser: of the command line, with the option of `progress_bar.add_quiet_option`.
+      command: called with the options and the overrides of the configuration.
+    """
+    preemption.install_sigterm_handler()  # the training loop has its own handler
+    environment.configure_environment()
+    arguments, overrides = parse_with_overrides(parser)
+    console.protect_streams(is_log=True)
+    progress_bar.set_quiet(arguments.quiet)
+    try:
+        with user_errors():
+            command(arguments, overrides)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that name a trained model, see `load_model`."""
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", help="workdir of a training run, local or gs://")
     model.add_argument("--adapter", help="adapter file, instead of --workdir")
+    add_backbone_option(parser)
+    add_checkpoint_option(parser)
+
+
+def add_backbone_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names the backbone of a trained model."""
     parser.add_argument(
         "--backbone", help="file of the converted backbone, if it is not where the run had it"
     )
+
+
+def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that chooses a checkpoint of a run."""
     parser.add_argument(
         "--checkpoint",
         choices=["latest", "best"],

@@ -12,7 +12,7 @@ import argparse
 import pathlib
 import sys
 
-from dualpath_jax.cli import build_parser, user_errors
+from dualpath_jax.cli import add_backbone_option, build_parser, user_errors
 from dualpath_jax.runtime import environment
 
 
@@ -47,9 +47,7 @@ def parser() -> argparse.ArgumentParser:
     arg_parser = build_parser(__doc__)
     arg_parser.add_argument("videos", nargs="+", metavar="VIDEO", help="video files")
     arg_parser.add_argument("--workdir", required=True, help="folder of the run, local or gs://")
-    arg_parser.add_argument(
-        "--backbone", help="file of the converted backbone, if it is not where the run had it"
-    )
+    add_backbone_option(arg_parser)
     arg_parser.add_argument("--out", required=True, metavar="DIR", help="folder for the images")
     arg_parser.add_argument(
         "--rollout",

@@ -21,7 +21,6 @@ import dataclasses
 import json
 import os
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ import numpy as np
 
 from dualpath_jax import cli
 from dualpath_jax.config import loading, schema, small_sets
-from dualpath_jax.runtime import console, environment, files, preemption, progress_bar
+from dualpath_jax.runtime import environment, files, progress_bar
 from dualpath_jax.runtime.safe_read import parse_json, read_json, read_lines, truncated_repr
 
 RESULTS, FIGURE = "curve.jsonl", "curve.png"
@@ -105,17 +104,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Run the command line."""
-    preemption.install_sigterm_handler()  # the training loop has its own handler
-    environment.configure_environment()
-    arguments, overrides = cli.parse_with_overrides(parser())
-    console.protect_streams(is_log=True)
-    progress_bar.set_quiet(arguments.quiet)
-    try:
-        with cli.user_errors():
-            draw_curve(arguments, overrides)
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+    cli.run_resumable(parser(), draw_curve)
 
 
 def draw_curve(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ In a checkout, python scripts/export_adapter.py is the same command.
 
 import argparse
 
-from dualpath_jax.cli import build_parser, user_errors
+from dualpath_jax.cli import add_checkpoint_option, build_parser, user_errors
 from dualpath_jax.runtime import environment, files
 
 
@@ -43,12 +43,7 @@ def parser() -> argparse.ArgumentParser:
     arg_parser.add_argument(
         "--out", required=True, help="file to write, .safetensors; local or gs://"
     )
-    arg_parser.add_argument(
-        "--checkpoint",
-        choices=["latest", "best"],
-        default="latest",
-        help="the newest, or the best during training by eval.criterion (latest)",
-    )
+    add_checkpoint_option(arg_parser)
     return arg_parser
 
 

@@ -22,7 +22,6 @@ import os
 import pathlib
 import shlex
 import shutil
-import sys
 import tempfile
 from typing import Any
 
@@ -30,7 +29,7 @@ from dualpath_jax import cli
 from dualpath_jax.config import loading, schema, small_sets
 from dualpath_jax.data.datasets.class_folders import CLASS_LEVEL_HELP
 from dualpath_jax.data.preparation.video_names import FRAME_RATE_HELP, check_frame_rate
-from dualpath_jax.runtime import console, environment, files, preemption, progress_bar
+from dualpath_jax.runtime import environment, files, progress_bar
 from dualpath_jax.runtime.command_line import command_line
 
 _LONG_SECONDS = 2 * 3600  # a training that takes longer gets a hint
@@ -63,17 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Run the command line; exit with the status of `dualpath train`."""
-    preemption.install_sigterm_handler()  # the training loop has its own handler
-    environment.configure_environment()
-    arguments, overrides = cli.parse_with_overrides(parser())
-    console.protect_streams(is_log=True)
-    progress_bar.set_quiet(arguments.quiet)
-    try:
-        with cli.user_errors():
-            finetune(arguments, overrides)
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+    cli.run_resumable(parser(), finetune)
 
 
 def finetune(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -12,7 +12,12 @@ In a checkout, python scripts/merge.py is the same command.
 
 import argparse
 
-from dualpath_jax.cli import build_parser, user_errors
+from dualpath_jax.cli import (
+    add_backbone_option,
+    add_checkpoint_option,
+    build_parser,
+    user_errors,
+)
 from dualpath_jax.runtime import environment, files
 
 
@@ -42,15 +47,8 @@ def parser() -> argparse.ArgumentParser:
     arg_parser.add_argument(
         "--out", required=True, help="backbone file to write, .safetensors; local or gs://"
     )
-    arg_parser.add_argument(
-        "--backbone", help="file of the converted backbone, if it is not where the run had it"
-    )
-    arg_parser.add_argument(
-        "--checkpoint",
-        choices=["latest", "best"],
-        default="latest",
-        help="the newest, or the best during training by eval.criterion (latest)",
-    )
+    add_backbone_option(arg_parser)
+    add_checkpoint_option(arg_parser)
     return arg_parser
 
 

@@ -55,8 +55,8 @@ class Key:
       name: dotted, "data.batch_size".
       default: its value unless a config file or the command line changes it.
       description: what it sets, one sentence.
-      allowed: a `Range` of each number, a tuple of choices, for a tuple those of each item, or
-        None for any value of its type.
+      allowed: a `Range` of each number, a tuple of choices (of a value that is a tuple, for each of
+        its items), or None for any value of its type.
         None as a value is always allowed where the default is `Optional`.
     """
 

@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from dualpath_jax import launch
+from dualpath_jax import cli, launch
 from dualpath_jax.analysis import cost_estimate
 from dualpath_jax.commands import curve
 from dualpath_jax.data.datasets.annotations import DatasetIndex, Video
@@ -65,8 +65,8 @@ def command(prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
     cost = cost_estimate.Cost(0.0, 0.0, 0.0, 0.0, 0.0)
     monkeypatch.setattr(cost_estimate, "estimate_cost", lambda config, num_classes: cost)
-    monkeypatch.setattr(curve.preemption, "install_sigterm_handler", lambda: None)
-    monkeypatch.setattr(curve.console, "protect_streams", lambda is_log: None)
+    monkeypatch.setattr(cli.preemption, "install_sigterm_handler", lambda: None)
+    monkeypatch.setattr(cli.console, "protect_streams", lambda is_log: None)
     monkeypatch.setattr(curve.environment, "disable_async_dispatch", lambda: None)
 
     def call(*arguments):

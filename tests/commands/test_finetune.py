@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from dualpath_jax import cli
 from dualpath_jax.analysis import cost_estimate
 from dualpath_jax.commands import finetune
 from dualpath_jax.config import schema
@@ -51,8 +52,8 @@ def run(monkeypatch, *arguments):
 @pytest.fixture(autouse=True)
 def process(monkeypatch):
     """Keep the signals and streams of this process as they are."""
-    monkeypatch.setattr(finetune.preemption, "install_sigterm_handler", lambda: None)
-    monkeypatch.setattr(finetune.console, "protect_streams", lambda is_log: None)
+    monkeypatch.setattr(cli.preemption, "install_sigterm_handler", lambda: None)
+    monkeypatch.setattr(cli.console, "protect_streams", lambda is_log: None)
 
 
 @pytest.mark.slow
