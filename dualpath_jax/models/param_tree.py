@@ -6,7 +6,7 @@ A tree that is split into trainable and frozen leaves keeps its structure. The h
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -40,6 +40,13 @@ def flatten(tree: Tree) -> dict[str, Any]:
 def trainable_mask(params: Tree, predicate: Callable[[str], bool]) -> Tree:
     """Return a tree of bool: `predicate(path)` of each leaf's path, True for trainable leaves."""
     return jax.tree_util.tree_map_with_path(lambda path, _: predicate(path_name(path)), params)
+
+
+def select(tree: Tree, wanted: Tree) -> Tree:
+    """Return the part of `tree`, nested dicts, whose paths `wanted` has."""
+    if not isinstance(wanted, Mapping):
+        return tree
+    return {name: select(tree[name], child) for name, child in wanted.items()}
 
 
 def _find_decay(path: str) -> bool | None:

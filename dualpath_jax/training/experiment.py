@@ -200,6 +200,8 @@ def build_experiment(
     abstract = build_abstract(log, num_classes, steps_per_epoch, backbone)
     if (warning := describe_unread_model_keys(config, log.seen)) and jax.process_index() == 0:
         print(warning, flush=True)
+    if weights is not None:  # a method may leave out parts, such as EVL the last norm
+        weights = param_tree.select(weights, abstract.model.params["backbone"])
     params = init_params(abstract.model.module, config, weights)
     progress_bar.print_above_bar(param_tree.parameter_table(params, abstract.model.mask))
 
