@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from dualpath_jax.config import recipes, schema
 
 NUM_EVALUATIONS = 20  # of a training
-PATIENCE = 7  # evaluations without a new best score after which it stops
+PATIENCE = 12  # evaluations without a new best score after which it stops
 WARMUP = 0.1  # of the epochs
 UNEVEN = 3.0  # largest class / smallest class from which on the classes are weighted
 

@@ -35,7 +35,7 @@ def test_rows(clips, batch_size, epochs):
     assert (config.data.batch_size, config.num_epochs) == (batch_size, epochs)
     assert config.optimizer.warmup_epochs == pytest.approx(0.1 * epochs)
     assert config.eval.checkpoint == "best"
-    assert config.early_stopping_evaluations == 7
+    assert config.early_stopping_evaluations == 12
     check_values(config)
 
 
