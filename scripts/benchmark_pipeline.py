@@ -4,14 +4,16 @@
     python scripts/benchmark_pipeline.py --videos=FOLDER
 
 It prepares the videos in a temporary folder (or in --prepared). Then it times in turns, on the
-same clips and cores: this pipeline; decord and PyAV, which decode the files for each clip, with the
-same crops and augmentation; and, as the limit, libjpeg, which only decodes the same frames from
-memory. The clips are those of the recipe for Kinetics-400. Ratios are medians over rounds. Last, it
+same clips and cores: this pipeline; decord (or decord2, which has the same module), torchcodec and
+PyAV, which decode the files for each clip, with the same crops and augmentation; and, as the limit,
+libjpeg, which only decodes the same frames from memory. Readers that are not installed are left
+out. The clips are those of the recipe for Kinetics-400. Ratios are medians over rounds. Last, it
 measures the cost of each stage, and the pipeline on videos of 300 and of 60 frames.
 """
 
 import argparse
-import importlib.util
+import contextlib
+import importlib
 import json
 import pathlib
 import sys
@@ -89,10 +91,10 @@ def measure_pipeline(arguments: argparse.Namespace, folder: str) -> dict:
     from dualpath_jax.runtime.cpu_count import num_cores
     from scripts.benchmarks import pipeline
 
-    loaders = list(pipeline.LOADERS)
-    if importlib.util.find_spec("decord") is None:
-        print('decord is not installed: pip install ".[bench]"', file=sys.stderr)
-        loaders.remove("decord")
+    missing = pipeline.find_missing_readers()
+    for name, problem in missing.items():
+        print(f"{name} {problem}: it is left out", file=sys.stderr)
+    loaders = [name for name in pipeline.LOADERS if name not in missing]
     dataset = pipeline.prepare_files(find_video_files(arguments.videos), folder)
     counts = arguments.batches, arguments.rounds
     cases = []
@@ -153,6 +155,9 @@ def format_markdown(result: dict) -> str:
 
 def main() -> None:
     arguments = parse_arguments()
+    # TensorFlow's libraries crash torchcodec if they are loaded first.
+    with contextlib.suppress(ImportError, OSError, RuntimeError):
+        importlib.import_module("torchcodec.decoders")
     from dualpath_jax.runtime.environment import quiet_tensorflow
 
     quiet_tensorflow()

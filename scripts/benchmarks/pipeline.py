@@ -7,6 +7,7 @@ scripts/benchmark_memory.py.
 
 import concurrent.futures
 import contextlib
+import importlib.metadata
 import multiprocessing
 import os
 import pathlib
@@ -88,8 +89,15 @@ def load_ours(
 def load_decord(
     videos: RepeatedVideos, data_config: Any, training: bool, clips: Sequence[Clip]
 ) -> Iterator[int]:
-    """Decode the video of each clip with decord, one clip per core at a time."""
+    """Decode the video of each clip with decord or decord2, one clip per core at a time."""
     return _load_online(decode_decord, videos, data_config, training, clips)
+
+
+def load_torchcodec(
+    videos: RepeatedVideos, data_config: Any, training: bool, clips: Sequence[Clip]
+) -> Iterator[int]:
+    """Decode the video of each clip with torchcodec, one clip per core at a time."""
+    return _load_online(decode_torchcodec, videos, data_config, training, clips)
 
 
 def load_pyav(
@@ -126,17 +134,48 @@ def load_jpeg(
 LOADERS: dict[str, Callable[..., Iterator[int]]] = {
     "ours": load_ours,
     "decord": load_decord,
+    "decord2": load_decord,
+    "torchcodec": load_torchcodec,
     "PyAV": load_pyav,
     "JPEG": load_jpeg,
 }
 
 
+def find_missing_readers() -> dict[str, str]:
+    """Return the loaders that cannot run here, each with the reason."""
+    problems = {}
+    for name in ("decord", "decord2"):
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            problems[name] = "is not installed"
+    if not problems:
+        problems["decord"] = "has the same module as decord2, which is installed as well"
+    try:
+        importlib.metadata.version("torchcodec")
+        if "torchcodec.decoders" not in sys.modules:
+            problems["torchcodec"] = (
+                "needs FFmpeg's libraries, and to be imported before TensorFlow"
+            )
+    except importlib.metadata.PackageNotFoundError:
+        problems["torchcodec"] = "is not installed"
+    return problems
+
+
 def decode_decord(path: str, frames: np.ndarray) -> np.ndarray:
-    """Decode frames [T] of a video with decord, which seeks, as uint8 [T, H, W, 3]."""
+    """Decode frames [T] of a video with decord or decord2, which seek, as uint8 [T, H, W, 3]."""
     import decord
 
     reader = decord.VideoReader(path, num_threads=1)
     return reader.get_batch(np.minimum(frames, len(reader) - 1)).asnumpy()
+
+
+def decode_torchcodec(path: str, frames: np.ndarray) -> np.ndarray:
+    """Decode frames [T] of a video with torchcodec, which seeks, as uint8 [T, H, W, 3]."""
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
+    return decoder.get_frames_at(np.minimum(frames, len(decoder) - 1).tolist()).data.numpy()
 
 
 def decode_pyav(path: str, frames: np.ndarray) -> np.ndarray:

@@ -16,7 +16,8 @@ from dualpath_jax.runtime import cpu_count
 from scripts.benchmarks import pipeline as pipeline_lib
 from tests.helpers.video_files import write_video
 
-LOADERS = [n for n in pipeline_lib.LOADERS if n != "decord" or importlib.util.find_spec("decord")]
+MISSING = pipeline_lib.find_missing_readers()
+LOADERS = [name for name in pipeline_lib.LOADERS if name not in MISSING]
 MODES = ["training", "test"]
 
 
@@ -59,10 +60,10 @@ def tiny(data):
 
 
 @pytest.mark.parametrize("frames", [[0, 4, 8, 12], [7, 8, 9, 17], [17, 0, 5, 5]])
-@pytest.mark.parametrize("name", ["pyav", "decord"])
+@pytest.mark.parametrize("name", ["pyav", "decord", "torchcodec"])
 def test_online_decoders_give_the_chosen_frames(files, frames, name):
-    if name == "decord":
-        pytest.importorskip("decord")
+    if name in MISSING and (name != "decord" or "decord2" in MISSING):
+        pytest.skip(f"{name} {MISSING[name]}")
     got = getattr(pipeline_lib, f"decode_{name}")(files[0], np.array(frames))
     whole = np.stack(list(decode_frames(files[0], DecodeLimits())))
     assert got.dtype == np.uint8
@@ -195,7 +196,7 @@ def test_script(files, prepared, scripts, monkeypatch, capsys):
     assert sum(line.startswith("| 4, ") for line in lines) == 4
     assert sum(line.endswith("| 1.50 | 9.00 |") for line in lines) == 2
     assert lines[-1].startswith("Videos of 30 frames: ")
-    missing = [] if "decord" in LOADERS else ["decord is not installed: pip install"]
+    missing = [f"{name} {problem}: it is left out" for name, problem in MISSING.items()]
     assert all(text in capsys.readouterr().err for text in missing)
 
 
