@@ -6,6 +6,7 @@ import re
 import sys
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import safetensors.numpy
 from dualpath_jax.commands import merge as merge_command
 from dualpath_jax.config import schema
 from dualpath_jax.data.video_dataset import VideoDataset
-from dualpath_jax.inference import merged_model, trained_model
+from dualpath_jax.inference import export, merged_model, trained_model
 from dualpath_jax.models import abstract, param_tree
 from dualpath_jax.training import adapter_file, experiment
 from dualpath_jax.training.step import make_train_step
@@ -202,3 +203,22 @@ def test_a_merged_model_trains_on(config, tmp_path):
         expected.module.apply({"params": expected.params}, clip),
         *(0, 1e-4),
     )
+
+
+@pytest.mark.parametrize("method", ["lora", "zeroi2v"])
+def test_a_merged_model_is_exported(method, half_backbone, tmp_path):
+    """Check the exported program of merged files; twin: the shift of heads is part of it."""
+    path = tuned_model(method, half_backbone, tmp_path)
+    merged = merged_model.merge_model(path, str(tmp_path / "merged.safetensors"))
+    tuned, model = trained_model.load(path), trained_model.load(merged.adapter)
+    shape = export.FrameShape(4, 40, 40)
+    export.export_model(model, str(tmp_path / "exported"), ["stablehlo"], shape=shape)
+    program = jax.export.deserialize((tmp_path / "exported" / "model.stablehlo").read_bytes())
+    video = np.random.default_rng(3).integers(0, 256, shape.shape, dtype=np.uint8)
+    videos = np.stack([video, video[::-1]])
+    forward, backward = np.asarray(program.call(videos))
+    for got, frames in ((forward, video), (backward, video[::-1])):
+        want = np.asarray(tuned.logits_of_frames(frames))
+        np.testing.assert_allclose(got, want[0], rtol=0, atol=1e-4)
+    shifts_heads = method == "zeroi2v"
+    assert (np.abs(forward - backward).max() > 1e-3) == shifts_heads  # lora averages the frames
