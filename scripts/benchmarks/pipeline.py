@@ -110,17 +110,23 @@ def load_pyav(
 def load_jpeg(
     videos: RepeatedVideos, data_config: Any, training: bool, clips: Sequence[Clip]
 ) -> Iterator[int]:
-    """Decode the clips' stored JPEGs fully, from memory, and discard them: the speed limit."""
+    """Decode the clips' stored JPEGs fully, from memory, and discard them: the speed limit.
+
+    Spatial frames are decoded twice, as the pipeline does: for the spatial path and for a cell.
+    """
     del training
-    records = [videos.read_frames(video, frames) for video, frames, _ in clips]
-    jpegs = [
-        tf.io.parse_example(clip, video_dataset.FRAME_FEATURES)["image"].numpy() for clip in records
-    ]
+    clip = build_clip_format(data_config)
+    spatial = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
+    jpegs = []
+    for video, frames, _ in clips:
+        records = videos.read_frames(video, frames)
+        stored = tf.io.parse_example(records, video_dataset.FRAME_FEATURES)["image"].numpy()
+        jpegs.append(np.concatenate([stored, stored[spatial]]))
 
     def decode(clip):
         images = [
             tf.io.decode_jpeg(jpeg, channels=3, dct_method="INTEGER_ACCURATE")
-            for jpeg in tf.unstack(clip, data_config.num_frames)
+            for jpeg in tf.unstack(clip, len(jpegs[0]))
         ]
         return tf.add_n([tf.shape(image)[0] for image in images])  # forces all to be decoded
 

@@ -171,6 +171,16 @@ def test_stage_costs(dataset, prepared, data):
         assert costs[stage] > 0
 
 
+def test_the_limit_decodes_what_the_pipeline_decodes(dataset, data, monkeypatch):
+    """Check that the limit decodes each of four frames once, and both spatial frames again."""
+    decoded, decode = [], tf.io.decode_jpeg
+    monkeypatch.setattr(tf.io, "decode_jpeg", lambda *a, **k: decoded.append(a) or decode(*a, **k))
+    videos = pipeline_lib.RepeatedVideos(dataset, 2)
+    clips = [(0, np.arange(4), None), (1, np.arange(4), None)]
+    assert list(pipeline_lib.load_jpeg(videos, data, True, clips)) == [2]
+    assert len(decoded) == 4 + 2
+
+
 def test_script(files, prepared, scripts, monkeypatch, capsys):
     """Run the whole script: every loader twice, stages of each case, both video lengths."""
     stages = dict.fromkeys(pipeline_lib.STAGES, 1.5)
@@ -197,7 +207,8 @@ def test_script(files, prepared, scripts, monkeypatch, capsys):
     assert sum(line.endswith("| 1.50 | 9.00 |") for line in lines) == 2
     assert lines[-1].startswith("Videos of 30 frames: ")
     missing = [f"{name} {problem}: it is left out" for name, problem in MISSING.items()]
-    assert all(text in capsys.readouterr().err for text in missing)
+    printed = capsys.readouterr().err
+    assert all(text in printed for text in missing)
 
 
 def test_files_that_are_not_there(scripts):
