@@ -196,6 +196,7 @@ NOT_RUN = {
     ],
     PACKAGES: [
         *(f'pip install ".[[]{extra}]"' for extra in ("beam", "bench", "gpu", "tpu")),
+        'pip install ".[[]bench]" decord2 torchcodec',
         "python scripts/benchmark_memory.py *",
         "python scripts/compile_tpu.py *",
     ],
