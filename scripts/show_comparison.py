@@ -153,24 +153,25 @@ def draw_figure(results: list[dict[str, Any]], data: str, path: str) -> None:
 
     rows = summarize(results, data)
     macs = [costs_of(results, row["contestant"])["gmacs"] for row in rows]
-    params = [row["trainable_params"] for row in rows]
+    params = [row["trainable_params"] / 1000 for row in rows]
     drawing, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, constrained_layout=True)
     for axis, values, label in zip(
-        axes, (macs, params), ("GMAC a clip", "trainable parameters"), strict=True
+        axes, (macs, params), ("GMAC a clip", "trainable parameters, thousands"), strict=True
     ):
         for value, row in zip(values, rows, strict=True):
             low, high = row["interval"]
             color = "tab:red" if row["contestant"] == REFERENCE else "tab:blue"
             errors = [[row["test"] - low], [high - row["test"]]]
             axis.errorbar(value, row["test"], errors, fmt="o", color=color, capsize=3)
+            on_the_left = value > (min(values) + max(values)) / 2  # of the point, inside the axes
             axis.annotate(
                 row["contestant"],
                 (value, row["test"]),
-                xytext=(6, 4),
+                xytext=(-6 if on_the_left else 6, 4),
                 textcoords="offset points",
+                ha="right" if on_the_left else "left",
                 fontsize=8,
             )
-        axis.set_xscale("log")
         axis.set_xlabel(label)
         axis.margins(x=0.15)
         axis.grid(alpha=0.3)

@@ -219,7 +219,7 @@ SLOW_COMMANDS = {
     ),
     "python scripts/benchmark_step.py*": ("scripts/test_benchmark_step", "benchmark_step"),
     "python scripts/benchmark_methods.py": ("scripts/test_benchmark_methods", "benchmark_methods"),
-    "python scripts/benchmark_startup.py": ("scripts/test_benchmark_startup", "benchmark_startup"),
+    "python scripts/benchmark_startup.py*": ("scripts/test_benchmark_startup", "benchmark_startup"),
     "python scripts/fuzz.py *": ("fuzz/test_fuzz", "scripts/fuzz.py"),
     "python -m dualpath_jax.main *synthetic=True *": (
         "data/test_synthetic",
