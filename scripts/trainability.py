@@ -152,14 +152,14 @@ def main() -> None:
             check_inputs(config)
             fill_backbone_keys(config)
         dataset, clips = load_clips(config, args.clips)
-    config.data.synthetic = args.backbone == "random"  # it has random weights
-    config.num_train_steps = args.steps
-    for rate in args.rates:
-        config.optimizer.learning_rate = rate
-        print(f"learning rate {rate:g}")
-        with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
-            result = fit(config, dataset, clips, args.steps, args.branch_scale)
-        print(json.dumps(result), flush=True)
+        config.data.synthetic = args.backbone == "random"  # it has random weights
+        config.num_train_steps = args.steps
+        for rate in args.rates:
+            config.optimizer.learning_rate = rate
+            print(f"learning rate {rate:g}")
+            with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
+                result = fit(config, dataset, clips, args.steps, args.branch_scale)
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
