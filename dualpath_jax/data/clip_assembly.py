@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 import numpy as np
 import tensorflow as tf
 
-from dualpath_jax.data import augment, frame_ops, frame_sampling, randaugment
+from dualpath_jax.data import augment, frame_ops, randaugment
 from dualpath_jax.data.clip_spec import ClipFormat, normalization
 from dualpath_jax.data.dataset_metadata import DECODE_ERRORS
 from dualpath_jax.data.framesets import tile_framesets
@@ -149,8 +149,7 @@ def _assemble(
 
     spatial = cells = None
     if clip.num_spatial_frames:
-        chosen = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
-        spatial = read([jpegs[i] for i in chosen], 1, clip.image_size)
+        spatial = read([jpegs[i] for i in clip.spatial_frames], 1, clip.image_size)
     if clip.framesets is not None:
         size, frames = clip.framesets.frame_size, list(jpegs.values())
         branches = [lambda r=ratio: read(frames, r, size) for ratio in frame_ops.DECODE_RATIOS]

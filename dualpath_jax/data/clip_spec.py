@@ -114,8 +114,11 @@ class ClipFormat:
     @property
     def stored_frames(self) -> np.ndarray:
         """Return the positions, of 0..T-1, of the frames that are read: int64, rising."""
-        if self.framesets:
-            return np.arange(self.num_frames)
+        return np.arange(self.num_frames) if self.framesets else self.spatial_frames
+
+    @property
+    def spatial_frames(self) -> np.ndarray:
+        """Return the positions, of 0..T-1, of the S frames of the spatial path: int64, rising."""
         return frame_sampling.spatial_subset(self.num_frames, self.num_spatial_frames)
 
 

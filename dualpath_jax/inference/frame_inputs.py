@@ -98,8 +98,7 @@ def _make_inputs(frames: jax.Array, clip: ClipFormat) -> dict[str, jax.Array]:
     """Scale the T cropped frames of clips [B, T, side, side, 3], and tile framesets."""
     inputs = {}
     if clip.num_spatial_frames:
-        subset = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
-        inputs["spatial"] = resize(frames[:, subset], clip.image_size)
+        inputs["spatial"] = resize(frames[:, clip.spatial_frames], clip.image_size)
     if clip.framesets:
         across, down = clip.framesets.grid
         cells = resize(frames, clip.framesets.frame_size)

@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from dualpath_jax.data import frame_ops, frame_sampling, pipeline, video_dataset
+from dualpath_jax.data import frame_ops, pipeline, video_dataset
 from dualpath_jax.data.clip_assembly import compose_inputs, fill_color, parallel_map
 from dualpath_jax.data.clip_spec import ClipFormat, Views, build_clip_format
 from dualpath_jax.data.datasets.annotations import DatasetIndex, Video
@@ -115,9 +115,7 @@ def load_jpeg(
     Spatial frames are decoded twice, as the pipeline does: for the spatial path and for a cell.
     """
     del training
-    clip = build_clip_format(data_config)
-    spatial = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
-    jpegs = []
+    spatial, jpegs = build_clip_format(data_config).spatial_frames, []
     for video, frames, _ in clips:
         records = videos.read_frames(video, frames)
         stored = tf.io.parse_example(records, video_dataset.FRAME_FEATURES)["image"].numpy()
@@ -149,22 +147,13 @@ LOADERS: dict[str, Callable[..., Iterator[int]]] = {
 
 def find_missing_readers() -> dict[str, str]:
     """Return the loaders that cannot run here, each with the reason."""
-    problems = {}
-    for name in ("decord", "decord2"):
-        try:
-            importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            problems[name] = "is not installed"
-    if not problems:
+    names = ("decord", "decord2", "torchcodec")
+    installed = [name for name in names if any(importlib.metadata.distributions(name=name))]
+    problems = {name: "is not installed" for name in names if name not in installed}
+    if "decord" in installed and "decord2" in installed:
         problems["decord"] = "has the same module as decord2, which is installed as well"
-    try:
-        importlib.metadata.version("torchcodec")
-        if "torchcodec.decoders" not in sys.modules:
-            problems["torchcodec"] = (
-                "needs FFmpeg's libraries, and to be imported before TensorFlow"
-            )
-    except importlib.metadata.PackageNotFoundError:
-        problems["torchcodec"] = "is not installed"
+    if "torchcodec" in installed and "torchcodec.decoders" not in sys.modules:
+        problems["torchcodec"] = "needs FFmpeg's libraries, and to be imported before TensorFlow"
     return problems
 
 
@@ -213,7 +202,6 @@ def make_transform(clip: ClipFormat, data_config: Any) -> Callable[..., dict[str
     It applies the crops and augmentation of the pipeline; `clip` is of both paths. The sample has
     the fields of `make_clip_sample` without records.
     """
-    chosen = frame_sampling.spatial_subset(clip.num_frames, clip.num_spatial_frames)
     fill = fill_color(data_config)
 
     @tf.function(reduce_retracing=True)
@@ -225,7 +213,7 @@ def make_transform(clip: ClipFormat, data_config: Any) -> Callable[..., dict[str
             images = tf.ensure_shape(tf.gather(frames, indices), [len(indices), None, None, 3])
             return frame_ops.resize(images, size)
 
-        spatial = resize_frames(chosen, clip.image_size)
+        spatial = resize_frames(clip.spatial_frames, clip.image_size)
         cells = resize_frames(range(clip.num_frames), clip.framesets.frame_size)
         return compose_inputs(spatial, cells, sample, clip, fill)
 

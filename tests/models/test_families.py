@@ -275,12 +275,8 @@ def test_huggingface_in_memory_and_in_files(config, tmp_path):
     _assert_same(same, arrays)
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_official_siglip(stacked, tmp_path):
-    """Convert an .npz as big_vision writes it, with and without a text tower, from one of HF."""
-    model, source = _build("huggingface", SIGLIP, tmp_path)
-    state = {name: torch_to_numpy(tensor) for name, tensor in model.state_dict().items()}
-    _, expected = _read(source, tmp_path)
+def _name_as_big_vision(state, stacked):
+    """Return the image tower of a Hugging Face SigLIP by big_vision's names."""
     width, heads = SIGLIP.width, SIGLIP.heads
 
     def attention(prefix, parts):
@@ -334,6 +330,16 @@ def test_official_siglip(stacked, tmp_path):
             continue
         for i, block in enumerate(blocks):
             arrays[f"Transformer/encoderblock_{i}/{name}"] = block[name]
+    return arrays
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_official_siglip(stacked, tmp_path):
+    """Convert an .npz as big_vision writes it, with and without a text tower, from one of HF."""
+    model, source = _build("huggingface", SIGLIP, tmp_path)
+    state = {name: torch_to_numpy(tensor) for name, tensor in model.state_dict().items()}
+    _, expected = _read(source, tmp_path)
+    arrays = _name_as_big_vision(state, stacked)
     arrays = {f"params/img/{name}": array for name, array in arrays.items()}
     arrays |= {"params/t": np.ones(1), "params/txt/head/bias": np.ones(8, np.float32)}
     np.savez(tmp_path / "siglip.npz", **arrays)
