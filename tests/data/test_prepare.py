@@ -383,6 +383,21 @@ class FullWriter:
         writer.close()
 
 
+def test_files_of_a_killed_worker(videos, tmp_path, monkeypatch):
+    """Check that they are gone at the end, as after a runner's repetition; others' files stay."""
+    out, store = tmp_path / "out", prepare_module._store_shards
+
+    def store_after_a_killed_worker(*args):
+        for name in ("x.incomplete-0123456789abcdef", "x.incomplete-mine"):
+            (out / "frames" / name).write_bytes(b"")
+        store(*args)
+
+    monkeypatch.setattr(prepare_module, "_store_shards", store_after_a_killed_worker)
+    run(videos, out)
+    left = [path.name for path in out.rglob("*incomplete*")]
+    assert left == ["x.incomplete-mine"]
+
+
 def test_full_disk(videos, tmp_path, monkeypatch):
     """Check that the first shard is kept, and nothing of the second, which does not fit."""
     out = tmp_path / "out"

@@ -204,7 +204,11 @@ def _split_into_shards(index: DatasetIndex, videos_per_shard: int) -> list[_Shar
 
 @contextlib.contextmanager
 def _lock_out_dir(out_dir: str) -> Iterator[None]:
-    """Create OUT and lock it against other processes; ValueError if that fails."""
+    """Create OUT and lock it against other processes; ValueError if that fails.
+
+    What killed processes have not finished is removed at both ends: those of an earlier run, and
+    those that a runner has started again.
+    """
     if "://" in out_dir:
         raise ValueError(
             f"--out={out_dir} is not a local folder. Prepare into one, --out=DIR, then copy it: "
@@ -223,9 +227,16 @@ def _lock_out_dir(out_dir: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another process is preparing videos in {out_dir!r}") from None
-        for folder in (out_dir, state_dir):
-            files.remove_incomplete(folder)
-        yield
+        _remove_incomplete(out_dir)
+        try:
+            yield
+        finally:
+            _remove_incomplete(out_dir)
+
+
+def _remove_incomplete(out_dir: str) -> None:
+    for folder in (out_dir, os.path.join(out_dir, "prepare")):
+        files.remove_incomplete(folder)
 
 
 def _settings_path(out_dir: str) -> str:
