@@ -301,7 +301,7 @@ def _estimate(config: Any, index: Any, found: Any, run: str, tune: bool) -> list
     total = f"; together {_format_seconds(seconds)}" if tune else ""
     lines.append(
         f"training: {steps:,} steps at most, about {_format_seconds(cost.clip_seconds)} a clip: "
-        f"{_format_seconds(train_seconds)} at most{total}; "
+        f"{_format_seconds(train_seconds)}, good to a factor of two{total}; "
         "often it stops earlier"
     )
     parts = f", in {accumulation} parts of a batch" if accumulation > 1 else ""
