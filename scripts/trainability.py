@@ -24,6 +24,13 @@ from dualpath_jax.cli import build_parser, parse_with_overrides, positive, user_
 from dualpath_jax.runtime import console, environment
 
 SHOWN_STEPS = (0, 10, 100)
+_OWN_KEYS = {
+    "optimizer.learning_rate": "use --rates",
+    "num_train_steps": "use --steps",
+    "num_epochs": "use --steps",
+    "data.synthetic": "use --backbone=random",
+    "optimizer.label_smoothing": "labels are not smoothed",
+}
 
 
 def block_norms(gradients) -> dict:
@@ -145,6 +152,9 @@ def main() -> None:
     from dualpath_jax.weights.backbone_keys import fill_backbone_keys
 
     with user_errors():
+        for key in loading.find_overridden_keys(overrides):
+            if key in _OWN_KEYS:
+                raise ValueError(f"--config.{key} is set by the script: {_OWN_KEYS[key]}")
         config = loading.load_config(args.config, overrides)
         schema.check_values(config)
         setup.ensure_generated(config)

@@ -52,6 +52,15 @@ def test_random_weights_are_of_the_backbones_shape(config, monkeypatch):
     assert seen == [(True, 3, 2, 1.0)]
 
 
+@pytest.mark.parametrize("key", ["optimizer.learning_rate", "optimizer.label_smoothing"])
+def test_keys_that_the_script_sets_are_refused(key, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["trainability.py", "--config=demo", f"--config.{key}=0.2"])
+    with pytest.raises(SystemExit) as end:
+        trainability.main()
+    assert end.value.code == 2
+    assert f"--config.{key} is set by the script: " in capsys.readouterr().err
+
+
 def test_branches_are_scaled():
     block = {"out": {"kernel": np.ones(2), "bias": np.ones(1)}, "qkv": {"kernel": np.ones(3)}}
     frozen = {"backbone": {"blocks": {"0": {"attention": block, "mlp": {"output": block["out"]}}}}}
