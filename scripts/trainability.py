@@ -2,8 +2,8 @@
 
     python scripts/trainability.py --config=configs/finetune.py --config.data.dir=DIR --rates 1e-3
 
-The clips are center crops of the first training videos; nothing is augmented, and labels are not
-smoothed, because smoothed labels keep the loss above 0.1. For each learning rate a fresh model
+The clips are center crops of training videos of all classes; nothing is augmented, and labels are
+not smoothed, because smoothed labels keep the loss above 0.1. For each learning rate a fresh model
 takes STEPS steps. At steps 0, 10 and 100 a table gives the loss and, for each path and block, the
 norm of the gradient. A rate ends early once the mean loss of ten steps is below 0.05. Its last line
 gives the mean loss over all clips at the end; a configuration that trains ends below 0.1.
@@ -54,18 +54,30 @@ def block_norms(gradients) -> dict:
 
 
 def load_clips(config, count: int):
-    """Return (data set, batch) of the first `count` training videos, as evaluation sees them."""
+    """Return (data set, batch) of `count` training videos, as evaluation sees them.
+
+    The videos are spread over the classes: a class has at most one more than another one, unless it
+    has too few. The data set consists of these videos and at most one more of each class.
+    """
+    import numpy as np
+
     from dualpath_jax.data import pipeline
     from dualpath_jax.data.clip_spec import Views
+    from dualpath_jax.data.few_shots import FewShots
+    from dualpath_jax.data.video_dataset import VideoDataset
     from dualpath_jax.models import registry as method_registry
-    from dualpath_jax.training.inputs import open_training_split
 
-    dataset = open_training_split(config)
+    videos = VideoDataset(config.data.dir, config.data.train_split)
+    shots = -(-count // len(videos.class_names))
+    dataset = FewShots(videos, min(shots, config.data.shots or shots))
+    size = len(dataset) if shots > 1 else min(count, len(dataset))
     inputs = method_registry.clip_inputs(config)
-    batches = pipeline.eval_batches(dataset, config.data, Views(1, 1), count, inputs=inputs)
-    batch = next(batches)
-    clips = {key: batch[key][:, 0] for key in ("spatial", "temporal") if key in batch}
-    return dataset, clips | {key: batch[key] for key in ("label", "mask")}
+    batch = next(pipeline.eval_batches(dataset, config.data, Views(1, 1), size, inputs=inputs))
+    labels = batch["label"].tolist()
+    earlier = [labels[:row].count(label) for row, label in enumerate(labels)]
+    rows = np.argsort(earlier, kind="stable")[:count]
+    clips = {key: batch[key][rows, 0] for key in ("spatial", "temporal") if key in batch}
+    return dataset, clips | {key: batch[key][rows] for key in ("label", "mask")}
 
 
 def scale_branches(frozen, scale: float):

@@ -1,5 +1,6 @@
 """Tests scripts/trainability.py: its tables, and that only a usable rate fits the clips."""
 
+import collections
 import json
 import re
 import sys
@@ -59,6 +60,15 @@ def test_keys_that_the_script_sets_are_refused(key, monkeypatch, capsys):
         trainability.main()
     assert end.value.code == 2
     assert f"--config.{key} is set by the script: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("count", "expected"), [(3, {1: 3}), (11, {1: 5, 2: 3}), (99, {5: 8})])
+def test_clips_are_of_all_classes(config, count, expected):
+    dataset, clips = trainability.load_clips(config, count)  # of 8 classes with 5 videos each
+    videos_of_class = collections.Counter(clips["label"].tolist())
+    assert collections.Counter(videos_of_class.values()) == expected
+    assert len(clips["temporal"]) == len(clips["mask"]) == clips["mask"].sum()
+    assert len(clips["label"]) <= len(dataset) <= 40
 
 
 def test_branches_are_scaled():
