@@ -1,7 +1,6 @@
 """Starts and ends the processes of one run, usually one per host, and checks what they share."""
 
 import contextlib
-import faulthandler
 import hashlib
 import json
 import os
@@ -77,6 +76,9 @@ def initialize(
         jax.config.update("jax_cuda_visible_devices", "all")
         jax.config.update("jax_rocm_visible_devices", "all")
     if jax.process_count() > 1:
+        # JAX ends this process by SIGABRT if another one dies. The stack traces that faulthandler
+        # then prints would bury JAX's message, which names the dead process.
+        signal.signal(signal.SIGABRT, signal.SIG_DFL)
         _connect_processes()
 
 
@@ -176,7 +178,6 @@ def is_peer_failure(error: BaseException) -> bool:
 
 def _wait_for_termination(error: BaseException) -> NoReturn:
     """Wait until the coordination service names the lost process and end this one."""
-    faulthandler.disable()  # its stack traces would bury the index of the process
     line = " ".join(str(error).split())
     print(
         f"{process_label()}another process is gone ({line}). Its index follows within "

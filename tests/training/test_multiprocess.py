@@ -301,9 +301,12 @@ def test_one_of_two_is_killed_then_stopped(settings, tmp_path):
             codes[killed] = -signal.SIGKILL
             assert job.wait(60) == codes
             errors = job.stderr(1 - killed)
-            assert f"process {1 - killed} of 2: another process is gone" in errors
+            assert "Fatal Python error" not in errors  # stack traces would bury the cause
             if killed == 1:
+                assert "process 0 of 2: another process is gone" in errors
                 assert "tasks are unhealthy (stopped sending heartbeats):\n1\n" in errors
+            else:  # JAX may end process 1 before that one prints a line of its own
+                assert "Either the leader task was preempted/died" in errors
         first |= {step: x for step, x in read_learning(workdir).items() if step not in first}
     assert unfinished_checkpoints(workdir)
     assert max(first) > max(saved_steps(workdir))
