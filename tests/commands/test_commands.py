@@ -31,6 +31,11 @@ _MINE = "python -m dualpath_jax.main --config=configs/finetune.py --config.data.
 _MINE_ST_ADAPTER = (
     f"{_MINE} --config.model.method=st_adapter --config.data.num_frames=8 --workdir=runs/st_adapter"
 )
+_PRETRAIN = (
+    "python scripts/pretrain_demo_backbone.py --out=weights/vit12_openai.safetensors "
+    "--image_size=84 --patch_size=14 --width=384 --depth=12 --heads=6 --batch_size=16 --steps=1000 "
+    "--learning_rate=1e-3"
+)
 _LABELS = "--annotations=data/demo/raw/labels"
 _LISTS = {"VIDEOS": "data/demo/raw/videos", "--annotations=ANNOTATIONS": _LABELS}
 _SMALL = (
@@ -89,6 +94,14 @@ RUN = {
     "--out=weights/clip_vit_b16.safetensors": CommandRun(
         file="weights/clip_vit_b16.safetensors",
         replaced={"ViT-B-16.pt": "dualpath_jax/demo/demo_backbone.safetensors"},
+    ),
+    _PRETRAIN: CommandRun(
+        "wrote weights/vit12_openai.safetensors",
+        options="--steps=1 --batch_size=2 --depth=1 --width=24 --heads=2 --image_size=28",
+    ),
+    "python scripts/convert_clip.py --checkpoint=weights/vit12_openai.safetensors "
+    "--out=weights/vit12.safetensors --normalization=clip": CommandRun(
+        r"written +weights/vit12\.safetensors", after=_PRETRAIN
     ),
     "python scripts/show_batch.py --config=configs/demo.py --step=3 --clips=2 --zoom=3 "
     "--out=batch.png": CommandRun(file="batch.png"),
