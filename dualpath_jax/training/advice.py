@@ -43,7 +43,8 @@ class TrainingAdvice:
             f"the loss stays at {guessing:.2f} = ln({self._num_classes}), that of guessing: try "
             "other values of optimizer.learning_rate, optimizer.clip_norm=1.0 and, for dualpath, "
             "model.adapter_layer_norm=True; scripts/trainability.py of the repository shows "
-            "whether a configuration can fit 32 clips",
+            "whether a configuration can fit 32 clips, and `dualpath probe` whether the frozen "
+            "backbone tells the classes apart",
         )
 
     def add_accuracy(self, metrics: dict[str, float]) -> None:

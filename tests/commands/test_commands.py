@@ -218,6 +218,8 @@ NOT_RUN = {
     SAME: [
         "python -m dualpath_jax.main --config=configs/diving48_vitb.py --mode=check",
         "python -m dualpath_jax.main --config=configs/finetune.py *method=probe *",
+        "python scripts/pretrain_demo_backbone.py *depth=12 --steps=1500",
+        "python scripts/convert_clip.py *vit12_small.safetensors *",
     ],
 }
 # Slow commands by pattern: the test that runs the program on less data, and a text of that test.
